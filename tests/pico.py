@@ -68,9 +68,9 @@ def make_model(
 ) -> Path:
     """Write a Llama folder (config, fp32 safetensors, tokenizer, chat template) with random weights.
 
-    `scale` is the standard deviation of the weights: large enough that outputs are far from uniform. `perturb` adds
-    noise of that share to the weights of the same seed: a draft that agrees with its base often, not always. Heads are
-    32 wide.
+    `scale` is the standard deviation of the weights: large enough that outputs are far from uniform.
+    `perturb` adds noise of that share to the weights of the same seed: a draft that agrees with its base
+    often, not always. Heads are 32 wide.
     """
     tokenizer = make_tokenizer(folder, vocab)
     config = LlamaConfig(
