@@ -1,6 +1,7 @@
 """A recipe: the list of steps that makes a cascade, read from YAML.
 
-A wrong one is refused before anything runs. Errors are one line that names the place and, for an unknown name, the nearest known one.
+A wrong one is refused before anything runs. Errors are one line that names the place and, for an unknown name,
+the nearest known one.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem pydantic found in `model`, in one line; an unknown key comes with the nearest known."""
+    """The first problem pydantic found in `model`, in one line; for an unknown key with the nearest known."""
     first = error.errors()[0]
     *path, last = first["loc"] or ("",)
     prefix = "".join(f"{part}: " for part in [".".join(map(str, path))] if part)
@@ -136,11 +137,11 @@ def _refuse_duplicates(node: yaml.Node | None, seen: set[int]) -> None:
     if isinstance(node, yaml.MappingNode):
         keys: set[str] = set()
         for key, value in node.value:
-            if key.value in keys and isinstance(key, yaml.ScalarNode):
-                raise RecipeError(
-                    f"line {key.start_mark.line + 1}: the key '{key.value}' stands twice; keep one of them"
-                )
-            keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            name = str(key.value)
+            if name in keys:
+                line = key.start_mark.line + 1
+                raise RecipeError(f"line {line}: the key '{name}' stands twice; keep one of them")
+            keys.add(name)
             _refuse_duplicates(value, seen)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:

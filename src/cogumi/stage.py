@@ -12,15 +12,15 @@ from pydantic import BaseModel
 from cogumi.types import Artifact
 
 CHECKPOINT = "checkpoint"
-"""The one folder in a stage's `out` that outlives a killed run; the pipeline removes it when the step is done."""
+"""The folder in a stage's `out` that outlives a killed run; the pipeline removes it when the step is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
     """What every run of a stage is given.
 
-    `root` is where relative paths of a recipe start. `progress(done, total, figures)` shows how far the work is;
-    `total` is None where nobody can know.
+    `root` is where relative paths of a recipe start. `progress(done, total, figures)` shows how far the work
+    is; `total` is None where nobody can know.
     """
 
     seed: int
