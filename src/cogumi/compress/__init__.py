@@ -1,0 +1,1 @@
+"""Making models small and shippable: export to GGUF, quantization, packing."""
