@@ -47,15 +47,15 @@ class Manifest(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    """The JSON form of a value: paths as text, numpy scalars as numbers, what is not finite as null."""
+    """The JSON form of a value: paths as text, arrays as lists, what is not finite as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Path):
         return value.as_posix()
-    if hasattr(value, "item"):
-        value = value.item()
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically; numpy scalars become numbers, and what is not finite null."""
+    """Write `value` as JSON, atomically; arrays become lists, and what is not finite null."""
     write_text(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

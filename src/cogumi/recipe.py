@@ -1,7 +1,7 @@
 """A recipe: the list of steps that makes a cascade, read from YAML.
 
-A wrong one is refused before anything runs. Errors are one line that names the place and, for an unknown name,
-the nearest known one.
+A wrong one is refused before anything runs. Errors are one line that names the place and, for an unknown
+name, the nearest known one.
 """
 
 from __future__ import annotations
