@@ -1,0 +1,1 @@
+"""Where examples come from: the embedded world, or a user's own files."""

@@ -1,0 +1,124 @@
+"""Examples on disk: one JSON object per line, one file per split.
+
+An artifact of kind `examples` is a folder with `<split>.jsonl` for every name in `SPLITS`. The five sets are disjoint and
+each has one use (DESIGN, data discipline): training; selection (early stopping, hyper-parameters); fit (calibration);
+threshold (the guarantee, F4); heldout (read by the final report only).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cogumi.errors import DataError
+from cogumi.types import Example, Message
+
+SPLITS = ("train", "selection", "fit", "threshold", "heldout")
+
+CHECKS: Mapping[str, tuple[str, ...]] = {
+    "exact": (),
+    "numeric": (),
+    "choice": (),
+    "code": ("tests",),
+    "tool_call": (),
+    "abstain": (),
+}
+"""Kinds of `meta["check"]` and the fields each must have; `evaluate.graders` says what they mean."""
+
+
+def split_path(artifact: Path, split: str) -> Path:
+    """The file of one split inside an `examples` artifact."""
+    if split not in SPLITS:
+        raise DataError(f"there is no split '{split}': use one of {', '.join(SPLITS)}")
+    return artifact / f"{split}.jsonl"
+
+
+def example_id(domain: str, messages: Sequence[Message]) -> str:
+    """Sixteen hex digits that name a question: equal domain and prompt give an equal id on every machine."""
+    content = json.dumps([domain, [[m.role, m.content] for m in messages]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def normalised_question(messages: Sequence[Message]) -> str:
+    """The prompt without what never makes it another question: letter case, white space, Unicode form."""
+    text = "\n".join(m.content for m in messages if m.role != "system")
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def check_problem(check: Any) -> str | None:
+    """What is wrong with a `meta["check"]` value, or None if a grader can use it."""
+    if not isinstance(check, dict) or check.get("kind") not in CHECKS:
+        return f"check must be an object with a kind out of {', '.join(CHECKS)}"
+    missing = [name for name in CHECKS[check["kind"]] if name not in check]
+    if missing:
+        return f"check of kind {check['kind']} lacks {', '.join(missing)}"
+    for name in ("tests", "options"):
+        value = check.get(name, [""])
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            return f"{name} of a check must be a list of strings, not empty"
+    return None
+
+
+def to_json(example: Example) -> dict[str, Any]:
+    """An example as the JSON object of its line."""
+    return {
+        "id": example.id,
+        "domain": example.domain,
+        "difficulty": example.difficulty,
+        "messages": [{"role": m.role, "content": m.content} for m in example.messages],
+        "answer": example.answer,
+        "source": example.source,
+        "meta": dict(example.meta),
+    }
+
+
+def from_json(row: Mapping[str, Any]) -> Example:
+    """The inverse of `to_json`; KeyError or TypeError where a field is missing or misshapen."""
+    messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+    return Example(
+        row["id"], row["domain"], row["difficulty"], messages, row["answer"], row["source"], row["meta"]
+    )
+
+
+def iterate_examples(path: Path) -> Iterator[Example]:
+    """Read a split line by line. Our own files are whole or refused: DataError names file and line."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield from_json(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{path}:{number} is not an example ({error}): build this step again"
+                    ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: build the step that makes the examples first") from error
+
+
+def read_examples(path: Path) -> list[Example]:
+    """All examples of a split."""
+    return list(iterate_examples(path))
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> int:
+    """Write a split atomically and return the number of examples; parents of `path` are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for example in examples:
+                file.write(json.dumps(to_json(example), ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count

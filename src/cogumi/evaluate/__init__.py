@@ -1,0 +1,1 @@
+"""How outputs are judged: graders, the code sandbox, calibration and metrics."""
