@@ -2,7 +2,7 @@
 
 A step's fingerprint is a hash over its stage, version, config, seed and the fingerprints of its inputs. While
 it runs its folder holds `pending.json`; killed at any moment, the same command finds that file and lets the
-stage go on from its own checkpoint. Only a manifest, written last, makes a step done (DESIGN, "Stage contract").
+stage go on from its own checkpoint. Only a manifest, written last, makes a step done.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _remove(path: Path) -> None:
 class _Named(AbstractContextManager[None]):
     """Puts a name before what went wrong within, and says a full disk plainly, whoever met it.
 
-    Writers raise different exceptions on a full disk (OSError, RuntimeError, safetensors' own): the text counts.
+    Writers raise different exceptions for it (OSError, RuntimeError, safetensors' own): the text counts too.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
