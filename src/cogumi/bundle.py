@@ -162,7 +162,7 @@ def _read_index(folder: Path) -> Index:
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """Verify sizes, then every byte, then that the parts belong together; `BundleError` says what is wrong."""
+    """Verify sizes, then bytes, then that the parts belong together; `BundleError` says what is wrong."""
     index = _read_index(folder)
     _check_names(folder, index)
     if problem := difference(folder, index.files):

@@ -1,0 +1,111 @@
+"""Stage `bundle`: put the exported parts of a cascade into one verified folder with a model card.
+
+Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty`
+and `router` (safetensors), and `calibration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cogumi import bundle
+from cogumi.artifact import write_text
+from cogumi.errors import ExportError, RecipeError
+from cogumi.registry import nearest
+from cogumi.stage import Context
+from cogumi.types import Artifact
+
+VERSION = 1
+KIND = "bundle"
+
+MODIFIER = "modifier_"
+SOURCES = {
+    "base": ("model.gguf", bundle.BASE, "answers first"),
+    "draft": ("model.gguf", bundle.DRAFT, "reads the question, and drafts for the base when that pays"),
+    "difficulty": (bundle.DIFFICULTY, bundle.DIFFICULTY, "how hard a question looks to the draft"),
+    "router": (bundle.ROUTER, bundle.ROUTER, "which domain a question is from"),
+    "calibration": (bundle.CALIBRATION, bundle.CALIBRATION, "from signals to P(correct), with the threshold"),
+}
+"""Role -> (file in the input's folder, its name in the bundle, what it does)."""
+
+
+class Config(BaseModel):
+    """`title` heads the model card."""
+
+    model_config = ConfigDict(extra="forbid")
+    title: str = "A Cogumi cascade"
+
+
+def _source(role: str) -> tuple[str, str, str]:
+    if role.startswith(MODIFIER) and role != MODIFIER:
+        domain = role.removeprefix(MODIFIER)
+        what = f"answers {domain} questions that the base is unsure of"
+        return "adapter.gguf", bundle.modifier_name(domain), what
+    if role not in SOURCES:
+        hint = nearest(role, [*SOURCES, MODIFIER + "<domain>"])
+        raise RecipeError(f"stage 'bundle' has no input '{role}'; {hint}")
+    return SOURCES[role]
+
+
+def _part(role: str, artifact: Artifact) -> dict[str, Any]:
+    """What a GGUF artifact says it belongs to."""
+    names = bundle.Part.model_fields
+    if missing := [name for name in names if name not in artifact.metrics]:
+        raise ExportError(f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf'")
+    return {name: artifact.metrics[name] for name in names}
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    """The numbers among a step's metrics, as one line of text."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in numbers.items())
+
+
+def model_card(title: str, inputs: Mapping[str, Artifact], sizes: Mapping[str, int]) -> str:
+    """README.md of a bundle: its parts, what they measured when they were made, and where they come from."""
+    rows = []
+    for role, artifact in inputs.items():
+        _, name, what = _source(role)
+        made_by = f"`{artifact.fingerprint[:12]}`"
+        rows.append(f"| `{name}` | {what} | {sizes[name]:,} | {_figures(artifact.metrics)} | {made_by} |")
+    return f"""# {title}
+
+Chat with it: `cogumi chat <this folder>`; serve it: `cogumi serve <this folder>`.
+
+| part | what it does | bytes | figures of the step that made it | its fingerprint |
+|---|---|---:|---|---|
+{chr(10).join(rows)}
+
+P(correct) holds for questions like those it was calibrated on, and for no others.
+"""
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """Parts -> a bundle in `out`, opened once to be sure."""
+    files: dict[str, Path] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for role in [*SOURCES, *(role for role in inputs if role not in SOURCES)]:
+        source, name, _ = _source(role)
+        files[name] = inputs[role].path / source
+        if not files[name].is_file():
+            raise ExportError(f"input '{role}' ({inputs[role].path}) holds no {source}; check the recipe")
+        if name.endswith(".gguf"):
+            parts[name] = _part(role, inputs[role])
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    card = out / bundle.CARD
+    write_text(card, model_card(config.title, inputs, sizes))
+    description = {
+        "title": config.title,
+        "parts": parts,
+        "seed": context.seed,
+        "provenance": {role: artifact.fingerprint for role, artifact in inputs.items()},
+        "measured": {role: artifact.metrics for role, artifact in inputs.items()},
+    }
+    bundle.write_bundle(out, {**files, bundle.CARD: card}, description)
+    bundle.open_bundle(out)
+    sizes[bundle.CARD] = card.stat().st_size
+    return {"bytes": sizes, "total_bytes": sum(sizes.values())}
