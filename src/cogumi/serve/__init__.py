@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over any cascade. Imports nothing of the build chain."""

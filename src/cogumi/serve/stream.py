@@ -1,0 +1,151 @@
+"""Bridges the engines' blocking iterators into the event loop, and their events into server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import AsyncGenerator, Generator, Sequence
+from concurrent.futures import Executor
+from typing import Any, TypeAlias
+
+from cogumi.errors import RequestError
+from cogumi.runtime.engine import Engine, Event
+from cogumi.serve.schema import Problem, Shape, internal_error, problem_of
+from cogumi.types import Reply, Request, Revision, Token, Usage
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE = ": keep-alive\n\n"
+DONE = "data: [DONE]\n\n"
+
+Live: TypeAlias = AsyncGenerator[tuple[int, Event] | None]
+
+
+async def live(engine: Engine, requests: Sequence[Request], threads: Executor, pulse: float) -> Live:
+    """Run `requests` side by side, a thread each; yield `(index, event)` as they come, None when idle.
+
+    None comes after each `pulse` seconds without an event. Closing the generator cancels what still runs.
+    Raises `Problem`: an engine's refusal, or 500 for its defect.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+    gone = threading.Event()
+
+    def drain(index: int, request: Request) -> None:
+        def post(event: Event | None) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
+        try:
+            events = engine.generate(request)
+            with contextlib.closing(events) if isinstance(events, Generator) else contextlib.nullcontext():
+                for event in events:
+                    if gone.is_set():
+                        return
+                    post(event)
+        finally:
+            post(None)
+
+    work = [loop.run_in_executor(threads, drain, index, request) for index, request in enumerate(requests)]
+    for job in work:
+        job.add_done_callback(
+            lambda job: job.cancelled() or job.exception()
+        )  # seen, even if nobody waits any more
+    running = len(work)
+    try:
+        while running:
+            try:
+                index, event = await asyncio.wait_for(queue.get(), pulse)
+            except TimeoutError:
+                yield None
+                continue
+            if event is None:
+                running -= 1
+                await asyncio.wait([work[index]])
+                if error := work[index].exception():
+                    raise _problem(error) from error
+            elif isinstance(event, Reply) and event.finish_reason == "cancelled":
+                raise Problem(503, "the server is shutting down; ask again", code="closing", retry=True)
+            else:
+                yield index, event
+    finally:
+        gone.set()
+
+
+def _problem(error: BaseException) -> Problem:
+    if isinstance(error, RequestError):
+        return problem_of(error)
+    log.error("the engine failed", exc_info=error)
+    return internal_error()
+
+
+async def collect(events: Live) -> list[Reply]:
+    """Wait for the reply of every choice, in order of choice."""
+    replies: dict[int, Reply] = {}
+    async with contextlib.aclosing(events):
+        async for item in events:
+            if item is not None and isinstance(item[1], Reply):
+                replies[item[0]] = item[1]
+    return [replies[index] for index in sorted(replies)]
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+
+
+async def server_sent(events: Live, shape: Shape) -> AsyncGenerator[str]:
+    """The lines of a stream, ending with `[DONE]`.
+
+    A `Problem` before the first line is raised, so that it can become an HTTP status; a later one is data.
+    """
+    sent: dict[int, str] = {}
+    usage = Usage()
+    begun = False
+    try:
+        async with contextlib.aclosing(events):
+            async for item in events:
+                lines = [KEEP_ALIVE] if item is None else [_data(c) for c in _chunks(*item, sent, shape)]
+                if item is not None and isinstance(item[1], Reply):
+                    usage += item[1].usage
+                for line in lines:
+                    begun = True
+                    yield line
+    except Problem as problem:
+        if not begun:
+            raise
+        yield _data(problem.body)
+    else:
+        if shape.body.include_usage:
+            yield _data(shape.usage_chunk(usage))
+    yield DONE
+
+
+def _chunks(index: int, event: Event, sent: dict[int, str], shape: Shape) -> list[dict[str, Any]]:
+    """What one event adds to the stream of choice `index`; `sent` remembers each choice's text so far.
+
+    A stream cannot take text back. A revision that goes on from what was sent adds its rest (a low-confidence
+    note); any other follows as a paragraph of its own.
+    """
+    so_far = sent.get(index, "")
+    tokens: tuple[Token, ...] = ()
+    if isinstance(event, Token):
+        text, whole, tokens = event.text, so_far + event.text, (event,)
+    elif isinstance(event, Revision | Reply):
+        whole = event.text
+        text = whole.removeprefix(so_far) if whole.startswith(so_far) else f"\n\n{whole}"
+        if isinstance(event, Reply) and index not in sent:  # nothing was streamed: all at once
+            tokens = event.tokens
+    else:
+        return []
+    chunks = []
+    if index not in sent and (text or isinstance(event, Reply)):
+        chunks.append(shape.chunk(index, {"role": "assistant", "content": ""}))
+    if text or (tokens and shape.body.logprobs):
+        chunks.append(shape.chunk(index, {"content": text}, tokens=tokens))
+    if chunks:
+        sent[index] = whole
+    if isinstance(event, Reply):
+        chunks.append(shape.chunk(index, {}, reply=event))
+    return chunks
