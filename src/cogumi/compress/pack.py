@@ -1,7 +1,7 @@
 """Stage `bundle`: put the exported parts of a cascade into one verified folder with a model card.
 
-Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty`
-and `router` (safetensors), and `calibration`.
+Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`),
+`difficulty` and `router` (safetensors), and `calibration`.
 """
 
 from __future__ import annotations
