@@ -7,12 +7,13 @@ name, the nearest known one.
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from cogumi.errors import RecipeError
 from cogumi.registry import nearest
@@ -96,9 +97,14 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
+def _first(error: ValidationError) -> ErrorDetails:
+    """The problem to tell: a misspelt key rather than the key that is missing because of it."""
+    return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem pydantic found in `model`, in one line; for an unknown key with the nearest known."""
-    first = error.errors()[0]
+    first = _first(error)
     *path, last = first["loc"] or ("",)
     prefix = "".join(f"{part}: " for part in [".".join(map(str, path))] if part)
     if first["type"] == "extra_forbidden":
@@ -117,7 +123,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _place(error: ValidationError, data: dict[str, Any]) -> tuple[str, ValidationError]:
     """Name the step an error lies in, and drop that part of its path."""
-    loc: Sequence[Any] = error.errors()[0]["loc"]
+    loc = _first(error)["loc"]
     if len(loc) < 3 or loc[0] != "steps":
         return "", error
     step = data["steps"][loc[1]]
