@@ -1,8 +1,8 @@
 """Examples on disk: one JSON object per line, one file per split.
 
-An artifact of kind `examples` is a folder with `<split>.jsonl` for every name in `SPLITS`. The five sets are disjoint and
-each has one use (DESIGN, data discipline): training; selection (early stopping, hyper-parameters); fit (calibration);
-threshold (the guarantee, F4); heldout (read by the final report only).
+An artifact of kind `examples` is a folder with `<split>.jsonl` for every name in `SPLITS`. The five sets are
+disjoint and each has one use (DESIGN, data discipline): train; selection (early stopping,
+hyper-parameters); fit (calibration); threshold (the guarantee, F4); heldout (read by the final report only).
 """
 
 from __future__ import annotations
@@ -51,6 +51,17 @@ def normalised_question(messages: Sequence[Message]) -> str:
     return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
+def split_of(question: str, shares: Mapping[str, int], seed: int) -> str:
+    """The one set that a normalised question belongs to; `shares` are relative weights."""
+    digest = hashlib.sha256(f"{seed}\n{question}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") % sum(shares.values())
+    for name, share in shares.items():
+        place -= share
+        if place < 0:
+            return name
+    raise AssertionError("shares do not cover the hash range")
+
+
 def check_problem(check: Any) -> str | None:
     """What is wrong with a `meta["check"]` value, or None if a grader can use it."""
     if not isinstance(check, dict) or check.get("kind") not in CHECKS:
@@ -76,6 +87,11 @@ def to_json(example: Example) -> dict[str, Any]:
         "source": example.source,
         "meta": dict(example.meta),
     }
+
+
+def to_line(example: Example) -> str:
+    """An example as its line, end of line included."""
+    return json.dumps(to_json(example), ensure_ascii=False) + "\n"
 
 
 def from_json(row: Mapping[str, Any]) -> Example:
@@ -114,7 +130,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for example in examples:
-                file.write(json.dumps(to_json(example), ensure_ascii=False) + "\n")
+                file.write(to_line(example))
                 count += 1
             file.flush()
             os.fsync(file.fileno())

@@ -4,10 +4,11 @@ exact      the output equals `answer` (letter case, white space, outer quotes an
 numeric    the last number in the output equals `value` (default: the last number in `answer`)
 choice     the option meant (a letter, or the text of one of `options`) is the one that `answer` means
 code       the output, as python, passes every assert in `tests`, in the sandbox
-tool_call  the output is the JSON of `call` (default: of `answer`): {"tool", "args"} or a list of them, key order free
+tool_call  the output is the JSON of `call` (default: of `answer`): {"tool", "args"} or a list of them; the
+           order of keys is free
 abstain    the output is the sentence `types.ABSTENTION`
 
-Without a check the grader is `exact`. No output text can make a grader raise; a check that no grader understands does.
+Without a check the grader is `exact`. No output makes a grader raise; a check nobody understands does.
 """
 
 from __future__ import annotations

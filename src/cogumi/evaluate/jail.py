@@ -1,15 +1,16 @@
 """The inside of the sandbox: a script run by `evaluate.sandbox`, standard library only, imported by nobody.
 
-It reads {"programs", "limits"} from standard input, writes one line naming the isolation in force and then one line per
-program. Layers, from the outside in:
+It reads {"programs", "limits"} from standard input, writes one line naming the isolation in force and then
+one line per program. Layers, from the outside in:
 
-network, processes, files   Linux namespaces, where allowed: no network device; no other process to be seen; a file system
-                            of the python library (read-only) and an empty scratch folder in memory, fresh for each program
-user                        started as root, programs run as nobody; otherwise without any capability
-limits                      always: CPU time, memory, file size, open files, no further process or thread, wall time
-audit                       always: an audit hook refuses sockets, processes, signals, native code and foreign files
+network    Linux namespaces, where allowed: no network device,
+processes  no other process to be seen,
+files      only the python library (read-only) and a scratch folder in memory, empty for each program
+user       started as root, programs run as nobody; otherwise without any capability
+limits     always: CPU time, memory, file size, open files, wall time, no further process or thread
+audit      always: an audit hook refuses sockets, processes, signals, native code and foreign files
 
-The hook alone stands before sockets and foreign files where namespaces are forbidden; there, programs may write no file.
+Where namespaces are forbidden the hook alone guards sockets and foreign files, and programs can write none.
 """
 
 import bisect  # noqa: F401
@@ -42,7 +43,7 @@ import traceback
 import typing  # noqa: F401
 from typing import Any
 
-# The unused imports are for the programs: loaded once and shared by every fork, they cost a short program nothing.
+# The unused imports are for the programs: loaded once and shared by every fork, they cost them nothing.
 
 NOBODY = 65534
 SCRATCH = "/scratch"
@@ -55,8 +56,9 @@ READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4
 DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
-FORBIDDEN = ("socket.", "subprocess.", "ctypes.", "gc.", "pty.", "signal.pthread_kill", "os.fork", "os.exec", "os.spawn",
-             "os.posix_spawn", "os.system", "os.kill", "os.chmod", "os.chown", "os.link", "os.symlink")  # fmt: skip
+FORBIDDEN = ("socket.", "subprocess.", "ctypes.", "gc.", "pty.", "signal.pthread_kill", "os.fork", "os.exec",
+             "os.spawn", "os.posix_spawn", "os.system", "os.kill", "os.chmod", "os.chown", "os.link",
+             "os.symlink")  # fmt: skip
 READS_PATH = ("os.listdir", "os.scandir", "os.chdir")
 WRITES_PATH = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.utime")
 
@@ -76,8 +78,8 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
     kernel("mount", *encoded[:3], ctypes.c_ulong(flags), encoded[3])
 
 
-def enter_namespaces() -> list[str]:
-    """Cut this process off as far as the kernel allows; the layers now in force. Children are then in a new process tree."""
+def enter_namespaces(limits: dict[str, Any]) -> list[str]:
+    """Cut this process off as far as the kernel allows; the layers in force ("processes": for children)."""
     if sys.platform != "linux":
         return []
     user, group = os.geteuid(), os.getegid()
@@ -96,8 +98,15 @@ def enter_namespaces() -> list[str]:
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(line)
         enter_own_root(os.getcwd())
+        mount_scratch(limits)
         layers.append("files")
     return layers
+
+
+def mount_scratch(limits: dict[str, Any]) -> None:
+    """Put a new, empty file system in memory where programs may write."""
+    options = f"size={8 * limits['file_bytes']},nr_inodes=256,mode=777"
+    mount("none", SCRATCH, "tmpfs", NO_SUID | NO_DEV | NO_EXEC, options)
 
 
 def enter_own_root(root: str) -> None:
@@ -131,7 +140,7 @@ def drop_privileges() -> None:
 
 
 def set_limits(limits: dict[str, Any], may_write: bool) -> None:
-    """Resource limits of one program; the hard CPU limit, one second later, kills what ignores the soft one."""
+    """Resource limits of one program; the hard CPU limit, a second later, kills what ignores the soft one."""
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
     for kind, value in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
@@ -202,13 +211,13 @@ def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, la
     if hasattr(signal, "pidfd_send_signal"):
         del signal.pidfd_send_signal  # the one way to send a signal that no audit event covers
     add_audit_hook(may_write)
-    reason = ""
+    reason, printed = "", sys.stdout
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
     except BaseException as error:
         reason = explain(error, program)
     with contextlib.suppress(ValueError, OSError):
-        sys.__stdout__.flush()
+        printed.flush()
     os.write(1, mark + json.dumps(reason).encode())
 
 
@@ -250,14 +259,6 @@ def why_ended(status: int | None, limits: dict[str, Any]) -> str:
 
 def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str, Any]:
     """Fork a child for one program and judge how it ended."""
-    if "files" in layers:
-        mount(
-            "none",
-            SCRATCH,
-            "tmpfs",
-            NO_SUID | NO_DEV | NO_EXEC,
-            f"size={8 * limits['file_bytes']},nr_inodes=256,mode=777",
-        )
     mark = secrets.token_bytes(
         16
     )  # a program cannot print it by chance, and one that leaves early never does
@@ -275,8 +276,9 @@ def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str
     status = wait(pid, deadline if closed else 0.0)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    if "files" in layers:
+    if "files" in layers and os.listdir(SCRATCH):  # renewed only if used: unmounting waits milliseconds
         kernel("umount2", SCRATCH.encode(), DETACH)
+        mount_scratch(limits)
     output, marked, judgement = data.partition(mark)
     reason = json.loads(judgement) if marked else why_ended(status, limits)
     return {"ok": marked != b"" and reason == "", "output": output.decode(errors="replace"), "reason": reason}
@@ -285,13 +287,12 @@ def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str
 def main() -> None:
     """Read the plan, isolate, run every program in turn."""
     plan = json.load(sys.stdin)
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the first process of a namespace is deaf to signals it does not handle
+    # The first process of a namespace is deaf to signals from inside that it has no handler for.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.geteuid() == 0:
         os.seteuid(NOBODY)  # fails here, and plainly, where root may not become nobody
         os.seteuid(0)
-    layers = enter_namespaces()
+    layers = enter_namespaces(plan["limits"])
     if "processes" in layers and (pid := os.fork()):
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     if sys.platform == "linux":

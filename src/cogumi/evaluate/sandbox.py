@@ -1,10 +1,10 @@
-"""Running untrusted python programs (SPEC B4, first form): a few sandbox processes, one forked child per program.
+"""Running untrusted python programs (SPEC B4, first form): few processes, one forked child per program.
 
-`evaluate.jail` is what runs inside; it says what each layer of isolation does. A program succeeds if it runs to its end
-without an exception: leaving early by `sys.exit` or `os._exit` is a failure. Which layers were in force is told by
-`Outcome.isolation`; limits and the audit hook always are. Limit of this form: a program is judged by the interpreter it runs
-in, so one that deliberately searches that interpreter's memory could forge its own success; it cannot reach another program
-or the machine that way.
+`evaluate.jail` is what runs inside; it says what each layer of isolation does. A program succeeds if it runs
+to its end without an exception: leaving early by `sys.exit` or `os._exit` is a failure. Which layers were in
+force is told by `Outcome.isolation`; limits and the audit hook always are. Limit of this form: a program is
+judged by the interpreter it runs in, so one that deliberately searches that interpreter's memory could forge
+its own success; it cannot reach another program or the machine that way.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run_all(programs: Sequence[str], limits: Limits | None = None) -> list[Outco
 
 
 def _run_group(programs: Sequence[str], limits: Limits) -> list[Outcome]:
-    """Outcomes of one group. Should its sandbox process die, the program it was at fails and the rest goes on."""
+    """Outcomes of one group. If its process dies, the program it was at fails and the rest goes on."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(programs):
         reported = _run_process(programs[len(outcomes) :], limits)
@@ -74,9 +74,9 @@ def _run_group(programs: Sequence[str], limits: Limits) -> list[Outcome]:
 
 
 def _run_process(programs: Sequence[str], limits: Limits) -> list[Outcome]:
-    """One sandbox process, begun in an empty folder with no environment; outcomes of the programs it got through."""
+    """Outcomes of the programs that one sandbox process, begun in an empty folder, got through."""
     plan = {"programs": list(programs), "limits": asdict(limits)}
-    # Of python's isolated mode all but -E: with a fixed hash seed the order of sets, and so a verdict, is reproducible.
+    # Isolated mode but for -E: a fixed hash seed makes the order of sets, and so every verdict, reproducible.
     command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(_JAIL)]
     with tempfile.TemporaryDirectory(prefix="cogumi-sandbox-") as empty:
         process = subprocess.Popen(
