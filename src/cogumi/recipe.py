@@ -123,7 +123,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _place(error: ValidationError, data: dict[str, Any]) -> tuple[str, ValidationError]:
     """Name the step an error lies in, and drop that part of its path."""
-    loc = _first(error)["loc"]
+    loc: tuple[Any, ...] = _first(error)["loc"]
     if len(loc) < 3 or loc[0] != "steps":
         return "", error
     step = data["steps"][loc[1]]
