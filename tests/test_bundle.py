@@ -233,9 +233,9 @@ def test_stage_writes_equal_bytes(tmp_path):
 
 
 def test_stage_refuses_what_does_not_belong(tmp_path):
-    (tmp_path / "x").mkdir()
+    (tmp_path / "out").mkdir()
     with pytest.raises(BundleError, match="the modifier 'math' was trained on another base"):
-        pack.run(pack.Config(), inputs(tmp_path / "x", adapter_base=OTHER), tmp_path, CONTEXT)
+        pack.run(pack.Config(), inputs(tmp_path, adapter_base=OTHER), tmp_path / "out", CONTEXT)
 
 
 def test_stage_names_bad_inputs(tmp_path):

@@ -66,7 +66,9 @@ def layer(module):
     if parts == ["runtime", "torch_engine"]:
         return "torch_engine"
     first = parts[0] if parts else ""
-    return "ground" if first in GROUND else first
+    if first in GROUND:
+        return "ground"
+    return first if first in BELOW else "cli"  # what else lies on top belongs to the command line
 
 
 def imported(path):
