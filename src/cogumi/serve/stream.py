@@ -122,28 +122,31 @@ async def server_sent(events: Live, shape: Shape) -> AsyncGenerator[str]:
     yield DONE
 
 
-def _chunks(index: int, event: Event, sent: dict[int, str], shape: Shape) -> list[dict[str, Any]]:
-    """What one event adds to the stream of choice `index`; `sent` remembers each choice's text so far.
+def further(so_far: str, event: Event) -> tuple[str, str]:
+    """What to write after `so_far` for this event, and the answer's text as it then stands.
 
-    A stream cannot take text back. A revision that goes on from what was sent adds its rest (a low-confidence
-    note); any other follows as a paragraph of its own.
+    Written text cannot be taken back. A revision that goes on from it adds its rest (a low-confidence note);
+    any other follows as a paragraph of its own.
     """
-    so_far = sent.get(index, "")
-    tokens: tuple[Token, ...] = ()
     if isinstance(event, Token):
-        text, whole, tokens = event.text, so_far + event.text, (event,)
-    elif isinstance(event, Revision | Reply):
-        whole = event.text
-        text = whole.removeprefix(so_far) if whole.startswith(so_far) else f"\n\n{whole}"
-        if isinstance(event, Reply) and index not in sent:  # nothing was streamed: all at once
-            tokens = event.tokens
-    else:
-        return []
+        return event.text, so_far + event.text
+    if isinstance(event, Revision | Reply):
+        goes_on = event.text.startswith(so_far)
+        return event.text.removeprefix(so_far) if goes_on else f"\n\n{event.text}", event.text
+    return "", so_far
+
+
+def _chunks(index: int, event: Event, sent: dict[int, str], shape: Shape) -> list[dict[str, Any]]:
+    """What one event adds to the stream of choice `index`; `sent` holds each choice's text so far."""
+    text, whole = further(sent.get(index, ""), event)
+    tokens: tuple[Token, ...] = (event,) if isinstance(event, Token) else ()
+    if isinstance(event, Reply) and index not in sent:  # nothing was streamed: all comes at once
+        tokens = event.tokens
     chunks = []
-    if index not in sent and (text or isinstance(event, Reply)):
-        chunks.append(shape.chunk(index, {"role": "assistant", "content": ""}))
     if text or (tokens and shape.body.logprobs):
         chunks.append(shape.chunk(index, {"content": text}, tokens=tokens))
+    if index not in sent and (chunks or isinstance(event, Reply)):
+        chunks.insert(0, shape.chunk(index, {"role": "assistant", "content": ""}))
     if chunks:
         sent[index] = whole
     if isinstance(event, Reply):

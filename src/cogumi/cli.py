@@ -1,0 +1,266 @@
+"""The `cogumi` command: parses, calls, prints. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cogumi import __version__, show
+from cogumi.errors import BundleError, CogumiError
+from cogumi.types import Request
+
+app = typer.Typer(
+    name="cogumi",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RUNS = Path("runs")
+_debug = False
+
+RunsOption = Annotated[Path, typer.Option(help="Folder that builds are kept in.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+BundleArgument = Annotated[
+    Path | None, typer.Argument(help="Folder of a bundle.", show_default="the newest runs/*/bundle")
+]
+ModeOption = Annotated[
+    str | None,
+    typer.Option(help="`fast` never asks a modifier, `accurate` does.", show_default="the bundle's own"),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"cogumi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Build and run small local chat systems that know how sure they are.
+
+    A first look: `cogumi demo`. Then: `cogumi chat`, `cogumi serve`, `cogumi inspect`.
+    """
+    global _debug
+    _debug = debug
+
+
+def _found(bundle: Path | None) -> Path:
+    """The bundle named, or the newest one that was built here."""
+    if bundle is not None:
+        return bundle
+    built = sorted(RUNS.glob("*/bundle/bundle.json"), key=lambda path: path.stat().st_mtime)
+    if not built:
+        raise BundleError(f"there is no bundle in {RUNS}/; build one: cogumi build tiny, or name its folder")
+    return built[-1].parent
+
+
+def _build(recipe: str, runs: Path, seed: int | None) -> dict[str, Any]:
+    from cogumi.pipeline import build
+    from cogumi.recipe import load_recipe
+
+    with show.BuildProgress() as progress:
+        return build(load_recipe(recipe), runs, seed=seed, progress=progress)
+
+
+@app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name, or a YAML file.")] = "tiny",
+    runs: RunsOption = RUNS,
+    seed: Annotated[
+        int | None, typer.Option(help="Another seed than the recipe's.", show_default="recipe's")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Build a bundle from a recipe; what is built already is kept, what was interrupted goes on.
+
+    Example: `cogumi build tiny` leaves the bundle in runs/tiny/bundle and its figures in runs/tiny/report.md.
+    """
+    report = _build(recipe, runs, seed)
+    if json:
+        show.emit(report)
+    else:
+        show.print_report(report)
+
+
+@app.command()
+def demo(runs: RunsOption = RUNS) -> None:
+    """Build the tiny recipe, ask it questions that take different routes, and show what it came to.
+
+    Example: `cogumi demo` (about eight minutes the first time, seconds after that).
+    """
+    from cogumi.cascade.cascade import open_cascade
+    from cogumi.conversation import Conversation
+
+    report = _build("tiny", runs, None)
+    bundle = runs / report["recipe"] / "bundle"
+    cascade = open_cascade(bundle)
+    try:
+        for row in report["showcase"]:
+            show.print_question(row["question"], row["why"])
+            show.print_reasons(Conversation(cascade).say(row["question"], show.stream))
+    finally:
+        cascade.close()
+    show.print_report(report)
+    show.print_next(bundle)
+
+
+@app.command()
+def chat(
+    bundle: BundleArgument = None,
+    mode: ModeOption = None,
+    once: Annotated[str | None, typer.Option(help="Answer this one question and end.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Talk to a bundle; under each answer stand the tier that gave it, P(correct) and why.
+
+    Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
+    """
+    from cogumi.cascade.cascade import open_cascade
+    from cogumi.conversation import Conversation, talk
+
+    if json and once is None:
+        raise CogumiError('--json prints one answer: give its question with --once "..."')
+    cascade = open_cascade(_found(bundle))
+    try:
+        conversation = Conversation(cascade, mode)
+        if once is None:
+            talk(conversation)
+        elif json:
+            from cogumi.serve.schema import extension
+
+            reply = conversation.say(once)
+            show.emit(
+                {"question": once, "answer": reply.text, "finish_reason": reply.finish_reason}
+                | extension(reply)
+            )
+        else:
+            show.print_reasons(conversation.say(once, show.stream))
+    finally:
+        cascade.close()
+
+
+@app.command()
+def serve(
+    bundle: BundleArgument = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
+    context: Annotated[
+        int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")
+    ] = 512,
+    json: JsonOption = False,
+) -> None:
+    """Serve a bundle to any OpenAI client, at http://HOST:PORT/v1; any API key is accepted.
+
+    Example: `cogumi serve runs/tiny/bundle --port 8000`
+    """
+    from cogumi.serve import api
+
+    folder = _found(bundle)
+    listener = api.bind(host, port)
+    where = f"http://{host}:{listener.getsockname()[1]}"
+    show.NOTES.print(f"cogumi: loading {folder}", soft_wrap=True)
+
+    def load() -> api.Served:
+        from cogumi.cascade.cascade import open_cascade
+
+        return open_cascade(folder, slots=slots, context=context)
+
+    def ready(cascade: api.Served) -> None:
+        if json:
+            show.emit({"url": f"{where}/v1", "bundle": str(folder), "models": list(cascade.models)})
+        else:
+            show.print_serving(where, cascade.models)
+
+    api.serve(load, listener, ready)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A bundle, an artifact, a run's folder, or a recipe.")],
+    json: JsonOption = False,
+) -> None:
+    """Say what something is: sizes, fingerprints, figures. Checksums are verified on the way.
+
+    Example: `cogumi inspect runs/tiny/bundle`
+    """
+    from cogumi.inspection import look
+
+    found = look(path)
+    if json:
+        show.emit(found)
+    else:
+        show.print_inspection(found)
+
+
+def _model(tier: str, models: Sequence[str]) -> str:
+    """The model name of a tier; `CogumiError` lists the tiers there are."""
+    names = {"cascade": "cogumi"}
+    for model in models:
+        name = model.removeprefix("cogumi:")
+        if name in ("base", "draft"):
+            names[name] = model
+        elif name.startswith("base+"):
+            names[name.replace("base+", "modifier:")] = model
+    if tier not in names:
+        raise CogumiError(f"this bundle has no tier {tier!r}; it has: {', '.join(names)}")
+    return names[tier]
+
+
+@app.command(name="eval")
+def evaluate(
+    bundle: BundleArgument = None,
+    data: Annotated[Path, typer.Option(help="Questions: JSONL in Alpaca or messages form.")] = ...,  # type: ignore[assignment]
+    tier: Annotated[str, typer.Option(help="cascade, base, draft or modifier:NAME.")] = "cascade",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Ask a bundle the questions of a file and grade the answers.
+
+    Example: `cogumi eval runs/tiny/bundle --data questions.jsonl --tier base --limit 200`
+    """
+    from cogumi.cascade.cascade import open_cascade
+    from cogumi.data.load import load
+    from cogumi.evaluate.measure import measure
+
+    examples, rejected = load(data)
+    examples = examples[:limit]
+    cascade = open_cascade(_found(bundle))
+    try:
+        model = _model(tier, cascade.models)
+        resolved = [cascade.resolve(model, Request(messages=example.messages)) for example in examples]
+        figures = measure(resolved[0][0], [request for _, request in resolved], examples)
+    finally:
+        cascade.close()
+    figures |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected]}
+    if json:
+        show.emit(figures)
+    else:
+        show.print_evaluation(figures)
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line and exit code 1."""
+    try:
+        app()
+    except (CogumiError, OSError) as error:
+        if _debug:
+            raise
+        show.print_error(error)
+        raise SystemExit(1) from None

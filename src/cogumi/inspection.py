@@ -1,0 +1,56 @@
+"""Says what a path is (bundle, artifact, run or recipe) and what is in it, with every checksum verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cogumi import artifact, bundle
+from cogumi.errors import ArtifactError
+from cogumi.recipe import builtin_recipes, load_recipe
+
+REPORT = "report.json"
+
+
+def look(path: str) -> dict[str, Any]:
+    """A description under the key `what` and those of its kind.
+
+    Raises the error of what is damaged, or `ArtifactError` if there is nothing here that we know.
+    """
+    folder = Path(path)
+    if (folder / bundle.INDEX).is_file():
+        return _bundle(folder)
+    if (folder / artifact.MANIFEST).is_file():
+        artifact.verify(folder)
+        manifest = artifact.read_manifest(folder)
+        return {"what": "artifact", "path": path} | manifest.model_dump(exclude={"format"})
+    if (folder / REPORT).is_file():
+        report: dict[str, Any] = json.loads((folder / REPORT).read_bytes())
+        return {"what": "run", "path": path} | report
+    if folder.suffix in (".yaml", ".yml") or path in builtin_recipes():
+        return _recipe(path)
+    raise ArtifactError(
+        f"{path} is no bundle, artifact, run or recipe; name a folder such as runs/tiny/bundle, "
+        f"a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
+    )
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    opened = bundle.open_bundle(folder)
+    index = json.loads((folder / bundle.INDEX).read_bytes())
+    return {
+        "what": "bundle",
+        "path": str(folder),
+        "bytes": sum(entry["bytes"] for entry in index["files"].values()),
+        "modifiers": list(opened.modifiers),
+        "files": index["files"],
+        "parts": index["parts"],
+        "description": opened.description,
+        "calibration": opened.calibration,
+    }
+
+
+def _recipe(path: str) -> dict[str, Any]:
+    recipe = load_recipe(path)
+    return {"what": "recipe", "path": path} | recipe.model_dump(mode="json", exclude_defaults=True)

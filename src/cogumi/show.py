@@ -1,0 +1,261 @@
+"""What the command line prints: build progress, answers with their reasons, and tables of figures.
+
+Results go to standard output, progress and notes to standard error, so that output can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cogumi.types import Reply
+
+OUT = Console(highlight=False)
+NOTES = Console(stderr=True, highlight=False)
+
+
+def emit(value: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: 1234567 -> 1.2 MB."""
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 200 -> 3 min 20 s."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+class BuildProgress:
+    """Shows a build: a bar with the time left on a terminal, otherwise a plain line now and then."""
+
+    PLAIN_EVERY = 15.0  # seconds between lines of one step
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[figures]}"),
+            console=NOTES,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._title = self._last = ""
+        self._began = self._told = 0.0
+
+    def __enter__(self) -> BuildProgress:
+        if NOTES.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if NOTES.is_terminal:
+            self._bar.stop()
+
+    def started(self, step: str, stage: str, number: int, of: int, reason: str) -> None:
+        """Name the step that begins and why it runs again, if it does."""
+        self._title, self._last = f"[{number}/{of}] {step} ({stage})", ""
+        self._began = self._told = time.monotonic()
+        title = escape(self._title)
+        if NOTES.is_terminal:
+            self._task = self._bar.add_task(title, total=None, figures="")
+        if reason or not NOTES.is_terminal:
+            NOTES.print(f"{title}{f': {escape(reason)}' if reason else ''}")
+
+    def advanced(self, done: int, total: int | None, figures: Mapping[str, float]) -> None:
+        """Move the bar, or print a line if the last one is old."""
+        self._last = _figures(figures)
+        now = time.monotonic()
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, figures=self._last)
+        elif now - self._told >= self.PLAIN_EVERY:
+            self._told = now
+            left = f", {duration((now - self._began) / done * (total - done))} left" if total and done else ""
+            NOTES.print(f"  {done}{f' of {total}' if total else ''}{left}  {self._last}")
+
+    def finished(self, seconds: float, skipped: bool, metrics: Mapping[str, Any]) -> None:
+        """Tell what the step took."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        took = "unchanged" if skipped else duration(seconds)
+        NOTES.print(f"[green]✓[/] {escape(self._title)}  {took}  [dim]{self._last}[/]")
+
+
+def confidence(reply: Reply) -> str:
+    """Who answered and how sure it is, in one line."""
+    sure = "" if reply.p_correct is None else f" · P(correct) {reply.p_correct:.0%}"
+    drafted = f" · drafts kept {reply.usage.accepted}/{reply.usage.drafted}" if reply.usage.drafted else ""
+    return f"{reply.tier or 'model'}{sure} · {reply.usage.completion_tokens} tokens{drafted}"
+
+
+def print_reasons(reply: Reply) -> None:
+    """Under an answer: the tier, P(correct), and one line for every decision."""
+    OUT.print(f"\n  [bold cyan]{escape(confidence(reply))}[/]", soft_wrap=True)
+    for decision in reply.decisions:
+        mark = "[green]✓[/]" if decision.accepted else "[yellow]→[/]"
+        OUT.print(f"  {mark} [dim]{escape(decision.tier)}: {escape(decision.reason)}[/]", soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table: the first column names things, the others are figures."""
+    shown = Table(title=escape(title), title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        shown.add_column(escape(column), justify="right" if index else "left")
+    for row in rows:
+        shown.add_row(*(escape(cell) for cell in row))
+    OUT.print(shown)
+
+
+def share(counts: Iterable[Sequence[int]]) -> str:
+    """Summed `[correct, n]` pairs as a percentage; a dash if there is nothing to count."""
+    pairs = list(counts)
+    n = sum(pair[1] for pair in pairs)
+    return f"{sum(pair[0] for pair in pairs) / n:.1%}" if n else "-"
+
+
+def print_accuracy(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]], title: str) -> None:
+    """`{tier: {domain: {difficulty: [correct, n]}}}` as a table of tiers against domains and difficulties."""
+    domains = sorted({domain for tier in accuracy.values() for domain in tier})
+    levels = sorted({str(level) for tier in accuracy.values() for cells in tier.values() for level in cells})
+    rows = []
+    for tier, cells in accuracy.items():
+        by_domain = [share(cells.get(domain, {}).values()) for domain in domains]
+        by_level = [
+            share(c for d in cells.values() for at, c in d.items() if str(at) == level) for level in levels
+        ]
+        rows.append([tier, share(c for d in cells.values() for c in d.values()), *by_domain, *by_level])
+    table(title, ["tier", "all", *domains, *(f"level {level}" for level in levels)], rows)
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The figures of a build: accuracy by tier, then what the gate, the drafts and the sizes came to."""
+    if accuracy := report.get("accuracy"):
+        print_accuracy(accuracy, "Answered correctly, held-out questions")
+    rows: list[tuple[str, str]] = []
+    if gate := report.get("gate"):
+        rows += [
+            ("tells right from wrong (AUROC)", f"{gate['auroc']:.3f}"),
+            ("  from perplexity alone", f"{gate['auroc_perplexity']:.3f}"),
+            ("calibration error (ECE)", f"{gate['ece']:.3f}"),
+            ("answers accepted (coverage)", f"{gate['coverage']:.1%}"),
+            (f"wrong among accepted (bound {gate['bound']:.0%})", f"{gate['accepted_error']:.1%}"),
+        ]
+    if unanswerable := report.get("unanswerable"):
+        confident, n = unanswerable["confident"], unanswerable["n"]
+        rows.append(("unanswerable, yet answered with confidence", f"{confident} of {n}"))
+    rows += [
+        (f"modifier {domain}: before → after", f"{figures['before']:.1%} → {figures['after']:.1%}")
+        for domain, figures in report.get("modifiers", {}).items()
+    ]
+    if speculation := report.get("speculation"):
+        rows.append(("drafted tokens kept", f"{speculation['acceptance']:.1%}"))
+        rows.append(("speed with drafts forced on", f"{speculation['speedup']:.2f}x"))
+    rows += [(f"route {route}", f"{part:.1%}") for route, part in report.get("routes", {}).items()]
+    rows += [(f"bytes: {part}", size(count)) for part, count in report.get("bytes", {}).items()]
+    rows.append(("time of this build", duration(report["seconds"])))
+    rows.append(("peak memory", size(report["peak_rss_bytes"])))
+    table(f"Recipe {report['recipe']}", ["figure", "value"], rows)
+
+
+def print_evaluation(figures: Mapping[str, Any]) -> None:
+    """What `evaluate.measure` found, and the rows of the file that could not be used."""
+    print_accuracy({figures["tier"]: figures["accuracy"]}, f"{figures['n']} questions of {figures['data']}")
+    if figures["coverage"] is not None:
+        wrong = "-" if figures["accepted_error"] is None else f"{figures['accepted_error']:.1%}"
+        OUT.print(f"accepted with confidence: {figures['coverage']:.1%}, wrong among those: {wrong}")
+    if rejected := figures["rejected"]:
+        NOTES.print(f"{len(rejected)} rows could not be used:")
+        for row in rejected[:10]:
+            NOTES.print(f"  {escape(row)}", soft_wrap=True)
+
+
+def print_inspection(found: Mapping[str, Any]) -> None:
+    """What `inspection.look` found: a table of files or steps, and every other value by name."""
+    if found["what"] == "run":
+        print_report(found)
+        return
+    for key, value in found.items():
+        if key == "files":
+            table("Files, verified", ["file", "size", "SHA-256"], _file_rows(value))
+        elif key == "steps":
+            rows = [
+                [s["name"], s["stage"], ", ".join(f"{r}={i}" for r, i in s.get("inputs", {}).items())]
+                for s in value
+            ]
+            table("Steps", ["step", "stage", "inputs"], rows)
+        elif key == "bytes":
+            OUT.print(f"size: {size(value)}")
+        elif value:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            OUT.print(f"[bold]{escape(key)}[/]: {escape(text)}", soft_wrap=True)
+
+
+def _file_rows(files: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    return [[name, size(entry["bytes"]), entry["sha256"][:16]] for name, entry in files.items()]
+
+
+def print_question(question: str, why: str) -> None:
+    """A showcase question and what it is there to show."""
+    OUT.print(f"\n[dim]{escape(why)}[/]\n[bold]> {escape(question)}[/]", soft_wrap=True)
+
+
+def stream(piece: str) -> None:
+    """Write a piece of an answer as it comes."""
+    print(piece, end="", flush=True)
+
+
+def print_serving(where: str, models: Sequence[str]) -> None:
+    """Where the server is and how to ask it."""
+    body = '{"model": "cogumi", "messages": [{"role": "user", "content": "What is 3 + 4?"}]}'
+    OUT.print(f"cogumi: ready at {where}/v1 ({', '.join(models)}); Ctrl-C ends. Try:", soft_wrap=True)
+    OUT.print(
+        f"  curl {where}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", soft_wrap=True
+    )
+
+
+def print_next(bundle: Path) -> None:
+    """What to type after the demo."""
+    OUT.print(
+        f"Next:\n  cogumi chat {bundle}       talk to it\n"
+        f"  cogumi serve {bundle}      any OpenAI client can use it\n"
+        f"  cogumi inspect {bundle}    what is inside\n"
+        f"  {bundle.parent / 'report.md'}  all figures, with pictures",
+        soft_wrap=True,
+    )
+
+
+def print_error(error: BaseException) -> None:
+    """One line on standard error."""
+    print(f"cogumi: {error}", file=sys.stderr)
