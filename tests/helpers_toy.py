@@ -54,6 +54,8 @@ def run(config, inputs, out, context):
                 file.write(bytes.fromhex(link) * 500)
                 file.flush()
                 time.sleep(config.delay / 4)
+    if config.writer == "full":
+        Path("/dev/full").write_bytes(b"x" * 10_000)
     if config.writer == "safetensors":
         save_file({"w": np.zeros(50_000, np.float32)}, out / "weights.safetensors")
     if config.source is not None:

@@ -298,6 +298,14 @@ def test_full_disk_leaves_no_half_artifact(tmp_path, writer, limit):
     assert contents(tmp_path / "runs") == contents(tmp_path / "calm")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_device_is_said_plainly(tmp_path):
+    with pytest.raises(CogumiError, match=r"^step 'second': the disk is full .*finished steps are kept$"):
+        build(recipe(step("first"), step("second", writer="full")), tmp_path)
+    assert artifact.verify(tmp_path / "small/first")
+    assert not (tmp_path / "small/second/manifest.json").exists()
+
+
 def test_two_builds_in_one_folder(tmp_path):
     path = write_recipe(tmp_path, step("first", steps=100, delay=0.05))
     process = start(path, tmp_path)

@@ -49,6 +49,7 @@ WRONG = {
     "could not determine a constructor": "name: !!python/object/apply:os.getcwd []",
     "a recipe has the keys name, description, seed, steps": "",
     "a recipe has the keys": "- 1",
+    "nested too deeply": "[" * 5000,
     "name: string should match": "name: ../x\nsteps: [{name: a, stage: s}]",
     "step '../a': name: string should match": "name: x\nsteps: [{name: ../a, stage: s}]",
     "step 'a': there are two steps of this name": STEP + "  - {name: a, stage: s}",

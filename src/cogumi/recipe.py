@@ -164,6 +164,8 @@ def parse_recipe(text: str, where: str, root: Path) -> Recipe:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"recipe {where}{line}: not YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise RecipeError(f"recipe {where}: nested too deeply to be a recipe") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
