@@ -1,0 +1,1 @@
+"""The run side's brain: one request through draft, base, gate and modifiers."""

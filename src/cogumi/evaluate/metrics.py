@@ -1,0 +1,97 @@
+"""Figures about confidence: calibration error, Brier score, ranking and selective risk. Pure functions on
+arrays [n].
+
+ECE: Guo et al. 2017, ten fixed bins. AURC: area under the risk-coverage curve (Geifman and El-Yaniv 2017).
+AUROC by ranks (Mann-Whitney), ties counting one half.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BINS = 10
+Doubles = NDArray[np.float64]
+
+
+def _pair(p: ArrayLike, correct: ArrayLike) -> tuple[Doubles, Doubles]:
+    p, correct = np.asarray(p, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if p.shape != correct.shape or p.ndim != 1:
+        raise ValueError(f"{p.shape} probabilities for {correct.shape} outcomes")
+    return p, correct
+
+
+def reliability(p: ArrayLike, correct: ArrayLike) -> list[tuple[int, float, float]]:
+    """Per bin of width 1/10: rows, mean probability, share correct (0, 0 for an empty bin)."""
+    p, correct = _pair(p, correct)
+    bins = np.minimum((p * BINS).astype(int), BINS - 1)
+    rows = []
+    for b in range(BINS):
+        inside = bins == b
+        n = int(inside.sum())
+        rows.append((n, float(p[inside].mean()) if n else 0.0, float(correct[inside].mean()) if n else 0.0))
+    return rows
+
+
+def ece(p: ArrayLike, correct: ArrayLike) -> float:
+    """Expected calibration error over ten fixed bins, in [0, 1]; 0 without rows."""
+    rows = reliability(p, correct)
+    total = max(sum(n for n, _, _ in rows), 1)
+    return float(sum(n * abs(confidence - share) for n, confidence, share in rows) / total)
+
+
+def brier(p: ArrayLike, correct: ArrayLike) -> float:
+    """Mean squared difference between probability and outcome; 0 without rows."""
+    p, correct = _pair(p, correct)
+    return float(np.mean((p - correct) ** 2)) if len(p) else 0.0
+
+
+def log_loss(p: ArrayLike, correct: ArrayLike) -> float:
+    """Mean negative log-likelihood in nats, probabilities kept 1e-6 away from 0 and 1."""
+    p, correct = _pair(p, correct)
+    p = np.clip(p, 1e-6, 1 - 1e-6)
+    return float(-np.mean(correct * np.log(p) + (1 - correct) * np.log1p(-p))) if len(p) else 0.0
+
+
+def auroc(score: ArrayLike, positive: ArrayLike) -> float:
+    """Chance that a positive row scores above a negative one; one half where either kind is missing."""
+    score, positive = _pair(score, positive)
+    _, index, counts = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]
+    n1 = float(positive.sum())
+    n0 = len(positive) - n1
+    if n1 == 0 or n0 == 0:
+        return 0.5
+    return float((ranks[positive > 0].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """Mean error rate of the most confident k rows, over all k; 0 without rows."""
+    confidence, correct = _pair(confidence, correct)
+    if not len(correct):
+        return 0.0
+    order = np.argsort(-confidence, kind="stable")
+    return float(np.mean(np.cumsum(1 - correct[order]) / np.arange(1, len(order) + 1)))
+
+
+def coverage(p: ArrayLike, threshold: float) -> float:
+    """Share of rows whose probability reaches the threshold; 0 without rows."""
+    p = np.asarray(p, dtype=np.float64)
+    return float(np.mean(p >= threshold)) if len(p) else 0.0
+
+
+def crossing(lower: ArrayLike, upper: ArrayLike) -> float:
+    """Where the densities of two groups of values cross: the cut (kept value <= cut) that separates them
+    best.
+
+    It maximises F_lower(cut) - F_upper(cut), which is where the two densities are equal, without choosing
+    bins.
+    """
+    lower, upper = np.sort(np.asarray(lower, dtype=np.float64)), np.sort(np.asarray(upper, dtype=np.float64))
+    if not len(lower) or not len(upper):
+        raise ValueError("both groups need values")
+    values = np.unique(np.concatenate([lower, upper]))
+    gain = np.searchsorted(lower, values, "right") / len(lower) - np.searchsorted(
+        upper, values, "right"
+    ) / len(upper)
+    return float(values[int(np.argmax(gain))])

@@ -1,0 +1,1 @@
+"""Numbers in, decisions out: signals, gates, calibration, the guarantee. Pure, numpy only."""

@@ -1,0 +1,194 @@
+"""Signals, nets, domains and the gate: pure numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from sklearn.neural_network import MLPClassifier
+from sklearn.preprocessing import StandardScaler
+
+from cogumi.errors import BundleError, RequestError
+from cogumi.evaluate.graders import normalise
+from cogumi.route import signals
+from cogumi.route.calibrate import Calibrator
+from cogumi.route.domains import fold, route
+from cogumi.route.gate import Calibration, Check, Gate, QuestionGate, check, settle
+from cogumi.route.guarantee import Guarantee
+from cogumi.route.nets import Net, load_head, load_net, sigmoid, softmax
+from cogumi.types import ABSTENTION, Reading, Reply, Score, Token, Usage
+
+
+def reply(values, text="x", finish="stop"):
+    return Reply(text, tuple(Token(0, "x", *v) for v in values), finish, Usage())
+
+
+number = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(number, number, number), max_size=30), st.sampled_from(["stop", "length"]))
+def test_answer_signals_are_finite_whatever_comes(values, finish):
+    found = signals.answer_signals(reply(values, finish=finish))
+    assert all(math.isfinite(v) for v in found.values())
+    assert found["min_logprob"] <= found["q10_logprob"] <= found["q25_logprob"]
+    assert found["min_logprob"] <= found["mean_logprob"] + 1e-9
+    assert set(found) == set(signals.answer_signals(reply([])))
+
+
+def test_answer_signals_by_hand():
+    two = [(-1.0, 0.5, 2.0), (-3.0, 1.5, 0.0)]
+    found = signals.answer_signals(reply(two, text="I don't  know", finish="length"))
+    assert found["mean_logprob"] == -2.0
+    assert found["first_logprob"] == -1.0
+    assert found["max_entropy"] == 1.5
+    assert found["min_margin"] == 0.0
+    assert found["cut"] == found["abstains"] == 1.0
+    assert signals.perplexity(found) == pytest.approx(math.exp(2))
+
+
+def test_an_empty_answer_looks_unsure_not_sure():
+    empty, sure = signals.answer_signals(reply([])), signals.answer_signals(reply([(-0.1, 0.1, 3.0)]))
+    assert empty["mean_logprob"] < sure["mean_logprob"]
+    assert empty["mean_entropy"] > sure["mean_entropy"]
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+def test_abstention_means_what_the_grader_means(text):
+    assert signals.abstains(text) == (normalise(text) == normalise(ABSTENTION))
+    assert signals.abstains(f" '{ABSTENTION.upper()}' ")
+
+
+def test_question_signals_count_digits_and_keep_domains():
+    reading = Reading(Score(6.0, 3, 9), (1.0, 4.0, math.inf), (0.0,), (0.0,))
+    found = signals.question_signals(reading, 0.25, {"math": 0.7, "code": 0.3}, "12 + 3")
+    assert found["question_nats"] == 2.0
+    assert found["question_max_nats"] == signals.FLOOR
+    assert found["question_log_digits"] == pytest.approx(math.log(4))
+    assert (found["domain_math"], found["p_easy"]) == (0.7, 0.25)
+    nothing = signals.question_signals(Reading(Score(0.0, 0, 0), (), (), ()), 0.5, {}, "")
+    assert all(math.isfinite(v) for v in nothing.values())
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_nets_equal_sklearn(tmp_path, classes):
+    rng = np.random.default_rng(1)
+    x = rng.normal(3.0, 2.0, (300, 7))
+    names = [f"c{i}" for i in range(classes)]
+    y = np.array(names)[np.argmax(x[:, :classes] + rng.normal(0, 1, (300, classes)), axis=1)]
+    scaler = StandardScaler().fit(x)
+    model = MLPClassifier((64, 32), max_iter=30, random_state=0).fit(scaler.transform(x), y)
+    net = Net.of(scaler.mean_, scaler.scale_, model.coefs_, model.intercepts_, model.classes_)
+    net.save(tmp_path / "net.safetensors")
+    again = load_net(tmp_path / "net.safetensors")
+    wanted = model.predict_proba(scaler.transform(x))
+    for row, probabilities in zip(x, wanted, strict=True):
+        mine = again.probabilities(row)
+        assert tuple(mine) == tuple(model.classes_)
+        assert np.allclose(list(mine.values()), probabilities, atol=1e-4)
+        assert mine == net.probabilities(row)
+
+
+def test_a_net_survives_json_exactly():
+    rng = np.random.default_rng(2)
+    weights = [rng.normal(size=(3, 5)), rng.normal(size=(5, 1))]
+    net = Net.of(rng.normal(size=3), rng.uniform(1, 2, 3), weights, [np.zeros(5), [0.1]])
+    again = Net.from_json(json.loads(json.dumps(net.to_json())))
+    x = rng.normal(size=(50, 3))
+    assert np.array_equal(net.logits(x), again.logits(x))
+    assert json.dumps(again.to_json()) == json.dumps(net.to_json())
+
+
+def test_a_net_must_fit_together():
+    with pytest.raises(ValueError, match="cannot follow"):
+        Net.of([0.0], [1.0], [np.zeros((2, 1))], [[0.0]])
+    with pytest.raises(ValueError, match="3 outputs for 2 classes"):
+        Net.of([0.0], [1.0], [np.zeros((1, 3))], [np.zeros(3)], ["a", "b"])
+
+
+def test_the_difficulty_head_and_files_that_are_none(tmp_path):
+    path = tmp_path / "difficulty.safetensors"
+    save_file({"weight": np.float32([1.0, -2.0]), "bias": np.float32([0.5])}, path)
+    assert load_head(path).logits([3.0, 1.0])[0] == pytest.approx(1.5)
+    with pytest.raises(BundleError, match="not a net of this version"):
+        load_net(path)
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(BundleError, match="cannot read"):
+        load_head(tmp_path / "broken.safetensors")
+    with pytest.raises(BundleError, match="cannot read"):
+        load_head(tmp_path / "missing.safetensors")
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
+def test_sigmoid_and_softmax_are_probabilities(z):
+    assert np.all((sigmoid(z) >= 0) & (sigmoid(z) <= 1))
+    assert softmax(z).sum() == pytest.approx(1.0)
+
+
+def test_domains_without_a_modifier_belong_to_the_base():
+    seen = {"math": 0.4, "code": 0.3, "reading": 0.3}
+    assert route(seen, ["math", "code"]) == "math"
+    assert route(seen, ["code"]) is None
+    assert fold(seen, ["code"])["base"] == pytest.approx(0.7)
+    assert route(seen, []) is None
+    assert route({}, ["math"]) is None
+
+
+def gate_of(weight, offset=0.0):
+    return Gate(
+        ("a", "b"), Net.of([0, 0], [1, 1], [[[weight], [0.0]]], [[0.0]]), Calibrator("platt", 1.0, offset)
+    )
+
+
+def test_a_calibration_survives_json_exactly():
+    isotonic = Gate(("a", "b"), gate_of(0.3).net, Calibrator("isotonic", knots=((-1.0, 0.1), (2.0, 0.9))))
+    promise = Guarantee(math.inf, 0.05, 0.95, 100, 0, 0, 1.0)
+    promises = {"base": promise, "modifier": promise}
+    whole = Calibration(QuestionGate(20.0, 0.5), gate_of(1.0), isotonic, promises)
+    text = json.dumps(whole.to_json(), allow_nan=False)
+    again = Calibration.from_json(json.loads(text))
+    assert json.dumps(again.to_json()) == text
+    assert again.guarantee(True) == promise
+    row = {"a": 0.3, "b": 5.0, "other": 1.0}
+    assert again.modifier.p_correct(row) == isotonic.p_correct(row)
+    with pytest.raises(BundleError, match="format 9"):
+        Calibration.from_json({"format": 9})
+    with pytest.raises(BundleError, match="incomplete"):
+        Calibration.from_json({"format": 1})
+
+
+def test_a_bundle_without_modifiers_has_the_base_policy_only():
+    promise = Guarantee(0.8, 0.05, 0.95, 100, 80, 1, 0.05)
+    plain = Calibration(QuestionGate(20.0, 0.5), gate_of(1.0), None, {"base": promise})
+    assert plain.guarantee(True) == plain.guarantee(False) == promise
+
+
+def test_gate_kinds():
+    sure = {"mean_logprob": -0.1}
+    assert check("calibrated", 0.8, sure, 0.8).accepted
+    assert not check("calibrated", 0.79, sure, 0.8).accepted
+    assert not check("calibrated", 1.0, sure, math.inf).accepted
+    assert check("perplexity", 0.0, sure, 0.8).accepted
+    assert not check("perplexity", 1.0, {"mean_logprob": -3.5}, 0.8).accepted
+    with pytest.raises(RequestError, match="calibrated, perplexity"):
+        check("other", 0.5, sure, 0.5)
+
+
+def judged(p, threshold):
+    return Check(p, "p_correct", p, threshold, p >= threshold)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_settle_never_gives_confidence_below_the_threshold(base, modifier, threshold):
+    tier, accepted = settle(judged(base, threshold), judged(modifier, threshold))
+    p = {"base": base, "modifier": modifier}[tier]
+    assert accepted == (p >= threshold)
+    assert accepted == (max(base, modifier) >= threshold)
+    assert accepted or p == max(base, modifier)
+    assert settle(judged(base, threshold), None) == ("base", base >= threshold)
