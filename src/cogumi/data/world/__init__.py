@@ -1,0 +1,36 @@
+"""The embedded synthetic world (SPEC A2): six domains, five difficulties, a checker for every question.
+
+One file per domain; each offers `make(difficulty, rng) -> Task`, and `UNANSWERABLE`, its kinds of questions that have no
+answer. A difficulty is a fixed family of questions; the table of families stands at the head of each file and was
+frozen before the first measured build.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+from cogumi.data.world import code, commonsense, math, reading, reasoning, tools
+from cogumi.data.world.task import Task
+
+DOMAINS: Mapping[str, ModuleType] = {
+    "math": math,
+    "code": code,
+    "reasoning": reasoning,
+    "tools": tools,
+    "reading": reading,
+    "commonsense": commonsense,
+}
+DIFFICULTIES = (1, 2, 3, 4, 5)
+
+UNANSWERABLE: Mapping[str, tuple[str, Callable[[random.Random], Task]]] = {
+    kind: (domain, make) for domain, module in DOMAINS.items() for kind, make in module.UNANSWERABLE.items()
+}
+"""kind -> (domain, generator)."""
+
+
+def make(domain: str, difficulty: int, rng: random.Random) -> Task:
+    """One question of a domain and difficulty; the same generator state gives the same question."""
+    task: Task = DOMAINS[domain].make(difficulty, rng)
+    return task

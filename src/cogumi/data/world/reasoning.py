@@ -1,0 +1,51 @@
+"""Ordering people by what is said of pairs.
+
+1  one pair, asked as said                  2  one pair, asked the other way round
+3  three people in a chain, said in order   4  three people, pairs shuffled and turned round
+5  four people, pairs shuffled and turned round
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+
+from cogumi.data.world.task import NAMES, Task, exact
+
+UNANSWERABLE: Mapping[str, Callable[[random.Random], Task]] = {}
+
+_RELATIONS = (
+    ("taller", "shorter"),
+    ("older", "younger"),
+    ("faster", "slower"),
+    ("richer", "poorer"),
+    ("stronger", "weaker"),
+    ("louder", "quieter"),
+)
+_SUPERLATIVE = {
+    "taller": "tallest", "shorter": "shortest", "older": "oldest", "younger": "youngest", "faster": "fastest",
+    "slower": "slowest", "richer": "richest", "poorer": "poorest", "stronger": "strongest", "weaker": "weakest",
+    "louder": "loudest", "quieter": "quietest",
+}  # fmt: skip
+
+
+def make(difficulty: int, rng: random.Random) -> Task:
+    """Who is the most or the least of some people; `people` run from most to least."""
+    more, less = rng.choice(_RELATIONS)
+    if rng.random() < 0.5:
+        more, less = less, more
+    people = rng.sample(NAMES, {1: 2, 2: 2, 3: 3, 4: 3, 5: 4}[difficulty])
+    facts = [f"{a} is {more} than {b}." for a, b in zip(people, people[1:], strict=False)]
+    if difficulty <= 2:
+        said = more if difficulty == 1 else less
+        question = rng.choice((f"Who is {said}?", f"Who is the {said} one?", f"Name the {said} one."))
+        return exact(f"{facts[0]} {question}", people[0] if difficulty == 1 else people[1])
+    if difficulty >= 4:
+        pairs = list(zip(people, people[1:], strict=False))
+        facts = [
+            f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}." for a, b in pairs
+        ]
+        rng.shuffle(facts)
+    top = rng.random() < 0.5
+    asked = _SUPERLATIVE[more if top else less]
+    return exact(f"{' '.join(facts)} Who is the {asked}?", people[0] if top else people[-1])

@@ -1,0 +1,130 @@
+"""Stage `world`: the five disjoint sets of questions that a recipe trains, tunes, calibrates and judges itself on."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.data.examples import SPLITS, example_id, normalised_question, split_path, write_examples
+from cogumi.data.world import DIFFICULTIES, DOMAINS, UNANSWERABLE, make
+from cogumi.data.world.task import Task
+from cogumi.errors import DataError
+from cogumi.stage import Context
+from cogumi.types import Artifact, Example, Message
+
+VERSION = 1
+KIND = "examples"
+
+UNANSWERABLE_FILE = "unanswerable.jsonl"
+"""Held-out questions without an answer, those of the unseen kinds among them."""
+
+# Where a question may ever appear: a function of its text, so that no two sets can share one.
+_SHARES = {"train": 60, "selection": 5, "fit": 12, "threshold": 12, "heldout": 11}
+_TRIES = 2_000
+
+
+class Config(BaseModel):
+    """Questions per cell (a domain at one difficulty) in each set; every known kind of unanswerable counts as one more cell.
+
+    `unseen` kinds of unanswerable questions appear only in the held-out file `unanswerable.jsonl`, `unanswerable` of each kind.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    train: int = Field(700, ge=1)
+    selection: int = Field(20, ge=1)
+    fit: int = Field(70, ge=1)
+    threshold: int = Field(70, ge=1)
+    heldout: int = Field(70, ge=1)
+    unanswerable: int = Field(200, ge=1)
+    unseen: tuple[str, ...] = ("invented_thing",)
+
+
+def split_of(question: str, seed: int) -> str:
+    """The one set in which a question may appear."""
+    digest = hashlib.sha256(f"{seed}\n{question}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") % sum(_SHARES.values())
+    for name, share in _SHARES.items():
+        place -= share
+        if place < 0:
+            return name
+    raise AssertionError("shares do not cover the hash range")
+
+
+def _example(task: Task, domain: str, difficulty: int, kind: str | None) -> Example:
+    messages = (Message("user", task.question),)
+    meta: dict[str, Any] = {"check": dict(task.check)}
+    if kind:
+        meta["unanswerable"] = kind
+    return Example(example_id(domain, messages), domain, difficulty, messages, task.answer, "world", meta)
+
+
+def draw(
+    cell: str, counts: Mapping[str, int], make_task: Callable[[random.Random], Task], seed: int
+) -> dict[str, list[Task]]:
+    """Distinct questions of one cell for every set; `DataError` if the cell holds too few."""
+    rng = random.Random(f"{seed}/{cell}")
+    drawn: dict[str, list[Task]] = {name: [] for name in counts}
+    seen: set[str] = set()
+    missing, tries = sum(counts.values()), 0
+    while missing:
+        task = make_task(rng)
+        question = normalised_question((Message("user", task.question),))
+        name = split_of(question, seed)
+        tries += 1
+        if question not in seen and len(drawn[name]) < counts[name]:
+            seen.add(question)
+            drawn[name].append(task)
+            missing, tries = missing - 1, 0
+        elif tries > _TRIES:
+            short = {n: counts[n] - len(drawn[n]) for n in counts if len(drawn[n]) < counts[n]}
+            raise DataError(
+                f"the world has too few different questions in {cell}: {short} are missing; ask for fewer"
+            )
+    return drawn
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """Nothing -> `<split>.jsonl` for every set, and `unanswerable.jsonl`."""
+    unknown = sorted(set(config.unseen) - set(UNANSWERABLE))
+    if unknown:
+        raise DataError(f"unseen kinds {unknown} do not exist; choose from {sorted(UNANSWERABLE)}")
+    counts = {name: int(getattr(config, name)) for name in SPLITS}
+    sets: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    cells = [(domain, difficulty) for domain in DOMAINS for difficulty in DIFFICULTIES]
+    for done, (domain, difficulty) in enumerate(cells):
+        tasks = draw(
+            f"{domain}/{difficulty}",
+            counts,
+            lambda rng, d=domain, k=difficulty: make(d, k, rng),
+            context.seed,
+        )
+        for name in SPLITS:
+            sets[name] += [_example(task, domain, difficulty, None) for task in tasks[name]]
+        context.progress(done + 1, len(cells) + len(UNANSWERABLE), {})
+    without: list[Example] = []
+    for done, (kind, (domain, make_task)) in enumerate(UNANSWERABLE.items()):
+        unseen = kind in config.unseen
+        known = dict.fromkeys(SPLITS, 0) if unseen else counts
+        tasks = draw(
+            kind, {**known, "heldout": known["heldout"] + config.unanswerable}, make_task, context.seed
+        )
+        without += [_example(t, domain, 0, kind) for t in tasks["heldout"][: config.unanswerable]]
+        tasks["heldout"] = tasks["heldout"][config.unanswerable :]
+        for name in SPLITS:
+            sets[name] += [_example(task, domain, 0, kind) for task in tasks[name]]
+        context.progress(len(cells) + done + 1, len(cells) + len(UNANSWERABLE), {})
+    for name in SPLITS:
+        random.Random(f"{context.seed}/{name}").shuffle(sets[name])
+        write_examples(split_path(out, name), sets[name])
+    write_examples(out / UNANSWERABLE_FILE, without)
+    return {
+        "rows": {**{name: len(rows) for name, rows in sets.items()}, "unanswerable": len(without)},
+        "domains": list(DOMAINS),
+        "unanswerable_kinds": sorted(UNANSWERABLE),
+        "unseen_kinds": list(config.unseen),
+    }

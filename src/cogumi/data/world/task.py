@@ -1,0 +1,47 @@
+"""What a domain makes, and the words that several domains share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cogumi.types import ABSTENTION
+
+NAMES = (
+    "Tom", "Ann", "Bob", "Eve", "Sam", "Mia", "Leo", "Ida", "Max", "Zoe", "Ben", "Amy", "Dan", "Kim", "Roy", "Sue",
+)  # fmt: skip
+CITIES = (
+    "Paris",
+    "Rome",
+    "Oslo",
+    "Cairo",
+    "Lima",
+    "Tokyo",
+    "Delhi",
+    "Berlin",
+    "Madrid",
+    "Boston",
+    "Dublin",
+    "Vienna",
+)
+COLORS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question, its reference answer and its check (see `evaluate.graders`)."""
+
+    question: str
+    answer: str
+    check: Mapping[str, Any]
+
+
+def exact(question: str, answer: str) -> Task:
+    """A question whose answer is one text."""
+    return Task(question, answer, {"kind": "exact"})
+
+
+def no_answer(question: str) -> Task:
+    """A question that only an abstention answers rightly."""
+    return Task(question, ABSTENTION, {"kind": "abstain"})

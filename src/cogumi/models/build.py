@@ -1,0 +1,101 @@
+"""Model folders: made from nothing, loaded, saved. fp32 safetensors, Llama architecture."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+
+from cogumi.errors import ArtifactError
+from cogumi.models.text import TOKENIZER_FILES, HFTokenizer
+
+
+class Shape(BaseModel):
+    """A Llama-architecture model; `hidden` must be a multiple of `heads`, and of 32 to be quantized."""
+
+    model_config = ConfigDict(extra="forbid")
+    hidden: int = Field(128, ge=32, multiple_of=32)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    feed_forward: int = Field(384, ge=32, multiple_of=32)
+    context: int = Field(512, ge=16)
+
+
+def build(shape: Shape, tokenizer: HFTokenizer, seed: int) -> Any:
+    """A randomly initialised `LlamaForCausalLM` with tied embeddings for this tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=tokenizer.size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos,
+        pad_token_id=None,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def locate(name: str, root: Path) -> Path:
+    """The model folder of a path (relative ones start at `root`) or of a Hub id, which is downloaded if need be."""
+    folder = root / name
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtifactError(
+            f"'{name}' is neither a folder under {root} nor a model of the Hub that can be had"
+        ) from error
+
+
+def load(folder: Path) -> Any:
+    """The causal language model of a folder, in fp32, ready for training."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{folder} holds no model that can be loaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def save(model: Any, tokenizer_folder: Path, out: Path) -> None:
+    """Write config.json, model.safetensors and the tokenizer files; the weights appear all at once."""
+    model.config.save_pretrained(out)
+    tied = model.config.tie_word_embeddings
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    save_tensors(tensors, out / "model.safetensors", {"format": "pt"})
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(tokenizer_folder / name, out / name)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file that is either whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """Number of distinct weights."""
+    return sum(p.numel() for p in model.parameters())

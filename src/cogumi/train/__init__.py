@@ -1,0 +1,1 @@
+"""Training: one loop, losses passed in as functions, one stage per kind of model."""

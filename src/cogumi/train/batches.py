@@ -1,0 +1,92 @@
+"""From examples to training rows, and the deterministic order in which a loop sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogumi.errors import TrainingError
+from cogumi.models.text import HFTokenizer
+from cogumi.types import Example
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids of a prompt and its answer; `ids[start:]` is the answer, its end token included."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`ids` `[rows, positions]`, padded on the right (causal attention never looks there); `labels` is `ids` where a token is
+    learned and IGNORE elsewhere; `starts` `[rows]`; `index` are the rows' positions in the data set."""
+
+    ids: Tensor
+    labels: Tensor
+    starts: Tensor
+    index: Tensor
+
+
+def make_rows(examples: Sequence[Example], tokenizer: HFTokenizer, context: int) -> list[Row]:
+    """One row per example. `TrainingError` if there are none or one does not fit the context."""
+    if not examples:
+        raise TrainingError("no examples to train on; look at the metrics of the step that made them")
+    rows = []
+    for example in examples:
+        prompt = tokenizer.chat(example.messages)
+        ids = (*prompt, *tokenizer.answer(example.answer))
+        if len(ids) > context:
+            raise TrainingError(
+                f"example {example.id} has {len(ids)} tokens, the model's context {context}; shorten it"
+            )
+        rows.append(Row(ids, len(prompt)))
+    return rows
+
+
+def collate(rows: Sequence[Row], index: Sequence[int]) -> Batch:
+    """Pad the chosen rows into one batch; only answers carry labels (assistant-only loss)."""
+    chosen = [rows[i] for i in index]
+    width = max(len(row.ids) for row in chosen)
+    ids = np.zeros((len(chosen), width), dtype=np.int64)
+    labels = np.full((len(chosen), width), IGNORE, dtype=np.int64)
+    for r, row in enumerate(chosen):
+        ids[r, : len(row.ids)] = row.ids
+        labels[r, row.start : len(row.ids)] = row.ids[row.start :]
+    starts = torch.tensor([row.start for row in chosen])
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), starts, torch.tensor(list(index)))
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which rows step `t` sees: shuffled by epoch, grouped by length so that little is padding.
+
+    A pure function of (lengths, size, seed, step): resuming needs no saved state.
+    """
+
+    lengths: tuple[int, ...]
+    size: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches per epoch; the last one may be smaller."""
+        return -(-len(self.lengths) // self.size)
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """All batches of one epoch, every row exactly once."""
+        rng = np.random.default_rng((self.seed, number))
+        order = rng.permutation(len(self.lengths))
+        pool = 32 * self.size
+        batches = []
+        for at in range(0, len(order), pool):
+            near = sorted(order[at : at + pool].tolist(), key=lambda i: self.lengths[i])
+            batches += [near[i : i + self.size] for i in range(0, len(near), self.size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
