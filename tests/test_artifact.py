@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.artifact import finish, load, read_manifest, sha256, verify, write_json, write_text
@@ -46,6 +46,7 @@ def test_equal_content_gives_equal_manifests(tmp_path):
     assert (tmp_path / "x/manifest.json").read_bytes() == (tmp_path / "y/manifest.json").read_bytes()
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=200), st.data())
 def test_any_flipped_bit_is_found(tmp_path_factory, content, data):
     folder = tmp_path_factory.mktemp("flip")
