@@ -75,8 +75,8 @@ class Vocabulary:
             bos=bos,
             eos=eos,
             pad=pad,
-            add_bos=bool(settings.get("add_bos_token", add_bos)) and bos is not None,
-            add_eos=bool(settings.get("add_eos_token", add_eos)),
+            add_bos=bos is not None and _said(settings, "add_bos_token", add_bos),
+            add_eos=_said(settings, "add_eos_token", add_eos),
             template=_template(folder, settings),
         )
 
@@ -190,6 +190,12 @@ def _frame(folder: Path, text: str, bos: int | None, eos: int) -> tuple[bool, bo
     raise ExportError(
         f"{folder}: the tokenizer's post-processor adds more than bos and eos; llama.cpp cannot"
     )
+
+
+def _said(settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    """The settings overrule the post-processor; null says nothing."""
+    value = settings.get(name)
+    return default if value is None else bool(value)
 
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
