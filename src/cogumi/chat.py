@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 
 from cogumi import show
+from cogumi.cascade.cascade import without_note
+from cogumi.cascade.modes import mode_of
 from cogumi.errors import CogumiError, RequestError
 from cogumi.runtime.engine import Engine
 from cogumi.serve.stream import further
@@ -13,7 +15,7 @@ from cogumi.types import Message, Reply, Request
 
 HELP = """\
 Type a question and press Enter. The conversation is remembered until /new.
-  /mode NAME   answer in another mode, such as fast or accurate; /mode alone goes back to the bundle's own
+  /mode NAME   answer in another mode, fast or accurate; /mode alone goes back to the usual one
   /new         forget the conversation
   /help        this text
   /quit        end (so does Ctrl-D)"""
@@ -23,7 +25,7 @@ class Conversation:
     """The turns so far and the mode they are answered in."""
 
     def __init__(self, engine: Engine, mode: str | None = None) -> None:
-        self.engine, self.mode = engine, mode
+        self.engine, self.mode = engine, mode_of(mode).name
         self.messages: tuple[Message, ...] = ()
 
     def say(self, text: str, write: Callable[[str], None] = lambda piece: None) -> Reply:
@@ -38,7 +40,7 @@ class Conversation:
             if piece:
                 write(piece)
             if isinstance(event, Reply):
-                self.messages = (*asked, Message("assistant", event.text))
+                self.messages = (*asked, Message("assistant", without_note(event.text)))
                 return event
         raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
 
@@ -66,9 +68,7 @@ def _turn(conversation: Conversation, question: str) -> None:
     try:
         reply = conversation.say(question, show.stream)
     except RequestError as error:
-        show.print_error(
-            CogumiError(f"{error} (/new forgets the conversation, /mode goes back to the usual mode)")
-        )
+        show.print_error(CogumiError(f"{error} (/new forgets the conversation so far)"))
     else:
         show.print_reasons(reply)
 
@@ -76,8 +76,11 @@ def _turn(conversation: Conversation, question: str) -> None:
 def _command(conversation: Conversation, line: str) -> None:
     name, _, argument = line.partition(" ")
     if name == "/mode":
-        conversation.mode = argument.strip() or None
-        print(f"mode: {conversation.mode or 'as the bundle says'}")
+        try:
+            conversation.mode = mode_of(argument.strip() or None).name
+        except RequestError as error:
+            print(error)
+        print(f"mode: {conversation.mode}")
     elif name == "/new":
         conversation.messages = ()
         print("a new conversation")

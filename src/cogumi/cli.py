@@ -31,7 +31,7 @@ BundleArgument = Annotated[
 ]
 ModeOption = Annotated[
     str | None,
-    typer.Option(help="`fast` never asks a modifier, `accurate` does.", show_default="the bundle's own"),
+    typer.Option(help="`fast` never asks a modifier, `accurate` does.", show_default="accurate"),
 ]
 
 
@@ -101,7 +101,7 @@ def demo(runs: RunsOption = RUNS) -> None:
     Example: `cogumi demo` (about eight minutes the first time, seconds after that).
     """
     from cogumi.cascade.cascade import open_cascade
-    from cogumi.conversation import Conversation
+    from cogumi.chat import Conversation
 
     report = _build("tiny", runs, None)
     bundle = runs / report["recipe"] / "bundle"
@@ -128,7 +128,7 @@ def chat(
     Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
     """
     from cogumi.cascade.cascade import open_cascade
-    from cogumi.conversation import Conversation, talk
+    from cogumi.chat import Conversation, talk
 
     if json and once is None:
         raise CogumiError('--json prints one answer: give its question with --once "..."')
@@ -174,7 +174,7 @@ def serve(
 
     folder = _found(bundle)
     listener = api.bind(host, port)
-    where = f"http://{host}:{listener.getsockname()[1]}"
+    where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     show.NOTES.print(f"cogumi: loading {folder}", soft_wrap=True)
 
     def load() -> api.Served:

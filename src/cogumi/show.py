@@ -33,7 +33,7 @@ NOTES = Console(stderr=True, highlight=False)
 
 def emit(value: Any) -> None:
     """Print one JSON document."""
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
 
 
 def size(count: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cogumi.cascade.cascade import without_note
 from cogumi.evaluate.graders import grade_all
 from cogumi.runtime.engine import Engine, replies
 from cogumi.types import Example, Reply, Request
@@ -21,7 +22,9 @@ def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Exam
     The last two are None where nothing judges the answers (or none was accepted).
     """
     answers = list(replies(engine, requests))
-    verdicts = grade_all([(example, answer.text) for example, answer in zip(examples, answers, strict=True)])
+    verdicts = grade_all(
+        [(example, without_note(answer.text)) for example, answer in zip(examples, answers, strict=True)]
+    )
     cells: dict[str, dict[str, list[int]]] = {}
     kept: list[bool] = []
     for example, answer, verdict in zip(examples, answers, verdicts, strict=True):

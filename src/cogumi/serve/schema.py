@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cogumi import __version__
+from cogumi.cascade.cascade import without_note
 from cogumi.errors import BusyError, ContextError, RequestError
 from cogumi.runtime.engine import Tokenizer
 from cogumi.types import Message, Reply, Request, Token, Usage
@@ -52,7 +53,9 @@ class Problem(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """What tells a client whether asking again can help."""
-        return {"retry-after": "1"} if self.retry else {"x-should-retry": "false"}
+        if not self.retry:
+            return {"x-should-retry": "false"}
+        return {"retry-after": "1"} if self.status in (429, 503) else {}
 
 
 def problem_of(error: RequestError) -> Problem:
@@ -86,7 +89,9 @@ class ChatMessage(BaseModel):
     content: Annotated[str, BeforeValidator(_joined)]
 
     def plain(self) -> Message:
-        """The message as engines take it; `developer` is today's name for `system`."""
+        """The message as engines take it: `developer` is today's name for `system`, our own notes are left out."""
+        if self.role == "assistant":
+            return Message(self.role, without_note(self.content))
         return Message("system" if self.role == "developer" else self.role, self.content)
 
 
@@ -214,7 +219,7 @@ def model_object(name: str, created: int) -> dict[str, Any]:
 
 
 def extension(reply: Reply) -> dict[str, Any]:
-    """The `cogumi` object: who answered, how sure it is, and why."""
+    """The `cogumi` object: who answered, how sure it is, and why. `tier` is empty where one tier was asked directly."""
     return {
         "tier": reply.tier,
         "route": reply.route,

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeAlias
 
@@ -33,26 +33,25 @@ async def live(engine: Engine, requests: Sequence[Request], threads: Executor, p
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
     gone = threading.Event()
+    open_events: dict[int, Iterator[Event]] = {}
 
     def drain(index: int, request: Request) -> None:
         def post(event: Event | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
         try:
-            events = engine.generate(request)
-            with contextlib.closing(events) if isinstance(events, Generator) else contextlib.nullcontext():
-                for event in events:
-                    if gone.is_set():
-                        return
-                    post(event)
+            open_events[index] = events = engine.generate(request)
+            for event in events:
+                if gone.is_set():
+                    break
+                post(event)
+            _close(events)
         finally:
             post(None)
 
     work = [loop.run_in_executor(threads, drain, index, request) for index, request in enumerate(requests)]
     for job in work:
-        job.add_done_callback(
-            lambda job: job.cancelled() or job.exception()
-        )  # seen, even if nobody waits any more
+        job.add_done_callback(_seen)
     running = len(work)
     try:
         while running:
@@ -72,6 +71,21 @@ async def live(engine: Engine, requests: Sequence[Request], threads: Executor, p
                 yield index, event
     finally:
         gone.set()
+        for events in list(open_events.values()):
+            _close(events)
+
+
+def _seen(job: asyncio.Future[None]) -> None:
+    """Take note of an error that nobody waits for any more, so that asyncio does not complain."""
+    if not job.cancelled():
+        job.exception()
+
+
+def _close(events: Iterator[Event]) -> None:
+    """Cancel a generation, from any thread; one that cannot be closed while it works stops at its next event."""
+    if isinstance(events, Generator):
+        with contextlib.suppress(ValueError):  # "generator already executing"
+            events.close()
 
 
 def _problem(error: BaseException) -> Problem:
