@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import tarfile
 from pathlib import Path
 
 import llama_cpp
@@ -19,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaForCausalLM
 
 from cogumi.artifact import sha256
@@ -29,10 +27,9 @@ from cogumi.compress.vocabulary import Vocabulary
 from cogumi.errors import ExportError
 from cogumi.models.text import HFTokenizer
 from cogumi.types import Artifact, Message, Request
+from helpers_gguf import edit, llama
 from pico import SENTENCES, SPECIALS, TEMPLATE, make_adapter, make_model
 
-DATA = Path(os.environ.get("COGUMI_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data at {DATA} (set COGUMI_TEST_DATA)")
 F32_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
 
 
@@ -71,39 +68,10 @@ def copy(tmp_path, pico) -> Path:
     return Path(shutil.copytree(pico, tmp_path / "copy"))
 
 
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def edit_weights(folder: Path, change, name: str = "model.safetensors") -> None:
     weights = load_file(folder / name)
     change(weights)
     save_file(weights, folder / name)
-
-
-def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def plain_tokenizer() -> Tokenizer:
-    """Byte-level BPE without digit splitting, whose merges join digits, so that a wrong `pre` shows."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-    numbers = " ".join(str(random.Random(i).randrange(10_000)) for i in range(3000))
-    tokenizer.train_from_iterator([*SENTENCES * 20, numbers], trainer)
-    tokenizer.add_tokens([AddedToken("<tool>", special=False), AddedToken("    ", special=False)])
-    return tokenizer
-
-
-def llama(path: Path, **options) -> llama_cpp.Llama:
-    return llama_cpp.Llama(
-        str(path), verbose=False, n_threads=1, n_threads_batch=1, **{"n_ctx": 512} | options
-    )
 
 
 def llama_logits(path: Path, ids: list[int], **options) -> np.ndarray:
@@ -429,294 +397,6 @@ def test_unknown_types_are_refused(tmp_path, pico):
         Config(type="q8")
     assert Config().type == "q8_0"
     assert {"f32", "f16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"} <= set(TYPES)
-
-
-# --- the tokenizer ---
-
-MULTILINGUAL = [
-    "Ich hätte gern zwei Stück Käsekuchen, bitte – für 3,50 €.",
-    "L'été, j'aime manger des crêpes à l'Orangerie; c'est l'idéal !",
-    "¿Dónde está el baño? ¡Mañana será 29 de año!",
-    "Съешь же ещё этих мягких французских булок, да выпей чаю в 18:30.",
-    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία το 2024.",
-    "今日は天気がいいですね。明日は2月29日です。",
-    "我能吞下玻璃而不伤身体，价格是一百二十三元。",
-    "다람쥐 헌 쳇바퀴에 타고파. 12시 30분.",
-    "أنا قادر على أكل الزجاج و هذا لا يؤلمني ١٢٣٤٥.",
-    "אני יכול לאכול זכוכית וזה לא מזיק לי.",
-    "मैं काँच खा सकता हूँ, मुझे उस से कोई पीडा नहीं होती १२३.",
-    "ฉันกินกระจกได้ แต่มันไม่ทำให้ฉันเจ็บ ๑๒๓",
-    "Mogę jeść szkło i mi nie szkodzi, źdźbło żółci.",
-    "Tôi có thể ăn thủy tinh mà không hại gì. Đường số 7.",
-    "Cam yiyebilirim, bana zararı dokunmaz. İIıi ŞĞ",
-    "আমি কাঁচ খেতে পারি, তাতে আমার কোনো ক্ষতি হয় না ১২৩",
-    "நான் கண்ணாடி சாப்பிடுவேன் ௧௨௩",
-    "მინას ვჭამ და არა მტკივა. Կրնամ ապակի ուտել ᎣᏏᏲ",
-    "ſtraße ﬁne Ⅷ ½ ² ₃ ①⑳ ㊿ 𝟘𝟙𝟚 𝓗𝓮𝓵𝓵𝓸 Z͑ͫ̓a̴l̷g̶o̸ e\u0301 é",
-]
-CODE = [
-    "def f(x: int) -> int:\n\t\treturn x**2 + 0x1F - 1_000  # comment\n",
-    'for(int i=0;i<10;++i){ printf("%d\\n", a[i]); }',
-    "SELECT * FROM t WHERE id != 42 AND name LIKE '%x%';",
-    "<div class=\"a b\" id='c'>&nbsp;</div>\r\n\r\n",
-    "x = {'a': [1, 2.5e-10, None], **kw}; y @= z >> 3",
-    "#!/bin/sh\nset -e; echo \"$HOME/${x:-1}\" | grep -E '^[a-z]+' && exit 0",
-]
-EMOJI = ["🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪🇫🇷", "👍🏽", "❤️", "1️⃣", "🤦🏿‍♂️", "☺", "🫠"]
-CONTRACTIONS = ["I'm", "we'll", "you've", "they'd", "it's", "don't", "'S", "'LL", "o'clock's", "''re", "’s"]
-SPACES = [
-    " ",
-    "  ",
-    "\t",
-    "\n",
-    "\r\n",
-    "\n\n\n",
-    "\u00a0",
-    "\u3000",
-    "\u2003",
-    "\u200b",
-    "\x0b\x0c",
-    "\x85",
-    "\u2028",
-]
-CONTROL = [
-    *SPECIALS,
-    "<|pad|",
-    "<|end|><|end|>",
-    "<tool>",
-    "</s>",
-    "<|endoftext|>",
-    "[PAD3]",
-    "    <tool>    ",
-]
-
-
-def foreign_text(count: int) -> list[str]:
-    """Seeded strings of every kind a user might send and no training set holds."""
-    draw = random.Random(20)
-    words = [w for s in (*MULTILINGUAL, *CODE, *SENTENCES) for w in s.split(" ")]
-    makers = [
-        lambda: "".join(
-            map(
-                chr,
-                (draw.choice((draw.randrange(0xD800), draw.randrange(0xE000, 0x110000))) for _ in range(20)),
-            )
-        ),
-        lambda: "".join(chr(draw.randrange(0x20, 0x3000)) for _ in range(draw.randrange(1, 30))),
-        lambda: "".join(chr(draw.randrange(256)) for _ in range(draw.randrange(1, 40))),
-        lambda: " ".join(draw.choices(words, k=draw.randrange(1, 12))),
-        lambda: draw.choice(MULTILINGUAL)[draw.randrange(10) :] + draw.choice(CODE),
-        lambda: "".join(draw.choices([*SPACES, "a", "1", "!", "é"], k=draw.randrange(1, 30))),
-        lambda: "".join(draw.choices("0123456789.,-+ ٣५Ⅷ½²", k=draw.randrange(1, 30))),
-        lambda: "".join(draw.choices([*EMOJI, *CONTRACTIONS, " ", "7"], k=draw.randrange(1, 12))),
-        lambda: "".join(draw.choices([*CONTROL, *words[:50], *SPACES], k=draw.randrange(1, 8))),
-    ]
-    return [draw.choice(makers)() for _ in range(count)]
-
-
-def public_lines(count: int) -> list[str]:
-    """Lines of books, encyclopedia articles and source code; none where the data is missing."""
-    if not DATA.is_dir():
-        return []
-    lines = [
-        line
-        for name in ("input.txt", "test.txt", "1342.txt", "2701.txt")
-        for line in (DATA / "corpus_text" / name).read_text(encoding="utf-8", errors="replace").split("\n")
-    ]
-    with tarfile.open(DATA / "corpus_code" / "TheAlgorithms+Python.py.tar.gz") as archive:
-        for member in archive.getmembers()[:400]:
-            if member.isfile():
-                text = archive.extractfile(member).read().decode("utf-8", errors="replace")
-                lines += [text[i : i + 200] for i in range(0, len(text), 200)]  # cut anywhere, newlines kept
-    return random.Random(3).sample(lines, count)
-
-
-def mismatches(path: Path, tokenizer: HFTokenizer, texts: list[str]) -> list[str]:
-    model = llama(path, vocab_only=True)
-    return [
-        text
-        for text in texts
-        for special in (False, True)
-        if model.tokenize(text.encode(), add_bos=False, special=special)
-        != tokenizer.encode(text, special=special)
-    ]
-
-
-@pytest.mark.parametrize("kind", ["smollm", "gpt-2"])
-def test_tokenization_is_the_tokenizers(tmp_path, copy, kind):
-    if kind == "gpt-2":
-        save_tokenizer(copy, plain_tokenizer())
-    export_model(copy, tmp_path / "m.gguf")
-    assert llama(tmp_path / "m.gguf", vocab_only=True).metadata["tokenizer.ggml.pre"] == kind
-    texts = foreign_text(11_000) + public_lines(2_000)
-    assert len(set(texts)) > 10_000
-    assert mismatches(tmp_path / "m.gguf", HFTokenizer.load(copy), texts) == []
-
-
-def test_foreign_text_tells_the_two_apart(tmp_path, copy):
-    """The strings above would show a wrong `pre`: an exporter that wrote one name for both fails them."""
-    export_model(copy, tmp_path / "m.gguf")
-    save_tokenizer(copy, plain_tokenizer())
-    export_model(copy, tmp_path / "plain.gguf")
-    document = json.loads((copy / "tokenizer.json").read_text())
-    digits = {"type": "Digits", "individual_digits": True}
-    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, document["pre_tokenizer"]]}
-    (copy / "tokenizer.json").write_text(json.dumps(document))
-    assert len(mismatches(tmp_path / "plain.gguf", HFTokenizer.load(copy), foreign_text(500))) > 50
-
-
-@needs_data
-def test_a_real_vocabulary_with_plain_added_tokens(tmp_path):
-    """phi-2's 50,295 tokens: plain byte-level, with runs of spaces and tabs as tokens not special."""
-    tokenizer = Tokenizer.from_file(str(DATA / "tokenizer_hf" / "phi-2" / "tokenizer.json"))
-    folder = real_folder(tmp_path / "m", tokenizer)
-    export_model(folder, tmp_path / "m.gguf")
-    texts = foreign_text(1_000) + public_lines(1_000)
-    assert mismatches(tmp_path / "m.gguf", HFTokenizer.load(folder), texts) == []
-
-
-@needs_data
-def test_the_public_gpt_2_vectors(tmp_path):
-    source = DATA / "tokenizer_hf"
-    model = models.BPE.from_file(str(source / "gpt2.vocab"), str(source / "gpt2.merges.txt"))
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    export_model(real_folder(tmp_path / "m", tokenizer), tmp_path / "m.gguf")
-    stock = llama(tmp_path / "m.gguf", vocab_only=True)
-    vectors = DATA / "tokenizers_llamacpp" / "ggml-vocab-gpt-2.gguf"
-    texts = Path(f"{vectors}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    expected = [[int(i) for i in line.split()] for line in Path(f"{vectors}.out").read_text().splitlines()]
-    got = [stock.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
-    assert got[: len(expected)] == expected
-    assert len(expected) > 30
-
-
-def real_folder(folder: Path, tokenizer: Tokenizer) -> Path:
-    """A pico model as wide in vocabulary as a real tokenizer."""
-    make_model(folder, hidden=32)
-    edit(folder / "config.json", vocab_size=tokenizer.get_vocab_size(), eos_token_id=50256)
-    LlamaForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True).save_pretrained(folder)
-    save_tokenizer(folder, tokenizer)
-    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>", pad_token=None)
-    return folder
-
-
-def test_special_text_typed_by_a_user_stays_text(tmp_path, pico):
-    export_model(pico, tmp_path / "m.gguf")
-    model = llama(tmp_path / "m.gguf", vocab_only=True)
-    for number, text in enumerate(SPECIALS):
-        assert model.tokenize(text.encode(), add_bos=False, special=True) == [number]
-        typed = model.tokenize(f"a {text} b".encode(), add_bos=False, special=False)
-        assert not set(typed) & set(range(len(SPECIALS)))
-        assert model.detokenize(typed).decode() == f"a {text} b"
-
-
-def test_unused_rows_of_the_embedding_become_unused_tokens(tmp_path, copy):
-    save_tokenizer(copy, plain_tokenizer())  # 502 tokens, 512 rows
-    export_model(copy, tmp_path / "m.gguf")
-    assert llama(tmp_path / "m.gguf", vocab_only=True).n_vocab() == 512
-    types = GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.token_type").contents()
-    assert types == [3] * 5 + [1] * 495 + [4] * 2 + [5] * 10
-
-
-@pytest.mark.parametrize("explicit", [None, False], ids=["post-processor", "switched off"])
-def test_bos_is_added_when_the_tokenizer_says_so(tmp_path, copy, explicit):
-    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
-    tokenizer.post_processor = processors.TemplateProcessing("<|user|> $A", special_tokens=[("<|user|>", 2)])
-    save_tokenizer(copy, tokenizer)
-    edit(copy / "tokenizer_config.json", bos_token={"content": "<|user|>"}, add_bos_token=explicit)
-    export_model(copy, tmp_path / "m.gguf")
-    model = llama(tmp_path / "m.gguf", vocab_only=True)
-    assert model.token_bos() == 2
-    assert model._model.add_bos_token() is (explicit is None)
-
-
-def test_chat_template_may_lie_in_its_own_file(tmp_path, copy):
-    edit(copy / "tokenizer_config.json", chat_template=None)
-    (copy / "chat_template.jinja").write_text("{{ messages }}")
-    export_model(copy, tmp_path / "m.gguf")
-    assert llama(tmp_path / "m.gguf", vocab_only=True).metadata["tokenizer.chat_template"] == "{{ messages }}"
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-LLAMA3_SPLIT = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}"}, "behavior": "Isolated", "invert": False}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "is Whitespace; supported: ByteLevel or Digits"),
-        ({"pre_tokenizer": None}, "is none; supported"),
-        (
-            {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
-            r"is ByteLevel\(add_prefix_space=True\)",
-        ),
-        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [LLAMA3_SPLIT, BYTE_LEVEL]}}, "Split"),
-        (
-            {
-                "pre_tokenizer": {
-                    "type": "Sequence",
-                    "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTE_LEVEL],
-                }
-            },
-            r"Digits\(individual_digits=False\)",
-        ),
-        ({"normalizer": {"type": "Lowercase"}}, "normalizes text"),
-        (
-            {
-                "post_processor": {
-                    "type": "TemplateProcessing",
-                    "single": [
-                        {"SpecialToken": {"id": "<|pad|>", "type_id": 0}},
-                        {"Sequence": {"id": "A", "type_id": 0}},
-                    ],
-                    "pair": [
-                        {"Sequence": {"id": "A", "type_id": 0}},
-                        {"Sequence": {"id": "B", "type_id": 0}},
-                    ],
-                    "special_tokens": {"<|pad|>": {"id": "<|pad|>", "ids": [0], "tokens": ["<|pad|>"]}},
-                }
-            },
-            "post-processor adds more",
-        ),
-    ],
-)
-def test_tokenizers_llama_cpp_would_get_wrong_are_refused(tmp_path, copy, change, message):
-    edit(copy / "tokenizer.json", **change)
-    with pytest.raises(ExportError, match=message):
-        export_model(copy, tmp_path / "m.gguf")
-
-
-def test_vocabularies_that_lose_text_or_lack_an_end_are_refused(copy):
-    document = json.loads((copy / "tokenizer.json").read_text())
-    for change, message in (
-        ({"ignore_merges": True}, "ignore_merges"),
-        ({"merges": []}, "no merges"),
-        ({"type": "WordLevel"}, "WordLevel"),
-        (
-            {"vocab": {k: v for k, v in document["model"]["vocab"].items() if k != "Ġ"}},
-            "lacks 1 of the 256 bytes",
-        ),
-    ):
-        (copy / "tokenizer.json").write_text(json.dumps(document | {"model": document["model"] | change}))
-        with pytest.raises(ExportError, match=message):
-            Vocabulary.load(copy)
-    (copy / "tokenizer.json").write_text(json.dumps(document))
-    edit(copy / "tokenizer_config.json", eos_token="<|stop|>")
-    with pytest.raises(ExportError, match=r"eos_token '<\|stop\|>'"):
-        Vocabulary.load(copy)
-    edit(copy / "tokenizer_config.json", eos_token=None)
-    with pytest.raises(ExportError, match="names no eos_token"):
-        Vocabulary.load(copy)
-
-
-def test_tokenizer_hash_follows_the_ids_alone(copy, pico):
-    same = Vocabulary.load(pico).sha256
-    edit(copy / "tokenizer_config.json", chat_template="{{ 1 }}")
-    assert Vocabulary.load(copy).sha256 == same
-    save_tokenizer(copy, plain_tokenizer())
-    assert Vocabulary.load(copy).sha256 != same
 
 
 # --- the stage ---
