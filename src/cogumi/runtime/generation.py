@@ -1,0 +1,144 @@
+"""One answer in the making: its text as it grows, its tokens, and the events its reader collects.
+
+Shared by all engines that run models themselves; knows nothing of how logits come about.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import TypeAlias
+
+import numpy as np
+
+from cogumi.runtime.engine import Event
+from cogumi.types import Reply, Request, Token, Usage
+
+Outcome: TypeAlias = Event | Exception
+
+
+class TextStream:
+    """Bytes of tokens in, text out as soon as it is certain.
+
+    Held back are incomplete characters and whatever may become a stop string; text from a stop string on is
+    never released.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._stop = tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, piece: bytes, last: bool = False) -> str:
+        """Text released by one more token; with `last` nothing is held back any more."""
+        if self.stopped:
+            return ""
+        text = self._held + self._decoder.decode(piece, final=last)
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if last else self._possible(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _possible(self, text: str) -> int:
+        """Length of the longest end of `text` that is the beginning of a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for n in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-n:]) for stop in self._stop):
+                return n
+        return 0
+
+
+class Generation:
+    """A request being answered. One thread advances it; any thread may read its events or cancel it."""
+
+    def __init__(self, request: Request, prompt: list[int], drafts: int = 0) -> None:
+        self.request = request
+        self.ids = list(prompt)  # the prompt, then what has been generated
+        self.drafts = drafts  # tokens to draft per round; 0 is plain decoding
+        self.cached = self.draft_cached = 0  # ids that each key-value cache holds
+        self.drafted = self.accepted = 0
+        self.cancelled = False
+        self.ended = False
+        self.events: SimpleQueue[Outcome] = SimpleQueue()
+        self.generator = np.random.default_rng(request.seed) if request.temperature > 0 else None
+        self._prompt_tokens = len(prompt)
+        self._tokens: list[Token] = []
+        self._text = TextStream(request.stop)
+        self._began = time.perf_counter()
+        self._first = 0.0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.request.max_tokens - len(self._tokens)
+
+    def emit(
+        self,
+        token: int,
+        piece: bytes,
+        is_end: bool,
+        signals: tuple[float, float, float],
+        draft_agreed: bool | None = None,
+        top: tuple[tuple[int, float], ...] = (),
+    ) -> bool:
+        """Add one token with its (logprob, entropy, margin); returns whether the answer has ended with it."""
+        if not self._tokens:
+            self._first = time.perf_counter() - self._began
+        last = is_end or self.remaining == 1
+        text = self._text.push(b"" if is_end else piece, last)
+        event = Token(token, text, *signals, draft_agreed, top)
+        self.ids.append(token)
+        self._tokens.append(event)
+        self.events.put(event)
+        if last or self._text.stopped:
+            self.end("stop" if is_end or self._text.stopped else "length")
+        return self.ended
+
+    def end(self, reason: str) -> None:
+        """Close the answer with its `Reply`."""
+        signals = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
+        if self.drafted:
+            signals["acceptance"] = self.accepted / self.drafted
+        usage = Usage(self._prompt_tokens, len(self._tokens), 0, self.drafted, self.accepted)
+        text = "".join(token.text for token in self._tokens)
+        self.ended = True
+        self.events.put(Reply(text, tuple(self._tokens), reason, usage, signals))
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, raised where the events are read."""
+        self.ended = True
+        self.events.put(error)
+
+
+class Events:
+    """Iterates a generation's events; closing or dropping it before the `Reply` cancels the request."""
+
+    def __init__(self, generation: Generation, receive: Callable[[], Outcome]) -> None:
+        self._generation = generation
+        self._receive = receive
+        self._done = False
+
+    def __iter__(self) -> Events:
+        return self
+
+    def __next__(self) -> Event:
+        if self._done:
+            raise StopIteration
+        outcome = self._receive()
+        self._done = isinstance(outcome, (Reply, Exception))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def close(self) -> None:
+        """Cancel the request if it still runs."""
+        self._done = True
+        self._generation.cancelled = True
+
+    __del__ = close

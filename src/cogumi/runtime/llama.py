@@ -1,0 +1,315 @@
+"""A thin typed wrap of llama.cpp's C interface: the only file that imports llama_cpp.
+
+`Model` is a memory-mapped GGUF file with its tokenizer and adapters; `Context` is one key-value cache with
+one preallocated batch, and belongs to one thread. What would kill the process is refused before the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from llama_cpp import llama_cpp as c
+from numpy.typing import NDArray
+
+from cogumi.errors import BundleError, ExportError, RequestError
+from cogumi.template import render_pieces
+from cogumi.types import Request
+
+MAX_LOGITS = 1 << 24
+"""Most logits one batch may return (64 MiB of floats), so that a large vocabulary does not eat the memory."""
+
+_ERROR_LEVEL = 4  # ggml.h
+_GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
+_complaints: list[str] = []
+
+
+@c.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_errors(level: int, text: bytes, _user_data: Any) -> None:
+    if level == _ERROR_LEVEL and text.strip():
+        _complaints.append(text.decode("utf-8", "replace").strip())
+
+
+c.llama_log_set(_keep_errors, ctypes.c_void_p(0))
+c.llama_backend_init()
+
+
+def _reason() -> str:
+    """llama.cpp's first complaint since the last clearing: later ones only say that the caller failed too."""
+    return _complaints[0] if _complaints else "llama.cpp gave no reason"
+
+
+class Tokenizer:
+    """`runtime.engine.Tokenizer` over the vocabulary and chat template inside a GGUF file. Thread-safe."""
+
+    def __init__(self, model: Any, path: Path) -> None:
+        self._vocab = c.llama_model_get_vocab(model)
+        self._pieces: dict[int, bytes] = {}
+        self._size = int(c.llama_vocab_n_tokens(self._vocab))
+        template = c.llama_model_chat_template(model, None)
+        self.template: str | None = template.decode("utf-8") if template else None
+        turn_end, text_end = int(c.llama_vocab_eot(self._vocab)), int(c.llama_vocab_eos(self._vocab))
+        self._eos = turn_end if turn_end >= 0 else text_end
+        if self._eos < 0:
+            raise BundleError(f"{path} names no end-of-answer token; export it again with its tokenizer")
+        self._name = path.name
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self._size
+
+    @property
+    def eos(self) -> int:
+        """The id that ends an answer."""
+        return self._eos
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends generation (a vocabulary may hold several such tokens)."""
+        return bool(c.llama_vocab_is_eog(self._vocab, token))
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`; special-token text becomes special ids only if `special` is set."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        buffer = (c.llama_token * room)()
+        n = c.llama_tokenize(self._vocab, data, len(data), buffer, room, False, special)
+        if n < 0:
+            raise RequestError(f"the text cannot be tokenized: {_reason()}")
+        return list(buffer[:n])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for; empty for special tokens."""
+        known = self._pieces.get(token)
+        if known is None:
+            known = self._pieces[token] = self._read_piece(token, special=False)
+        return known
+
+    def _read_piece(self, token: int, special: bool) -> bytes:
+        if not 0 <= token < self._size:
+            raise RequestError(f"token id {token} is outside the vocabulary of {self._size}")
+        buffer = ctypes.create_string_buffer(256)
+        n = c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:n]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+        return b"".join(map(self.piece, ids)).decode("utf-8", "replace")
+
+    def render(self, request: Request) -> list[int]:
+        """Prompt ids of a request: its messages through the chat template, or its raw prompt."""
+        if request.prompt is not None:
+            if isinstance(request.prompt, str):
+                return self.encode(request.prompt)
+            if not all(0 <= i < self._size for i in request.prompt):
+                raise RequestError(f"the prompt holds an id outside the vocabulary of {self._size}")
+            return list(request.prompt)
+        if self.template is None:
+            raise RequestError(f"{self._name} has no chat template; give a prompt instead of messages")
+        bos = int(c.llama_vocab_bos(self._vocab))
+        pieces = render_pieces(
+            self.template,
+            request.messages,
+            bos=self._read_piece(bos, special=True).decode("utf-8") if bos >= 0 else "",
+            eos=self._read_piece(self._eos, special=True).decode("utf-8"),
+        )
+        return [i for text, is_template in pieces for i in self.encode(text, special=is_template)]
+
+    def same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether every id means the same in both, special tokens included."""
+        if self._size != other._size or self._eos != other._eos:
+            return False
+        text, vocab, rival = c.llama_vocab_get_text, self._vocab, other._vocab
+        return all(text(vocab, i) == text(rival, i) for i in range(self._size))
+
+
+class Model:
+    """A GGUF file mapped into memory. Raises `BundleError` if llama.cpp cannot use the file."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise BundleError(f"{path} does not exist; build or copy the model first")
+        _complaints.clear()
+        self._model = c.llama_model_load_from_file(os.fsencode(path), c.llama_model_default_params())
+        if not self._model:
+            raise BundleError(f"{path} is not a whole GGUF model ({_reason()}); export or copy it again")
+        self.path = path
+        self.tokenizer = Tokenizer(self._model, path)
+        self.width = int(c.llama_model_n_embd(self._model))
+        self.trained_context = int(c.llama_model_n_ctx_train(self._model))
+        self.bytes = int(c.llama_model_size(self._model))
+
+    def load_adapter(self, path: Path) -> Any:
+        """Load a LoRA GGUF for contexts of this model; it lives as long as the model."""
+        if not path.is_file():
+            raise BundleError(f"adapter {path} does not exist; build or copy it first")
+        _complaints.clear()
+        adapter = c.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise BundleError(
+                f"{path} is no adapter for {self.path.name} ({_reason()}); use one trained on it"
+            )
+        return adapter
+
+    def close(self) -> None:
+        """Unmap the file; its contexts must be closed before."""
+        if self._model:
+            c.llama_model_free(self._model)
+            self._model = None
+
+
+class Row(NamedTuple):
+    """A run of tokens of one sequence from position `start` on; the last `outputs` of them return logits."""
+
+    sequence: int
+    tokens: Sequence[int]
+    start: int
+    outputs: int = 0
+
+
+class Context:
+    """A key-value cache for `sequences` sequences of up to `length` tokens each; its adapter is for life.
+
+    What a request computes must not depend on its neighbours nor on how its tokens were cut into batches.
+    Hence a stream of its own in the cache for each sequence, and values in bf16 beside keys in f16: on CPUs the
+    unequal types keep llama.cpp on its one attention kernel that works query by query. Measured at Q8_0: all
+    logits bit-identical; with equal types, prompt chunks of 64 and contexts of 512 change them by whole units.
+    """
+
+    def __init__(
+        self, model: Model, *, sequences: int, length: int, batch: int, threads: int, adapter: Any = None
+    ) -> None:
+        self.batch = batch
+        self.outputs = max(min(batch, MAX_LOGITS // model.tokenizer.size), min(batch, 64))
+        params = c.llama_context_default_params()
+        params.n_ctx = sequences * length
+        params.n_batch = params.n_ubatch = batch
+        params.n_seq_max = sequences
+        params.n_outputs_max = params.n_outputs_max_per_seq = self.outputs
+        params.n_threads = params.n_threads_batch = threads
+        params.pooling_type = c.LLAMA_POOLING_TYPE_NONE
+        params.kv_unified = False
+        params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k = c.GGML_TYPE_F16
+        params.type_v = c.GGML_TYPE_F16 if c.llama_supports_gpu_offload() else _GGML_TYPE_BF16
+        self._vocab, self._width, self._sequences = model.tokenizer.size, model.width, sequences
+        _complaints.clear()
+        self._context = c.llama_init_from_model(model._model, params)
+        if not self._context:
+            raise BundleError(
+                f"no context for {model.path.name} ({_reason()}); lower the slots or the context"
+            )
+        if adapter is not None:
+            scales = (ctypes.c_float * 1)(1.0)
+            c.llama_set_adapters_lora(self._context, (c.llama_adapter_lora_p_ctypes * 1)(adapter), 1, scales)
+        self._memory = c.llama_get_memory(self._context)
+        self._hidden = False
+        self._views: dict[int, NDArray[np.float32]] = {}
+        self._allocate(batch)
+
+    def _allocate(self, batch: int) -> None:
+        """Arrays that the batch structure points into for ever; filling them is the only work per step."""
+        self._token, self._position, self._sequence = (np.zeros(batch, np.int32) for _ in range(3))
+        self._wanted = np.zeros(batch, np.int8)
+        self._ones = np.ones(batch, np.int32)
+        int_p = ctypes.POINTER(ctypes.c_int32)
+        first = self._sequence.ctypes.data
+        self._sequence_p = (int_p * batch)(*(ctypes.cast(first + 4 * i, int_p) for i in range(batch)))
+        self._batch = c.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(int_p),
+            embd=None,
+            pos=self._position.ctypes.data_as(int_p),
+            n_seq_id=self._ones.ctypes.data_as(int_p),
+            seq_id=self._sequence_p,
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Run one batch; returns the logits (outputs, vocabulary) in the order of `rows`.
+
+        The array is llama.cpp's own memory: it is valid until the next call only.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        wanted: list[int] = []
+        for sequence, run, start, outputs in rows:
+            n = len(run)
+            tokens += run
+            positions += range(start, start + n)
+            sequences += [sequence] * n
+            wanted += [0] * (n - outputs) + [1] * outputs
+        n, outputs = len(tokens), sum(wanted)
+        if not 0 < n <= self.batch or outputs > self.outputs:
+            raise RequestError(
+                f"a batch of {n} tokens and {outputs} outputs exceeds {self.batch} and {self.outputs}"
+            )
+        self._token[:n] = tokens
+        self._position[:n] = positions
+        self._sequence[:n] = sequences
+        self._wanted[:n] = wanted
+        self._batch.n_tokens = n
+        status = c.llama_decode(self._context, self._batch)
+        if status:
+            raise RequestError(
+                f"llama.cpp could not run a batch of {n} tokens (status {status}: {_reason()})"
+            )
+        return self._view(c.llama_get_logits(self._context), self._vocab)[:outputs]
+
+    def hidden(self) -> NDArray[np.float32]:
+        """Hidden states (outputs, width) after the final norm of the last batch, if they were wanted."""
+        return self._view(c.llama_get_embeddings(self._context), self._width)
+
+    def want_hidden(self, wanted: bool) -> None:
+        """Also return hidden states from now on; every token of a batch must then be an output."""
+        if wanted != self._hidden:
+            c.llama_set_embeddings(self._context, wanted)
+            self._hidden = wanted
+
+    def _view(self, pointer: Any, columns: int) -> NDArray[np.float32]:
+        address = ctypes.addressof(pointer.contents)
+        view = self._views.get(address)
+        if view is None or view.shape[1] != columns:
+            if len(self._views) > 8:
+                self._views.clear()
+            view = np.ctypeslib.as_array(pointer, (self.outputs, columns))
+            self._views[address] = view
+        return view
+
+    def trim(self, sequence: int, length: int) -> None:
+        """Forget all of a sequence from position `length` on."""
+        c.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def close(self) -> None:
+        """Free the cache."""
+        if self._context:
+            c.llama_free(self._context)
+            self._context = None
+
+
+def quantize(source: Path, target: Path, type: str) -> None:
+    """Write `source` (an f32 or f16 GGUF) as `target` in a named type such as q8_0 or q4_k_m, atomically."""
+    known = {
+        name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower(): value
+        for name, value in vars(c).items()
+        if name.startswith("LLAMA_FTYPE_") and name != "LLAMA_FTYPE_GUESSED"
+    }
+    if type not in known:
+        raise ExportError(f"unknown GGUF type {type!r}; use one of {', '.join(sorted(known))}")
+    params = c.llama_model_quantize_default_params()
+    params.ftype = known[type]
+    partial = target.with_name(target.name + ".partial")
+    _complaints.clear()
+    status = c.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(params))
+    if status:
+        partial.unlink(missing_ok=True)
+        raise ExportError(f"llama.cpp could not quantize {source} to {type} ({_reason()})")
+    os.replace(partial, target)

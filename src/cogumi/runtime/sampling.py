@@ -1,0 +1,102 @@
+"""From logits to tokens and signals: pure numpy, row by row; a row means the same alone and in a batch.
+
+Greedy is temperature 0: the lowest id among the largest logits. Sampling is temperature, then nucleus (top-p,
+Holtzman et al. 2020), then one uniform number of the request's own generator.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.errors import RequestError
+from cogumi.types import Request
+
+Floats = NDArray[np.floating]
+Signals: TypeAlias = tuple[float, float, float]
+"""Log-probability of the chosen token, entropy, and gap of the two best log-probabilities, in nats."""
+MAX_LOGPROBS = 20
+
+
+def check(request: Request) -> None:
+    """Raise `RequestError` for sampling values that have no meaning."""
+    if request.max_tokens < 1:
+        raise RequestError(f"max_tokens is {request.max_tokens}; ask for at least 1 token")
+    if not (math.isfinite(request.temperature) and request.temperature >= 0):
+        raise RequestError(f"temperature is {request.temperature}; give 0 (greedy) or a positive number")
+    if not 0 < request.top_p <= 1:
+        raise RequestError(f"top_p is {request.top_p}; give a number above 0 and up to 1")
+    if not 0 <= request.logprobs <= MAX_LOGPROBS:
+        raise RequestError(f"logprobs is {request.logprobs}; give 0 to {MAX_LOGPROBS}")
+    if request.seed is not None and request.seed < 0:
+        raise RequestError(f"seed is {request.seed}; give a number from 0 up")
+    if not all(request.stop):
+        raise RequestError("a stop string is empty; give at least one character")
+
+
+def probabilities(logits: Floats, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
+    """The distribution (V,) that a request samples from, given one row of logits (V,).
+
+    Top-p keeps the smallest set of best tokens whose mass reaches `top_p` (ties: lower id), never empty.
+    """
+    if temperature == 0:
+        one_hot = np.zeros(logits.shape[-1])
+        one_hot[logits.argmax()] = 1.0
+        return one_hot
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max()
+    p = np.exp(shifted / temperature)
+    p /= p.sum()
+    if top_p < 1:
+        order = np.argsort(-p, kind="stable")
+        reached = np.searchsorted(np.cumsum(p[order]), top_p)
+        p[order[reached + 1 :]] = 0.0
+        p /= p.sum()
+    return p
+
+
+def draw(p: NDArray[np.float64], generator: np.random.Generator) -> int:
+    """One id from the distribution `p` (V,), by inversion: spends exactly one uniform number."""
+    mass = np.cumsum(p)
+    return int(min(np.searchsorted(mass, generator.random() * mass[-1], side="right"), np.flatnonzero(p)[-1]))
+
+
+def signals(logits: NDArray[np.float32], chosen: NDArray[np.integer]) -> list[Signals]:
+    """What each row of logits (n, V) says about its chosen id (n,), at temperature 1."""
+    rows = np.arange(len(logits))
+    best = logits.argmax(axis=1)
+    shifted = logits - logits[rows, best][:, None]
+    weight = np.exp(shifted)
+    total = weight.sum(axis=1)
+    log_total = np.log(total)
+    logprob = shifted[rows, chosen] - log_total
+    entropy = log_total - np.einsum("nv,nv->n", weight, shifted) / total
+    shifted[rows, best] = -np.inf
+    margin = -shifted.max(axis=1)
+    return list(zip(logprob.tolist(), entropy.tolist(), margin.tolist(), strict=True))
+
+
+def logprobs_of(logits: NDArray[np.float32], ids: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Log-probability of one id per row: logits (n, V), ids (n,) -> (n,)."""
+    top = logits.max(axis=1)
+    log_total = np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    logprobs: NDArray[np.float32] = logits[np.arange(len(logits)), ids] - top - log_total
+    return logprobs
+
+
+def top_logprobs(logits: NDArray[np.float32], n: int) -> tuple[tuple[int, float], ...]:
+    """The `n` best (id, logprob) of one row of logits (V,), best first, ties to the lower id."""
+    if n == 0:
+        return ()
+    top = logits.max()
+    log_total = np.log(np.exp(logits - top).sum())
+    if n < len(logits):
+        bound = np.partition(logits, -n)[-n]
+        candidates = np.flatnonzero(logits >= bound)
+    else:
+        candidates = np.arange(len(logits))
+    best = candidates[np.argsort(-logits[candidates], kind="stable")[:n]]
+    return tuple((int(i), float(logits[i] - top - log_total)) for i in best)
