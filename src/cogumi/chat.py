@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable
 
 from cogumi import show
-from cogumi.cascade.cascade import without_note
 from cogumi.cascade.modes import mode_of
 from cogumi.errors import CogumiError, RequestError
 from cogumi.runtime.engine import Engine
-from cogumi.serve.stream import further
+from cogumi.runtime.writing import further
 from cogumi.types import Message, Reply, Request
 
 HELP = """\
@@ -33,6 +32,8 @@ class Conversation:
 
         A turn that fails is not remembered, so that the conversation can go on.
         """
+        from cogumi.cascade.cascade import without_note  # loads llama.cpp
+
         asked = (*self.messages, Message("user", text))
         so_far = ""
         for event in self.engine.generate(Request(messages=asked, mode=self.mode)):

@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 
 from cogumi.errors import RequestError
 from cogumi.runtime.engine import Engine, Event
+from cogumi.runtime.writing import further
 from cogumi.serve.schema import Problem, Shape, internal_error, problem_of
-from cogumi.types import Reply, Request, Revision, Token, Usage
+from cogumi.types import Reply, Request, Token, Usage
 
 log = logging.getLogger(__name__)
 
@@ -134,20 +135,6 @@ async def server_sent(events: Live, shape: Shape) -> AsyncGenerator[str]:
         if shape.body.include_usage:
             yield _data(shape.usage_chunk(usage))
     yield DONE
-
-
-def further(so_far: str, event: Event) -> tuple[str, str]:
-    """What to write after `so_far` for this event, and the answer's text as it then stands.
-
-    Written text cannot be taken back. A revision that goes on from it adds its rest (a low-confidence note);
-    any other follows as a paragraph of its own.
-    """
-    if isinstance(event, Token):
-        return event.text, so_far + event.text
-    if isinstance(event, Revision | Reply):
-        goes_on = event.text.startswith(so_far)
-        return event.text.removeprefix(so_far) if goes_on else f"\n\n{event.text}", event.text
-    return "", so_far
 
 
 def _chunks(index: int, event: Event, sent: dict[int, str], shape: Shape) -> list[dict[str, Any]]:
