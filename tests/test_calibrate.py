@@ -2,6 +2,9 @@
 have the same.
 """
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +15,24 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.metrics import log_loss as sk_log_loss
 
+from cogumi.cascade.tiers import Question
 from cogumi.evaluate import metrics
+from cogumi.evaluate.calibrate import (
+    Answer,
+    Config,
+    Row,
+    calibrate,
+    count,
+    fit_question_gate,
+    is_easy,
+    probabilities,
+)
+from cogumi.evaluate.fit_gate import fit_gate
 from cogumi.route.calibrate import NAMES, Calibrator, fit
+from cogumi.route.gate import Calibration
 from cogumi.route.nets import sigmoid
+from cogumi.route.signals import question_signals
+from cogumi.types import ABSTENTION, Example, Message, Reading, Reply, Score, Token, Usage
 
 rows = st.integers(2, 60).flatmap(
     lambda n: st.tuples(
@@ -24,7 +42,7 @@ rows = st.integers(2, 60).flatmap(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(data=rows)
 def test_calibrators_are_monotone_probabilities(name, data):
     z, y = data
@@ -70,7 +88,7 @@ outcomes = st.integers(1, 80).flatmap(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(outcomes)
 def test_figures_lie_in_their_bounds(data):
     p, y = data
@@ -112,3 +130,100 @@ def test_the_crossing_separates_two_groups():
     assert metrics.crossing([1.0, 2.0], [5.0]) == 2.0
     with pytest.raises(ValueError, match="both groups"):
         metrics.crossing([], [1.0])
+
+
+def row(rng, domain):
+    """A made-up answered question: the surer the tokens and the easier the question, the more often correct."""
+    ease = rng.normal()
+    difficulty = int(np.clip(3 - ease + rng.normal(0, 0.5), 1, 5))
+    example = Example(
+        "x", domain, difficulty, (Message("user", "?"),), "a", meta={"check": {"kind": "exact"}}
+    )
+    reading = Reading(Score(4.0 * np.exp(-ease / 3), 2, 8), (1.0, 2.0), (), ())
+    p_easy = float(sigmoid(ease))
+    domains = {"code": float(domain == "code"), "math": float(domain == "math")}
+    signals = question_signals(reading, p_easy, domains, "?")
+    question = Question(signals, reading.score.perplexity, p_easy, domains)
+
+    def answer(skill):
+        sure = skill + 2 * ease + rng.normal(0, 0.7)
+        tokens = tuple(Token(0, "a", -float(np.exp(-sure - rng.random())), 0.1, 1.0) for _ in range(3))
+        correct = bool(rng.random() < sigmoid(2 * sure))
+        text = ABSTENTION if rng.random() < 0.05 else "aaa"
+        return Answer(Reply(text, tokens, "stop", Usage()), correct)
+
+    return Row(example, question, answer(0.5), answer(1.0) if domain == "math" else None)
+
+
+def made_up(rng, n):
+    return [row(rng, domain) for domain in rng.choice(["math", "code"], n)]
+
+
+def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
+    rng = np.random.default_rng(9)
+    rows = {"fit": made_up(rng, 1200), "selection": made_up(rng, 600), "threshold": made_up(rng, 1500)}
+    figures = calibrate(rows, Config(), 0, tmp_path)
+    text = (tmp_path / "calibration.json").read_text()
+    assert len(text) < 300_000
+    calibration = Calibration.from_json(json.loads(text))
+    assert figures["gates"]["base"]["auroc"] > 0.8
+    assert figures["gates"]["base"]["ece"] < 0.05
+    assert figures["gates"]["modifier"]["n"] == sum(r.modifier is not None for r in rows["threshold"])
+    assert figures["question"]["auroc_p_easy"] > 0.8
+    assert (tmp_path / "reliability.png").stat().st_size > 5_000
+    assert (tmp_path / "histogram.png").stat().st_size > 5_000
+
+    fresh = made_up(rng, 4000)
+    p = probabilities(fresh, calibration.base, calibration.modifier)
+    found = figures["guarantee"]["modifier"]
+    accepted, wrong = count(fresh, *p, modifiers=True)(found["threshold"])
+    assert found["bound"] <= 0.05
+    assert wrong / accepted <= 0.06
+    assert accepted / 4000 == pytest.approx(found["coverage"], abs=0.05)
+    assert found["coverage"] > figures["guarantee"]["base"]["coverage"] > 0.3
+
+
+def test_abstentions_are_never_accepted_answers():
+    rng = np.random.default_rng(10)
+    rows = [
+        replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know")))
+        for r in made_up(rng, 20)
+    ]
+    nothing = np.zeros(20)
+    assert count(rows, np.ones(20), nothing, modifiers=True)(0.5) == (0, 0)
+    # an abstention that is not sure enough lets the modifier answer
+    speaking = [r for r in rows if r.modifier and r.modifier.reply.text != ABSTENTION]
+    accepted, _ = count(rows, nothing, np.ones(20), modifiers=True)(0.5)
+    assert accepted == len(speaking) > 0
+    assert count(rows, nothing, np.ones(20), modifiers=False)(0.5) == (0, 0)
+
+
+@pytest.mark.parametrize("correct", [0.0, 1.0])
+def test_a_gate_without_anything_to_learn_is_a_constant(correct):
+    rows = [{"a": float(i), "b": 1.0} for i in range(50)]
+    fitted = fit_gate(rows, np.full(50, correct), rows, np.full(50, correct), 0)
+    p = fitted.gate.p_all(rows)
+    assert np.ptp(p) == 0.0
+    assert abs(p[0] - correct) < 0.05
+    assert fitted.figures["form"] == "constant"
+
+
+def test_every_form_and_calibrator_is_tried_and_the_best_is_taken():
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=(900, 2))
+    y = (x[:, 0] * x[:, 1] > 0).astype(float)  # no line separates these
+    rows = [{"a": a, "b": b} for a, b in x]
+    fitted = fit_gate(rows[:600], y[:600], rows[600:], y[600:], 0)
+    assert len(fitted.figures["tried"]) == 2 * len(NAMES)
+    assert fitted.figures["form"] == "net"
+    assert fitted.figures["log_loss"] == min(t["log_loss"] for t in fitted.figures["tried"])
+    assert metrics.auroc(fitted.gate.p_all(rows[600:]), y[600:]) > 0.95
+    assert metrics.auroc(fitted.out_of_fold, y[:600]) > 0.9
+
+
+def test_the_question_gate_when_all_questions_are_of_one_kind():
+    rows = made_up(np.random.default_rng(12), 30)
+    gate = fit_question_gate(rows, [True] * 30)
+    assert all(r.question.perplexity <= gate.perplexity and r.question.p_easy >= gate.p_easy for r in rows)
+    assert not is_easy(replace(rows[0].example, difficulty=0), 2)
+    assert not is_easy(replace(rows[0].example, difficulty=1, meta={"check": {"kind": "abstain"}}), 2)

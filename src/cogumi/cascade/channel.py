@@ -1,0 +1,78 @@
+"""Runs a generator of events in a worker thread for a consumer in another one, who may cancel at any time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor
+from contextlib import closing
+from typing import TypeAlias, cast
+
+from cogumi.runtime.engine import Event
+from cogumi.types import Reply, Usage
+
+Flow: TypeAlias = Generator[Event | None, None, Reply]
+"""Events of one request, None where work goes on without one (so that a cancel is noticed), and the final
+reply.
+"""
+
+
+class _Channel:
+    """What both ends share: events (None ends them) and whether the consumer has gone."""
+
+    __slots__ = ("events", "gone")
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.gone = threading.Event()
+
+
+def _drive(flow: Flow, channel: _Channel, stopped: Callable[[], bool]) -> None:
+    try:
+        with closing(flow):
+            while not channel.gone.is_set():
+                if stopped():
+                    channel.events.put(Reply("", (), "cancelled", Usage()))
+                    return
+                try:
+                    event = next(flow)
+                except StopIteration as end:
+                    channel.events.put(cast(Reply, end.value))
+                    return
+                if event is not None:
+                    channel.events.put(event)
+    finally:
+        channel.events.put(None)
+
+
+class Events:
+    """The consumer's end: submits `flow` to `pool` at once and yields its events, the reply last.
+
+    Closing or dropping it cancels the flow; `stopped` (asked between events) ends it with a cancelled reply.
+    What the flow raises is raised here.
+    """
+
+    def __init__(self, flow: Flow, pool: Executor, stopped: Callable[[], bool]) -> None:
+        self._done = False
+        self._channel = _Channel()
+        self._future = pool.submit(_drive, flow, self._channel, stopped)
+
+    def __iter__(self) -> Events:
+        return self
+
+    def __next__(self) -> Event:
+        event = None if self._done else self._channel.events.get()
+        if event is None:
+            if not self._done:
+                self._done = True
+                self._future.result()
+            raise StopIteration
+        return event
+
+    def close(self) -> None:
+        """Cancel the flow if it still runs."""
+        self._done = True
+        self._channel.gone.set()
+
+    __del__ = close

@@ -1,0 +1,70 @@
+"""The models of one cascade side by side, and what each is asked: the draft reads, base and modifiers answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cogumi.route.nets import Net, sigmoid
+from cogumi.route.signals import question_signals
+from cogumi.runtime.engine import Engine, Event
+from cogumi.types import Reading, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the draft makes of a question. `perplexity` is that of its prompt, `domains` the router's
+    probabilities.
+    """
+
+    signals: Mapping[str, float]
+    perplexity: float
+    p_easy: float
+    domains: Mapping[str, float]
+
+
+def router_input(reading: Reading) -> np.ndarray:
+    """What the domain router sees: mean and last hidden state of the draft, [2 width]."""
+    return np.concatenate([np.array(reading.mean), np.array(reading.last)])
+
+
+def read_all(draft: Engine, requests: Iterable[Request], readers: int) -> Iterator[Reading]:
+    """Readings of many prompts in order, `readers` of them at a time."""
+    with ThreadPoolExecutor(readers) as pool:
+        yield from pool.map(draft.read, requests)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiers:
+    """`base` carries one adapter per modifier, named by its domain; `difficulty` and `router` read the
+    draft's states.
+    """
+
+    base: Engine
+    draft: Engine
+    difficulty: Net
+    router: Net
+
+    def read_question(self, request: Request) -> Question:
+        """Let the draft read a request's messages. Raises `ContextError` if they do not fit."""
+        return self.judge(request, self.draft.read(request))
+
+    def judge(self, request: Request, reading: Reading) -> Question:
+        """What difficulty head and router make of the draft's reading of a request."""
+        p_easy = float(sigmoid(self.difficulty.logits(reading.last)[0]))
+        domains = self.router.probabilities(router_input(reading))
+        text = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
+        signals = question_signals(reading, p_easy, domains, text)
+        return Question(signals, reading.score.perplexity, p_easy, domains)
+
+    def answer(self, request: Request, adapter: str | None) -> Iterator[Event]:
+        """Start an answer of the base, or of one of its modifiers."""
+        return self.base.generate(replace(request, adapter=adapter))
+
+    def close(self) -> None:
+        """Free both models."""
+        self.base.close()
+        self.draft.close()

@@ -1,0 +1,109 @@
+"""Fits an answer gate: which form, which calibrator, from whose answers were correct (SPEC F2, F3).
+
+Two forms are fitted on the gate-fit split: a logistic regression, and a class-weighted net 128 -> 64 -> 32
+-> 1; each with the four calibrators of `route.calibrate`. Calibrators are fitted to out-of-fold logits (a
+net is too sure of rows it has seen). The pair with the lowest log-loss on the selection split wins.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.evaluate.metrics import brier, log_loss
+from cogumi.route import calibrate
+from cogumi.route.calibrate import Calibrator
+from cogumi.route.gate import Gate, matrix
+from cogumi.route.nets import Net
+
+FOLDS = 3
+FORMS = ("logistic", "net")
+HIDDEN = (128, 64, 32)
+FEW = 2 * FOLDS  # with fewer right or wrong rows than this there is nothing to learn
+
+Signals = Sequence[Mapping[str, float]]
+Outcomes = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """A gate; its honest probabilities [n] for the rows it was fitted on (out of fold); what was compared."""
+
+    gate: Gate
+    out_of_fold: Outcomes
+    figures: dict[str, Any]
+
+
+def fit_gate(rows: Signals, correct: Outcomes, chosen_on: Signals, chosen_by: Outcomes, seed: int) -> Fitted:
+    """Fit on `rows` with `correct` [n], choose on `chosen_on` with `chosen_by` [m].
+
+    Where nearly all rows are correct, or nearly none, the gate is their share, whatever the signals.
+    """
+    names = tuple(sorted(rows[0]))
+    x, y = matrix(rows, names), np.asarray(correct, dtype=np.float64)
+    if min(y.sum(), len(y) - y.sum()) < FEW:
+        share = (y.sum() + 1) / (len(y) + 2)
+        net = Net.of(
+            np.zeros(len(names)),
+            np.ones(len(names)),
+            [np.zeros((len(names), 1))],
+            [[np.log(share / (1 - share))]],
+        )
+        return Fitted(
+            Gate(names, net, Calibrator("none")),
+            np.full(len(y), share),
+            {"form": "constant", "calibrator": "none"},
+        )
+    xs, ys = matrix(chosen_on, names), np.asarray(chosen_by, dtype=np.float64)
+    candidates: list[Fitted] = []
+    for form in FORMS:
+        net, folds = _train(form, x, y, seed), _out_of_fold(form, x, y, seed)
+        for name in calibrate.NAMES:
+            calibrator = calibrate.fit(name, folds, y)
+            p = calibrator(net.logits(xs)[:, 0])
+            figures = {"form": form, "calibrator": name, "log_loss": log_loss(p, ys), "brier": brier(p, ys)}
+            candidates.append(Fitted(Gate(names, net, calibrator), calibrator(folds), figures))
+    best = min(candidates, key=lambda c: float(c.figures["log_loss"]))
+    return replace(best, figures={**best.figures, "tried": [c.figures for c in candidates]})
+
+
+def _out_of_fold(form: str, x: Outcomes, y: Outcomes, seed: int) -> Outcomes:
+    """Logits [n] of every row by a model that has not seen it."""
+    from sklearn.model_selection import StratifiedKFold
+
+    logits = np.zeros(len(y))
+    for seen, unseen in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, y):
+        logits[unseen] = _train(form, x[seen], y[seen], seed).logits(x[unseen])[:, 0]
+    return logits
+
+
+def _train(form: str, x: Outcomes, y: Outcomes, seed: int) -> Net:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x)
+    z = scaler.transform(x)
+    if form == "logistic":
+        line = LogisticRegression(max_iter=1000).fit(z, y)
+        return Net.of(scaler.mean_, scaler.scale_, [line.coef_.T], [line.intercept_])
+    weight = np.where(y > 0, len(y) / (2 * y.sum()), len(y) / (2 * (len(y) - y.sum())))
+    net = MLPClassifier(
+        HIDDEN,
+        alpha=1e-2,
+        batch_size=128,
+        max_iter=40,
+        early_stopping=True,
+        n_iter_no_change=5,
+        random_state=seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the epoch limit is meant
+        net.fit(z, y, sample_weight=weight)
+    return Net.of(scaler.mean_, scaler.scale_, net.coefs_, net.intercepts_)

@@ -1,0 +1,80 @@
+"""The pictures of a build: accuracy by tier, how honest the gates are, what is risked at which coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.evaluate.metrics import BINS, ece, reliability
+
+Doubles = NDArray[np.float64]
+
+
+def reliability_picture(path: Path, gates: Mapping[str, tuple[Doubles, Doubles]]) -> None:
+    """Share correct against P(correct) for each gate's (probabilities [n], correct [n])."""
+    figure, axes = _figure(1)
+    axes[0].plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, (p, correct) in gates.items():
+        rows = [(mean, share) for n, mean, share in reliability(p, correct) if n]
+        label = f"{name}: n {len(p)}, ECE {ece(p, correct):.3f}"
+        axes[0].plot([m for m, _ in rows], [s for _, s in rows], marker="o", label=label)
+    axes[0].set(xlabel=f"P(correct), {BINS} bins", ylabel="share correct", xlim=(0, 1), ylim=(0, 1))
+    axes[0].legend()
+    figure.savefig(path)
+
+
+def histogram_picture(path: Path, panels: Sequence[tuple[str, Mapping[str, Doubles], float | None]]) -> None:
+    """One panel per (what is measured, values of each group, threshold)."""
+    figure, axes = _figure(len(panels))
+    for axis, (what, groups, threshold) in zip(axes, panels, strict=True):
+        values = np.concatenate(list(groups.values()))
+        bins = np.linspace(values.min(), max(values.max(), values.min() + 1e-9), 31) if len(values) else 30
+        for name, group in groups.items():
+            axis.hist(group, bins=bins, alpha=0.6, label=f"{name} ({len(group)})")
+        if threshold is not None:
+            axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.2f}")
+        axis.set(xlabel=what, ylabel="questions")
+        axis.legend()
+    figure.savefig(path)
+
+
+def accuracy_picture(path: Path, accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]]) -> None:
+    """Share correct by difficulty, one group of bars per level, one bar per tier."""
+    figure, axes = _figure(1)
+    levels = sorted({level for cells in accuracy.values() for row in cells.values() for level in row})
+    width = 0.8 / len(accuracy)
+    for i, (tier, cells) in enumerate(accuracy.items()):
+        pairs = [[row[level] for row in cells.values() if level in row] for level in levels]
+        shares = [sum(c for c, _ in found) / max(sum(n for _, n in found), 1) for found in pairs]
+        axes[0].bar(np.arange(len(levels)) + (i - len(accuracy) / 2 + 0.5) * width, shares, width, label=tier)
+    axes[0].set_xticks(range(len(levels)), [f"level {k}" if k != "0" else "no answer" for k in levels])
+    axes[0].set(ylabel="share correct", ylim=(0, 1))
+    axes[0].legend()
+    figure.savefig(path)
+
+
+def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promise: Mapping[str, Any]) -> None:
+    """Error among the most confident answers against their share, with the promised bound and the operating point."""
+    figure, axes = _figure(1)
+    wrong = 1 - np.array(correct, dtype=np.float64)[np.argsort(-np.array(p), kind="stable")]
+    shown = np.arange(1, len(wrong) + 1)
+    axes[0].plot(shown / len(wrong), np.cumsum(wrong) / shown, label="cascade, most confident first")
+    axes[0].axhline(promise["bound"], color="black", linestyle="--", label=f"promise {promise['bound']:.0%}")
+    axes[0].plot([promise["coverage"]], [promise["accepted_error"]], "o", label="accepted answers")
+    axes[0].set(xlabel="share of questions answered", ylabel="share wrong", xlim=(0, 1), ylim=(0, None))
+    axes[0].legend()
+    figure.savefig(path)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    """A figure without pyplot (no global state, no display) with `panels` axes side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]

@@ -1,0 +1,102 @@
+"""Stage `router`: the domain router (SPEC F5), a net in -> 64 -> 32 -> classes on the draft's hidden states.
+
+Its classes are the domains of the training split, whether or not a modifier comes of them: at run time what
+has no modifier is the base's business (`route.domains`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.cascade.tiers import read_all, router_input
+from cogumi.data.examples import read_examples, split_path
+from cogumi.errors import DataError
+from cogumi.route.nets import Net
+from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.stage import Context
+from cogumi.types import Artifact, Example, Request
+
+VERSION = 1
+KIND = "router"
+HIDDEN = (64, 32)
+FILE = "router.safetensors"
+
+
+class Config(BaseModel):
+    """`rows` of the training split train it; `context` bounds a question's tokens, `slots` are read at a
+    time.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    rows: int = Field(6000, ge=1)
+    epochs: int = Field(40, ge=1)
+    slots: int = Field(16, ge=1)
+    context: int = Field(256, ge=16)
+
+
+def train(x: NDArray[np.float64], domains: Sequence[str], epochs: int, seed: int) -> Net:
+    """A router of rows [n, in] to their domains. Raises `DataError` for fewer than two domains."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    if len(set(domains)) < 2:
+        raise DataError(f"a router needs two domains or more, the training split has {sorted(set(domains))}")
+    scaler = StandardScaler().fit(x)
+    model = MLPClassifier(HIDDEN, alpha=1e-3, batch_size=min(128, len(x)), max_iter=epochs, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the epoch limit is meant
+        model.fit(scaler.transform(x), domains)
+    return Net.of(
+        scaler.mean_, scaler.scale_, model.coefs_, model.intercepts_, [str(c) for c in model.classes_]
+    )
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`draft_gguf` (model.gguf) and `data` (examples) -> router.safetensors; accuracy on the selection split."""
+    data = inputs["data"].path
+    splits = {name: read_examples(split_path(data, name)) for name in ("train", "selection")}
+    splits["train"] = splits["train"][: config.rows]
+    draft = LlamaEngine(
+        inputs["draft_gguf"].path / "model.gguf",
+        slots=config.slots,
+        context=config.context,
+        threads=context.threads,
+    )
+    try:
+        total, seen, features = sum(map(len, splits.values())), 0, {}
+        for name, examples in splits.items():
+            rows = []
+            for reading in read_all(draft, [Request(messages=e.messages) for e in examples], config.slots):
+                rows.append(router_input(reading))
+                seen += 1
+                context.progress(seen, total, {})
+            features[name] = np.array(rows)
+    finally:
+        draft.close()
+    net = train(features["train"], [e.domain for e in splits["train"]], config.epochs, context.seed)
+    net.save(out / FILE)
+    return {
+        "rows": len(splits["train"]),
+        "classes": list(net.classes),
+        **_accuracy(net, features["selection"], splits["selection"]),
+    }
+
+
+def _accuracy(net: Net, x: NDArray[np.float64], examples: Sequence[Example]) -> dict[str, Any]:
+    hits: dict[str, list[bool]] = {}
+    for row, example in zip(x, examples, strict=True):
+        p = net.probabilities(row)
+        hits.setdefault(example.domain, []).append(max(p, key=lambda name: p[name]) == example.domain)
+    every = [hit for domain in hits.values() for hit in domain]
+    return {
+        "accuracy": float(np.mean(every)) if every else None,
+        "by_domain": {domain: float(np.mean(found)) for domain, found in sorted(hits.items())},
+    }
