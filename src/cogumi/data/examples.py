@@ -97,9 +97,7 @@ def to_line(example: Example) -> str:
 def from_json(row: Mapping[str, Any]) -> Example:
     """The inverse of `to_json`; KeyError or TypeError where a field is missing or misshapen."""
     messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-    return Example(
-        row["id"], row["domain"], row["difficulty"], messages, row["answer"], row["source"], row["meta"]
-    )
+    return Example(row["id"], row["domain"], row["difficulty"], messages, row["answer"], row["source"], row["meta"])
 
 
 def iterate_examples(path: Path) -> Iterator[Example]:
@@ -110,9 +108,7 @@ def iterate_examples(path: Path) -> Iterator[Example]:
                 try:
                     yield from_json(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"{path}:{number} is not an example ({error}): build this step again"
-                    ) from error
+                    raise DataError(f"{path}:{number} is not an example ({error}): build this step again") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: build the step that makes the examples first") from error
 

@@ -93,9 +93,7 @@ def _exact(example: Example, check: Mapping[str, Any], output: str) -> Judgement
 def _numeric(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
     wanted = last_number(str(check.get("value", example.answer)))
     if wanted is None:
-        raise DataError(
-            f"example {example.id}: its numeric check has no number; give it a value or a number as answer"
-        )
+        raise DataError(f"example {example.id}: its numeric check has no number; give it a value or a number as answer")
     found = last_number(output)
     return found == wanted, f"expected {wanted}, found {'no number' if found is None else found}"
 
@@ -104,9 +102,7 @@ def _choice(example: Example, check: Mapping[str, Any], output: str) -> Judgemen
     options = check.get("options", [])
     wanted = chosen(example.answer, options)
     if wanted is None:
-        raise DataError(
-            f"example {example.id}: its answer is none of the options; give the letter or the text of one"
-        )
+        raise DataError(f"example {example.id}: its answer is none of the options; give the letter or the text of one")
     found = chosen(output, options)
     return (
         found == wanted,
@@ -118,9 +114,7 @@ def _tool_call(example: Example, check: Mapping[str, Any], output: str) -> Judge
     try:
         wanted = check["call"] if "call" in check else json.loads(example.answer)
     except ValueError as error:
-        raise DataError(
-            f"example {example.id}: its answer must be the JSON of a tool call ({error})"
-        ) from error
+        raise DataError(f"example {example.id}: its answer must be the JSON of a tool call ({error})") from error
     try:
         found = json.loads(strip_fences(output), parse_constant=_refuse)
         return same_json(_as_list(found), _as_list(wanted)), f"expected {json.dumps(wanted)}"

@@ -47,9 +47,7 @@ from typing import Any
 
 NOBODY = 65534
 SCRATCH = "/scratch"
-LIBRARIES = tuple(
-    {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/lib", "/lib64", "/usr/lib"}
-)
+LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/lib", "/lib64", "/usr/lib"})
 
 NEW_MOUNTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
@@ -126,6 +124,12 @@ def enter_own_root(root: str) -> None:
     os.chdir("/")
 
 
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends; a fork or a change of user forgets it."""
+    if sys.platform == "linux":
+        kernel("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def drop_privileges() -> None:
     """Give up root for nobody, or every capability of a user namespace; neither can come back."""
     if os.geteuid() == 0:
@@ -140,9 +144,9 @@ def drop_privileges() -> None:
 
 
 def set_limits(limits: dict[str, Any], may_write: bool) -> None:
-    """Resource limits of one program; the hard CPU limit, a second later, kills what ignores the soft one."""
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
+    """Resource limits of one program, none of which it can raise again."""
     for kind, value in (
+        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"] if may_write else 0),
         (resource.RLIMIT_NOFILE, limits["files"]),
@@ -183,9 +187,7 @@ def explain(error: BaseException, program: str) -> str:
     """One line on why a program failed, with the line of it that raised."""
     if isinstance(error, SystemExit):
         return "left before its end through SystemExit"
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<program>"
-    ]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<program>"]
     what = traceback.format_exception_only(error)[-1].strip()
     source = program.split("\n")[lines[-1] - 1].strip() if lines and lines[-1] else ""
     return (f"{what} at: {source}" if source else what)[:400]
@@ -194,8 +196,6 @@ def explain(error: BaseException, program: str) -> str:
 def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, layers: list[str]) -> None:
     """The child: shut the doors, run the program, and put `mark` and the judgement behind its output."""
     os.setsid()
-    null = os.open("/dev/null", os.O_RDONLY) if "files" not in layers else write
-    os.dup2(null, 0)
     os.dup2(write, 1)
     os.dup2(write, 2)
     os.closerange(3, 1024)
@@ -203,6 +203,7 @@ def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, la
     if may_write:
         os.chdir(SCRATCH)
     drop_privileges()
+    die_with_parent()
     set_limits(limits, may_write)
     os.environ.clear()
     random.seed(0)
@@ -259,9 +260,7 @@ def why_ended(status: int | None, limits: dict[str, Any]) -> str:
 
 def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str, Any]:
     """Fork a child for one program and judge how it ended."""
-    mark = secrets.token_bytes(
-        16
-    )  # a program cannot print it by chance, and one that leaves early never does
+    mark = secrets.token_bytes(16)  # a program cannot print it by chance, and one that leaves early never does
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -287,16 +286,18 @@ def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str
 def main() -> None:
     """Read the plan, isolate, run every program in turn."""
     plan = json.load(sys.stdin)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # The first process of a namespace is deaf to signals from inside that it has no handler for.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.geteuid() == 0:
         os.seteuid(NOBODY)  # fails here, and plainly, where root may not become nobody
         os.seteuid(0)
     layers = enter_namespaces(plan["limits"])
-    if "processes" in layers and (pid := os.fork()):
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    if sys.platform == "linux":
-        kernel("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
+    if "processes" in layers:
+        if pid := os.fork():
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        die_with_parent()
     os.write(1, json.dumps([*layers, "user", "limits", "audit"]).encode() + b"\n")
     results = os.dup(1)
     for program in plan["programs"]:
