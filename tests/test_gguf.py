@@ -25,6 +25,7 @@ from cogumi.compress.gguf import TYPES, Config, export_adapter, export_model, ru
 from cogumi.compress.layout import rotary_order
 from cogumi.compress.vocabulary import Vocabulary
 from cogumi.errors import ExportError
+from cogumi.models import build, lora
 from cogumi.models.text import HFTokenizer
 from cogumi.types import Artifact, Message, Request
 from helpers_gguf import edit, llama
@@ -129,6 +130,17 @@ def test_smaller_types_agree_with_torch(tmp_path, trained, type, agreement):
     types = [t.tensor_type.name for t in GGUFReader(tmp_path / "m.gguf").tensors]
     assert types.count({"f16": "F16", "q8_0": "Q8_0", "q4_k_m": "Q4_K"}[type]) >= 8
     assert list(tmp_path.iterdir()) == [tmp_path / "m.gguf"]
+
+
+def test_what_training_saves_can_be_exported(tmp_path, pico):
+    model = build.build(build.Shape(hidden=64, layers=1, heads=2), HFTokenizer.load(pico), seed=0)
+    build.save(model, pico, tmp_path)
+    export_model(tmp_path, tmp_path / "m.gguf", "f32")
+    got = llama_logits(tmp_path / "m.gguf", some_ids(20), **F32_CACHE)
+    assert np.abs(got - torch_logits(model, some_ids(20))).max() < 1e-4
+    peft = lora.attach(model, lora.LoraShape(rank=2), seed=0)
+    lora.save(peft, tmp_path)
+    export_adapter(tmp_path, tmp_path, tmp_path / "a.gguf")
 
 
 def test_q8_0_is_what_llama_cpp_makes(tmp_path, pico):

@@ -20,7 +20,8 @@ from cogumi.errors import ExportError
 
 Array: TypeAlias = NDArray[Any]
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES = {"LlamaForCausalLM": "llama"}
+"""Architecture -> model type, which is all that a config saved apart from its model says."""
 F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
 
 
@@ -70,9 +71,9 @@ class Llama:
     def load(cls, folder: Path) -> Llama:
         """Read `config.json`; `ExportError` if it is not a plain Llama."""
         config = read_json(folder / "config.json")
-        architecture = (config.get("architectures") or [None])[0]
-        if architecture not in ARCHITECTURES:
-            raise ExportError(f"{folder} is a {architecture}; supported: {', '.join(ARCHITECTURES)}")
+        found = (config.get("architectures") or [config.get("model_type")])[0]
+        if found not in (*ARCHITECTURES, *ARCHITECTURES.values()):
+            raise ExportError(f"{folder} is a {found}; supported: {', '.join(ARCHITECTURES)}")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         plain = {
             "hidden_act": (config.get("hidden_act", "silu"), "silu"),
