@@ -55,7 +55,8 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
 def run_all(programs: Sequence[str], limits: Limits | None = None) -> list[Outcome]:
     """Run programs, each in a child of its own, and return their outcomes in order."""
     limits = limits or Limits()
-    workers = max(1, min(os.cpu_count() or 1, (len(programs) + 15) // 16))
+    # Two processes per core: one works while the other waits for its child.
+    workers = max(1, min(2 * (os.cpu_count() or 1), len(programs) // 16))
     size = min(_PROGRAMS_PER_PROCESS, max(1, -(-len(programs) // workers)))
     groups = [programs[start : start + size] for start in range(0, len(programs), size)]
     with ThreadPoolExecutor(workers) as pool:
