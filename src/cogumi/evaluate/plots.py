@@ -58,7 +58,9 @@ def accuracy_picture(path: Path, accuracy: Mapping[str, Mapping[str, Mapping[str
 
 
 def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promise: Mapping[str, Any]) -> None:
-    """Error among the most confident answers against their share, with the promised bound and the operating point."""
+    """Error among the most confident answers against their share, with the promised bound and the operating
+    point.
+    """
     figure, axes = _figure(1)
     wrong = 1 - np.array(correct, dtype=np.float64)[np.argsort(-np.array(p), kind="stable")]
     shown = np.arange(1, len(wrong) + 1)

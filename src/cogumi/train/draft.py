@@ -101,7 +101,7 @@ def draft_loss(config: Config, taught: Lessons) -> Loss:
         nats, row = token_nats(model.lm.lm_head, hidden, batch.labels)
         if len(nats):
             generation = nats.mean()
-            speaking = row.unique()
+            speaking = torch.unique(row)
             mean = row_means(nats, row, len(batch.ids))[speaking]
             expected = taught.perplexity[batch.index][speaking]
             alignment = (mean.clamp(max=_MAX_NATS).exp() - expected).square().mean()
@@ -127,7 +127,7 @@ def judge(model: DraftModel, taught: Lessons, batch: int = 256) -> dict[str, flo
         foreseen = model.lm.lm_head(hidden[row, position]).argmax(-1) == chunk.labels[:, 1:][row, position]
         agreed, total = agreed + int(foreseen.sum()), total + len(row)
         nats, row = token_nats(model.lm.lm_head, hidden, chunk.labels)
-        speaking = row.unique()
+        speaking = torch.unique(row)
         mean = row_means(nats, row, len(chunk.ids))[speaking]
         errors.append((mean.exp() - taught.perplexity[chunk.index][speaking]).abs())
     p_easy = torch.cat(logits).sigmoid()
@@ -144,9 +144,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.set_num_threads(context.threads)
     folder = inputs["model"].path if config.init == "scratch" else locate(config.init, context.root)
     tokenizer = HFTokenizer.load(folder)
-    language_model = (
-        build(config.shape, tokenizer, context.seed) if config.init == "scratch" else load(folder)
-    )
+    language_model = build(config.shape, tokenizer, context.seed) if config.init == "scratch" else load(folder)
     torch.manual_seed(context.seed)
     model = DraftModel(language_model)
     responses = read_responses(inputs["responses"].path)

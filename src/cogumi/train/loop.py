@@ -37,9 +37,7 @@ class LoopConfig(BaseModel):
     muon_lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: int = Field(20, ge=0)
-    final_lr: float = Field(
-        0.05, ge=0, le=1, description="share of the learning rate left at the last step (cosine)"
-    )
+    final_lr: float = Field(0.05, ge=0, le=1, description="share of the learning rate left at the last step (cosine)")
     clip: float = Field(1.0, gt=0)
     evaluate_every: int = Field(100, ge=1)
     patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
@@ -70,18 +68,14 @@ def learning_rate(step: int, config: LoopConfig) -> float:
 
 def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [
-        p for n, p in trained if config.muon_lr and p.ndim == 2 and "embed" not in n and "head" not in n
-    ]
+    matrices = [p for n, p in trained if config.muon_lr and p.ndim == 2 and "embed" not in n and "head" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in trained if id(p) not in chosen]
     result: list[torch.optim.Optimizer] = []
     if config.muon_lr and matrices:
         result.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     if rest:
-        result.append(
-            torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
-        )
+        result.append(torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98)))
     return result
 
 
@@ -89,9 +83,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _save(
-    path: Path, model: nn.Module, optimizers: Sequence[Any], best: dict[str, Tensor], at: Progress
-) -> None:
+def _save(path: Path, model: nn.Module, optimizers: Sequence[Any], best: dict[str, Tensor], at: Progress) -> None:
     tensors = {f"model/{n}": p.detach() for n, p in _trained(model).items()}
     tensors |= {f"best/{n}": p for n, p in best.items()}
     for o, optimizer in enumerate(optimizers):

@@ -14,8 +14,8 @@ from cogumi.artifact import sha256
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import TrainingError
 from cogumi.data.responses import read_responses
-from cogumi.models import lora
 from cogumi.models.build import load
+from cogumi.models.lora import LoraShape, attach, save
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
 from cogumi.train.batches import make_rows
@@ -33,7 +33,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
     domain: str
     rows: Literal["failures", "random"] = "failures"
-    lora: lora.LoraShape = lora.LoraShape()
+    lora: LoraShape = LoraShape()
     loop: LoopConfig = LoopConfig()
 
 
@@ -43,21 +43,17 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     base = inputs["model"].path
     data = inputs["examples"].path
     responses = read_responses(inputs["responses"].path)
-    asked = [
-        e for e in read_examples(split_path(data, "train")) if e.domain == config.domain and e.id in responses
-    ]
+    asked = [e for e in read_examples(split_path(data, "train")) if e.domain == config.domain and e.id in responses]
     failed = [e for e in asked if not responses[e.id].correct]
     if not failed:
-        raise TrainingError(
-            f"the base failed no training question of '{config.domain}': it needs no modifier there"
-        )
+        raise TrainingError(f"the base failed no training question of '{config.domain}': it needs no modifier there")
     chosen = failed if config.rows == "failures" else random.Random(context.seed).sample(asked, len(failed))
     tokenizer = HFTokenizer.load(base)
     model = load(base)
     room = model.config.max_position_embeddings
     selection = [e for e in read_examples(split_path(data, "selection")) if e.domain == config.domain]
     judging = make_rows(selection, tokenizer, room)
-    model = lora.attach(model, config.lora, context.seed)
+    model = attach(model, config.lora, context.seed)
     at = train(
         model,
         make_rows(chosen, tokenizer, room),
@@ -67,7 +63,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         context,
         lambda m: mean_loss(m, judging, answer_loss),
     )
-    lora.save(model, out)
+    save(model, out)
     return {
         "domain": config.domain,
         "asked": len(asked),

@@ -54,9 +54,7 @@ def train(x: NDArray[np.float64], domains: Sequence[str], epochs: int, seed: int
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the epoch limit is meant
         model.fit(scaler.transform(x), domains)
-    return Net.of(
-        scaler.mean_, scaler.scale_, model.coefs_, model.intercepts_, [str(c) for c in model.classes_]
-    )
+    return Net.of(scaler.mean_, scaler.scale_, model.coefs_, model.intercepts_, [str(c) for c in model.classes_])
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,21 +26,26 @@ KIND = "model"
 
 
 class Config(BaseModel):
-    """`init` is `scratch`, a model folder, or a Hub id. `weights` says how often a difficulty is seen (1 where unnamed)."""
+    """`init` is `scratch`, a model folder, or a Hub id.
+
+    An example is seen as many times per epoch as the product of its `weights` says; a key is a domain, a difficulty, or
+    `domain/difficulty`.
+    """
 
     model_config = ConfigDict(extra="forbid")
     init: str = "scratch"
     shape: Shape = Shape()
-    weights: dict[int, float] = Field(default_factory=dict)
+    weights: dict[str, float] = Field(default_factory=dict)
     loop: LoopConfig = LoopConfig()
 
 
-def weighted(examples: Sequence[Example], weights: Mapping[int, float], seed: int) -> list[Example]:
-    """Every example floor(w) times, and once more with the chance of the rest; seeded."""
+def weighted(examples: Sequence[Example], weights: Mapping[str, float], seed: int) -> list[Example]:
+    """Every example floor(weight) times, and once more with the chance of the rest; seeded."""
     rng = random.Random(seed)
     result: list[Example] = []
     for example in examples:
-        weight = weights.get(example.difficulty, 1.0)
+        level = str(example.difficulty)
+        weight = math.prod(weights.get(key, 1.0) for key in (example.domain, level, f"{example.domain}/{level}"))
         result += [example] * (int(weight) + (rng.random() < weight % 1))
     return result
 

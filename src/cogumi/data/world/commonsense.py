@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 
-from cogumi.data.world.task import Task, exact, no_answer
+from cogumi.data.world.task import OPENINGS, Task, exact, no_answer
 
 # thing -> (kind, where it belongs, size rank)
 _THINGS: Mapping[str, tuple[str, str, int]] = {
@@ -33,7 +33,6 @@ _PLACE = (
     "Where does {x} belong?", "Where do you find {x}?", "Where is {x} at home?", "Name the place of {x}.",
     "In which place would you look for {x}?", "{X} is mostly found where?",
 )  # fmt: skip
-_OPENINGS = ("", "Tell me: ", "Quick: ", "Please say: ", "Question: ", "I wonder: ", "Think: ", "Say: ")
 _INVENTED_HEAD = ("bl", "dr", "fl", "gr", "kl", "pr", "sn", "tr", "vr", "zw")
 _INVENTED_TAIL = ("ick", "omp", "ust", "arf", "eeb", "onk", "ulf", "azz", "ipp", "ord", "ent", "oop")
 
@@ -43,7 +42,7 @@ def _a(thing: str) -> str:
 
 
 def _ask(templates: tuple[str, ...], thing: str, rng: random.Random) -> str:
-    opening, template, named = rng.choice(_OPENINGS), rng.choice(templates), _a(thing)
+    opening, template, named = rng.choice(OPENINGS), rng.choice(templates), _a(thing)
     return opening + template.format(x=named, X=named[0].upper() + named[1:])
 
 
@@ -57,9 +56,7 @@ def make(difficulty: int, rng: random.Random) -> Task:
     if difficulty <= 2:
         thing = rng.choice(things)
         kind, place, _ = _THINGS[thing]
-        return exact(
-            _ask(_KIND if difficulty == 1 else _PLACE, thing, rng), kind if difficulty == 1 else place
-        )
+        return exact(_ask(_KIND if difficulty == 1 else _PLACE, thing, rng), kind if difficulty == 1 else place)
     if difficulty == 4:
         kinds = sorted({kind for kind, _, _ in _THINGS.values()})
         kind, other = rng.sample(kinds, 2)
@@ -67,13 +64,13 @@ def make(difficulty: int, rng: random.Random) -> Task:
         odd = rng.choice([t for t in things if _THINGS[t][0] == other])
         shown = [*same, odd]
         rng.shuffle(shown)
-        return exact(f"{rng.choice(_OPENINGS)}Which is of another kind: {', '.join(shown)}?", odd)
+        return exact(f"{rng.choice(OPENINGS)}Which is of another kind: {', '.join(shown)}?", odd)
     while True:
         shown = rng.sample(things, 2 if difficulty == 3 else 4)
         biggest = max(shown, key=_size)
         if sum(_size(t) == _size(biggest) for t in shown) == 1:
             break
-    opening = rng.choice(_OPENINGS)
+    opening = rng.choice(OPENINGS)
     if difficulty == 3:
         return exact(f"{opening}Which is bigger, {_a(shown[0])} or {_a(shown[1])}?", biggest)
     return exact(f"{opening}Which is the biggest: {', '.join(shown)}?", biggest)

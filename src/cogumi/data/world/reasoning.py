@@ -42,9 +42,7 @@ def make(difficulty: int, rng: random.Random) -> Task:
         return exact(f"{facts[0]} {question}", people[0] if difficulty == 1 else people[1])
     if difficulty >= 4:
         pairs = list(zip(people, people[1:], strict=False))
-        facts = [
-            f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}." for a, b in pairs
-        ]
+        facts = [f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}." for a, b in pairs]
         rng.shuffle(facts)
     top = rng.random() < 0.5
     asked = _SUPERLATIVE[more if top else less]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ _TRIES = 2_000
 
 
 class Config(BaseModel):
-    """Questions per cell (a domain at one difficulty) in each set; every known kind of unanswerable counts as one more cell.
+    """Questions per cell (a domain at one difficulty) in each set; a known kind of unanswerable counts as one more cell.
+
+    Training takes fewer where a cell holds no more.
 
     `unseen` kinds of unanswerable questions appear only in the held-out file `unanswerable.jsonl`, `unanswerable` of each kind.
     """
 
     model_config = ConfigDict(extra="forbid")
-    train: int = Field(700, ge=1)
+    train: int = Field(800, ge=1)
+    train_by_domain: dict[str, int] = Field(default_factory=dict, description="instead of `train`, where named")
     selection: int = Field(20, ge=1)
     fit: int = Field(70, ge=1)
     threshold: int = Field(70, ge=1)
@@ -80,11 +84,11 @@ def draw(
             seen.add(question)
             drawn[name].append(task)
             missing, tries = missing - 1, 0
+        elif tries > _TRIES and all(len(drawn[n]) == counts[n] for n in counts if n != "train"):
+            break
         elif tries > _TRIES:
             short = {n: counts[n] - len(drawn[n]) for n in counts if len(drawn[n]) < counts[n]}
-            raise DataError(
-                f"the world has too few different questions in {cell}: {short} are missing; ask for fewer"
-            )
+            raise DataError(f"the world has too few different questions in {cell}: {short} are missing; ask for fewer")
     return drawn
 
 
@@ -95,12 +99,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         raise DataError(f"unseen kinds {unknown} do not exist; choose from {sorted(UNANSWERABLE)}")
     counts = {name: int(getattr(config, name)) for name in SPLITS}
     sets: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    unknown = sorted(set(config.train_by_domain) - set(DOMAINS))
+    if unknown:
+        raise DataError(f"train_by_domain names {unknown}; choose from {sorted(DOMAINS)}")
     cells = [(domain, difficulty) for domain in DOMAINS for difficulty in DIFFICULTIES]
     for done, (domain, difficulty) in enumerate(cells):
         tasks = draw(
             f"{domain}/{difficulty}",
             counts,
-            lambda rng, d=domain, k=difficulty: make(d, k, rng),
+            partial(make, domain, difficulty),
             context.seed,
         )
         for name in SPLITS:
@@ -110,9 +117,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     for done, (kind, (domain, make_task)) in enumerate(UNANSWERABLE.items()):
         unseen = kind in config.unseen
         known = dict.fromkeys(SPLITS, 0) if unseen else counts
-        tasks = draw(
-            kind, {**known, "heldout": known["heldout"] + config.unanswerable}, make_task, context.seed
-        )
+        tasks = draw(kind, {**known, "heldout": known["heldout"] + config.unanswerable}, make_task, context.seed)
         without += [_example(t, domain, 0, kind) for t in tasks["heldout"][: config.unanswerable]]
         tasks["heldout"] = tasks["heldout"][config.unanswerable :]
         for name in SPLITS:

@@ -25,6 +25,8 @@ CITIES = (
     "Dublin",
     "Vienna",
 )
+OPENINGS = ("", "Tell me: ", "Quick: ", "Please say: ", "Question: ", "I wonder: ", "Think: ", "Say: ")
+"""What may stand before a question, so that few facts still make many different questions."""
 COLORS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 
 

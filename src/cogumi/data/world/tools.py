@@ -24,7 +24,8 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "city": CITIES, "to": CITIES, "name": NAMES, "day": _DAYS, "genre": _SONGS, "item": _ITEMS, "count": _COUNT,
     "hour": tuple(str(n) for n in range(1, 13)),
 }  # fmt: skip
-_ONE = {
+_Offer = tuple[tuple[str, ...], tuple[str, ...]]
+_ONE: Mapping[str, _Offer] = {
     "weather": (
         ("city",),
         ("What is the weather in {city}?", "Is it raining in {city}?", "Weather for {city}, please."),
@@ -40,13 +41,13 @@ _ONE = {
     "map": (("city",), ("Show me {city} on the map.", "Where is {city}?", "Find {city} on the map.")),
     "email": (("name",), ("Write an email to {name}.", "Email {name}.", "Send {name} a mail.")),
 }
-_TWO = {
+_TWO: Mapping[str, _Offer] = {
     "buy": (("item", "count"), ("Buy {count} {item}.", "Order {count} of {item}.", "Get me {count} {item}.")),
     "meet": (("name", "day"), ("Meet {name} on {day}.", "Plan {day} with {name}.", "See {name} on {day}.")),
     "hotel": (("city", "count"), ("Book {count} nights in {city}.", "A hotel in {city} for {count} nights.")),
     "train": (("city", "day"), ("A train to {city} on {day}.", "Go by train to {city} on {day}.")),
 }
-_THREE = {
+_THREE: Mapping[str, _Offer] = {
     "flight": (
         ("city", "to", "day"),
         ("Fly from {city} to {to} on {day}.", "A flight {city} to {to}, {day}."),
@@ -60,7 +61,7 @@ _THREE = {
         ("A party in {city} on {day} for {count}.", "{count} guests, {city}, {day}."),
     ),
 }
-_ALL: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {**_ONE, **_TWO, **_THREE}
+_ALL: Mapping[str, _Offer] = {**_ONE, **_TWO, **_THREE}
 
 
 def _call(name: str, rng: random.Random) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,44 @@
+# make demo   build and try the tiny cascade        make test   lint, types, tests
+# Both set up what they need in .venv; CONTRIBUTING.md says what each part is for.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TESTS ?= tests
+
+# llama.cpp is compiled from source; its tools, examples and server are not needed.
+export CMAKE_ARGS ?= -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
+
+.PHONY: demo test lint types format clean
+
+demo: .venv/build
+	$(BIN)/cogumi demo
+
+test: .venv/dev lint types
+	$(BIN)/pytest $(TESTS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The stamp files say which extra is installed; dev contains build.
+.venv/build: pyproject.toml constraints.txt
+	@echo "Installing (about 6 minutes on two cores the first time, most of it compiling llama.cpp) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[build]'
+	touch $@
+
+.venv/dev: .venv/build
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,251 @@
+"""Stage `report`: the finished bundle judged on held-out questions, which nothing before has read (SPEC H1, H3).
+
+Every figure is counted here from answers of the shipped files. Controls (adapters trained on random rows instead of
+failures) are asked beside the modifiers and shipped with nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.artifact import write_text
+from cogumi.bundle import open_bundle
+from cogumi.cascade.cascade import open_cascade, without_note
+from cogumi.data.examples import SPLITS, read_examples, split_path
+from cogumi.evaluate.graders import grade_all
+from cogumi.evaluate.metrics import auroc, brier, ece
+from cogumi.evaluate.page import page
+from cogumi.evaluate.plots import Doubles, accuracy_picture, reliability_picture, risk_picture
+from cogumi.route.gate import Calibration
+from cogumi.route.signals import answer_signals, perplexity
+from cogumi.runtime.engine import Engine, final_reply, replies
+from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.stage import Context
+from cogumi.types import Artifact, Example, Reply, Request
+
+VERSION = 1
+KIND = "report"
+CONTROL = "control_"
+CONFIDENT = ("base", "base+draft", "modifier")
+"""Routes whose answers the cascade stands by."""
+
+_WANTED = (
+    ("base", "the base is sure, and nothing else is asked"),
+    ("modifier", "the base is unsure, the modifier of the domain is sure"),
+    ("modifier", "another domain, another modifier"),
+    ("abstained", "there is no answer, and the system says so"),
+    ("low_confidence", "too hard: an answer, with a warning instead of a claim"),
+    ("base", "another domain where the base is sure"),
+)
+
+
+class Config(BaseModel):
+    """`easy_up_to` says which questions speculation is measured on."""
+
+    model_config = ConfigDict(extra="forbid")
+    rows: int | None = Field(None, ge=1, description="held-out questions to ask; none: all")
+    easy_up_to: int = Field(2, ge=1)
+    speculation_prompts: int = Field(200, ge=1)
+    max_tokens: int = Field(64, ge=1)
+    slots: int = Field(16, ge=1)
+    context: int = Field(256, ge=16)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Held-out questions with one tier's replies and verdicts."""
+
+    examples: Sequence[Example]
+    replies: Sequence[Reply]
+    correct: Sequence[bool]
+
+    def only(self, domain: str) -> list[bool]:
+        """Verdicts of one domain."""
+        return [c for e, c in zip(self.examples, self.correct, strict=True) if e.domain == domain]
+
+    def table(self) -> dict[str, dict[str, list[int]]]:
+        """`{domain: {difficulty: [correct, n]}}`; difficulty 0 holds the questions without an answer."""
+        cells: dict[str, dict[str, list[int]]] = {}
+        for example, correct in zip(self.examples, self.correct, strict=True):
+            cell = cells.setdefault(example.domain, {}).setdefault(str(example.difficulty), [0, 0])
+            cell[0] += correct
+            cell[1] += 1
+        return {domain: dict(sorted(levels.items())) for domain, levels in sorted(cells.items())}
+
+
+@dataclass(slots=True)
+class Desk:
+    """Asks, grades and counts how far it is."""
+
+    config: Config
+    context: Context
+    total: int
+    done: int = 0
+
+    def ask(self, engine: Engine, examples: Sequence[Example], adapter: str | None = None) -> Asked:
+        """Put every question to an engine, greedily and without speculation, and grade the answers."""
+        requests = [
+            Request(messages=e.messages, max_tokens=self.config.max_tokens, adapter=adapter, speculate=False)
+            for e in examples
+        ]
+        answers = []
+        for reply in replies(engine, requests, 2 * self.config.slots):
+            answers.append(reply)
+            self.done += 1
+            if self.done % 100 == 0 or self.done == self.total:
+                self.context.progress(self.done, self.total, {})
+        verdicts = grade_all([(e, without_note(a.text)) for e, a in zip(examples, answers, strict=True)])
+        return Asked(examples, answers, [v.correct for v in verdicts])
+
+
+def base_probabilities(cascade: Asked) -> Doubles:
+    """P(correct) that the cascade gave to the base's answers, `[n]`."""
+    return np.array(
+        [next(d.value for d in r.decisions if (d.tier, d.signal) == ("base", "p_correct")) for r in cascade.replies]
+    )
+
+
+def gate_figures(base: Asked, cascade: Asked, calibration: Calibration) -> dict[str, Any]:
+    """How well P(correct) of the base's answers holds, and the promise about what the cascade accepted."""
+    p = base_probabilities(cascade)
+    signals = [answer_signals(reply) for reply in base.replies]
+    promise = calibration.guarantee(modifiers=True)
+    kept = [c for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.route in CONFIDENT]
+    return {
+        "n": len(p),
+        "ece": ece(p, base.correct),
+        "brier": brier(p, base.correct),
+        "auroc": auroc(p, base.correct),
+        "auroc_perplexity": auroc([-perplexity(s) for s in signals], base.correct),
+        "auroc_length": auroc([-s["log_length"] for s in signals], base.correct),
+        "threshold": promise.threshold,
+        "coverage": len(kept) / max(len(p), 1),
+        "accepted": len(kept),
+        "accepted_error": 1 - sum(kept) / len(kept) if kept else 0.0,
+        "bound": promise.risk,
+        "confidence": promise.confidence,
+        "assumption": promise.assumption,
+    }
+
+
+def speculation_figures(base: Engine, examples: Sequence[Example], config: Config) -> dict[str, Any]:
+    """One request at a time, speculation forced on against forbidden: acceptance, equality and the time ratio."""
+    seconds, drafted, accepted, identical = {True: 0.0, False: 0.0}, 0, 0, 0
+    for example in examples:
+        outputs = []
+        for speculate in (True, False):
+            request = Request(messages=example.messages, max_tokens=config.max_tokens, speculate=speculate)
+            began = time.perf_counter()
+            reply = final_reply(base.generate(request))
+            seconds[speculate] += time.perf_counter() - began
+            drafted, accepted = drafted + reply.usage.drafted, accepted + reply.usage.accepted
+            outputs.append([(t.id, t.logprob) for t in reply.tokens])
+        identical += outputs[0] == outputs[1]
+    return {
+        "acceptance": accepted / max(drafted, 1),
+        "speedup": seconds[False] / max(seconds[True], 1e-9),
+        "identical": identical,
+        "n": len(examples),
+    }
+
+
+def unanswerable_figures(asked: Asked, unseen: Sequence[str]) -> dict[str, Any]:
+    """Questions without an answer that were answered with confidence all the same, by kind."""
+    kinds: dict[str, list[int]] = {}
+    for example, reply in zip(asked.examples, asked.replies, strict=True):
+        cell = kinds.setdefault(str(example.meta["unanswerable"]), [0, 0])
+        cell[0] += reply.route in CONFIDENT
+        cell[1] += 1
+    confident = sum(cell[0] for cell in kinds.values())
+    return {"confident": confident, "n": len(asked.examples), "kinds": kinds, "unseen_kinds": list(unseen)}
+
+
+def showcase(asked: Sequence[Asked]) -> list[dict[str, str]]:
+    """Six questions that took different routes, no domain twice on the same route; fewer if there are none."""
+    rows = [(e, r) for a in asked for e, r in zip(a.examples, a.replies, strict=True)]
+    chosen: list[dict[str, str]] = []
+    used: set[tuple[str, str]] = set()
+    for route, why in _WANTED:
+        found = next((e for e, r in rows if r.route == route and (route, e.domain) not in used), None)
+        if found:
+            used.add((route, found.domain))
+            chosen.append({"question": found.messages[-1].content, "why": why})
+    return chosen
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`bundle`, `data` and `control_<domain>` (GGUF adapters) -> report.md with pictures; metrics are the report."""
+    folder, data = inputs["bundle"].path, inputs["data"]
+    heldout = read_examples(split_path(data.path, SPLITS[-1]))[: config.rows]
+    lost = data.path / "unanswerable.jsonl"
+    without = read_examples(lost) if lost.exists() else []
+    controls = {r.removeprefix(CONTROL): a.path / "adapter.gguf" for r, a in inputs.items() if r.startswith(CONTROL)}
+    with closing(open_cascade(folder, slots=config.slots, context=config.context, threads=context.threads)) as cascade:
+        tiers = cascade.tiers
+        domains = [name for name in tiers.base.adapters if any(e.domain == name for e in heldout)]
+        of = {name: [e for e in heldout if e.domain == name] for name in domains}
+        asked_adapters = sum(len(of[d]) * (1 + (d in controls)) for d in domains)
+        desk = Desk(config, context, 3 * len(heldout) + len(without) + asked_adapters)
+        base = desk.ask(tiers.base, heldout)
+        answers = {"draft": desk.ask(tiers.draft, heldout), "base": base}
+        modifiers = {name: desk.ask(tiers.base, of[name], name) for name in domains}
+        answers["modifier"] = Asked(
+            [e for a in modifiers.values() for e in a.examples],
+            [r for a in modifiers.values() for r in a.replies],
+            [c for a in modifiers.values() for c in a.correct],
+        )
+        answers["cascade"] = desk.ask(cascade, heldout)
+        refused = desk.ask(cascade, without)
+        compared = {}
+        for name in domains:
+            before, after = base.only(name), modifiers[name].correct
+            compared[name] = {"before": _share(before), "after": _share(after), "n": len(after)}
+        for name, asked in _controls(desk, open_bundle(folder).base, controls, of).items():
+            compared[name]["control"] = _share(asked.correct)
+        easy = [e for e in heldout if 1 <= e.difficulty <= config.easy_up_to][: config.speculation_prompts]
+        metrics = {
+            "accuracy": {tier: asked.table() for tier, asked in answers.items()},
+            "modifiers": compared,
+            "speculation": speculation_figures(tiers.base, easy, config),
+            "gate": gate_figures(base, answers["cascade"], cascade.calibration),
+            "routes": _routes(answers["cascade"].replies),
+            "unanswerable": unanswerable_figures(refused, data.metrics.get("unseen_kinds", ())),
+            "bytes": inputs["bundle"].metrics["bytes"],
+            "showcase": showcase([answers["cascade"], refused]),
+        }
+    base_p = base_probabilities(answers["cascade"])
+    accuracy_picture(out / "accuracy.png", metrics["accuracy"])
+    reliability_picture(out / "reliability.png", {"base": (base_p, np.array(base.correct, dtype=np.float64))})
+    given = [r.p_correct or 0.0 for r in answers["cascade"].replies]
+    risk_picture(out / "risk.png", given, answers["cascade"].correct, metrics["gate"])
+    write_text(out / "report.md", page(metrics))
+    return metrics
+
+
+def _controls(
+    desk: Desk, base: Path, adapters: Mapping[str, Path], of: Mapping[str, Sequence[Example]]
+) -> dict[str, Asked]:
+    """The controls answer the questions of their domains."""
+    if not adapters:
+        return {}
+    size = desk.config
+    engine = LlamaEngine(base, slots=size.slots, context=size.context, threads=desk.context.threads, adapters=adapters)
+    with closing(engine):
+        return {name: desk.ask(engine, of[name], name) for name in adapters if name in of}
+
+
+def _share(correct: Sequence[bool]) -> float:
+    return sum(correct) / max(len(correct), 1)
+
+
+def _routes(answers: Sequence[Reply]) -> dict[str, float]:
+    return {route: n / len(answers) for route, n in Counter(r.route for r in answers).most_common()}
