@@ -22,9 +22,7 @@ def edit(path: Path, **changes) -> None:
 
 
 def llama(path: Path, **options) -> llama_cpp.Llama:
-    return llama_cpp.Llama(
-        str(path), verbose=False, n_threads=1, n_threads_batch=1, **{"n_ctx": 512} | options
-    )
+    return llama_cpp.Llama(str(path), verbose=False, n_threads=1, n_threads_batch=1, **{"n_ctx": 512} | options)
 
 
 MULTILINGUAL = [

@@ -42,9 +42,7 @@ def sources(folder, files=FILES):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_bundle(
-        tmp_path / "out", sources(tmp_path), {"parts": PARTS, "title": "Small", "figures": {"ece": 0.02}}
-    )
+    write_bundle(tmp_path / "out", sources(tmp_path), {"parts": PARTS, "title": "Small", "figures": {"ece": 0.02}})
     return tmp_path / "out"
 
 
@@ -184,9 +182,7 @@ def inputs(folder, *, adapter_base=BASE):
         (folder / role).mkdir()
         content = b'{"threshold": 0.5}' if name.endswith(".json") else f"{role} {name}".encode()
         (folder / role / name).write_bytes(content)
-        return finish(
-            folder / role, kind="x", fingerprint=role * 9, parents={}, metrics=metrics, environment={}
-        )
+        return finish(folder / role, kind="x", fingerprint=role * 9, parents={}, metrics=metrics, environment={})
 
     def gguf(role, name, base):
         return made(role, name, base_fingerprint=base, tokenizer_sha256=WORDS, bytes=1234)

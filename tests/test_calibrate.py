@@ -93,9 +93,7 @@ outcomes = st.integers(1, 80).flatmap(
 def test_figures_lie_in_their_bounds(data):
     p, y = data
     assert 0.0 <= metrics.ece(p, y) <= 1.0
-    assert (
-        metrics.ece(p, y) >= abs(p.mean() - y.mean()) - 1e-9
-    )  # binning can only hide less than one bin does
+    assert metrics.ece(p, y) >= abs(p.mean() - y.mean()) - 1e-9  # binning can only hide less than one bin does
     assert 0.0 <= metrics.aurc(p, y) <= 1.0
     assert 0.0 <= metrics.auroc(p, y) <= 1.0
     assert metrics.auroc(p, y) + metrics.auroc(-p, y) == pytest.approx(1.0)
@@ -136,9 +134,7 @@ def row(rng, domain):
     """A made-up answered question: the surer the tokens and the easier the question, the more often correct."""
     ease = rng.normal()
     difficulty = int(np.clip(3 - ease + rng.normal(0, 0.5), 1, 5))
-    example = Example(
-        "x", domain, difficulty, (Message("user", "?"),), "a", meta={"check": {"kind": "exact"}}
-    )
+    example = Example("x", domain, difficulty, (Message("user", "?"),), "a", meta={"check": {"kind": "exact"}})
     reading = Reading(Score(4.0 * np.exp(-ease / 3), 2, 8), (1.0, 2.0), (), ())
     p_easy = float(sigmoid(ease))
     domains = {"code": float(domain == "code"), "math": float(domain == "math")}
@@ -186,8 +182,7 @@ def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
 def test_abstentions_are_never_accepted_answers():
     rng = np.random.default_rng(10)
     rows = [
-        replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know")))
-        for r in made_up(rng, 20)
+        replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know"))) for r in made_up(rng, 20)
     ]
     nothing = np.zeros(20)
     assert count(rows, np.ones(20), nothing, modifiers=True)(0.5) == (0, 0)

@@ -1,13 +1,24 @@
 """The command line, run as a real process; the bundle it serves and asks is made of pico models."""
 
+import contextlib
 import json
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
+
+from cogumi.cascade.cascade import LOW_CONFIDENCE, open_cascade, without_note
+from cogumi.chat import Conversation
+from cogumi.types import ABSTENTION
+from helpers_bundle import make_bundle
+from helpers_serve import raw, running, send_and_hang_up, until
 
 COGUMI = [sys.executable, "-m", "cogumi"]
 
@@ -89,9 +100,7 @@ def test_inspect_tells_what_things_are(built):
     assert (step["what"], step["kind"]) == ("artifact", "examples")
     assert step["files"]["train.jsonl"]["bytes"] > 0
     assert "train.jsonl" in cogumi("inspect", "runs/mine/rows", cwd=built).stdout
-    assert (
-        json.loads(cogumi("inspect", "mine.yaml", "--json", cwd=built).stdout)["steps"][0]["stage"] == "files"
-    )
+    assert json.loads(cogumi("inspect", "mine.yaml", "--json", cwd=built).stdout)["steps"][0]["stage"] == "files"
     assert "rows" in cogumi("inspect", "mine.yaml", cwd=built).stdout
     assert json.loads(cogumi("inspect", "runs/mine", "--json", cwd=built).stdout)["recipe"] == "mine"
 
@@ -142,3 +151,218 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(home):
         line = one_line(cogumi("serve", "empty", "--port", port, cwd=home, ok=1))
     assert str(port) in line
     assert "--port" in line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(scope="module")
+def cascade(folder):
+    with contextlib.closing(open_cascade(folder, slots=2)) as cascade:
+        yield cascade
+
+
+@contextlib.contextmanager
+def serving(folder, *words):
+    """`cogumi serve` in a process of its own; yields it and what it says when it is ready."""
+    command = [*COGUMI, "serve", folder, "--port", "0", "--json", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if line == "}\n":
+                break
+        yield process, json.loads(said)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def client(folder):
+    with serving(folder, "--slots", "2") as (_, said):
+        yield openai.OpenAI(base_url=said["url"], api_key="any", max_retries=0, timeout=60)
+
+
+def ask(client, text, model="cogumi:fast", **options):
+    options = {"max_tokens": 12} | options
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
+
+
+def test_chat_once_tells_tier_confidence_and_reasons(folder):
+    shown = cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?").stdout
+    assert "base · P(correct) 70%" in shown
+    assert "meets the threshold 0.50" in shown
+    answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--json").stdout)
+    assert (answer["route"], answer["question"]) == ("low_confidence", "What is 3 + 4?")
+    assert answer["answer"].endswith(LOW_CONFIDENCE)
+    assert [d["tier"] for d in answer["decisions"]][:3] == ["draft", "base", "modifier:code"]
+
+
+def test_chat_obeys_commands_and_survives_errors(folder, tmp_path):
+    (tmp_path / "runs" / "pico").mkdir(parents=True)
+    (tmp_path / "runs" / "pico" / "bundle").symlink_to(folder)
+    lines = [
+        "/help",
+        "/mode nope",
+        "/mode fast",
+        "Hello?",
+        "long " * 600,
+        "/new",
+        "/nope",
+        "Hello?",
+        "/quit",
+        "unread",
+    ]
+    done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
+    assert done.stdout.count("P(correct)") == 2
+    assert "unknown mode 'nope'" in done.stdout
+    assert "no command /nope" in done.stdout
+    assert done.stderr.startswith("cogumi: ")
+    assert "context" in done.stderr
+    assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends with the input
+
+
+def test_a_conversation_remembers_turns_without_notes(cascade):
+    conversation = Conversation(cascade)
+    first = conversation.say("What is 3 + 4?")
+    pieces = []
+    second = conversation.say("And 5?", pieces.append)
+    assert first.text.endswith(LOW_CONFIDENCE)
+    assert "".join(pieces) == second.text
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+    assert [m.role for m in conversation.messages] == ["user", "assistant"] * 2
+    assert not any(LOW_CONFIDENCE in m.content for m in conversation.messages)
+
+
+def test_a_flipped_byte_keeps_a_bundle_shut(folder, tmp_path):
+    broken = tmp_path / "bundle"
+    subprocess.run(["cp", "-r", folder, broken], check=True)
+    data = bytearray((broken / "base.gguf").read_bytes())
+    data[-1] ^= 1
+    (broken / "base.gguf").write_bytes(data)
+    for words in (["chat", broken, "--once", "x"], ["inspect", broken]):
+        assert "base.gguf" in one_line(cogumi(*words, ok=1))
+    assert "base.gguf" in cogumi("serve", broken, "--port", "0", ok=1).stderr
+
+
+def test_inspect_a_bundle(folder):
+    found = json.loads(cogumi("inspect", folder, "--json").stdout)
+    assert (found["what"], found["modifiers"]) == ("bundle", ["code", "math"])
+    assert found["bytes"] == sum(path.stat().st_size for path in folder.rglob("*.*") if path.name != "bundle.json")
+    assert "modifiers/code.gguf" in cogumi("inspect", folder).stdout
+
+
+def test_eval_grades_the_users_questions(folder, tmp_path):
+    said = json.loads(cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?", "--json").stdout)["answer"]
+    rows = [{"instruction": "What is 3 + 4?", "output": said, "domain": "math", "difficulty": 1}]
+    rows += [{"instruction": f"What is {i} + 4?", "output": "no such answer", "domain": "math"} for i in range(3)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{broken\n" + "\n".join(map(json.dumps, rows)))
+    base = json.loads(cogumi("eval", folder, "--data", data, "--tier", "base", "--json").stdout)
+    assert base["accuracy"] == {"math": {"1": [1, 1], "0": [0, 3]}}
+    assert (base["coverage"], base["accepted_error"]) == (None, None)
+    assert len(base["rejected"]) == 1
+    whole = json.loads(cogumi("eval", folder, "--data", data, "--limit", "2", "--json").stdout)
+    assert (whole["n"], whole["coverage"]) == (2, 0.0)  # the usual mode accepts nothing in this bundle
+    assert "50.0%" in cogumi("eval", folder, "--data", data, "--limit", "2").stdout
+    for tier in ("draft", "modifier:math"):
+        cogumi("eval", folder, "--data", data, "--tier", tier)
+    assert "modifier:code" in one_line(cogumi("eval", folder, "--data", data, "--tier", "best", ok=1))
+
+
+def test_serve_answers_under_every_name(client):
+    names = [model.id for model in client.models.list()]
+    assert {
+        "cogumi",
+        "cogumi:fast",
+        "cogumi:accurate",
+        "cogumi:base",
+        "cogumi:draft",
+        "cogumi:base+code",
+    } <= {*names}
+    for name in names:
+        assert ask(client, "What is 3 + 4?", model=name).usage.completion_tokens >= 1
+
+
+def test_serve_says_who_answered_and_how_sure(client):
+    raw = client.chat.completions.with_raw_response.create(
+        model="cogumi:fast", messages=[{"role": "user", "content": "What is 3 + 4?"}], max_tokens=12
+    )
+    ours = raw.parse().model_extra["cogumi"]
+    assert (ours["tier"], ours["p_correct"]) == ("base", pytest.approx(0.7))
+    assert ours["decisions"][-1]["accepted"]
+    assert (raw.headers["x-cogumi-tier"], raw.headers["x-cogumi-p-correct"]) == ("base", "0.7000")
+
+
+@pytest.mark.parametrize("model", ["cogumi:fast", "cogumi:accurate", "cogumi:base+math"])
+def test_a_stream_says_what_the_plain_answer_says(client, model):
+    whole = ask(client, "What is 3 + 4?", model=model, logprobs=True)
+    chunks = list(ask(client, "What is 3 + 4?", model=model, logprobs=True, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert chunks[-1].model_extra["cogumi"]["route"] == whole.model_extra["cogumi"]["route"]
+    streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
+    assert [e.token for e in streamed] == [e.token for e in whole.choices[0].logprobs.content]
+    assert "".join(e.token for e in streamed) == without_note(whole.choices[0].message.content)
+
+
+def test_an_unsure_answer_can_be_withheld(client):
+    options = {"model": "cogumi", "extra_body": {"cogumi": {"abstain": True}}}
+    assert ask(client, "What is 3 + 4?", **options).choices[0].message.content == ABSTENTION
+    chunks = list(ask(client, "What is 3 + 4?", stream=True, **options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == ABSTENTION
+
+
+def test_serve_refuses_what_it_cannot_answer(client):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(client, "long " * 600, stream=stream)
+        assert refused.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match="unknown adapter"):
+            ask(client, "x", stream=stream, extra_body={"cogumi": {"modifier": "cooking"}})
+        with pytest.raises(openai.BadRequestError, match="unknown mode"):
+            ask(client, "x", model="cogumi", stream=stream, extra_body={"cogumi": {"mode": "best"}})
+    with pytest.raises(openai.NotFoundError):
+        ask(client, "x", model="gpt-4o")
+
+
+def test_many_clients_at_once_get_their_own_answers(client):
+    questions = [f"What is {i} + 4?" for i in range(12)]
+    alone = [ask(client, q).choices[0].message.content for q in questions]
+    with ThreadPoolExecutor(12) as threads:
+        together = list(threads.map(lambda q: ask(client, q).choices[0].message.content, questions))
+    assert together == alone
+
+
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+def test_a_client_that_hangs_up_frees_its_slot(folder, mode):
+    """Twelve abandoned answers on two slots would take the time of six, were they not cancelled."""
+    cascade = open_cascade(folder, slots=2)
+    base = cascade.tiers.base
+    body = {"model": f"cogumi:{mode}", "stream": True, "max_tokens": 480}
+    body["messages"] = [{"role": "user", "content": "Hello?"}]
+    with running(lambda: cascade) as port:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", timeout=60)
+        until(lambda: raw(port, "GET", "/ready")[0] == 200)
+        began = time.perf_counter()
+        whole = ask(client, "Hello?", model=body["model"], max_tokens=480)
+        one = time.perf_counter() - began
+        assert whole.choices[0].finish_reason == "length"
+        began = time.perf_counter()
+        for _ in range(12):
+            send_and_hang_up(port, body, lambda: base.free_slots < 2)
+        until(lambda: base.free_slots == 2, seconds=60)
+        assert time.perf_counter() - began < 3 * one
+        assert ask(client, "Hello?").usage.completion_tokens == 12
+
+
+def test_ctrl_c_ends_serving_cleanly(folder):
+    with serving(folder) as (process, said):
+        process.send_signal(signal.SIGINT)
+        _, noted = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in noted
+    assert said["models"][0] == "cogumi"

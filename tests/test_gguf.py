@@ -238,9 +238,7 @@ def test_adapter_on_the_output_layer_of_an_untied_model(tmp_path):
     )
     export_adapter(tmp_path / "a", base, tmp_path / "a.gguf")
     ids = some_ids(100)
-    expected = torch_logits(
-        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "a"), ids
-    )
+    expected = torch_logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "a"), ids)
     got = llama_logits(tmp_path / "m.gguf", ids, lora_path=str(tmp_path / "a.gguf"), **F32_CACHE)
     assert np.abs(got - expected).max() < 2e-4 * np.abs(expected).max()
 
@@ -350,9 +348,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, copy, type, value):
 
 def test_values_beyond_f16_are_refused_there(tmp_path, copy):
     edit_weights(copy, lambda w: w["model.embed_tokens.weight"][3].fill_(7e4))
-    with pytest.raises(
-        ExportError, match=r"embed_tokens.weight holds values too large for f16; export as f32"
-    ):
+    with pytest.raises(ExportError, match=r"embed_tokens.weight holds values too large for f16; export as f32"):
         export_model(copy, tmp_path / "m.gguf", "f16")
     export_model(copy, tmp_path / "m.gguf", "f32")
 
@@ -366,9 +362,7 @@ def test_weights_cut_short_are_refused(tmp_path, copy, keep):
         export_model(copy, tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_missing_files_are_named(tmp_path, copy, name):
     (copy / name).unlink()
     with pytest.raises(ExportError, match=f"{re.escape(name)} is missing"):

@@ -50,8 +50,7 @@ def mismatches(path: Path, tokenizer: HFTokenizer, texts: list[str]) -> list[str
         text
         for text in texts
         for special in (False, True)
-        if model.tokenize(text.encode(), add_bos=False, special=special)
-        != tokenizer.encode(text, special=special)
+        if model.tokenize(text.encode(), add_bos=False, special=special) != tokenizer.encode(text, special=special)
     ]
 
 

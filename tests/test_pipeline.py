@@ -152,9 +152,7 @@ def test_whole_recipe_is_checked_before_anything_runs(tmp_path, bad, message):
 
 def test_gate_keeps_the_artifact_and_is_checked_again(tmp_path):
     def gated(bound):
-        return recipe(
-            step("first", score=0.4), step("second", gates=[{"metric": "score", "at_least": bound}])
-        )
+        return recipe(step("first", score=0.4), step("second", gates=[{"metric": "score", "at_least": bound}]))
 
     with pytest.raises(GateError, match=r"'second' failed its gate: score is 0\.5 and must be at least 0\.6"):
         build(gated(0.6), tmp_path)
@@ -206,9 +204,7 @@ def test_failing_stage_is_named_and_goes_on_from_its_checkpoint(tmp_path):
         build(recipe(step("first", fail=True)), tmp_path, progress=counting)
     assert counting.seen == ()  # all four links came from the checkpoint
     assert not (tmp_path / "small/first/half.tmp").exists()
-    build(
-        recipe(step("first")), tmp_path, progress=counting
-    )  # another config: nothing of the old run is used
+    build(recipe(step("first")), tmp_path, progress=counting)  # another config: nothing of the old run is used
     assert counting.seen == (1, 2, 3, 4)
 
 

@@ -39,8 +39,7 @@ STEP = "name: x\nsteps:\n  - {name: a, stage: s}\n"
 WRONG = {
     "unknown key 'stesp'; did you mean 'steps'?": "name: x\nstesp: [{name: a, stage: s}]",
     "step 'base': unknown key 'stag'; did you mean 'stage'?": "name: x\nsteps: [{name: base, stag: s}]",
-    "gates.0: unknown key 'at_lest'; did you mean 'at_least'?": STEP[:-2]
-    + ", gates: [{metric: m, at_lest: 1}]}",
+    "gates.0: unknown key 'at_lest'; did you mean 'at_least'?": STEP[:-2] + ", gates: [{metric: m, at_lest: 1}]}",
     "step 1: the key 'name' is missing": "name: x\nsteps: [{stage: s}]",
     "line 2: the key 'name' stands twice": "name: x\nname: y\nsteps: []",
     "line 3: the key 'stage' stands twice": "name: x\nsteps:\n  - {name: a, stage: s, stage: t}",
@@ -53,8 +52,7 @@ WRONG = {
     "name: string should match": "name: ../x\nsteps: [{name: a, stage: s}]",
     "step '../a': name: string should match": "name: x\nsteps: [{name: ../a, stage: s}]",
     "step 'a': there are two steps of this name": STEP + "  - {name: a, stage: s}",
-    "input 'i' is not an earlier step: 'aa'; did you mean 'a'?": STEP
-    + "  - {name: b, stage: s, inputs: {i: aa}}",
+    "input 'i' is not an earlier step: 'aa'; did you mean 'a'?": STEP + "  - {name: b, stage: s, inputs: {i: aa}}",
     "input 'i' is not an earlier step: 'b'": STEP + "  - {name: b, stage: s, inputs: {i: b}}",
     "relative_to is not an earlier step: 'b'": STEP
     + "  - {name: b, stage: s, gates: [{metric: m, at_least: 1, relative_to: b}]}",
@@ -77,9 +75,7 @@ def test_says_in_one_line_what_is_wrong(message, text):
 @settings(deadline=None)
 @given(
     st.text()
-    | st.recursive(st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)).map(
-        yaml.dump
-    )
+    | st.recursive(st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)).map(yaml.dump)
 )
 def test_any_text_is_a_recipe_or_a_recipe_error(text):
     try:

@@ -140,9 +140,7 @@ def test_domains_without_a_modifier_belong_to_the_base():
 
 
 def gate_of(weight, offset=0.0):
-    return Gate(
-        ("a", "b"), Net.of([0, 0], [1, 1], [[[weight], [0.0]]], [[0.0]]), Calibrator("platt", 1.0, offset)
-    )
+    return Gate(("a", "b"), Net.of([0, 0], [1, 1], [[[weight], [0.0]]], [[0.0]]), Calibrator("platt", 1.0, offset))
 
 
 def test_a_calibration_survives_json_exactly():

@@ -5,22 +5,20 @@ real bundle.
 """
 
 import contextlib
-import http.client
 import json
-import socket
 import threading
 import time
 
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.errors import BusyError, CogumiError, ContextError, RequestError
-from cogumi.serve.api import bind, create_app
+from cogumi.serve.api import bind
 from cogumi.types import Decision, Message, Reply, Revision, Token, Usage
+from helpers_serve import raw, running, send_and_hang_up, until
 
 
 class ByteTokenizer:
@@ -101,22 +99,6 @@ class Scripted:
         self.closed = True
 
 
-@contextlib.contextmanager
-def running(load, **options):
-    """Serve on a free port in a thread; yields the base address."""
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(load, **options), log_level="critical"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-        assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def engine():
     return Scripted()
@@ -125,9 +107,7 @@ def engine():
 @pytest.fixture(scope="module")
 def port(engine):
     ready = threading.Event()
-    with running(
-        lambda: engine, on_ready=lambda _: ready.set(), keep_alive_seconds=0.2, max_body_bytes=20_000
-    ) as port:
+    with running(lambda: engine, on_ready=lambda _: ready.set(), keep_alive_seconds=0.2, max_body_bytes=20_000) as port:
         assert ready.wait(10)
         yield port
     assert engine.closed
@@ -139,25 +119,7 @@ def client(port):
 
 
 def ask(client, text, model="cogumi", **options):
-    return client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": text}], **options
-    )
-
-
-def raw(port, method, path, body=None, headers=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request(method, path, body, headers or {"content-type": "application/json"})
-    response = connection.getresponse()
-    data = response.read()
-    connection.close()
-    return response.status, response.headers, data
-
-
-def until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
 
 
 def test_models(client):
@@ -278,9 +240,7 @@ def test_stream(client):
 
 
 def test_the_stream_on_the_wire(port):
-    body = json.dumps(
-        {"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "think a"}]}
-    )
+    body = json.dumps({"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "think a"}]})
     status, headers, data = raw(port, "POST", "/v1/chat/completions", body)
     assert status == 200
     assert headers["content-type"].startswith("text/event-stream")
@@ -329,9 +289,7 @@ def test_refusals_before_the_first_byte_have_a_true_status(client):
 def test_a_refusal_after_the_first_byte_is_sent_as_data(client, port):
     with pytest.raises(openai.APIError, match="context is full"):
         list(ask(client, "late abc", stream=True))
-    body = json.dumps(
-        {"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "late a"}]}
-    )
+    body = json.dumps({"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "late a"}]})
     assert raw(port, "POST", "/v1/chat/completions", body)[2].endswith(b"data: [DONE]\n\n")
 
 
@@ -397,9 +355,7 @@ def test_every_error_has_the_same_shape(port, method, path, body, status):
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     ),
-    st.sampled_from(
-        ["messages", "stop", "n", "seed", "stream_options", "tools", "cogumi", "user", "logit_bias"]
-    ),
+    st.sampled_from(["messages", "stop", "n", "seed", "stream_options", "tools", "cogumi", "user", "logit_bias"]),
 )
 def test_no_body_breaks_the_server(port, value, key):
     body = {"model": "cogumi", "messages": [{"role": "user", "content": "echo a"}], key: value}
@@ -415,16 +371,8 @@ def test_half_a_character_in_a_message_is_refused(port):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_place(port, engine, stream):
-    body = json.dumps(
-        {"model": "cogumi", "stream": stream, "messages": [{"role": "user", "content": "slow"}]}
-    ).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    head += f"content-length: {len(body)}"
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        if stream:
-            assert b"200" in connection.recv(1000)
-        until(lambda: engine.running == 1)
+    body = {"model": "cogumi", "stream": stream, "messages": [{"role": "user", "content": "slow"}]}
+    send_and_hang_up(port, body, lambda: engine.running == 1)
     until(lambda: engine.running == 0, seconds=3)  # the script alone would run for ten seconds
 
 

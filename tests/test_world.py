@@ -100,7 +100,7 @@ def test_training_takes_what_a_small_cell_holds_but_other_sets_are_exact_or_refu
     metrics = run(tmp_path / "much", train=1000)
     assert metrics["rows"]["train"] < 1000 * 32
     assert metrics["rows"]["heldout"] == SMALL["heldout"] * 32
-    with pytest.raises(DataError, match="too few different questions in .*heldout"):
+    with pytest.raises(DataError, match=r"too few different questions in .*heldout"):
         run(tmp_path / "too-much", heldout=5000)
 
 

@@ -84,8 +84,7 @@ def sha256(path: Path) -> str:
 def entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Size and hash of each named file of a folder, in sorted order."""
     return {
-        name: FileEntry(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name))
-        for name in sorted(names)
+        name: FileEntry(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in sorted(names)
     }
 
 
@@ -138,15 +137,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(
-            f"{folder} is not a finished artifact (it has no {MANIFEST}); build it first"
-        ) from None
+        raise ArtifactError(f"{folder} is not a finished artifact (it has no {MANIFEST}); build it first") from None
     except ValidationError as error:
         reason = error.errors()[0]
         where = ".".join(map(str, reason["loc"])) or "the file"
-        raise ArtifactError(
-            f"{folder / MANIFEST} cannot be used ({where}: {reason['msg']}); build it again"
-        ) from error
+        raise ArtifactError(f"{folder / MANIFEST} cannot be used ({where}: {reason['msg']}); build it again") from error
 
 
 def load(folder: Path) -> Artifact:

@@ -97,9 +97,7 @@ def _check_parts(folder: Path, index: Index) -> None:
     models = {name for name in index.files if name.endswith(".gguf")}
     if models != set(index.parts):
         name = sorted(models ^ set(index.parts))[0]
-        raise BundleError(
-            f"{folder}: 'parts' must say what each GGUF file belongs to, no more and no less: {name}"
-        )
+        raise BundleError(f"{folder}: 'parts' must say what each GGUF file belongs to, no more and no less: {name}")
     base = index.parts[BASE]
     for name, part in sorted(index.parts.items()):
         match = _MODIFIER.fullmatch(name)

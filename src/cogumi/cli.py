@@ -78,9 +78,7 @@ def _build(recipe: str, runs: Path, seed: int | None) -> dict[str, Any]:
 def build(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe's name, or a YAML file.")] = "tiny",
     runs: RunsOption = RUNS,
-    seed: Annotated[
-        int | None, typer.Option(help="Another seed than the recipe's.", show_default="recipe's")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's.", show_default="recipe's")] = None,
     json: JsonOption = False,
 ) -> None:
     """Build a bundle from a recipe; what is built already is kept, what was interrupted goes on.
@@ -141,10 +139,7 @@ def chat(
             from cogumi.serve.schema import extension
 
             reply = conversation.say(once)
-            show.emit(
-                {"question": once, "answer": reply.text, "finish_reason": reply.finish_reason}
-                | extension(reply)
-            )
+            show.emit({"question": once, "answer": reply.text, "finish_reason": reply.finish_reason} | extension(reply))
         else:
             show.print_reasons(conversation.say(once, show.stream))
     finally:
@@ -154,16 +149,10 @@ def chat(
 @app.command()
 def serve(
     bundle: BundleArgument = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
-    ] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
-    context: Annotated[
-        int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")
-    ] = 512,
+    context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 512,
     json: JsonOption = False,
 ) -> None:
     """Serve a bundle to any OpenAI client, at http://HOST:PORT/v1; any API key is accepted.

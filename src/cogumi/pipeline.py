@@ -196,9 +196,7 @@ def _only_build(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CogumiError(
-                f"another build is running in {folder}; wait for it or choose another folder"
-            ) from None
+            raise CogumiError(f"another build is running in {folder}; wait for it or choose another folder") from None
         yield
 
 
@@ -217,9 +215,7 @@ def _run_step(p: Plan, folder: Path, inputs: Inputs, context: Context) -> None:
     )
 
 
-def build(
-    recipe: Recipe, runs: Path, *, seed: int | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
+def build(recipe: Recipe, runs: Path, *, seed: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Run what is not done yet of a recipe in `runs/<recipe>` and return the report, also written there.
 
     Raises `RecipeError` before anything runs, `GateError` at a failed gate, and what a stage raises, with its

@@ -75,9 +75,7 @@ class Recipe(BaseModel):
             for role, name in step.inputs.items():
                 if name not in earlier:
                     hint = nearest(name, earlier)
-                    raise ValueError(
-                        f"step '{step.name}': input '{role}' is not an earlier step: '{name}'; {hint}"
-                    )
+                    raise ValueError(f"step '{step.name}': input '{role}' is not an earlier step: '{name}'; {hint}")
             for gate in step.gates:
                 if gate.relative_to is not None and gate.relative_to not in earlier:
                     hint = nearest(gate.relative_to, earlier)
@@ -169,9 +167,7 @@ def parse_recipe(text: str, where: str, root: Path) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise RecipeError(
-            f"recipe {where}: a recipe has the keys {', '.join(Recipe.model_fields)}; see recipes/"
-        )
+        raise RecipeError(f"recipe {where}: a recipe has the keys {', '.join(Recipe.model_fields)}; see recipes/")
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -203,9 +199,7 @@ def load_recipe(source: str | Path) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe file {path}; check the path") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"recipe {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from error
+        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
     return parse_recipe(text, path.name, path.resolve().parent)

@@ -45,9 +45,7 @@ def _import(module: str, wanted_by: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "cogumi":
             raise
-        raise RecipeError(
-            f"{wanted_by} needs the package '{error.name}': pip install 'cogumi[build]'"
-        ) from error
+        raise RecipeError(f"{wanted_by} needs the package '{error.name}': pip install 'cogumi[build]'") from error
 
 
 def stage(name: str) -> Stage:

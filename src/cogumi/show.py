@@ -152,9 +152,7 @@ def print_accuracy(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int
     rows = []
     for tier, cells in accuracy.items():
         by_domain = [share(cells.get(domain, {}).values()) for domain in domains]
-        by_level = [
-            share(c for d in cells.values() for at, c in d.items() if str(at) == level) for level in levels
-        ]
+        by_level = [share(c for d in cells.values() for at, c in d.items() if str(at) == level) for level in levels]
         rows.append([tier, share(c for d in cells.values() for c in d.values()), *by_domain, *by_level])
     table(title, ["tier", "all", *domains, *(f"level {level}" for level in levels)], rows)
 
@@ -211,8 +209,7 @@ def print_inspection(found: Mapping[str, Any]) -> None:
             table("Files, verified", ["file", "size", "SHA-256"], _file_rows(value))
         elif key == "steps":
             rows = [
-                [s["name"], s["stage"], ", ".join(f"{r}={i}" for r, i in s.get("inputs", {}).items())]
-                for s in value
+                [s["name"], s["stage"], ", ".join(f"{r}={i}" for r, i in s.get("inputs", {}).items())] for s in value
             ]
             table("Steps", ["step", "stage", "inputs"], rows)
         elif key == "bytes":
@@ -232,17 +229,15 @@ def print_question(question: str, why: str) -> None:
 
 
 def stream(piece: str) -> None:
-    """Write a piece of an answer as it comes."""
-    print(piece, end="", flush=True)
+    """Write a piece of an answer as it comes; control characters, which could steer a terminal, are replaced."""
+    print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece), end="", flush=True)
 
 
 def print_serving(where: str, models: Sequence[str]) -> None:
     """Where the server is and how to ask it."""
     body = '{"model": "cogumi", "messages": [{"role": "user", "content": "What is 3 + 4?"}]}'
     OUT.print(f"cogumi: ready at {where}/v1 ({', '.join(models)}); Ctrl-C ends. Try:", soft_wrap=True)
-    OUT.print(
-        f"  curl {where}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", soft_wrap=True
-    )
+    OUT.print(f"  curl {where}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", soft_wrap=True)
 
 
 def print_next(bundle: Path) -> None:

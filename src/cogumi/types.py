@@ -43,8 +43,8 @@ class Example:
 class Request:
     """What is asked of an engine: `messages` (rendered by the chat template) or a raw `prompt`.
 
-    `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an answer below
-    the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned by them.
+    `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an answer
+    below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned.
     """
 
     messages: tuple[Message, ...] = ()
@@ -68,8 +68,8 @@ class Token:
     """One generated token with the signals of the pass that made it.
 
     `margin` is the log-probability gap between the two best tokens, `entropy` in nats, `top` the best alternatives
-    `(id, logprob)` when asked for. All are taken from the unscaled model distribution (temperature 1), so that they mean the
-    same whatever the sampling. `text` may be empty while a multi-byte character is incomplete.
+    `(id, logprob)` when asked for. All are taken from the unscaled model distribution (temperature 1), so that they
+    mean the same whatever the sampling. `text` may be empty while a multi-byte character is incomplete.
     """
 
     id: int

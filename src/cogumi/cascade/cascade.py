@@ -5,16 +5,17 @@ gate; not accepted and the mode allows it: the modifier of the question's domain
 whichever `route.gate.settle` picks. Every step leaves a `Decision`; the last one says whether the reply's
 text is a confident answer.
 
-`Reply.route` is the path taken: - `base`, `base+draft` (tokens were drafted), `modifier`: accepted, the
-guarantee covers it; - `low_confidence`: not accepted; the likelier answer with a note behind it; -
-`abstained`: the text is the abstention sentence, because a tier said so or because the request wants no
-unsure answer.
+`Reply.route` is the path taken:
+- `base`, `base+draft` (tokens were drafted), `modifier`: accepted, so the guarantee covers it;
+- `low_confidence`: not accepted; the likelier answer with a note behind it;
+- `abstained`: the abstention sentence: a tier said so, or the request wants no unsure answer (`p_correct`
+  is then that of the answer withheld).
 
 Tokens stream as they come where no other tier can follow and nothing may be withheld; else once an answer
 is chosen. The reply's text is always the streamed text, or that of the last `Revision`. Requests for one
 adapter, and raw prompts, are answered by that tier directly: they are not questions the gates were fitted
 on. The guarantee was measured on greedy answers; sampled ones (temperature > 0) take the same path without
-it. `usage` sums what base and modifiers spent.
+it. `usage` sums what base and modifiers spent; the draft's reading of the question is not in it.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from cogumi.bundle import open_bundle
 from cogumi.cascade.channel import Events, Flow
 from cogumi.cascade.modes import MODES, Mode, mode_of
 from cogumi.cascade.tiers import Question, Tiers
-from cogumi.errors import BundleError, RequestError
+from cogumi.errors import BundleError, ContextError, RequestError
 from cogumi.route.domains import route
 from cogumi.route.gate import KINDS, Calibration, Check, check, settle
 from cogumi.route.nets import load_head, load_net
 from cogumi.route.signals import abstains, answer_signals, modifier_signals, same_text
 from cogumi.runtime.engine import Engine, Event, Tokenizer
 from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.runtime.sampling import check as check_sampling
 from cogumi.types import ABSTENTION, Decision, Reading, Reply, Request, Revision, Score, Usage
 
 LOW_CONFIDENCE = "\n\n(Low confidence: this answer may be wrong.)"
@@ -77,16 +79,25 @@ class Attempt:
 class Cascade:
     """Tiers, calibration and a pool of `workers` threads, one per request in flight; implements `Engine`.
 
-    `gate` is one of `route.gate.KINDS`. Raises `RequestError` for another.
+    `context` is what prompt and answer may take together in every tier; `gate` is one of `route.gate.KINDS`
+    (raises `RequestError` for another).
     """
 
     def __init__(
-        self, tiers: Tiers, calibration: Calibration, *, gate: str = KINDS[0], workers: int = 8
+        self,
+        tiers: Tiers,
+        calibration: Calibration,
+        *,
+        gate: str = KINDS[0],
+        workers: int = 8,
+        context: int = 512,
     ) -> None:
         if gate not in KINDS:
             raise RequestError(f"unknown gate '{gate}': choose one of {', '.join(KINDS)}")
         self.tiers, self.calibration, self._gate = tiers, calibration, gate
+        self._context = context
         self._closed = threading.Event()
+        self._door = threading.Lock()  # nobody comes in while the cascade closes
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cascade")
 
     @property
@@ -133,18 +144,31 @@ class Cascade:
     def generate(self, request: Request) -> Iterator[Event]:
         """Submit a request; iterate to collect. See the module's text for what is streamed when."""
         mode = mode_of(request.mode)
+        direct = request.adapter is not None or request.prompt is not None
+        flow = self._direct(request) if direct else self._cascade(request, mode)
+        with self._door:
+            self._refuse(request)
+            return Events(flow, self._pool, self._closed.is_set)
+
+    def _refuse(self, request: Request) -> None:
+        """Raise what a tier would only say once a worker has come to the request."""
+        if self._closed.is_set():
+            raise RequestError("this cascade is closed: open it again")
+        check_sampling(request)
         if request.adapter not in (None, *self.adapters):
             known = ", ".join(self.adapters) or "none"
             raise RequestError(f"unknown adapter '{request.adapter}': this cascade has {known}")
-        if self._closed.is_set():
-            raise RequestError("this cascade is closed: open it again")
-        direct = request.adapter is not None or request.prompt is not None
-        flow = self._direct(request) if direct else self._cascade(request, mode)
-        return Events(flow, self._pool, self._closed.is_set)
+        length = len(self.tokenizer.render(request))
+        if length + request.max_tokens > self._context:
+            raise ContextError(
+                f"the prompt has {length} tokens and max_tokens is {request.max_tokens}, but the context holds "
+                f"{self._context}; shorten the prompt or ask for fewer tokens"
+            )
 
     def close(self) -> None:
         """Cancel what runs or waits, then free the models."""
-        self._closed.set()
+        with self._door:
+            self._closed.set()
         self._pool.shutdown(wait=True)
         self.tiers.close()
 
@@ -190,7 +214,7 @@ class Cascade:
 
         tier, accepted = settle(base.check, modifier.check if modifier else None)
         chosen = modifier if modifier and tier == "modifier" else base
-        ending = _ending(chosen, accepted, request.abstain)
+        ending = ending_of(chosen, accepted, request.abstain)
         if ending.decision:
             decisions.append(ending.decision)
             yield decisions[-1]
@@ -219,9 +243,15 @@ class Cascade:
         if question.perplexity > gate.perplexity:
             reason = "hard question: the draft is surprised by it; the base answers alone"
             return Decision("draft", "perplexity", question.perplexity, gate.perplexity, False, reason)
-        easy = question.p_easy >= gate.p_easy
-        reason = "easy question: the base may speculate" if easy else "hard question: the base answers alone"
-        return Decision("draft", "p_easy", question.p_easy, gate.p_easy, easy, reason)
+        if question.p_easy < gate.p_easy:
+            reason = "hard question: the base answers alone"
+            return Decision("draft", "p_easy", question.p_easy, gate.p_easy, False, reason)
+        speedup = self.tiers.drafting_speedup()
+        if speedup <= 1.0:
+            reason = "easy question, but drafting does not pay on this machine: the base answers alone"
+            return Decision("draft", "speedup", speedup, 1.0, False, reason)
+        reason = "easy question: the draft proposes tokens, the base verifies them"
+        return Decision("draft", "p_easy", question.p_easy, gate.p_easy, True, reason)
 
     def _judge_base(self, reply: Reply, question: Question, threshold: float) -> Attempt:
         signals = {**answer_signals(reply), **question.signals}
@@ -249,7 +279,7 @@ def _speculate(request: Request, decision: Decision) -> bool | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ending:
+class Ending:
     """What becomes of the chosen answer."""
 
     text: str
@@ -258,22 +288,23 @@ class _Ending:
     withheld: bool = False
 
 
-def _ending(chosen: Attempt, accepted: bool, withhold: bool) -> _Ending:
+def ending_of(chosen: Attempt, accepted: bool, withhold: bool) -> Ending:
+    """What to say and by which route; `withhold` if the request wants no answer that was not `accepted`."""
     text, p, threshold = chosen.reply.text, chosen.check.p, chosen.decision().threshold
 
     def last(signal: str, reason: str) -> Decision:
         return Decision(chosen.tier, signal, p, threshold, False, reason)
 
     if abstains(text):
-        return _Ending(text, "abstained", last("abstains", f"{chosen.tier} says that it does not know"))
+        return Ending(text, "abstained", last("abstains", f"{chosen.tier} says that it does not know"))
     if accepted:
         drafted = "+draft" if chosen.reply.usage.drafted else ""
-        return _Ending(text, "base" + drafted if chosen.tier == "base" else "modifier")
+        return Ending(text, "base" + drafted if chosen.tier == "base" else "modifier")
     if withhold:
         reason = "no answer reached the threshold, and the request wants no unsure one"
-        return _Ending(ABSTENTION, "abstained", last("p_correct", reason), withheld=True)
+        return Ending(ABSTENTION, "abstained", last("p_correct", reason), withheld=True)
     reason = f"the likeliest answer is that of {chosen.tier}, and it is not sure enough"
-    return _Ending(text + LOW_CONFIDENCE, "low_confidence", last("p_correct", reason))
+    return Ending(text + LOW_CONFIDENCE, "low_confidence", last("p_correct", reason))
 
 
 def open_cascade(
@@ -303,6 +334,8 @@ def open_cascade(
         opened.callback(base.close)
         draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads)
         opened.callback(draft.close)
-        cascade = Cascade(Tiers(base, draft, difficulty, router), calibration, gate=gate, workers=slots)
+        cascade = Cascade(
+            Tiers(base, draft, difficulty, router), calibration, gate=gate, workers=slots, context=context
+        )
         opened.pop_all()
     return cascade

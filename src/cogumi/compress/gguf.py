@@ -120,9 +120,7 @@ def _adapter_tensors(file: Any, folder: Path, llama: Llama, ranks: set[int]) -> 
     weights = {t.source: t for t in llama.tensors() if len(t.shape) == 2}
     for source, sides in found.items():
         if source not in weights:
-            raise ExportError(
-                f"{folder}: adapter target {source} is no projection of its base; retrain without it"
-            )
+            raise ExportError(f"{folder}: adapter target {source} is no projection of its base; retrain without it")
         if sides != {"A", "B"}:
             raise ExportError(f"{folder}: adapter target {source} lacks lora_{min({'A', 'B'} - sides)}")
     tensors = []
@@ -143,9 +141,7 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         file = safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise ExportError(
-            f"{path} is missing; sharded checkpoints must be saved again as one file"
-        ) from error
+        raise ExportError(f"{path} is missing; sharded checkpoints must be saved again as one file") from error
     except SafetensorError as error:
         raise ExportError(f"{path} is cut short or damaged ({error}); copy it again") from error
     with file:
@@ -156,13 +152,9 @@ def _load(file: Any, tensor: Tensor) -> Array:
     """Read, check, reorder and encode one tensor."""
     values: Array = file.get_tensor(tensor.source).float().numpy()
     if not np.isfinite(values).all():
-        raise ExportError(
-            f"{tensor.source} holds NaN or infinity; training has diverged, use an earlier checkpoint"
-        )
+        raise ExportError(f"{tensor.source} holds NaN or infinity; training has diverged, use an earlier checkpoint")
     if np.abs(values).max(initial=0) > _LARGEST[tensor.type]:
-        raise ExportError(
-            f"{tensor.source} holds values too large for {tensor.type.name.lower()}; export as f32"
-        )
+        raise ExportError(f"{tensor.source} holds values too large for {tensor.type.name.lower()}; export as f32")
     if tensor.heads:
         values = rotary_order(values, tensor.heads)
     return np.ascontiguousarray(to_blocks(values, tensor.type))

@@ -99,9 +99,7 @@ class Llama:
                 tied=config.get("tie_word_embeddings", False),
             )
         except KeyError as error:
-            raise ExportError(
-                f"{folder}/config.json lacks {error}; save the model with save_pretrained"
-            ) from error
+            raise ExportError(f"{folder}/config.json lacks {error}; save the model with save_pretrained") from error
 
     def tensors(self) -> list[Tensor]:
         """Every tensor such a model has, in file order."""

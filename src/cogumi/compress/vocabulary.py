@@ -58,13 +58,9 @@ class Vocabulary:
         model, added = document["model"], document["added_tokens"]
         _check(folder, document)
         ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
-        bos, eos, pad = (
-            _special(folder, settings, ids, name) for name in ("bos_token", "eos_token", "pad_token")
-        )
+        bos, eos, pad = (_special(folder, settings, ids, name) for name in ("bos_token", "eos_token", "pad_token"))
         if eos is None:
-            raise ExportError(
-                f"{folder}/tokenizer_config.json names no eos_token; without one an answer never ends"
-            )
+            raise ExportError(f"{folder}/tokenizer_config.json names no eos_token; without one an answer never ends")
         add_bos, add_eos = _frame(folder, text, bos, eos)
         return cls(
             pre=_pre_tokenizer(folder, document["pre_tokenizer"]),
@@ -143,17 +139,13 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
             raise ExportError(f"{folder}: the tokenizer's BPE sets {option}, which llama.cpp does not know")
     lost = sorted(set(ByteLevel.alphabet()) - set(model["vocab"]))
     if lost:
-        raise ExportError(
-            f"{folder}: the vocabulary lacks {len(lost)} of the 256 bytes; train it with all of them"
-        )
+        raise ExportError(f"{folder}: the vocabulary lacks {len(lost)} of the 256 bytes; train it with all of them")
     if not model["merges"]:
         raise ExportError(f"{folder}: the tokenizer has no merges; llama.cpp needs at least one")
     for token in document["added_tokens"]:
         for option in _MATCH_OPTIONS:
             if token[option]:
-                raise ExportError(
-                    f"{folder}: token {token['content']!r} sets {option}, which llama.cpp does not know"
-                )
+                raise ExportError(f"{folder}: token {token['content']!r} sets {option}, which llama.cpp does not know")
 
 
 def _pre_tokenizer(folder: Path, node: Mapping[str, Any] | None) -> str:
@@ -187,9 +179,7 @@ def _frame(folder: Path, text: str, bos: int | None, eos: int) -> tuple[bool, bo
         for add_eos in (False, True):
             if [bos] * add_bos + bare + [eos] * add_eos == framed:
                 return add_bos, add_eos
-    raise ExportError(
-        f"{folder}: the tokenizer's post-processor adds more than bos and eos; llama.cpp cannot"
-    )
+    raise ExportError(f"{folder}: the tokenizer's post-processor adds more than bos and eos; llama.cpp cannot")
 
 
 def _said(settings: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -203,7 +193,5 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
     if template is not None and not isinstance(template, str):
-        raise ExportError(
-            f"{folder}/tokenizer_config.json holds several chat templates; keep one, as a string"
-        )
+        raise ExportError(f"{folder}/tokenizer_config.json holds several chat templates; keep one, as a string")
     return template

@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 class Config(BaseModel):
-    """`vocabulary` counts the 256 bytes and the 5 control tokens; `rows` of the training split are enough for merges."""
+    """`vocabulary` counts the 256 bytes and 5 control tokens; `rows` of the training split make the merges."""
 
     model_config = ConfigDict(extra="forbid")
     vocabulary: int = Field(1024, ge=261)

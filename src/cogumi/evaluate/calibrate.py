@@ -120,9 +120,7 @@ def answer_split(tiers: Tiers, examples: Sequence[Example], config: Config, cont
     questions = [tiers.judge(request, reading) for request, reading in zip(requests, readings, strict=True)]
     domains = [route(question.domains, tiers.base.adapters) for question in questions]
     asked = [(i, domain) for i, domain in enumerate(domains) if domain]
-    adapted = [
-        replace(requests[i], adapter=domain) for i, domain in sorted(asked, key=lambda a: (a[1], a[0]))
-    ]
+    adapted = [replace(requests[i], adapter=domain) for i, domain in sorted(asked, key=lambda a: (a[1], a[0]))]
     order = [i for i, _ in sorted(asked, key=lambda a: (a[1], a[0]))]
     total, answers = len(requests) + len(adapted), []
     for reply in replies(tiers.base, [*requests, *adapted], 2 * config.slots):
@@ -151,9 +149,7 @@ def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool]) -> QuestionGate
     mask = np.array(easy, dtype=bool)
     if mask.all() or not mask.any():
         return QuestionGate(float(values[:, 0].max()), 0.0)
-    return QuestionGate(
-        crossing(values[mask, 0], values[~mask, 0]), -crossing(-values[mask, 1], -values[~mask, 1])
-    )
+    return QuestionGate(crossing(values[mask, 0], values[~mask, 0]), -crossing(-values[mask, 1], -values[~mask, 1]))
 
 
 def count(rows: Sequence[Row], base_p: Doubles, modifier_p: Doubles, modifiers: bool) -> Count:
@@ -255,9 +251,7 @@ def calibrate(rows: Mapping[str, list[Row]], config: Config, seed: int, out: Pat
     for policy in ("base", "modifier") if modifier else ("base",):
         counts = {name: count(rows[name], *p[name], policy == "modifier") for name in p}
         order = sequence(counts["selection"], config.e)
-        promises[policy] = guarantee(
-            order, counts["threshold"], len(rows["threshold"]), config.e, config.confidence
-        )
+        promises[policy] = guarantee(order, counts["threshold"], len(rows["threshold"]), config.e, config.confidence)
     easy = {name: [is_easy(r.example, config.easy_up_to) for r in rows[name]] for name in rows}
     question = fit_question_gate(rows["fit"], easy["fit"])
     write_json(out / FILE, Calibration(question, *gates, promises).to_json())

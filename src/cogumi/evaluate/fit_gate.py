@@ -97,7 +97,7 @@ def _train(form: str, x: Outcomes, y: Outcomes, seed: int) -> Net:
     net = MLPClassifier(
         HIDDEN,
         alpha=1e-2,
-        batch_size=128,
+        batch_size=min(128, len(z) // 2),
         max_iter=40,
         early_stopping=True,
         n_iter_no_change=5,

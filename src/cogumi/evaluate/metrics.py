@@ -91,7 +91,5 @@ def crossing(lower: ArrayLike, upper: ArrayLike) -> float:
     if not len(lower) or not len(upper):
         raise ValueError("both groups need values")
     values = np.unique(np.concatenate([lower, upper]))
-    gain = np.searchsorted(lower, values, "right") / len(lower) - np.searchsorted(
-        upper, values, "right"
-    ) / len(upper)
+    gain = np.searchsorted(lower, values, "right") / len(lower) - np.searchsorted(upper, values, "right") / len(upper)
     return float(values[int(np.argmax(gain))])

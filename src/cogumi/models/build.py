@@ -70,9 +70,7 @@ def load(folder: Path) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{folder} holds no model that can be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ArtifactError(f"{folder} holds no model that can be loaded: {str(error).splitlines()[0]}") from error
 
 
 def save(model: Any, tokenizer_folder: Path, out: Path) -> None:

@@ -30,8 +30,12 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
     if missing:
         raise TrainingError(f"LoRA targets {missing} match no linear layer; this model has {sorted(names)}")
     config = LoraConfig(
-        r=shape.rank, lora_alpha=shape.alpha, target_modules=list(shape.targets), task_type="CAUSAL_LM", lora_dropout=0.0
-    )  # fmt: skip
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        target_modules=list(shape.targets),
+        task_type="CAUSAL_LM",
+        lora_dropout=0.0,
+    )
     torch.manual_seed(seed)
     return get_peft_model(model, config)
 

@@ -35,13 +35,9 @@ class HFTokenizer:
             text = (folder / "tokenizer.json").read_text(encoding="utf-8")
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise DataError(
-                f"{folder} has no {Path(error.filename).name}; give a full model folder"
-            ) from error
+            raise DataError(f"{folder} has no {Path(error.filename).name}; give a full model folder") from error
         if not config.get("chat_template") or not config.get("eos_token"):
-            raise DataError(
-                f"{folder}/tokenizer_config.json lacks chat_template or eos_token; chat models have both"
-            )
+            raise DataError(f"{folder}/tokenizer_config.json lacks chat_template or eos_token; chat models have both")
         document = json.loads(text)
         added = document["added_tokens"]
         document["added_tokens"] = [token for token in added if not token["special"]]

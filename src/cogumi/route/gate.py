@@ -52,9 +52,7 @@ class Gate:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Gate:
         """Inverse of `to_json`."""
-        return cls(
-            tuple(value["names"]), Net.from_json(value["net"]), Calibrator.from_json(value["calibrator"])
-        )
+        return cls(tuple(value["names"]), Net.from_json(value["net"]), Calibrator.from_json(value["calibrator"]))
 
 
 def matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> NDArray[np.float64]:
@@ -108,9 +106,7 @@ class Calibration:
                 {name: Guarantee.from_json(g) for name, g in value["guarantees"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"calibration.json is incomplete ({error!r}); build the bundle again"
-            ) from error
+            raise BundleError(f"calibration.json is incomplete ({error!r}); build the bundle again") from error
 
 
 @dataclass(frozen=True, slots=True)

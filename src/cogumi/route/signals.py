@@ -60,9 +60,7 @@ def perplexity(signals: Mapping[str, float]) -> float:
     return math.exp(-signals["mean_logprob"])
 
 
-def question_signals(
-    reading: Reading, p_easy: float, domains: Mapping[str, float], text: str
-) -> dict[str, float]:
+def question_signals(reading: Reading, p_easy: float, domains: Mapping[str, float], text: str) -> dict[str, float]:
     """Signals of a question `text`: how the draft read it (nats), what its heads say, length and digits."""
     surprise = np.minimum(np.array(reading.surprise or (0.0,)), FLOOR)
     return {

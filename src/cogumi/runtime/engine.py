@@ -39,8 +39,8 @@ class Engine(Protocol):
     """Anything that answers requests. Safe to call from several threads.
 
     `generate` submits at the call; iterating collects, and the last event is always a `Reply`. Closing the iterator
-    early cancels the request and frees its place. Errors that can be known beforehand (`ContextError`, bad sampling values,
-    an unknown adapter) are raised by the call itself, before any work.
+    early cancels the request and frees its place. Errors that can be known beforehand (`ContextError`, bad sampling
+    values, an unknown adapter) are raised by the call itself, before any work.
     """
 
     @property
@@ -69,9 +69,8 @@ class Engine(Protocol):
 
 def final_reply(events: Iterator[Event]) -> Reply:
     """Drain a generation and return its `Reply`."""
-    reply: Event | None = None
-    for reply in events:
-        pass
+    last = deque(events, maxlen=1)
+    reply = last[0] if last else None
     if not isinstance(reply, Reply):
         raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
     return reply

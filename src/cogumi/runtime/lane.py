@@ -58,9 +58,7 @@ class Draft:
 class Lane:
     """The contexts of one adapter and the jobs in their sequences."""
 
-    def __init__(
-        self, base: Context, draft: Context | None, tokenizer: Tokenizer, acceptance: Acceptance
-    ) -> None:
+    def __init__(self, base: Context, draft: Context | None, tokenizer: Tokenizer, acceptance: Acceptance) -> None:
         self.base, self.draft = base, draft
         self._tokenizer, self._acceptance = tokenizer, acceptance
         self._generations: dict[int, Generation] = {}

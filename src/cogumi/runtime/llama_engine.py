@@ -44,9 +44,7 @@ class LlamaEngine:
         self._model = Model(model)
         self._draft = Model(draft) if draft else None
         if self._draft and not self._draft.tokenizer.same_vocabulary(self._model.tokenizer):
-            raise BundleError(
-                f"draft {draft} has another vocabulary than {model}; use one of the same tokenizer"
-            )
+            raise BundleError(f"draft {draft} has another vocabulary than {model}; use one of the same tokenizer")
         self._context = context
         self._draft_tokens = draft_tokens if draft else 0
         self._adapters: dict[str, Any] = {}

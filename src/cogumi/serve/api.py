@@ -96,11 +96,7 @@ class _Home:
     def cascade(self) -> Served:
         """The loaded cascade; raises `Problem` 503 until it is there."""
         if self.loaded is None:
-            why = (
-                f"the bundle could not be opened: {self.failure}"
-                if self.failure
-                else "the bundle is still loading"
-            )
+            why = f"the bundle could not be opened: {self.failure}" if self.failure else "the bundle is still loading"
             raise Problem(503, why, code="not_ready", retry=self.failure is None)
         return self.loaded
 
@@ -178,18 +174,14 @@ def _handle_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return _refusal(
-                Problem(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-            )
+            return _refusal(Problem(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
         what = first["msg"].removeprefix("Value error, ")
         param = ".".join(str(part) for part in first["loc"] if part != "body") or None
         return _refusal(Problem(400, f"{param}: {what}" if param else what, param=param))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        response = _refusal(
-            Problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-        )
+        response = _refusal(Problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
         response.headers.update(error.headers or {})
         return response
 
@@ -238,11 +230,7 @@ def _add_routes(app: FastAPI, home: _Home, keep_alive_seconds: float) -> None:
             first = await _unless_gone(request, _first(lines))
             return _GONE if first is None else _Stream(first, lines)
         replies = await _unless_gone(request, collect(events))
-        return (
-            _GONE
-            if replies is None
-            else JSONResponse(shape.completion(replies), headers=_headers(replies[0]))
-        )
+        return _GONE if replies is None else JSONResponse(shape.completion(replies), headers=_headers(replies[0]))
 
 
 async def _first(lines: AsyncGenerator[str]) -> str:
@@ -309,9 +297,7 @@ def serve(load: Callable[[], Served], listener: socket.socket, on_ready: Callabl
         server.should_exit = True
 
     app = create_app(load, on_ready=on_ready, on_failure=fail)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
-    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
     server.run(sockets=[listener])
     if failures:
         raise failures[0]

@@ -168,9 +168,7 @@ class ChatRequest(BaseModel):
                 raise ValueError(f"{key} is not supported by this version of cogumi; leave it out")
         messages = body.get("messages")
         for message in messages if isinstance(messages, list) else []:
-            if isinstance(message, dict) and (
-                message.get("tool_calls") or message.get("role") in ("tool", "function")
-            ):
+            if isinstance(message, dict) and (message.get("tool_calls") or message.get("role") in ("tool", "function")):
                 raise ValueError("tool calls in messages are not supported by this version of cogumi")
         return body
 

@@ -26,8 +26,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`ids` `[rows, positions]`, padded on the right (causal attention never looks there); `labels` is `ids` where a token is
-    learned and IGNORE elsewhere; `starts` `[rows]`; `index` are the rows' positions in the data set."""
+    """`ids` `[rows, positions]`, padded on the right (causal attention never looks there); `labels` is `ids` where a
+    token is learned and IGNORE elsewhere; `starts` `[rows]`; `index` are the rows' positions in the data set.
+    """
 
     ids: Tensor
     labels: Tensor

@@ -1,7 +1,7 @@
 """Stage `draft`: a small model that foresees the base and says which questions are easy (SPEC C5).
 
-It learns to generate from the base's own responses, on easy questions only; hard questions teach it nothing but that they
-are hard, so that it never becomes confident about answers it cannot know. A light language-model loss on the
+It learns to generate from the base's own responses, on easy questions only; hard questions teach it nothing but that
+they are hard, so that it never becomes confident about answers it cannot know. A light language-model loss on the
 questions themselves makes its question perplexity mean something when it is trained from nothing.
 """
 
@@ -25,7 +25,7 @@ from cogumi.models.heads import DraftModel
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
 from cogumi.train.batches import IGNORE, Batch, Row, collate
-from cogumi.train.loop import Loss, LoopConfig, train
+from cogumi.train.loop import LoopConfig, Loss, train
 from cogumi.train.losses import token_nats
 from cogumi.types import Artifact, Example
 
@@ -52,7 +52,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Lessons:
-    """Rows with what each teaches: `easy` `[rows]` 0/1; `perplexity` `[rows]` of the base's own response, 0 where hard."""
+    """Rows with what each teaches: `easy` `[rows]` 0/1; `perplexity` `[rows]` of the base's response, 0 where hard."""
 
     rows: list[Row]
     easy: Tensor
@@ -140,7 +140,7 @@ def judge(model: DraftModel, taught: Lessons, batch: int = 256) -> dict[str, flo
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`examples`, `responses` and `model` (the base, for its tokenizer) -> a model folder and difficulty.safetensors."""
+    """`examples`, `responses`, `model` (the base, for its tokenizer) -> a model folder and difficulty.safetensors."""
     torch.set_num_threads(context.threads)
     folder = inputs["model"].path if config.init == "scratch" else locate(config.init, context.root)
     tokenizer = HFTokenizer.load(folder)

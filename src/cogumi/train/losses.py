@@ -14,8 +14,8 @@ from cogumi.train.batches import IGNORE, Batch
 def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each labelled token from the position before it.
 
-    `hidden` `[rows, positions, width]`, `labels` `[rows, positions]`. Returns nats `[n]` and the row of each. The head runs on
-    labelled positions only.
+    `hidden` `[rows, positions, width]`, `labels` `[rows, positions]`. Returns nats `[n]` and the row of each. The head
+    runs on labelled positions only.
     """
     target = labels[:, 1:]
     row, position = torch.nonzero(target != IGNORE, as_tuple=True)

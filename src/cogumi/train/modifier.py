@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from cogumi.artifact import sha256
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import TrainingError
 from cogumi.data.responses import read_responses
+from cogumi.errors import TrainingError
 from cogumi.models.build import load
 from cogumi.models.lora import LoraShape, attach, save
 from cogumi.models.text import HFTokenizer

@@ -1,7 +1,7 @@
 """The embedded synthetic world (SPEC A2): six domains, five difficulties, a checker for every question.
 
-One file per domain; each offers `make(difficulty, rng) -> Task`, and `UNANSWERABLE`, its kinds of questions that have no
-answer. A difficulty is a fixed family of questions; the table of families stands at the head of each file and was
+One file per domain; each offers `make(difficulty, rng) -> Task`, and `UNANSWERABLE`, its kinds of questions that have
+no answer. A difficulty is a fixed family of questions; the table of families stands at the head of each file and was
 frozen before the first measured build.
 """
 

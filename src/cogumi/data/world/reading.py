@@ -12,23 +12,39 @@ from collections.abc import Callable, Mapping
 
 from cogumi.data.world.task import CITIES, COLORS, NAMES, Task, exact, no_answer
 
-# attribute -> (how it is told, how it is asked, how it is asked of a friend, values)
+# attribute -> (how it is told, two ways to ask, how it is asked of a friend, values)
 _FACTS: Mapping[str, tuple[str, tuple[str, str], str, tuple[str, ...]]] = {
-    "city": ("{n} lives in {v}.", ("Where does {n} live?", "In which city is {n}?"), "Where does the friend of {n} live?", CITIES),
-    "hat": ("{n} has a {v} hat.", ("What color is the hat of {n}?", "Which hat does {n} have?"), "Which hat does the friend of {n} have?", COLORS),
+    "city": (
+        "{n} lives in {v}.",
+        ("Where does {n} live?", "In which city is {n}?"),
+        "Where does the friend of {n} live?",
+        CITIES,
+    ),
+    "hat": (
+        "{n} has a {v} hat.",
+        ("What color is the hat of {n}?", "Which hat does {n} have?"),
+        "Which hat does the friend of {n} have?",
+        COLORS,
+    ),
     "pet": (
-        "{n} owns a {v}.", ("What does {n} own?", "Which pet does {n} own?"), "What does the friend of {n} own?",
+        "{n} owns a {v}.",
+        ("What does {n} own?", "Which pet does {n} own?"),
+        "What does the friend of {n} own?",
         ("dog", "cat", "horse", "bird", "fish", "snake", "goat", "duck"),
     ),
     "food": (
-        "{n} likes {v}.", ("What does {n} like?", "Which food does {n} like?"), "What does the friend of {n} like?",
+        "{n} likes {v}.",
+        ("What does {n} like?", "Which food does {n} like?"),
+        "What does the friend of {n} like?",
         ("soup", "pizza", "rice", "cake", "salad", "bread", "fruit", "cheese"),
     ),
     "job": (
-        "{n} is a {v}.", ("What is the job of {n}?", "What does {n} work as?"), "What is the job of the friend of {n}?",
+        "{n} is a {v}.",
+        ("What is the job of {n}?", "What does {n} work as?"),
+        "What is the job of the friend of {n}?",
         ("cook", "nurse", "pilot", "baker", "judge", "singer", "farmer", "teacher"),
     ),
-}  # fmt: skip
+}
 _SHAPES: Mapping[int, tuple[int, int]] = {1: (1, 1), 2: (1, 2), 3: (3, 3), 4: (3, 5), 5: (2, 4)}
 """difficulty -> (people, facts)."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 from cogumi.data.world.task import NAMES, Task, exact
 
@@ -35,13 +36,13 @@ def make(difficulty: int, rng: random.Random) -> Task:
     if rng.random() < 0.5:
         more, less = less, more
     people = rng.sample(NAMES, {1: 2, 2: 2, 3: 3, 4: 3, 5: 4}[difficulty])
-    facts = [f"{a} is {more} than {b}." for a, b in zip(people, people[1:], strict=False)]
+    facts = [f"{a} is {more} than {b}." for a, b in pairwise(people)]
     if difficulty <= 2:
         said = more if difficulty == 1 else less
         question = rng.choice((f"Who is {said}?", f"Who is the {said} one?", f"Name the {said} one."))
         return exact(f"{facts[0]} {question}", people[0] if difficulty == 1 else people[1])
     if difficulty >= 4:
-        pairs = list(zip(people, people[1:], strict=False))
+        pairs = list(pairwise(people))
         facts = [f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}." for a, b in pairs]
         rng.shuffle(facts)
     top = rng.random() < 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.data.examples import SPLITS, example_id, normalised_question, split_path, write_examples
+from cogumi.data.examples import SPLITS, example_id, normalised_question, split_of, split_path, write_examples
 from cogumi.data.world import DIFFICULTIES, DOMAINS, UNANSWERABLE, make
 from cogumi.data.world.task import Task
 from cogumi.errors import DataError
@@ -30,11 +29,10 @@ _TRIES = 2_000
 
 
 class Config(BaseModel):
-    """Questions per cell (a domain at one difficulty) in each set; a known kind of unanswerable counts as one more cell.
+    """Questions per cell (a domain at one difficulty) in each set; each known kind of unanswerable is one more cell.
 
-    Training takes fewer where a cell holds no more.
-
-    `unseen` kinds of unanswerable questions appear only in the held-out file `unanswerable.jsonl`, `unanswerable` of each kind.
+    Training takes fewer where a cell holds no more. Kinds that are `unseen` appear only in the held-out file
+    `unanswerable.jsonl`, which holds `unanswerable` questions of each kind.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,17 +44,6 @@ class Config(BaseModel):
     heldout: int = Field(70, ge=1)
     unanswerable: int = Field(200, ge=1)
     unseen: tuple[str, ...] = ("invented_thing",)
-
-
-def split_of(question: str, seed: int) -> str:
-    """The one set in which a question may appear."""
-    digest = hashlib.sha256(f"{seed}\n{question}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") % sum(_SHARES.values())
-    for name, share in _SHARES.items():
-        place -= share
-        if place < 0:
-            return name
-    raise AssertionError("shares do not cover the hash range")
 
 
 def _example(task: Task, domain: str, difficulty: int, kind: str | None) -> Example:
@@ -78,7 +65,7 @@ def draw(
     while missing:
         task = make_task(rng)
         question = normalised_question((Message("user", task.question),))
-        name = split_of(question, seed)
+        name = split_of(question, _SHARES, seed)
         tries += 1
         if question not in seen and len(drawn[name]) < counts[name]:
             seen.add(question)

@@ -1,0 +1,205 @@
+"""The engine of build time: transformers in fp32, for thousands of short answers (SPEC E4).
+
+`generate` only queues. The first reader runs everything that waits for the same adapter, sorted by prompt
+length, in left-padded batches with one forward pass per token; finished rows leave the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import DynamicCache, LlamaForCausalLM
+
+from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.models.text import HFTokenizer
+from cogumi.runtime.engine import Event
+from cogumi.runtime.generation import Events, Generation, Outcome
+from cogumi.runtime.sampling import check, draw, logprobs_of, probabilities, signals, top_logprobs
+from cogumi.types import Reading, Request, Score
+
+ROWS = 256
+"""Answers per batch: beyond this, memory grows and speed does not."""
+
+
+class TorchEngine:
+    """`runtime.engine.Engine` over a Hugging Face folder and PEFT adapter folders; drafts nothing.
+
+    `context` defaults to what the model was made for. Raises `BundleError` if a folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, *, adapters: Mapping[str, Path] | None = None, context: int | None = None) -> None:
+        self._tokenizer = HFTokenizer.load(folder)
+        self._pieces = _pieces(self._tokenizer)
+        self._model: Any = _load(folder, adapters or {})
+        self._names = tuple(adapters or {})
+        self._context = context or int(self._model.config.max_position_embeddings)
+        self._waiting: list[Generation] = []
+        self._lock = threading.Lock()
+
+    @property
+    def tokenizer(self) -> HFTokenizer:
+        """The folder's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names a request may give as `adapter`."""
+        return self._names
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Answer a request; see `Engine.generate`."""
+        check(request)
+        prompt = self._prompt(request)
+        if len(prompt) + request.max_tokens > self._context:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context "
+                f"holds {self._context}; shorten the prompt or ask for fewer tokens"
+            )
+        generation = Generation(request, prompt)
+        with self._lock:
+            self._waiting.append(generation)
+        return Events(generation, lambda: self._receive(generation))
+
+    def score(self, request: Request, answer: str) -> Score:
+        """Negative log-likelihood of `answer` and its end token after the request's prompt."""
+        prompt = self._prompt(request)
+        ids = [*prompt, *self._tokenizer.answer(answer)]
+        logits, _ = self._forward(ids, request.adapter)
+        nats = -logprobs_of(logits[len(prompt) - 1 : -1], np.array(ids[len(prompt) :])).sum(dtype=np.float64)
+        return Score(float(nats), len(ids) - len(prompt), len(answer.encode("utf-8")))
+
+    def read(self, request: Request) -> Reading:
+        """Score and hidden states of the prompt."""
+        ids = self._prompt(request)
+        logits, hidden = self._forward(ids, request.adapter)
+        surprise = tuple((-logprobs_of(logits[:-1], np.array(ids[1:], np.int64))).tolist())
+        size = sum(len(self._pieces[i]) for i in ids[1:])
+        score = Score(sum(surprise), len(surprise), size)
+        return Reading(score, surprise, tuple(hidden[-1].tolist()), tuple(hidden.mean(axis=0).tolist()))
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Mean hidden states (texts, width) of the base; an empty text is a row of zeros."""
+        rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            if text:
+                row[:] = self._forward(self._tokenizer.encode(text), None)[1].mean(axis=0)
+        return rows
+
+    def close(self) -> None:
+        """End waiting requests as cancelled."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for generation in waiting:
+            generation.end("cancelled")
+
+    def _prompt(self, request: Request) -> list[int]:
+        if request.adapter is not None and request.adapter not in self._names:
+            known = ", ".join(self._names) or "none is loaded"
+            raise RequestError(f"unknown adapter {request.adapter!r}; known: {known}")
+        prompt = self._tokenizer.render(request)
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        if not all(0 <= i < self._tokenizer.size for i in prompt):
+            raise RequestError(f"the prompt holds an id outside the vocabulary of {self._tokenizer.size}")
+        return prompt
+
+    def _select(self, adapter: str | None) -> None:
+        if adapter:
+            self._model.base_model.enable_adapter_layers()
+            self._model.set_adapter(adapter)
+        elif self._names:
+            self._model.base_model.disable_adapter_layers()
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int], adapter: str | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits (n, V) and hidden states after the final norm (n, width) at every position."""
+        if len(ids) > self._context:
+            raise ContextError(f"the text has {len(ids)} tokens, but the context holds {self._context}; shorten it")
+        with self._lock:
+            self._select(adapter)
+            out = self._model(torch.tensor([ids]), output_hidden_states=True)
+        return out.logits[0].numpy(), out.hidden_states[-1][0].numpy()
+
+    def _receive(self, generation: Generation) -> Outcome:
+        with self._lock:
+            if not generation.ended:
+                self._answer(generation.request.adapter)
+        return generation.events.get()
+
+    def _answer(self, adapter: str | None) -> None:
+        """Run all that wait for an adapter to their ends."""
+        mine = [g for g in self._waiting if g.request.adapter == adapter]
+        self._waiting = [g for g in self._waiting if g.request.adapter != adapter]
+        self._select(adapter)
+        for generation in mine:
+            if generation.cancelled:
+                generation.end("cancelled")
+        mine = sorted((g for g in mine if not g.ended), key=lambda g: len(g.ids))
+        for start in range(0, len(mine), ROWS):
+            self._run(mine[start : start + ROWS])
+
+    @torch.inference_mode()
+    def _run(self, batch: list[Generation]) -> None:
+        width = max(len(g.ids) for g in batch)
+        ids = torch.tensor([[0] * (width - len(g.ids)) + g.ids for g in batch])
+        mask = torch.tensor([[0] * (width - len(g.ids)) + [1] * len(g.ids) for g in batch])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        while batch:
+            out = self._model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            tokens = self._emit(batch, out.logits[:, -1].numpy())
+            alive = [i for i, generation in enumerate(batch) if not generation.ended]
+            if len(alive) < len(batch):
+                batch = [batch[i] for i in alive]
+                keep = torch.tensor(alive, dtype=torch.long)
+                cache.batch_select_indices(keep)
+                mask, positions, tokens = mask[keep], positions[keep], tokens[alive]
+            ids = torch.from_numpy(tokens)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+
+    def _emit(self, batch: list[Generation], logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Choose and hand out the next token of every row."""
+        tokens: NDArray[np.int64] = logits.argmax(axis=1)
+        for i, generation in enumerate(batch):
+            request = generation.request
+            if generation.generator is not None:
+                p = probabilities(logits[i], request.temperature, request.top_p)
+                tokens[i] = draw(p, generation.generator)
+        told = signals(logits, tokens)
+        for i, (generation, token) in enumerate(zip(batch, tokens.tolist(), strict=True)):
+            top = top_logprobs(logits[i], generation.request.logprobs)
+            generation.emit(token, self._pieces[token], token == self._tokenizer.eos, told[i], None, top)
+        return tokens
+
+
+def _load(folder: Path, adapters: Mapping[str, Path]) -> Any:
+    try:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        for name, path in adapters.items():
+            if isinstance(model, PeftModel):
+                model.load_adapter(path, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, path, adapter_name=name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BundleError(f"{folder} or an adapter of it cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def _pieces(tokenizer: HFTokenizer) -> list[bytes]:
+    """The bytes of every id of a byte-level vocabulary; special tokens have none.
+
+    Byte-level BPE writes a byte that is no printable Latin-1 character as the next free one from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    texts = (tokenizer.raw.id_to_token(i) or "" for i in range(tokenizer.size))
+    return [b"" if i in tokenizer.control else bytes(byte_of[c] for c in text) for i, text in enumerate(texts)]

@@ -1,0 +1,52 @@
+"""A whole bundle of pico models for tests: random weights, real files, every part in its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from cogumi.artifact import write_json, write_text
+from cogumi.bundle import BASE, CALIBRATION, CARD, DIFFICULTY, DRAFT, ROUTER, modifier_name, write_bundle
+from cogumi.compress.gguf import export_adapter, export_model
+from cogumi.route.calibrate import Calibrator
+from cogumi.route.gate import Calibration, Gate, QuestionGate
+from cogumi.route.guarantee import Guarantee
+from cogumi.route.nets import Net
+from pico import make_adapter, make_model
+
+DOMAINS = ("code", "math")
+HIDDEN = 64
+
+
+def make_bundle(folder: Path) -> Path:
+    """Write a bundle into `folder / "bundle"`: base, draft and a modifier for each of `DOMAINS`.
+
+    Every answer has P(correct) 0.7: enough for the threshold of mode fast, too little for that of accurate.
+    The router sends every question to the first domain.
+    """
+    base, draft = make_model(folder / "base"), make_model(folder / "draft", layers=1, perturb=0.05)
+    export_model(base, folder / BASE)
+    export_model(draft, folder / DRAFT)
+    files = {BASE: folder / BASE, DRAFT: folder / DRAFT}
+    for seed, domain in enumerate(DOMAINS):
+        adapter = make_adapter(folder / domain, base, seed=seed)
+        files[modifier_name(domain)] = folder / f"{domain}.gguf"
+        export_adapter(adapter, base, folder / f"{domain}.gguf")
+    zeros = np.zeros(HIDDEN, np.float32)
+    save_file({"weight": zeros, "bias": np.ones(1, np.float32)}, folder / DIFFICULTY)
+    width = 2 * HIDDEN
+    classes = ("base", *DOMAINS)
+    Net.of(np.zeros(width), np.ones(width), [np.zeros((width, 3))], [[0.0, 3.0, 0.0]], classes).save(folder / ROUTER)
+    names = ("mean_logprob", *(f"domain_{name}" for name in classes))
+    gate = Gate(names, Net.of(np.zeros(4), np.ones(4), [np.zeros((4, 1))], [[np.log(0.7 / 0.3)]]), Calibrator("none"))
+    promises = {"base": 0.5, "modifier": 0.9}
+    guarantees = {name: Guarantee(t, 0.05, 0.95, 100, 50, 0, 0.05) for name, t in promises.items()}
+    calibration = Calibration(QuestionGate(1e9, 0.5), gate, gate, guarantees)
+    write_json(folder / CALIBRATION, calibration.to_json())
+    write_text(folder / CARD, "# A pico bundle\n")
+    files |= {name: folder / name for name in (DIFFICULTY, ROUTER, CALIBRATION, CARD)}
+    parts = {n: {"base_fingerprint": "base", "tokenizer_sha256": "one"} for n in files if n.endswith(".gguf")}
+    write_bundle(folder / "bundle", files, {"parts": parts})
+    return folder / "bundle"

@@ -1,0 +1,145 @@
+"""Speculation changes nothing but speed: greedy token for token, sampling in distribution; and k is chosen well."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cogumi.runtime.speculate import (
+    Acceptance,
+    best_k,
+    expected_speedup,
+    expected_tokens,
+    verify_greedy,
+    verify_sampled,
+)
+
+VOCABULARY = 6
+
+
+def model(seed, flat=1.0):
+    """A language model: a distribution over the next id for every history."""
+
+    def distribution(history):
+        generator = np.random.default_rng([seed, len(history), *history])
+        return generator.dirichlet(np.full(VOCABULARY, flat))
+
+    return distribution
+
+
+@given(st.integers(0, 10_000), st.integers(1, 10), st.integers(0, 100))
+@settings(deadline=None)
+def test_greedy_speculation_is_greedy_decoding(seed, k, draft_seed):
+    base, draft = model(seed), model(seed if draft_seed % 3 == 0 else draft_seed)
+    plain = []
+    for _ in range(20):
+        plain.append(int(base(plain).argmax()))
+    written = []
+    while len(written) < 20:
+        drafted = []
+        for _ in range(k):
+            drafted.append(int(draft(written + drafted).argmax()))
+        best = [int(base(written + drafted[:i]).argmax()) for i in range(k + 1)]
+        emitted = verify_greedy(drafted, best)
+        assert 1 <= len(emitted) <= k + 1
+        written += emitted
+    assert written[:20] == plain
+
+
+@pytest.mark.parametrize("draft_kind", ["sampled", "greedy", "disjoint"])
+def test_sampled_speculation_has_the_distribution_of_sampling(draft_kind):
+    """Chi-square over all histories of three tokens, against the exact probabilities."""
+    base, draft = model(1, 0.7), model(2, 0.7)
+    if draft_kind == "disjoint":  # the draft proposes what the base finds impossible, and the other way round
+        half = np.arange(VOCABULARY) < VOCABULARY // 2
+
+        def base(history, plain=base):
+            return np.where(half, plain(history), 0) / plain(history)[half].sum()
+
+        def draft(history, plain=draft):
+            return np.where(half, 0, plain(history)) / plain(history)[~half].sum()
+
+    generator = np.random.default_rng(3)
+    counts = np.zeros((VOCABULARY,) * 3)
+    n, k = 12_000, 2
+    tables = {}
+
+    def known(kind, function, history):
+        key = (kind, *history)
+        if key not in tables:
+            tables[key] = function(history)
+        return tables[key]
+
+    for _ in range(n):
+        written = []
+        while len(written) < 3:
+            drafted, q = [], []
+            for _ in range(k):
+                row = known("draft", draft, written + drafted)
+                token = int(row.argmax()) if draft_kind == "greedy" else int(generator.choice(VOCABULARY, p=row))
+                q.append(row)
+                drafted.append(token)
+            p = [known("base", base, written + drafted[:i]) for i in range(k + 1)]
+            written += verify_sampled(drafted, None if draft_kind == "greedy" else q, p, generator)
+        counts[tuple(written[:3])] += 1
+    exact = np.zeros_like(counts)
+    for a in range(VOCABULARY):
+        for b in range(VOCABULARY):
+            exact[a, b] = known("base", base, [])[a] * known("base", base, [a])[b] * known("base", base, [a, b])
+    assert counts[exact == 0].sum() == 0
+    often = exact * n >= 5
+    seen, awaited = counts[often], exact[often] * n
+    rest = n - awaited.sum()
+    if rest > 5:
+        seen, awaited = np.append(seen, n - seen.sum()), np.append(awaited, rest)
+    assert stats.chisquare(seen, awaited * seen.sum() / awaited.sum()).pvalue > 1e-4
+
+
+def test_a_draft_like_the_base_is_always_accepted():
+    p = np.random.default_rng(0).dirichlet(np.ones(VOCABULARY), size=6)
+    generator = np.random.default_rng(1)
+    for _ in range(200):
+        drafted = [int(generator.choice(VOCABULARY, p=row)) for row in p[:5]]
+        assert verify_sampled(drafted, p[:5], p, generator)[:5] == drafted
+
+
+@given(st.floats(0, 1), st.integers(0, 10))
+@settings(deadline=None)
+def test_expected_tokens_counts_the_accepted_run_and_one(acceptance, k):
+    direct = 1 + sum(acceptance**i for i in range(1, k + 1))
+    assert expected_tokens(acceptance, k) == pytest.approx(direct, rel=1e-6)
+
+
+curves = st.lists(st.floats(0.1, 5), min_size=1, max_size=9).map(lambda x: np.cumsum(x).tolist())
+
+
+@given(st.floats(0, 1), st.floats(0, 5), curves)
+@settings(deadline=None, max_examples=200)
+def test_best_k_has_no_regret(acceptance, draft_cost, verify_costs):
+    k = best_k(acceptance, draft_cost, verify_costs)
+    speedups = [expected_speedup(acceptance, i, draft_cost, verify_costs) for i in range(len(verify_costs))]
+    assert speedups[0] == pytest.approx(1)
+    assert speedups[k] == max(speedups)
+
+
+def test_known_machines():
+    """The design's two-core laptop: verification of 6 costs 4 steps, so k = 5 loses; a GPU verifies for nothing."""
+    laptop = [32.0, 54.0, 70.0, 84.0, 106.0, 128.0]
+    assert expected_speedup(0.75, 5, 6.5, laptop) < 0.95
+    assert best_k(0.5, 6.5, laptop) == 0
+    gpu = [10.0] * 6
+    assert best_k(0.75, 1.0, gpu) >= 3
+    assert expected_speedup(0.75, 5, 1.0, gpu) == pytest.approx(expected_tokens(0.75, 5) / 1.5)
+
+
+def test_running_acceptance_finds_the_rate_and_ignores_what_was_not_tested():
+    generator = np.random.default_rng(0)
+    for rate in (0.1, 0.8):
+        acceptance = Acceptance()
+        for _ in range(2000):
+            accepted = 0
+            while accepted < 5 and generator.random() < rate:
+                accepted += 1
+            acceptance.update(5, accepted)
+        assert acceptance.rate == pytest.approx(rate, abs=0.05)
