@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.data.examples import read_examples, split_path
@@ -34,7 +35,8 @@ class Config(BaseModel):
 
 
 def _answers(examples: list[Example], config: Config, folder: Path, context: Context) -> Iterator[Reply]:
-    model = engine("torch")(folder, threads=context.threads)
+    torch.set_num_threads(context.threads)
+    model = engine("torch")(folder)
     try:
         requests = (Request(messages=e.messages, max_tokens=config.max_tokens) for e in examples)
         for done, reply in enumerate(replies(model, requests, config.window), 1):

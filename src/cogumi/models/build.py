@@ -66,7 +66,9 @@ def locate(name: str, root: Path) -> Path:
 def load(folder: Path) -> Any:
     """The causal language model of a folder, in fp32, ready for training."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the pipeline shows its own
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:

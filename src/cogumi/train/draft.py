@@ -82,7 +82,8 @@ def lessons(
 
 def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """Mean of the values of each row, 0 where a row has none: `[n]`, `[n]` -> `[rows]`."""
-    return torch.zeros(rows).index_reduce(0, row, values, "mean", include_self=False)
+    zeros = torch.zeros(rows)
+    return zeros.index_add(0, row, values) / zeros.index_add(0, row, torch.ones_like(values)).clamp(min=1)
 
 
 def draft_loss(config: Config, taught: Lessons) -> Loss:
