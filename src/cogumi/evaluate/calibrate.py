@@ -64,15 +64,11 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A tier's graded reply to one row."""
+    """A tier's graded reply to one row, and the signals of the reply itself."""
 
     reply: Reply
     correct: bool
-
-    @property
-    def signals(self) -> dict[str, float]:
-        """Signals of the reply itself."""
-        return answer_signals(self.reply)
+    signals: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +125,7 @@ def answer_split(tiers: Tiers, examples: Sequence[Example], config: Config, cont
             context.progress(len(answers), total, {})
     subjects = [*examples, *(examples[i] for i in order)]
     verdicts = grade_all([(e, a.text) for e, a in zip(subjects, answers, strict=True)])
-    graded = [Answer(a, v.correct) for a, v in zip(answers, verdicts, strict=True)]
+    graded = [Answer(a, v.correct, answer_signals(a)) for a, v in zip(answers, verdicts, strict=True)]
     modified = dict(zip(order, graded[len(examples) :], strict=True))
     return [
         Row(example, question, graded[i], modified.get(i))
