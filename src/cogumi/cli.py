@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,10 @@ BundleArgument = Annotated[
 ModeOption = Annotated[
     str | None,
     typer.Option(help="`fast` never asks a modifier, `accurate` does.", show_default="accurate"),
+]
+
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Processor threads to compute with.", show_default="one per processor")
 ]
 
 
@@ -103,13 +108,10 @@ def demo(runs: RunsOption = RUNS) -> None:
 
     report = _build("tiny", runs, None)
     bundle = runs / report["recipe"] / "bundle"
-    cascade = open_cascade(bundle)
-    try:
+    with closing(open_cascade(bundle)) as cascade:
         for row in report["showcase"]:
             show.print_question(row["question"], row["why"])
             show.print_reasons(Conversation(cascade).say(row["question"], show.stream))
-    finally:
-        cascade.close()
     show.print_report(report)
     show.print_next(bundle)
 
@@ -119,6 +121,7 @@ def chat(
     bundle: BundleArgument = None,
     mode: ModeOption = None,
     once: Annotated[str | None, typer.Option(help="Answer this one question and end.")] = None,
+    threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Talk to a bundle; under each answer stand the tier that gave it, P(correct) and why.
@@ -130,8 +133,7 @@ def chat(
 
     if json and once is None:
         raise CogumiError('--json prints one answer: give its question with --once "..."')
-    cascade = open_cascade(_found(bundle))
-    try:
+    with closing(open_cascade(_found(bundle), threads=threads)) as cascade:
         conversation = Conversation(cascade, mode)
         if once is None:
             talk(conversation)
@@ -142,8 +144,6 @@ def chat(
             show.emit({"question": once, "answer": reply.text, "finish_reason": reply.finish_reason} | extension(reply))
         else:
             show.print_reasons(conversation.say(once, show.stream))
-    finally:
-        cascade.close()
 
 
 @app.command()
@@ -153,6 +153,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
     context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 512,
+    threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Serve a bundle to any OpenAI client, at http://HOST:PORT/v1; any API key is accepted.
@@ -169,7 +170,7 @@ def serve(
     def load() -> api.Served:
         from cogumi.cascade.cascade import open_cascade
 
-        return open_cascade(folder, slots=slots, context=context)
+        return open_cascade(folder, slots=slots, context=context, threads=threads)
 
     def ready(cascade: api.Served) -> None:
         if json:
@@ -218,6 +219,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Questions: JSONL in Alpaca or messages form.")] = ...,  # type: ignore[assignment]
     tier: Annotated[str, typer.Option(help="cascade, base, draft or modifier:NAME.")] = "cascade",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Ask a bundle the questions of a file and grade the answers.
@@ -230,13 +232,10 @@ def evaluate(
 
     examples, rejected = load(data)
     examples = examples[:limit]
-    cascade = open_cascade(_found(bundle))
-    try:
+    with closing(open_cascade(_found(bundle), threads=threads)) as cascade:
         model = _model(tier, cascade.models)
         resolved = [cascade.resolve(model, Request(messages=example.messages)) for example in examples]
         figures = measure(resolved[0][0], [request for _, request in resolved], examples)
-    finally:
-        cascade.close()
     figures |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected]}
     if json:
         show.emit(figures)
