@@ -146,15 +146,23 @@ def share(counts: Iterable[Sequence[int]]) -> str:
 
 
 def print_accuracy(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]], title: str) -> None:
-    """`{tier: {domain: {difficulty: [correct, n]}}}` as a table of tiers against domains and difficulties."""
+    """`{tier: {domain: {difficulty: [correct, n]}}}` as two tables: tiers against domains, tiers against levels."""
     domains = sorted({domain for tier in accuracy.values() for domain in tier})
     levels = sorted({str(level) for tier in accuracy.values() for cells in tier.values() for level in cells})
-    rows = []
-    for tier, cells in accuracy.items():
-        by_domain = [share(cells.get(domain, {}).values()) for domain in domains]
-        by_level = [share(c for d in cells.values() for at, c in d.items() if str(at) == level) for level in levels]
-        rows.append([tier, share(c for d in cells.values() for c in d.values()), *by_domain, *by_level])
-    table(title, ["tier", "all", *domains, *(f"level {level}" for level in levels)], rows)
+
+    def by_level(cells: Mapping[str, Mapping[str, Sequence[int]]], level: str) -> str:
+        return share(cell for row in cells.values() for at, cell in row.items() if str(at) == level)
+
+    rows = [
+        [tier, share(cell for row in cells.values() for cell in row.values())]
+        + [share(cells.get(domain, {}).values()) for domain in domains]
+        for tier, cells in accuracy.items()
+    ]
+    table(title, ["tier", "all", *domains], rows)
+    if len(levels) > 1:
+        names = ["no answer" if level == "0" else f"level {level}" for level in levels]
+        rows = [[tier, *(by_level(cells, level) for level in levels)] for tier, cells in accuracy.items()]
+        table("The same by difficulty", ["tier", *names], rows)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
