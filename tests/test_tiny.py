@@ -11,10 +11,23 @@ from cogumi.artifact import sha256, verify
 from cogumi.recipe import load_recipe
 
 RECIPE = Path(__file__).parent / "pico.yaml"
-KEYS = {
-    "recipe", "fingerprint", "seconds", "peak_rss_bytes", "steps", "accuracy", "modifiers", "speculation", "gate", "routes",
-    "unanswerable", "bytes", "showcase",
-}  # fmt: skip
+KEYS = set(
+    [
+        "recipe",
+        "fingerprint",
+        "seconds",
+        "peak_rss_bytes",
+        "steps",
+        "accuracy",
+        "modifiers",
+        "speculation",
+        "gate",
+        "routes",
+        "unanswerable",
+        "bytes",
+        "showcase",
+    ]
+)
 
 
 def cogumi(*words, **options):
