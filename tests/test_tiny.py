@@ -11,23 +11,21 @@ from cogumi.artifact import sha256, verify
 from cogumi.recipe import load_recipe
 
 RECIPE = Path(__file__).parent / "pico.yaml"
-KEYS = set(
-    [
-        "recipe",
-        "fingerprint",
-        "seconds",
-        "peak_rss_bytes",
-        "steps",
-        "accuracy",
-        "modifiers",
-        "speculation",
-        "gate",
-        "routes",
-        "unanswerable",
-        "bytes",
-        "showcase",
-    ]
-)
+KEYS = {
+    "recipe",
+    "fingerprint",
+    "seconds",
+    "peak_rss_bytes",
+    "steps",
+    "accuracy",
+    "modifiers",
+    "speculation",
+    "gate",
+    "routes",
+    "unanswerable",
+    "bytes",
+    "showcase",
+}
 
 
 def cogumi(*words, **options):
