@@ -60,6 +60,7 @@ class Config(BaseModel):
     max_tokens: int = Field(128, ge=1)
     slots: int = Field(16, ge=1)
     context: int = Field(256, ge=16)
+    threads: int | None = Field(None, ge=1, description="per model; none: the build's. Tiny models want 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +302,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     if empty := [name for name, found in examples.items() if not found]:
         raise DataError(f"the split '{empty[0]}' is empty: calibration needs rows in {', '.join(SPLITS)}")
     with ExitStack() as opened:
-        tiers = open_tiers(inputs, config, context.threads, opened)
+        tiers = open_tiers(inputs, config, config.threads or context.threads, opened)
         rows = {name: answer_split(tiers, found, config, context) for name, found in examples.items()}
     return calibrate(rows, config, context.seed, out)
