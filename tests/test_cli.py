@@ -16,6 +16,7 @@ import pytest
 
 from cogumi.cascade.cascade import LOW_CONFIDENCE, open_cascade, without_note
 from cogumi.chat import Conversation
+from cogumi.show import print_report
 from cogumi.types import ABSTENTION
 from helpers_bundle import make_bundle
 from helpers_serve import raw, running, send_and_hang_up, until
@@ -368,3 +369,37 @@ def test_ctrl_c_ends_serving_cleanly(folder):
     assert process.returncode == 130
     assert "Traceback" not in noted
     assert said["models"][0] == "cogumi"
+
+
+def test_the_results_table_holds_the_figures(capsys):
+    cells = {"math": {"1": [9, 10], "4": [1, 10]}, "code": {"1": [10, 10], "4": [0, 10]}}
+    figures = {"threshold": 0.8, "bound": 0.05, "confidence": 0.95, "brier": 0.1, "auroc_length": 0.6}
+    report = {
+        "recipe": "tiny",
+        "seconds": 200.0,
+        "peak_rss_bytes": 1_500_000_000,
+        "accuracy": {"base": cells},
+        "gate": figures
+        | {"auroc": 0.912, "auroc_perplexity": 0.85, "ece": 0.031, "coverage": 0.5, "accepted_error": 0.04},
+        "unanswerable": {"confident": 3, "n": 500},
+        "modifiers": {"math": {"before": 0.5, "after": 0.75, "n": 20}},
+        "speculation": {"acceptance": 0.8, "speedup": 0.9, "identical": 200, "n": 200},
+        "routes": {"base": 0.5},
+        "bytes": {"base.gguf": 1_234_567},
+    }
+    print_report(report)
+    shown = capsys.readouterr().out
+    for figure in (
+        "50.0%",
+        "95.0%",
+        "5.0%",
+        "0.912",
+        "4.0%",
+        "3 of 500",
+        "75.0%",
+        "0.90x",
+        "1.2 MB",
+        "3 min 20 s",
+        "1.50 GB",
+    ):
+        assert figure in shown
