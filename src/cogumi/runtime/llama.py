@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,10 +44,19 @@ def _reason() -> str:
     return _complaints[0] if _complaints else "llama.cpp gave no reason"
 
 
+class _Weights:
+    """Owns a loaded model: it is unmapped when the last tokenizer and context that use it are gone."""
+
+    def __init__(self, pointer: Any) -> None:
+        self.pointer = pointer
+        weakref.finalize(self, c.llama_model_free, pointer).atexit = False
+
+
 class Tokenizer:
     """`runtime.engine.Tokenizer` over the vocabulary and chat template inside a GGUF file. Thread-safe."""
 
-    def __init__(self, model: Any, path: Path) -> None:
+    def __init__(self, weights: _Weights, path: Path) -> None:
+        self._weights, model = weights, weights.pointer
         self._vocab = c.llama_model_get_vocab(model)
         self._pieces: dict[int, bytes] = {}
         self._size = int(c.llama_vocab_n_tokens(self._vocab))
@@ -137,30 +147,29 @@ class Model:
         if not path.is_file():
             raise BundleError(f"{path} does not exist; build or copy the model first")
         _complaints.clear()
-        self._model = c.llama_model_load_from_file(os.fsencode(path), c.llama_model_default_params())
-        if not self._model:
+        pointer = c.llama_model_load_from_file(os.fsencode(path), c.llama_model_default_params())
+        if not pointer:
             raise BundleError(f"{path} is not a whole GGUF model ({_reason()}); export or copy it again")
         self.path = path
-        self.tokenizer = Tokenizer(self._model, path)
-        self.width = int(c.llama_model_n_embd(self._model))
-        self.trained_context = int(c.llama_model_n_ctx_train(self._model))
-        self.bytes = int(c.llama_model_size(self._model))
+        self.weights = _Weights(pointer)
+        self.tokenizer = Tokenizer(self.weights, path)
+        self.width = int(c.llama_model_n_embd(pointer))
 
     def load_adapter(self, path: Path) -> Any:
-        """Load a LoRA GGUF for contexts of this model; it lives as long as the model."""
+        """Load a LoRA GGUF for contexts of this model; it lives as long as the model.
+
+        With a rank divisible by 4, llama.cpp sums the f32 products of one token and of several in different
+        orders (about 1e-5); with any other rank the adapter keeps results free of the batch, bit for bit.
+        """
         if not path.is_file():
             raise BundleError(f"adapter {path} does not exist; build or copy it first")
         _complaints.clear()
-        adapter = c.llama_adapter_lora_init(self._model, os.fsencode(path))
+        adapter = c.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
         if not adapter:
-            raise BundleError(f"{path} is no adapter for {self.path.name} ({_reason()}); use one trained on it")
+            raise BundleError(
+                f"{path} is no adapter for {self.path.name} ({_reason()}); use one trained on it"
+            )
         return adapter
-
-    def close(self) -> None:
-        """Unmap the file; its contexts must be closed before."""
-        if self._model:
-            c.llama_model_free(self._model)
-            self._model = None
 
 
 class Row(NamedTuple):
@@ -199,9 +208,12 @@ class Context:
         params.type_v = c.GGML_TYPE_F16 if c.llama_supports_gpu_offload() else _GGML_TYPE_BF16
         self._vocab, self._width, self._sequences = model.tokenizer.size, model.width, sequences
         _complaints.clear()
-        self._context = c.llama_init_from_model(model._model, params)
+        self._weights = model.weights
+        self._context = c.llama_init_from_model(model.weights.pointer, params)
         if not self._context:
-            raise BundleError(f"no context for {model.path.name} ({_reason()}); lower the slots or the context")
+            raise BundleError(
+                f"no context for {model.path.name} ({_reason()}); lower the slots or the context"
+            )
         if adapter is not None:
             scales = (ctypes.c_float * 1)(1.0)
             c.llama_set_adapters_lora(self._context, (c.llama_adapter_lora_p_ctypes * 1)(adapter), 1, scales)
@@ -245,7 +257,9 @@ class Context:
             wanted += [0] * (n - outputs) + [1] * outputs
         n, outputs = len(tokens), sum(wanted)
         if not 0 < n <= self.batch or outputs > self.outputs:
-            raise RequestError(f"a batch of {n} tokens and {outputs} outputs exceeds {self.batch} and {self.outputs}")
+            raise RequestError(
+                f"a batch of {n} tokens and {outputs} outputs exceeds {self.batch} and {self.outputs}"
+            )
         self._token[:n] = tokens
         self._position[:n] = positions
         self._sequence[:n] = sequences
@@ -253,7 +267,9 @@ class Context:
         self._batch.n_tokens = n
         status = c.llama_decode(self._context, self._batch)
         if status:
-            raise RequestError(f"llama.cpp could not run a batch of {n} tokens (status {status}: {_reason()})")
+            raise RequestError(
+                f"llama.cpp could not run a batch of {n} tokens (status {status}: {_reason()})"
+            )
         return self._view(c.llama_get_logits(self._context), self._vocab)[:outputs]
 
     def hidden(self) -> NDArray[np.float32]:

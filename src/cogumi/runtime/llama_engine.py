@@ -44,7 +44,9 @@ class LlamaEngine:
         self._model = Model(model)
         self._draft = Model(draft) if draft else None
         if self._draft and not self._draft.tokenizer.same_vocabulary(self._model.tokenizer):
-            raise BundleError(f"draft {draft} has another vocabulary than {model}; use one of the same tokenizer")
+            raise BundleError(
+                f"draft {draft} has another vocabulary than {model}; use one of the same tokenizer"
+            )
         self._context = context
         self._draft_tokens = draft_tokens if draft else 0
         self._adapters: dict[str, Any] = {}
@@ -129,11 +131,8 @@ class LlamaEngine:
         return rows
 
     def close(self) -> None:
-        """End all requests and free the memory; closing twice is harmless."""
+        """End all requests and free the caches; the weights go with the engine itself."""
         self._scheduler.close()
-        for model in (self._draft, self._model):
-            if model:
-                model.close()
 
     def _prompt(self, request: Request) -> list[int]:
         if request.adapter is not None and request.adapter not in self._adapters:

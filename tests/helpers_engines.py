@@ -1,0 +1,50 @@
+"""Pico models in both forms, made once per test session: Hugging Face folders and GGUF files."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+from cogumi.compress.gguf import export_adapter, export_model
+from pico import make_adapter, make_model
+
+
+@dataclass(frozen=True)
+class Pico:
+    """Folders for torch, files for llama.cpp. The draft is the base with a little noise; the other fits neither."""
+
+    base: Path
+    adapter: Path
+    base_f32: Path
+    base_q8: Path
+    draft_q8: Path
+    other_q8: Path
+    adapter_gguf: Path
+    other_adapter_gguf: Path
+
+
+@cache
+def pico() -> Pico:
+    """Make everything; about a second."""
+    root = Path(mkdtemp(prefix="cogumi-pico-"))
+    base = make_model(root / "base")
+    draft = make_model(root / "draft", perturb=0.02)
+    other = make_model(root / "other", hidden=128, vocab=400, seed=5)
+    adapter = make_adapter(root / "adapter", base, rank=6)  # not divisible by 4: see Model.load_adapter
+    other_adapter = make_adapter(root / "other-adapter", other)
+    made = Pico(
+        base=base,
+        adapter=adapter,
+        base_f32=root / "base-f32.gguf",
+        base_q8=root / "base.gguf",
+        draft_q8=root / "draft.gguf",
+        other_q8=root / "other.gguf",
+        adapter_gguf=root / "adapter.gguf",
+        other_adapter_gguf=root / "other-adapter.gguf",
+    )
+    export_model(base, made.base_f32, "f32")
+    for folder, file in ((base, made.base_q8), (draft, made.draft_q8), (other, made.other_q8)):
+        export_model(folder, file, "q8_0")
+    export_adapter(adapter, base, made.adapter_gguf)
+    export_adapter(other_adapter, other, made.other_adapter_gguf)
+    return made
