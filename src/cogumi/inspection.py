@@ -39,9 +39,11 @@ def look(path: str) -> dict[str, Any]:
 def _bundle(folder: Path) -> dict[str, Any]:
     opened = bundle.open_bundle(folder)
     index = json.loads((folder / bundle.INDEX).read_bytes())
+    built = (folder / artifact.MANIFEST).is_file()  # a copied bundle may come without its manifest
     return {
         "what": "bundle",
         "path": str(folder),
+        "fingerprint": artifact.read_manifest(folder).fingerprint if built else None,
         "bytes": sum(entry["bytes"] for entry in index["files"].values()),
         "modifiers": list(opened.modifiers),
         "files": index["files"],

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from cogumi.types import Reply
 
+LONG = 400  # characters of a value that `inspect` still prints in full
 OUT = Console(highlight=False)
 NOTES = Console(stderr=True, highlight=False)
 
@@ -224,6 +225,7 @@ def print_inspection(found: Mapping[str, Any]) -> None:
             OUT.print(f"size: {size(value)}")
         elif value:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = text if len(text) <= LONG else f"{len(value)} entries; --json shows them"
             OUT.print(f"[bold]{escape(key)}[/]: {escape(text)}", soft_wrap=True)
 
 
