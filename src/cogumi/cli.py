@@ -36,7 +36,7 @@ ModeOption = Annotated[
 ]
 
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Processor threads to compute with.", show_default="one per processor")
+    int | None, typer.Option(min=1, help="Processor threads to compute with.", show_default="what suits the model")
 ]
 
 

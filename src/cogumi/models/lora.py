@@ -13,11 +13,15 @@ from cogumi.errors import TrainingError
 
 
 class LoraShape(BaseModel):
-    """Rank and targets; updates are scaled by `alpha / rank`."""
+    """Rank and targets; updates are scaled by `alpha / rank`.
+
+    The rank is no multiple of 4: for those llama.cpp takes fp32 kernels whose sums depend on what else is in the batch,
+    and speculation under an adapter would no longer be bit-exact.
+    """
 
     model_config = ConfigDict(extra="forbid")
-    rank: int = Field(32, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(30, ge=1)
+    alpha: float = Field(30.0, gt=0)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

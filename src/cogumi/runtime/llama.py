@@ -166,9 +166,7 @@ class Model:
         _complaints.clear()
         adapter = c.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
         if not adapter:
-            raise BundleError(
-                f"{path} is no adapter for {self.path.name} ({_reason()}); use one trained on it"
-            )
+            raise BundleError(f"{path} is no adapter for {self.path.name} ({_reason()}); use one trained on it")
         return adapter
 
 
@@ -211,9 +209,7 @@ class Context:
         self._weights = model.weights
         self._context = c.llama_init_from_model(model.weights.pointer, params)
         if not self._context:
-            raise BundleError(
-                f"no context for {model.path.name} ({_reason()}); lower the slots or the context"
-            )
+            raise BundleError(f"no context for {model.path.name} ({_reason()}); lower the slots or the context")
         if adapter is not None:
             scales = (ctypes.c_float * 1)(1.0)
             c.llama_set_adapters_lora(self._context, (c.llama_adapter_lora_p_ctypes * 1)(adapter), 1, scales)
@@ -257,9 +253,7 @@ class Context:
             wanted += [0] * (n - outputs) + [1] * outputs
         n, outputs = len(tokens), sum(wanted)
         if not 0 < n <= self.batch or outputs > self.outputs:
-            raise RequestError(
-                f"a batch of {n} tokens and {outputs} outputs exceeds {self.batch} and {self.outputs}"
-            )
+            raise RequestError(f"a batch of {n} tokens and {outputs} outputs exceeds {self.batch} and {self.outputs}")
         self._token[:n] = tokens
         self._position[:n] = positions
         self._sequence[:n] = sequences
@@ -267,9 +261,7 @@ class Context:
         self._batch.n_tokens = n
         status = c.llama_decode(self._context, self._batch)
         if status:
-            raise RequestError(
-                f"llama.cpp could not run a batch of {n} tokens (status {status}: {_reason()})"
-            )
+            raise RequestError(f"llama.cpp could not run a batch of {n} tokens (status {status}: {_reason()})")
         return self._view(c.llama_get_logits(self._context), self._vocab)[:outputs]
 
     def hidden(self) -> NDArray[np.float32]:

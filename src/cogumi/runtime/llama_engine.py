@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.environment import usable_threads
 from cogumi.errors import BundleError, ContextError, RequestError
 from cogumi.runtime.engine import Event
 from cogumi.runtime.generation import Events, Generation
@@ -20,11 +20,15 @@ from cogumi.runtime.scheduler import Scheduler
 from cogumi.runtime.speculate import Costs, best_k
 from cogumi.types import Reading, Request, Score
 
+SMALL_MODEL = 32_000_000
+"""Bytes below which one thread is used: in passes so short, threads wait for each other longer than they work."""
+
 
 class LlamaEngine:
     """`runtime.engine.Engine` over GGUF files.
 
-    `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait.
+    `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait. `threads`
+    None: as many as this process may use, one for a model below `SMALL_MODEL`.
     With a `draft`, which must share the vocabulary, up to `draft_tokens` are drafted per round. Raises
     `BundleError` if a file cannot be used.
     """
@@ -44,9 +48,7 @@ class LlamaEngine:
         self._model = Model(model)
         self._draft = Model(draft) if draft else None
         if self._draft and not self._draft.tokenizer.same_vocabulary(self._model.tokenizer):
-            raise BundleError(
-                f"draft {draft} has another vocabulary than {model}; use one of the same tokenizer"
-            )
+            raise BundleError(f"draft {draft} has another vocabulary than {model}; use one of the same tokenizer")
         self._context = context
         self._draft_tokens = draft_tokens if draft else 0
         self._adapters: dict[str, Any] = {}
@@ -56,7 +58,7 @@ class LlamaEngine:
             self._adapters,
             slots=slots,
             length=context,
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or (1 if model.stat().st_size < SMALL_MODEL else usable_threads()),
             draft_tokens=self._draft_tokens,
             queue=queue,
         )
