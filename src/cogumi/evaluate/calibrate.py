@@ -141,12 +141,23 @@ def is_easy(example: Example, easy_up_to: int) -> bool:
 
 
 def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool]) -> QuestionGate:
-    """Thresholds where the histograms of easy and hard questions cross; all are easy if one kind is missing."""
-    values = np.array([(r.question.perplexity, r.question.p_easy) for r in rows])
+    """Thresholds where the histograms of easy and hard questions cross; all are easy if one kind is missing.
+
+    First that of P(easy); then that of perplexity among the questions that P(easy) lets pass, so that a
+    perplexity which says nothing refuses nothing.
+    """
+    perplexities, p_easy = _readings(rows).T
     mask = np.array(easy, dtype=bool)
     if mask.all() or not mask.any():
-        return QuestionGate(float(values[:, 0].max()), 0.0)
-    return QuestionGate(crossing(values[mask, 0], values[~mask, 0]), -crossing(-values[mask, 1], -values[~mask, 1]))
+        return QuestionGate(float(perplexities.max()), 0.0)
+    threshold = -crossing(-p_easy[mask], -p_easy[~mask])
+    passing = np.where(p_easy >= threshold, perplexities, np.inf)
+    return QuestionGate(crossing(passing[mask], passing[~mask]), threshold)
+
+
+def _readings(rows: Sequence[Row]) -> Doubles:
+    """The draft's perplexity and P(easy) of each question [n, 2]."""
+    return np.array([(r.question.perplexity, r.question.p_easy) for r in rows])
 
 
 def count(rows: Sequence[Row], base_p: Doubles, modifier_p: Doubles, modifiers: bool) -> Count:
@@ -262,7 +273,8 @@ def calibrate(rows: Mapping[str, list[Row]], config: Config, seed: int, out: Pat
         fitted["modifier"] = modifier
     reliability_picture(out / "reliability.png", seen)
     plain = np.array(easy["threshold"], dtype=bool)
-    read = np.array([(r.question.perplexity, r.question.p_easy) for r in tested])
+    read = _readings(tested)
+    passed = (read[:, 0] <= question.perplexity) & (read[:, 1] >= question.p_easy)
     right = seen["base"][1] > 0
     threshold = promises["base"].threshold
     histogram_picture(
@@ -288,6 +300,8 @@ def calibrate(rows: Mapping[str, list[Row]], config: Config, seed: int, out: Pat
             "p_easy": question.p_easy,
             "auroc_perplexity": auroc(-read[:, 0], plain),
             "auroc_p_easy": auroc(read[:, 1], plain),
+            "easy_passed": float(passed[plain].mean()) if plain.any() else None,
+            "hard_passed": float(passed[~plain].mean()) if not plain.all() else None,
         },
         "gates": {name: {**fitted[name].figures, **_figures(*seen[name], answers[name])} for name in seen},
         "guarantee": {policy: _promised(promise) for policy, promise in promises.items()},

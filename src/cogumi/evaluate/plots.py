@@ -23,7 +23,7 @@ def reliability_picture(path: Path, gates: Mapping[str, tuple[Doubles, Doubles]]
         label = f"{name}: n {len(p)}, ECE {ece(p, correct):.3f}"
         axes[0].plot([m for m, _ in rows], [s for _, s in rows], marker="o", label=label)
     axes[0].set(xlabel=f"P(correct), {BINS} bins", ylabel="share correct", xlim=(0, 1), ylim=(0, 1))
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     figure.savefig(path)
 
 
@@ -38,7 +38,7 @@ def histogram_picture(path: Path, panels: Sequence[tuple[str, Mapping[str, Doubl
         if threshold is not None:
             axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.2f}")
         axis.set(xlabel=what, ylabel="questions")
-        axis.legend()
+        axis.legend(loc="upper right")
     figure.savefig(path)
 
 
@@ -53,7 +53,7 @@ def accuracy_picture(path: Path, accuracy: Mapping[str, Mapping[str, Mapping[str
         axes[0].bar(np.arange(len(levels)) + (i - len(accuracy) / 2 + 0.5) * width, shares, width, label=tier)
     axes[0].set_xticks(range(len(levels)), [f"level {k}" if k != "0" else "no answer" for k in levels])
     axes[0].set(ylabel="share correct", ylim=(0, 1))
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     figure.savefig(path)
 
 
@@ -68,7 +68,7 @@ def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promis
     axes[0].axhline(promise["bound"], color="black", linestyle="--", label=f"promise {promise['bound']:.0%}")
     axes[0].plot([promise["coverage"]], [promise["accepted_error"]], "o", label="accepted answers")
     axes[0].set(xlabel="share of questions answered", ylabel="share wrong", xlim=(0, 1), ylim=(0, None))
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     figure.savefig(path)
 
 
