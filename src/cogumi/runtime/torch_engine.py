@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.models.build import load
 from cogumi.models.text import HFTokenizer
 from cogumi.runtime.engine import Event
 from cogumi.runtime.generation import Events, Generation, Outcome
@@ -181,15 +182,15 @@ class TorchEngine:
 
 
 def _load(folder: Path, adapters: Mapping[str, Path]) -> Any:
+    model = load(folder)
     try:
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         for name, path in adapters.items():
             if isinstance(model, PeftModel):
                 model.load_adapter(path, adapter_name=name)
             else:
                 model = PeftModel.from_pretrained(model, path, adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
-        raise BundleError(f"{folder} or an adapter of it cannot be loaded: {error}") from error
+        raise BundleError(f"an adapter of {folder} cannot be loaded: {error}") from error
     return model.eval()
 
 
