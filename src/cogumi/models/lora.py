@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
         lora_dropout=0.0,
     )
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft still asks transformers by a name that it has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def save(model: Any, out: Path) -> None:
