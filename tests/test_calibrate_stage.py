@@ -107,7 +107,7 @@ def test_the_cascade_does_what_calibration_counted(routed, tmp_path):
     calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
     examples = calibrate.read_examples(split_path(inputs["data"].path, "threshold"))
     with calibrate.ExitStack() as opened:
-        tiers = calibrate.open_tiers(inputs, config, 1, opened)
+        tiers = calibrate.open_tiers(inputs, config, opened)
         cascade = Cascade(tiers, calibration, workers=4, context=96)
         for mode, policy in (("fast", "base"), ("accurate", "modifier")):
             promise = figures["guarantee"][policy]

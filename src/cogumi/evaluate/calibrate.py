@@ -60,7 +60,6 @@ class Config(BaseModel):
     max_tokens: int = Field(128, ge=1)
     slots: int = Field(16, ge=1)
     context: int = Field(256, ge=16)
-    threads: int | None = Field(None, ge=1, description="per model; none: the build's. Tiny models want 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,14 @@ class Row:
         return modifier_signals(own, self.base_signals, base_p, agree)
 
 
-def open_tiers(inputs: Mapping[str, Artifact], config: Config, threads: int, opened: ExitStack) -> Tiers:
+def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack) -> Tiers:
     """The models of the inputs; `opened` closes them."""
     adapters = {
         role.removeprefix(MODIFIER): artifact.path / "adapter.gguf"
         for role, artifact in inputs.items()
         if role.startswith(MODIFIER)
     }
-    size: dict[str, Any] = {"slots": config.slots, "context": config.context, "threads": threads}
+    size: dict[str, Any] = {"slots": config.slots, "context": config.context}
     base = LlamaEngine(inputs["base"].path / "model.gguf", adapters=adapters, **size)
     opened.callback(base.close)
     draft = LlamaEngine(inputs["draft"].path / "model.gguf", **size)
@@ -316,6 +315,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     if empty := [name for name, found in examples.items() if not found]:
         raise DataError(f"the split '{empty[0]}' is empty: calibration needs rows in {', '.join(SPLITS)}")
     with ExitStack() as opened:
-        tiers = open_tiers(inputs, config, config.threads or context.threads, opened)
+        tiers = open_tiers(inputs, config, opened)
         rows = {name: answer_split(tiers, found, config, context) for name, found in examples.items()}
     return calibrate(rows, config, context.seed, out)

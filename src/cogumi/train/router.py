@@ -39,7 +39,6 @@ class Config(BaseModel):
     epochs: int = Field(40, ge=1)
     slots: int = Field(16, ge=1)
     context: int = Field(256, ge=16)
-    threads: int | None = Field(None, ge=1, description="none: the build's. Tiny models want 1")
 
 
 def train(x: NDArray[np.float64], domains: Sequence[str], epochs: int, seed: int) -> Net:
@@ -67,7 +66,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         inputs["draft_gguf"].path / "model.gguf",
         slots=config.slots,
         context=config.context,
-        threads=config.threads or context.threads,
     )
     try:
         total, seen, features = sum(map(len, splits.values())), 0, {}
