@@ -189,7 +189,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     lost = data.path / "unanswerable.jsonl"
     without = read_examples(lost) if lost.exists() else []
     controls = {r.removeprefix(CONTROL): a.path / "adapter.gguf" for r, a in inputs.items() if r.startswith(CONTROL)}
-    with closing(open_cascade(folder, slots=config.slots, context=config.context, threads=context.threads)) as cascade:
+    with closing(open_cascade(folder, slots=config.slots, context=config.context)) as cascade:
         tiers = cascade.tiers
         domains = [name for name in tiers.base.adapters if any(e.domain == name for e in heldout)]
         of = {name: [e for e in heldout if e.domain == name] for name in domains}
@@ -238,7 +238,7 @@ def _controls(
     if not adapters:
         return {}
     size = desk.config
-    engine = LlamaEngine(base, slots=size.slots, context=size.context, threads=desk.context.threads, adapters=adapters)
+    engine = LlamaEngine(base, slots=size.slots, context=size.context, adapters=adapters)
     with closing(engine):
         return {name: desk.ask(engine, of[name], name) for name in adapters if name in of}
 
