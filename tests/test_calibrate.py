@@ -29,7 +29,7 @@ from cogumi.evaluate.calibrate import (
 )
 from cogumi.evaluate.fit_gate import fit_gate
 from cogumi.route.calibrate import NAMES, Calibrator, fit
-from cogumi.route.gate import Calibration
+from cogumi.route.gate import Calibration, QuestionGate
 from cogumi.route.nets import sigmoid
 from cogumi.route.signals import answer_signals, question_signals
 from cogumi.types import ABSTENTION, Example, Message, Reading, Reply, Score, Token, Usage
@@ -173,7 +173,7 @@ def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
     fresh = made_up(rng, 3000)
     p = probabilities(fresh, calibration.base, calibration.modifier)
     found = figures["guarantee"]["modifier"]
-    accepted, wrong = count(fresh, *p, modifiers=True)(found["threshold"])
+    accepted, wrong = count(fresh, *p, QuestionGate(0, 0), modifiers=True)(found["threshold"])
     assert found["bound"] <= 0.05
     assert wrong / accepted <= 0.06
     assert accepted / 3000 == pytest.approx(found["coverage"], abs=0.05)
@@ -186,12 +186,12 @@ def test_abstentions_are_never_accepted_answers():
         replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know"))) for r in made_up(rng, 20)
     ]
     nothing = np.zeros(20)
-    assert count(rows, np.ones(20), nothing, modifiers=True)(0.5) == (0, 0)
+    assert count(rows, np.ones(20), nothing, QuestionGate(0, 0), modifiers=True)(0.5) == (0, 0)
     # an abstention that is not sure enough lets the modifier answer
     speaking = [r for r in rows if r.modifier and r.modifier.reply.text != ABSTENTION]
-    accepted, _ = count(rows, nothing, np.ones(20), modifiers=True)(0.5)
+    accepted, _ = count(rows, nothing, np.ones(20), QuestionGate(0, 0), modifiers=True)(0.5)
     assert accepted == len(speaking) > 0
-    assert count(rows, nothing, np.ones(20), modifiers=False)(0.5) == (0, 0)
+    assert count(rows, nothing, np.ones(20), QuestionGate(0, 0), modifiers=False)(0.5) == (0, 0)
 
 
 @pytest.mark.parametrize("correct", [0.0, 1.0])

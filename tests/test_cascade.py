@@ -183,6 +183,20 @@ def test_an_easy_question_is_drafted_only_where_that_pays(tiers):
     assert replace(tiers, base=tiers.draft).drafting_speedup() == 0.0  # an engine without a draft
 
 
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+def test_an_answer_to_a_question_unlike_the_calibrated_ones_never_counts_as_sure(tiers, mode):
+    promise = Guarantee(0.5, 0.05, 0.95, 100, 50, 0, 0.05)
+    gate = QuestionGate(1e9, 0.5, novelty=1.0)  # every question surprises more than that
+    whole = Calibration(gate, sure(0.99), sure(0.99), {"base": promise, "modifier": promise})
+    text, reply = streamed(Cascade(tiers, whole, context=CONTEXT).generate(ask(mode=mode)))
+    assert (reply.route, reply.tier, reply.p_correct) == ("low_confidence", "base", None)
+    assert text == reply.text == without_note(reply.text) + LOW_CONFIDENCE
+    novelty = next(d for d in reply.decisions if d.signal == "novelty")
+    assert not novelty.accepted
+    assert novelty.value > novelty.threshold == 1.0
+    assert not reply.decisions[-1].accepted
+
+
 def test_the_perplexity_gate_can_be_chosen(tiers):
     reply = final_reply(cascade(tiers, base=0.01, modifier=0.01, gate="perplexity").generate(ask()))
     mine = math.exp(-answer_signals(final_reply(tiers.answer(ask(), None)))["mean_logprob"])

@@ -189,11 +189,17 @@ class Cascade:
 
     def _cascade(self, request: Request, mode: Mode) -> Flow:
         question = self.tiers.read_question(request)
-        may_follow = self.adapters if mode.modifier and self.calibration.modifier else ()
+        gate = self.calibration.question
+        novel = gate.novel(question.perplexity)
+        may_follow = self.adapters if mode.modifier and self.calibration.modifier and not novel else ()
         domain = route(question.domains, may_follow)
         threshold = self.calibration.guarantee(mode.modifier).threshold
         decisions = [self._speculation(request, question)]
         yield decisions[0]
+        if novel:
+            reason = "the question is unlike those it was calibrated on, so no answer counts as sure"
+            decisions.append(Decision("draft", "novelty", question.perplexity, gate.novelty or 0.0, False, reason))
+            yield decisions[-1]
         request = replace(request, speculate=_speculate(request, decisions[0]))
         live = domain is None and not request.abstain
 
@@ -214,7 +220,7 @@ class Cascade:
 
         tier, accepted = settle(base.check, modifier.check if modifier else None)
         chosen = modifier if modifier and tier == "modifier" else base
-        ending = ending_of(chosen, accepted, request.abstain)
+        ending = ending_of(chosen, accepted and not novel, request.abstain)
         if ending.decision:
             decisions.append(ending.decision)
             yield decisions[-1]
@@ -231,7 +237,7 @@ class Cascade:
             decisions=tuple(decisions),
             tier=chosen.tier,
             route=ending.route,
-            p_correct=chosen.check.p,
+            p_correct=None if novel else chosen.check.p,
         )
 
     def _speculation(self, request: Request, question: Question) -> Decision:

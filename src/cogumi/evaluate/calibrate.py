@@ -42,6 +42,8 @@ VERSION = 1
 KIND = "calibration"
 SPLITS = ("fit", "selection", "threshold")
 MODIFIER = "modifier_"
+NOVEL = 0.005
+"""Share of calibrated questions that may be taken for novel ones: what it costs to notice those that are."""
 FILE = "calibration.json"
 
 Doubles = NDArray[np.float64]
@@ -146,12 +148,13 @@ def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool]) -> QuestionGate
     perplexity which says nothing refuses nothing.
     """
     perplexities, p_easy = _readings(rows).T
+    novelty = float(np.quantile(perplexities, 1 - NOVEL))
     mask = np.array(easy, dtype=bool)
     if mask.all() or not mask.any():
-        return QuestionGate(float(perplexities.max()), 0.0)
+        return QuestionGate(float(perplexities.max()), 0.0, novelty)
     threshold = -crossing(-p_easy[mask], -p_easy[~mask])
     passing = np.where(p_easy >= threshold, perplexities, np.inf)
-    return QuestionGate(crossing(passing[mask], passing[~mask]), threshold)
+    return QuestionGate(crossing(passing[mask], passing[~mask]), threshold, novelty)
 
 
 def _readings(rows: Sequence[Row]) -> Doubles:
@@ -159,9 +162,8 @@ def _readings(rows: Sequence[Row]) -> Doubles:
     return np.array([(r.question.perplexity, r.question.p_easy) for r in rows])
 
 
-def count(rows: Sequence[Row], base_p: Doubles, modifier_p: Doubles, modifiers: bool) -> Count:
-    """Threshold -> accepted, non-abstaining answers and wrong ones of the cascade's whole policy on these
-    rows.
+def count(rows: Sequence[Row], base_p: Doubles, modifier_p: Doubles, gate: QuestionGate, *, modifiers: bool) -> Count:
+    """Threshold -> accepted, non-abstaining answers and wrong ones of the cascade's whole policy on these rows.
 
     `base_p` [n] and `modifier_p` [n] (ignored where a row has no modifier's answer) are the gates'
     probabilities.
@@ -172,10 +174,12 @@ def count(rows: Sequence[Row], base_p: Doubles, modifier_p: Doubles, modifiers: 
 
     answers = [facts(r.base) for r in rows]
     others = [facts(r.modifier) if r.modifier and modifiers else None for r in rows]
+    known = [i for i, r in enumerate(rows) if not gate.novel(r.question.perplexity)]
 
     def at(threshold: float) -> tuple[int, int]:
         accepted = wrong = 0
-        for i, (answer, other) in enumerate(zip(answers, others, strict=True)):
+        for i in known:
+            answer, other = answers[i], others[i]
             base = check("calibrated", float(base_p[i]), {}, threshold)
             modifier = check("calibrated", float(modifier_p[i]), {}, threshold) if other else None
             tier, sure = settle(base, modifier)
@@ -254,13 +258,13 @@ def calibrate(rows: Mapping[str, list[Row]], config: Config, seed: int, out: Pat
     modifier = fit_modifier_gate(rows, base, seed)
     gates = base.gate, modifier.gate if modifier else None
     p = {name: probabilities(rows[name], *gates) for name in ("selection", "threshold")}
-    promises = {}
-    for policy in ("base", "modifier") if modifier else ("base",):
-        counts = {name: count(rows[name], *p[name], policy == "modifier") for name in p}
-        order = sequence(counts["selection"], config.e)
-        promises[policy] = guarantee(order, counts["threshold"], len(rows["threshold"]), config.e, config.confidence)
     easy = {name: [is_easy(r.example, config.easy_up_to) for r in rows[name]] for name in rows}
     question = fit_question_gate(rows["fit"], easy["fit"])
+    promises = {}
+    for policy in ("base", "modifier") if modifier else ("base",):
+        counts = {name: count(rows[name], *p[name], question, modifiers=policy == "modifier") for name in p}
+        order = sequence(counts["selection"], config.e)
+        promises[policy] = guarantee(order, counts["threshold"], len(rows["threshold"]), config.e, config.confidence)
     write_json(out / FILE, Calibration(question, *gates, promises).to_json())
 
     tested = rows["threshold"]

@@ -13,7 +13,7 @@ from cogumi.types import Example, Reply, Request
 
 def accepted(reply: Reply) -> bool | None:
     """Whether a cascade stood by its answer; None from an engine that does not judge its own answers."""
-    return reply.decisions[-1].accepted if reply.p_correct is not None else None
+    return reply.decisions[-1].accepted if reply.decisions else None
 
 
 def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ what the cascade does with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,19 @@ def matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> NDArray
 
 @dataclass(frozen=True, slots=True)
 class QuestionGate:
-    """A question is easy if the draft reads it without surprise and its difficulty head agrees (SPEC F1)."""
+    """A question is easy if the draft reads it without surprise and its difficulty head agrees (SPEC F1).
+
+    Beyond the perplexity `novelty` (None: no bound) a question is unlike those that the gates were calibrated on, so
+    that no P(correct) means anything: no answer to it counts as sure.
+    """
 
     perplexity: float
     p_easy: float
+    novelty: float | None = None
+
+    def novel(self, perplexity: float) -> bool:
+        """Whether a question of this perplexity is outside of what was calibrated."""
+        return self.novelty is not None and perplexity > self.novelty
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +94,7 @@ class Calibration:
         """JSON values that `from_json` turns into the same calibration."""
         return {
             "format": FORMAT,
-            "question": {"perplexity": self.question.perplexity, "p_easy": self.question.p_easy},
+            "question": asdict(self.question),
             "base": self.base.to_json(),
             "modifier": self.modifier.to_json() if self.modifier else None,
             "guarantees": {name: g.to_json() for name, g in self.guarantees.items()},

@@ -196,13 +196,15 @@ class Lane:
         }
         drafts = {sequence: Draft() for sequence, k in wanted.items() if k > 0}
         for i in range(max(wanted.values(), default=0)):
-            rows = []
+            rows: list[Row] = []
             for sequence, draft in drafts.items():
                 if wanted[sequence] > i:
                     job = self._generations[sequence]
                     run = draft.tokens[-1:] if i else job.ids[job.draft_cached :]
                     rows.append(Row(sequence, run, job.draft_cached, 1))
                     job.draft_cached += len(run)
+            if not rows:
+                break
             logits = self.draft.decode(rows)
             best = logits.argmax(axis=1).tolist()
             for at, row in enumerate(rows):
@@ -213,6 +215,8 @@ class Lane:
                     token = draw(q, job.generator)
                     draft.drawn_from.append(q)
                 draft.tokens.append(token)
+                if self._tokenizer.ends(token):
+                    wanted[row.sequence] = 0  # nothing follows an end
         return drafts
 
     def _verify(self, job: Generation, draft: Draft, logits: Logits, best: NDArray[np.intp]) -> list[int]:
