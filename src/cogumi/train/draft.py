@@ -67,16 +67,16 @@ def is_easy(example: Example, easy_up_to: int) -> bool:
 def lessons(
     examples: Sequence[Example], responses: Mapping[str, Response], tokenizer: HFTokenizer, easy_up_to: int
 ) -> Lessons:
-    """Easy questions carry the base's response, all others nothing but the question."""
+    """Easy questions carry the base's response where there is one, all others nothing but the question."""
     rows, easy, perplexity = [], [], []
     for example in examples:
         prompt = tokenizer.chat(example.messages)
-        response = responses[example.id]
-        speaks = is_easy(example, easy_up_to) and response.finished
-        answer = tokenizer.answer(response.output) if speaks else []
+        response = responses.get(example.id)
+        taught = response if response and response.finished and is_easy(example, easy_up_to) else None
+        answer = tokenizer.answer(taught.output) if taught else []
         rows.append(Row((*prompt, *answer), len(prompt)))
         easy.append(float(is_easy(example, easy_up_to)))
-        perplexity.append(response.perplexity if speaks else 0.0)
+        perplexity.append(taught.perplexity if taught else 0.0)
     return Lessons(rows, torch.tensor(easy), torch.tensor(perplexity))
 
 
@@ -149,7 +149,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.manual_seed(context.seed)
     model = DraftModel(language_model)
     responses = read_responses(inputs["responses"].path)
-    asked = [e for e in read_examples(split_path(inputs["examples"].path, "train")) if e.id in responses]
+    asked = read_examples(split_path(inputs["examples"].path, "train"))
     judging = lessons(asked[::_VALIDATE_EVERY], responses, tokenizer, config.easy_up_to)
     teaching = [e for i, e in enumerate(asked) if i % _VALIDATE_EVERY]
     taught = lessons(teaching, responses, tokenizer, config.easy_up_to)
