@@ -79,7 +79,7 @@ def routed(artifacts, tmp_path_factory):
     """All roles, with the router that its stage trained, and that stage's figures."""
     out, seen = tmp_path_factory.mktemp("router"), []
     inputs = {"draft_gguf": artifacts["draft"], "data": artifacts["data"]}
-    figures = router.run(router.Config(**SIZE), inputs, out, context(out, seen))
+    figures = router.run(router.Config(context=SIZE["context"]), inputs, out, context(out, seen))
     assert seen[-1] == (2 * ROWS, 2 * ROWS)
     return {**artifacts, "router": Artifact("router", out, "router")}, figures
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,12 +30,6 @@ class Question:
 def router_input(reading: Reading) -> np.ndarray:
     """What the domain router sees: mean and last hidden state of the draft, [2 width]."""
     return np.concatenate([np.array(reading.mean), np.array(reading.last)])
-
-
-def read_all(draft: Engine, requests: Iterable[Request], readers: int) -> Iterator[Reading]:
-    """Readings of many prompts in order, `readers` of them at a time."""
-    with ThreadPoolExecutor(readers) as pool:
-        yield from pool.map(draft.read, requests)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import write_json
-from cogumi.cascade.tiers import Question, Tiers, read_all
+from cogumi.cascade.tiers import Question, Tiers
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import DataError
 from cogumi.evaluate.fit_gate import Fitted, fit_gate
@@ -114,7 +114,7 @@ def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack
 def answer_split(tiers: Tiers, examples: Sequence[Example], config: Config, context: Context) -> list[Row]:
     """Ask the base every question, the routed modifier those that have one, and grade all answers."""
     requests = [Request(messages=e.messages, max_tokens=config.max_tokens, speculate=False) for e in examples]
-    readings = read_all(tiers.draft, requests, config.slots)
+    readings = map(tiers.draft.read, requests)  # one at a time: how reads share batches must not reach the bytes
     questions = [tiers.judge(request, reading) for request, reading in zip(requests, readings, strict=True)]
     domains = [route(question.domains, tiers.base.adapters) for question in questions]
     asked = [(i, domain) for i, domain in enumerate(domains) if domain]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.cascade.tiers import read_all, router_input
+from cogumi.cascade.tiers import router_input
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import DataError
 from cogumi.route.nets import Net
@@ -30,14 +30,11 @@ FILE = "router.safetensors"
 
 
 class Config(BaseModel):
-    """`rows` of the training split train it; `context` bounds a question's tokens, `slots` are read at a
-    time.
-    """
+    """`rows` of the training split train it; `context` bounds a question's tokens."""
 
     model_config = ConfigDict(extra="forbid")
-    rows: int = Field(6000, ge=1)
+    rows: int = Field(4000, ge=1)
     epochs: int = Field(40, ge=1)
-    slots: int = Field(16, ge=1)
     context: int = Field(256, ge=16)
 
 
@@ -62,17 +59,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     data = inputs["data"].path
     splits = {name: read_examples(split_path(data, name)) for name in ("train", "selection")}
     splits["train"] = splits["train"][: config.rows]
-    draft = LlamaEngine(
-        inputs["draft_gguf"].path / "model.gguf",
-        slots=config.slots,
-        context=config.context,
-    )
+    draft = LlamaEngine(inputs["draft_gguf"].path / "model.gguf", slots=1, context=config.context)
     try:
         total, seen, features = sum(map(len, splits.values())), 0, {}
         for name, examples in splits.items():
             rows = []
-            for reading in read_all(draft, [Request(messages=e.messages) for e in examples], config.slots):
-                rows.append(router_input(reading))
+            for example in examples:  # one at a time: how reads share batches must not reach the bytes
+                rows.append(router_input(draft.read(Request(messages=example.messages))))
                 seen += 1
                 context.progress(seen, total, {})
             features[name] = np.array(rows)
