@@ -253,7 +253,7 @@ def print_serving(where: str, models: Sequence[str]) -> None:
 def print_next(bundle: Path) -> None:
     """What to type after the demo."""
     OUT.print(
-        f"Next:\n  cogumi chat {bundle}       talk to it\n"
+        f"Next:\n  cogumi chat {bundle}       talk to it (it was trained on single questions: /new before the next)\n"
         f"  cogumi serve {bundle}      any OpenAI client can use it\n"
         f"  cogumi inspect {bundle}    what is inside\n"
         f"  {bundle.parent / 'report.md'}  all figures, with pictures",
