@@ -62,6 +62,12 @@ def split_of(question: str, shares: Mapping[str, int], seed: int) -> str:
     raise AssertionError("shares do not cover the hash range")
 
 
+def is_easy(example: Example, easy_up_to: int) -> bool:
+    """Whether a question has an answer and a difficulty up to `easy_up_to`."""
+    answerable = example.meta.get("check", {}).get("kind") != "abstain"
+    return answerable and 1 <= example.difficulty <= easy_up_to
+
+
 def check_problem(check: Any) -> str | None:
     """What is wrong with a `meta["check"]` value, or None if a grader can use it."""
     if not isinstance(check, dict) or check.get("kind") not in CHECKS:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import write_json
 from cogumi.cascade.tiers import Question, Tiers
-from cogumi.data.examples import read_examples, split_path
+from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.errors import DataError
 from cogumi.evaluate.fit_gate import Fitted, fit_gate
 from cogumi.evaluate.graders import grade_all
@@ -133,12 +133,6 @@ def answer_split(tiers: Tiers, examples: Sequence[Example], config: Config, cont
         Row(example, question, graded[i], modified.get(i))
         for i, (example, question) in enumerate(zip(examples, questions, strict=True))
     ]
-
-
-def is_easy(example: Example, easy_up_to: int) -> bool:
-    """Whether a question has an answer and a difficulty up to `easy_up_to`."""
-    answerable = example.meta.get("check", {}).get("kind") != "abstain"
-    return answerable and 1 <= example.difficulty <= easy_up_to
 
 
 def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool]) -> QuestionGate:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.artifact import write_text
 from cogumi.bundle import open_bundle
 from cogumi.cascade.cascade import open_cascade, without_note
-from cogumi.data.examples import SPLITS, read_examples, split_path
+from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
 from cogumi.evaluate.graders import grade_all
 from cogumi.evaluate.metrics import auroc, brier, ece
 from cogumi.evaluate.page import page
@@ -211,7 +211,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             compared[name] = {"before": _share(before), "after": _share(after), "n": len(after)}
         for name, asked in _controls(desk, open_bundle(folder).base, controls, of).items():
             compared[name]["control"] = _share(asked.correct)
-        easy = [e for e in heldout if 1 <= e.difficulty <= config.easy_up_to][: config.speculation_prompts]
+        easy = [e for e in heldout if is_easy(e, config.easy_up_to)][: config.speculation_prompts]
         metrics = {
             "accuracy": {tier: asked.table() for tier, asked in answers.items()},
             "modifiers": compared,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cogumi.artifact import sha256
-from cogumi.data.examples import read_examples, split_path
+from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.data.responses import Response, read_responses
 from cogumi.models.build import Shape, build, load, locate, parameters, save
 from cogumi.models.heads import DraftModel
@@ -57,11 +57,6 @@ class Lessons:
     rows: list[Row]
     easy: Tensor
     perplexity: Tensor
-
-
-def is_easy(example: Example, easy_up_to: int) -> bool:
-    """Whether a question has an answer and a difficulty that the draft may speak about."""
-    return 1 <= example.difficulty <= easy_up_to
 
 
 def lessons(
