@@ -43,6 +43,9 @@ class Example:
 class Request:
     """What is asked of an engine: `messages` (rendered by the chat template) or a raw `prompt`.
 
+    `logit_bias` (id -> value added to its logit) and the penalties follow OpenAI's API: `presence_penalty` is taken
+    once from the logit of every id generated so far, `frequency_penalty` as often as it was. `grammar` is GBNF text,
+    `json_schema` a JSON text; an answer then cannot leave them. `echo` asks for the prompt's log-probabilities.
     `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an answer
     below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned.
     """
@@ -55,6 +58,12 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int = 0
+    echo: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    grammar: str | None = None
+    json_schema: str | None = None
     adapter: str | None = None
     speculate: bool | None = None
     mode: str | None = None
@@ -125,7 +134,8 @@ class Reply:
     """The end of every generation: the whole text with what it cost and why it is what it is.
 
     `finish_reason` is stop, length or cancelled. From a cascade, `tier` names who answered, `p_correct` is calibrated
-    and `route` is the path taken (see `cascade.cascade`).
+    and `route` is the path taken (see `cascade.cascade`). `prompt`, if the request says `echo`, holds every token of
+    the prompt but the first, which nothing predicts.
     """
 
     text: str
@@ -137,6 +147,7 @@ class Reply:
     tier: str = ""
     route: str = ""
     p_correct: float | None = None
+    prompt: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llama_cpp import llama_cpp as c
+from llama_cpp._ggml import libggml as ggml
 from numpy.typing import NDArray
 
 from cogumi.errors import BundleError, ExportError, RequestError
@@ -143,11 +145,13 @@ class Tokenizer:
 class Model:
     """A GGUF file mapped into memory. Raises `BundleError` if llama.cpp cannot use the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
         if not path.is_file():
             raise BundleError(f"{path} does not exist; build or copy the model first")
         _complaints.clear()
-        pointer = c.llama_model_load_from_file(os.fsencode(path), c.llama_model_default_params())
+        params = c.llama_model_default_params()
+        params.vocab_only = vocabulary_only
+        pointer = c.llama_model_load_from_file(os.fsencode(path), params)
         if not pointer:
             raise BundleError(f"{path} is not a whole GGUF model ({_reason()}); export or copy it again")
         self.path = path
@@ -168,6 +172,11 @@ class Model:
         if not adapter:
             raise BundleError(f"{path} is no adapter for {self.path.name} ({_reason()}); use one trained on it")
         return adapter
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer inside a GGUF file, without its weights. Raises `BundleError` if there is none."""
+    return Model(path, vocabulary_only=True).tokenizer
 
 
 class Row(NamedTuple):
@@ -313,3 +322,58 @@ def quantize(source: Path, target: Path, type: str) -> None:
         partial.unlink(missing_ok=True)
         raise ExportError(f"llama.cpp could not quantize {source} to {type} ({_reason()})")
     os.replace(partial, target)
+
+
+def quantize_rows(rows: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
+    """The bytes (n, bytes per row) of float rows (n, width) in a ggml type such as Q8_0, Q4_K or Q6_K.
+
+    The width must be a multiple of the type's block (32, or 256 for K types).
+    """
+    number = getattr(c, f"GGML_TYPE_{type}", None)
+    if number is None:
+        raise ExportError(f"unknown ggml type {type!r}; use one such as Q8_0, Q4_K or Q6_K")
+    n, width = rows.shape
+    ggml.ggml_row_size.restype = ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    if width % ggml.ggml_blck_size(number):
+        raise ExportError(f"rows of {width} values cannot be cut into {type} blocks; use a narrower type")
+    out = np.empty((n, ggml.ggml_row_size(number, ctypes.c_int64(width))), np.uint8)
+    source = np.ascontiguousarray(rows, np.float32)
+    ggml.ggml_quantize_chunk(
+        number,
+        ctypes.c_void_p(source.ctypes.data),
+        ctypes.c_void_p(out.ctypes.data),
+        ctypes.c_int64(0),
+        ctypes.c_int64(n),
+        ctypes.c_int64(width),
+        None,
+    )
+    return out
+
+
+def greedy_loop(model: Model, prompt: Sequence[int], n: int, *, length: int, threads: int) -> tuple[list[int], float]:
+    """The barest greedy decoding that llama.cpp allows, with its default settings: the yardstick of benchmarks.
+
+    Returns `n` ids after `prompt`, and the seconds of all steps after the first.
+    """
+    params = c.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = length, length, threads, threads
+    context = c.llama_init_from_model(model.weights.pointer, params)
+    if not context:
+        raise BundleError(f"no context for {model.path.name}; lower its length")
+    size, ids = model.tokenizer.size, list(prompt)
+    batch = c.llama_batch_get_one((c.llama_token * len(ids))(*ids), len(ids))
+    one = (c.llama_token * 1)()
+    began = 0.0
+    try:
+        for i in range(n):
+            if c.llama_decode(context, batch):
+                raise RequestError("llama.cpp could not run a batch")
+            logits = np.ctypeslib.as_array(c.llama_get_logits_ith(context, -1), (size,))
+            one[0] = int(logits.argmax())
+            ids.append(one[0])
+            batch = c.llama_batch_get_one(one, 1)
+            if i == 0:
+                began = time.perf_counter()
+        return ids[len(prompt) :], time.perf_counter() - began
+    finally:
+        c.llama_free(context)
