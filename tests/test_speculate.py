@@ -40,8 +40,14 @@ def test_greedy_speculation_is_greedy_decoding(seed, k, draft_seed):
         drafted = []
         for _ in range(k):
             drafted.append(int(draft(written + drafted).argmax()))
-        best = [int(base(written + drafted[:i]).argmax()) for i in range(k + 1)]
+        asked = []
+
+        def best(i, sofar=tuple(written), drafted=drafted, asked=asked):
+            asked.append(i)
+            return int(base([*sofar, *drafted[:i]]).argmax())
+
         emitted = verify_greedy(drafted, best)
+        assert asked == list(range(len(emitted)))  # in order, each once, no further than needed
         assert 1 <= len(emitted) <= k + 1
         written += emitted
     assert written[:20] == plain
@@ -80,8 +86,15 @@ def test_sampled_speculation_has_the_distribution_of_sampling(draft_kind):
                 token = int(row.argmax()) if draft_kind == "greedy" else int(generator.choice(VOCABULARY, p=row))
                 q.append(row)
                 drafted.append(token)
-            p = [known("base", base, written + drafted[:i]) for i in range(k + 1)]
-            written += verify_sampled(drafted, None if draft_kind == "greedy" else q, p, generator)
+            asked = []
+
+            def p(i, sofar=tuple(written), drafted=drafted, asked=asked):
+                asked.append(i)
+                return known("base", base, [*sofar, *drafted[:i]])
+
+            emitted = verify_sampled(drafted, None if draft_kind == "greedy" else q, p, generator)
+            assert asked == list(range(len(emitted)))
+            written += emitted
         counts[tuple(written[:3])] += 1
     exact = np.zeros_like(counts)
     for a in range(VOCABULARY):
@@ -101,7 +114,7 @@ def test_a_draft_like_the_base_is_always_accepted():
     generator = np.random.default_rng(1)
     for _ in range(200):
         drafted = [int(generator.choice(VOCABULARY, p=row)) for row in p[:5]]
-        assert verify_sampled(drafted, p[:5], p, generator)[:5] == drafted
+        assert verify_sampled(drafted, p[:5], p.__getitem__, generator)[:5] == drafted
 
 
 @given(st.floats(0, 1), st.integers(0, 10))

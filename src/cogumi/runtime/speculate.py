@@ -7,7 +7,7 @@ as p; at temperature 0 it is the verifier's own greedy choice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,37 +18,42 @@ from cogumi.runtime.sampling import draw
 Row = NDArray[np.float64]
 
 
-def verify_greedy(drafted: Sequence[int], best: Sequence[int]) -> list[int]:
-    """Tokens to emit: drafted ones while they equal the verifier's `best` (k + 1 ids), then its own next."""
-    kept = 0
-    while kept < len(drafted) and drafted[kept] == best[kept]:
-        kept += 1
-    return list(best[: kept + 1])
+def verify_greedy(drafted: Sequence[int], best: Callable[[int], int]) -> list[int]:
+    """Tokens to emit: drafted ones while they equal the verifier's own, then its own next; 1 to k + 1 of them.
 
-
-def verify_sampled(
-    drafted: Sequence[int], q: Sequence[Row] | None, p: Sequence[Row], generator: np.random.Generator
-) -> list[int]:
-    """Tokens to emit, 1 to k + 1 of them, distributed as if each had been drawn from `p` (k + 1, V).
-
-    `q` (k, V) holds the distributions that the k drafted ids were drawn from; None means that the draft was
-    deterministic. All but the last emitted token are drafted ones that were accepted.
+    `best(i)` is the verifier's choice after i emitted tokens. It is asked in order, each i once, and only as far
+    as needed: a row may depend on what was emitted before it (penalties, a grammar).
     """
     emitted: list[int] = []
     for i, token in enumerate(drafted):
-        keep = p[i][token] if q is None else p[i][token] / q[i][token]
+        emitted.append(best(i))
+        if emitted[i] != token:
+            return emitted
+    emitted.append(best(len(drafted)))
+    return emitted
+
+
+def verify_sampled(
+    drafted: Sequence[int], q: Sequence[Row] | None, p: Callable[[int], Row], generator: np.random.Generator
+) -> list[int]:
+    """Tokens to emit, 1 to k + 1 of them, distributed as if each had been drawn from its own p (V,).
+
+    `p(i)` is the verifier's distribution after i emitted tokens, asked as in `verify_greedy`. `q` holds the
+    distributions (V,) that the k drafted ids were drawn from; None means that the draft was deterministic. All
+    but the last emitted token are drafted ones that were accepted.
+    """
+    for i, token in enumerate(drafted):
+        row = p(i)
+        keep = row[token] if q is None else row[token] / q[i][token]
         if generator.random() < keep:
-            emitted.append(token)
             continue
-        residual = p[i].copy()
+        residual = row.copy()
         if q is None:
             residual[token] = 0.0
         else:
             np.maximum(residual - q[i], 0.0, out=residual)
-        emitted.append(draw(residual if residual.any() else p[i], generator))
-        return emitted
-    emitted.append(draw(p[len(drafted)], generator))
-    return emitted
+        return [*drafted[:i], draw(residual if residual.any() else row, generator)]
+    return [*drafted, draw(p(len(drafted)), generator)]
 
 
 def expected_tokens(acceptance: float, k: int) -> float:
