@@ -16,6 +16,16 @@ from cogumi.types import Message, Request
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+def _bytes_of_characters() -> dict[str, int]:
+    """How byte-level BPE writes bytes: one that is no printable Latin-1 character as the next free one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_characters()
+
+
 @dataclass(frozen=True, slots=True)
 class HFTokenizer:
     """`runtime.engine.Tokenizer` over `tokenizer.json` and `tokenizer_config.json`."""
@@ -64,6 +74,16 @@ class HFTokenizer:
         """Ids of `text`; special-token text becomes special ids only if `special` is set."""
         encoder = self.raw if special else self.plain
         return list(encoder.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """`bos_token`, `eos_token` and `chat_template`."""
+        return {"bos_token": self.bos_text or None, "eos_token": self.eos_text, "chat_template": self.template}
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that an id of a byte-level vocabulary stands for; special tokens have none."""
+        text = "" if token in self.control else self.raw.id_to_token(token) or ""
+        return bytes(_BYTES[c] for c in text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""

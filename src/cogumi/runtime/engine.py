@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -25,8 +25,15 @@ class Tokenizer(Protocol):
     def eos(self) -> int:
         """The id that ends an answer."""
 
+    @property
+    def settings(self) -> Mapping[str, str | None]:
+        """`bos_token`, `eos_token` and `chat_template` as Hugging Face's `tokenizer_config.json` has them."""
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; nothing is added in front or behind."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes an id stands for; empty for special tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""

@@ -80,6 +80,14 @@ class Tokenizer:
         """The id that ends an answer."""
         return self._eos
 
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """`bos_token`, `eos_token` and `chat_template`, as `runtime.engine.Tokenizer` has them."""
+        bos = int(c.llama_vocab_bos(self._vocab))
+        eos = self._read_piece(self._eos, special=True).decode("utf-8")
+        start = self._read_piece(bos, special=True).decode("utf-8") if bos >= 0 else None
+        return {"bos_token": start, "eos_token": eos, "chat_template": self.template}
+
     def ends(self, token: int) -> bool:
         """Whether a token ends generation (a vocabulary may hold several such tokens)."""
         return bool(c.llama_vocab_is_eog(self._vocab, token))
@@ -125,12 +133,9 @@ class Tokenizer:
             return list(request.prompt)
         if self.template is None:
             raise RequestError(f"{self._name} has no chat template; give a prompt instead of messages")
-        bos = int(c.llama_vocab_bos(self._vocab))
+        own = self.settings
         pieces = render_pieces(
-            self.template,
-            request.messages,
-            bos=self._read_piece(bos, special=True).decode("utf-8") if bos >= 0 else "",
-            eos=self._read_piece(self._eos, special=True).decode("utf-8"),
+            self.template, request.messages, bos=own["bos_token"] or "", eos=own["eos_token"] or ""
         )
         return [i for text, is_template in pieces for i in self.encode(text, special=is_template)]
 

@@ -37,7 +37,7 @@ class TorchEngine:
 
     def __init__(self, folder: Path, *, adapters: Mapping[str, Path] | None = None, context: int | None = None) -> None:
         self._tokenizer = HFTokenizer.load(folder)
-        self._pieces = _pieces(self._tokenizer)
+        self._pieces = [self._tokenizer.piece(i) for i in range(self._tokenizer.size)]
         self._model: Any = _load(folder, adapters or {})
         self._names = tuple(adapters or {})
         self._context = context or int(self._model.config.max_position_embeddings)
@@ -192,15 +192,3 @@ def _load(folder: Path, adapters: Mapping[str, Path]) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"an adapter of {folder} cannot be loaded: {error}") from error
     return model.eval()
-
-
-def _pieces(tokenizer: HFTokenizer) -> list[bytes]:
-    """The bytes of every id of a byte-level vocabulary; special tokens have none.
-
-    Byte-level BPE writes a byte that is no printable Latin-1 character as the next free one from 256 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    texts = (tokenizer.raw.id_to_token(i) or "" for i in range(tokenizer.size))
-    return [b"" if i in tokenizer.control else bytes(byte_of[c] for c in text) for i, text in enumerate(texts)]
