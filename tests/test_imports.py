@@ -37,7 +37,8 @@ BELOW = {
     "pipeline": {"ground"},  # stages come through the registry
     "cascade": {"ground", "runtime", "route"},
     "serve": {"ground", "runtime", "route", "cascade"},
-    "cli": {"ground", "runtime", "route", "cascade", "serve", "data", "evaluate", "pipeline"},
+    "bench": {"ground", "runtime", "compress"},
+    "cli": {"ground", "runtime", "route", "cascade", "serve", "data", "evaluate", "bench", "pipeline"},
 }
 HEAVY = {
     "torch",
