@@ -8,6 +8,7 @@ import contextlib
 import json
 import threading
 import time
+from types import MappingProxyType
 
 import numpy as np
 import openai
@@ -23,6 +24,10 @@ from helpers_serve import raw, running, send_and_hang_up, until
 
 class ByteTokenizer:
     size, eos = 257, 256
+    settings = MappingProxyType({"bos_token": None, "eos_token": "<end>", "chat_template": "{{ messages }}"})
+
+    def piece(self, token):
+        return bytes([token]) if token < 256 else b""
 
     def encode(self, text, special=False):
         return list(text.encode())
@@ -31,7 +36,9 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def render(self, request):
-        return self.encode("".join(m.content for m in request.messages))
+        if request.prompt is None:
+            return self.encode("".join(m.content for m in request.messages))
+        return self.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
 
 
 class Scripted:
@@ -51,7 +58,10 @@ class Scripted:
 
     def generate(self, request):
         self.requests.append(request)
-        word, _, rest = request.messages[-1].content.partition(" ")
+        said = (
+            request.messages[-1].content if request.messages else self.tokenizer.decode(self.tokenizer.render(request))
+        )
+        word, _, rest = said.partition(" ")
         if word == "busy":
             raise BusyError("all 8 slots are taken; ask again in a moment")
         if word == "long":
@@ -85,7 +95,9 @@ class Scripted:
                 yield Revision(text)
             tokens += (Token(256, "", -0.1, 0.0, 1.0),)
             usage = Usage(10, len(tokens), 4, drafted=6, accepted=5)
-            yield Reply(text, tokens, "stop", usage, {"length": 3.0}, (decision,), "base", "base", 0.9)
+            seen = self.tokenizer.render(request)[1:] if request.echo else []
+            prompt = tuple(self._token(chr(i), request.logprobs) for i in seen)
+            yield Reply(text, tokens, "stop", usage, {"length": 3.0}, (decision,), "base", "base", 0.9, prompt)
         finally:
             self.running -= 1
 
@@ -93,7 +105,7 @@ class Scripted:
         return Token(ord(text), text, -0.5, 0.7, 1.0, None, tuple((97 + i, -0.5 - i) for i in range(top)))
 
     def embed(self, texts):
-        return np.zeros((len(texts), 1), np.float32)
+        return np.array([[len(text), 0.1] for text in texts], np.float32)
 
     def close(self):
         self.closed = True
@@ -201,6 +213,22 @@ def test_what_the_engine_is_asked(client, engine):
     assert {first.seed, second.seed} == {3, 4}
 
 
+def test_bias_penalties_and_formats(client, engine):
+    ask(client, "echo a", logit_bias={"65": -100, "66": 1.5}, presence_penalty=-0.5, frequency_penalty=2)
+    asked = engine.requests[-1]
+    assert asked.logit_bias == {65: -100.0, 66: 1.5}
+    assert (asked.presence_penalty, asked.frequency_penalty, asked.json_schema) == (-0.5, 2.0, None)
+    ask(client, "echo a", response_format={"type": "json_object"})
+    assert json.loads(engine.requests[-1].json_schema) == {"type": "object"}
+    schema = {"type": "object", "properties": {"é": {"type": "integer"}}, "required": ["é"]}
+    ask(
+        client,
+        "echo a",
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
+    )
+    assert json.loads(engine.requests[-1].json_schema) == schema
+
+
 def test_several_choices(client):
     completion = ask(client, "echo abc", n=3)
     assert [(c.index, c.message.content) for c in completion.choices] == [(i, "abc") for i in range(3)]
@@ -226,6 +254,125 @@ def test_logprobs(client):
         for entry in chunk.choices[0].logprobs.content
     ]
     assert streamed == ["a", "b"]
+
+
+def complete(client, prompt, **options):
+    return client.completions.create(model="cogumi:base+code", prompt=prompt, **options)
+
+
+def test_completions_take_every_form_of_prompt(client, engine):
+    ids = list(b"echo ab")
+    for prompt, n in (("echo ab", 1), (ids, 1), (["echo ab"] * 2, 2), ([ids] * 3, 3)):
+        completion = complete(client, prompt)
+        assert completion.object == "text_completion"
+        assert [(c.index, c.text, c.finish_reason) for c in completion.choices] == [(i, "ab", "stop") for i in range(n)]
+        assert completion.choices[0].logprobs is None
+        assert completion.usage.prompt_tokens == 10 * n
+        assert engine.requests[-1].prompt == ("echo ab" if "echo ab" in (prompt, prompt[0]) else tuple(ids))
+    assert (engine.requests[-1].max_tokens, engine.requests[-1].echo) == (16, False)
+
+
+def test_each_prompt_has_its_choices(client, engine):
+    completion = complete(client, ["echo a", "echo b"], n=2, seed=7, temperature=1, stop="x", logit_bias={"5": 1})
+    assert [(c.index, c.text) for c in completion.choices] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
+    assert sorted((r.prompt, r.seed) for r in engine.requests[-4:]) == [
+        ("echo a", 7), ("echo a", 8), ("echo b", 7), ("echo b", 8)
+    ]  # fmt: skip
+    assert (engine.requests[-1].stop, engine.requests[-1].logit_bias) == (("x",), {5: 1.0})
+
+
+def test_log_likelihoods_as_lm_eval_asks_for_them(client, engine):
+    """The payload and the greedy test are those of lm-evaluation-harness."""
+    ids = list("echo é".encode())
+    completion = complete(client, [ids], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
+    assert engine.requests[-1].echo
+    choice = completion.choices[0]
+    assert choice.text == "echo éé"
+    told = choice.logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(ids) + 1 + 1
+    assert told.tokens[:6] == [*"echo ", "bytes:\\xc3"]
+    assert told.tokens[-1] == ""  # the end token
+    assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None)
+    assert told.text_offset[:7] == [0, 1, 2, 3, 4, 5, 5]
+    greedy = [
+        value == max(top.values()) for value, top in zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True)
+    ]
+    assert all(greedy)
+
+
+def test_logprobs_of_completions(client):
+    told = complete(client, "echo b", logprobs=2).choices[0].logprobs
+    assert told.tokens == ["b", ""]
+    assert told.top_logprobs[0] == {"a": -0.5, "b": -1.5}
+    assert told.token_logprobs[0] == -1.5  # the same float as among the best
+    assert told.text_offset == [6, 7]
+    assert complete(client, "echo b", logprobs=0).choices[0].logprobs.top_logprobs[0] == {"b": -0.5}
+    assert complete(client, "echo b", echo=True).choices[0].text == "echo bb"
+
+
+def test_completions_stream(client):
+    chunks = list(complete(client, "echo abc", stream=True, echo=True, stream_options={"include_usage": True}))
+    assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == "echo abcabc"
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * 3 + ["stop"]
+    assert all(c.usage is None for c in chunks[:-1])
+    assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 14)
+    told = [c.choices[0].logprobs for c in complete(client, "echo ab", stream=True, logprobs=1)]
+    assert [(t.tokens, t.text_offset) for t in told if t] == [(["a"], [7]), (["b"], [8])]
+    with pytest.raises(openai.BadRequestError, match="512"):
+        complete(client, "long", stream=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": []},
+        {"prompt": [[]]},
+        {"prompt": ["a", [1]]},
+        {"prompt": [1.5]},
+        {"prompt": [True]},
+        {"prompt": [-1]},
+        {"prompt": None},
+        {"prompt": 5},
+        {"max_tokens": 0},
+        {"logprobs": 21},
+        {"suffix": "x"},
+        {"best_of": 3},
+        {"echo": True, "logprobs": 1, "stream": True},
+    ],
+)
+def test_bad_completions_are_refused(port, change):
+    body = {"model": "cogumi", "prompt": "echo a"} | change
+    status, _, data = raw(port, "POST", "/v1/completions", json.dumps(body))
+    assert status == 400
+    assert json.loads(data)["error"]["message"]
+
+
+def test_embeddings(client, port):
+    inputs = ("abc", ["abc", "d"], [97, 98], [[97], [98, 99, 100]])
+    for texts, lengths in zip(inputs, ([3], [3, 1], [2], [1, 3]), strict=True):
+        answer = client.embeddings.create(model="cogumi", input=texts)  # the SDK asks for base64
+        plain = client.embeddings.create(model="cogumi", input=texts, encoding_format="float")
+        assert [(d.index, d.embedding) for d in answer.data] == [(d.index, d.embedding) for d in plain.data]
+        assert [d.embedding for d in plain.data] == [[float(n), float(np.float32(0.1))] for n in lengths]
+        assert answer.usage.total_tokens == sum(lengths)
+    for wrong in ({"input": []}, {"input": "a", "dimensions": 7}, {"input": "a", "encoding_format": "hex"}, {}):
+        assert raw(port, "POST", "/v1/embeddings", json.dumps({"model": "cogumi"} | wrong))[0] == 400
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="gpt-4o", input="a")
+
+
+def test_the_tokenizer(port):
+    def post(path, body):
+        status, _, data = raw(port, "POST", path, json.dumps(body))
+        return status, json.loads(data)
+
+    assert json.loads(raw(port, "GET", "/tokenizer_info")[2]) == ByteTokenizer.settings
+    assert post("/tokenize", {"prompt": "hé", "add_special_tokens": False}) == (200, {"tokens": [104, 195, 169]})
+    assert post("/detokenize", {"tokens": [104, 195, 169, 256]}) == (200, {"prompt": "hé"})
+    assert post("/tokenize", {"prompt": "a", "model": "cogumi:fast"}) == (200, {"tokens": [97]})
+    assert post("/tokenize", {"prompt": "a", "model": "nope"})[0] == 404
+    assert post("/detokenize", {"tokens": [-1]})[0] == 400
 
 
 def test_stream(client):
@@ -305,9 +452,13 @@ def test_a_refusal_after_the_first_byte_is_sent_as_data(client, port):
         ),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
         ({"tool_choice": "required"}, "tool_choice is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
-        ({"logit_bias": {"1": 2}}, "logit_bias is not supported"),
-        ({"frequency_penalty": 0.1}, "frequency_penalty is not supported"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "schema"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": "much"}, "presence_penalty"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),

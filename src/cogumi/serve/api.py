@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's model list and chat completions over a cascade, plus health and readiness.
+"""The HTTP server: OpenAI's models, chat, completions and embeddings over a cascade; its tokenizer; health, readiness.
 
 `serve` takes a port that is already bound, and answers 503 until the bundle is loaded.
 """
@@ -8,29 +8,31 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from cogumi import __version__
 from cogumi.errors import CogumiError, RequestError
-from cogumi.runtime.engine import Engine
-from cogumi.serve.schema import ChatRequest, Problem, Shape, internal_error, model_object, problem_of
+from cogumi.runtime.engine import Engine, Tokenizer
+from cogumi.serve.chat import ChatRequest, ChatShape
+from cogumi.serve.completions import CompletionRequest, CompletionShape
+from cogumi.serve.edge import GONE, Edge, Stream, refusal, unless_gone
+from cogumi.serve.problem import Problem, internal_error, problem_of
+from cogumi.serve.schema import Shape, model_object
 from cogumi.serve.stream import collect, live, server_sent
+from cogumi.serve.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from cogumi.types import Reply
 from cogumi.types import Request as EngineRequest
-
-T = TypeVar("T")
 
 LIVE_REQUESTS = 128
 """Generations held at once, a thread each; how many of them run is the engine's business."""
@@ -45,42 +47,6 @@ class Served(Engine, Protocol):
 
     def resolve(self, model: str, request: EngineRequest) -> tuple[Engine, EngineRequest]:
         """The engine behind one of `models`, and the request as that engine takes it."""
-
-
-class _Edge:
-    """Outermost layer: gives every response an `x-request-id` and refuses bodies above `limit` bytes."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request_id = f"req_{uuid.uuid4().hex}".encode()
-
-        async def stamped(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-            await send(message)
-
-        body, more = bytearray(), True
-        while more and len(body) <= self.limit:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        if len(body) > self.limit:
-            what = f"the request body is larger than {self.limit} bytes; send a shorter conversation"
-            await _refusal(Problem(413, what))(scope, receive, stamped)
-            return
-        whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replayed() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self.app(scope, replayed, stamped)
 
 
 class _Home:
@@ -107,6 +73,14 @@ class _Home:
             raise Problem(404, what, code="model_not_found", param="model")
         return self.cascade
 
+    def engine(self, model: str) -> Engine:
+        """The engine that answers under that name."""
+        return self.named(model).resolve(model, EngineRequest())[0]
+
+    def tokenizer(self, model: str | None) -> Tokenizer:
+        """The tokenizer of a model, of the base if none is named."""
+        return self.engine(model).tokenizer if model else self.cascade.tokenizer
+
     def close(self) -> None:
         """Free the cascade; requests that still run end as cancelled."""
         if self.loaded is not None:
@@ -114,74 +88,33 @@ class _Home:
         self.threads.shutdown(cancel_futures=True)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None if the client hangs up first (`work` is then cancelled)."""
-    task = asyncio.ensure_future(work)
-    hangup = asyncio.ensure_future(_hangup(request))
-    try:
-        await asyncio.wait((task, hangup), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        hangup.cancel()
-        await asyncio.gather(task, hangup, return_exceptions=True)
-
-
-async def _hangup(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class _Stream(StreamingResponse):
-    """A stream that closes its source however it ends, so that a client that goes away frees its slot."""
-
-    def __init__(self, first: str, lines: AsyncGenerator[str]) -> None:
-        async def body() -> AsyncGenerator[str]:
-            yield first
-            async for line in lines:
-                yield line
-
-        super().__init__(body(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._lines = lines
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._lines.aclose()
-
-
-def _refusal(problem: Problem) -> JSONResponse:
-    return JSONResponse(problem.body, problem.status, headers=problem.headers)
-
-
 def _handle_errors(app: FastAPI) -> None:
     """Give every error OpenAI's shape and a true status."""
 
     @app.exception_handler(Problem)
     async def refused(_: Request, problem: Problem) -> JSONResponse:
-        return _refusal(problem)
+        return refusal(problem)
 
     @app.exception_handler(RequestError)
     async def engine_refused(_: Request, error: RequestError) -> JSONResponse:
-        return _refusal(problem_of(error))
+        return refusal(problem_of(error))
 
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> JSONResponse:
-        return _refusal(internal_error())
+        return refusal(internal_error())
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return _refusal(Problem(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
+            return refusal(Problem(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
         what = first["msg"].removeprefix("Value error, ")
         param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        return _refusal(Problem(400, f"{param}: {what}" if param else what, param=param))
+        return refusal(Problem(400, f"{param}: {what}" if param else what, param=param))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        response = _refusal(Problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        response = refusal(Problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
         response.headers.update(error.headers or {})
         return response
 
@@ -195,7 +128,9 @@ def _headers(reply: Reply) -> dict[str, str]:
     return headers | ({} if reply.p_correct is None else {"x-cogumi-p-correct": f"{reply.p_correct:.4f}"})
 
 
-def _add_routes(app: FastAPI, home: _Home, keep_alive_seconds: float) -> None:
+def _add_routes(app: FastAPI, home: _Home) -> None:
+    """What is there, and whether it can be asked yet."""
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The process is alive, whether or not the bundle is loaded."""
@@ -217,28 +152,68 @@ def _add_routes(app: FastAPI, home: _Home, keep_alive_seconds: float) -> None:
         home.named(name)
         return model_object(name, home.since)
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation, whole or as a stream of chunks."""
-        cascade = home.named(body.model)
-        resolved = [cascade.resolve(body.model, one) for one in body.requests()]
+
+def _add_text_routes(app: FastAPI, home: _Home, keep_alive_seconds: float) -> None:
+    """What writes text."""
+
+    async def answered(request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        cascade, asked = home.named(body.model), body.requests()
+        resolved = [cascade.resolve(body.model, one) for one in asked]
         engine = resolved[0][0]
-        shape = Shape(body, engine.tokenizer)
+        shape: Shape
+        if isinstance(body, ChatRequest):
+            shape = ChatShape(body, engine.tokenizer)
+        else:
+            shape = CompletionShape(body, asked, engine.tokenizer)
         events = live(engine, [one for _, one in resolved], home.threads, keep_alive_seconds)
         if body.stream:
             lines = server_sent(events, shape)
-            first = await _unless_gone(request, _first(lines))
-            return _GONE if first is None else _Stream(first, lines)
-        replies = await _unless_gone(request, collect(events))
-        return _GONE if replies is None else JSONResponse(shape.completion(replies), headers=_headers(replies[0]))
+            first = await unless_gone(request, _first(lines))
+            return GONE if first is None else Stream(first, lines)
+        replies = await unless_gone(request, collect(events))
+        return GONE if replies is None else JSONResponse(shape.completion(replies), headers=_headers(replies[0]))
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation, whole or as a stream of chunks."""
+        return await answered(request, body)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Go on from raw prompts, whole or as a stream of chunks."""
+        return await answered(request, body)
+
+
+def _add_reading_routes(app: FastAPI, home: _Home) -> None:
+    """What only reads text."""
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+        """One vector per text: the mean hidden state of its tokens."""
+        engine = home.engine(body.model)
+        texts = body.texts(engine.tokenizer)
+        tokens = sum(len(engine.tokenizer.encode(text)) for text in texts)
+        rows = await asyncio.get_running_loop().run_in_executor(home.threads, engine.embed, texts)
+        return body.answer(rows, tokens)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> dict[str, str | None]:
+        """The special tokens and the chat template."""
+        return dict(home.tokenizer(model).settings)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, list[int]]:
+        """Ids of a text."""
+        return {"tokens": body.ids(home.tokenizer(body.model))}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """Text of ids, special tokens left out."""
+        return {"prompt": home.tokenizer(body.model).decode(body.tokens)}
 
 
 async def _first(lines: AsyncGenerator[str]) -> str:
     return await anext(lines)
-
-
-_GONE = Response(status_code=499)
-"""Sent to nobody: the client hung up before its answer."""
 
 
 def create_app(
@@ -270,8 +245,10 @@ def create_app(
 
     app = FastAPI(title="cogumi", version=__version__, lifespan=lifespan)
     _handle_errors(app)
-    _add_routes(app, home, keep_alive_seconds)
-    return _Edge(app, max_body_bytes)
+    _add_routes(app, home)
+    _add_text_routes(app, home, keep_alive_seconds)
+    _add_reading_routes(app, home)
+    return Edge(app, max_body_bytes)
 
 
 def bind(host: str, port: int) -> socket.socket:

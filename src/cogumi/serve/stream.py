@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from cogumi.errors import RequestError
 from cogumi.runtime.engine import Engine, Event
 from cogumi.runtime.writing import further
-from cogumi.serve.schema import Problem, Shape, internal_error, problem_of
+from cogumi.serve.problem import Problem, internal_error, problem_of
+from cogumi.serve.schema import Shape
 from cogumi.types import Reply, Request, Token, Usage
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ async def server_sent(events: Live, shape: Shape) -> AsyncGenerator[str]:
             raise
         yield _data(problem.body)
     else:
-        if shape.body.include_usage:
+        if shape.include_usage:
             yield _data(shape.usage_chunk(usage))
     yield DONE
 
@@ -140,16 +141,11 @@ async def server_sent(events: Live, shape: Shape) -> AsyncGenerator[str]:
 def _chunks(index: int, event: Event, sent: dict[int, str], shape: Shape) -> list[dict[str, Any]]:
     """What one event adds to the stream of choice `index`; `sent` holds each choice's text so far."""
     text, whole = further(sent.get(index, ""), event)
+    first, reply = index not in sent, event if isinstance(event, Reply) else None
     tokens: tuple[Token, ...] = (event,) if isinstance(event, Token) else ()
-    if isinstance(event, Reply) and index not in sent:  # nothing was streamed: all comes at once
-        tokens = event.tokens
-    chunks = []
-    if text or (tokens and shape.body.logprobs):
-        chunks.append(shape.chunk(index, {"content": text}, tokens=tokens))
-    if index not in sent and (chunks or isinstance(event, Reply)):
-        chunks.insert(0, shape.chunk(index, {"role": "assistant", "content": ""}))
-    if chunks:
-        sent[index] = whole
-    if isinstance(event, Reply):
-        chunks.append(shape.chunk(index, {}, reply=event))
-    return chunks
+    if reply and first:  # nothing was streamed: all comes at once
+        tokens = reply.tokens
+    if not (text or reply or (tokens and shape.wants_tokens)):
+        return []
+    sent[index] = whole
+    return shape.chunks(index, text, tokens, first=first, reply=reply)

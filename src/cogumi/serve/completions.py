@@ -1,0 +1,148 @@
+"""OpenAI's legacy completions: raw prompts, as lm-evaluation-harness scores log-likelihoods with them.
+
+One tier answers: that of the model's name, and the base where the name is that of the cascade, since a raw prompt
+is no conversation that its draft could judge.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cogumi.runtime.engine import Tokenizer
+from cogumi.serve.schema import Body, best_logprobs, extension, extensions, new_head, token_text, usage_object
+from cogumi.types import Reply, Request, Token, Usage
+
+
+def _several(value: Any) -> Any:
+    """A list of prompts, each a text or its ids, from any of the forms that OpenAI's API takes."""
+
+    def is_ids(one: Any) -> bool:
+        return isinstance(one, list) and bool(one) and all(type(i) is int and i >= 0 for i in one)
+
+    if isinstance(value, str) or is_ids(value):
+        return [value]
+    if isinstance(value, list) and value and (all(isinstance(one, str) for one in value) or all(map(is_ids, value))):
+        return value
+    raise ValueError("give a string, a list of strings, a list of token ids, or a list of such lists; none empty")
+
+
+Texts = Annotated[list[str | list[int]], BeforeValidator(_several), Field(max_length=2048)]
+"""One or several texts, each as a string or as ids."""
+DEFAULT_TOKENS = 16
+"""Tokens of an answer whose length the client leaves open, as in OpenAI's API."""
+
+
+class CompletionRequest(Body):
+    """Body of `POST /v1/completions`. Each of several prompts has its own `n` choices."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"suffix": ("",), "best_of": (1,)}
+
+    prompt: Texts
+    max_tokens: Annotated[int, Field(ge=1)] | None = DEFAULT_TOKENS
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _refuse_streamed_echo(self) -> CompletionRequest:
+        if self.stream and self.echo and self.logprobs is not None:
+            raise ValueError("the log-probabilities of an echoed prompt cannot be streamed; leave out stream")
+        return self
+
+    def requests(self) -> list[Request]:
+        """One engine request per choice, all of the first prompt first."""
+        echo = bool(self.echo) and self.logprobs is not None
+        prompts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt]
+        several = [self.choices(prompt=prompt, logprobs=self.logprobs, echo=echo) for prompt in prompts]
+        return [request for requests in several for request in requests]
+
+
+class CompletionShape:
+    """`schema.Shape` of legacy completions."""
+
+    def __init__(self, body: CompletionRequest, requests: Sequence[Request], tokenizer: Tokenizer) -> None:
+        self.body, self.requests, self.tokenizer = body, requests, tokenizer
+        self.include_usage, self.wants_tokens = body.include_usage, body.logprobs is not None
+        self.head = new_head("cmpl", body.model) | {"object": "text_completion"}
+        self.lengths: dict[int, int] = {}  # characters of each streamed choice so far, its prompt's included
+
+    def completion(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """The whole answer."""
+        choices = [
+            {
+                "index": index,
+                "text": self.echoed(index) + reply.text,
+                "logprobs": self._whole_logprobs(index, reply),
+                "finish_reason": reply.finish_reason,
+            }
+            for index, reply in enumerate(replies)
+        ]
+        usage = sum((reply.usage for reply in replies), Usage())
+        return self.head | {"choices": choices, "usage": usage_object(usage), "cogumi": extensions(replies)}
+
+    def chunks(
+        self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
+    ) -> list[dict[str, Any]]:
+        """Text (the echoed prompt before the first) and tokens, then the end, which carries `cogumi`."""
+        chunks = []
+        shown = (self.echoed(index) if first else "") + text
+        if shown or (tokens and self.wants_tokens):
+            offset = self.lengths.get(index, len(self.prompt_text(index)))
+            chunks.append(self._chunk(index, shown, self._logprobs(tokens, offset)))
+            self.lengths[index] = offset + len(text)
+        if reply:
+            chunks.append(self._chunk(index, "", None, reply.finish_reason) | {"cogumi": extension(reply)})
+        return chunks
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The chunk without choices."""
+        return self.head | {"choices": [], "usage": usage_object(usage)}
+
+    def prompt_text(self, index: int) -> str:
+        """The text of a choice's prompt."""
+        prompt = self.requests[index].prompt
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt or ())
+
+    def echoed(self, index: int) -> str:
+        """What stands before a choice's own text."""
+        return self.prompt_text(index) if self.body.echo else ""
+
+    def _chunk(self, index: int, text: str, logprobs: Any, finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self.head | {"choices": [choice]} | ({"usage": None} if self.include_usage else {})
+
+    def _whole_logprobs(self, index: int, reply: Reply) -> dict[str, Any] | None:
+        """The answer's tokens; with `echo` the prompt's before them, the first of which nothing predicts."""
+        if not self.body.echo:
+            return self._logprobs(reply.tokens, len(self.prompt_text(index)))
+        first = self.tokenizer.render(self.requests[index])[0]
+        unpredicted = Token(first, "", 0.0, 0.0, 0.0)
+        told = self._logprobs((unpredicted, *reply.prompt, *reply.tokens), 0)
+        if told is not None:
+            told["token_logprobs"][0] = told["top_logprobs"][0] = None
+        return told
+
+    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+        """The legacy object, from character `offset` on; None unless asked for.
+
+        One entry per token, the end token included. Where two of the best tokens read alike, the better one stands.
+        """
+        if not self.wants_tokens:
+            return None
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        texts, logprobs, tops, offsets = [], [], [], []
+        for token in tokens:
+            piece = self.tokenizer.piece(token.id)
+            logprob, best = best_logprobs(token)
+            top: dict[str, float] = {}
+            for other, value in (*best, (token.id, logprob)):
+                top.setdefault(token_text(self.tokenizer.piece(other)), value)
+            texts.append(token_text(piece))
+            logprobs.append(logprob)
+            tops.append(top)
+            offsets.append(offset)
+            offset += len(decoder.decode(piece))
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
