@@ -37,7 +37,7 @@ def tiers(bundle):
     files, size = open_bundle(bundle), {"slots": SLOTS, "context": CONTEXT, "threads": 1}
     opened = Tiers(
         LlamaEngine(files.base, draft=files.draft, adapters=files.modifiers, **size),
-        LlamaEngine(files.draft, **size),
+        LlamaEngine(files.draft, lookup=False, **size),
         load_head(files.difficulty),
         load_net(files.router),
     )

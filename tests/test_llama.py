@@ -14,9 +14,11 @@ from scipy import stats
 
 from cogumi.errors import BundleError, BusyError, ExportError, RequestError
 from cogumi.models.text import HFTokenizer
+from cogumi.runtime import llama_engine
 from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.llama import Context, Model, Row, quantize
 from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.runtime.speculate import Costs
 from cogumi.types import Message, Reply, Request, Token
 from helpers_engines import pico
 
@@ -29,7 +31,9 @@ def model():
 @pytest.fixture(scope="module")
 def engine():
     files = pico()
-    opened = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8, adapters={"a": files.adapter_gguf}, slots=8)
+    opened = LlamaEngine(
+        files.base_q8, threads=1, draft=files.draft_q8, lookup=False, adapters={"a": files.adapter_gguf}, slots=8
+    )
     yield opened
     opened.close()
 
@@ -56,8 +60,6 @@ def test_files_that_do_not_exist_or_belong(tmp_path):
     files = pico()
     with pytest.raises(BundleError, match="does not exist"):
         Model(tmp_path / "none.gguf")
-    with pytest.raises(BundleError, match="another vocabulary"):
-        LlamaEngine(files.base_q8, threads=1, draft=files.other_q8)
     with pytest.raises(BundleError, match="no adapter for"):
         LlamaEngine(files.base_q8, threads=1, adapters={"x": files.other_adapter_gguf})
     with pytest.raises(BundleError, match=r"adapter .* does not exist"):
@@ -163,7 +165,8 @@ def test_a_crowd_changes_no_bit(engine):
         crowd = final_reply(stream)
         assert crowd.text == reply.text
         assert crowd.tokens == reply.tokens
-        assert crowd.usage == reply.usage
+        assert crowd.usage.completion_tokens == reply.usage.completion_tokens
+        assert crowd.usage.accepted == reply.usage.accepted
     assert_idle(engine)
 
 
@@ -205,13 +208,27 @@ def test_sampled_speculation_draws_from_the_same_distribution(engine):
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
-def test_drafting_is_off_where_it_cannot_pay(engine):
-    """A draft as large as its base: no number of drafted tokens wins, whatever is accepted."""
+@pytest.mark.parametrize(("draft", "slope", "drafts"), [(2.0, 1.0, False), (0.01, 0.01, True)])
+def test_drafting_is_on_only_where_it_can_pay(monkeypatch, draft, slope, drafts):
+    """On a machine where drafting and verifying cost too much whatever is accepted, and on one where they are free."""
+    files, costs = pico(), Costs(draft, tuple(1 + slope * i for i in range(16)))
+    monkeypatch.setattr(llama_engine, "measured_costs", lambda measure, key: costs)
+    engine = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8)
+    assert engine.costs is costs
+    assert (engine.drafting_speedup > 1) == drafts
+    reply = final_reply(engine.generate(Request(prompt="Tom", max_tokens=40)))
+    assert (reply.usage.drafted > 0) == drafts
+    engine.close()
+
+
+def test_costs_are_measured_once_and_kept(engine, monkeypatch):
+    assert len(engine.costs.verify) == 16
+    assert 0 < engine.costs.verify[0] <= engine.costs.verify[-1]
     assert engine.costs.draft > 0
-    assert len(engine.costs.verify) == 6
-    assert engine.costs.step == engine.costs.verify[0]
-    reply = final_reply(engine.generate(Request(prompt="Tom", max_tokens=9)))
-    assert reply.usage.drafted == 0
+    monkeypatch.setattr(llama_engine, "pass_seconds", None)  # not asked again
+    again = LlamaEngine(pico().base_q8, threads=1, draft=pico().draft_q8)
+    assert again.costs == engine.costs
+    again.close()
 
 
 def test_cancel_frees_the_slot_and_harms_nobody(engine):
@@ -248,11 +265,11 @@ def test_a_broken_engine_fails_everybody_and_hangs_nobody(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def broken(self, rows):
-        raise RequestError("llama.cpp could not run a batch")
+        raise MemoryError("no more")
 
     monkeypatch.setattr(Context, "decode", broken)
     for stream in [first, *waiting]:
-        with pytest.raises(RequestError, match=r"stopped \(llama.cpp could not run a batch\)"):
+        with pytest.raises(RequestError, match=r"stopped \(no more\)"):
             final_reply(stream)
     with pytest.raises(RequestError, match="stopped"):
         engine.generate(Request(prompt="Tom"))

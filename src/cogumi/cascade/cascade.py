@@ -338,7 +338,7 @@ def open_cascade(
             adapters=bundle.modifiers,
         )
         opened.callback(base.close)
-        draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads)
+        draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads, lookup=False)
         opened.callback(draft.close)
         cascade = Cascade(
             Tiers(base, draft, difficulty, router), calibration, gate=gate, workers=slots, context=context

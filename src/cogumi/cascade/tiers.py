@@ -11,7 +11,6 @@ from cogumi.route.nets import Net, sigmoid
 from cogumi.route.signals import question_signals
 from cogumi.runtime.engine import Engine, Event
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.runtime.speculate import expected_speedup
 from cogumi.types import Reading, Request
 
 
@@ -60,16 +59,9 @@ class Tiers:
         return self.base.generate(replace(request, adapter=adapter))
 
     def drafting_speedup(self) -> float:
-        """How many times faster the base is expected to answer with the draft's help; 0 where it cannot
-        have it.
-
-        From the base engine's measured costs and running acceptance.
-        """
+        """How many times faster the base is expected to answer with drafts; 0 where it cannot have any."""
         base = self.base
-        if not isinstance(base, LlamaEngine) or base.costs is None:
-            return 0.0
-        verify, drafted = base.costs.verify, range(1, len(base.costs.verify))
-        return max(expected_speedup(base.acceptance, k, base.costs.draft, verify) for k in drafted)
+        return base.drafting_speedup if isinstance(base, LlamaEngine) and base.costs else 0.0
 
     def close(self) -> None:
         """Free both models."""

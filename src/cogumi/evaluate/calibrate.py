@@ -102,7 +102,7 @@ def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack
         for role, artifact in inputs.items()
         if role.startswith(MODIFIER)
     }
-    size: dict[str, Any] = {"slots": config.slots, "context": config.context}
+    size: dict[str, Any] = {"slots": config.slots, "context": config.context, "lookup": False}
     base = LlamaEngine(inputs["base"].path / "model.gguf", adapters=adapters, **size)
     opened.callback(base.close)
     draft = LlamaEngine(inputs["draft"].path / "model.gguf", **size)

@@ -238,7 +238,7 @@ def _controls(
     if not adapters:
         return {}
     size = desk.config
-    engine = LlamaEngine(base, slots=size.slots, context=size.context, adapters=adapters)
+    engine = LlamaEngine(base, slots=size.slots, context=size.context, lookup=False, adapters=adapters)
     with closing(engine):
         return {name: desk.ask(engine, of[name], name) for name in adapters if name in of}
 

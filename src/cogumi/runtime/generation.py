@@ -12,8 +12,10 @@ from queue import SimpleQueue
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cogumi.runtime.engine import Event
+from cogumi.runtime.sampling import Rules, signals, top_logprobs
 from cogumi.types import Reply, Request, Token, Usage
 
 Outcome: TypeAlias = Event | Exception
@@ -55,19 +57,24 @@ class TextStream:
 
 
 class Generation:
-    """A request being answered. One thread advances it; any thread may read its events or cancel it."""
+    """A request being answered. One thread advances it; any thread may read its events or cancel it.
 
-    def __init__(self, request: Request, prompt: list[int], drafts: int = 0) -> None:
+    `cached` counts the ids that the key-value cache holds; `reused` those of them that were there before.
+    """
+
+    def __init__(self, request: Request, prompt: list[int], rules: Rules | None = None) -> None:
         self.request = request
+        self.rules = rules
         self.ids = list(prompt)  # the prompt, then what has been generated
-        self.drafts = drafts  # tokens to draft per round; 0 is plain decoding
-        self.cached = self.draft_cached = 0  # ids that each key-value cache holds
+        self.cached = self.reused = 0
         self.drafted = self.accepted = 0
         self.cancelled = False
         self.ended = False
         self.events: SimpleQueue[Outcome] = SimpleQueue()
         self.generator = np.random.default_rng(request.seed) if request.temperature > 0 else None
-        self._prompt_tokens = len(prompt)
+        self.prompt_tokens = len(prompt)
+        self._echo: list[Token] = []
+        self._prompt_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._tokens: list[Token] = []
         self._text = TextStream(request.stop)
         self._began = time.perf_counter()
@@ -78,12 +85,30 @@ class Generation:
         """Tokens that may still be generated."""
         return self.request.max_tokens - len(self._tokens)
 
+    @property
+    def echoing(self) -> bool:
+        """Whether the next tokens to be read are the prompt's, and their log-probabilities wanted."""
+        return self.request.echo and self.cached < self.prompt_tokens
+
+    def echo(self, pieces: Sequence[bytes], logits: NDArray[np.float32]) -> None:
+        """Take note of what the model said, from position `cached` on, about the prompt's next tokens.
+
+        `pieces` are theirs, `logits` (n, V) those of n positions; a row behind the prompt's last token is ignored.
+        """
+        first = self.cached + 1
+        targets = self.ids[first : min(first + len(logits), self.prompt_tokens)]
+        rows = logits[: len(targets)]
+        told = signals(rows, np.array(targets, np.int64)) if targets else []
+        for row, token, piece, one in zip(rows, targets, pieces, told, strict=False):
+            text = self._prompt_text.decode(piece)
+            self._echo.append(Token(token, text, *one, None, top_logprobs(row, self.request.logprobs)))
+
     def emit(
         self,
         token: int,
         piece: bytes,
         is_end: bool,
-        signals: tuple[float, float, float],
+        told: tuple[float, float, float],
         draft_agreed: bool | None = None,
         top: tuple[tuple[int, float], ...] = (),
     ) -> bool:
@@ -92,7 +117,7 @@ class Generation:
             self._first = time.perf_counter() - self._began
         last = is_end or self.remaining == 1
         text = self._text.push(b"" if is_end else piece, last)
-        event = Token(token, text, *signals, draft_agreed, top)
+        event = Token(token, text, *told, draft_agreed, top)
         self.ids.append(token)
         self._tokens.append(event)
         self.events.put(event)
@@ -102,13 +127,13 @@ class Generation:
 
     def end(self, reason: str) -> None:
         """Close the answer with its `Reply`."""
-        signals = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
+        figures = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
         if self.drafted:
-            signals["acceptance"] = self.accepted / self.drafted
-        usage = Usage(self._prompt_tokens, len(self._tokens), 0, self.drafted, self.accepted)
+            figures["acceptance"] = self.accepted / self.drafted
+        usage = Usage(self.prompt_tokens, len(self._tokens), self.reused, self.drafted, self.accepted)
         text = "".join(token.text for token in self._tokens)
         self.ended = True
-        self.events.put(Reply(text, tuple(self._tokens), reason, usage, signals))
+        self.events.put(Reply(text, tuple(self._tokens), reason, usage, figures, prompt=tuple(self._echo)))
 
     def fail(self, error: Exception) -> None:
         """End with an error, raised where the events are read."""

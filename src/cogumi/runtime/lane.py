@@ -1,263 +1,274 @@
-"""One adapter's place in the engine: its contexts, the requests in them, and the batches that advance them.
+"""One adapter's place in the engine: its context, the jobs in its sequences, and the batches that advance them.
 
-A turn of a lane is one base batch of prompt chunks, last tokens and drafted tokens (SPEC E1, E2), and one of
-what is only measured (E7). A lane belongs to the scheduler's thread.
+A turn of a lane is one batch of prompt chunks, last tokens and drafted tokens (SPEC E1, E2), and one of what is only
+measured (E7). A sequence that no job uses keeps what it has read, for the next prompt that begins alike. A lane
+belongs to the scheduler's thread.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.errors import RequestError
+from cogumi.runtime.drafter import Draft
+from cogumi.runtime.drafting import Speculation
 from cogumi.runtime.generation import Generation
+from cogumi.runtime.jobs import Measurement, Prefill
 from cogumi.runtime.llama import Context, Row, Tokenizer
-from cogumi.runtime.sampling import draw, logprobs_of, probabilities, signals, top_logprobs
-from cogumi.runtime.speculate import Acceptance, verify_greedy, verify_sampled
+from cogumi.runtime.prefix import Held, choose
+from cogumi.runtime.sampling import Rules, probabilities, signals, top_logprobs
+from cogumi.runtime.speculate import verify_greedy, verify_sampled
 
 Logits = NDArray[np.float32]
+Job: TypeAlias = Generation | Measurement | Prefill
+
+READ = 128
+"""Prompt tokens read in one batch while somebody waits for the next token of an answer."""
 
 
-class Measurement:
-    """Log-probabilities of `ids[first:]` given what stands before them, and hidden states if wanted."""
+class _Settled(NamedTuple):
+    """The tokens that one turn settled for a generation, and the row of logits behind the first of them."""
 
-    def __init__(self, ids: list[int], first: int, hidden: bool = False) -> None:
-        self.ids, self.first, self.hidden = ids, first, hidden
-        self.cached = 0
-        self.logprobs: list[float] = []
-        self.last = self.total = np.zeros(0, np.float32)
-        self.result: Future[Measurement] = Future()
-
-    def take(self, logits: Logits, states: NDArray[np.float32] | None) -> None:
-        """Use the outputs of the next `len(logits)` positions."""
-        start, self.cached = self.cached, self.cached + len(logits)
-        skip = max(self.first - 1 - start, 0)
-        targets = np.array(self.ids[start + skip + 1 : self.cached + 1], np.int64)
-        if len(targets):
-            self.logprobs += logprobs_of(logits[skip : skip + len(targets)], targets).tolist()
-        if states is not None:
-            self.last = states[-1].copy()
-            total = states.sum(axis=0)
-            self.total = total if start == 0 else self.total + total
-
-    def fail(self, error: Exception) -> None:
-        """Hand the error to whoever waits."""
-        self.result.set_exception(error)
-
-
-@dataclass(slots=True)
-class Draft:
-    """Tokens proposed for one generation, and the distributions they were drawn from (none if greedy)."""
-
-    tokens: list[int] = field(default_factory=list)
-    drawn_from: list[NDArray[np.float64]] = field(default_factory=list)
+    sequence: int
+    job: Generation
+    tokens: list[int]
+    draft: Draft | None
+    at: int
 
 
 class Lane:
-    """The contexts of one adapter and the jobs in their sequences."""
+    """The context of one adapter and the jobs in its sequences."""
 
-    def __init__(self, base: Context, draft: Context | None, tokenizer: Tokenizer, acceptance: Acceptance) -> None:
-        self.base, self.draft = base, draft
-        self._tokenizer, self._acceptance = tokenizer, acceptance
-        self._generations: dict[int, Generation] = {}
-        self._measurements: dict[int, Measurement] = {}
+    def __init__(self, base: Context, tokenizer: Tokenizer, speculation: Speculation | None) -> None:
+        self._base, self._tokenizer, self._speculation = base, tokenizer, speculation
+        self._jobs: dict[int, Job] = {}
+        self._held = {sequence: Held() for sequence in range(base.sequences)}
+        self._turns = 0
 
     def __len__(self) -> int:
-        return len(self._generations) + len(self._measurements)
+        return len(self._jobs)
 
     @property
-    def jobs(self) -> list[Generation | Measurement]:
+    def jobs(self) -> list[Job]:
         """Everything in progress."""
-        return [*self._generations.values(), *self._measurements.values()]
+        return list(self._jobs.values())
 
-    def join(self, job: Generation | Measurement) -> None:
-        """Give a job the lowest free sequence: neighbours in the cache run in one pass."""
-        sequence = 0
-        while sequence in self._generations or sequence in self._measurements:
-            sequence += 1
+    def join(self, job: Job) -> None:
+        """Give a job the free sequence whose cache serves it best."""
+        sequence, common = choose(job.ids, {s: held for s, held in self._held.items() if s not in self._jobs})
+        held = self._held[sequence]
+        job.cached = min(common, _reusable(job))
+        if job.cached < len(held.ids):
+            self._base.trim(sequence, job.cached)
         if isinstance(job, Generation):
-            self._generations[sequence] = job
-        else:
-            self._measurements[sequence] = job
+            job.reused = job.cached
+        held.ids = []
+        self._jobs[sequence] = job
 
-    def turn(self) -> None:
-        """Run one batch of each kind, as far as there is work."""
-        for sequence, job in list(self._generations.items()):
+    def sweep(self) -> None:
+        """Free the places of cancelled jobs."""
+        for sequence, job in list(self._jobs.items()):
             if job.cancelled:
                 self._leave(sequence)
                 job.end("cancelled")
-        if self._measurements:
-            self._measure()
-        if self._generations:
-            self._generate()
+
+    def turn(self) -> None:
+        """Run one batch of each kind, as far as there is work. A batch that fails takes only its own jobs with it."""
+        try:
+            if any(isinstance(job, Measurement) for job in self._jobs.values()):
+                self._measure()
+            if any(not isinstance(job, Measurement) for job in self._jobs.values()):
+                self._generate()
+        except RequestError as error:
+            self._lose(error)
 
     def close(self) -> None:
         """Free the contexts."""
-        self.base.close()
-        if self.draft:
-            self.draft.close()
+        self._base.close()
+        if self._speculation:
+            self._speculation.close()
 
     def _leave(self, sequence: int) -> None:
-        self._generations.pop(sequence, None)
-        self._measurements.pop(sequence, None)
-        self.base.trim(sequence, 0)
-        if self.draft:
-            self.draft.trim(sequence, 0)
+        """End a job's stay; what is cached of it stays too."""
+        job = self._jobs.pop(sequence)
+        self._turns += 1
+        self._base.trim(sequence, job.cached)
+        self._held[sequence] = Held(job.ids[: job.cached], self._turns)
+
+    def _lose(self, error: RequestError) -> None:
+        """The context cannot be trusted any more: everybody in it fails, and it starts anew."""
+        jobs, self._jobs = self.jobs, {}
+        self._base.clear()
+        self._held = {sequence: Held() for sequence in self._held}
+        for job in jobs:
+            job.fail(error)
 
     def _measure(self) -> None:
         """Every token is an output, as llama.cpp demands where hidden states are wanted."""
-        hidden = any(job.hidden for job in self._measurements.values())
+        jobs = {sequence: job for sequence, job in self._jobs.items() if isinstance(job, Measurement)}
+        hidden = any(job.hidden for job in jobs.values())
         rows: list[Row] = []
-        room = self.base.outputs
-        for sequence, job in self._measurements.items():
+        room = self._base.outputs
+        for sequence, job in jobs.items():
             run = job.ids[job.cached : job.cached + room]
             if run:
                 rows.append(Row(sequence, run, job.cached, len(run)))
                 room -= len(run)
-        self.base.want_hidden(hidden)
-        logits = self.base.decode(rows)
-        states = self.base.hidden() if hidden else None
-        self.base.want_hidden(False)
+        self._base.want_hidden(hidden)
+        logits = self._base.decode(rows)
+        states = self._base.hidden() if hidden else None
+        self._base.want_hidden(False)
         at = 0
         for row in rows:
-            job, here = self._measurements[row.sequence], slice(at, at + row.outputs)
+            job, here = jobs[row.sequence], slice(at, at + row.outputs)
             job.take(logits[here], states[here] if states is not None and job.hidden else None)
             at += row.outputs
             if job.cached == len(job.ids):
                 self._leave(row.sequence)
-                job.result.set_result(job)
+                job.end()
 
     def _generate(self) -> None:
-        drafts = self._propose() if self.draft else {}
-        rows = self._rows(drafts)
-        if self.draft:
-            self._teach_draft(self.draft, rows)
-        logits = self.base.decode(rows)
-        best = logits.argmax(axis=1)
-        outputs: list[int] = []  # row of `logits` behind each emitted token
-        chosen: list[int] = []
-        ends: list[tuple[int, Generation, int, list[int]]] = []  # sequence, job, tokens emitted, drafted
-        at = 0
-        for sequence, run, start, n in rows:
-            job = self._generations[sequence]
-            if n:
-                draft = drafts.get(sequence) or Draft()
-                tokens = self._verify(job, draft, logits[at : at + n], best[at : at + n])
-                outputs += range(at, at + len(tokens))
-                chosen += tokens
-                ends.append((sequence, job, len(tokens), draft.tokens))
-                at += n
-            else:
-                job.cached = start + len(run)
-        if chosen:
-            self._emit(logits, outputs, chosen, ends)
+        writing: dict[int, Generation] = {}
+        reading: dict[int, Generation | Prefill] = {}
+        for sequence, job in self._jobs.items():
+            if isinstance(job, Generation) and len(job.ids) - job.cached == 1 and not job.echoing:
+                writing[sequence] = job
+            elif not isinstance(job, Measurement):
+                reading[sequence] = job
+        drafts = self._speculation.propose(writing, self._base.outputs) if self._speculation and writing else {}
+        rows = [_last(sequence, job, drafts.get(sequence)) for sequence, job in writing.items()]
+        rows += self._chunks(reading, sum(len(row.tokens) for row in rows))
+        logits = self._base.decode(rows)
+        self._settle(rows, drafts, logits)
 
-    def _rows(self, drafts: dict[int, Draft]) -> list[Row]:
-        """Last and drafted tokens of those who write, then as much of the prompts as fits the batch."""
+    def _chunks(self, reading: dict[int, Generation | Prefill], taken: int) -> list[Row]:
+        """As much of the prompts as fits beside the `taken` tokens of those who write; who only reads ahead is last."""
         rows: list[Row] = []
-        room = self.base.batch
-        reading = []
-        for sequence, job in self._generations.items():
-            if len(job.ids) - job.cached > 1:
-                reading.append((sequence, job))
-                continue
-            run = job.ids[-1:]
-            if sequence in drafts:
-                run += drafts[sequence].tokens
-            rows.append(Row(sequence, run, job.cached, len(run)))
-            room -= len(run)
-        for sequence, job in reading:
-            run = job.ids[job.cached : job.cached + room]
-            if run:
-                rows.append(Row(sequence, run, job.cached, int(job.cached + len(run) == len(job.ids))))
-                room -= len(run)
+        room = min(self._base.batch - taken, READ if taken else self._base.batch)
+        outputs = self._base.outputs - taken
+        for sequence, job in sorted(reading.items(), key=lambda item: isinstance(item[1], Prefill)):
+            echoes = isinstance(job, Generation) and job.request.echo
+            run = job.ids[job.cached : job.cached + (min(room, outputs) if echoes else room)]
+            if not run or outputs == 0:
+                break
+            ends = job.cached + len(run) == len(job.ids) and isinstance(job, Generation)
+            rows.append(Row(sequence, run, job.cached, len(run) if echoes else int(ends)))
+            room, outputs = room - len(run), outputs - rows[-1].outputs
         return rows
 
-    def _teach_draft(self, draft: Context, rows: list[Row]) -> None:
-        """Let the draft read the prompt chunks of those it will draft for."""
-        chunks = []
-        for sequence, run, start, _ in rows:
-            job = self._generations[sequence]
-            if job.drafts and job.draft_cached == start and len(job.ids) - start > 1:
-                chunks.append(Row(sequence, run, start))
-                job.draft_cached += len(run)
-        if chunks:
-            draft.decode(chunks)
+    def _settle(self, rows: list[Row], drafts: dict[int, Draft], logits: Logits) -> None:
+        """Verify what was drafted, choose what comes next, and bring jobs and cache in line with it."""
+        best = logits.argmax(axis=1)
+        settled: list[_Settled] = []
+        at = 0
+        for sequence, run, start, n in rows:
+            job, draft = self._jobs[sequence], drafts.get(sequence)
+            end = at + n
+            if isinstance(job, Generation):
+                if job.echoing:
+                    targets = job.ids[start + 1 : start + 1 + n]
+                    job.echo([self._tokenizer.piece(token) for token in targets], logits[at:end])
+                    at = end - 1
+                if start + len(run) - (len(draft.tokens) if draft else 0) == len(job.ids):
+                    self._choose(sequence, job, draft, slice(at, end), logits, best, settled)
+                else:
+                    job.cached = start + len(run)
+            else:
+                job.cached = start + len(run)
+                if job.cached == len(job.ids) and isinstance(job, Prefill):
+                    self._leave(sequence)
+                    job.end()
+            at = end
+        if settled:
+            self._emit(logits, settled)
 
-    def _propose(self) -> dict[int, Draft]:
-        """Draft for all who write and may still use it: one draft step for all of them together."""
-        assert self.draft
-        wanted = {
-            sequence: min(job.drafts, job.remaining - 1)
-            for sequence, job in self._generations.items()
-            if job.drafts and len(job.ids) - job.cached == 1
-        }
-        drafts = {sequence: Draft() for sequence, k in wanted.items() if k > 0}
-        for i in range(max(wanted.values(), default=0)):
-            rows: list[Row] = []
-            for sequence, draft in drafts.items():
-                if wanted[sequence] > i:
-                    job = self._generations[sequence]
-                    run = draft.tokens[-1:] if i else job.ids[job.draft_cached :]
-                    rows.append(Row(sequence, run, job.draft_cached, 1))
-                    job.draft_cached += len(run)
-            if not rows:
-                break
-            logits = self.draft.decode(rows)
-            best = logits.argmax(axis=1).tolist()
-            for at, row in enumerate(rows):
-                job, draft = self._generations[row.sequence], drafts[row.sequence]
-                token = best[at]
-                if job.generator is not None:
-                    q = probabilities(logits[at], job.request.temperature, job.request.top_p)
-                    token = draw(q, job.generator)
-                    draft.drawn_from.append(q)
-                draft.tokens.append(token)
-                if self._tokenizer.ends(token):
-                    wanted[row.sequence] = 0  # nothing follows an end
-        return drafts
-
-    def _verify(self, job: Generation, draft: Draft, logits: Logits, best: NDArray[np.intp]) -> list[int]:
-        """The tokens that one pass of the base settles: at least one."""
-        if job.generator is None:
-            tokens = verify_greedy(draft.tokens, best.tolist())
-        else:
-            p = [probabilities(row, job.request.temperature, job.request.top_p) for row in logits]
-            tokens = verify_sampled(draft.tokens, draft.drawn_from, p, job.generator)
-        if draft.tokens:
+    def _choose(
+        self,
+        sequence: int,
+        job: Generation,
+        draft: Draft | None,
+        here: slice,
+        logits: Logits,
+        best: NDArray[np.intp],
+        settled: list[_Settled],
+    ) -> None:
+        """Add what one pass of the base settles for a generation: at least one token, or its failure."""
+        try:
+            tokens = _verify(job, draft, logits[here], best[here])
+        except RequestError as error:
+            self._leave(sequence)
+            job.fail(error)
+            return
+        if draft:
             job.drafted += len(draft.tokens)
             job.accepted += len(tokens) - 1
-            self._acceptance.update(len(draft.tokens), len(tokens) - 1)
-        return tokens
+        if self._speculation:
+            self._speculation.learn(sequence, draft, tokens)
+        settled.append(_Settled(sequence, job, tokens, draft, here.start))
 
-    def _emit(
-        self,
-        logits: Logits,
-        outputs: list[int],
-        chosen: list[int],
-        ends: list[tuple[int, Generation, int, list[int]]],
-    ) -> None:
-        """Hand out the settled tokens with their signals, and bring the caches in line with them."""
+    def _emit(self, logits: Logits, settled: list[_Settled]) -> None:
+        """Hand out the settled tokens with their signals."""
+        outputs = [at for one in settled for at in range(one.at, one.at + len(one.tokens))]
+        chosen = [token for one in settled for token in one.tokens]
         rows = logits if len(outputs) == len(logits) else logits[outputs]
         told = signals(rows, np.array(chosen))
         i = 0
-        for sequence, job, n, drafted in ends:
-            length = len(job.ids)
-            for j in range(n):
-                token = chosen[i + j]
+        for sequence, job, tokens, draft, _ in settled:
+            drafted = draft.tokens if draft else []
+            for j, token in enumerate(tokens):
                 is_end = self._tokenizer.ends(token)
                 agreed = token == drafted[j] if j < len(drafted) else None
                 top = top_logprobs(rows[i + j], job.request.logprobs)
                 if job.emit(token, self._tokenizer.piece(token), is_end, told[i + j], agreed, top):
-                    self._leave(sequence)
                     break
-            else:
-                job.cached = length + n - 1
-                if n <= len(drafted):
-                    self.base.trim(sequence, job.cached)
-                if self.draft and job.draft_cached > job.cached:
-                    job.draft_cached = job.cached
-                    self.draft.trim(sequence, job.cached)
-            i += n
+            job.cached = len(job.ids) - 1
+            if job.ended:
+                self._leave(sequence)
+            elif len(tokens) <= len(drafted):
+                self._base.trim(sequence, job.cached)
+            i += len(tokens)
+
+
+def _reusable(job: Job) -> int:
+    """How many tokens need not be read again: all but those whose outputs are wanted."""
+    if isinstance(job, Measurement):
+        return 0 if job.hidden else job.first - 1
+    echoes = isinstance(job, Generation) and job.request.echo
+    return 0 if echoes else len(job.ids) - 1
+
+
+def _last(sequence: int, job: Generation, draft: Draft | None) -> Row:
+    """The row of one who writes: the last token, and the drafted ones behind it."""
+    run = [job.ids[-1], *(draft.tokens if draft else ())]
+    return Row(sequence, run, job.cached, len(run))
+
+
+def _verify(job: Generation, draft: Draft | None, logits: Logits, best: NDArray[np.intp]) -> list[int]:
+    """The tokens that one pass settles; `logits` and `best` hold a row behind each token of the run."""
+    drafted, rules, request = draft.tokens if draft else [], job.rules, job.request
+
+    def ruled(i: int) -> Rules | None:
+        if rules and i:
+            rules.accept(drafted[i - 1])  # row i is asked for only if the draft before it was settled
+        return rules
+
+    if job.generator is None:
+
+        def greedy(i: int) -> int:
+            now = ruled(i)
+            return now.best(logits[i]) if now else int(best[i])
+
+        tokens = verify_greedy(drafted, greedy)
+    else:
+
+        def distribution(i: int) -> NDArray[np.float64]:
+            now = ruled(i)
+            return probabilities(now.apply(logits[i]) if now else logits[i], request.temperature, request.top_p)
+
+        tokens = verify_sampled(drafted, draft.drawn_from if draft else None, distribution, job.generator)
+    if rules:
+        rules.accept(tokens[-1])
+    return tokens

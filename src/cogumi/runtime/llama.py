@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from llama_cpp import llama_cpp as c
 from llama_cpp._ggml import libggml as ggml
+from llama_cpp.llama_grammar import json_schema_to_gbnf
 from numpy.typing import NDArray
 
 from cogumi.errors import BundleError, ExportError, RequestError
+from cogumi.runtime.schema import check_schema
 from cogumi.template import render_pieces
 from cogumi.types import Request
 
 MAX_LOGITS = 1 << 24
 """Most logits one batch may return (64 MiB of floats), so that a large vocabulary does not eat the memory."""
 
+_QUICK_PASS = 0.005  # seconds: below this, timing every size takes no time that anybody notices
 _ERROR_LEVEL = 4  # ggml.h
 _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
 _complaints: list[str] = []
@@ -134,9 +137,7 @@ class Tokenizer:
         if self.template is None:
             raise RequestError(f"{self._name} has no chat template; give a prompt instead of messages")
         own = self.settings
-        pieces = render_pieces(
-            self.template, request.messages, bos=own["bos_token"] or "", eos=own["eos_token"] or ""
-        )
+        pieces = render_pieces(self.template, request.messages, bos=own["bos_token"] or "", eos=own["eos_token"] or "")
         return [i for text, is_template in pieces for i in self.encode(text, special=is_template)]
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
@@ -145,6 +146,55 @@ class Tokenizer:
             return False
         text, vocab, rival = c.llama_vocab_get_text, self._vocab, other._vocab
         return all(text(vocab, i) == text(rival, i) for i in range(self._size))
+
+
+class Grammar:
+    """`runtime.sampling.Grammar` by llama.cpp's GBNF parser; belongs to one generation."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+        _complaints.clear()
+        self._tokenizer = tokenizer  # keeps the vocabulary alive
+        self._sampler = None
+        if text.strip():
+            self._sampler = c.llama_sampler_init_grammar(tokenizer._vocab, text.encode("utf-8"), b"root")
+        if not self._sampler:
+            raise RequestError(f"the grammar cannot be used ({_reason()}); write GBNF with a rule named root")
+        weakref.finalize(self, c.llama_sampler_free, self._sampler).atexit = False
+        self._candidates = np.zeros(tokenizer.size, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self._candidates["id"] = np.arange(tokenizer.size)
+        data = self._candidates.ctypes.data_as(ctypes.POINTER(c.llama_token_data))
+        self._array = c.llama_token_data_array(data=data, size=tokenizer.size, selected=-1, sorted=False)
+        self._one = (c.llama_token_data * 1)()
+        self._single = c.llama_token_data_array(data=self._one, size=1, selected=-1, sorted=False)
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        self._one[0] = c.llama_token_data(token, 0.0, 0.0)
+        c.llama_sampler_apply(self._sampler, ctypes.byref(self._single))
+        return bool(self._one[0].logit == 0.0)
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        """Set what may not come next to minus infinity, in place; `RequestError` if nothing is left."""
+        self._candidates["logit"] = 0.0
+        c.llama_sampler_apply(self._sampler, ctypes.byref(self._array))
+        logits[self._candidates["logit"] != 0.0] = -np.inf
+        if np.isneginf(logits.max()):
+            raise RequestError("the grammar allows no token of this vocabulary here; loosen it")
+
+    def accept(self, token: int) -> None:
+        """Go on by one token. One that is not allowed is refused here: it would end the process in llama.cpp."""
+        if not self.allows(token):
+            raise RequestError(f"the grammar does not allow token {token} here")
+        c.llama_sampler_accept(self._sampler, token)
+
+
+def schema_grammar(schema: str) -> str:
+    """The GBNF grammar of a JSON schema (as text); `RequestError` if it is none that can be kept to."""
+    check_schema(schema)
+    try:
+        return str(json_schema_to_gbnf(schema))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise RequestError(f"the JSON schema cannot be used ({error}); simplify or correct it") from error
 
 
 class Model:
@@ -163,6 +213,7 @@ class Model:
         self.weights = _Weights(pointer)
         self.tokenizer = Tokenizer(self.weights, path)
         self.width = int(c.llama_model_n_embd(pointer))
+        self.bytes = int(c.llama_model_size(pointer))
 
     def load_adapter(self, path: Path) -> Any:
         """Load a LoRA GGUF for contexts of this model; it lives as long as the model.
@@ -178,10 +229,52 @@ class Model:
             raise BundleError(f"{path} is no adapter for {self.path.name} ({_reason()}); use one trained on it")
         return adapter
 
+    def free_adapter(self, adapter: Any) -> None:
+        """Free a loaded adapter; no context may use it any more."""
+        c.llama_adapter_lora_free(adapter)
+
+    def cache_bytes(self, cache: str) -> int:
+        """Bytes that one token takes in a key-value cache of that type (SPEC D8)."""
+        model = self.weights.pointer
+        key, value = (self._head(name) * int(c.llama_model_n_head_kv(model)) for name in ("key", "value"))
+        row = ggml.ggml_row_size
+        row.restype = ctypes.c_size_t
+        of_key, of_value = cache_types(cache)
+        one = row(of_key, ctypes.c_int64(key)) + row(of_value, ctypes.c_int64(value))
+        return int(c.llama_model_n_layer(model)) * int(one)
+
+    def can_hold(self, cache: str) -> bool:
+        """Whether the heads can be cut into the blocks of that cache type."""
+        heads = (self._head(name) for name in ("key", "value"))
+        return not any(n % ggml.ggml_blck_size(kind) for n, kind in zip(heads, cache_types(cache), strict=True))
+
+    def _head(self, name: str) -> int:
+        """Width of one attention head's keys or values."""
+        model, buffer = self.weights.pointer, ctypes.create_string_buffer(64)
+        known = c.llama_model_meta_val_str
+        if known(model, b"general.architecture", buffer, len(buffer)) >= 0:
+            key = buffer.value.decode() + f".attention.{name}_length"
+            if known(model, key.encode(), buffer, len(buffer)) >= 0:
+                return int(buffer.value)
+        return self.width // int(c.llama_model_n_head(model))
+
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer inside a GGUF file, without its weights. Raises `BundleError` if there is none."""
     return Model(path, vocabulary_only=True).tokenizer
+
+
+def cache_types(name: str) -> tuple[int, int]:
+    """llama.cpp's types of keys and values for a cache type of ours; `RequestError` if there is none."""
+    on_cpu = not c.llama_supports_gpu_offload()
+    types = {
+        "f16": (c.GGML_TYPE_F16, _GGML_TYPE_BF16 if on_cpu else c.GGML_TYPE_F16),
+        "q8_0": (c.GGML_TYPE_Q8_0, c.GGML_TYPE_Q8_0),
+        "q4_0": (c.GGML_TYPE_Q4_0, c.GGML_TYPE_Q4_0),
+    }
+    if name not in types:
+        raise BundleError(f"unknown cache type {name!r}; use one of {', '.join(types)}")
+    return types[name]
 
 
 class Row(NamedTuple):
@@ -203,7 +296,15 @@ class Context:
     """
 
     def __init__(
-        self, model: Model, *, sequences: int, length: int, batch: int, threads: int, adapter: Any = None
+        self,
+        model: Model,
+        *,
+        sequences: int,
+        length: int,
+        batch: int,
+        threads: int,
+        cache: str = "f16",
+        adapter: Any = None,
     ) -> None:
         self.batch = batch
         self.outputs = max(min(batch, MAX_LOGITS // model.tokenizer.size), min(batch, 64))
@@ -216,9 +317,8 @@ class Context:
         params.pooling_type = c.LLAMA_POOLING_TYPE_NONE
         params.kv_unified = False
         params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = c.GGML_TYPE_F16
-        params.type_v = c.GGML_TYPE_F16 if c.llama_supports_gpu_offload() else _GGML_TYPE_BF16
-        self._vocab, self._width, self._sequences = model.tokenizer.size, model.width, sequences
+        params.type_k, params.type_v = cache_types(cache)
+        self._vocab, self._width, self.sequences = model.tokenizer.size, model.width, sequences
         _complaints.clear()
         self._weights = model.weights
         self._context = c.llama_init_from_model(model.weights.pointer, params)
@@ -302,11 +402,41 @@ class Context:
         """Forget all of a sequence from position `length` on."""
         c.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        c.llama_memory_clear(self._memory, False)
+
     def close(self) -> None:
         """Free the cache."""
         if self._context:
             c.llama_free(self._context)
             self._context = None
+
+
+def pass_seconds(model: Model, most: int, threads: int) -> tuple[float, ...]:
+    """Seconds of passes over 1, 2, .. `most` tokens of one sequence, each the fastest of a few (SPEC E2).
+
+    Slow passes are timed at 1, 2, 4, 8, .. tokens only, with straight lines between them.
+    """
+    context = Context(model, sequences=1, length=2 * most, batch=most, threads=threads)
+
+    def fastest(tokens: int, times: int) -> float:
+        seconds = []
+        for _ in range(times):
+            began = time.perf_counter()
+            context.decode([Row(0, [0] * tokens, 0, tokens)])
+            seconds.append(time.perf_counter() - began)
+            context.trim(0, 0)
+        return min(seconds)
+
+    try:
+        one = fastest(1, 3)
+        quick = one < _QUICK_PASS
+        sizes = [n for n in range(1, most + 1) if quick or n == most or n & (n - 1) == 0]
+        known = [fastest(n, 5 if quick else 2) for n in sizes]
+    finally:
+        context.close()
+    return tuple(np.interp(range(1, most + 1), sizes, np.maximum.accumulate(known)).tolist())
 
 
 def quantize(source: Path, target: Path, type: str) -> None:

@@ -1,8 +1,10 @@
-"""The engine that serves: llama.cpp under continuous batching, with adapters and speculation (SPEC E1, E2, E7)."""
+"""The engine that serves: llama.cpp under continuous batching, with adapters and speculation (SPEC E1-E3, E6-E8)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,38 @@ from numpy.typing import NDArray
 
 from cogumi.environment import usable_threads
 from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.runtime.adapters import Adapters
+from cogumi.runtime.bridge import Bridge
+from cogumi.runtime.costs import file_key, machine_key, measured_costs
+from cogumi.runtime.drafter import Drafter
+from cogumi.runtime.drafting import LONGEST, Drafting, Speculation
 from cogumi.runtime.engine import Event
 from cogumi.runtime.generation import Events, Generation
-from cogumi.runtime.lane import Measurement
-from cogumi.runtime.llama import Model, Tokenizer
-from cogumi.runtime.sampling import check
+from cogumi.runtime.jobs import Measurement, Prefill
+from cogumi.runtime.lane import Lane
+from cogumi.runtime.lanes import Lanes
+from cogumi.runtime.llama import Context, Grammar, Model, Tokenizer, pass_seconds, schema_grammar
+from cogumi.runtime.sampling import Rules, check
 from cogumi.runtime.scheduler import Scheduler
-from cogumi.runtime.speculate import Costs, best_k
+from cogumi.runtime.speculate import Controller, Costs
 from cogumi.types import Reading, Request, Score
 
 SMALL_MODEL = 32_000_000
 """Bytes below which one thread is used: in passes so short, threads wait for each other longer than they work."""
+BATCH = 512
+"""Tokens per batch; a longer prompt is read in chunks."""
 
 
 class LlamaEngine:
     """`runtime.engine.Engine` over GGUF files.
 
     `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait. `threads`
-    None: as many as this process may use, one for a model below `SMALL_MODEL`.
-    With a `draft`, which must share the vocabulary, up to `draft_tokens` are drafted per round. Raises
-    `BundleError` if a file cannot be used.
+    None: as many as this process may use, one for a model below `SMALL_MODEL`. `cache` is the type of the key-value
+    cache: f16, q8_0 or q4_0; None: q8_0 where the model's heads allow, else f16.
+    Drafts come from `lookup` in the text itself and from a `draft` model, bridged if its vocabulary differs; a request
+    that insists gets `draft_tokens` per round, others what pays. Adapters that are not answering are freed, longest
+    unused first, while all of them take more than `adapter_memory` bytes; those added later are written to the file
+    `remember` and read from it at the next start. Raises `BundleError` if a file cannot be used.
     """
 
     def __init__(
@@ -42,29 +56,37 @@ class LlamaEngine:
         threads: int | None = None,
         draft: Path | None = None,
         draft_tokens: int = 5,
+        lookup: bool = True,
         adapters: Mapping[str, Path] | None = None,
         queue: int = 10_000,
+        cache: str | None = None,
+        adapter_memory: int | None = None,
+        remember: Path | None = None,
     ) -> None:
         self._model = Model(model)
         self._draft = Model(draft) if draft else None
-        if self._draft and not self._draft.tokenizer.same_vocabulary(self._model.tokenizer):
-            raise BundleError(f"draft {draft} has another vocabulary than {model}; use one of the same tokenizer")
         self._context = context
-        self._draft_tokens = draft_tokens if draft else 0
-        self._adapters: dict[str, Any] = {}
-        self._scheduler = Scheduler(
-            self._model,
-            self._draft,
-            self._adapters,
-            slots=slots,
-            length=context,
-            threads=threads or (1 if model.stat().st_size < SMALL_MODEL else usable_threads()),
-            draft_tokens=self._draft_tokens,
-            queue=queue,
+        threads = threads or (1 if model.stat().st_size < SMALL_MODEL else usable_threads())
+        batch = max(BATCH, slots * (max(LONGEST, draft_tokens) + 1))
+        size = {"sequences": slots, "length": context, "batch": batch, "threads": threads}
+        self._cache = _cache_of(self._model, cache)
+        open_context = partial(Context, self._model, cache=self._cache, **size)
+        self._drafting: Drafting | None = None
+        if draft or lookup:
+            open_drafter = _drafter_of(self._model, self._draft, cache, size) if self._draft else None
+            costs = _costs(self._model, self._draft, threads)
+            self._drafting = Drafting(costs, Controller(costs), draft_tokens, lookup, open_drafter)
+
+        def open_lane(adapter: Any) -> Lane:
+            speculation = Speculation(self._drafting) if self._drafting else None
+            return Lane(open_context(adapter=adapter), self.tokenizer, speculation)
+
+        self._adapters = Adapters(self._model, adapters or {}, remember)
+        self._lanes = Lanes(
+            self._adapters, open_lane, lane_bytes=slots * context * self.cache_bytes, budget=adapter_memory
         )
-        for name, path in (adapters or {}).items():
-            self.add_adapter(name, path)
-        self.costs: Costs | None = self._scheduler.measure_costs() if draft else None
+        self._scheduler = Scheduler(self._lanes, slots=slots, queue=queue)
+        self._ahead: dict[str, Prefill] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,21 +96,36 @@ class LlamaEngine:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names a request may give as `adapter`."""
-        return tuple(self._adapters)
+        return self._adapters.names
+
+    @property
+    def costs(self) -> Costs | None:
+        """What passes of the base and of the draft cost on this machine; None if nothing is ever drafted."""
+        return self._drafting.costs if self._drafting else None
 
     @property
     def acceptance(self) -> float:
-        """Running probability that a drafted token is accepted."""
-        return self._scheduler.acceptance.rate
+        """Running probability that a token drafted by the draft model is accepted."""
+        return self._drafting.controller.rate("model") if self._drafting else 0.0
+
+    @property
+    def drafting_speedup(self) -> float:
+        """How many times faster a lone request is expected to be answered with drafts, at best; 1 if not at all."""
+        return self._drafting.controller.speedup() if self._drafting else 1.0
 
     @property
     def free_slots(self) -> int:
         """Requests that could start at once."""
         return self._scheduler.free_slots
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that one token takes in the key-value cache."""
+        return self._model.cache_bytes(self._cache)
+
     def add_adapter(self, name: str, path: Path) -> None:
         """Make a LoRA file available as `name`, also while requests run."""
-        self._adapters[name] = self._scheduler.call(lambda: self._model.load_adapter(path))
+        self._scheduler.call(lambda: self._lanes.add(name, path))
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; see `Engine.generate`."""
@@ -99,9 +136,25 @@ class LlamaEngine:
                 f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context holds "
                 f"{self._context}; shorten the prompt or ask for fewer tokens"
             )
-        generation = Generation(request, prompt, self._drafts(request))
+        generation = Generation(request, prompt, self._rules(request))
+        self._stop_reading_ahead(request.session)
         self._scheduler.submit(request.adapter, generation)
         return Events(generation, generation.events.get)
+
+    def prefill(self, session: str, text: str | Request) -> Future[int]:
+        """Read a prompt into the cache before it is sent (SPEC E6); the result is the number of tokens cached.
+
+        `text` is what there is of the prompt so far. A later text of the same session, or a request of it, takes the
+        place of one that is still being read; what they have in common is not read again.
+        """
+        request = text if isinstance(text, Request) else Request(prompt=text)
+        prompt = self._prompt(request)
+        self._fits(prompt)
+        job = Prefill(prompt)
+        self._stop_reading_ahead(session)
+        self._ahead[session] = job
+        self._scheduler.submit(request.adapter, job)
+        return job.result
 
     def score(self, request: Request, answer: str) -> Score:
         """Negative log-likelihood of `answer` and its end token after the request's prompt."""
@@ -137,28 +190,63 @@ class LlamaEngine:
         self._scheduler.close()
 
     def _prompt(self, request: Request) -> list[int]:
-        if request.adapter is not None and request.adapter not in self._adapters:
-            known = ", ".join(self._adapters) or "none is loaded"
+        if request.adapter is not None and request.adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none is loaded"
             raise RequestError(f"unknown adapter {request.adapter!r}; known: {known}")
         prompt = self.tokenizer.render(request)
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         return prompt
 
-    def _drafts(self, request: Request) -> int:
-        """Tokens to draft per round: as many as asked for, or as measured costs and acceptance say pay best."""
-        if self._draft is None or request.speculate is False:
-            return 0
-        if request.speculate or self.costs is None:
-            return self._draft_tokens
-        return best_k(self.acceptance, self.costs.draft, self.costs.verify)
+    def _rules(self, request: Request) -> Rules | None:
+        beyond = [token for token in request.logit_bias if token >= self.tokenizer.size]
+        if beyond:
+            raise RequestError(f"logit_bias names token {beyond[0]}; the vocabulary ends at {self.tokenizer.size - 1}")
+        text = schema_grammar(request.json_schema) if request.json_schema is not None else request.grammar
+        return Rules.of(request, Grammar(self.tokenizer, text) if text is not None else None)
+
+    def _stop_reading_ahead(self, session: str | None) -> None:
+        job = self._ahead.pop(session, None) if session is not None else None
+        if job:
+            job.cancelled = True
+
+    def _fits(self, ids: Sequence[int]) -> None:
+        if len(ids) > self._context:
+            raise ContextError(f"the text has {len(ids)} tokens, but the context holds {self._context}; shorten it")
 
     def _measure(self, adapter: str | None, jobs: Sequence[Measurement]) -> list[Measurement]:
         for job in jobs:
-            if len(job.ids) > self._context:
-                raise ContextError(
-                    f"the text has {len(job.ids)} tokens, but the context holds {self._context}; shorten it"
-                )
+            self._fits(job.ids)
         for job in jobs:
             self._scheduler.submit(adapter, job)
         return [job.result.result() for job in jobs]
+
+
+def _cache_of(model: Model, wanted: str | None) -> str:
+    """The cache type to use: the wanted one, or the default; `BundleError` if the model's heads do not allow it."""
+    if wanted is None:
+        return "q8_0" if model.can_hold("q8_0") else "f16"
+    if not model.can_hold(wanted):
+        raise BundleError(f"the heads of {model.path.name} cannot be cut into {wanted} blocks; use cache f16")
+    return wanted
+
+
+def _drafter_of(base: Model, draft: Model, cache: str | None, size: Mapping[str, int]) -> Callable[[], Drafter]:
+    """Opens drafters for a draft model; `BundleError` if its vocabulary differs and cannot be bridged."""
+    same = draft.tokenizer.same_vocabulary(base.tokenizer)
+    bridge = None if same else Bridge(base.tokenizer, draft.tokenizer)
+    kept = _cache_of(draft, cache)
+    return lambda: Drafter(Context(draft, cache=kept, **size), draft.tokenizer, bridge)
+
+
+def _costs(model: Model, draft: Model | None, threads: int) -> Costs:
+    """The cost curve of this machine and these models, measured once and kept."""
+
+    def measure() -> Costs:
+        verify = pass_seconds(model, LONGEST + 1, threads)
+        return Costs(pass_seconds(draft, 1, threads)[0] if draft else 0.0, verify)
+
+    key = machine_key() | {"threads": threads} | {f"model {k}": v for k, v in file_key(model.path).items()}
+    if draft:
+        key |= {f"draft {k}": v for k, v in file_key(draft.path).items()}
+    return measured_costs(measure, key)

@@ -1,13 +1,14 @@
 """From logits to tokens and signals: pure numpy, row by row; a row means the same alone and in a batch.
 
-Greedy is temperature 0: the lowest id among the largest logits. Sampling is temperature, then nucleus (top-p,
-Holtzman et al. 2020), then one uniform number of the request's own generator.
+First come the rules of a request: bias, penalties, grammar. Greedy is temperature 0: the lowest id among the
+largest logits. Sampling is temperature, then nucleus (top-p, Holtzman et al. 2020), then one uniform number
+of the request's own generator.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TypeAlias
+from collections import Counter
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +20,15 @@ Floats = NDArray[np.floating]
 Signals: TypeAlias = tuple[float, float, float]
 """Log-probability of the chosen token, entropy, and gap of the two best log-probabilities, in nats."""
 MAX_LOGPROBS = 20
+MAX_BIAS, MAX_PENALTY, MAX_TEMPERATURE = 100.0, 2.0, 100.0
 
 
 def check(request: Request) -> None:
     """Raise `RequestError` for sampling values that have no meaning."""
     if request.max_tokens < 1:
         raise RequestError(f"max_tokens is {request.max_tokens}; ask for at least 1 token")
-    if not (math.isfinite(request.temperature) and request.temperature >= 0):
-        raise RequestError(f"temperature is {request.temperature}; give 0 (greedy) or a positive number")
+    if not 0 <= request.temperature <= MAX_TEMPERATURE:
+        raise RequestError(f"temperature is {request.temperature}; give 0 (greedy) up to {MAX_TEMPERATURE:g}")
     if not 0 < request.top_p <= 1:
         raise RequestError(f"top_p is {request.top_p}; give a number above 0 and up to 1")
     if not 0 <= request.logprobs <= MAX_LOGPROBS:
@@ -35,6 +37,74 @@ def check(request: Request) -> None:
         raise RequestError(f"seed is {request.seed}; give a number from 0 up")
     if not all(request.stop):
         raise RequestError("a stop string is empty; give at least one character")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not abs(penalty := getattr(request, name)) <= MAX_PENALTY:
+            raise RequestError(f"{name} is {penalty}; give a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}")
+    for token, bias in request.logit_bias.items():
+        if token < 0 or not abs(bias) <= MAX_BIAS:
+            raise RequestError(f"logit_bias of token {token} is {bias}; give ids from 0 up and -100 to 100")
+    if request.grammar is not None and request.json_schema is not None:
+        raise RequestError("a request has both a grammar and a JSON schema; give one of them")
+
+
+class Grammar(Protocol):
+    """What may follow the tokens accepted so far."""
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        """Set what may not come next to minus infinity, in place; `RequestError` if nothing is left."""
+
+    def accept(self, token: int) -> None:
+        """Go on by one token; `RequestError` if it is not allowed."""
+
+
+class Rules:
+    """What one request lays over the model's logits: bias, penalties of what was generated so far, a grammar."""
+
+    def __init__(self, request: Request, grammar: Grammar | None) -> None:
+        self._bias = request.logit_bias
+        self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
+        self._generated: Counter[int] = Counter()
+        self._grammar = grammar
+
+    @staticmethod
+    def of(request: Request, grammar: Grammar | None = None) -> Rules | None:
+        """The rules of a request, None if it has none."""
+        asked = request.logit_bias or request.presence_penalty or request.frequency_penalty or grammar
+        return Rules(request, grammar) if asked else None
+
+    def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A new row (V,): what the request's next token is drawn from."""
+        row = self._shifted(logits)
+        if self._grammar:
+            self._grammar.mask(row)
+        return row
+
+    def best(self, logits: NDArray[np.float32]) -> int:
+        """The greedy choice from one row (V,); asks the grammar about one token where that is enough."""
+        row = self._shifted(logits)
+        token = int(row.argmax())
+        if self._grammar and not self._grammar.allows(token):
+            self._grammar.mask(row)
+            token = int(row.argmax())
+        return token
+
+    def accept(self, token: int) -> None:
+        """One more generated token."""
+        self._generated[token] += 1
+        if self._grammar:
+            self._grammar.accept(token)
+
+    def _shifted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        row = logits.copy()
+        for token, bias in self._bias.items():
+            row[token] += bias
+        if self._presence or self._frequency:
+            for token, n in self._generated.items():
+                row[token] -= self._presence + n * self._frequency
+        return row
 
 
 def probabilities(logits: Floats, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:

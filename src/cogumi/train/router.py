@@ -59,7 +59,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     data = inputs["data"].path
     splits = {name: read_examples(split_path(data, name)) for name in ("train", "selection")}
     splits["train"] = splits["train"][: config.rows]
-    draft = LlamaEngine(inputs["draft_gguf"].path / "model.gguf", slots=1, context=config.context)
+    draft = LlamaEngine(inputs["draft_gguf"].path / "model.gguf", slots=1, context=config.context, lookup=False)
     try:
         total, seen, features = sum(map(len, splits.values())), 0, {}
         for name, examples in splits.items():
