@@ -2,6 +2,7 @@
 
 import math
 import struct
+from contextlib import closing
 from itertools import pairwise
 
 import llama_cpp
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cogumi.bench.quality import perplexity
 from cogumi.compress.llama2c import convert
-from cogumi.errors import ExportError
-from cogumi.runtime.engine import final_reply
+from cogumi.errors import BundleError, DataError, ExportError
+from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.llama import Model, load_tokenizer
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
@@ -46,28 +48,28 @@ def story():
     return document.split("-t 0.0\n")[1].split("```")[0].rstrip("\n")
 
 
+@pytest.fixture(scope="module")
+def stories(made, story):
+    """The known story and 8 that the model makes up: about 3,000 tokens of what it was trained on."""
+    with closing(LlamaEngine(made(), slots=8, lookup=False, cache="f16")) as engine:
+        asked = [Request(prompt=(BOS,), max_tokens=500, temperature=1.0, seed=seed) for seed in range(8)]
+        return "\n".join([story, *(reply.text.strip() for reply in replies(engine, asked))])
+
+
 def greedy(path):
-    engine = LlamaEngine(path, slots=1, threads=1)
-    try:
+    with closing(LlamaEngine(path, slots=1, lookup=False, cache="f16")) as engine:
         return final_reply(engine.generate(Request(prompt=(BOS,), max_tokens=256))).text.removeprefix(" ")
-    finally:
-        engine.close()
+
+
+@pytest.fixture(scope="module")
+def book():
+    return (DATA / "corpus_text" / "11.txt").read_text(encoding="utf-8", errors="replace")[2000:22000]
 
 
 def logits(path, ids):
     model = llama(path, logits_all=True, **F32_CACHE)
     model.eval(list(ids))
     return np.array(model.scores[: len(ids)])
-
-
-def perplexity(path, text):
-    """Perplexity of up to 500 tokens of a text behind <s>."""
-    engine = LlamaEngine(path, slots=1, threads=1)
-    try:
-        ids = (BOS, *engine.tokenizer.encode(text))[:501]
-        return engine.read(Request(prompt=ids)).score.perplexity
-    finally:
-        engine.close()
 
 
 @needs_stories
@@ -98,13 +100,44 @@ def test_own_classifier(made, story, tmp_path):
 
 @needs_stories
 @pytest.mark.parametrize(("type", "head"), [("f16", None), ("q8_0", None), ("q8_0", 32)])
-def test_smaller_types_read_as_well(made, story, type, head):
-    alice = (DATA / "corpus_text" / "11.txt").read_text(encoding="utf-8", errors="replace")[2000:5000]
+def test_smaller_types_read_as_well(made, story, book, type, head):
     assert made(type, head).stat().st_size < made("f32", head).stat().st_size * 0.6
-    exact = [perplexity(made(), text) for text in (story, alice)]
+    exact = [perplexity(made(), text, "f16", 512) for text in (story, book[:3000])]
     assert 1.1 < exact[0] < 3 < exact[1] < 512  # its own greedy words, and a book it never saw
-    for text, expected in zip((story, alice), exact, strict=True):
-        assert perplexity(made(type, head), text) == pytest.approx(expected, rel=0.02)
+    for text, expected in zip((story, book[:3000]), exact, strict=True):
+        assert perplexity(made(type, head), text, "f16", 512) == pytest.approx(expected, rel=0.02)
+
+
+@needs_stories
+@pytest.mark.parametrize("context", [64, 512])
+def test_perplexity_counts_every_token_once(made, story, context):
+    ids = load_tokenizer(made()).encode(story)
+    nats = []
+    for start in range(0, len(ids) - 1, context - 1):
+        run = ids[start : start + context]
+        rows = logits(made(), run)[:-1].astype(np.float64)
+        nats += (np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(run) - 1), run[1:]]).tolist()
+    assert len(nats) == len(ids) - 1
+    assert perplexity(made(), story, "f16", context) == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
+
+
+@needs_stories
+def test_what_a_smaller_cache_costs(made, stories):
+    """Heads of 8 have few values over which errors could cancel, so q4_0 costs this model far more than larger ones."""
+    assert len(load_tokenizer(made()).encode(stories)) > 2000
+    f16, q8_0, q4_0 = (perplexity(made(head=32), stories, cache, 512) for cache in ("f16", "q8_0", "q4_0"))
+    assert f16 == pytest.approx(perplexity(made(), stories, "f16", 512), rel=1e-3)
+    assert f16 == pytest.approx(4, abs=0.5)  # it was trained to 1.30 nats
+    assert q8_0 == pytest.approx(f16, rel=0.01)
+    assert 1.2 < q4_0 / f16 < 3
+    with pytest.raises(BundleError):
+        perplexity(made(), stories, "q4_0", 512)
+
+
+@needs_stories
+def test_perplexity_needs_a_text(made):
+    with pytest.raises(DataError, match="two tokens"):
+        perplexity(made(), "", "f16", 512)
 
 
 @needs_stories
@@ -143,10 +176,9 @@ def encode_like_run_c(text, pieces):
 
 
 @needs_stories
-def test_tokens_of_run_c(made, story):
+def test_tokens_of_run_c(made, story, book):
     tokenizer, pieces = load_tokenizer(made()), pieces_of(VOCABULARY)
-    book = (DATA / "corpus_text" / "11.txt").read_text(encoding="utf-8", errors="replace")
-    for text in (story, *book[:20000].splitlines(), *MULTILINGUAL, "", " ", "  two  spaces ", "<s> </s> <0x41>\t\n"):
+    for text in (story, *book.splitlines(), *MULTILINGUAL, "", " ", "  two  spaces ", "<s> </s> <0x41>\t\n"):
         ids = tokenizer.encode(text)
         assert ids == encode_like_run_c(text, pieces)
         assert tokenizer.decode(ids) == (f" {text}" if text else "")
