@@ -1,21 +1,38 @@
-"""Speculative decoding, the pure part: what to accept of a draft, and when drafting pays.
+"""Speculative decoding, the pure part: what to accept of a draft, and when drafting pays (SPEC E2).
 
 Acceptance follows Leviathan et al. 2023 and Chen et al. 2023: a token drawn from the draft's q is kept with
 probability min(1, p/q), else one is drawn from the residual max(p - q, 0). The result is distributed exactly
-as p; at temperature 0 it is the verifier's own greedy choice.
+as p; at temperature 0 it is the verifier's own greedy choice. Expected tokens assume that each drafted token is
+accepted independently; exploration within a budget follows conservative bandits (Wu et al. 2016).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, repeat, zip_longest
+from operator import mul, truediv
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.runtime.sampling import draw
 
-Row = NDArray[np.float64]
+Row: TypeAlias = NDArray[np.float64]
+Source: TypeAlias = Literal["model", "ngram"]
+
+MOST = 15
+"""Drafted tokens per request and turn, at most."""
+PRIOR, PRIOR_WEIGHT = 0.7, 4.0
+"""Acceptance assumed before anything is known, and the tested tokens that it is worth."""
+SEED_WEIGHT = 16.0
+"""Tested tokens that the engine's acceptance is worth to a new request."""
+ENGINE_MEMORY, MEMORY = 200.0, 40.0
+"""Tested tokens after which old ones fade: of all requests, and of one."""
+PROBE_SHARE, PROBE_STEPS = 0.01, 3.0
+"""Share of the time that probes may lose, and the plain steps that they may lose at once, as at the start."""
 
 
 def verify_greedy(drafted: Sequence[int], best: Callable[[int], int]) -> list[int]:
@@ -78,38 +95,256 @@ def best_k(acceptance: float, draft_cost: float, verify_costs: Sequence[float]) 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Measured seconds of one drafted token, and of base passes over 1, 2, .. tokens."""
+    """Measured seconds of one drafted token (0 without a draft model), and of base passes over 1, 2, .. tokens.
+
+    More tokens never cost less: where the clock says so, the larger pass gets the smaller one's time.
+    """
 
     draft: float
     verify: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verify", tuple(accumulate(self.verify, max)))
 
     @property
     def step(self) -> float:
         """Seconds of a plain base step."""
         return self.verify[0]
 
+    def seconds(self, tokens: int) -> float:
+        """Seconds of a base pass over so many tokens; beyond the last point with the slope of the upper half."""
+        last = len(self.verify)
+        if tokens <= last:
+            return self.verify[tokens - 1]
+        middle = last // 2
+        slope = (self.verify[-1] - self.verify[middle - 1]) / (last - middle) if middle else self.step
+        return self.verify[-1] + (tokens - last) * slope
+
+    def passes(self, drafted: Sequence[int]) -> float:
+        """Seconds of the base passes of one batch, in which each request has its last token and so many drafted.
+
+        llama.cpp takes equally many tokens of every sequence that has some left: one pass per different number.
+        """
+        seconds, done = 0.0, -1
+        for k in sorted(set(drafted)):
+            seconds += self.seconds(sum(n >= k for n in drafted) * (k - done))
+            done = k
+        return seconds
+
 
 class Acceptance:
-    """Running share of drafted tokens that the verifier accepts, with a prior worth a few tokens.
+    """Running share of drafted tokens that the verifier accepts; `prior` counts as so many tokens at first.
 
-    Only tested tokens count: those behind the first rejection of a round were never looked at.
+    Only tested tokens count: those behind the first rejection of a round were never looked at. What lies more
+    than `memory` tested tokens back fades, and so does the prior. A prior that is itself an `Acceptance` is
+    followed: a request on a new text starts from what the engine knows by then.
     """
 
-    PRIOR, WEIGHT, MEMORY = 0.7, 10.0, 1000.0
+    __slots__ = ("_accepted", "_memory", "_prior", "_tested", "_weight")
 
-    def __init__(self) -> None:
-        self._accepted = self.PRIOR * self.WEIGHT
-        self._tested = self.WEIGHT
+    def __init__(
+        self, prior: float | Acceptance = PRIOR, weight: float = PRIOR_WEIGHT, memory: float = ENGINE_MEMORY
+    ) -> None:
+        self._accepted = self._tested = 0.0
+        self._prior, self._weight, self._memory = prior, weight, memory
 
     def update(self, drafted: int, accepted: int) -> None:
-        """Count one round; old rounds fade once more than `MEMORY` tokens are known."""
+        """Count one round."""
         self._accepted += accepted
         self._tested += min(accepted + 1, drafted)
-        if self._tested > self.MEMORY:
-            self._accepted *= self.MEMORY / self._tested
-            self._tested = self.MEMORY
+        if self._tested > self._memory:
+            self._accepted *= self._memory / self._tested
+            self._tested = self._memory
 
     @property
     def rate(self) -> float:
         """Probability that the next drafted token is accepted, as far as known."""
-        return self._accepted / self._tested
+        prior = self._prior if isinstance(self._prior, float) else self._prior.rate
+        weight = self._weight * (1 - self._tested / self._memory)
+        return (self._accepted + prior * weight) / (self._tested + weight)
+
+
+class Tracker:
+    """What is known of one request: an acceptance per source."""
+
+    __slots__ = ("acceptance", "credit")
+
+    def __init__(self, acceptance: Mapping[Source, Acceptance]) -> None:
+        self.acceptance = acceptance
+        self.credit = 0.0  # seconds that an accepted token of the probe under way earns back
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request that writes, and how many tokens each source could draft for it now (absent or 0: it cannot)."""
+
+    tracker: Tracker
+    limits: Mapping[Source, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`k` tokens to draft from `source`; for a plain step k is 0 and source None."""
+
+    source: Source | None
+    k: int
+
+
+@dataclass(slots=True)
+class Turn:
+    """One choice per request, and what they are expected to bring: tokens, and seconds for all."""
+
+    choices: list[Choice]
+    tokens: float
+    seconds: float
+
+
+PLAIN = Choice(None, 0)
+
+
+class Controller:
+    """Chooses for every turn who drafts how much, so that most tokens are settled per second.
+
+    One batch serves all requests of a turn: those who draft share one k (or have fewer, if their source has no
+    more), the others have a pass over one token each. What is not known is found out by probes, which draft
+    where the estimates advise against it, and may lose `PROBE_SHARE` of the time. Belongs to one thread.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._known: dict[Source, Acceptance] = {"model": Acceptance(), "ngram": Acceptance()}
+        self._tables: dict[tuple[int, bool], list[list[float]]] = {}
+        self._budget = PROBE_STEPS * costs.step
+
+    def tracker(self) -> Tracker:
+        """For a new request: what the engine knows, worth a few tokens."""
+        return Tracker({s: Acceptance(known, SEED_WEIGHT, MEMORY) for s, known in self._known.items()})
+
+    def rate(self, source: Source) -> float:
+        """Running acceptance of all requests."""
+        return self._known[source].rate
+
+    def speedup(self) -> float:
+        """Best expected speed-up by drafting (k > 0) for one request alone; up to 1 it does not pay.
+
+        From the draft model if there is one, else from n-grams where any are found.
+        """
+        draft, verify = self._costs.draft, self._costs.verify
+        rate = self.rate("model" if draft else "ngram")
+        return max((expected_speedup(rate, k, draft, verify) for k in range(1, len(verify))), default=0.0)
+
+    def learn(self, tracker: Tracker, source: Source, drafted: int, accepted: int) -> None:
+        """Count a verification. N-gram proposals merely compared with the token that came count as drafted 1."""
+        self._known[source].update(drafted, accepted)
+        tracker.acceptance[source].update(drafted, accepted)
+        if source == "model":
+            self._budget += tracker.credit * accepted
+            tracker.credit = 0.0
+
+    def plan(self, wishes: Sequence[Wish]) -> list[Choice]:
+        """One choice per wish: the best as far as known, now and then with a probe of the draft model.
+
+        N-grams need no probes: comparing them costs nothing.
+        """
+        turn = self.best(wishes)
+        self._budget = min(self._budget + PROBE_SHARE * turn.seconds, PROBE_STEPS * self._costs.step)
+        if self._budget > 0:
+            self._probe(wishes, turn)
+        return turn.choices
+
+    def best(self, wishes: Sequence[Wish]) -> Turn:
+        """The turn with the most expected tokens per second at the running acceptances."""
+        n = len(wishes)
+        turn = Turn([PLAIN] * n, n, self._costs.seconds(n) if n else 0.0)
+        free = self._table(n, False) if any(wish.limits.get("ngram") for wish in wishes) else []
+        paid = self._table(n, True) if any(wish.limits.get("model") for wish in wishes) else []
+        if not (free or paid):
+            return turn
+        ngram = [_gains(wish, "ngram") for wish in wishes]
+        both = [_larger(own, _gains(wish, "model")) for own, wish in zip(ngram, wishes, strict=True)] if paid else []
+        rate, found = n / turn.seconds, None
+        for gains, table in ((ngram, free), (both, paid)):
+            most = n + sum(max(own) for own in gains if own)
+            for k, (column, seconds) in enumerate(zip(zip_longest(*gains, fillvalue=0.0), table, strict=False), 1):
+                if most <= rate * min(seconds[1], seconds[-1]):
+                    break  # longer drafts take longer still
+                able = sorted(filter(None, column), reverse=True)
+                rates = list(map(truediv, accumulate(able, initial=n), seconds))
+                top = max(rates)
+                if top > rate:
+                    rate, found = top, (gains, k, rates.index(top))
+        if found:
+            gains, k, m = found
+            drafted = self._assign(gains, k, m, 0.0 if gains is ngram else k * self._costs.draft, turn)
+            for i, own in enumerate(drafted):
+                if own:
+                    free_too = len(ngram[i]) >= own and ngram[i][own - 1] == gains[i][own - 1]
+                    turn.choices[i] = Choice("ngram" if free_too else "model", own)
+        return turn
+
+    def _assign(self, gains: Sequence[list[float]], k: int, m: int, drafting: float, turn: Turn) -> list[int]:
+        """Tokens to draft per request: k for the m with most to gain; those who have fewer join if that pays."""
+        drafted = [0] * len(gains)
+        order = sorted((i for i, own in enumerate(gains) if own), key=lambda i: -gains[i][:k][-1])
+        for i in [i for i in order if len(gains[i]) >= k][:m]:
+            drafted[i] = k
+            turn.tokens += gains[i][k - 1]
+        turn.seconds = self._costs.passes(drafted) + drafting
+        for i in order:
+            if len(gains[i]) < k:
+                drafted[i] = len(gains[i])
+                tokens, seconds = turn.tokens + gains[i][-1], self._costs.passes(drafted) + drafting
+                if tokens * turn.seconds > turn.tokens * seconds:
+                    turn.tokens, turn.seconds = tokens, seconds
+                else:
+                    drafted[i] = 0
+        return drafted
+
+    def _probe(self, wishes: Sequence[Wish], turn: Turn) -> None:
+        """Let those draft who would not, the fewest tokens that would pay if all were accepted."""
+        plain = [i for i, choice in enumerate(turn.choices) if not choice.k]
+        limits = {i: wishes[i].limits.get("model", 0) for i in plain}
+        if not any(limits.values()) or not self._table(len(wishes), True):
+            return
+        shared = max(choice.k for choice in turn.choices)
+        for k in [shared] if shared else range(1, max(limits.values()) + 1):
+            joining = [i for i in plain if limits[i] >= k]
+            drafted = [k if limits.get(i, 0) >= k else choice.k for i, choice in enumerate(turn.choices)]
+            seconds = self._costs.passes(drafted) + k * self._costs.draft
+            if (turn.tokens + len(joining) * k) * turn.seconds > turn.tokens * seconds:
+                self._budget -= seconds - turn.seconds
+                for i in joining:
+                    wishes[i].tracker.credit = turn.seconds / turn.tokens
+                    turn.choices[i] = Choice("model", k)
+                return
+
+    def _table(self, n: int, drafting: bool) -> list[list[float]]:
+        """Seconds of turns in which m of n requests draft k tokens, [k - 1][m], up to the last k that may pay."""
+        key = (n, drafting)
+        if key not in self._tables:
+            plain = self._costs.seconds(n)
+            table = []
+            for k in range(1, MOST + 1):
+                extra = k * self._costs.draft if drafting else 0.0
+                table.append([plain] + [self._costs.passes([k] * m + [0] * (n - m)) + extra for m in range(1, n + 1)])
+            while table and all((n + m * len(table)) * plain <= n * seconds for m, seconds in enumerate(table[-1])):
+                table.pop()
+            self._tables[key] = table
+        return self._tables[key]
+
+
+def _larger(a: list[float], b: list[float]) -> list[float]:
+    """The larger gains of two sources at each k: those of the better one as far as it goes."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    return longer if not shorter or longer[0] >= shorter[0] else shorter + longer[len(shorter) :]
+
+
+def _gains(wish: Wish, source: Source) -> list[float]:
+    """Expected accepted tokens of 1, 2, .. drafted ones, as many as the source has."""
+    limit = wish.limits.get(source, 0)
+    return _accepted(round(wish.tracker.acceptance[source].rate * 1000))[:limit] if limit else []
+
+
+@lru_cache(maxsize=1001)
+def _accepted(permille: int) -> list[float]:
+    return list(accumulate(accumulate(repeat(permille / 1000, MOST), mul)))
