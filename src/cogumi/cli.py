@@ -243,6 +243,55 @@ def evaluate(
         show.print_evaluation(figures)
 
 
+@app.command()
+def bench(
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Measure only the row of this name; may be repeated.")] = None,
+    shape: Annotated[str, typer.Option(help="Made-up model: pico, draft, 1b (0.7 GB) or 8b (4.9 GB).")] = "1b",
+    model: Annotated[Path | None, typer.Option(help="A GGUF file of your own instead.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --model: a text to measure perplexity on.")] = None,
+    accept: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="Acceptance of a simulated draft; may be repeated.", show_default="four"),
+    ] = None,
+    threads: ThreadsOption = None,
+    minutes: Annotated[float, typer.Option(min=0, help="How long the row `soak` runs.")] = 1.0,
+    picture: Annotated[Path | None, typer.Option(help="Draw the figures to this file, such as bench.png.")] = None,
+) -> None:
+    """Measure every feature against the same without it, in turns, and against what the memory allows.
+
+    Without downloads: models of real shapes with made-up weights are written to the cache folder once. The rows
+    `soak`, `start` and `concurrency_16` run only when named.
+
+    Example: `cogumi bench --json bench.json --picture bench.png`, or `cogumi bench --only single_stream`
+    """
+    from cogumi.artifact import write_json
+
+    try:
+        from cogumi.bench import picture as pictures
+        from cogumi.bench.run import ACCEPT, run
+    except ModuleNotFoundError as error:
+        raise CogumiError(f"cogumi bench needs the package '{error.name}': pip install 'cogumi[bench]'") from error
+    if picture is not None and picture.suffix not in pictures.FORMATS:
+        raise CogumiError(f"{picture} is no picture; name it with one of {', '.join(pictures.FORMATS)}")
+    with show.BenchProgress() as progress:
+        found = run(
+            progress,
+            only=only or (),
+            shape=shape,
+            model=model,
+            accept=accept or ACCEPT,
+            threads=threads,
+            text=text,
+            minutes=minutes,
+        )
+    if json is not None:
+        write_json(json, found)
+    if picture is not None:
+        pictures.draw(picture, found)
+    show.print_bench(found)
+
+
 def main() -> None:
     """Run the command; an error of ours is one line and exit code 1."""
     try:

@@ -114,6 +114,41 @@ class BuildProgress:
         NOTES.print(f"[green]✓[/] {escape(self._title)}  {took}  [dim]{self._last}[/]")
 
 
+class BenchProgress:
+    """Shows a benchmark: a bar over all rows with the time left on a terminal, otherwise a line per row."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=NOTES,
+            transient=True,
+        )
+        self._task = self._bar.add_task("making the model", total=None)
+        self._before = 0
+
+    def __enter__(self) -> BenchProgress:
+        if NOTES.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def started(self, name: str, number: int, of: int) -> None:
+        """Name the row that begins."""
+        self._before = number - 1
+        self._bar.update(self._task, description=escape(name), total=of, completed=self._before)
+        if not NOTES.is_terminal:
+            NOTES.print(f"[{number}/{of}] {name}", markup=False)
+
+    def advanced(self, share: float) -> None:
+        """Move the bar within a row."""
+        self._bar.update(self._task, completed=self._before + share)
+
+
 def confidence(reply: Reply) -> str:
     """Who answered and how sure it is, in one line."""
     sure = "" if reply.p_correct is None else f" · P(correct) {reply.p_correct:.0%}"
@@ -231,6 +266,28 @@ def print_inspection(found: Mapping[str, Any]) -> None:
 
 def _file_rows(files: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return [[name, size(entry["bytes"]), entry["sha256"][:16]] for name, entry in files.items()]
+
+
+def print_bench(found: Mapping[str, Any]) -> None:
+    """The rows of a benchmark, what else they tell, and what could not be measured."""
+    rows = [row for row in found["rows"] if row["ratio"] is not None]
+    figures = []
+    for row in rows:
+        told = row["conditions"]
+        mark = {True: "✓ ", False: "✗ ", None: ""}[told.get("met")]
+        spread = " .. ".join(f"{end:.3g}" for end in told.get("spread", ()))
+        values = f"{row['value']:.4g} / {row['baseline']:.4g} {row['unit']}"
+        figures.append([row["name"], f"{row['ratio']:.3f}", spread, f"{mark}{told.get('goal', '')}", values])
+    model = f"{found['model']} ({size(found['model_bytes'])}), {found['threads']} threads"
+    title = f"{model}, memory {found['bandwidth_gb_s']:.1f} GB/s"
+    table(title, ["row", "ratio", "spread", "goal", "with / without"], figures)
+    for row in rows:
+        rest = {k: v for k, v in row["conditions"].items() if k not in ("goal", "met", "spread", "rounds")}
+        text = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rest.items())
+        OUT.print(f"[bold]{escape(row['name'])}[/] [dim]{escape(text)}[/]", soft_wrap=True)
+    for row in found["rows"]:
+        if row["ratio"] is None:
+            OUT.print(f"[yellow]{escape(row['name'])}[/]: {escape(row['conditions']['error'])}", soft_wrap=True)
 
 
 def print_question(question: str, why: str) -> None:

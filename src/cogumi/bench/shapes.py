@@ -1,0 +1,222 @@
+"""Models of real shapes with made-up weights: speed can be shown without downloading any (SPEC H4).
+
+A made-up model is a chain. Its layers are computed in full but add little to the embedding of the last token t, and
+the head's row of one token, the follower of t, points where the embedding of t points: greedy decoding walks from
+follower to follower through all ordinary tokens, with a margin of about 20 nats. A draft is the same chain in a
+smaller shape, in which some tokens have a wrong follower. So a draft of any acceptance can be had, and drafting,
+verifying and looking up cost what they cost with trained weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, LlamaFileType
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from cogumi.compress.layout import Llama, Tensor
+from cogumi.compress.vocabulary import Vocabulary
+from cogumi.runtime.llama import quantize_rows
+
+Ids = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+VERSION = 1
+END = 0
+"""The token that ends an answer; no chain reaches it."""
+BLOCK, BOOK = 256, 8192
+"""Values per block of all K types, and blocks that are drawn and quantized; every row is put together from those."""
+MARGIN = 25.0
+"""Logit of the follower; the best of the others has about 2 to 5."""
+SMALL = 0.02
+"""Size of what a layer adds to the embedding."""
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+"""Bytes that byte-level BPE writes as themselves; the others are written as characters from 256 on."""
+
+
+def _llama(layers: int, hidden: int, feed_forward: int, heads: int, kv_heads: int, head: int, ids: int) -> Llama:
+    return Llama(hidden, feed_forward, layers, heads, kv_heads, head, ids, 131_072, 1e-5, 500_000.0, tied=False)
+
+
+SHAPES = {
+    "1b": _llama(16, 2048, 8192, 32, 8, 64, 32_768),  # Llama-3.2-1B with a smaller vocabulary and a head of its own
+    "8b": _llama(32, 4096, 14336, 32, 8, 128, 128_256),  # Llama-3.1-8B
+    "draft": _llama(12, 1024, 2816, 16, 4, 64, 32_768),
+    "pico": _llama(2, 256, 512, 4, 2, 64, 1024),
+}
+
+
+def drafting_for(shape: str) -> Llama:
+    """The shape of a draft: `draft` with the vocabulary of `shape`, or a quarter of the layers of a small shape."""
+    target, draft = SHAPES[shape], SHAPES["draft"]
+    if target.layers > draft.layers:
+        return replace(draft, vocabulary=target.vocabulary)
+    return replace(target, layers=max(target.layers // 4, 1))
+
+
+def chain(vocabulary: int) -> Ids:
+    """All ordinary ids in the order in which decoding walks through them; after the last comes the first."""
+    return np.random.default_rng(vocabulary).permutation(np.arange(END + 1, vocabulary))
+
+
+def make_model(folder: Path, shape: str, type: str = "Q4_K_M") -> Path:
+    """The chain in a named shape, as Q4_K_M or Q8_0; made once and kept in `folder`."""
+    return _made(folder, shape, SHAPES[shape], type, 1.0)
+
+
+def make_draft(folder: Path, shape: str, accept: float) -> Path:
+    """A draft for `shape` of which a share `accept` of the drafted tokens is right."""
+    return _made(folder, f"draft-{accept:g}-for-{shape}", drafting_for(shape), "Q4_K_M", accept)
+
+
+def make_adapter(folder: Path, shape: str, size: int) -> Path:
+    """A LoRA of about `size` bytes for every projection of a shape; small enough to leave the chain as it is."""
+    llama = SHAPES[shape]
+    weights = [t for t in llama.tensors() if t.name.startswith("blk.") and len(t.shape) == 2]
+    rank = max(size // (4 * sum(sum(t.shape) for t in weights)), 1)
+    rank += rank % 4 == 0  # see Model.load_adapter
+    path = folder / f"{shape}-adapter-{rank}-{_digest(llama)}.gguf"
+    if path.is_file():
+        return path
+    writer = GGUFWriter(None, "llama")
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_file_type(LlamaFileType.ALL_F32)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))
+    tensors = []
+    for t in weights:
+        tensors.append(Tensor("", f"{t.name}.lora_a", (rank, t.shape[1])))
+        tensors.append(Tensor("", f"{t.name}.lora_b", (t.shape[0], rank)))
+    generator = np.random.default_rng(rank)
+    with _writing(writer, tensors, path):
+        for t in tensors:
+            writer.write_tensor_data(generator.standard_normal(t.shape, np.float32) * (SMALL / t.shape[1] ** 0.5))
+    return path
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr((VERSION, BOOK, MARGIN, SMALL, parts)).encode()).hexdigest()[:8]
+
+
+def _made(folder: Path, name: str, llama: Llama, type: str, accept: float) -> Path:
+    path = folder / f"{name}-{type.lower()}-{_digest(llama, accept)}.gguf"
+    if path.is_file():
+        return path
+    writer = GGUFWriter(None, "llama")
+    writer.add_type(GGUFType.MODEL)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{type}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    llama.write(writer)
+    _vocabulary(llama.vocabulary).write(writer, llama.vocabulary)
+    tensors = [t.stored(_type(t, llama.layers, type)) for t in llama.tensors()]
+    generator = np.random.default_rng(len(name))
+    embedding, head = _ends(llama, accept, generator)
+    drawn: dict[tuple[str, Type], Bytes] = {}
+    with _writing(writer, tensors, path):
+        for t in tensors:
+            kind = t.name.split(".")[-2]
+            if len(t.shape) == 1:
+                writer.write_tensor_data(np.ones(t.shape, np.float32))
+            elif kind in ("token_embd", "output"):
+                writer.write_tensor_data(_rows(t, head if kind == "output" else embedding))
+            else:  # all layers repeat the bytes of one: they are read and computed all the same
+                if (kind, t.type) not in drawn:
+                    drawn[kind, t.type] = _rows(t, generator.integers(0, BOOK, (t.shape[0], t.shape[1] // BLOCK)))
+                writer.write_tensor_data(drawn[kind, t.type])
+    _book.cache_clear()
+    return path
+
+
+def _type(tensor: Tensor, layers: int, type: str) -> Type:
+    """The ggml type of a tensor; Q4_K_M mixes as llama.cpp does: more bits for the head and for some layers."""
+    if type != "Q4_K_M":
+        return Type[type]
+    if tensor.name == "output.weight":
+        return Type.Q6_K
+    if not tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
+        return Type.Q4_K
+    i, eighth = int(tensor.name.split(".")[1]), layers // 8
+    more = i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2
+    return Type.Q6_K if more else Type.Q4_K
+
+
+def _ends(llama: Llama, accept: float, generator: np.random.Generator) -> tuple[Ids, Ids]:
+    """Which blocks make each row of the embedding and of the head, (vocabulary, blocks per row).
+
+    The head's row of a token is the embedding of the token before it. A share 1 - `accept` of the tokens, drawn at
+    random, exchange their followers, so that each has a wrong one.
+    """
+    n, blocks = llama.vocabulary, llama.hidden // BLOCK
+    embedding = np.stack([generator.permutation(n) % BOOK for _ in range(blocks)], axis=1)
+    order = chain(n)
+    followers = np.roll(order, -1)
+    wrong = generator.choice(len(order), round((1 - accept) * len(order)), replace=False)
+    followers[wrong] = followers[np.roll(wrong, 1)]
+    before = np.arange(n)
+    before[followers] = order
+    return embedding, embedding[before]
+
+
+@cache
+def _book(type: Type, scale: float) -> Bytes:
+    """The blocks (`BOOK`, bytes per block), times `scale`."""
+    values = np.random.default_rng(BLOCK).standard_normal((BOOK, BLOCK), np.float32)
+    return quantize_rows(values * np.float32(scale), type.name)
+
+
+def _rows(tensor: Tensor, blocks: Ids) -> Bytes:
+    """The bytes of a tensor whose rows are made of these blocks (rows, blocks per row)."""
+    width = tensor.shape[1]
+    kind = tensor.name.split(".")[-2]
+    scales = {"token_embd": 1.0, "output": MARGIN / width, "attn_output": SMALL * width**-0.5}
+    scales["ffn_down"] = scales["attn_output"]
+    book = _book(tensor.type, scales.get(kind, width**-0.5))
+    whole = book.view(f"V{book.shape[1]}").reshape(-1)  # a block as one item: much faster to copy
+    return whole[blocks].view(np.uint8).reshape(tensor.shape[0], -1)
+
+
+def _vocabulary(n: int) -> Vocabulary:
+    """All 256 bytes and made-up pieces, so that any text can be read."""
+    characters = [chr(b) for b in BYTES] + [chr(256 + i) for i in range(256 - len(BYTES))]
+    letters = "etaoinsrhldcumfp"
+    pieces = ["Ġ" + "".join(letters[i >> shift & 15] for shift in range(16, -4, -4)) for i in range(n)]
+    tokens = ["<|end|>", *characters, "Ġt", *pieces][:n]
+    return Vocabulary(
+        pre="gpt-2",
+        tokens=dict(enumerate(tokens)),
+        merges=("Ġ t",),
+        control=frozenset({END}),
+        defined=frozenset(),
+        bos=None,
+        eos=END,
+        pad=None,
+        add_bos=False,
+        add_eos=False,
+        template=None,
+    )
+
+
+@contextmanager
+def _writing(writer: GGUFWriter, tensors: list[Tensor], path: Path) -> Iterator[None]:
+    """Header and keys, then what the body writes; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for t in tensors:
+        writer.add_tensor_info(t.name, t.shape, np.float32, t.nbytes, raw_dtype=t.type)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        yield
+        writer.close()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
