@@ -16,7 +16,7 @@ from cogumi.errors import BundleError, BusyError, ExportError, RequestError
 from cogumi.models.text import HFTokenizer
 from cogumi.runtime import llama_engine
 from cogumi.runtime.engine import final_reply, replies
-from cogumi.runtime.llama import Context, Model, Row, quantize
+from cogumi.runtime.llama import Context, Model, Row, greedy_loop, quantize
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.speculate import Costs
 from cogumi.types import Message, Reply, Request, Token
@@ -304,3 +304,16 @@ def test_many_threads_measure_and_generate_at_once(engine):
     with ThreadPoolExecutor(12) as pool:
         assert list(pool.map(ask, wishes)) == one_by_one
     assert_idle(engine)
+
+
+def test_the_yardstick_decodes_what_the_engine_decodes(model):
+    """The bare loop of the benchmark reads the same prompt; later tokens may part where rounding decides a tie."""
+    bare, agreed = LlamaEngine(pico().base_q8, threads=1, cache="f16", lookup=False), 0
+    for prompt in prompts(20, longest=30):
+        ids, seconds = greedy_loop(model, prompt, 20, length=64, threads=1)
+        tokens = final_reply(bare.generate(Request(prompt=prompt, max_tokens=20))).tokens
+        agreed += ids[0] == tokens[0].id
+        assert len(ids) == 20
+        assert seconds > 0
+    assert agreed >= 19
+    bare.close()

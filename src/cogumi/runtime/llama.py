@@ -130,7 +130,8 @@ class Tokenizer:
         """Prompt ids of a request: its messages through the chat template, or its raw prompt."""
         if request.prompt is not None:
             if isinstance(request.prompt, str):
-                return self.encode(request.prompt)
+                bos = [int(c.llama_vocab_bos(self._vocab))] if c.llama_vocab_get_add_bos(self._vocab) else []
+                return bos + self.encode(request.prompt)
             if not all(0 <= i < self._size for i in request.prompt):
                 raise RequestError(f"the prompt holds an id outside the vocabulary of {self._size}")
             return list(request.prompt)
@@ -496,8 +497,8 @@ def greedy_loop(model: Model, prompt: Sequence[int], n: int, *, length: int, thr
     if not context:
         raise BundleError(f"no context for {model.path.name}; lower its length")
     size, ids = model.tokenizer.size, list(prompt)
-    batch = c.llama_batch_get_one((c.llama_token * len(ids))(*ids), len(ids))
-    one = (c.llama_token * 1)()
+    first, one = (c.llama_token * len(ids))(*ids), (c.llama_token * 1)()  # a batch points into them
+    batch = c.llama_batch_get_one(first, len(ids))
     began = 0.0
     try:
         for i in range(n):
