@@ -135,7 +135,8 @@ class BenchProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if NOTES.is_terminal:
+            self._bar.stop()
 
     def started(self, name: str, number: int, of: int) -> None:
         """Name the row that begins."""

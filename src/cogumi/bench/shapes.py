@@ -32,7 +32,7 @@ Bytes = NDArray[np.uint8]
 VERSION = 1
 END = 0
 """The token that ends an answer; no chain reaches it."""
-BLOCK, BOOK = 256, 8192
+BLOCK, BOOK = 256, 4096
 """Values per block of all K types, and blocks that are drawn and quantized; every row is put together from those."""
 MARGIN = 25.0
 """Logit of the follower; the best of the others has about 2 to 5."""
@@ -68,7 +68,7 @@ def chain(vocabulary: int) -> Ids:
 
 
 def make_model(folder: Path, shape: str, type: str = "Q4_K_M") -> Path:
-    """The chain in a named shape, as Q4_K_M or Q8_0; made once and kept in `folder`."""
+    """The chain in a named shape, as Q4_K_M, Q8_0 or F16; made once and kept in `folder`."""
     return _made(folder, shape, SHAPES[shape], type, 1.0)
 
 
