@@ -15,6 +15,7 @@ from cogumi.runtime.speculate import (
     MOST,
     PRIOR,
     Acceptance,
+    Choice,
     Controller,
     Costs,
     Tracker,
@@ -54,7 +55,7 @@ def model(seed, flat=1.0):
 
 
 @given(st.integers(0, 10_000), st.integers(1, 10), st.integers(0, 100))
-@settings(deadline=None)
+@settings(derandomize=True, deadline=None)
 def test_greedy_speculation_is_greedy_decoding(seed, k, draft_seed):
     base, draft = model(seed), model(seed if draft_seed % 3 == 0 else draft_seed)
     plain = []
@@ -143,7 +144,7 @@ def test_a_draft_like_the_base_is_always_accepted():
 
 
 @given(st.floats(0, 1), st.integers(0, 10))
-@settings(deadline=None)
+@settings(derandomize=True, deadline=None)
 def test_expected_tokens_counts_the_accepted_run_and_one(acceptance, k):
     direct = 1 + sum(acceptance**i for i in range(1, k + 1))
     assert expected_tokens(acceptance, k) == pytest.approx(direct, rel=1e-6)
@@ -153,7 +154,7 @@ curves = st.lists(st.floats(0.1, 5), min_size=1, max_size=9).map(lambda x: np.cu
 
 
 @given(st.floats(0, 1), st.floats(0, 5), curves)
-@settings(deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_best_k_has_no_regret(acceptance, draft_cost, verify_costs):
     k = best_k(acceptance, draft_cost, verify_costs)
     speedups = [expected_speedup(acceptance, i, draft_cost, verify_costs) for i in range(len(verify_costs))]
@@ -206,7 +207,7 @@ def test_costs_never_fall_and_go_on_linearly():
 
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=6), st.integers(0, 50))
-@settings(deadline=None)
+@settings(derandomize=True, deadline=None)
 def test_passes_take_equally_many_tokens_of_every_sequence(drafted, seed):
     costs = random_costs(seed)
     left, seconds = [k + 1 for k in drafted], 0.0
@@ -228,7 +229,7 @@ permilles, limits, seeds = st.integers(1, 999), st.integers(0, 15), st.integers(
 
 
 @given(permilles, permilles, limits, limits, seeds)
-@settings(deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=300)
 def test_alone_the_best_source_and_k_are_found(model_rate, ngram_rate, most_model, most_ngram, seed):
     costs = random_costs(seed)
     turn = Controller(costs).best(
@@ -245,7 +246,7 @@ def test_alone_the_best_source_and_k_are_found(model_rate, ngram_rate, most_mode
 
 
 @given(st.lists(permilles, min_size=1, max_size=4), seeds)
-@settings(deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=150)
 def test_together_the_best_subset_and_k_are_found(rates, seed):
     costs, n = random_costs(seed), len(rates)
     turn = Controller(costs).best([wish({"model": 15}, model=rate, ngram=500) for rate in rates])
@@ -269,7 +270,7 @@ wishes = st.builds(
 
 
 @given(st.lists(wishes, max_size=8), seeds)
-@settings(deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_a_turn_keeps_the_limits_and_is_what_it_says(wishes, seed):
     costs = random_costs(seed)
     turn = Controller(costs).best(wishes)
@@ -421,6 +422,13 @@ def test_probes_keep_their_budget():
     lost = stream.seconds - 20_000 * TWO_CORES.step
     assert lost / stream.seconds < 0.0125
     assert stream.share(10_000) > 0.005  # and it is still tried
+
+
+def test_a_probe_drafts_what_is_expected_to_lose_least():
+    costs = Costs(0.02, (1.0, 1.9, 2.0, *(4.0,) * 13))
+    for rate, k in ((50, 1), (600, 2)):
+        assert Controller(costs).best([wish({"model": 15}, model=rate, ngram=500)]).choices == [Choice(None, 0)]
+        assert Controller(costs).plan([wish({"model": 15}, model=rate, ngram=500)]) == [Choice("model", k)]
 
 
 def test_nothing_is_tried_that_cannot_win():

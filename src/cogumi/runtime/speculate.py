@@ -8,6 +8,7 @@ accepted independently; exploration within a budget follows conservative bandits
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,9 +28,9 @@ MOST = 15
 """Drafted tokens per request and turn, at most."""
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0
 """Acceptance assumed before anything is known, and the tested tokens that it is worth."""
-SEED_WEIGHT = 16.0
+SEED_WEIGHT = 24.0
 """Tested tokens that the engine's acceptance is worth to a new request."""
-ENGINE_MEMORY, MEMORY = 200.0, 40.0
+ENGINE_MEMORY, MEMORY = 400.0, 80.0
 """Tested tokens after which old ones fade: of all requests, and of one."""
 PROBE_SHARE, PROBE_STEPS = 0.01, 3.0
 """Share of the time that probes may lose, and the plain steps that they may lose at once, as at the start."""
@@ -301,22 +302,28 @@ class Controller:
         return drafted
 
     def _probe(self, wishes: Sequence[Wish], turn: Turn) -> None:
-        """Let those draft who would not, the fewest tokens that would pay if all were accepted."""
-        plain = [i for i, choice in enumerate(turn.choices) if not choice.k]
-        limits = {i: wishes[i].limits.get("model", 0) for i in plain}
-        if not any(limits.values()) or not self._table(len(wishes), True):
+        """Let those draft who would not: at the k that is expected to lose least, of those that may pay at all."""
+        gains = {i: _gains(wishes[i], "model") for i, choice in enumerate(turn.choices) if not choice.k}
+        if not any(gains.values()) or not self._table(len(wishes), True):
             return
+        token = turn.seconds / turn.tokens
+        least, found = math.inf, None
         shared = max(choice.k for choice in turn.choices)
-        for k in [shared] if shared else range(1, max(limits.values()) + 1):
-            joining = [i for i in plain if limits[i] >= k]
-            drafted = [k if limits.get(i, 0) >= k else choice.k for i, choice in enumerate(turn.choices)]
-            seconds = self._costs.passes(drafted) + k * self._costs.draft
-            if (turn.tokens + len(joining) * k) * turn.seconds > turn.tokens * seconds:
-                self._budget -= seconds - turn.seconds
-                for i in joining:
-                    wishes[i].tracker.credit = turn.seconds / turn.tokens
-                    turn.choices[i] = Choice("model", k)
-                return
+        for k in [shared] if shared else range(1, max(map(len, gains.values())) + 1):
+            joining = [i for i, own in gains.items() if len(own) >= k]
+            drafted = [choice.k for choice in turn.choices]
+            for i in joining:
+                drafted[i] = k
+            cost = self._costs.passes(drafted) + k * self._costs.draft - turn.seconds
+            loss = cost - token * sum(gains[i][k - 1] for i in joining)
+            if cost < token * k * len(joining) and loss < least:
+                least, found = loss, (k, joining, cost)
+        if found:
+            k, joining, cost = found
+            self._budget -= cost
+            for i in joining:
+                wishes[i].tracker.credit = token
+                turn.choices[i] = Choice("model", k)
 
     def _table(self, n: int, drafting: bool) -> list[list[float]]:
         """Seconds of turns in which m of n requests draft k tokens, [k - 1][m], up to the last k that may pay."""
