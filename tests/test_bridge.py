@@ -208,13 +208,22 @@ def test_the_draft_reads_its_own_chat_or_the_text():
     chat = Request(messages=(Message("user", "What is 48 plus 57?"),))
     assert built.prompt(chat, base.render(chat)) == draft.render(chat)
     assert built.prompt(Request(prompt="Tom is"), base.encode("Tom is")) == draft.encode("Tom is")
-    ids = base.encode("Tom is")
-    assert built.prompt(Request(prompt=tuple(ids)), ids) == draft.encode("Tom is")
+    few, many = draft.encode("dagefi lomu"), base.encode("dagefi lomu")
+    assert few != many, "ids of the smaller vocabulary mean something in the larger one too"
+    assert bridge(*PICO[::-1]).prompt(Request(prompt=tuple(few)), few) == many
     assert built.prompt(Request(prompt=""), []) == [draft.eos]
     for template in (None, "{{ raise_exception('no such role') }}"):
         plain = load_tokenizer(reciting(330))
         plain.template = template
         assert Bridge(base, plain).prompt(chat, base.render(chat)) == draft.encode("What is 48 plus 57?")
+
+
+def test_what_the_base_cannot_write_is_left_out():
+    inner, draft = map(tokenizer, PICO)
+    base = Changed(inner, encode=lambda text, special=False: inner.encode(text.replace("ç", "c")))
+    text = Bridge(base, draft).text(PROMPT, [])
+    assert text.translate([*draft.encode("un garçon"), draft.eos]) == inner.encode("un gar")
+    assert text.translate([*draft.encode("un gar"), draft.eos]) == [*inner.encode("un gar"), inner.eos]
 
 
 def test_overlap_is_the_share_of_the_bases_pieces():

@@ -190,8 +190,6 @@ class BridgedText:
         written = list(takewhile(lambda id: not draft.ends(id) and self._draft.piece(id), drafted))
         data, held = self._draft.text(written), self._held
         whole = _whole_characters(data)
-        if not whole.startswith(held):
-            return []
         new = self._spelling(self._encode(whole, held), whole[len(held) :])
         ended = len(written) < len(drafted) and draft.ends(drafted[len(written)])
         if ended and held + self._base.text(new) == data:
@@ -199,9 +197,9 @@ class BridgedText:
         return new
 
     def _encode(self, text: bytes, held: bytes) -> list[int]:
-        """Ids of the base for drafted `text`, whose first bytes `held` are settled already.
+        """Ids of the base for drafted `text`, whose first bytes should be those `held`, settled already.
 
-        If there are such bytes, their ids must come out again, or nothing is certain.
+        The ids settled for them must come out again, or nothing is certain.
         """
         before = self._base.text(self._open)
         together = before[: len(before) - len(held)] + text
