@@ -66,7 +66,12 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
         self._size = int(c.llama_vocab_n_tokens(self._vocab))
         template = c.llama_model_chat_template(model, None)
-        self.template: str | None = template.decode("utf-8") if template else None
+        try:
+            self.template: str | None = template.decode("utf-8") if template else None
+        except UnicodeDecodeError as error:
+            raise BundleError(
+                f"the chat template in {path} is damaged ({error.reason}); copy the file again"
+            ) from error
         turn_end, text_end = int(c.llama_vocab_eot(self._vocab)), int(c.llama_vocab_eos(self._vocab))
         self._eos = turn_end if turn_end >= 0 else text_end
         if self._eos < 0:
