@@ -29,6 +29,7 @@ STAGES: dict[str, str] = {
 ENGINES: dict[str, str] = {
     "llama": "cogumi.runtime.llama_engine:LlamaEngine",
     "torch": "cogumi.runtime.torch_engine:TorchEngine",
+    "remote": "cogumi.runtime.remote:RemoteEngine",
 }
 
 
