@@ -56,7 +56,7 @@ def cache(folder, monkeypatch):
 @pytest.fixture
 def setup(cache):
     model = make_model(cache / "shapes", "pico")
-    return Setup(model, "pico", cache / "shapes", threads=1, bandwidth=1e10, words=np.array(ORDER), minutes=0)
+    return Setup(model, "pico", cache / "shapes", threads=1, words=np.array(ORDER), minutes=0)
 
 
 def walk(engine, start, n, **how):

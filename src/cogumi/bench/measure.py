@@ -48,7 +48,6 @@ class Setup:
     shape: str | None
     folder: Path
     threads: int
-    bandwidth: float
     words: NDArray[np.int64]
     text: str | None = None
     minutes: float = 1.0

@@ -35,6 +35,7 @@ class _Run:
     job: Generation
     wanted: int
     unread: list[int]
+    end: int  # where the sequence will end: the draft's ids may be more than the base's
     tokens: list[int] = field(default_factory=list)
     drawn_from: list[NDArray[np.float64]] = field(default_factory=list)
 
@@ -65,6 +66,7 @@ class Drafter:
         None yet for one whose text is longer than a batch and still being read.
         """
         runs = {sequence: self._run(sequence, job, k) for sequence, (job, k) in wanted.items()}
+        runs = {sequence: run for sequence, run in runs.items() if run.end <= self._context.length}
         while rows := self._rows(runs):
             logits = self._context.decode(rows)
             at = 0
@@ -94,7 +96,7 @@ class Drafter:
         if keep < len(held):
             self._context.trim(sequence, keep)
             del held[keep:]
-        return _Run(job, k, ids[keep:])
+        return _Run(job, k, ids[keep:], len(ids) + k)
 
     def _ids(self, sequence: int, job: Generation) -> list[int]:
         """The job's whole text in the draft's vocabulary."""

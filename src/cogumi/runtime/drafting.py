@@ -10,11 +10,9 @@ from cogumi.errors import CogumiError
 from cogumi.runtime.drafter import Draft, Drafter
 from cogumi.runtime.generation import Generation
 from cogumi.runtime.lookup import Lookup
-from cogumi.runtime.speculate import Choice, Controller, Costs, Source, Tracker, Wish
+from cogumi.runtime.speculate import MOST, Choice, Controller, Costs, Tracker, Wish
 
 LOG = logging.getLogger("cogumi")
-LONGEST = 15
-"""Tokens drafted at most: costs are measured up to one pass over 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,10 @@ class Speculation:
                 model[sequence] = (job, k)
             else:
                 drafts[sequence] = Draft("ngram", self._states[sequence].guess[:k])
-        return drafts | self._ask(model)
+        for sequence, draft in self._ask(model).items():
+            room = min(writing[sequence].remaining - 1, most)  # a bridge may say in more tokens what was drafted in k
+            drafts[sequence] = Draft("model", draft.tokens[:room], draft.drawn_from)
+        return drafts
 
     def learn(self, sequence: int, draft: Draft | None, tokens: list[int]) -> None:
         """What the base made of a turn: `tokens` were settled; of a draft, all but the last of them."""
@@ -96,13 +97,12 @@ class Speculation:
             looks = self._drafting.lookup and job.request.speculate is not False
             lookup = Lookup(job.ids) if looks else None
             state = self._states[sequence] = _State(job, self._controller.tracker(), lookup, [])
-        limits: dict[Source, int] = {}
-        if job.request.speculate is not False:
-            most = min(LONGEST, job.remaining - 1)
-            state.guess = state.lookup.propose(most) if state.lookup else []
-            limits["ngram"] = len(state.guess)
-            limits["model"] = most if self._has_model and self._worth_reading(sequence, job) else 0
-        return Wish(state.tracker, limits)
+        most = min(MOST, job.remaining - 1)
+        state.guess = state.lookup.propose(most) if state.lookup else []
+        if job.request.speculate is not None:
+            return Wish(state.tracker, {})  # there is nothing to choose; it only takes its place in the batch
+        from_model = most if self._has_model and self._worth_reading(sequence, job) else 0
+        return Wish(state.tracker, {"ngram": len(state.guess), "model": from_model})
 
     def _worth_reading(self, sequence: int, job: Generation) -> bool:
         """Whether the draft may still pay, considering what it would have to read first.
@@ -111,7 +111,7 @@ class Speculation:
         """
         unread = self._drafter.backlog(sequence, job) if self._drafter else len(job.ids)
         costs = self._drafting.costs
-        return unread * costs.draft / LONGEST <= job.remaining * costs.step
+        return unread * costs.draft / MOST <= job.remaining * costs.step
 
     def _forced(self, sequence: int) -> Choice:
         if self._has_model:

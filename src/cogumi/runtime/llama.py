@@ -312,7 +312,7 @@ class Context:
         cache: str = "f16",
         adapter: Any = None,
     ) -> None:
-        self.batch = batch
+        self.batch, self.length = batch, length
         self.outputs = max(min(batch, MAX_LOGITS // model.tokenizer.size), min(batch, 64))
         params = c.llama_context_default_params()
         params.n_ctx = sequences * length

@@ -17,7 +17,7 @@ from cogumi.runtime.adapters import Adapters
 from cogumi.runtime.bridge import Bridge
 from cogumi.runtime.costs import file_key, machine_key, measured_costs
 from cogumi.runtime.drafter import Drafter
-from cogumi.runtime.drafting import LONGEST, Drafting, Speculation
+from cogumi.runtime.drafting import Drafting, Speculation
 from cogumi.runtime.engine import Event
 from cogumi.runtime.generation import Events, Generation
 from cogumi.runtime.jobs import Measurement, Prefill
@@ -26,7 +26,7 @@ from cogumi.runtime.lanes import Lanes
 from cogumi.runtime.llama import Context, Grammar, Model, Tokenizer, pass_seconds, schema_grammar
 from cogumi.runtime.sampling import Rules, check
 from cogumi.runtime.scheduler import Scheduler
-from cogumi.runtime.speculate import Controller, Costs
+from cogumi.runtime.speculate import MOST, Controller, Costs
 from cogumi.types import Reading, Request, Score
 
 SMALL_MODEL = 32_000_000
@@ -67,7 +67,7 @@ class LlamaEngine:
         self._draft = Model(draft) if draft else None
         self._context = context
         threads = threads or (1 if model.stat().st_size < SMALL_MODEL else usable_threads())
-        batch = max(BATCH, slots * (max(LONGEST, draft_tokens) + 1))
+        batch = max(BATCH, slots * (max(MOST, draft_tokens) + 1))
         size = {"sequences": slots, "length": context, "batch": batch, "threads": threads}
         self._cache = _cache_of(self._model, cache)
         open_context = partial(Context, self._model, cache=self._cache, **size)
@@ -243,7 +243,7 @@ def _costs(model: Model, draft: Model | None, threads: int) -> Costs:
     """The cost curve of this machine and these models, measured once and kept."""
 
     def measure() -> Costs:
-        verify = pass_seconds(model, LONGEST + 1, threads)
+        verify = pass_seconds(model, MOST + 1, threads)
         return Costs(pass_seconds(draft, 1, threads)[0] if draft else 0.0, verify)
 
     key = machine_key() | {"threads": threads} | {f"model {k}": v for k, v in file_key(model.path).items()}
