@@ -41,7 +41,14 @@ def single_stream(setup: Setup) -> Row:
 
         ours(), bare()
         pairs = alternate(ours, bare, setup.tick)
-    return pairs.row("single_stream", "tokens/s", least=0.97, tokens=tokens, against="a bare llama_decode loop")
+    return pairs.row(
+        "single_stream",
+        "tokens/s",
+        least=0.97,
+        tokens=tokens,
+        cache_bytes=engine.cache_bytes,
+        against="a bare llama_decode loop with a cache in f16",
+    )
 
 
 def concurrency(setup: Setup, users: int) -> Row:
@@ -78,7 +85,8 @@ def concurrency(setup: Setup, users: int) -> Row:
         least=1.0,
         users=users,
         tokens=tokens,
-        against=f"llama.cpp's server, xllamacpp {version('xllamacpp')}",
+        cache_bytes=engine.cache_bytes,
+        against=f"llama.cpp's server with a cache in f16, xllamacpp {version('xllamacpp')}",
         idle_server_processors=round(max(idle), 3),
     )
 
