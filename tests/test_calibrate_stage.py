@@ -108,7 +108,7 @@ def test_the_cascade_does_what_calibration_counted(routed, tmp_path):
     examples = calibrate.read_examples(split_path(inputs["data"].path, "threshold"))
     with calibrate.ExitStack() as opened:
         tiers = calibrate.open_tiers(inputs, config, opened)
-        cascade = Cascade(tiers, calibration, workers=4, context=96)
+        cascade = Cascade(tiers, calibration, workers=4)
         for mode, policy in (("fast", "base"), ("accurate", "modifier")):
             promise = figures["guarantee"][policy]
             assert math.isfinite(promise["threshold"])

@@ -12,7 +12,7 @@ from cogumi.bundle import open_bundle
 from cogumi.cascade.cascade import LOW_CONFIDENCE, Attempt, Cascade, ending_of, open_cascade, without_note
 from cogumi.cascade.modes import MODES, mode_of
 from cogumi.cascade.tiers import Tiers
-from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.errors import BundleError, BusyError, ContextError, RequestError
 from cogumi.route.calibrate import Calibrator
 from cogumi.route.gate import Calibration, Check, Gate, QuestionGate
 from cogumi.route.guarantee import Guarantee
@@ -54,7 +54,7 @@ def cascade(tiers, base=0.7, modifier=0.7, threshold=0.5, easy=1e9, **options):
     promise = Guarantee(threshold, 0.05, 0.95, 100, 50, 0, 0.05)
     gates = sure(base), None if modifier is None else sure(modifier)
     whole = Calibration(QuestionGate(easy, 0.5), *gates, {"base": promise, "modifier": promise})
-    return Cascade(tiers, whole, workers=SLOTS, context=CONTEXT, **options)
+    return Cascade(tiers, whole, workers=SLOTS, **options)
 
 
 def ask(text="What is 2 + 3?", **values):
@@ -171,7 +171,7 @@ def test_speculation_is_decided_by_the_question_and_may_be_asked_for(tiers):
     assert (surprised.decisions[0].signal, surprised.decisions[0].accepted) == ("perplexity", False)
     assert surprised.usage.drafted == 0
     hard = Calibration(QuestionGate(1e9, 0.99), sure(0.7), None, {"base": Guarantee(0.5, 0.05, 0.95, 1, 1, 0, 1)})
-    seen = final_reply(Cascade(tiers, hard, context=CONTEXT).generate(ask())).decisions[0]
+    seen = final_reply(Cascade(tiers, hard).generate(ask())).decisions[0]
     assert (seen.signal, seen.accepted) == ("p_easy", False)
     assert seen.value == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6)  # the head's bias is one
 
@@ -188,7 +188,7 @@ def test_an_answer_to_a_question_unlike_the_calibrated_ones_never_counts_as_sure
     promise = Guarantee(0.5, 0.05, 0.95, 100, 50, 0, 0.05)
     gate = QuestionGate(1e9, 0.5, novelty=1.0)  # every question surprises more than that
     whole = Calibration(gate, sure(0.99), sure(0.99), {"base": promise, "modifier": promise})
-    text, reply = streamed(Cascade(tiers, whole, context=CONTEXT).generate(ask(mode=mode)))
+    text, reply = streamed(Cascade(tiers, whole).generate(ask(mode=mode)))
     assert (reply.route, reply.tier, reply.p_correct) == ("low_confidence", "base", None)
     assert text == reply.text == without_note(reply.text) + LOW_CONFIDENCE
     novelty = next(d for d in reply.decisions if d.signal == "novelty")
@@ -261,6 +261,7 @@ def test_an_engine_by_all_other_means_too(tiers):
         (ask("word " * 300), ContextError, "the context holds 128"),
         (ask(max_tokens=0), RequestError, "max_tokens"),
         (ask(temperature=-1.0), RequestError, "temperature"),
+        (ask(grammar="root ::= ("), RequestError, "the grammar cannot be used"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_at_the_call(tiers, request_, error, words):
@@ -285,6 +286,15 @@ def settle_down(tiers):
     while tiers.base.free_slots < SLOTS and time.monotonic() < deadline:
         time.sleep(0.01)
     return tiers.base.free_slots
+
+
+def test_a_full_queue_says_busy_until_somebody_is_done(tiers):
+    whole = cascade(tiers, **PATHS["low, base likelier"], queue=2)
+    streams = [whole.generate(ask(max_tokens=60)) for _ in range(SLOTS + 2)]
+    with pytest.raises(BusyError, match="try again"):
+        whole.generate(ask())
+    assert all(final_reply(stream).finish_reason != "cancelled" for stream in streams)
+    assert final_reply(whole.generate(ask())).text
 
 
 @pytest.mark.parametrize("mode", ["fast", "accurate"])

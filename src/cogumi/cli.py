@@ -154,6 +154,9 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
     context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 512,
     threads: ThreadsOption = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where it fits")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Serve a bundle to any OpenAI client, at http://HOST:PORT/v1; any API key is accepted.
@@ -170,7 +173,7 @@ def serve(
     def load() -> api.Served:
         from cogumi.cascade.cascade import open_cascade
 
-        return open_cascade(folder, slots=slots, context=context, threads=threads)
+        return open_cascade(folder, slots=slots, context=context, threads=threads, cache=cache)
 
     def ready(cascade: api.Served) -> None:
         if json:

@@ -36,14 +36,13 @@ from cogumi.bundle import open_bundle
 from cogumi.cascade.channel import Events, Flow
 from cogumi.cascade.modes import MODES, Mode, mode_of
 from cogumi.cascade.tiers import Question, Tiers
-from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.errors import BundleError, BusyError, RequestError
 from cogumi.route.domains import route
 from cogumi.route.gate import KINDS, Calibration, Check, check, settle
 from cogumi.route.nets import load_head, load_net
 from cogumi.route.signals import abstains, answer_signals, modifier_signals, same_text
 from cogumi.runtime.engine import Engine, Event, Tokenizer
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.runtime.sampling import check as check_sampling
 from cogumi.types import ABSTENTION, Decision, Reading, Reply, Request, Revision, Score, Usage
 
 LOW_CONFIDENCE = "\n\n(Low confidence: this answer may be wrong.)"
@@ -79,8 +78,7 @@ class Attempt:
 class Cascade:
     """Tiers, calibration and a pool of `workers` threads, one per request in flight; implements `Engine`.
 
-    `context` is what prompt and answer may take together in every tier; `gate` is one of `route.gate.KINDS`
-    (raises `RequestError` for another).
+    `queue` more requests may wait; `gate` is one of `route.gate.KINDS` (raises `RequestError` for another).
     """
 
     def __init__(
@@ -90,13 +88,13 @@ class Cascade:
         *,
         gate: str = KINDS[0],
         workers: int = 8,
-        context: int = 512,
+        queue: int = 1000,
     ) -> None:
         if gate not in KINDS:
             raise RequestError(f"unknown gate '{gate}': choose one of {', '.join(KINDS)}")
         self.tiers, self.calibration, self._gate = tiers, calibration, gate
-        self._context = context
         self._closed = threading.Event()
+        self._room = threading.BoundedSemaphore(workers + queue)
         self._door = threading.Lock()  # nobody comes in while the cascade closes
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cascade")
 
@@ -147,23 +145,16 @@ class Cascade:
         direct = request.adapter is not None or request.prompt is not None
         flow = self._direct(request) if direct else self._cascade(request, mode)
         with self._door:
-            self._refuse(request)
-            return Events(flow, self._pool, self._closed.is_set)
+            self.check(request)
+            if not self._room.acquire(blocking=False):
+                raise BusyError("too many requests are waiting already; try again in a moment")
+            return Events(flow, self._pool, self._closed.is_set, self._room.release)
 
-    def _refuse(self, request: Request) -> None:
-        """Raise what a tier would only say once a worker has come to the request."""
+    def check(self, request: Request) -> None:
+        """Raise what the base would only say once a worker has come to the request."""
         if self._closed.is_set():
             raise RequestError("this cascade is closed: open it again")
-        check_sampling(request)
-        if request.adapter not in (None, *self.adapters):
-            known = ", ".join(self.adapters) or "none"
-            raise RequestError(f"unknown adapter '{request.adapter}': this cascade has {known}")
-        length = len(self.tokenizer.render(request))
-        if length + request.max_tokens > self._context:
-            raise ContextError(
-                f"the prompt has {length} tokens and max_tokens is {request.max_tokens}, but the context holds "
-                f"{self._context}; shorten the prompt or ask for fewer tokens"
-            )
+        self.tiers.base.check(request)
 
     def close(self) -> None:
         """Cancel what runs or waits, then free the models."""
@@ -314,12 +305,18 @@ def ending_of(chosen: Attempt, accepted: bool, withhold: bool) -> Ending:
 
 
 def open_cascade(
-    folder: Path, *, slots: int = 8, context: int = 512, threads: int | None = None, gate: str = KINDS[0]
+    folder: Path,
+    *,
+    slots: int = 8,
+    context: int = 512,
+    threads: int | None = None,
+    cache: str | None = None,
+    gate: str = KINDS[0],
 ) -> Cascade:
     """Open and verify a bundle as a cascade of `slots` requests at a time, `context` tokens each.
 
-    `threads` per model (None: the engine's choice). Raises `BundleError` for a bundle that must not be
-    opened.
+    `threads` per model and the type of their key-value `cache` (None: the engine's choice). Raises `BundleError`
+    for a bundle that must not be opened.
     """
     bundle = open_bundle(folder)
     calibration = Calibration.from_json(bundle.calibration)
@@ -334,14 +331,13 @@ def open_cascade(
             slots=slots,
             context=context,
             threads=threads,
+            cache=cache,
             draft=bundle.draft,
             adapters=bundle.modifiers,
         )
         opened.callback(base.close)
-        draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads, lookup=False)
+        draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads, cache=cache, lookup=False)
         opened.callback(draft.close)
-        cascade = Cascade(
-            Tiers(base, draft, difficulty, router), calibration, gate=gate, workers=slots, context=context
-        )
+        cascade = Cascade(Tiers(base, draft, difficulty, router), calibration, gate=gate, workers=slots)
         opened.pop_all()
     return cascade

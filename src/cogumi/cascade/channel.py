@@ -50,13 +50,14 @@ class Events:
     """The consumer's end: submits `flow` to `pool` at once and yields its events, the reply last.
 
     Closing or dropping it cancels the flow; `stopped` (asked between events) ends it with a cancelled reply.
-    What the flow raises is raised here.
+    What the flow raises is raised here. `ended` is called once the flow is over, whatever became of it.
     """
 
-    def __init__(self, flow: Flow, pool: Executor, stopped: Callable[[], bool]) -> None:
+    def __init__(self, flow: Flow, pool: Executor, stopped: Callable[[], bool], ended: Callable[[], object]) -> None:
         self._done = False
         self._channel = _Channel()
         self._future = pool.submit(_drive, flow, self._channel, stopped)
+        self._future.add_done_callback(lambda _: ended())
 
     def __iter__(self) -> Events:
         return self

@@ -58,6 +58,9 @@ class Engine(Protocol):
     def adapters(self) -> tuple[str, ...]:
         """Names a request may give as `adapter`."""
 
+    def check(self, request: Request) -> None:
+        """Raise what `generate` would refuse before any work."""
+
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request, event by event."""
 

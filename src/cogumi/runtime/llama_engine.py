@@ -127,16 +127,13 @@ class LlamaEngine:
         """Make a LoRA file available as `name`, also while requests run."""
         self._scheduler.call(lambda: self._lanes.add(name, path))
 
+    def check(self, request: Request) -> None:
+        """Raise what `generate` would refuse before any work."""
+        self._admitted(request)
+
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; see `Engine.generate`."""
-        check(request)
-        prompt = self._prompt(request)
-        if len(prompt) + request.max_tokens > self._context:
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context holds "
-                f"{self._context}; shorten the prompt or ask for fewer tokens"
-            )
-        generation = Generation(request, prompt, self._rules(request))
+        generation = self._admitted(request)
         self._stop_reading_ahead(request.session)
         self._scheduler.submit(request.adapter, generation)
         return Events(generation, generation.events.get)
@@ -188,6 +185,16 @@ class LlamaEngine:
     def close(self) -> None:
         """End all requests and free the caches; the weights go with the engine itself."""
         self._scheduler.close()
+
+    def _admitted(self, request: Request) -> Generation:
+        check(request)
+        prompt = self._prompt(request)
+        if len(prompt) + request.max_tokens > self._context:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context holds "
+                f"{self._context}; shorten the prompt or ask for fewer tokens"
+            )
+        return Generation(request, prompt, self._rules(request))
 
     def _prompt(self, request: Request) -> list[int]:
         if request.adapter is not None and request.adapter not in self.adapters:
