@@ -1,15 +1,16 @@
 """The engine of build time: transformers in fp32, for thousands of short answers (SPEC E4).
 
 `generate` only queues. The first reader runs everything that waits for the same adapter, sorted by prompt
-length, in left-padded batches with one forward pass per token; finished rows leave the batch.
+length, in left-padded batches with one forward pass per token; finished rows leave the batch. An echoed prompt
+takes a pass of its own. Layers may be skipped token by token (Mixture of Depths, arXiv 2404.02258; SPEC C7).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,25 +23,39 @@ from cogumi.models.build import load
 from cogumi.models.text import HFTokenizer
 from cogumi.runtime.engine import Event
 from cogumi.runtime.generation import Events, Generation, Outcome
-from cogumi.runtime.sampling import check, draw, logprobs_of, probabilities, signals, top_logprobs
+from cogumi.runtime.sampling import Rules, check, draw, logprobs_of, probabilities, signals, top_logprobs
 from cogumi.types import Reading, Request, Score
 
 ROWS = 256
 """Answers per batch: beyond this, memory grows and speed does not."""
+
+Depth: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+"""From a layer's index and its input (batch, tokens, width) to which tokens take it: booleans (batch, tokens)."""
 
 
 class TorchEngine:
     """`runtime.engine.Engine` over a Hugging Face folder and PEFT adapter folders; drafts nothing.
 
     `context` defaults to what the model was made for. Raises `BundleError` if a folder cannot be used.
+    A token that `depth` lets skip a layer keeps its hidden state there; others still attend to it. The layer is
+    computed all the same: `depth` shows what skipping does to answers, not yet what it saves.
     """
 
-    def __init__(self, folder: Path, *, adapters: Mapping[str, Path] | None = None, context: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapters: Mapping[str, Path] | None = None,
+        context: int | None = None,
+        depth: Depth | None = None,
+    ) -> None:
         self._tokenizer = HFTokenizer.load(folder)
         self._pieces = [self._tokenizer.piece(i) for i in range(self._tokenizer.size)]
         self._model: Any = _load(folder, adapters or {})
         self._names = tuple(adapters or {})
         self._context = context or int(self._model.config.max_position_embeddings)
+        if depth:
+            _route(self._model.get_decoder().layers, depth)
         self._waiting: list[Generation] = []
         self._lock = threading.Lock()
 
@@ -63,7 +78,7 @@ class TorchEngine:
                 f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context "
                 f"holds {self._context}; shorten the prompt or ask for fewer tokens"
             )
-        generation = Generation(request, prompt)
+        generation = Generation(request, prompt, self._rules(request))
         with self._lock:
             self._waiting.append(generation)
         return Events(generation, lambda: self._receive(generation))
@@ -111,6 +126,14 @@ class TorchEngine:
             raise RequestError(f"the prompt holds an id outside the vocabulary of {self._tokenizer.size}")
         return prompt
 
+    def _rules(self, request: Request) -> Rules | None:
+        if request.grammar is not None or request.json_schema is not None:
+            raise RequestError("this engine keeps to no grammar or JSON schema; use the llama engine for that")
+        beyond = [token for token in request.logit_bias if token >= self._tokenizer.size]
+        if beyond:
+            raise RequestError(f"logit_bias names token {beyond[0]}; the vocabulary ends at {self._tokenizer.size - 1}")
+        return Rules.of(request)
+
     def _select(self, adapter: str | None) -> None:
         if adapter:
             self._model.base_model.enable_adapter_layers()
@@ -143,8 +166,16 @@ class TorchEngine:
             if generation.cancelled:
                 generation.end("cancelled")
         mine = sorted((g for g in mine if not g.ended), key=lambda g: len(g.ids))
+        for generation in mine:
+            if generation.request.echo:
+                self._echo(generation)
         for start in range(0, len(mine), ROWS):
             self._run(mine[start : start + ROWS])
+
+    @torch.inference_mode()
+    def _echo(self, generation: Generation) -> None:
+        logits = self._model(torch.tensor([generation.ids])).logits[0].numpy()
+        generation.echo([self._pieces[i] for i in generation.ids[1:]], logits)
 
     @torch.inference_mode()
     def _run(self, batch: list[Generation]) -> None:
@@ -170,10 +201,14 @@ class TorchEngine:
         """Choose and hand out the next token of every row."""
         tokens: NDArray[np.int64] = logits.argmax(axis=1)
         for i, generation in enumerate(batch):
-            request = generation.request
+            request, rules = generation.request, generation.rules
+            row = rules.apply(logits[i]) if rules else logits[i]
             if generation.generator is not None:
-                p = probabilities(logits[i], request.temperature, request.top_p)
-                tokens[i] = draw(p, generation.generator)
+                tokens[i] = draw(probabilities(row, request.temperature, request.top_p), generation.generator)
+            elif rules:
+                tokens[i] = row.argmax()
+            if rules:
+                rules.accept(int(tokens[i]))
         told = signals(logits, tokens)
         for i, (generation, token) in enumerate(zip(batch, tokens.tolist(), strict=True)):
             top = top_logprobs(logits[i], generation.request.logprobs)
@@ -192,3 +227,17 @@ def _load(folder: Path, adapters: Mapping[str, Path]) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"an adapter of {folder} cannot be loaded: {error}") from error
     return model.eval()
+
+
+def _route(layers: Sequence[torch.nn.Module], depth: Depth) -> None:
+    """Make every decoder layer give back its input where `depth` says so."""
+
+    def hook(index: int) -> Callable[..., torch.Tensor]:
+        def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+            return torch.where(depth(index, hidden)[..., None], out, hidden)
+
+        return after
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(hook(index), with_kwargs=True)
