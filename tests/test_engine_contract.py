@@ -1,42 +1,131 @@
-"""What every engine promises (runtime.engine.Engine), on the same pico model in both engines, and across them."""
+"""What every engine promises (runtime.engine.Engine): the same pico model in both libraries, and through two servers.
 
+`served` is RemoteEngine over `cogumi serve` in another process, `foreign` the same over llama-cpp-python's server.
+"""
+
+import json
 import math
+import shutil
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from cogumi.errors import ContextError, RequestError
+from cogumi.models.text import TOKENIZER_FILES
 from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.runtime.remote import RemoteEngine
 from cogumi.runtime.torch_engine import TorchEngine
 from cogumi.types import Message, Reply, Request, Token
+from helpers_bundle import make_bundle
 from helpers_engines import pico
+from helpers_remote import CONTEXT, NEUTRAL, UNDRAFTED, llama_cpp_server, our_server
 
 ASK = Request(messages=(Message("system", "Be short."), Message("user", "What is 48 plus 57?")), max_tokens=30)
 
+REMOTE = {
+    "refuses beforehand": "only the server knows its context and vocabulary, so its refusal comes with the first event",
+    "full entropy": "servers tell a few best tokens, which give a lower bound of the entropy",
+    "end token": "chat completions tell no log-probability of the end token, so it is no Token",
+    "hidden states": "no server tells them",
+    "grammars": "OpenAI's API knows no grammars",
+}
+GAPS = {
+    "llama": {},
+    "torch": {"schemas": "refused with its reason", "grammars": "refused with its reason"},
+    "served": REMOTE,
+    "foreign": REMOTE
+    | {
+        "exact tokens": "its streams lose parts of characters, and then tell the last token twice",
+        "usage": "its streams count no tokens",
+        "echo": "it takes no prompt as ids, and pairs an echoed token with the wrong position's distribution",
+        "embeddings": "it serves either text or embeddings",
+        "status": "it answers 200 before it looks at the request, then breaks off without a reason",
+        "schemas": "its response_format knows no json_schema",
+        "penalties": "it also counts the prompt's tokens",
+    },
+}
 
-def open_engine(kind, file="base_q8"):
-    files = pico()
-    if kind == "torch":
-        return TorchEngine(files.base, adapters={"a": files.adapter}, context=256)
-    return LlamaEngine(getattr(files, file), adapters={"a": files.adapter_gguf}, context=256, threads=1)
+
+def engines(*needs):
+    """Runs a test on every engine that can do what it needs; the others are skipped with their reason."""
+
+    def marks(kind):
+        lacking = [GAPS[kind][need] for need in needs if need in GAPS[kind]]
+        return [pytest.mark.skip(reason="; ".join(lacking))] if lacking else []
+
+    assert set(needs) <= {need for gaps in GAPS.values() for need in gaps}
+    return pytest.mark.parametrize("engine", [pytest.param(kind, marks=marks(kind)) for kind in GAPS], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def both():
-    engines = {kind: open_engine(kind) for kind in ("llama", "torch")}
-    yield engines
-    for engine in engines.values():
-        engine.close()
+def servers(tmp_path_factory):
+    """Starts the server of a kind when it is first asked for; yields a function to its address and model file."""
+    with ExitStack() as running:
+        started = {}
+
+        def server(kind):
+            if kind not in started:
+                folder = tmp_path_factory.mktemp(kind)
+                if kind == "served":
+                    bundle = make_bundle(folder)
+                    started[kind] = running.enter_context(our_server(bundle, folder)), bundle / "base.gguf"
+                else:
+                    file = pico().base_f32
+                    address = llama_cpp_server(file, pico().adapter_gguf, folder)
+                    started[kind] = running.enter_context(address), file
+            return started[kind]
+
+        yield server
 
 
-@pytest.fixture(params=["llama", "torch"])
-def engine(request, both):
-    return both[request.param]
+@pytest.fixture(scope="module")
+def opened(servers):
+    """A function that opens an engine of a kind, once; a `fresh` one is the test's own."""
+    with ExitStack() as open_engines:
+        known = {}
+
+        def make(kind):
+            files = pico()
+            if kind == "torch":
+                return TorchEngine(files.base, adapters={"a": files.adapter}, context=CONTEXT)
+            if kind == "llama":
+                return LlamaEngine(files.base_q8, adapters={"a": files.adapter_gguf}, context=CONTEXT, threads=1)
+            url, file = servers(kind)
+            names = ("cogumi:base", "cogumi:base+code") if kind == "served" else ("base", "base+a")
+            extra = NEUTRAL if kind == "foreign" else UNDRAFTED
+            return RemoteEngine(url, names[0], tokenizer=file, adapters={"a": names[1]}, extra=extra)
+
+        def engine(kind, fresh=False):
+            if fresh or kind not in known:
+                made = make(kind)
+                open_engines.callback(made.close)
+                if fresh:
+                    return made
+                known[kind] = made
+            return known[kind]
+
+        yield engine
 
 
+@pytest.fixture
+def engine(request, opened):
+    return opened(request.param)
+
+
+@engines("usage", "exact tokens")
+def test_usage_counts(engine):
+    reply = final_reply(engine.generate(ASK))
+    assert reply.usage.prompt_tokens == len(engine.tokenizer.render(ASK))
+    assert reply.usage.completion_tokens == len(reply.tokens) == ASK.max_tokens
+
+
+@engines()
 def test_tokens_then_one_reply(engine):
     events = list(engine.generate(ASK))
     reply = events[-1]
@@ -44,14 +133,13 @@ def test_tokens_then_one_reply(engine):
     assert all(isinstance(event, Token) for event in events[:-1])
     assert reply.tokens == tuple(events[:-1])
     assert reply.text == "".join(token.text for token in reply.tokens)
-    assert reply.usage.prompt_tokens == len(engine.tokenizer.render(ASK))
-    assert reply.usage.completion_tokens == len(reply.tokens) == ASK.max_tokens
     assert reply.finish_reason == "length"
     assert reply.signals["seconds"] >= reply.signals["first_token_seconds"] > 0
 
 
+@engines("exact tokens")
 def test_signals_of_greedy_tokens(engine):
-    for token in final_reply(engine.generate(replace(ASK, logprobs=4))).tokens:
+    for token in final_reply(engine.generate(replace(ASK, logprobs=4, speculate=False))).tokens:
         ids, logprobs = zip(*token.top, strict=True)
         assert len(ids) == 4
         assert ids[0] == token.id
@@ -63,6 +151,7 @@ def test_signals_of_greedy_tokens(engine):
     assert final_reply(engine.generate(ASK)).tokens[0].top == ()
 
 
+@engines()
 def test_sampling_repeats_with_its_seed(engine):
     wild = replace(ASK, temperature=1.0, top_p=0.9)
     texts = [final_reply(engine.generate(replace(wild, seed=seed))).text for seed in (1, 1, 2)]
@@ -70,6 +159,7 @@ def test_sampling_repeats_with_its_seed(engine):
     assert len({final_reply(engine.generate(wild)).text for _ in range(3)}) == 3
 
 
+@engines("end token")
 def test_the_end_token_ends_and_is_no_text(engine):
     wild = [replace(ASK, temperature=2.0, seed=seed, max_tokens=100) for seed in range(40)]
     stopped = [reply for reply in replies(engine, wild) if reply.finish_reason == "stop"]
@@ -80,6 +170,7 @@ def test_the_end_token_ends_and_is_no_text(engine):
         assert "<|" not in reply.text
 
 
+@engines("exact tokens")
 def test_stop_strings_end_before_themselves_across_tokens(engine):
     whole = final_reply(engine.generate(ASK)).text
     for start in range(0, len(whole) - 3, 3):
@@ -90,38 +181,121 @@ def test_stop_strings_end_before_themselves_across_tokens(engine):
         assert "".join(event.text for event in events[:-1]) == events[-1].text
 
 
-def test_what_cannot_be_answered_is_refused_by_the_call(engine):
-    long = (7,) * 250
-    for wrong, error in (
-        (replace(ASK, max_tokens=250), ContextError),
-        (Request(prompt=long, max_tokens=7), ContextError),
-        (replace(ASK, temperature=-1.0), RequestError),
-        (replace(ASK, adapter="nobody"), RequestError),
-        (replace(ASK, messages=(Message("user", "x"),), max_tokens=0), RequestError),
-        (Request(prompt=()), RequestError),
-        (Request(prompt=(5, 99_999)), RequestError),
-        (Request(prompt=(5, -1)), RequestError),
+@engines()
+def test_what_has_no_meaning_is_refused_by_the_call(engine):
+    for wrong in (
+        replace(ASK, temperature=-1.0),
+        replace(ASK, adapter="nobody"),
+        replace(ASK, messages=(Message("user", "x"),), max_tokens=0),
+        replace(ASK, frequency_penalty=3.0),
+        Request(prompt=()),
     ):
-        with pytest.raises(error):
+        with pytest.raises(RequestError):
             engine.generate(wrong)
-    assert final_reply(engine.generate(Request(prompt=long, max_tokens=6))).usage.completion_tokens == 6
-    with pytest.raises(ContextError):
-        engine.read(Request(prompt=(7,) * 257))
-    with pytest.raises(ContextError):
-        engine.score(Request(prompt=long), "a long answer that does not fit")
     with pytest.raises(RequestError, match="nobody"):
         engine.read(replace(ASK, adapter="nobody"))
 
 
+LONG = (7,) * (CONTEXT - 6)
+MISFITS = (
+    (replace(ASK, max_tokens=250), ContextError),
+    (Request(prompt=LONG, max_tokens=7), ContextError),
+    (Request(prompt=(5, 99_999)), RequestError),
+    (replace(ASK, logit_bias={99_999: 1.0}), RequestError),
+)
+
+
+@engines("refuses beforehand")
+def test_what_cannot_be_answered_is_refused_by_the_call(engine):
+    for wrong, error in (*MISFITS, (Request(prompt=(5, -1)), RequestError)):
+        with pytest.raises(error):
+            engine.generate(wrong)
+
+
+@engines("status", "echo")
+def test_what_does_not_fit_is_refused(engine):
+    for wrong, error in MISFITS:
+        with pytest.raises(error):
+            final_reply(engine.generate(wrong))
+    assert final_reply(engine.generate(Request(prompt=LONG, max_tokens=6))).usage.completion_tokens == 6
+    with pytest.raises(ContextError):
+        engine.read(Request(prompt=(7,) * (CONTEXT + 1)))
+    with pytest.raises(ContextError):
+        engine.score(Request(prompt=LONG), "a long answer that does not fit")
+
+
+@engines()
 def test_adapters_change_answers_and_leave_no_trace(engine):
     assert engine.adapters == ("a",)
     plain, adapted, again = replies(engine, [ASK, replace(ASK, adapter="a"), ASK])
     assert [t.id for t in plain.tokens] == [t.id for t in again.tokens]
     assert [t.logprob for t in plain.tokens] == pytest.approx([t.logprob for t in again.tokens], abs=1e-5)
     assert plain.text != adapted.text
+
+
+@engines("echo")
+def test_adapters_change_scores(engine):
     assert engine.score(ASK, "yes") != engine.score(replace(ASK, adapter="a"), "yes")
 
 
+@engines()
+def test_bias_forbids_and_forces(engine):
+    forced = engine.tokenizer.encode("b")[0]
+    reply = final_reply(engine.generate(replace(ASK, logit_bias={forced: 100.0}, max_tokens=8)))
+    assert reply.text == "b" * 8
+    assert reply.tokens[0].logprob < -1  # signals are of the model, not of the bias
+
+
+@engines("exact tokens", "penalties")
+def test_penalties_keep_from_repeating(engine):
+    plain = final_reply(engine.generate(ASK)).tokens
+    assert len({token.id for token in plain}) < len(plain)
+    for penalty in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
+        ids = [token.id for token in final_reply(engine.generate(replace(ASK, **penalty))).tokens]
+        assert len(set(ids)) > len({token.id for token in plain})
+        again = final_reply(engine.generate(replace(ASK, **penalty, temperature=1.0, seed=1)))
+        assert again.text == final_reply(engine.generate(replace(ASK, **penalty, temperature=1.0, seed=1))).text
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [48, 57]}}, "required": ["n"], "additionalProperties": False}
+
+
+@engines("schemas")
+def test_an_answer_keeps_to_its_schema(engine):
+    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
+        reply = final_reply(engine.generate(replace(ASK, json_schema=json.dumps(SCHEMA), max_tokens=60, **sampling)))
+        if reply.finish_reason == "stop":
+            assert json.loads(reply.text)["n"] in (48, 57)
+        assert reply.text.startswith("{")
+
+
+GRAMMATICAL = replace(ASK, grammar='root ::= "yes" | "no"')
+
+
+@engines("grammars")
+def test_an_answer_keeps_to_its_grammar(engine):
+    assert final_reply(engine.generate(GRAMMATICAL)).text in ("yes", "no")
+
+
+@pytest.mark.parametrize("engine", [kind for kind in GAPS if "grammars" in GAPS[kind]], indirect=True)
+def test_a_grammar_that_cannot_be_kept_to_is_refused(engine):
+    with pytest.raises(RequestError, match="grammar"):
+        engine.generate(GRAMMATICAL)
+
+
+@engines("echo")
+def test_an_echoed_prompt_is_its_reading(engine):
+    for ask in (ASK, Request(prompt="Tom is taller than Ann.", max_tokens=5), Request(prompt=(7,), max_tokens=5)):
+        reply = final_reply(engine.generate(replace(ask, echo=True, logprobs=2)))
+        reading = engine.read(ask)
+        assert [token.id for token in reply.prompt] == engine.tokenizer.render(ask)[1:]
+        assert [-token.logprob for token in reply.prompt] == pytest.approx(reading.surprise, abs=1e-3)
+        assert all(token.margin >= 0 and len(token.top) == 2 for token in reply.prompt)
+        assert reply.text == final_reply(engine.generate(ask)).text
+    assert final_reply(engine.generate(ASK)).prompt == ()
+
+
+@engines("echo")
 def test_score_is_the_log_probability_of_the_answer(engine):
     """Sum over greedy steps: the score of each prefix of ids differs by the token's own log-probability."""
     prompt = engine.tokenizer.render(ASK)
@@ -137,22 +311,34 @@ def test_score_is_the_log_probability_of_the_answer(engine):
     assert engine.score(ASK, "").tokens == 1
 
 
-def test_reading_and_embedding(engine):
+@engines("echo")
+def test_reading(engine):
     reading = engine.read(Request(prompt="Tom is taller than Ann."))
     ids = engine.tokenizer.encode("Tom is taller than Ann.")
     assert len(reading.surprise) == reading.score.tokens == len(ids) - 1
     assert reading.score.nats == pytest.approx(sum(reading.surprise))
     assert reading.score.bytes == len(engine.tokenizer.decode(ids[1:]).encode())
-    assert len(reading.last) == len(reading.mean) == 64
-    rows = engine.embed(["Ann", "Tom is taller than Ann.", "", "Ann"])
-    assert rows.shape == (4, 64)
-    assert rows[1] == pytest.approx(np.array(reading.mean), abs=1e-3)
-    assert np.array_equal(rows[0], rows[3])
-    assert not rows[2].any()
-    assert engine.embed([]).shape == (0, 64)
     assert engine.read(Request(prompt=(7,))).surprise == ()
 
 
+@engines("embeddings")
+def test_embedding(engine):
+    rows = engine.embed(["Ann", "Tom is taller than Ann.", "", "Ann"])
+    assert rows.shape == (4, 64)
+    assert np.array_equal(rows[0], rows[3])
+    assert rows[1].any()
+    assert not rows[2].any()
+    assert engine.embed([]).shape == (0, 64)
+
+
+@engines("hidden states")
+def test_hidden_states(engine):
+    reading = engine.read(Request(prompt="Tom is taller than Ann."))
+    assert len(reading.last) == len(reading.mean) == 64
+    assert engine.embed(["Tom is taller than Ann."])[0] == pytest.approx(np.array(reading.mean), abs=1e-3)
+
+
+@engines()
 def test_a_closed_iterator_is_over_and_others_go_on(engine):
     streams = [engine.generate(ASK) for _ in range(6)]
     next(streams[0])
@@ -162,6 +348,7 @@ def test_a_closed_iterator_is_over_and_others_go_on(engine):
     assert final_reply(streams[5]).text == final_reply(engine.generate(ASK)).text
 
 
+@engines()
 def test_many_threads_get_their_own_answers(engine):
     wishes = [Request(prompt=f"{n} plus {n}", max_tokens=12) for n in range(16)]
     alone = [final_reply(engine.generate(wish)).text for wish in wishes]
@@ -178,9 +365,9 @@ def test_many_threads_get_their_own_answers(engine):
     assert crowd == alone
 
 
-@pytest.mark.parametrize("kind", ["llama", "torch"])
-def test_close_ends_what_waits(kind):
-    engine = open_engine(kind)
+@pytest.mark.parametrize("kind", GAPS)
+def test_close_ends_what_waits(kind, opened):
+    engine = opened(kind, fresh=True)
     streams = [engine.generate(replace(ASK, max_tokens=200)) for _ in range(30)]
     engine.close()
     reasons = [final_reply(stream).finish_reason for stream in streams]
@@ -188,22 +375,106 @@ def test_close_ends_what_waits(kind):
     engine.close()
 
 
-def test_the_engines_agree(both):
+def test_the_engines_agree(opened):
     """The same model in two libraries, both in fp32 (SPEC E7: scores within 1%)."""
-    llama, torch = open_engine("llama", "base_f32"), both["torch"]
+    files, other = pico(), opened("torch")
+    llama = LlamaEngine(files.base_f32, adapters={"a": files.adapter_gguf}, context=CONTEXT, threads=1, cache="f16")
     for adapter in (None, "a"):
         ask = replace(ASK, adapter=adapter)
-        assert llama.tokenizer.render(ask) == torch.tokenizer.render(ask)
+        assert llama.tokenizer.render(ask) == other.tokenizer.render(ask)
         for answer in ("It is 105.", "naïve 日本語 🙂", ""):
-            one, two = llama.score(ask, answer), torch.score(ask, answer)
+            one, two = llama.score(ask, answer), other.score(ask, answer)
             assert (one.tokens, one.bytes) == (two.tokens, two.bytes)
             assert one.nats == pytest.approx(two.nats, rel=0.01)
-        one, two = llama.read(ask), torch.read(ask)
+        one, two = llama.read(ask), other.read(ask)
         assert one.score.bytes == two.score.bytes
         assert one.surprise == pytest.approx(two.surprise, abs=0.05)
         assert one.last == pytest.approx(two.last, abs=0.05)
         assert one.mean == pytest.approx(two.mean, abs=0.05)
-        one, two = (final_reply(engine.generate(replace(ask, max_tokens=8))) for engine in (llama, torch))
+        one, two = (final_reply(engine.generate(replace(ask, max_tokens=8))) for engine in (llama, other))
         assert [token.id for token in one.tokens] == [token.id for token in two.tokens]
         assert [t.entropy for t in one.tokens] == pytest.approx([t.entropy for t in two.tokens], abs=0.05)
     llama.close()
+
+
+def test_our_server_answers_as_its_model_does(opened, servers):
+    _, file = servers("served")
+    near, far = LlamaEngine(file, context=CONTEXT, threads=1), opened("served")
+    for ask in (ASK, Request(prompt="Tom is", max_tokens=20), replace(ASK, temperature=1.0, seed=5)):
+        one, two = (final_reply(engine.generate(replace(ask, logprobs=3))) for engine in (near, far))
+        ended = len(one.tokens) - (one.tokens[-1].id == near.tokenizer.eos and bool(ask.messages))
+        assert [(t.id, t.text, t.top) for t in one.tokens[:ended]] == [(t.id, t.text, t.top) for t in two.tokens]
+        assert (one.text, one.finish_reason) == (two.text, two.finish_reason)
+        assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (
+            two.usage.prompt_tokens,
+            two.usage.completion_tokens,
+        )
+        bounds = [(t.entropy, 0.999 * u.entropy) for t, u in zip(one.tokens, two.tokens, strict=False)]
+        assert all(exact >= bound > 0 for exact, bound in bounds)
+    one, two = near.read(ASK), far.read(ASK)
+    assert one.score == two.score
+    assert one.surprise == two.surprise
+    assert near.score(ASK, "It is 105.") == far.score(ASK, "It is 105.")
+    near.close()
+
+
+def test_a_foreign_server_answers_as_its_model_does(opened):
+    """As far as its streams tell: text of whole characters, and log-probabilities up to the first lost one."""
+    near = LlamaEngine(pico().base_f32, context=CONTEXT, threads=1, cache="f16")
+    far, ask = opened("foreign"), Request(prompt="Tom is", max_tokens=1, logprobs=1)
+    for text in ("Tom is", "hello there", "What is 48 plus 57?", "Ann", "def add(a, b):"):
+        one, two = (final_reply(engine.generate(replace(ask, prompt=text))).tokens[0] for engine in (near, far))
+        assert one.logprob == pytest.approx(two.logprob, abs=0.05)
+        assert two.id in (one.id, -1)
+    near.close()
+
+
+def texts(engine, asks):
+    return [(r.text, r.tokens, r.prompt) for r in replies(engine, asks)]
+
+
+def test_a_depth_that_skips_nothing_changes_nothing(opened):
+    """Bit for bit, in batches of prompts of several lengths, and with an adapter (SPEC C7)."""
+    plain, seen = opened("torch"), []
+
+    def all_layers(layer, hidden):
+        seen.append((layer, hidden.shape[2]))
+        return torch.ones(hidden.shape[:2], dtype=torch.bool)
+
+    files = pico()
+    engine = TorchEngine(files.base, adapters={"a": files.adapter}, context=CONTEXT, depth=all_layers)
+    asks = [replace(ASK, adapter=name) for name in (None, "a")] + [Request(prompt="Tom", max_tokens=9, echo=True)]
+    assert texts(engine, asks) == texts(plain, asks)
+    assert engine.read(ASK) == plain.read(ASK)
+    assert set(seen) == {(0, 64), (1, 64)}
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_layer_that_all_tokens_skip_is_as_good_as_gone(skipped, tmp_path):
+    files = pico()
+    model = LlamaForCausalLM.from_pretrained(files.base)
+    model.model.layers = torch.nn.ModuleList([layer for i, layer in enumerate(model.model.layers) if i != skipped])
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path)
+    for name in TOKENIZER_FILES:
+        shutil.copy(files.base / name, tmp_path)
+    short = TorchEngine(tmp_path, context=CONTEXT)
+    engine = TorchEngine(
+        files.base, context=CONTEXT, depth=lambda i, hidden: torch.full(hidden.shape[:2], i != skipped)
+    )
+    assert engine.read(ASK).surprise == pytest.approx(short.read(ASK).surprise, abs=1e-4)
+    one, two = (final_reply(each.generate(ASK)) for each in (engine, short))
+    assert [token.id for token in one.tokens] == [token.id for token in two.tokens]
+    assert [t.logprob for t in one.tokens] == pytest.approx([t.logprob for t in two.tokens], abs=1e-4)
+
+
+def test_a_token_that_skips_every_layer_is_its_own_embedding():
+    """Mixed masks: the others go on attending to it, and differ from both extremes."""
+    files = pico()
+    first = TorchEngine(files.base, context=CONTEXT, depth=lambda i, hidden: torch.arange(hidden.shape[1])[None] > 0)
+    none = TorchEngine(files.base, context=CONTEXT, depth=lambda i, hidden: torch.zeros(hidden.shape[:2]).bool())
+    full = TorchEngine(files.base, context=CONTEXT)
+    ask = Request(prompt="Tom is taller than Ann.")
+    assert first.read(ask).surprise[0] == none.read(ask).surprise[0]
+    assert first.read(ask).surprise[1:] != none.read(ask).surprise[1:]
+    assert first.read(ask).surprise[1:] != full.read(ask).surprise[1:]

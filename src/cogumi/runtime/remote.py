@@ -32,6 +32,8 @@ from cogumi.types import Reading, Reply, Request, Score
 
 T = TypeVar("T")
 
+LONGEST_REASON = 300
+"""Characters of a server's own words in an error."""
 KEYS = ("COGUMI_REMOTE_KEY", "OPENAI_API_KEY")
 """Environment variables that may hold the server's key, the first that is set."""
 
@@ -215,7 +217,7 @@ class RemoteEngine:
             why = error.__cause__ or error
             return RequestError(f"no connection to {self._url} ({why}); start that server, or correct the address")
         said = error.body.get("message") if isinstance(error.body, dict) else None
-        what = f"{self._url} says: {said or error.message}"
+        what = f"{self._url} says: {' '.join(str(said or error.message).split())[:LONGEST_REASON]}"
         status = error.status_code if isinstance(error, openai.APIStatusError) else None
         if error.code == "context_length_exceeded" or "maximum context length" in what:
             return ContextError(what)

@@ -73,10 +73,10 @@ def entries(logprobs: Mapping[str, Any] | None) -> list[Entry]:
     """The tokens of a choice's `logprobs`, in the shape of chat (`content`) or of completions (`tokens`)."""
     if not logprobs:
         return []
-    if (content := logprobs.get("content")) is not None:
+    if "content" in logprobs:
         return [
             Entry(_bytes(told), told["logprob"], _best((_bytes(one), one["logprob"]) for one in told["top_logprobs"]))
-            for told in content
+            for told in logprobs["content"] or ()
         ]
     texts = logprobs.get("tokens") or []
     tops = logprobs.get("top_logprobs") or [None] * len(texts)

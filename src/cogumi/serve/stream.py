@@ -7,9 +7,9 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from cogumi.errors import RequestError
 from cogumi.runtime.engine import Engine, Event
@@ -83,9 +83,14 @@ def _seen(job: asyncio.Future[None]) -> None:
         job.exception()
 
 
+@runtime_checkable
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
 def _close(events: Iterator[Event]) -> None:
     """Cancel a generation, from any thread; one that cannot be closed while it works stops at its next event."""
-    if isinstance(events, Generator):
+    if isinstance(events, _Closable):
         with contextlib.suppress(ValueError):  # "generator already executing"
             events.close()
 
