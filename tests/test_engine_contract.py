@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
+import openai
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -415,6 +416,31 @@ def test_our_server_answers_as_its_model_does(opened, servers):
     assert one.score == two.score
     assert one.surprise == two.surprise
     assert near.score(ASK, "It is 105.") == far.score(ASK, "It is 105.")
+    near.close()
+
+
+def test_lm_eval_finds_what_is_greedy(opened, servers):
+    """lm-evaluation-harness asks for prompt and continuation as one echoed prompt, and compares floats."""
+    url, file = servers("served")
+    near, client = LlamaEngine(file, context=CONTEXT, threads=1), openai.OpenAI(base_url=url, api_key="any")
+    prompt = near.tokenizer.encode("Tom is taller than Ann.")
+    best = [token.id for token in final_reply(near.generate(Request(prompt=tuple(prompt), max_tokens=4))).tokens]
+    for continuation, greedy in ((best, True), ([*best[:3], best[3] + 1], False), ([best[0] + 1, *best[1:]], False)):
+        answer = client.completions.create(
+            model="cogumi:base",
+            prompt=[[*prompt, *continuation]],
+            temperature=0,
+            max_tokens=1,
+            logprobs=1,
+            seed=1234,
+            echo=True,
+        )
+        told = answer.choices[0].logprobs
+        values, tops = told.token_logprobs[len(prompt) : -1], told.top_logprobs[len(prompt) : -1]
+        assert len(values) == len(continuation)
+        assert all(value == max(top.values()) for value, top in zip(values, tops, strict=True)) == greedy
+        exact = near.read(Request(prompt=(*prompt, *continuation))).surprise[-4:]
+        assert [-value for value in values] == pytest.approx(exact, abs=1e-4)
     near.close()
 
 

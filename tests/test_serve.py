@@ -436,6 +436,33 @@ def test_a_client_that_hangs_up_frees_its_place(port, engine, stream):
     until(lambda: engine.running == 0, seconds=3)  # the script alone would run for ten seconds
 
 
+class Stuck:
+    """Events of a request that waits for a slot, as an engine's iterator and not as a generator."""
+
+    def __init__(self):
+        self.asked, self.over = threading.Event(), threading.Event()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.asked.set()
+        self.over.wait(20)
+        raise StopIteration
+
+    def close(self):
+        self.over.set()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_while_it_waits_is_forgotten(port, engine, monkeypatch, stream):
+    stuck = Stuck()
+    monkeypatch.setattr(engine, "generate", lambda request: stuck)
+    body = {"model": "cogumi", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
+    send_and_hang_up(port, body, stuck.asked.is_set)
+    assert stuck.over.wait(3)
+
+
 def test_loading_and_failing_to_load():
     go, failures = threading.Event(), []
 

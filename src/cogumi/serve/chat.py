@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from cogumi.cascade.cascade import without_note
 from cogumi.runtime.engine import Tokenizer
-from cogumi.serve.schema import Body, best_logprobs, extension, extensions, new_head, token_text, usage_object
+from cogumi.serve.schema import Body, best_logprobs, extension, extensions, new_head, usage_object
 from cogumi.types import Message, Reply, Request, Token, Usage
 
 
@@ -123,7 +123,7 @@ class ChatShape:
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             piece = self.tokenizer.piece(token)
-            return {"token": token_text(piece), "logprob": logprob, "bytes": list(piece)}
+            return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
         content = []
         for token in tokens:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from cogumi.runtime.engine import Tokenizer
-from cogumi.serve.schema import Body, best_logprobs, extension, extensions, new_head, token_text, usage_object
+from cogumi.serve.schema import Body, best_logprobs, extension, extensions, new_head, usage_object
 from cogumi.types import Reply, Request, Token, Usage
 
 
@@ -146,3 +146,11 @@ class CompletionShape:
             offsets.append(offset)
             offset += len(decoder.decode(piece))
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+def token_text(piece: bytes) -> str:
+    """A token as OpenAI writes it without its bytes: the text, or `bytes:\\x..` for only part of a character."""
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

@@ -177,14 +177,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def token_text(piece: bytes) -> str:
-    """A token as OpenAI writes it: its text, or `bytes:\\x..` where it is only part of a character."""
-    try:
-        return piece.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
-
 def best_logprobs(token: Token) -> tuple[float, tuple[tuple[int, float], ...]]:
     """The token's log-probability and those of the best ids: the same float in both, which clients test for."""
     return dict(token.top).get(token.id, token.logprob), token.top
