@@ -15,9 +15,6 @@ CONTEXT = 256
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
 """Turns off what llama-cpp-python does to every distribution unless it is told otherwise."""
 
-UNDRAFTED = {"cogumi": {"speculate": False}}
-"""How many tokens a draft model proposes follows the clock, and with it the random numbers a sampled answer takes."""
-
 
 @contextlib.contextmanager
 def process(command, log):

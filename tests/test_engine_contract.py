@@ -25,7 +25,7 @@ from cogumi.runtime.torch_engine import TorchEngine
 from cogumi.types import Message, Reply, Request, Token
 from helpers_bundle import make_bundle
 from helpers_engines import pico
-from helpers_remote import CONTEXT, NEUTRAL, UNDRAFTED, llama_cpp_server, our_server
+from helpers_remote import CONTEXT, NEUTRAL, llama_cpp_server, our_server
 
 ASK = Request(messages=(Message("system", "Be short."), Message("user", "What is 48 plus 57?")), max_tokens=30)
 
@@ -99,7 +99,7 @@ def opened(servers):
                 return LlamaEngine(files.base_q8, adapters={"a": files.adapter_gguf}, context=CONTEXT, threads=1)
             url, file = servers(kind)
             names = ("cogumi:base", "cogumi:base+code") if kind == "served" else ("base", "base+a")
-            extra = NEUTRAL if kind == "foreign" else UNDRAFTED
+            extra = NEUTRAL if kind == "foreign" else None
             return RemoteEngine(url, names[0], tokenizer=file, adapters={"a": names[1]}, extra=extra)
 
         def engine(kind, fresh=False):

@@ -325,6 +325,16 @@ def test_a_sampled_answer_with_n_gram_drafts_has_the_same_distribution():
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
+def test_a_seed_gives_the_same_text_whatever_pays_at_the_moment():
+    files = pico()
+    engine = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8)
+    for seed in range(4):
+        request = Request(prompt=ids(5, 9) * 6, max_tokens=40, temperature=0.6, seed=seed)
+        assert len({ask(engine, request).text for _ in range(6)}) == 1
+        assert ask(engine, request).tokens == ask(engine, replace(request, speculate=False)).tokens
+    engine.close()
+
+
 def test_bridged_sampling_is_reproducible_and_exact_in_length(bridged):
     request = Request(messages=CHAT, max_tokens=30, temperature=0.8, seed=3, speculate=True)
     one, two = ask(bridged, request), ask(bridged, request)

@@ -99,8 +99,10 @@ class Speculation:
             state = self._states[sequence] = _State(job, self._controller.tracker(), lookup, [])
         most = min(MOST, job.remaining - 1)
         state.guess = state.lookup.propose(most) if state.lookup else []
-        if job.request.speculate is not None:
-            return Wish(state.tracker, {})  # there is nothing to choose; it only takes its place in the batch
+        if job.request.speculate is not None or (job.generator and job.request.seed is not None):
+            # Nothing to choose: it only takes its place in the batch. A seed promises the same text again, and how
+            # many tokens pay at the moment would decide which random numbers are spent on what.
+            return Wish(state.tracker, {})
         from_model = most if self._has_model and self._worth_reading(sequence, job) else 0
         return Wish(state.tracker, {"ngram": len(state.guess), "model": from_model})
 

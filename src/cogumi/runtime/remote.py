@@ -83,10 +83,13 @@ class RemoteEngine:
         """Names a request may give as `adapter`."""
         return tuple(self._adapters)
 
+    def check(self, request: Request) -> None:
+        """Raise what `generate` would refuse before anything is sent."""
+        self._body(request)
+
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; see `Engine.generate`. What only the server can refuse is raised by the first event."""
-        check(request)
-        body = body_of(request, self._named(request)) | {"extra_body": self._extra}
+        body = self._body(request)
         echoed = self._prompt(request) if request.echo else []
         answer, events = Answer(request, self._vocabulary), cast(SimpleQueue[Outcome], SimpleQueue())
         task = self._submit(self._answered(body, answer, events, echoed))
@@ -193,6 +196,10 @@ class RemoteEngine:
         if rows.ndim != 2 or len(rows) != len(texts):
             raise RequestError(f"{self._url} does not give one vector per text; use a server that pools embeddings")
         return rows
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        check(request)
+        return body_of(request, self._named(request)) | {"extra_body": self._extra}
 
     def _named(self, request: Request) -> str:
         """The server's model for a request."""

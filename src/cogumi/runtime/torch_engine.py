@@ -69,16 +69,13 @@ class TorchEngine:
         """Names a request may give as `adapter`."""
         return self._names
 
+    def check(self, request: Request) -> None:
+        """Raise what `generate` would refuse before any work."""
+        self._admitted(request)
+
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; see `Engine.generate`."""
-        check(request)
-        prompt = self._prompt(request)
-        if len(prompt) + request.max_tokens > self._context:
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context "
-                f"holds {self._context}; shorten the prompt or ask for fewer tokens"
-            )
-        generation = Generation(request, prompt, self._rules(request))
+        generation = self._admitted(request)
         with self._lock:
             self._waiting.append(generation)
         return Events(generation, lambda: self._receive(generation))
@@ -114,6 +111,16 @@ class TorchEngine:
             waiting, self._waiting = self._waiting, []
         for generation in waiting:
             generation.end("cancelled")
+
+    def _admitted(self, request: Request) -> Generation:
+        check(request)
+        prompt = self._prompt(request)
+        if len(prompt) + request.max_tokens > self._context:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context "
+                f"holds {self._context}; shorten the prompt or ask for fewer tokens"
+            )
+        return Generation(request, prompt, self._rules(request))
 
     def _prompt(self, request: Request) -> list[int]:
         if request.adapter is not None and request.adapter not in self._names:
