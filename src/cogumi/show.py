@@ -281,7 +281,8 @@ def print_bench(found: Mapping[str, Any]) -> None:
         figures.append([row["name"], f"{row['ratio']:.3f}", spread, f"{mark}{told.get('goal', '')}", values])
     model = f"{found['model']} ({size(found['model_bytes'])}), {found['threads']} threads"
     title = f"{model}, memory {found['bandwidth_gb_s']:.1f} GB/s"
-    table(title, ["row", "ratio", "spread", "goal", "with / without"], figures)
+    if figures:
+        table(title, ["row", "ratio", "spread", "goal", "with / without"], figures)
     for row in rows:
         rest = {k: v for k, v in row["conditions"].items() if k not in ("goal", "met", "spread", "rounds")}
         text = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rest.items())

@@ -53,7 +53,8 @@ def run(job: Job) -> Told:
     command = [sys.executable, "-m", __name__, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RequestError(f"the measuring process failed: {done.stderr.strip().splitlines()[-1]}")
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise RequestError(f"the measuring process failed: {last[0].partition('Error: ')[2] or last[0]}")
     return Told(**json.loads(done.stdout))
 
 

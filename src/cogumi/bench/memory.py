@@ -9,8 +9,9 @@ from typing import Any
 
 from cogumi.bench import child
 from cogumi.bench.measure import Row, Setup, alternate, answer, decode_rate
+from cogumi.bench.quality import perplexity
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.types import Request, Score
+from cogumi.types import Request
 
 SMALL, LARGE = 256, 2304
 """Two context lengths; the memory between them is the cache alone, as everything else is equal."""
@@ -44,10 +45,10 @@ def kv_cache(setup: Setup, type: str, goal: float) -> Row:
 
         speed = alternate(lambda: rate(engine), lambda: rate(plain), setup.tick, 2)
         conditions["decode_speed"] = round(speed.ratio, 3)
-        if setup.text is not None:
-            before, after = (_perplexity(which, setup.text) for which in (plain, engine))
-            conditions["perplexity"] = {"f16": round(before, 4), type: round(after, 4)}
-            conditions["perplexity_change"] = round(after / before - 1, 5)
+    if setup.text is not None:
+        before, after = (perplexity(setup.model, setup.text, cache, LENGTH) for cache in ("f16", type))
+        conditions["perplexity"] = {"f16": round(before, 4), type: round(after, 4)}
+        conditions["perplexity_change"] = round(after / before - 1, 5)
     return pairs.row(f"kv_{type}", "B/token", most=goal, **conditions)
 
 
@@ -72,15 +73,3 @@ def start(setup: Setup) -> Row:
             "file_bytes": size,
         },
     )
-
-
-def _perplexity(engine: LlamaEngine, text: str) -> float:
-    """Perplexity of a text, read in pieces of one context each."""
-    ids = engine.tokenizer.encode(text)
-    whole = Score(0.0, 0, 0)
-    for at in range(0, len(ids), LENGTH):
-        piece = tuple(ids[at : at + LENGTH])
-        if len(piece) > 1:
-            score = engine.read(Request(prompt=piece)).score
-            whole = Score(whole.nats + score.nats, whole.tokens + score.tokens, whole.bytes + score.bytes)
-    return whole.perplexity

@@ -61,7 +61,7 @@ def _roof(axis: Any, found: Mapping[str, Any]) -> None:
     if one := rows.get("roofline"):
         size = one["conditions"]["bytes_per_token"] / 1e9
         axis.plot([size, size], [one["value"], bandwidth / size], color="0.6", linestyle=":")
-        axis.plot(size, one["value"], "o", color=GOOD, label=f"one request, {one['ratio']:.0%} of what it allows")
+        axis.plot(size, one["value"], "o", color="black", label=f"one request, {one['ratio']:.0%} of what it allows")
     for name in [name for name in rows if name.startswith("concurrency")]:
         users = rows[name]["conditions"]["users"]
         axis.plot(size, rows[name]["value"], "s", color=PLAIN, label=f"{users} requests that share a step")

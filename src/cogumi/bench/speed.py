@@ -58,7 +58,7 @@ def concurrency(setup: Setup, users: int) -> Row:
         closing(LlamaEngine(setup.model, slots=users, context=context, threads=setup.threads)) as engine,
         closing(Rival(setup.model, slots=users, context=context, threads=setup.threads)) as rival,
     ):
-        idle: list[float] = []  # share of a processor that the server takes while it is our turn
+        idle: list[float] = []  # share of a processor that the one takes while it is the other's turn
 
         def ours() -> float:
             requests = [Request(prompt=setup.passage(PROMPT), max_tokens=tokens) for _ in range(users)]
@@ -73,9 +73,11 @@ def concurrency(setup: Setup, users: int) -> Row:
         def theirs() -> float:
             prompts = [setup.passage(PROMPT) for _ in range(users)]
             time.sleep(QUIET)
-            began = time.perf_counter()
+            busy, began = time.process_time(), time.perf_counter()
             total = sum(map(len, rival.complete(prompts, tokens)))
-            return total / (time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            idle.append((time.process_time() - busy) / seconds)
+            return total / seconds
 
         ours(), theirs()
         pairs = alternate(ours, theirs, setup.tick, rounds)
@@ -87,7 +89,7 @@ def concurrency(setup: Setup, users: int) -> Row:
         tokens=tokens,
         cache_bytes=engine.cache_bytes,
         against=f"llama.cpp's server with a cache in f16, xllamacpp {version('xllamacpp')}",
-        idle_server_processors=round(max(idle), 3),
+        idle_processors=round(max(idle), 3),
     )
 
 
