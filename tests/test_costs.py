@@ -15,7 +15,7 @@ from cogumi.runtime.costs import (
     measured_costs,
     on_paper,
 )
-from cogumi.runtime.speculate import Costs
+from cogumi.runtime.pace import Costs
 
 KEY = {"cpu": "one", "processors": 2}
 FIRST, SECOND = Costs(0.001, (0.01, 0.1 + 0.2, 0.5)), Costs(0.002, (0.02, 0.03))

@@ -18,7 +18,7 @@ from cogumi.runtime import llama_engine
 from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.llama import Context, Model, Row, greedy_loop, quantize
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.runtime.speculate import Costs
+from cogumi.runtime.pace import Costs
 from cogumi.types import Message, Reply, Request, Token
 from helpers_engines import pico
 
@@ -221,14 +221,21 @@ def test_drafting_is_on_only_where_it_can_pay(monkeypatch, draft, slope, drafts)
     engine.close()
 
 
-def test_costs_are_measured_once_and_kept(engine, monkeypatch):
-    assert len(engine.costs.verify) == 16
-    assert 0 < engine.costs.verify[0] <= engine.costs.verify[-1]
-    assert engine.costs.draft > 0
+def test_costs_are_measured_once_and_kept(monkeypatch):
+    files = pico()
+    first = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).costs
+    assert len(first.verify) == 16
+    assert 0 < first.verify[0] <= first.verify[-1]
+    assert first.draft > 0
     monkeypatch.setattr(llama_engine, "pass_seconds", None)  # not asked again
-    again = LlamaEngine(pico().base_q8, threads=1, draft=pico().draft_q8)
-    assert again.costs == engine.costs
-    again.close()
+    assert LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).costs == first
+
+
+def test_costs_follow_the_clock(engine):
+    before = engine.costs
+    for prompt in prompts(5):
+        final_reply(engine.generate(Request(prompt=prompt, max_tokens=40, speculate=False)))
+    assert engine.costs.verify[0] != before.verify[0]
 
 
 def test_cancel_frees_the_slot_and_harms_nobody(engine):

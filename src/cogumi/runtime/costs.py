@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cogumi.artifact import write_json
 from cogumi.environment import usable_threads
-from cogumi.runtime.speculate import MOST, Costs, best_k, expected_speedup
+from cogumi.runtime.pace import MOST, Costs
+from cogumi.runtime.speculate import best_k, expected_speedup
 
 Key = Mapping[str, str | int]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

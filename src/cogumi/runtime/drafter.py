@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Drafter:
         self._context, self._tokenizer, self._bridge = context, tokenizer, bridge
         self._held: defaultdict[int, list[int]] = defaultdict(list)
         self._bridged: dict[int, _Translation] = {}
+        self.steps: list[float] = []  # seconds of each pass over one token per sequence, in the last proposal
 
     def propose(self, wanted: Mapping[int, tuple[Generation, int]]) -> dict[int, Draft]:
         """Drafts of up to so many tokens for the generations in these sequences.
@@ -67,8 +69,12 @@ class Drafter:
         """
         runs = {sequence: self._run(sequence, job, k) for sequence, (job, k) in wanted.items()}
         runs = {sequence: run for sequence, run in runs.items() if run.end <= self._context.length}
+        self.steps = []
         while rows := self._rows(runs):
+            began = time.perf_counter()
             logits = self._context.decode(rows)
+            if all(len(row.tokens) == 1 for row in rows):
+                self.steps.append(time.perf_counter() - began)
             at = 0
             for sequence, tokens, start, outputs in rows:
                 self._held[sequence][start:] = tokens

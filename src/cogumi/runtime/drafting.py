@@ -10,7 +10,8 @@ from cogumi.errors import CogumiError
 from cogumi.runtime.drafter import Draft, Drafter
 from cogumi.runtime.generation import Generation
 from cogumi.runtime.lookup import Lookup
-from cogumi.runtime.speculate import MOST, Choice, Controller, Costs, Tracker, Wish
+from cogumi.runtime.pace import MOST
+from cogumi.runtime.speculate import Choice, Controller, Tracker, Wish
 
 LOG = logging.getLogger("cogumi")
 
@@ -19,7 +20,6 @@ LOG = logging.getLogger("cogumi")
 class Drafting:
     """How an engine drafts. `forced` tokens per round where a request insists; `open_drafter` None: no draft model."""
 
-    costs: Costs
     controller: Controller
     forced: int
     lookup: bool
@@ -85,6 +85,10 @@ class Speculation:
             for token in tokens:
                 state.lookup.append(token)
 
+    def observe(self, tokens: int, seconds: float) -> None:
+        """What one pass of the base over so many tokens took."""
+        self._controller.observe(tokens, seconds)
+
     def close(self) -> None:
         """Free the draft's cache."""
         if self._drafter:
@@ -112,7 +116,7 @@ class Speculation:
         It reads many tokens in a pass and so at a fraction of the cost of drafting as many.
         """
         unread = self._drafter.backlog(sequence, job) if self._drafter else len(job.ids)
-        costs = self._drafting.costs
+        costs = self._controller.costs
         return unread * costs.draft / MOST <= job.remaining * costs.step
 
     def _forced(self, sequence: int) -> Choice:
@@ -126,9 +130,12 @@ class Speculation:
         try:
             if self._drafter is None:
                 self._drafter = self._drafting.open_drafter()
-            return self._drafter.propose(wanted)
+            drafts = self._drafter.propose(wanted)
         except CogumiError as error:
             LOG.warning("the draft model failed (%s); answers go on without it", error)
             self._has_model = False
             self.close()
             return {}
+        for seconds in self._drafter.steps:
+            self._controller.observe(0, seconds)
+        return drafts

@@ -7,6 +7,7 @@ belongs to the scheduler's thread.
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -141,7 +142,10 @@ class Lane:
         drafts = self._speculation.propose(writing, self._base.outputs) if self._speculation and writing else {}
         rows = [_last(sequence, job, drafts.get(sequence)) for sequence, job in writing.items()]
         rows += self._chunks(reading, sum(len(row.tokens) for row in rows))
+        began = time.perf_counter()
         logits = self._base.decode(rows)
+        if self._speculation and not reading and len({len(row.tokens) for row in rows}) == 1:  # one pass of llama.cpp
+            self._speculation.observe(sum(len(row.tokens) for row in rows), time.perf_counter() - began)
         self._settle(rows, drafts, logits)
 
     def _chunks(self, reading: dict[int, Generation | Prefill], taken: int) -> list[Row]:

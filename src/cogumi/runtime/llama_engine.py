@@ -24,9 +24,10 @@ from cogumi.runtime.jobs import Measurement, Prefill
 from cogumi.runtime.lane import Lane
 from cogumi.runtime.lanes import Lanes
 from cogumi.runtime.llama import Context, Grammar, Model, Tokenizer, pass_seconds, schema_grammar
+from cogumi.runtime.pace import MOST, Costs
 from cogumi.runtime.sampling import Rules, check
 from cogumi.runtime.scheduler import Scheduler
-from cogumi.runtime.speculate import MOST, Controller, Costs
+from cogumi.runtime.speculate import Controller
 from cogumi.types import Reading, Request, Score
 
 SMALL_MODEL = 32_000_000
@@ -74,8 +75,8 @@ class LlamaEngine:
         self._drafting: Drafting | None = None
         if draft or lookup:
             open_drafter = _drafter_of(self._model, self._draft, cache, size) if self._draft else None
-            costs = _costs(self._model, self._draft, threads)
-            self._drafting = Drafting(costs, Controller(costs), draft_tokens, lookup, open_drafter)
+            controller = Controller(_costs(self._model, self._draft, threads))
+            self._drafting = Drafting(controller, draft_tokens, lookup, open_drafter)
 
         def open_lane(adapter: Any) -> Lane:
             speculation = Speculation(self._drafting) if self._drafting else None
@@ -100,8 +101,8 @@ class LlamaEngine:
 
     @property
     def costs(self) -> Costs | None:
-        """What passes of the base and of the draft cost on this machine; None if nothing is ever drafted."""
-        return self._drafting.costs if self._drafting else None
+        """What passes of the base and of the draft cost on this machine now; None if nothing is ever drafted."""
+        return self._drafting.controller.costs if self._drafting else None
 
     @property
     def acceptance(self) -> float:

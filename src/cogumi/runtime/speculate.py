@@ -19,13 +19,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.runtime.pace import MOST, Costs, Pace
 from cogumi.runtime.sampling import draw
 
 Row: TypeAlias = NDArray[np.float64]
 Source: TypeAlias = Literal["model", "ngram"]
 
-MOST = 15
-"""Drafted tokens per request and turn, at most."""
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0
 """Acceptance assumed before anything is known, and the tested tokens that it is worth."""
 SEED_WEIGHT = 24.0
@@ -92,45 +91,6 @@ def best_k(acceptance: float, draft_cost: float, verify_costs: Sequence[float]) 
     """The number of drafted tokens, 0 included, with the best expected throughput (the smallest on ties)."""
     speedups = [expected_speedup(acceptance, k, draft_cost, verify_costs) for k in range(len(verify_costs))]
     return int(np.argmax(speedups))
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Measured seconds of one drafted token (0 without a draft model), and of base passes over 1, 2, .. tokens.
-
-    More tokens never cost less: where the clock says so, the larger pass gets the smaller one's time.
-    """
-
-    draft: float
-    verify: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "verify", tuple(accumulate(self.verify, max)))
-
-    @property
-    def step(self) -> float:
-        """Seconds of a plain base step."""
-        return self.verify[0]
-
-    def seconds(self, tokens: int) -> float:
-        """Seconds of a base pass over so many tokens; beyond the last point with the slope of the upper half."""
-        last = len(self.verify)
-        if tokens <= last:
-            return self.verify[tokens - 1]
-        middle = last // 2
-        slope = (self.verify[-1] - self.verify[middle - 1]) / (last - middle) if middle else self.step
-        return self.verify[-1] + (tokens - last) * slope
-
-    def passes(self, drafted: Sequence[int]) -> float:
-        """Seconds of the base passes of one batch, in which each request has its last token and so many drafted.
-
-        llama.cpp takes equally many tokens of every sequence that has some left: one pass per different number.
-        """
-        seconds, done = 0.0, -1
-        for k in sorted(set(drafted)):
-            seconds += self.seconds(sum(n >= k for n in drafted) * (k - done))
-            done = k
-        return seconds
 
 
 class Acceptance:
@@ -212,7 +172,7 @@ class Controller:
     """
 
     def __init__(self, costs: Costs) -> None:
-        self._costs = costs
+        self._costs, self._pace = costs, Pace(costs)
         self._known: dict[Source, Acceptance] = {"model": Acceptance(), "ngram": Acceptance()}
         self._tables: dict[tuple[int, bool], list[list[float]]] = {}
         self._budget = PROBE_STEPS * costs.step
@@ -233,6 +193,18 @@ class Controller:
         draft, verify = self._costs.draft, self._costs.verify
         rate = self.rate("model" if draft else "ngram")
         return max((expected_speedup(rate, k, draft, verify) for k in range(1, len(verify))), default=0.0)
+
+    @property
+    def costs(self) -> Costs:
+        """What passes cost, as far as known."""
+        return self._costs
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Take note of what one base pass over so many tokens took; `tokens` 0 stands for a step of the draft."""
+        costs = self._pace.observe(tokens, seconds)
+        if costs != self._costs:
+            self._costs = costs
+            self._tables.clear()
 
     def learn(self, tracker: Tracker, source: Source, drafted: int, accepted: int) -> None:
         """Count a verification. N-gram proposals merely compared with the token that came count as drafted 1."""
