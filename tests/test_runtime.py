@@ -75,7 +75,7 @@ def test_adapters_never_share_a_cache(engine):
     ask(engine, request)
     adapted = ask(engine, replace(request, adapter="a"))
     assert adapted.usage.cached_tokens <= 1
-    assert ask(engine, replace(request, adapter="a")).tokens == adapted.tokens
+    assert plain(ask(engine, replace(request, adapter="a"))) == plain(adapted)
 
 
 def test_cancelled_and_measured_texts_leave_usable_caches(engine):

@@ -255,8 +255,8 @@ def test_together_the_best_subset_and_k_are_found(rates, seed):
         for k in range(1, 16):
             m = sum(drafting)
             tokens = sum(expected_tokens(rate / 1000, k) if on else 1 for rate, on in zip(rates, drafting, strict=True))
-            apart = costs.seconds(n) + costs.seconds(m * k) + k * costs.draft if m else costs.seconds(n)
-            best = max(best, tokens / (costs.seconds(n * (k + 1)) + k * costs.draft if m == n else apart))
+            apart = costs.seconds(n) + costs.seconds(m * k) + k * costs.drafting(m) if m else costs.seconds(n)
+            best = max(best, tokens / (costs.seconds(n * (k + 1)) + k * costs.drafting(m) if m == n else apart))
     assert turn.tokens / turn.seconds == pytest.approx(best)
 
 
@@ -284,7 +284,7 @@ def test_a_turn_keeps_the_limits_and_is_what_it_says(wishes, seed):
             assert choice.k <= wanted.limits[choice.source]
             assert choice.k == max(drafted) or choice.k == max(wanted.limits.values())
             tokens += expected_tokens(wanted.tracker.acceptance[choice.source].rate, choice.k)
-    drafting = max(drafted, default=0) * costs.draft * any(choice.source == "model" for choice in turn.choices)
+    drafting = max(drafted, default=0) * costs.drafting(sum(choice.source == "model" for choice in turn.choices))
     assert turn.tokens == pytest.approx(tokens)
     assert turn.seconds >= (costs.passes(drafted) + drafting) * (1 - 1e-9)
     if wishes:
@@ -326,7 +326,7 @@ class Stream:
             wishes = [Wish(tracker, {source: 15}) for _, tracker, _ in active]
             choices = self.controller.plan(wishes)
             drafted = [choice.k for choice in choices]
-            drafting = costs.draft if source == "model" else 0.0
+            drafting = costs.drafting(sum(k > 0 for k in drafted)) if source == "model" else 0.0
             self.seconds += costs.passes(drafted) + max(drafted) * drafting
             for request, k in zip(active, drafted, strict=True):
                 i, tracker, _ = request
@@ -356,7 +356,7 @@ class Stream:
 
 def fixed_speeds(costs, rate, together=1, drafting=None):
     """Tokens per second with each fixed k."""
-    drafting = costs.draft if drafting is None else drafting
+    drafting = costs.drafting(together) if drafting is None else drafting
     return [
         together * expected_tokens(rate, k) / (costs.passes([k] * together) + k * drafting) for k in range(MOST + 1)
     ]

@@ -60,7 +60,7 @@ class Drafter:
         self._context, self._tokenizer, self._bridge = context, tokenizer, bridge
         self._held: defaultdict[int, list[int]] = defaultdict(list)
         self._bridged: dict[int, _Translation] = {}
-        self.steps: list[float] = []  # seconds of each pass over one token per sequence, in the last proposal
+        self.steps: list[tuple[int, float]] = []  # of the last proposal: sequences that had one token each, seconds
 
     def propose(self, wanted: Mapping[int, tuple[Generation, int]]) -> dict[int, Draft]:
         """Drafts of up to so many tokens for the generations in these sequences.
@@ -73,8 +73,6 @@ class Drafter:
         while rows := self._rows(runs):
             began = time.perf_counter()
             logits = self._context.decode(rows)
-            if all(len(row.tokens) == 1 for row in rows):
-                self.steps.append(time.perf_counter() - began)
             at = 0
             for sequence, tokens, start, outputs in rows:
                 self._held[sequence][start:] = tokens
@@ -82,6 +80,8 @@ class Drafter:
                 if outputs:
                     self._take(runs[sequence], logits[at])
                 at += outputs
+            if all(len(row.tokens) == 1 for row in rows):
+                self.steps.append((len(rows), time.perf_counter() - began))
             if any(run.unread and not run.tokens for run in runs.values()):
                 break  # a long text goes on being read next time, so that nobody waits for it
         return {sequence: draft for sequence, run in runs.items() if (draft := self._draft(sequence, run)).tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ from cogumi.runtime.pace import MOST
 from cogumi.runtime.speculate import Choice, Controller, Tracker, Wish
 
 LOG = logging.getLogger("cogumi")
+PLANNING, LONGEST_PAUSE = 0.02, 32
+"""Share of the time that may go into finding that nothing should be drafted, and turns between two looks at most."""
+LEAST_GAIN = 1.05
+"""Speed-up that drafting is given credit for even where it seems to be none, so that it can be tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,8 @@ class _State:
     job: Generation
     tracker: Tracker
     lookup: Lookup | None
-    guess: list[int]  # the lookup's proposal of this turn
+    known: int  # ids that the lookup has seen
+    guess: list[int]  # its proposal of this turn
 
 
 class Speculation:
@@ -47,13 +53,26 @@ class Speculation:
         self._drafter: Drafter | None = None
         self._has_model = drafting.open_drafter is not None
         self._states: dict[int, _State] = {}
+        self._pause = 0
 
     def propose(self, writing: Mapping[int, Generation], outputs: int) -> dict[int, Draft]:
         """Drafts for those of the generations (by sequence) that should have one in this turn.
 
-        One pass of the base returns the logits of `outputs` tokens.
+        One pass of the base returns the logits of `outputs` tokens. Where steps are so short that planning them would
+        be felt, a plan without drafts stands for a few turns.
         """
-        most = outputs // len(writing) - 1
+        forced = any(job.request.speculate for job in writing.values())
+        if not forced and (self._pause or not any(map(_may_choose, writing.values()))):
+            self._pause = max(self._pause - 1, 0)
+            return {}
+        began = time.perf_counter()
+        drafts = self._drafts(writing, outputs // len(writing) - 1)
+        if not drafts:
+            allowed = PLANNING * self._controller.costs.seconds(len(writing))
+            self._pause = min(int((time.perf_counter() - began) / allowed), LONGEST_PAUSE)
+        return drafts
+
+    def _drafts(self, writing: Mapping[int, Generation], most: int) -> dict[int, Draft]:
         wishes = {sequence: self._wish(sequence, job) for sequence, job in writing.items()}
         choices = dict(zip(wishes, self._controller.plan(list(wishes.values())), strict=True))
         drafts: dict[int, Draft] = {}
@@ -81,9 +100,7 @@ class Speculation:
             self._controller.learn(state.tracker, draft.source, len(draft.tokens), len(tokens) - 1)
         if state.guess and (draft is None or draft.source != "ngram"):
             self._controller.learn(state.tracker, "ngram", 1, int(state.guess[0] == tokens[0]))
-        if state.lookup:
-            for token in tokens:
-                state.lookup.append(token)
+        state.guess = []
 
     def observe(self, tokens: int, seconds: float) -> None:
         """What one pass of the base over so many tokens took."""
@@ -98,26 +115,27 @@ class Speculation:
     def _wish(self, sequence: int, job: Generation) -> Wish:
         state = self._states.get(sequence)
         if state is None or state.job is not job:
-            looks = self._drafting.lookup and job.request.speculate is not False
-            lookup = Lookup(job.ids) if looks else None
-            state = self._states[sequence] = _State(job, self._controller.tracker(), lookup, [])
+            lookup = Lookup([]) if self._drafting.lookup and job.request.speculate is not False else None
+            state = self._states[sequence] = _State(job, self._controller.tracker(), lookup, 0, [])
         most = min(MOST, job.remaining - 1)
-        state.guess = state.lookup.propose(most) if state.lookup else []
-        if job.request.speculate is not None or (job.generator and job.request.seed is not None):
-            # Nothing to choose: it only takes its place in the batch. A seed promises the same text again, and how
-            # many tokens pay at the moment would decide which random numbers are spent on what.
-            return Wish(state.tracker, {})
+        if state.lookup:
+            for token in job.ids[state.known :]:
+                state.lookup.append(token)
+            state.known = len(job.ids)
+            state.guess = state.lookup.propose(most)
+        if not _may_choose(job):
+            return Wish(state.tracker, {})  # it only takes its place in the batch
         from_model = most if self._has_model and self._worth_reading(sequence, job) else 0
         return Wish(state.tracker, {"ngram": len(state.guess), "model": from_model})
 
     def _worth_reading(self, sequence: int, job: Generation) -> bool:
-        """Whether the draft may still pay, considering what it would have to read first.
+        """Whether what the draft would have to read first has been paid for, had it drafted from the beginning.
 
-        It reads many tokens in a pass and so at a fraction of the cost of drafting as many.
+        Nobody knows how long an answer gets; one that has gone on for a while is likely to go on.
         """
         unread = self._drafter.backlog(sequence, job) if self._drafter else len(job.ids)
-        costs = self._controller.costs
-        return unread * costs.draft / MOST <= job.remaining * costs.step
+        costs, saved = self._controller.costs, 1 - 1 / max(self._controller.speedup(), LEAST_GAIN)
+        return unread <= MOST or unread * costs.reading <= saved * job.written * costs.step
 
     def _forced(self, sequence: int) -> Choice:
         if self._has_model:
@@ -136,6 +154,13 @@ class Speculation:
             self._has_model = False
             self.close()
             return {}
-        for seconds in self._drafter.steps:
-            self._controller.observe(0, seconds)
+        for requests, seconds in self._drafter.steps:
+            self._controller.observe_draft(requests, seconds)
         return drafts
+
+
+def _may_choose(job: Generation) -> bool:
+    """Whether the controller may decide. A seed promises the same text again, and how many drafted tokens pay at the
+    moment would decide which random numbers are spent on what.
+    """
+    return job.request.speculate is None and (job.generator is None or job.request.seed is None)

@@ -86,6 +86,11 @@ class Generation:
         return self.request.max_tokens - len(self._tokens)
 
     @property
+    def written(self) -> int:
+        """Tokens generated so far."""
+        return len(self._tokens)
+
+    @property
     def echoing(self) -> bool:
         """Whether the next tokens to be read are the prompt's, and their log-probabilities wanted."""
         return self.request.echo and self.cached < self.prompt_tokens

@@ -26,8 +26,8 @@ from cogumi.runtime.speculate import verify_greedy, verify_sampled
 Logits = NDArray[np.float32]
 Job: TypeAlias = Generation | Measurement | Prefill
 
-READ = 128
-"""Prompt tokens read in one batch while somebody waits for the next token of an answer."""
+PATIENCE, LEAST_READ = 0.25, 16
+"""Seconds by which reading a prompt may hold up those who write, and the tokens that are read all the same."""
 
 
 class _Settled(NamedTuple):
@@ -48,6 +48,7 @@ class Lane:
         self._jobs: dict[int, Job] = {}
         self._held = {sequence: Held() for sequence in range(base.sequences)}
         self._turns = 0
+        self._token_seconds = 0.0  # what reading a prompt token takes, as far as known
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -108,14 +109,17 @@ class Lane:
             job.fail(error)
 
     def _measure(self) -> None:
-        """Every token is an output, as llama.cpp demands where hidden states are wanted."""
+        """Every token is an output, as llama.cpp demands where hidden states are wanted.
+
+        A text is cut at the same places in a crowd as alone, so that sums over its states are the same bits.
+        """
         jobs = {sequence: job for sequence, job in self._jobs.items() if isinstance(job, Measurement)}
         hidden = any(job.hidden for job in jobs.values())
         rows: list[Row] = []
         room = self._base.outputs
         for sequence, job in jobs.items():
-            run = job.ids[job.cached : job.cached + room]
-            if run:
+            run = job.ids[job.cached : job.cached + self._base.outputs]
+            if len(run) <= room:
                 rows.append(Row(sequence, run, job.cached, len(run)))
                 room -= len(run)
         self._base.want_hidden(hidden)
@@ -144,14 +148,24 @@ class Lane:
         rows += self._chunks(reading, sum(len(row.tokens) for row in rows))
         began = time.perf_counter()
         logits = self._base.decode(rows)
-        if self._speculation and not reading and len({len(row.tokens) for row in rows}) == 1:  # one pass of llama.cpp
-            self._speculation.observe(sum(len(row.tokens) for row in rows), time.perf_counter() - began)
+        self._clock(rows, len(writing), time.perf_counter() - began)
         self._settle(rows, drafts, logits)
+
+    def _clock(self, rows: list[Row], writing: int, seconds: float) -> None:
+        """Learn from the time that a batch took, in which so many rows were of those who write."""
+        sizes = [len(row.tokens) for row in rows]
+        if len(rows) > writing:
+            if sum(sizes) >= LEAST_READ:
+                self._token_seconds = seconds / sum(sizes)
+        elif self._speculation and len(set(sizes)) == 1:  # one pass of llama.cpp
+            self._speculation.observe(sum(sizes), seconds)
 
     def _chunks(self, reading: dict[int, Generation | Prefill], taken: int) -> list[Row]:
         """As much of the prompts as fits beside the `taken` tokens of those who write; who only reads ahead is last."""
         rows: list[Row] = []
-        room = min(self._base.batch - taken, READ if taken else self._base.batch)
+        room = self._base.batch - taken
+        if taken and self._token_seconds * room > PATIENCE:
+            room = max(int(PATIENCE / self._token_seconds), LEAST_READ)
         outputs = self._base.outputs - taken
         for sequence, job in sorted(reading.items(), key=lambda item: isinstance(item[1], Prefill)):
             echoes = isinstance(job, Generation) and job.request.echo

@@ -32,8 +32,8 @@ from cogumi.types import Reading, Request, Score
 
 SMALL_MODEL = 32_000_000
 """Bytes below which one thread is used: in passes so short, threads wait for each other longer than they work."""
-BATCH = 512
-"""Tokens per batch; a longer prompt is read in chunks."""
+BATCH = 128
+"""Tokens per batch; a longer prompt is read in chunks. On CPUs larger ones are no faster, and hold up everybody."""
 
 
 class LlamaEngine:

@@ -41,6 +41,16 @@ class Costs:
         slope = (self.verify[-1] - self.verify[middle - 1]) / (last - middle) if middle else self.step
         return self.verify[-1] + (tokens - last) * slope
 
+    def drafting(self, requests: int) -> float:
+        """Seconds of one draft step for so many requests at a time: it grows with them as the base's passes do."""
+        return self.draft * self.seconds(requests) / self.step if self.draft and requests else 0.0
+
+    @property
+    def reading(self) -> float:
+        """Seconds in which the draft reads one token of a long text."""
+        most = len(self.verify)
+        return self.drafting(most) / most
+
     def passes(self, drafted: Sequence[int]) -> float:
         """Seconds of the base passes of one batch, in which each request has its last token and so many drafted.
 

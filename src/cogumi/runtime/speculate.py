@@ -200,8 +200,14 @@ class Controller:
         return self._costs
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Take note of what one base pass over so many tokens took; `tokens` 0 stands for a step of the draft."""
-        costs = self._pace.observe(tokens, seconds)
+        """Take note of what one base pass over so many tokens took."""
+        self._follow(self._pace.observe(tokens, seconds))
+
+    def observe_draft(self, requests: int, seconds: float) -> None:
+        """Take note of what one draft step for so many requests took."""
+        self._follow(self._pace.observe(0, seconds * self._costs.step / self._costs.seconds(requests)))
+
+    def _follow(self, costs: Costs) -> None:
         if costs != self._costs:
             self._costs = costs
             self._tables.clear()
@@ -248,7 +254,7 @@ class Controller:
                     rate, found = top, (gains, k, rates.index(top))
         if found:
             gains, k, m = found
-            drafted = self._assign(gains, k, m, 0.0 if gains is ngram else k * self._costs.draft, turn)
+            drafted = self._assign(gains, k, m, 0.0 if gains is ngram else k * self._costs.drafting(m), turn)
             for i, own in enumerate(drafted):
                 if own:
                     free_too = len(ngram[i]) >= own and ngram[i][own - 1] == gains[i][own - 1]
@@ -286,7 +292,7 @@ class Controller:
             drafted = [choice.k for choice in turn.choices]
             for i in joining:
                 drafted[i] = k
-            cost = self._costs.passes(drafted) + k * self._costs.draft - turn.seconds
+            cost = self._costs.passes(drafted) + k * self._costs.drafting(len(joining)) - turn.seconds
             loss = cost - token * sum(gains[i][k - 1] for i in joining)
             if cost < token * k * len(joining) and loss < least:
                 least, found = loss, (k, joining, cost)
@@ -301,11 +307,12 @@ class Controller:
         """Seconds of turns in which m of n requests draft k tokens, [k - 1][m], up to the last k that may pay."""
         key = (n, drafting)
         if key not in self._tables:
-            plain = self._costs.seconds(n)
+            costs, plain = self._costs, self._costs.seconds(n)
+            steps = [costs.drafting(m) if drafting else 0.0 for m in range(n + 1)]
             table = []
             for k in range(1, MOST + 1):
-                extra = k * self._costs.draft if drafting else 0.0
-                table.append([plain] + [self._costs.passes([k] * m + [0] * (n - m)) + extra for m in range(1, n + 1)])
+                drafted = [costs.passes([k] * m + [0] * (n - m)) + k * steps[m] for m in range(1, n + 1)]
+                table.append([plain, *drafted])
             while table and all((n + m * len(table)) * plain <= n * seconds for m, seconds in enumerate(table[-1])):
                 table.pop()
             self._tables[key] = table
