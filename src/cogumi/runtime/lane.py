@@ -145,7 +145,7 @@ class Lane:
                 reading[sequence] = job
         drafts = self._speculation.propose(writing, self._base.outputs) if self._speculation and writing else {}
         rows = [_last(sequence, job, drafts.get(sequence)) for sequence, job in writing.items()]
-        rows += self._chunks(reading, sum(len(row.tokens) for row in rows))
+        rows += self._chunks(reading, len(rows), sum(len(row.tokens) for row in rows))
         began = time.perf_counter()
         logits = self._base.decode(rows)
         self._clock(rows, len(writing), time.perf_counter() - began)
@@ -160,12 +160,16 @@ class Lane:
         elif self._speculation and len(set(sizes)) == 1:  # one pass of llama.cpp
             self._speculation.observe(sum(sizes), seconds)
 
-    def _chunks(self, reading: dict[int, Generation | Prefill], taken: int) -> list[Row]:
-        """As much of the prompts as fits beside the `taken` tokens of those who write; who only reads ahead is last."""
+    def _chunks(self, reading: dict[int, Generation | Prefill], writing: int, taken: int) -> list[Row]:
+        """As much of the prompts as fits beside the `taken` tokens of those who write, and as these can bear.
+
+        Who only reads ahead comes last.
+        """
         rows: list[Row] = []
         room = self._base.batch - taken
-        if taken and self._token_seconds * room > PATIENCE:
-            room = max(int(PATIENCE / self._token_seconds), LEAST_READ)
+        patience = PATIENCE * max(len(reading) / max(writing, 1), 1.0)  # those who wait to begin count as well
+        if taken and self._token_seconds * room > patience:
+            room = max(int(patience / self._token_seconds), LEAST_READ)
         outputs = self._base.outputs - taken
         for sequence, job in sorted(reading.items(), key=lambda item: isinstance(item[1], Prefill)):
             echoes = isinstance(job, Generation) and job.request.echo
