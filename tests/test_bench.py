@@ -162,8 +162,9 @@ def test_a_quantized_cache_is_smaller(setup):
     assert row.conditions["computed_bytes_per_token"] == [288, 1024]
 
 
-def test_soak_finds_every_answer_equal(setup):
-    row = soak(setup)
+def test_a_minute_of_everything_leaves_every_answer_equal(setup):
+    """200 requests a round from 16 clients: cancels, adapters, drafts, lengths, sampling."""
+    row = soak(replace(setup, minutes=1))
     assert row.ratio == 1
     assert row.baseline > 100
     assert row.conditions["slots_free"] == "8 of 8"

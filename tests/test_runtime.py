@@ -2,7 +2,7 @@
 
 import json
 import logging
-import time
+import weakref
 from dataclasses import replace
 from functools import cache
 
@@ -478,42 +478,37 @@ def test_cache_types_differ_in_size_and_hardly_in_what_they_say():
         LlamaEngine(pico().base_q8, cache="q5")
 
 
-# Long run, the short form
+# K-quants
 
 
-def test_slots_and_memory_survive_a_minute_of_everything(engine):
-    """Random cancels, adapters, lengths, drafts and rules: no slot leaks and every answer is the one it gives alone."""
-    generator = np.random.default_rng(1)
-    kinds = [
-        Request(
-            prompt=ids(int(generator.integers(1, 200)), 100 + i),
-            max_tokens=int(generator.integers(1, 60)),
-            adapter="a" if i % 3 == 0 else None,
-            speculate=(True, False, None)[i % 3],
-            frequency_penalty=0.5 if i % 5 == 0 else 0.0,
-            temperature=0.8 if i % 4 == 0 else 0.0,
-            seed=i,
-        )
-        for i in range(20)
-    ]
-    alone = [ask(engine, replace(request, speculate=False)).tokens for request in kinds]
-    greedy = [request.temperature == 0 for request in kinds]
-    deadline = time.monotonic() + 8
-    rounds = 0
-    while time.monotonic() < deadline or rounds < 2:
-        streams = []
-        for i in generator.permutation(len(kinds)):
-            stream = engine.generate(kinds[i])
-            if generator.random() < 0.3:
-                stream.close()
-            else:
-                streams.append((i, stream))
-        for i, stream in streams:
-            reply = final_reply(stream)
-            if greedy[i] or kinds[i].speculate is False:
-                assert plain(reply) == [replace(token, draft_agreed=None) for token in alone[i]]
-        rounds += 1
-    until = time.monotonic() + 10
-    while engine.free_slots < 4 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert engine.free_slots == 4
+def test_at_k_quants_what_is_emitted_is_what_the_base_says():
+    """Kernels round by batch size there, so near ties may flip against plain decoding; few do."""
+    folder = make_model(pico().base.parent / "wide", hidden=256, seed=3)
+    export_model(folder, folder.with_suffix(".gguf"), "q4_k_m")
+    engine = LlamaEngine(folder.with_suffix(".gguf"), threads=1, draft=folder.with_suffix(".gguf"), lookup=False)
+    flipped = total = 0
+    for seed in range(20):
+        request = Request(prompt=ids(40, 300 + seed), max_tokens=20, logprobs=1, speculate=False)
+        one, two = (ask(engine, replace(request, speculate=x)).tokens for x in (False, True))
+        assert all(token.top[0][0] == token.id for token in (*one, *two))
+        same = [a.id == b.id for a, b in zip(one, two, strict=False)]
+        total += same.index(False) + 1 if False in same else len(same)
+        flipped += False in same
+    print(f"{flipped} flips in {total} tokens")
+    assert flipped <= total / 50
+    engine.close()
+
+
+@pytest.mark.parametrize("size", [{"slots": 0}, {"context": 0}, {"draft_tokens": -1}])
+def test_sizes_that_mean_nothing_are_refused(size):
+    with pytest.raises(BundleError, match="at least 1"):
+        LlamaEngine(pico().base_q8, **size)
+
+
+def test_weights_go_with_their_engine():
+    engine = LlamaEngine(pico().base_q8, threads=1)
+    ask(engine, Request(prompt="Tom", max_tokens=3))
+    weights = weakref.ref(engine._model.weights)
+    engine.close()
+    del engine
+    assert weights() is None

@@ -14,12 +14,12 @@ from cogumi.bench.measure import Row, Setup, ordinary
 from cogumi.bench.roofline import Memory, roofline
 from cogumi.bench.shapes import SHAPES, chain, make_model
 from cogumi.bench.soak import soak
-from cogumi.environment import environment, usable_threads
+from cogumi.environment import environment
 from cogumi.errors import CogumiError, RequestError
 from cogumi.registry import nearest
 from cogumi.runtime.costs import cache_folder, machine_key
 from cogumi.runtime.llama import load_tokenizer
-from cogumi.runtime.llama_engine import SMALL_MODEL
+from cogumi.runtime.llama_engine import default_threads
 
 ACCEPT = (0.3, 0.6, 0.75, 0.9)
 """Acceptances of the simulated drafts."""
@@ -93,7 +93,7 @@ def run(
     folder = cache_folder() / "shapes"
     file = model or make_model(folder, shape)
     tokenizer = load_tokenizer(file)
-    threads = threads or (1 if file.stat().st_size < SMALL_MODEL else usable_threads())
+    threads = threads or default_threads(file)
     bandwidth = _bandwidth(threads)
     setup = Setup(
         model=file,

@@ -109,7 +109,7 @@ def speculation(setup: Setup, accept: float) -> Row:
 
         kept: list[tuple[int, int]] = []
         rate(False)
-        pairs = alternate(lambda: rate(None), lambda: rate(False), setup.tick)
+        pairs = alternate(lambda: rate(None), lambda: rate(False), setup.tick, 9)
         forced = alternate(lambda: rate(True), lambda: rate(False), setup.tick, 2)
     assert engine.costs
     return pairs.row(

@@ -40,7 +40,7 @@ class LlamaEngine:
     """`runtime.engine.Engine` over GGUF files.
 
     `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait. `threads`
-    None: as many as this process may use, one for a model below `SMALL_MODEL`. `cache` is the type of the key-value
+    None: `default_threads`. `cache` is the type of the key-value
     cache: f16, q8_0 or q4_0; None: q8_0 where the model's heads allow, else f16.
     Drafts come from `lookup` in the text itself and from a `draft` model, bridged if its vocabulary differs; a request
     that insists gets `draft_tokens` per round, others what pays. Adapters that are not answering are freed, longest
@@ -64,23 +64,25 @@ class LlamaEngine:
         adapter_memory: int | None = None,
         remember: Path | None = None,
     ) -> None:
+        if min(slots, context, draft_tokens) < 1:
+            raise BundleError("slots, context and draft_tokens must be at least 1; leave them out for the defaults")
         self._model = Model(model)
         self._draft = Model(draft) if draft else None
         self._context = context
-        threads = threads or (1 if model.stat().st_size < SMALL_MODEL else usable_threads())
+        threads = threads or default_threads(model)
         batch = max(BATCH, slots * (max(MOST, draft_tokens) + 1))
         size = {"sequences": slots, "length": context, "batch": batch, "threads": threads}
         self._cache = _cache_of(self._model, cache)
         open_context = partial(Context, self._model, cache=self._cache, **size)
-        self._drafting: Drafting | None = None
+        drafting: Drafting | None = None
         if draft or lookup:
             open_drafter = _drafter_of(self._model, self._draft, cache, size) if self._draft else None
             controller = Controller(_costs(self._model, self._draft, threads))
-            self._drafting = Drafting(controller, draft_tokens, lookup, open_drafter)
+            drafting = Drafting(controller, draft_tokens, lookup, open_drafter)
+        self._drafting, tokenizer = drafting, self._model.tokenizer
 
-        def open_lane(adapter: Any) -> Lane:
-            speculation = Speculation(self._drafting) if self._drafting else None
-            return Lane(open_context(adapter=adapter), self.tokenizer, speculation)
+        def open_lane(adapter: Any) -> Lane:  # holds no engine, so that weights go as soon as the engine does
+            return Lane(open_context(adapter=adapter), tokenizer, Speculation(drafting) if drafting else None)
 
         self._adapters = Adapters(self._model, adapters or {}, remember)
         self._lanes = Lanes(
@@ -228,6 +230,11 @@ class LlamaEngine:
         for job in jobs:
             self._scheduler.submit(adapter, job)
         return [job.result.result() for job in jobs]
+
+
+def default_threads(model: Path) -> int:
+    """As many threads as this process may use; one for a model below `SMALL_MODEL`."""
+    return 1 if model.stat().st_size < SMALL_MODEL else usable_threads()
 
 
 def _cache_of(model: Model, wanted: str | None) -> str:
