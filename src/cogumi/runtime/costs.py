@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,11 +20,42 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cogumi.artifact import write_json
 from cogumi.environment import usable_threads
+from cogumi.runtime.llama import Context, Model, Row
 from cogumi.runtime.pace import MOST, Costs
 from cogumi.runtime.speculate import best_k, expected_speedup
 
 Key = Mapping[str, str | int]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+QUICK = 0.005
+"""Seconds of a pass below which timing every size takes no time that anybody notices."""
+
+
+def pass_seconds(model: Model, most: int, threads: int) -> tuple[float, ...]:
+    """Seconds of passes over 1, 2, .. `most` tokens of one sequence, each the fastest of a few (SPEC E2).
+
+    Slow passes are timed at 1, 2, 4, 8, .. tokens only, with straight lines between them.
+    """
+    context = Context(model, sequences=1, length=2 * most, batch=most, threads=threads)
+
+    def fastest(tokens: int, times: int) -> float:
+        seconds = []
+        for _ in range(times):
+            began = time.perf_counter()
+            context.decode([Row(0, [0] * tokens, 0, tokens)])
+            seconds.append(time.perf_counter() - began)
+            context.trim(0, 0)
+        return min(seconds)
+
+    try:
+        one = fastest(1, 3)
+        quick = one < QUICK
+        sizes = [n for n in range(1, most + 1) if quick or n == most or n & (n - 1) == 0]
+        known = [fastest(n, 5 if quick else 2) for n in sizes]
+    finally:
+        context.close()
+    return tuple(np.interp(range(1, most + 1), sizes, np.maximum.accumulate(known)).tolist())
 
 
 class Stored(BaseModel):

@@ -31,7 +31,6 @@ T = TypeVar("T")
 MAX_LOGITS = 1 << 24
 """Most logits one batch may return (64 MiB of floats), so that a large vocabulary does not eat the memory."""
 
-_QUICK_PASS = 0.005  # seconds: below this, timing every size takes no time that anybody notices
 _ERROR_LEVEL = 4  # ggml.h
 _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
 _complaints: list[str] = []
@@ -329,7 +328,7 @@ class Context:
         adapter: Any = None,
     ) -> None:
         self.batch, self.length, self._threads = batch, length, threads
-        self.outputs = max(min(batch, MAX_LOGITS // model.tokenizer.size), min(batch, 64))
+        self.outputs = max(min(batch, MAX_LOGITS // model.tokenizer.size), min(batch, 64), sequences)
         params = c.llama_context_default_params()
         params.n_ctx = sequences * length
         params.n_batch = params.n_ubatch = batch
@@ -433,32 +432,6 @@ class Context:
         if self._context:
             c.llama_free(self._context)
             self._context = None
-
-
-def pass_seconds(model: Model, most: int, threads: int) -> tuple[float, ...]:
-    """Seconds of passes over 1, 2, .. `most` tokens of one sequence, each the fastest of a few (SPEC E2).
-
-    Slow passes are timed at 1, 2, 4, 8, .. tokens only, with straight lines between them.
-    """
-    context = Context(model, sequences=1, length=2 * most, batch=most, threads=threads)
-
-    def fastest(tokens: int, times: int) -> float:
-        seconds = []
-        for _ in range(times):
-            began = time.perf_counter()
-            context.decode([Row(0, [0] * tokens, 0, tokens)])
-            seconds.append(time.perf_counter() - began)
-            context.trim(0, 0)
-        return min(seconds)
-
-    try:
-        one = fastest(1, 3)
-        quick = one < _QUICK_PASS
-        sizes = [n for n in range(1, most + 1) if quick or n == most or n & (n - 1) == 0]
-        known = [fastest(n, 5 if quick else 2) for n in sizes]
-    finally:
-        context.close()
-    return tuple(np.interp(range(1, most + 1), sizes, np.maximum.accumulate(known)).tolist())
 
 
 def quantize(source: Path, target: Path, type: str) -> None:

@@ -15,7 +15,7 @@ from cogumi.environment import usable_threads
 from cogumi.errors import BundleError, ContextError, RequestError
 from cogumi.runtime.adapters import Adapters
 from cogumi.runtime.bridge import Bridge
-from cogumi.runtime.costs import file_key, machine_key, measured_costs
+from cogumi.runtime.costs import file_key, machine_key, measured_costs, pass_seconds
 from cogumi.runtime.drafter import Drafter
 from cogumi.runtime.drafting import Drafting, Speculation
 from cogumi.runtime.engine import Event
@@ -23,7 +23,7 @@ from cogumi.runtime.generation import Events, Generation
 from cogumi.runtime.jobs import Measurement, Prefill
 from cogumi.runtime.lane import Lane
 from cogumi.runtime.lanes import Lanes
-from cogumi.runtime.llama import Context, Grammar, Model, Tokenizer, pass_seconds, schema_grammar
+from cogumi.runtime.llama import Context, Grammar, Model, Tokenizer, schema_grammar
 from cogumi.runtime.pace import MOST, Costs
 from cogumi.runtime.sampling import Rules, check
 from cogumi.runtime.scheduler import Scheduler
