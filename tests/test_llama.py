@@ -272,7 +272,7 @@ def test_a_broken_engine_fails_everybody_and_hangs_nobody(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def broken(self, rows):
-        raise MemoryError("no more")
+        raise SystemExit("no more")
 
     monkeypatch.setattr(Context, "decode", broken)
     for stream in [first, *waiting]:

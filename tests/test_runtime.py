@@ -152,7 +152,7 @@ def test_penalties_stop_repetition(engine):
 SCHEMA = json.dumps(
     {
         "type": "object",
-        "properties": {"city": {"enum": ["Paris", "Rome"]}, "day": {"pattern": "^[1-9]$"}},
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "day": {"enum": list("123456789")}},
         "required": ["city", "day"],
     }
 )
@@ -239,6 +239,79 @@ def test_what_no_grammar_keeps_to_is_refused_by_name(keyword):
     with pytest.raises(RequestError, match=keyword):
         check_schema(json.dumps(inner))
     check_schema(json.dumps({"properties": {keyword: {"enum": [{keyword: 1}]}}}))  # a name, and a constant
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 20000},
+        {"type": "array", "items": {"type": "integer"}, "maxItems": 20000},
+        {"type": "array", "minItems": 2},
+        {"type": "object", "required": ["a"]},
+        {"type": "object", "properties": {"": {"type": "integer"}}},
+        {"type": "object", "properties": {"a": True}},
+        {"anyOf": [{"type": "string"}], "minLength": 3},
+        {"type": ["string", "null"], "minLength": 3},
+        {"type": "string", "format": "email"},
+        {"type": "string", "pattern": "^]$"},
+    ],
+)
+def test_schemas_that_would_be_broken_or_break_the_parser_are_refused(engine, schema):
+    with pytest.raises(RequestError, match="cannot be held to"):
+        engine.generate(Request(messages=CHAT, json_schema=json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= " + "(" * 20000 + '"a"' + ")" * 20000,
+        'root ::= "a"{5,2}',
+        'root ::= "a"{1,99999}',
+        "root ::= " + " | ".join(['"a"'] * 50_000),
+        'root ::= "a"\0x',
+        'root ::= "\ud800"',
+    ],
+)
+def test_grammars_that_would_break_the_parser_are_refused(engine, grammar):
+    with pytest.raises(RequestError):
+        engine.generate(Request(messages=CHAT, grammar=grammar))
+
+
+def test_strings_of_a_schema_hold_no_raw_control_characters(engine):
+    newline = engine.tokenizer.encode("\n")[0]
+    request = Request(messages=CHAT, max_tokens=40, json_schema='{"type": "string", "maxLength": 8}')
+    reply = ask(engine, replace(request, logit_bias={newline: 100.0}))
+    assert isinstance(json.loads(reply.text), str)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 2.5},
+        {"logprobs": 1.5},
+        {"stop": (1,)},
+        {"stop": "abc"},
+        {"logit_bias": {1.5: 1.0}},
+        {"temperature": "hot"},
+        {"seed": 1.5},
+        {"messages": (Message("user", "\ud800"),)},
+        {"json_schema": "[" * 100_000},
+    ],
+)
+def test_wrong_types_are_refused_by_the_call(engine, wrong):
+    with pytest.raises(RequestError):
+        engine.generate(replace(Request(messages=CHAT), **wrong))
+    assert ask(engine, Request(messages=CHAT, max_tokens=2)).text
+
+
+def test_who_reads_ahead_waits_for_those_who_ask():
+    engine = LlamaEngine(pico().base_q8, threads=1, slots=2, context=1024, lookup=False)
+    ahead = [engine.prefill(f"s{i}", Request(prompt=ids(1000, i))) for i in range(60)]
+    ask(engine, Request(prompt=ids(5, 99), max_tokens=2))
+    assert not ahead[-1].done()
+    assert not ahead[-1].cancel()
+    assert ahead[-1].result(60) == 1000
+    engine.close()
 
 
 # Echo (E1, E7)

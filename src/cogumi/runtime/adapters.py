@@ -23,6 +23,7 @@ class Adapters:
         self._model, self._remember = model, remember
         self._paths: dict[str, Path] = {}
         self._loaded: dict[str, Any] = {}
+        self._bytes: dict[str, int] = {}
         for name, path in given.items():
             self._put(name, path)
         self._added = _recall(remember)
@@ -55,11 +56,11 @@ class Adapters:
     def _put(self, name: str, path: Path) -> None:
         loaded = self._model.load_adapter(path)
         self.free(name)
-        self._paths[name], self._loaded[name] = path, loaded
+        self._paths[name], self._loaded[name], self._bytes[name] = path, loaded, path.stat().st_size
 
     def bytes(self, name: str) -> int:
         """What the weights take in memory, loaded or not."""
-        return self._paths[name].stat().st_size
+        return self._bytes[name]
 
     def free(self, name: str) -> None:
         """Free the weights, if loaded; no context may use them any more."""

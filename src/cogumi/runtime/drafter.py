@@ -82,8 +82,9 @@ class Drafter:
                 at += outputs
             if all(len(row.tokens) == 1 for row in rows):
                 self.steps.append((len(rows), time.perf_counter() - began))
-            if any(run.unread and not run.tokens for run in runs.values()):
-                break  # a long text goes on being read next time, so that nobody waits for it
+            for run in runs.values():
+                if run.unread and not run.tokens and not run.job.request.speculate:
+                    run.wanted = 0  # a long text goes on being read next time, so that nobody waits for it
         return {sequence: draft for sequence, run in runs.items() if (draft := self._draft(sequence, run)).tokens}
 
     def backlog(self, sequence: int, job: Generation) -> int:

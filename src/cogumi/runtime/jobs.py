@@ -22,6 +22,7 @@ class Measurement:
         self.logprobs: list[float] = []
         self.last = self.total = np.zeros(0, np.float32)
         self.result: Future[Measurement] = Future()
+        self.result.set_running_or_notify_cancel()  # only the engine ends it
 
     def take(self, logits: Logits, states: NDArray[np.float32] | None) -> None:
         """Use the outputs of the next `len(logits)` positions."""
@@ -52,6 +53,7 @@ class Prefill:
         self.cached = 0
         self.cancelled = False
         self.result: Future[int] = Future()
+        self.result.set_running_or_notify_cancel()  # only the engine ends it
 
     def end(self, _reason: str = "stop") -> None:
         """Say how far it came."""

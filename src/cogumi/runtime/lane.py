@@ -84,7 +84,7 @@ class Lane:
                 self._measure()
             if any(not isinstance(job, Measurement) for job in self._jobs.values()):
                 self._generate()
-        except RequestError as error:
+        except Exception as error:  # handed to all whom it concerns
             self._lose(error)
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class Lane:
         self._base.trim(sequence, job.cached)
         self._held[sequence] = Held(job.ids[: job.cached], self._turns)
 
-    def _lose(self, error: RequestError) -> None:
+    def _lose(self, error: Exception) -> None:
         """The context cannot be trusted any more: everybody in it fails, and it starts anew."""
         jobs, self._jobs = self.jobs, {}
         self._base.clear()

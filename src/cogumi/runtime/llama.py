@@ -22,7 +22,7 @@ from llama_cpp.llama_grammar import json_schema_to_gbnf
 from numpy.typing import NDArray
 
 from cogumi.errors import BundleError, ExportError, RequestError
-from cogumi.runtime.schema import check_schema
+from cogumi.runtime.schema import check_grammar, check_schema
 from cogumi.template import render_pieces
 from cogumi.types import Request
 
@@ -62,6 +62,13 @@ def _computed(threads: int, work: Callable[[], T]) -> T:
     at a time would be slower still.
     """
     return work() if threads == 1 else _compute.submit(work).result()
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError("the text holds half of a surrogate pair; send whole characters") from error
 
 
 class _Weights:
@@ -117,7 +124,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; special-token text becomes special ids only if `special` is set."""
-        data = text.encode("utf-8")
+        data = _utf8(text)
         room = len(data) + 8
         buffer = (c.llama_token * room)()
         n = c.llama_tokenize(self._vocab, data, len(data), buffer, room, False, special)
@@ -173,11 +180,10 @@ class Grammar:
     """`runtime.sampling.Grammar` by llama.cpp's GBNF parser; belongs to one generation."""
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+        check_grammar(text)
         _complaints.clear()
         self._tokenizer = tokenizer  # keeps the vocabulary alive
-        self._sampler = None
-        if text.strip():
-            self._sampler = c.llama_sampler_init_grammar(tokenizer._vocab, text.encode("utf-8"), b"root")
+        self._sampler = c.llama_sampler_init_grammar(tokenizer._vocab, _utf8(text), b"root")
         if not self._sampler:
             raise RequestError(f"the grammar cannot be used ({_reason()}); write GBNF with a rule named root")
         weakref.finalize(self, c.llama_sampler_free, self._sampler).atexit = False
@@ -209,12 +215,15 @@ class Grammar:
         c.llama_sampler_accept(self._sampler, token)
 
 
+_ANY_CHARACTER, _NO_CONTROL = r'[^"\\]', r'[^"\\\x00-\x1f\x7f]'  # of a string; raw control characters are no JSON
+
+
 def schema_grammar(schema: str) -> str:
     """The GBNF grammar of a JSON schema (as text); `RequestError` if it is none that can be kept to."""
     check_schema(schema)
     try:
-        return str(json_schema_to_gbnf(schema))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        return str(json_schema_to_gbnf(schema)).replace(_ANY_CHARACTER, _NO_CONTROL)
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise RequestError(f"the JSON schema cannot be used ({error}); simplify or correct it") from error
 
 

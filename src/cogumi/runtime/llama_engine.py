@@ -64,8 +64,9 @@ class LlamaEngine:
         adapter_memory: int | None = None,
         remember: Path | None = None,
     ) -> None:
-        if min(slots, context, draft_tokens) < 1:
-            raise BundleError("slots, context and draft_tokens must be at least 1; leave them out for the defaults")
+        sizes = (slots, context, draft_tokens, queue, threads or 1)
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise BundleError("slots, context, draft_tokens, queue and threads are whole numbers of at least 1")
         self._model = Model(model)
         self._draft = Model(draft) if draft else None
         self._context = context
@@ -128,7 +129,7 @@ class LlamaEngine:
 
     def add_adapter(self, name: str, path: Path) -> None:
         """Make a LoRA file available as `name`, also while requests run."""
-        self._scheduler.call(lambda: self._lanes.add(name, path))
+        self._scheduler.call(lambda: self._lanes.add(name, Path(path)))
 
     def check(self, request: Request) -> None:
         """Raise what `generate` would refuse before any work."""
@@ -152,7 +153,7 @@ class LlamaEngine:
         self._fits(prompt)
         job = Prefill(prompt)
         self._stop_reading_ahead(session)
-        self._ahead[session] = job
+        self._ahead = {name: known for name, known in self._ahead.items() if not known.result.done()} | {session: job}
         self._scheduler.submit(request.adapter, job)
         return job.result
 

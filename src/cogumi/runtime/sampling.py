@@ -8,6 +8,7 @@ of the request's own generator.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -20,11 +21,33 @@ Floats = NDArray[np.floating]
 Signals: TypeAlias = tuple[float, float, float]
 """Log-probability of the chosen token, entropy, and gap of the two best log-probabilities, in nats."""
 MAX_LOGPROBS = 20
+MAX_STOPS = 64
+_TYPES: dict[str, tuple[type, ...]] = {
+    "max_tokens": (int,),
+    "logprobs": (int,),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "presence_penalty": (int, float),
+    "frequency_penalty": (int, float),
+    "seed": (int, type(None)),
+    "stop": (tuple,),
+    "logit_bias": (Mapping,),
+    "grammar": (str, type(None)),
+    "json_schema": (str, type(None)),
+}
 MAX_BIAS, MAX_PENALTY, MAX_TEMPERATURE = 100.0, 2.0, 100.0
 
 
 def check(request: Request) -> None:
     """Raise `RequestError` for sampling values that have no meaning."""
+    for name, kinds in _TYPES.items():
+        value = getattr(request, name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise RequestError(f"{name} is {value!r}; give {' or '.join(kind.__name__ for kind in kinds)}")
+    if not all(isinstance(stop, str) for stop in request.stop) or len(request.stop) > MAX_STOPS:
+        raise RequestError(f"stop must be a tuple of at most {MAX_STOPS} strings")
+    if not all(isinstance(token, int) for token in request.logit_bias):
+        raise RequestError("logit_bias must map token ids to numbers")
     if request.max_tokens < 1:
         raise RequestError(f"max_tokens is {request.max_tokens}; ask for at least 1 token")
     if not 0 <= request.temperature <= MAX_TEMPERATURE:

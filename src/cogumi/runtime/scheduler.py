@@ -9,8 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from cogumi.errors import BusyError, CogumiError, RequestError
+from cogumi.errors import BusyError, RequestError
 from cogumi.runtime.generation import Generation
+from cogumi.runtime.jobs import Prefill
 from cogumi.runtime.lane import Job
 from cogumi.runtime.lanes import Lanes
 
@@ -27,6 +28,7 @@ class Scheduler:
         self._lanes = lanes
         self._slots, self._queue = slots, queue
         self._waiting: deque[tuple[str | None, Job]] = deque()
+        self._ahead: deque[tuple[str | None, Job]] = deque()  # what is only read ahead
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = False
         self._ended: Exception | None = None
@@ -44,9 +46,11 @@ class Scheduler:
         with self._wake:
             if self._ended:
                 raise self._ended
-            if len(self._waiting) >= self._queue:
-                raise BusyError(f"{len(self._waiting)} requests are waiting already; try again in a moment")
-            self._waiting.append((adapter, job))
+            if len(self._waiting) + len(self._ahead) >= self._queue:
+                raise BusyError(
+                    f"{len(self._waiting) + len(self._ahead)} requests are waiting already; try again in a moment"
+                )
+            (self._ahead if isinstance(job, Prefill) else self._waiting).append((adapter, job))
             self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> T:
@@ -82,7 +86,7 @@ class Scheduler:
     def _admit(self) -> bool:
         """Sleep while there is nothing to do, run calls, fill free slots; False when closing."""
         with self._wake:
-            while not (self._active() or self._waiting or self._calls or self._closing):
+            while not (self._active() or self._waiting or self._ahead or self._calls or self._closing):
                 self._wake.wait()
             if self._closing:
                 return False
@@ -90,22 +94,28 @@ class Scheduler:
             function, result = self._calls[0]
             try:
                 result.set_result(function())
-            except CogumiError as error:
+            except Exception as error:  # handed to the caller
                 result.set_exception(error)
             self._calls.popleft()
         for lane in self._lanes.all():
             lane.sweep()
-        while self._waiting and self._active() < self._slots:
-            adapter, job = self._waiting[0]
+        while job := self._next():
+            adapter, waiting = job
             try:
-                if job.cancelled:
-                    job.end("cancelled")
+                if waiting.cancelled:
+                    waiting.end("cancelled")
                 else:
-                    self._lanes.get(adapter).join(job)
-            except CogumiError as error:
-                job.fail(error)
-            self._waiting.popleft()
+                    self._lanes.get(adapter).join(waiting)
+            except Exception as error:  # handed to whoever waits for the job
+                waiting.fail(error)
         return True
+
+    def _next(self) -> tuple[str | None, Job] | None:
+        """The next job to admit, if there is a place. Who only reads ahead leaves one to those who ask."""
+        free = self._slots - self._active()
+        if self._waiting and free:
+            return self._waiting.popleft()
+        return self._ahead.popleft() if self._ahead and free > min(1, self._slots - 1) else None
 
     def _end(self, error: BaseException | None) -> None:
         """Leave nobody waiting: answers end as cancelled, or with the error that ended the thread."""
@@ -114,8 +124,9 @@ class Scheduler:
                 f"the engine has stopped ({error}); open it again" if error else "the engine is closed"
             )
             jobs = [job for lane in self._lanes.all() for job in lane.jobs]
-            jobs += [job for _, job in self._waiting]
+            jobs += [job for _, job in (*self._waiting, *self._ahead)]
             self._waiting.clear()
+            self._ahead.clear()
             calls, self._calls = self._calls, deque()
         for job in jobs:
             if isinstance(job, Generation) and error is None:
