@@ -171,7 +171,11 @@ def cascade(folder):
 def serving(folder, *words):
     """`cogumi serve` in a process of its own; yields it and what it says when it is ready."""
     command = [*COGUMI, "serve", folder, "--port", "0", "--json", "--threads", "1", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = ""
     try:
         for line in process.stdout:
