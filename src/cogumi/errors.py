@@ -8,6 +8,7 @@ CogumiError
 ├── TrainingError    training that cannot start or go on
 ├── ExportError      a model that cannot be written faithfully
 ├── BundleError      a bundle that must not be opened
+├── StateError       what was kept of earlier use (memory, cache, learning) cannot be read
 └── RequestError     a request that cannot be answered as asked
     ├── ContextError     prompt and answer do not fit the context
     └── BusyError        no slot is free; come back later
@@ -44,6 +45,10 @@ class ExportError(CogumiError):
 
 class BundleError(CogumiError):
     """A bundle that must not be opened."""
+
+
+class StateError(CogumiError):
+    """What was kept of earlier use (memory, cache, learning) cannot be read."""
 
 
 class RequestError(CogumiError):

@@ -47,7 +47,9 @@ class Request:
     once from the logit of every id generated so far, `frequency_penalty` as often as it was. `grammar` is GBNF text,
     `json_schema` a JSON text; an answer then cannot leave them. `echo` asks for the prompt's log-probabilities.
     `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an answer
-    below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned.
+    below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned,
+    `id` so that the answer can be rated later; `files` names what the question is about (`main.py`). `hidden` asks
+    for the hidden state behind the answer.
     """
 
     messages: tuple[Message, ...] = ()
@@ -70,6 +72,9 @@ class Request:
     abstain: bool = False
     user: str | None = None
     session: str | None = None
+    id: str | None = None
+    files: tuple[str, ...] = ()
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,8 @@ class Reply:
 
     `finish_reason` is stop, length or cancelled. From a cascade, `tier` names who answered, `p_correct` is calibrated
     and `route` is the path taken (see `cascade.cascade`). `prompt`, if the request says `echo`, holds every token of
-    the prompt but the first, which nothing predicts.
+    the prompt but the first, which nothing predicts. `hidden`, if the request says `hidden`, is the state after the
+    final norm from which the answer's last token was chosen.
     """
 
     text: str
@@ -148,6 +154,7 @@ class Reply:
     route: str = ""
     p_correct: float | None = None
     prompt: tuple[Token, ...] = ()
+    hidden: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
