@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from queue import SimpleQueue
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.runtime.engine import Event
+from cogumi.runtime.events import Outcome
 from cogumi.runtime.sampling import Rules, signals, top_logprobs
 from cogumi.types import Reply, Request, Token, Usage
-
-Outcome: TypeAlias = Event | Exception
 
 
 class TextStream:
@@ -140,35 +137,11 @@ class Generation:
         self.ended = True
         self.events.put(Reply(text, tuple(self._tokens), reason, usage, figures, prompt=tuple(self._echo)))
 
+    def cancel(self) -> None:
+        """Have it ended as soon as its engine looks at it again."""
+        self.cancelled = True
+
     def fail(self, error: Exception) -> None:
         """End with an error, raised where the events are read."""
         self.ended = True
         self.events.put(error)
-
-
-class Events:
-    """Iterates a generation's events; closing or dropping it before the `Reply` cancels the request."""
-
-    def __init__(self, generation: Generation, receive: Callable[[], Outcome]) -> None:
-        self._generation = generation
-        self._receive = receive
-        self._done = False
-
-    def __iter__(self) -> Events:
-        return self
-
-    def __next__(self) -> Event:
-        if self._done:
-            raise StopIteration
-        outcome = self._receive()
-        self._done = isinstance(outcome, (Reply, Exception))
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    def close(self) -> None:
-        """Cancel the request if it still runs."""
-        self._done = True
-        self._generation.cancelled = True
-
-    __del__ = close

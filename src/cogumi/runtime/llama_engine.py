@@ -19,7 +19,8 @@ from cogumi.runtime.costs import file_key, machine_key, measured_costs, pass_sec
 from cogumi.runtime.drafter import Drafter
 from cogumi.runtime.drafting import Drafting, Speculation
 from cogumi.runtime.engine import Event
-from cogumi.runtime.generation import Events, Generation
+from cogumi.runtime.events import Events
+from cogumi.runtime.generation import Generation
 from cogumi.runtime.jobs import Measurement, Prefill
 from cogumi.runtime.lane import Lane
 from cogumi.runtime.lanes import Lanes
@@ -140,7 +141,7 @@ class LlamaEngine:
         generation = self._admitted(request)
         self._stop_reading_ahead(request.session)
         self._scheduler.submit(request.adapter, generation)
-        return Events(generation, generation.events.get)
+        return Events(generation.events.get, generation.cancel)
 
     def prefill(self, session: str, text: str | Request) -> Future[int]:
         """Read a prompt into the cache before it is sent (SPEC E6); the result is the number of tokens cached.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cogumi.errors import BusyError, ContextError, RequestError
 from cogumi.runtime.engine import Event, Tokenizer
-from cogumi.runtime.generation import Outcome
+from cogumi.runtime.events import Events, Outcome
 from cogumi.runtime.llama import load_tokenizer
 from cogumi.runtime.sampling import check
 from cogumi.runtime.wire import BEST, Answer, Entry, Vocabulary, body_of, entries
@@ -94,7 +94,7 @@ class RemoteEngine:
         answer, events = Answer(request, self._vocabulary), cast(SimpleQueue[Outcome], SimpleQueue())
         task = self._submit(self._answered(body, answer, events, echoed))
         task.add_done_callback(lambda done: events.put(_outcome(done, answer)))
-        return _Events(task, events)
+        return Events(events.get, task.cancel)
 
     def score(self, request: Request, answer: str) -> Score:
         """Negative log-likelihood of `answer` and its end token after the request's prompt."""
@@ -241,30 +241,3 @@ def _outcome(task: Future[Reply], answer: Answer) -> Reply | Exception:
         return answer.reply("cancelled")
     error = task.exception()
     return cast(Exception, error) if error else task.result()
-
-
-class _Events:
-    """Iterates the events of one request; closing or dropping it before the `Reply` hangs up."""
-
-    def __init__(self, task: Future[Reply], events: SimpleQueue[Outcome]) -> None:
-        self._task, self._events = task, events
-        self._done = False
-
-    def __iter__(self) -> _Events:
-        return self
-
-    def __next__(self) -> Event:
-        if self._done:
-            raise StopIteration
-        outcome = self._events.get()
-        self._done = isinstance(outcome, (Reply, Exception))
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    def close(self) -> None:
-        """Cancel the request if it still runs."""
-        self._done = True
-        self._task.cancel()
-
-    __del__ = close

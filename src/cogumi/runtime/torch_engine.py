@@ -22,7 +22,8 @@ from cogumi.errors import BundleError, ContextError, RequestError
 from cogumi.models.build import load
 from cogumi.models.text import HFTokenizer
 from cogumi.runtime.engine import Event
-from cogumi.runtime.generation import Events, Generation, Outcome
+from cogumi.runtime.events import Events, Outcome
+from cogumi.runtime.generation import Generation
 from cogumi.runtime.sampling import Rules, check, draw, logprobs_of, probabilities, signals, top_logprobs
 from cogumi.types import Reading, Request, Score
 
@@ -78,7 +79,7 @@ class TorchEngine:
         generation = self._admitted(request)
         with self._lock:
             self._waiting.append(generation)
-        return Events(generation, lambda: self._receive(generation))
+        return Events(lambda: self._receive(generation), generation.cancel)
 
     def score(self, request: Request, answer: str) -> Score:
         """Negative log-likelihood of `answer` and its end token after the request's prompt."""
