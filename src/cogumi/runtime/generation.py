@@ -74,6 +74,7 @@ class Generation:
         self._prompt_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._tokens: list[Token] = []
         self._text = TextStream(request.stop)
+        self._reason = ""
         self._began = time.perf_counter()
         self._first = 0.0
 
@@ -128,14 +129,21 @@ class Generation:
         return self.ended
 
     def end(self, reason: str) -> None:
-        """Close the answer with its `Reply`."""
+        """Close the answer with its `Reply`; if its hidden state is wanted, the reply waits for `tell`."""
+        self.ended = True
+        self._reason = reason
+        if not self.request.hidden or reason == "cancelled":
+            self.tell(())
+
+    def tell(self, hidden: tuple[float, ...]) -> None:
+        """Hand out the `Reply`."""
         figures = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
         if self.drafted:
             figures["acceptance"] = self.accepted / self.drafted
         usage = Usage(self.prompt_tokens, len(self._tokens), self.reused, self.drafted, self.accepted)
         text = "".join(token.text for token in self._tokens)
-        self.ended = True
-        self.events.put(Reply(text, tuple(self._tokens), reason, usage, figures, prompt=tuple(self._echo)))
+        tokens, echo = tuple(self._tokens), tuple(self._echo)
+        self.events.put(Reply(text, tokens, self._reason, usage, figures, prompt=echo, hidden=hidden))
 
     def cancel(self) -> None:
         """Have it ended as soon as its engine looks at it again."""

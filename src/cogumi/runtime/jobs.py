@@ -34,7 +34,7 @@ class Measurement:
         if states is not None:
             self.last = states[-1].copy()
             total = states.sum(axis=0)
-            self.total = total if start == 0 else self.total + total
+            self.total = self.total + total if len(self.total) else total
 
     def end(self, _reason: str = "stop") -> None:
         """Hand over the result."""

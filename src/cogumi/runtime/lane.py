@@ -8,6 +8,7 @@ belongs to the scheduler's thread.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -231,6 +232,27 @@ class Lane:
             self._speculation.learn(sequence, draft, tokens)
         settled.append(_Settled(sequence, job, tokens, draft, here.start))
 
+    def _look_back(self, sequence: int, job: Generation) -> None:
+        """Read once more the token before an answer's last one, for the hidden state behind it.
+
+        While prompts are read beside it, hidden states would make every token of theirs an output.
+        """
+        again = Measurement(job.ids[:-1], len(job.ids) - 1, hidden=True)
+        again.cached = len(again.ids) - 1
+        self._base.trim(sequence, again.cached)
+        self._jobs[sequence] = again
+
+        def tell(done: Future[Measurement]) -> None:
+            error = done.exception()
+            if error is None:
+                job.tell(tuple(done.result().last.tolist()))
+            elif isinstance(error, RequestError):  # the engine was closed
+                job.end("cancelled")
+            elif isinstance(error, Exception):
+                job.fail(error)
+
+        again.result.add_done_callback(tell)
+
     def _emit(self, logits: Logits, settled: list[_Settled]) -> None:
         """Hand out the settled tokens with their signals."""
         outputs = [at for one in settled for at in range(one.at, one.at + len(one.tokens))]
@@ -247,7 +269,9 @@ class Lane:
                 if job.emit(token, self._tokenizer.piece(token), is_end, told[i + j], agreed, top):
                     break
             job.cached = len(job.ids) - 1
-            if job.ended:
+            if job.ended and job.request.hidden:
+                self._look_back(sequence, job)
+            elif job.ended:
                 self._leave(sequence)
             elif len(tokens) <= len(drafted):
                 self._base.trim(sequence, job.cached)
