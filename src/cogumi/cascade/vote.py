@@ -7,6 +7,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
+import numpy as np
+
 from cogumi.errors import RequestError
 from cogumi.route.signals import answer_signals, perplexity
 from cogumi.route.vote import Embed, final_answer, grouped, tally
@@ -15,33 +17,31 @@ from cogumi.types import Reply, Request, Usage
 
 T = TypeVar("T")
 FEWEST, MOST = 3, 10
+"""How many paths may vote."""
 
 
 @dataclass(frozen=True, slots=True)
-class Paths:
-    """How many answers are sampled, and how. Raises `RequestError` for fewer than 3 or more than 10."""
+class Sampling:
+    """How further answers to a request are drawn."""
 
-    count: int = 5
     temperature: float = 0.8
     top_p: float = 0.9
     frequency_penalty: float = 1.2
 
-    def __post_init__(self) -> None:
-        if not FEWEST <= self.count <= MOST:
-            raise RequestError(f"{self.count} paths cannot vote; give {FEWEST} to {MOST}")
+    def requests(self, request: Request, count: int, first: int = 0) -> list[Request]:
+        """The request `count` times; if it has a seed, each gets its own from that seed and its number from `first`."""
+        seeds = [None if request.seed is None else _seed(request.seed, first + i) for i in range(count)]
+        drawn = replace(
+            request, temperature=self.temperature, top_p=self.top_p, frequency_penalty=self.frequency_penalty
+        )
+        return [replace(drawn, seed=seed) for seed in seeds]
 
-    def requests(self, request: Request) -> list[Request]:
-        """The request once per path; a request with a seed gives each path one of its own."""
-        return [
-            replace(
-                request,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                frequency_penalty=self.frequency_penalty,
-                seed=None if request.seed is None else request.seed * MOST + i,
-            )
-            for i in range(self.count)
-        ]
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+SAMPLING = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +65,19 @@ class Vote:
 def vote(
     engine: Engine,
     request: Request,
-    paths: Paths = Paths(),
+    *,
+    paths: int = 5,
+    sampling: Sampling = SAMPLING,
     embed: Embed | None = None,
 ) -> Generator[None, None, Vote]:
     """Ask all paths at once and count. Yields None while waiting; closing it cancels every path.
 
     Answers that were cut or cancelled, and empty ones, have no vote. With `embed`, free texts that are near each other
-    count as one answer. Raises what `engine.generate` raises.
+    count as one answer. Raises `RequestError` for fewer than 3 or more than 10 paths, and what the engine raises.
     """
-    found = yield from gather(engine, paths.requests(request))
+    if not FEWEST <= paths <= MOST:
+        raise RequestError(f"{paths} paths cannot vote; give {FEWEST} to {MOST}")
+    found = yield from gather(engine, sampling.requests(request, paths))
     answers = [final_answer(reply.text) if reply.finish_reason == "stop" else None for reply in found]
     counted = tally(grouped(answers, embed) if embed else answers, [perplexity(answer_signals(r)) for r in found])
     winner = None if counted.winner is None else found[counted.winner]
