@@ -1,12 +1,18 @@
-"""Pico models in both forms, made once per test session: Hugging Face folders and GGUF files."""
+"""Pico models in both forms, made once per test session: Hugging Face folders and GGUF files; and how to ask them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import numpy as np
+
 from cogumi.compress.gguf import export_adapter, export_model
+from cogumi.runtime.engine import final_reply
+from cogumi.types import Message
 from pico import make_adapter, make_model
+
+CHAT = (Message("system", "Be short."), Message("user", "What is 48 plus 57?"))
 
 
 @dataclass(frozen=True)
@@ -48,3 +54,16 @@ def pico() -> Pico:
     export_adapter(adapter, base, made.adapter_gguf)
     export_adapter(other_adapter, other, made.other_adapter_gguf)
     return made
+
+
+def ids(n, seed=0):
+    return tuple(np.random.default_rng(seed).integers(5, 512, n).tolist())
+
+
+def ask(engine, request):
+    return final_reply(engine.generate(request))
+
+
+def plain(reply):
+    """The tokens, without what only speculation says."""
+    return [replace(token, draft_agreed=None) for token in reply.tokens]

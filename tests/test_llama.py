@@ -116,12 +116,13 @@ def test_batches_that_would_kill_the_process_are_refused(model):
     context.close()
 
 
+@pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_logits_do_not_depend_on_how_tokens_were_cut_into_batches(model, threads):
+def test_logits_do_not_depend_on_how_tokens_were_cut_into_batches(model, threads, cache):
     """Whole, in chunks, token by token, beside others: the same bits at every position (Q8_0)."""
     generator = np.random.default_rng(0)
     ids = generator.integers(5, 512, 600).tolist()  # beyond 512, where kernels change
-    context = Context(model, sequences=3, length=1024, batch=1024, threads=threads)
+    context = Context(model, sequences=3, length=1024, batch=1024, threads=threads, cache=cache)
 
     def read(sequence, sizes, beside=0):
         context.trim(sequence, 0)
