@@ -98,6 +98,15 @@ def test_top_logprobs_are_sorted_and_complete(logits, n):
         {"logprobs": -1},
         {"seed": -1},
         {"stop": ("a", "")},
+        {"logit_bias": {7: "1"}},
+        {"logit_bias": {7: None}},
+        {"logit_bias": {7: True}},
+        {"logit_bias": {7: 101}},
+        {"logit_bias": {7: math.nan}},
+        {"logit_bias": {"7": 1.0}},
+        {"logit_bias": {True: 1.0}},
+        {"logit_bias": {7.0: 1.0}},
+        {"logit_bias": {-1: 1.0}},
     ],
 )
 def test_senseless_values_are_refused_by_name(wrong):

@@ -46,8 +46,6 @@ def check(request: Request) -> None:
             raise RequestError(f"{name} is {value!r}; give {' or '.join(kind.__name__ for kind in kinds)}")
     if not all(isinstance(stop, str) for stop in request.stop) or len(request.stop) > MAX_STOPS:
         raise RequestError(f"stop must be a tuple of at most {MAX_STOPS} strings")
-    if not all(isinstance(token, int) for token in request.logit_bias):
-        raise RequestError("logit_bias must map token ids to numbers")
     if request.max_tokens < 1:
         raise RequestError(f"max_tokens is {request.max_tokens}; ask for at least 1 token")
     if not 0 <= request.temperature <= MAX_TEMPERATURE:
@@ -64,8 +62,9 @@ def check(request: Request) -> None:
         if not abs(penalty := getattr(request, name)) <= MAX_PENALTY:
             raise RequestError(f"{name} is {penalty}; give a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}")
     for token, bias in request.logit_bias.items():
-        if token < 0 or not abs(bias) <= MAX_BIAS:
-            raise RequestError(f"logit_bias of token {token} is {bias}; give ids from 0 up and -100 to 100")
+        numbers = isinstance(token, int) and isinstance(bias, (int, float)) and bool not in (type(token), type(bias))
+        if not numbers or token < 0 or not abs(bias) <= MAX_BIAS:
+            raise RequestError(f"logit_bias of token {token!r} is {bias!r}; give ids from 0 up and -100 to 100")
     if request.grammar is not None and request.json_schema is not None:
         raise RequestError("a request has both a grammar and a JSON schema; give one of them")
 
