@@ -1,5 +1,6 @@
 """What the llama engine does not read twice, and what it reads ahead (SPEC E1, E6)."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -96,3 +97,17 @@ def test_who_reads_ahead_waits_for_those_who_ask():
     assert not ahead[-1].cancel()
     assert ahead[-1].result(60) == 1000
     engine.close()
+
+
+def test_many_threads_read_ahead_for_the_same_sessions(engine):
+    """Whatever takes the place of what, every reading ends, and the last text of a session is read."""
+
+    def type_(session):
+        futures = [engine.prefill(session, "Tom is taller than Ann. " * n) for n in range(1, 12)]
+        return [future.result(30) for future in futures]
+
+    with ThreadPoolExecutor(8) as threads:
+        told = list(threads.map(type_, [f"s{i % 2}" for i in range(16)]))
+    assert all(len(cached) == 11 for cached in told)
+    whole = len(engine.tokenizer.encode("Tom is taller than Ann. " * 11))
+    assert whole in {cached[-1] for cached in told}

@@ -1,12 +1,14 @@
 """The llama engine around its answers: echo, failures, adapters, cache types, what is freed (SPEC E1, E7, E8)."""
 
+import gc
 import json
+import threading
 import weakref
 from dataclasses import replace
 
 import pytest
 
-from cogumi.errors import BundleError, RequestError
+from cogumi.errors import BundleError, BusyError, RequestError
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama import Context
 from cogumi.runtime.llama_engine import LlamaEngine
@@ -130,6 +132,46 @@ def test_cache_types_differ_in_size_and_hardly_in_what_they_say():
 def test_sizes_that_mean_nothing_are_refused(size):
     with pytest.raises(BundleError, match="at least 1"):
         LlamaEngine(pico().base_q8, **size)
+
+
+def test_who_is_cancelled_while_waiting_leaves_the_queue():
+    engine = LlamaEngine(pico().base_q8, threads=1, slots=1, context=8192, queue=2, lookup=False)
+    busy = engine.generate(Request(prompt="Tom", max_tokens=8000, logit_bias={77: 100.0}))
+    next(busy)
+    first, second = (engine.generate(Request(prompt="Ann", max_tokens=3)) for _ in range(2))
+    with pytest.raises(BusyError, match="2 requests are waiting"):
+        engine.generate(Request(prompt="Bob"))
+    told = []
+    reader = threading.Thread(target=lambda: told.extend(first))
+    reader.start()
+    first.close()
+    third = engine.generate(Request(prompt="Bob", max_tokens=3))
+    reader.join(5)
+    assert not reader.is_alive()
+    assert [event.finish_reason for event in told] in (["cancelled"], [])  # []: closed before it began to read
+    with pytest.raises(BusyError):
+        engine.prefill("s", "Tom")
+    second.close()
+    ahead = engine.prefill("s", "Tom is")
+    engine.prefill("s", "Tom is taller")
+    assert ahead.result(5) == 0
+    busy.close()
+    assert final_reply(third).finish_reason == "length"
+    engine.close()
+
+
+def test_an_engine_that_is_dropped_closes_by_itself():
+    engine = LlamaEngine(pico().base_q8, threads=1, lookup=False)
+    thread, weights = engine._scheduler._thread, weakref.ref(engine._model.weights)
+    events = engine.generate(Request(prompt="Tom", max_tokens=50))
+    del engine
+    assert final_reply(events).finish_reason == "length"  # who still reads keeps it open
+    assert thread.is_alive()
+    del events
+    thread.join(5)
+    assert not thread.is_alive()
+    gc.collect()
+    assert weights() is None
 
 
 def test_weights_go_with_their_engine():

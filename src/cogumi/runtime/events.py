@@ -15,7 +15,7 @@ Outcome: TypeAlias = Event | Exception
 class Events:
     """Iterates what `receive` gives until the `Reply`; closing or dropping it before that calls `cancel`.
 
-    `receive` waits for the next outcome. `cancel` may be called from any thread, again, and after the end.
+    `receive` waits for the next outcome; `cancel` must do so from any thread.
     """
 
     def __init__(self, receive: Callable[[], Outcome], cancel: Callable[[], object]) -> None:
@@ -36,7 +36,8 @@ class Events:
 
     def close(self) -> None:
         """Cancel the request if it still runs."""
-        self._done = True
-        self._cancel()
+        if not self._done:
+            self._done = True
+            self._cancel()
 
     __del__ = close

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -41,12 +43,12 @@ class LlamaEngine:
     """`runtime.engine.Engine` over GGUF files.
 
     `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait. `threads`
-    None: `default_threads`. `cache` is the type of the key-value
-    cache: f16, q8_0 or q4_0; None: q8_0 where the model's heads allow, else f16.
-    Drafts come from `lookup` in the text itself and from a `draft` model, bridged if its vocabulary differs; a request
-    that insists gets `draft_tokens` per round, others what pays. Adapters that are not answering are freed, longest
-    unused first, while all of them take more than `adapter_memory` bytes; those added later are written to the file
-    `remember` and read from it at the next start. Raises `BundleError` if a file cannot be used.
+    None: `default_threads`. `cache` is the type of the key-value cache: f16, q8_0 or q4_0; None: q8_0 where the model's
+    heads allow, else f16. Drafts come from `lookup` in the text itself and from a `draft` model, bridged if its
+    vocabulary differs; a request that insists gets `draft_tokens` per round, others what pays. Adapters that are not
+    answering are freed, longest unused first, while all of them take more than `adapter_memory` bytes; those added
+    later are written to the file `remember` and read from it at the next start. An engine that is dropped with nobody
+    reading from it closes by itself. Raises `BundleError` if a file cannot be used.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class LlamaEngine:
             self._adapters, open_lane, lane_bytes=slots * context * self.cache_bytes, budget=adapter_memory
         )
         self._scheduler = Scheduler(self._lanes, slots=slots, queue=queue)
-        self._ahead: dict[str, Prefill] = {}
+        weakref.finalize(self, self._scheduler.stop).atexit = False
+        self._ahead: dict[str, Prefill] = {}  # what is being read ahead for a session
+        self._door = threading.Lock()  # guards it
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -139,9 +143,10 @@ class LlamaEngine:
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; see `Engine.generate`."""
         generation = self._admitted(request)
-        self._stop_reading_ahead(request.session)
+        if request.session is not None:
+            self._read_ahead(request.session, None)
         self._scheduler.submit(request.adapter, generation)
-        return Events(generation.events.get, generation.cancel)
+        return Events(generation.events.get, lambda: self._scheduler.cancel(generation))  # keeps the engine open
 
     def prefill(self, session: str, text: str | Request) -> Future[int]:
         """Read a prompt into the cache before it is sent (SPEC E6); the result is the number of tokens cached.
@@ -153,9 +158,9 @@ class LlamaEngine:
         prompt = self._prompt(request)
         self._fits(prompt)
         job = Prefill(prompt)
-        self._stop_reading_ahead(session)
-        self._ahead = {name: known for name, known in self._ahead.items() if not known.result.done()} | {session: job}
+        self._read_ahead(session, None)
         self._scheduler.submit(request.adapter, job)
+        self._read_ahead(session, job)
         return job.result
 
     def score(self, request: Request, answer: str) -> Score:
@@ -217,10 +222,15 @@ class LlamaEngine:
         text = schema_grammar(request.json_schema) if request.json_schema is not None else request.grammar
         return Rules.of(request, Grammar(self.tokenizer, text) if text is not None else None)
 
-    def _stop_reading_ahead(self, session: str | None) -> None:
-        job = self._ahead.pop(session, None) if session is not None else None
-        if job:
-            job.cancelled = True
+    def _read_ahead(self, session: str, job: Prefill | None) -> None:
+        """Let a job, or nothing, take the place of what is being read ahead for a session."""
+        with self._door:
+            before = self._ahead.pop(session, None)
+            self._ahead = {name: known for name, known in self._ahead.items() if not known.result.done()}
+            if job:
+                self._ahead[session] = job
+        if before:
+            self._scheduler.cancel(before)
 
     def _fits(self, ids: Sequence[int]) -> None:
         if len(ids) > self._context:

@@ -21,7 +21,8 @@ T = TypeVar("T")
 class Scheduler:
     """Runs jobs in lanes that take turns, at most `slots` jobs at a time and `queue` more waiting.
 
-    Whatever ends the thread ends every job: with its error, or as cancelled after `close`.
+    A cancelled job leaves its slot, or the queue, before the next batch. Whatever ends the thread ends every job:
+    with its error, or as cancelled after `stop`.
     """
 
     def __init__(self, lanes: Lanes, *, slots: int, queue: int) -> None:
@@ -30,7 +31,7 @@ class Scheduler:
         self._waiting: deque[tuple[str | None, Job]] = deque()
         self._ahead: deque[tuple[str | None, Job]] = deque()  # what is only read ahead
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._closing = False
+        self._cancelled = self._closing = False
         self._ended: Exception | None = None
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="cogumi-scheduler", daemon=True)
@@ -46,12 +47,15 @@ class Scheduler:
         with self._wake:
             if self._ended:
                 raise self._ended
-            if len(self._waiting) + len(self._ahead) >= self._queue:
-                raise BusyError(
-                    f"{len(self._waiting) + len(self._ahead)} requests are waiting already; try again in a moment"
-                )
+            self._forget_cancelled()
+            if (waiting := len(self._waiting) + len(self._ahead)) >= self._queue:
+                raise BusyError(f"{waiting} requests are waiting already; try again in a moment")
             (self._ahead if isinstance(job, Prefill) else self._waiting).append((adapter, job))
             self._wake.notify()
+
+    def cancel(self, job: Generation | Prefill) -> None:
+        """Have a job ended as cancelled. Takes no lock: garbage collection may call it at any place."""
+        job.cancelled = self._cancelled = True
 
     def call(self, function: Callable[[], T]) -> T:
         """Run a function on the scheduler's thread, between two batches, and return its value."""
@@ -63,12 +67,33 @@ class Scheduler:
             self._wake.notify()
         return result.result()
 
-    def close(self) -> None:
-        """End every job as cancelled and free the contexts."""
+    def stop(self) -> None:
+        """Have every job ended as cancelled and the contexts freed, without waiting for it."""
         with self._wake:
             self._closing = True
             self._wake.notify()
+
+    def close(self) -> None:
+        """End every job as cancelled and free the contexts."""
+        self.stop()
         self._thread.join()
+
+    def _forget_cancelled(self) -> None:
+        """End the cancelled jobs in the queue; whoever calls this holds the lock."""
+        if not self._cancelled:
+            return
+        self._cancelled = False
+        gone: list[Job] = []
+        for queue in (self._waiting, self._ahead):
+            waiting = list(queue)
+            queue.clear()
+            for adapter, job in waiting:
+                if job.cancelled:
+                    gone.append(job)
+                else:
+                    queue.append((adapter, job))
+        for job in gone:
+            job.end("cancelled")
 
     # What follows runs on the scheduler's thread.
 
@@ -90,6 +115,7 @@ class Scheduler:
                 self._wake.wait()
             if self._closing:
                 return False
+            self._forget_cancelled()
         while self._calls:
             function, result = self._calls[0]
             try:
@@ -99,23 +125,21 @@ class Scheduler:
             self._calls.popleft()
         for lane in self._lanes.all():
             lane.sweep()
-        while job := self._next():
-            adapter, waiting = job
+        while waiting := self._next():
+            adapter, job = waiting
             try:
-                if waiting.cancelled:
-                    waiting.end("cancelled")
-                else:
-                    self._lanes.get(adapter).join(waiting)
+                self._lanes.get(adapter).join(job)  # one that is cancelled by now leaves before the next batch
             except Exception as error:  # handed to whoever waits for the job
-                waiting.fail(error)
+                job.fail(error)
         return True
 
     def _next(self) -> tuple[str | None, Job] | None:
         """The next job to admit, if there is a place. Who only reads ahead leaves one to those who ask."""
         free = self._slots - self._active()
-        if self._waiting and free:
-            return self._waiting.popleft()
-        return self._ahead.popleft() if self._ahead and free > min(1, self._slots - 1) else None
+        with self._wake:
+            if self._waiting and free:
+                return self._waiting.popleft()
+            return self._ahead.popleft() if self._ahead and free > min(1, self._slots - 1) else None
 
     def _end(self, error: BaseException | None) -> None:
         """Leave nobody waiting: answers end as cancelled, or with the error that ended the thread."""
