@@ -11,9 +11,10 @@ from cogumi.artifact import write_json, write_text
 from cogumi.bundle import BASE, CALIBRATION, CARD, DIFFICULTY, DRAFT, ROUTER, modifier_name, write_bundle
 from cogumi.compress.gguf import export_adapter, export_model
 from cogumi.route.calibrate import Calibrator
-from cogumi.route.gate import Calibration, Gate, QuestionGate
+from cogumi.route.gate import TIERS, Calibration, Gate, QuestionGate
 from cogumi.route.guarantee import Guarantee
 from cogumi.route.nets import Net
+from cogumi.route.policy import POLICIES
 from pico import make_adapter, make_model
 
 DOMAINS = ("code", "math")
@@ -23,7 +24,7 @@ HIDDEN = 64
 def make_bundle(folder: Path) -> Path:
     """Write a bundle into `folder / "bundle"`: base, draft and a modifier for each of `DOMAINS`.
 
-    Every answer has P(correct) 0.7: enough for the threshold of mode fast, too little for that of accurate.
+    Every answer has P(correct) 0.7: enough for the threshold of mode fast, too little where modifiers may answer.
     The router sends every question to the first domain.
     """
     base, draft = make_model(folder / "base"), make_model(folder / "draft", layers=1, perturb=0.05)
@@ -41,9 +42,10 @@ def make_bundle(folder: Path) -> Path:
     Net.of(np.zeros(width), np.ones(width), [np.zeros((width, 3))], [[0.0, 3.0, 0.0]], classes).save(folder / ROUTER)
     names = ("mean_logprob", *(f"domain_{name}" for name in classes))
     gate = Gate(names, Net.of(np.zeros(4), np.ones(4), [np.zeros((4, 1))], [[np.log(0.7 / 0.3)]]), Calibrator("none"))
-    promises = {"base": 0.5, "modifier": 0.9}
-    guarantees = {name: Guarantee(t, 0.05, 0.95, 100, 50, 0, 0.05) for name, t in promises.items()}
-    calibration = Calibration(QuestionGate(1e9, 0.5), gate, gate, guarantees)
+    thresholds = {policy.name: 0.9 if policy.modifier else 0.5 for policy in POLICIES}
+    guarantees = {name: Guarantee(t, 0.05, 0.95, 100, 50, 0, 0.05) for name, t in thresholds.items()}
+    gates = dict.fromkeys(TIERS, gate)
+    calibration = Calibration(QuestionGate(1e9, 0.5), gates, None, 30.0, guarantees, thresholds)
     write_json(folder / CALIBRATION, calibration.to_json())
     write_text(folder / CARD, "# A pico bundle\n")
     files |= {name: folder / name for name in (DIFFICULTY, ROUTER, CALIBRATION, CARD)}

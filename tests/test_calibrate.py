@@ -3,6 +3,7 @@ have the same.
 """
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,21 +17,15 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.metrics import log_loss as sk_log_loss
 
 from cogumi.cascade.tiers import Question
+from cogumi.data.examples import is_easy
 from cogumi.evaluate import metrics
-from cogumi.evaluate.calibrate import (
-    Answer,
-    Config,
-    Row,
-    calibrate,
-    count,
-    fit_question_gate,
-    is_easy,
-    probabilities,
-)
+from cogumi.evaluate.answers import Answer, Row, policy_answers, probabilities
+from cogumi.evaluate.calibrate import Config, calibrate, fit_question_gate
 from cogumi.evaluate.fit_gate import fit_gate
 from cogumi.route.calibrate import NAMES, Calibrator, fit
-from cogumi.route.gate import Calibration, QuestionGate
+from cogumi.route.gate import Calibration
 from cogumi.route.nets import sigmoid
+from cogumi.route.policy import POLICIES, Policy
 from cogumi.route.signals import answer_signals, question_signals
 from cogumi.types import ABSTENTION, Example, Message, Reading, Reply, Score, Token, Usage
 
@@ -149,7 +144,14 @@ def row(rng, domain):
         reply = Reply(text, tokens, "stop", Usage())
         return Answer(reply, correct, answer_signals(reply))
 
-    return Row(example, question, answer(0.5), answer(1.0) if domain == "math" else None)
+    draft, base = answer(0.0), answer(0.5)
+    seen = {**base.signals, **signals, "draft_nats": 1.0, "draft_gap": 0.5 + rng.normal()}
+    base = Answer(replace(base.reply, hidden=(ease + rng.normal(), rng.normal())), base.correct, seen)
+    draft = Answer(draft.reply, draft.correct, {**draft.signals, **signals})
+    return Row(example, question, reading.score.perplexity, draft, base, answer(1.0) if domain == "math" else None)
+
+
+COST = {"draft": 1.0, "base": 3.0}
 
 
 def made_up(rng, n):
@@ -159,7 +161,7 @@ def made_up(rng, n):
 def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
     rng = np.random.default_rng(9)
     rows = {"fit": made_up(rng, 800), "selection": made_up(rng, 500), "threshold": made_up(rng, 1500)}
-    figures = calibrate(rows, Config(), 0, tmp_path)
+    figures = calibrate(rows, COST, Config(), 0, tmp_path)
     text = (tmp_path / "calibration.json").read_text()
     assert len(text) < 300_000
     calibration = Calibration.from_json(json.loads(text))
@@ -171,13 +173,17 @@ def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
     assert (tmp_path / "histogram.png").stat().st_size > 5_000
 
     fresh = made_up(rng, 3000)
-    p = probabilities(fresh, calibration.base, calibration.modifier)
-    found = figures["guarantee"]["modifier"]
-    accepted, wrong = count(fresh, *p, QuestionGate(0, 0), modifiers=True)(found["threshold"])
+    p = probabilities(fresh, calibration.gates, calibration.probe)
+    policy = Policy(modifier=True)
+    found = figures["guarantee"][policy.name]
+    accepted, wrong = policy_answers(fresh, p, policy, math.inf, COST).count(found["threshold"])
     assert found["bound"] <= 0.05
     assert wrong / accepted <= 0.06
     assert accepted / 3000 == pytest.approx(found["coverage"], abs=0.05)
     assert min(found["coverage"], figures["guarantee"]["base"]["coverage"]) > 0.3
+    assert set(figures["guarantee"]) == set(figures["searched"]) == {policy.name for policy in POLICIES}
+    benefit = figures["benefit"]
+    assert benefit["auroc_benefit"] > benefit["auroc_base_wrong"]  # who is wrong is not who can be helped
 
 
 def test_abstentions_are_never_accepted_answers():
@@ -185,13 +191,17 @@ def test_abstentions_are_never_accepted_answers():
     rows = [
         replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know"))) for r in made_up(rng, 20)
     ]
-    nothing = np.zeros(20)
-    assert count(rows, np.ones(20), nothing, QuestionGate(0, 0), modifiers=True)(0.5) == (0, 0)
+
+    def counted(base, modifier, policy):
+        p = np.tile([0.0, base, modifier, modifier], (20, 1))
+        return policy_answers(rows, p, policy, math.inf, COST).count(0.5)
+
+    assert counted(1.0, 0.0, Policy(modifier=True)) == (0, 0)
     # an abstention that is not sure enough lets the modifier answer
     speaking = [r for r in rows if r.modifier and r.modifier.reply.text != ABSTENTION]
-    accepted, _ = count(rows, nothing, np.ones(20), QuestionGate(0, 0), modifiers=True)(0.5)
+    accepted, _ = counted(0.0, 1.0, Policy(modifier=True))
     assert accepted == len(speaking) > 0
-    assert count(rows, nothing, np.ones(20), QuestionGate(0, 0), modifiers=False)(0.5) == (0, 0)
+    assert counted(0.0, 1.0, Policy()) == (0, 0)
 
 
 @pytest.mark.parametrize("correct", [0.0, 1.0])
@@ -208,9 +218,9 @@ def test_every_form_and_calibrator_is_tried_and_the_best_is_taken():
     rng = np.random.default_rng(11)
     x = rng.normal(size=(900, 2))
     y = (x[:, 0] * x[:, 1] > 0).astype(float)  # no line separates these
-    rows = [{"a": a, "b": b} for a, b in x]
+    rows = [{"mean_logprob": a, "b": b} for a, b in x]
     fitted = fit_gate(rows[:600], y[:600], rows[600:], y[600:], 0)
-    assert len(fitted.figures["tried"]) == 2 * len(NAMES)
+    assert len(fitted.figures["tried"]) == 3 * len(NAMES)
     assert fitted.figures["form"] == "net"
     assert fitted.figures["log_loss"] == min(t["log_loss"] for t in fitted.figures["tried"])
     assert metrics.auroc(fitted.gate.p_all(rows[600:]), y[600:]) > 0.95
@@ -219,7 +229,7 @@ def test_every_form_and_calibrator_is_tried_and_the_best_is_taken():
 
 def test_the_question_gate_when_all_questions_are_of_one_kind():
     rows = made_up(np.random.default_rng(12), 30)
-    gate = fit_question_gate(rows, [True] * 30)
+    gate = fit_question_gate(rows, [True] * 30, Config())
     assert all(r.question.perplexity <= gate.perplexity and r.question.p_easy >= gate.p_easy for r in rows)
     assert not is_easy(replace(rows[0].example, difficulty=0), 2)
     assert not is_easy(replace(rows[0].example, difficulty=1, meta={"check": {"kind": "abstain"}}), 2)

@@ -8,11 +8,15 @@ import shutil
 import pytest
 
 from cogumi.cascade.cascade import Cascade
+from cogumi.cascade.modes import MODES
+from cogumi.cascade.parts import Parts
 from cogumi.data.examples import SPLITS, split_path, write_examples
 from cogumi.errors import DataError
 from cogumi.evaluate import calibrate
+from cogumi.evaluate.graders import grade_all
 from cogumi.route.gate import Calibration
 from cogumi.route.nets import load_net
+from cogumi.route.policy import Policy
 from cogumi.route.signals import abstains
 from cogumi.runtime.engine import replies
 from cogumi.runtime.llama_engine import LlamaEngine
@@ -102,23 +106,26 @@ def test_the_cascade_does_what_calibration_counted(routed, tmp_path):
     inputs, _ = routed
     config = calibrate.Config(e=0.6, max_tokens=6, **SIZE)
     figures = calibrate.run(config, inputs, tmp_path, context(tmp_path))
-    assert {p.name for p in tmp_path.iterdir()} == {"calibration.json", "reliability.png", "histogram.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "calibration.json",
+        "reliability.png",
+        "histogram.png",
+        "frontier.png",
+    }
     assert figures["rows"] == {"fit": ROWS, "selection": ROWS, "threshold": ROWS}
     calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
     examples = calibrate.read_examples(split_path(inputs["data"].path, "threshold"))
     with calibrate.ExitStack() as opened:
         tiers = calibrate.open_tiers(inputs, config, opened)
-        cascade = Cascade(tiers, calibration, workers=4)
-        for mode, policy in (("fast", "base"), ("accurate", "modifier")):
-            promise = figures["guarantee"][policy]
+        cascade = Cascade(Parts(tiers, calibration), workers=4)
+        for mode in ("fast", "balanced", "turbo", "mobile"):
+            promise = figures["guarantee"][MODES[mode].policy.name]
             assert math.isfinite(promise["threshold"])
             requests = [Request(messages=e.messages, max_tokens=6, mode=mode) for e in examples]
             answers = list(replies(cascade, requests))
-            confident = [r for r in answers if r.route in ("base", "base+draft", "modifier")]
+            confident = [r for r in answers if r.route in ("draft", "base", "base+draft", "modifier")]
             assert len(confident) == promise["accepted"] > 0
-            verdicts = calibrate.grade_all(
-                [(e, r.text) for e, r in zip(examples, answers, strict=True) if r in confident]
-            )
+            verdicts = grade_all([(e, r.text) for e, r in zip(examples, answers, strict=True) if r in confident])
             assert sum(not v.correct for v in verdicts) == promise["wrong"]
             assert not any(abstains(r.text) for r in confident)
 
@@ -139,7 +146,7 @@ def test_when_nothing_can_be_promised_that_is_said(routed, tmp_path):
     promise = figures["guarantee"]["base"]
     assert (promise["threshold"], promise["coverage"], promise["accepted_error"]) == (None, 0.0, None)
     calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
-    assert calibration.guarantee(modifiers=False).threshold == math.inf
+    assert calibration.threshold("calibrated", Policy()) == math.inf
 
 
 def test_an_empty_split_is_named(routed, tmp_path):

@@ -16,9 +16,10 @@ from cogumi.evaluate.graders import normalise
 from cogumi.route import signals
 from cogumi.route.calibrate import Calibrator
 from cogumi.route.domains import fold, route
-from cogumi.route.gate import Calibration, Check, Gate, QuestionGate, check, settle
+from cogumi.route.gate import Calibration, Gate, QuestionGate, check
 from cogumi.route.guarantee import Guarantee
 from cogumi.route.nets import Net, load_head, load_net, sigmoid, softmax
+from cogumi.route.policy import POLICIES, Answers, Policy, settle
 from cogumi.types import ABSTENTION, Reading, Reply, Score, Token, Usage
 
 
@@ -146,24 +147,27 @@ def gate_of(weight, offset=0.0):
 def test_a_calibration_survives_json_exactly():
     isotonic = Gate(("a", "b"), gate_of(0.3).net, Calibrator("isotonic", knots=((-1.0, 0.1), (2.0, 0.9))))
     promise = Guarantee(math.inf, 0.05, 0.95, 100, 0, 0, 1.0)
-    promises = {"base": promise, "modifier": promise}
-    whole = Calibration(QuestionGate(20.0, 0.5), gate_of(1.0), isotonic, promises)
+    promises = {"base": promise, "base+modifier": promise}
+    gates = {"base": gate_of(1.0), "modifier": isotonic}
+    whole = Calibration(QuestionGate(20.0, 0.5), gates, gate_of(2.0).net, 30.0, promises, {"base": 0.8})
     text = json.dumps(whole.to_json(), allow_nan=False)
     again = Calibration.from_json(json.loads(text))
     assert json.dumps(again.to_json()) == text
-    assert again.guarantee(True) == promise
+    assert again.threshold("calibrated", Policy(modifier=True)) == math.inf
+    assert again.threshold("searched", Policy()) == 0.8
     row = {"a": 0.3, "b": 5.0, "other": 1.0}
-    assert again.modifier.p_correct(row) == isotonic.p_correct(row)
+    assert again.gates["modifier"].p_correct(row) == isotonic.p_correct(row)
     with pytest.raises(BundleError, match="format 9"):
         Calibration.from_json({"format": 9})
     with pytest.raises(BundleError, match="incomplete"):
-        Calibration.from_json({"format": 1})
+        Calibration.from_json({"format": 2})
 
 
 def test_a_bundle_without_modifiers_has_the_base_policy_only():
     promise = Guarantee(0.8, 0.05, 0.95, 100, 80, 1, 0.05)
-    plain = Calibration(QuestionGate(20.0, 0.5), gate_of(1.0), None, {"base": promise})
-    assert plain.guarantee(True) == plain.guarantee(False) == promise
+    plain = Calibration(QuestionGate(20.0, 0.5), {"base": gate_of(1.0)}, None, 30.0, {"base": promise}, {})
+    assert plain.threshold("calibrated", Policy()) == 0.8
+    assert plain.threshold("calibrated", Policy(draft=True)) == math.inf  # never calibrated, so never sure
 
 
 def test_gate_kinds():
@@ -171,22 +175,51 @@ def test_gate_kinds():
     assert check("calibrated", 0.8, sure, 0.8).accepted
     assert not check("calibrated", 0.79, sure, 0.8).accepted
     assert not check("calibrated", 1.0, sure, math.inf).accepted
-    assert check("perplexity", 0.0, sure, 0.8).accepted
-    assert not check("perplexity", 1.0, {"mean_logprob": -3.5}, 0.8).accepted
-    with pytest.raises(RequestError, match="calibrated, perplexity"):
+    assert check("perplexity", 0.0, sure, 30.0).accepted
+    assert not check("perplexity", 1.0, {"mean_logprob": -3.5}, 30.0).accepted
+    with pytest.raises(RequestError, match="calibrated, searched, perplexity"):
         check("other", 0.5, sure, 0.5)
 
 
-def judged(p, threshold):
-    return Check(p, "p_correct", p, threshold, p >= threshold)
+chances = st.lists(st.floats(0, 1), min_size=1, max_size=4)
 
 
 @settings(deadline=None)
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_settle_never_gives_confidence_below_the_threshold(base, modifier, threshold):
-    tier, accepted = settle(judged(base, threshold), judged(modifier, threshold))
-    p = {"base": base, "modifier": modifier}[tier]
-    assert accepted == (p >= threshold)
-    assert accepted == (max(base, modifier) >= threshold)
-    assert accepted or p == max(base, modifier)
-    assert settle(judged(base, threshold), None) == ("base", base >= threshold)
+@given(chances, st.floats(0, 1))
+def test_settle_never_gives_confidence_below_the_threshold(p, threshold):
+    which, accepted = settle(p, [x >= threshold for x in p])
+    assert accepted == (p[which] >= threshold) == (max(p) >= threshold)
+    assert accepted or p[which] == max(p)
+    assert not any(x >= threshold for x in p[:which])  # the first that is sure answers
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=3, max_size=3), min_size=1), st.floats(0, 1))
+def test_all_rows_at_once_are_settled_like_each(rows, threshold):
+    rows = [[0.5, *row] for row in rows]  # somebody always answers
+    p = np.array([[math.nan if x is None else x for x in row] for row in rows])
+    which, accepted = Answers(p, p > 2, p > -1, p).given(threshold)
+    for row, i, sure in zip(rows, which, accepted, strict=True):
+        asked = [j for j, x in enumerate(row) if x is not None]
+        mine, was = settle([row[j] for j in asked], [row[j] >= threshold for j in asked])
+        assert (asked[mine], was) == (i, sure)
+
+
+def test_answers_count_what_is_claimed_and_what_it_cost():
+    p = np.array([[0.9, math.nan], [0.4, 0.95], [0.3, 0.2], [0.95, math.nan]])
+    correct = np.array([[True, False], [False, True], [True, False], [False, False]])
+    claims = np.array([[True, True], [True, True], [True, True], [False, True]])
+    answers = Answers(p, correct, claims, np.full((4, 2), 2.0))
+    assert answers.count(0.9) == (2, 0)
+    assert answers.count(0.0) == (3, 1)
+    assert answers.outcome(0.9) == (0.75, 3.0)
+    assert answers.rows(np.array([1])).count(0.9) == (1, 0)
+
+
+def test_policies_have_names_of_their_own_and_ask_in_order():
+    assert len({policy.name for policy in POLICIES}) == len(POLICIES) == 6
+    assert Policy(modifier=True).order(True, True) == ("base", "modifier")
+    assert Policy(modifier=True).order(False, True) == ("base",)
+    assert Policy(draft=True).order(True, True) == ("draft", "base")
+    assert Policy(True, True, True).order(True, True) == ("draft", "direct")
+    assert Policy(True, True, True).order(True, False) == ("draft", "base", "modifier")

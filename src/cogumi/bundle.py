@@ -8,11 +8,19 @@
     calibration.json            from signals to P(correct), and the guaranteed threshold
     README.md                   model card
 
+and, where the recipe makes them:
+
+    escalation.onnx             notices a dissatisfied follow-up
+    critic.safetensors          scores an answer and names what is wrong with it
+    embedder.onnx, .json        sentence embeddings, for the semantic cache
+    examples.jsonl              questions with answers, shown to the base before hard ones
+
 No file can run code when it is opened. A folder with anything missing, extra, damaged or foreign is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -30,8 +38,11 @@ FORMAT = 1
 INDEX = "bundle.json"
 BASE, DRAFT = "base.gguf", "draft.gguf"
 DIFFICULTY, ROUTER, CALIBRATION = "difficulty.safetensors", "router.safetensors", "calibration.json"
+ESCALATION, CRITIC, EXAMPLES = "escalation.onnx", "critic.safetensors", "examples.jsonl"
+EMBEDDER, VOCABULARY = "embedder.onnx", "embedder.json"
 CARD = "README.md"
 REQUIRED = (BASE, DRAFT, DIFFICULTY, ROUTER, CALIBRATION, CARD)
+OPTIONAL = (ESCALATION, CRITIC, EXAMPLES, EMBEDDER, VOCABULARY)
 _MODIFIER = re.compile(r"modifiers/([A-Za-z0-9][A-Za-z0-9_-]*)\.gguf")
 
 
@@ -59,7 +70,11 @@ class Index(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened, verified bundle; `description` is what its maker said about it (figures, provenance)."""
+    """An opened, verified bundle; `description` is what its maker said about it (figures, provenance).
+
+    None for an optional part that it lacks; `embedder` is the folder of the two files. Bundles of the same
+    `fingerprint` hold the same bytes.
+    """
 
     path: Path
     base: Path
@@ -69,6 +84,11 @@ class Bundle:
     router: Path
     calibration: dict[str, Any]
     description: dict[str, Any]
+    fingerprint: str
+    escalation: Path | None = None
+    critic: Path | None = None
+    examples: Path | None = None
+    embedder: Path | None = None
 
 
 def modifier_name(domain: str) -> str:
@@ -83,7 +103,7 @@ def _check_names(folder: Path, index: Index) -> None:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or not (folder / name).resolve().is_relative_to(root):
             raise BundleError(f"{folder}: the path '{name}' leaves the folder; do not use this bundle")
-        if name not in REQUIRED and not _MODIFIER.fullmatch(name):
+        if name not in (*REQUIRED, *OPTIONAL) and not _MODIFIER.fullmatch(name):
             raise BundleError(f"{folder}: '{name}' is no file of this format; build the bundle again")
     for name in REQUIRED:
         if name not in index.files:
@@ -170,6 +190,12 @@ def open_bundle(folder: Path) -> Bundle:
         calibration = json.loads((folder / CALIBRATION).read_bytes())
     except ValueError as error:
         raise BundleError(f"{folder / CALIBRATION} is not JSON; build the bundle again") from error
+
+    listed = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(index.files.items()))
+
+    def optional(*names: str) -> Path | None:
+        return folder / names[0] if all(name in index.files for name in names) else None
+
     matches = (_MODIFIER.fullmatch(name) for name in sorted(index.files))
     return Bundle(
         path=folder,
@@ -180,4 +206,9 @@ def open_bundle(folder: Path) -> Bundle:
         router=folder / ROUTER,
         calibration=calibration,
         description=index.description,
+        fingerprint=hashlib.sha256(listed.encode()).hexdigest(),
+        escalation=optional(ESCALATION),
+        critic=optional(CRITIC),
+        examples=optional(EXAMPLES),
+        embedder=folder if optional(EMBEDDER, VOCABULARY) else None,
     )

@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Callable
+from typing import Protocol
 
 from cogumi import show
-from cogumi.cascade.modes import mode_of
+from cogumi.cascade.modes import AUTO, Settings
+from cogumi.cascade.notes import without_note
 from cogumi.errors import CogumiError, RequestError
 from cogumi.runtime.engine import Engine
 from cogumi.runtime.writing import further
 from cogumi.types import Message, Reply, Request
 
+USER = "local"
+"""Whose memory a chat in the terminal has."""
 HELP = """\
 Type a question and press Enter. The conversation is remembered until /new.
-  /mode NAME   answer in another mode, fast or accurate; /mode alone goes back to the usual one
+  /mode NAME   answer in another mode: fast, balanced, accurate, ...; /mode alone lets each question choose
+  /right       the last answer was right; /wrong, it was not (kept if the chat was started with --state)
   /new         forget the conversation
   /help        this text
   /quit        end (so does Ctrl-D)"""
 
 
-class Conversation:
-    """The turns so far and the mode they are answered in."""
+class Rated(Engine, Protocol):
+    """An engine whose answers can be rated."""
 
-    def __init__(self, engine: Engine, mode: str | None = None) -> None:
-        self.engine, self.mode = engine, mode_of(mode).name
+    def feedback(self, id: str, user: str | None, right: bool) -> None:
+        """Take note of whether the answer of that id was right."""
+
+
+class Conversation:
+    """The turns so far and the mode they are answered in (None: each question chooses).
+
+    Raises `RequestError` for a mode that `settings` does not know.
+    """
+
+    def __init__(self, engine: Rated, mode: str | None = None, settings: Settings | None = None) -> None:
+        self.engine, self.settings = engine, settings or Settings()
+        self.choose(mode)
+        self.id = ""
         self.messages: tuple[Message, ...] = ()
+
+    def choose(self, mode: str | None) -> None:
+        """Answer in that mode from now on."""
+        self.settings.check(mode)
+        self.mode = mode
+
+    def rate(self, right: bool) -> None:
+        """Say whether the last answer was right."""
+        self.engine.feedback(self.id, USER, right)
 
     def say(self, text: str, write: Callable[[str], None] = lambda piece: None) -> Reply:
         """Ask, pass the answer's text to `write` piece by piece, and return the reply.
 
         A turn that fails is not remembered, so that the conversation can go on.
         """
-        from cogumi.cascade.cascade import without_note  # loads llama.cpp
-
         asked = (*self.messages, Message("user", text))
-        so_far = ""
-        for event in self.engine.generate(Request(messages=asked, mode=self.mode)):
+        so_far, self.id = "", uuid.uuid4().hex
+        for event in self.engine.generate(Request(messages=asked, mode=self.mode, user=USER, id=self.id)):
             piece, so_far = further(so_far, event)
             if piece:
                 write(piece)
@@ -78,10 +103,16 @@ def _command(conversation: Conversation, line: str) -> None:
     name, _, argument = line.partition(" ")
     if name == "/mode":
         try:
-            conversation.mode = mode_of(argument.strip() or None).name
+            conversation.choose(argument.strip() or None)
         except RequestError as error:
             print(error)
-        print(f"mode: {conversation.mode}")
+        print(f"mode: {conversation.mode or AUTO}")
+    elif name in ("/right", "/wrong"):
+        try:
+            conversation.rate(name == "/right")
+            print("noted")
+        except RequestError as error:
+            print(error)
     elif name == "/new":
         conversation.messages = ()
         print("a new conversation")

@@ -32,7 +32,18 @@ BundleArgument = Annotated[
 ]
 ModeOption = Annotated[
     str | None,
-    typer.Option(help="`fast` never asks a modifier, `accurate` does.", show_default="accurate"),
+    typer.Option(
+        help="`fast` never asks a modifier, `balanced` may, `accurate` tries more on hard questions; also `turbo`, "
+        "`mobile`, `desktop`, or one of your --settings.",
+        show_default="what suits the question",
+    ),
+]
+SettingsOption = Annotated[
+    Path | None, typer.Option(help="YAML with modes of your own, and which questions get which mode.")
+]
+StateOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder for what is kept between runs: session memory, ratings.", show_default="keep nothing"),
 ]
 
 ThreadsOption = Annotated[
@@ -103,7 +114,7 @@ def demo(runs: RunsOption = RUNS) -> None:
 
     Example: `cogumi demo` (about eight minutes the first time, seconds after that).
     """
-    from cogumi.cascade.cascade import open_cascade
+    from cogumi.cascade.opening import open_cascade
     from cogumi.chat import Conversation
 
     report = _build("tiny", runs, None)
@@ -121,6 +132,8 @@ def chat(
     bundle: BundleArgument = None,
     mode: ModeOption = None,
     once: Annotated[str | None, typer.Option(help="Answer this one question and end.")] = None,
+    settings: SettingsOption = None,
+    state: StateOption = None,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -128,13 +141,16 @@ def chat(
 
     Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
     """
-    from cogumi.cascade.cascade import open_cascade
+    from cogumi.cascade.modes import load_settings
+    from cogumi.cascade.opening import open_cascade
     from cogumi.chat import Conversation, talk
 
     if json and once is None:
         raise CogumiError('--json prints one answer: give its question with --once "..."')
-    with closing(open_cascade(_found(bundle), threads=threads)) as cascade:
-        conversation = Conversation(cascade, mode)
+    chosen = load_settings(settings)
+    chosen.check(mode)
+    with closing(open_cascade(_found(bundle), threads=threads, settings=chosen, state=state)) as cascade:
+        conversation = Conversation(cascade, mode, chosen)
         if once is None:
             talk(conversation)
         elif json:
@@ -157,23 +173,43 @@ def serve(
     cache: Annotated[
         str | None, typer.Option(help="Key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where it fits")
     ] = None,
+    settings: SettingsOption = None,
+    state: StateOption = None,
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            help="Give sure answers again: to the same question (`exact`), to near ones (`static`), or only where "
+            "near ones have proven to be the same (`verified`).",
+            show_default="never",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Serve a bundle to any OpenAI client, at http://HOST:PORT/v1; any API key is accepted.
 
     Example: `cogumi serve runs/tiny/bundle --port 8000`
     """
+    from cogumi.cascade.modes import load_settings
     from cogumi.serve import api
 
-    folder = _found(bundle)
+    folder, chosen = _found(bundle), load_settings(settings)
     listener = api.bind(host, port)
     where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     show.NOTES.print(f"cogumi: loading {folder}", soft_wrap=True)
 
     def load() -> api.Served:
-        from cogumi.cascade.cascade import open_cascade
+        from cogumi.cascade.opening import open_cascade
 
-        return open_cascade(folder, slots=slots, context=context, threads=threads, cache=cache)
+        return open_cascade(
+            folder,
+            slots=slots,
+            context=context,
+            threads=threads,
+            cache=cache,
+            settings=chosen,
+            state=state,
+            reuse=reuse,
+        )
 
     def ready(cascade: api.Served) -> None:
         if json:
@@ -219,17 +255,34 @@ def _model(tier: str, models: Sequence[str]) -> str:
 @app.command(name="eval")
 def evaluate(
     bundle: BundleArgument = None,
-    data: Annotated[Path, typer.Option(help="Questions: JSONL in Alpaca or messages form.")] = ...,  # type: ignore[assignment]
+    data: Annotated[
+        Path | None, typer.Option(help="Questions: JSONL in Alpaca or messages form; with --suite what that one wants.")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure instead: honesty, routing, domains, escalation, cache, deliberation or learning.",
+            show_default="grade the answers to --data",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --suite: folder for its pictures and figures.")] = None,
+    seed: Annotated[int, typer.Option(help="With --suite: seed of what it draws.")] = 0,
     tier: Annotated[str, typer.Option(help="cascade, base, draft or modifier:NAME.")] = "cascade",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Ask a bundle the questions of a file and grade the answers.
+    """Ask a bundle the questions of a file and grade the answers, or measure one of the suites.
 
-    Example: `cogumi eval runs/tiny/bundle --data questions.jsonl --tier base --limit 200`
+    Example: `cogumi eval runs/tiny/bundle --data questions.jsonl --tier base --limit 200`, or
+    `cogumi eval --suite honesty --out honesty`
     """
-    from cogumi.cascade.cascade import open_cascade
+    if suite is not None:
+        _measure(suite, bundle, data, out, seed, json)
+        return
+    if data is None:
+        raise CogumiError("name the questions with --data FILE, or a --suite")
+    from cogumi.cascade.opening import open_cascade
     from cogumi.data.load import load
     from cogumi.evaluate.measure import measure
 
@@ -244,6 +297,42 @@ def evaluate(
         show.emit(figures)
     else:
         show.print_evaluation(figures)
+
+
+def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None, seed: int, json: bool) -> None:
+    """Run a suite and print its table; with `out` the figures are kept beside the pictures."""
+    from cogumi.artifact import write_json
+    from cogumi.evaluate.suite import Task, suite
+
+    measured = suite(name)
+    if bundle is None and any(RUNS.glob("*/bundle/bundle.json")):
+        bundle = _found(None)
+    with show.SuiteProgress(name) as progress:
+        found = measured.run(Task(bundle, data, out, seed, progress.advanced))
+    figures = show.findings(name, found)
+    if out is not None:
+        write_json(out / f"{name}.json", figures)
+    if json:
+        show.emit(figures)
+    else:
+        show.print_findings(figures)
+
+
+@app.command()
+def forget(
+    user: Annotated[str, typer.Argument(help="The user as requests name them; `local` is the terminal's.")],
+    state: Annotated[Path, typer.Option(help="The folder that --state named.")],
+) -> None:
+    """Delete what is remembered of a user: questions, answers, ratings.
+
+    Example: `cogumi forget alice --state state`
+    """
+    from cogumi.cascade.memory import FILE, Memory
+
+    if not (state / FILE).is_file():
+        raise CogumiError(f"{state} holds no memory; name the folder that was given with --state")
+    with closing(Memory(state / FILE)) as memory:
+        show.OUT.print(f"{memory.forget(user)} turns of {user} deleted")
 
 
 @app.command()

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ class BuildProgress:
             self._task = None
         took = "unchanged" if skipped else duration(seconds)
         NOTES.print(f"[green]✓[/] {escape(self._title)}  {took}  [dim]{self._last}[/]")
+
+
+class SuiteProgress:
+    """Shows how far a suite is: a bar with the time left on a terminal, otherwise a plain line now and then."""
+
+    def __init__(self, name: str) -> None:
+        self._build, self._name = BuildProgress(), name
+
+    def __enter__(self) -> SuiteProgress:
+        self._build.__enter__()
+        self._build.started(self._name, "suite", 1, 1, "")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._build.__exit__()
+
+    def advanced(self, done: int, total: int | None, figures: Mapping[str, float]) -> None:
+        """Move the bar."""
+        self._build.advanced(done, total, figures)
 
 
 class BenchProgress:
@@ -242,6 +262,28 @@ def print_evaluation(figures: Mapping[str, Any]) -> None:
         NOTES.print(f"{len(rejected)} rows could not be used:")
         for row in rejected[:10]:
             NOTES.print(f"  {escape(row)}", soft_wrap=True)
+
+
+def findings(name: str, found: Any) -> dict[str, Any]:
+    """A suite's findings as JSON values."""
+    rows = [asdict(figure) | {"met": figure.met} for figure in found.figures]
+    return {"suite": name, "figures": rows, "facts": dict(found.facts), "pictures": [str(p) for p in found.pictures]}
+
+
+def print_findings(found: Mapping[str, Any]) -> None:
+    """The table of a suite, what it rests on, and where its pictures are."""
+    rows = []
+    for row in found["figures"]:
+        mark = {True: "✓ ", False: "✗ ", None: ""}[row["met"]]
+        bounds = "" if row["low"] is None else f"{row['low']:.4g} .. {row['high']:.4g}"
+        value = "-" if row["value"] is None else f"{row['value']:.4g}"
+        rows.append([row["name"], value, bounds, f"{mark}{row['goal']}", row["note"]])
+    table(f"Suite {found['suite']}", ["figure", "value", "bounds", "goal", "note"], rows)
+    for key, value in found["facts"].items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        OUT.print(f"[dim]{escape(key)}: {escape(text)}[/]", soft_wrap=True)
+    for path in found["pictures"]:
+        OUT.print(escape(path), soft_wrap=True)
 
 
 def print_inspection(found: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ class Request:
     `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an answer
     below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned,
     `id` so that the answer can be rated later; `files` names what the question is about (`main.py`). `hidden` asks
-    for the hidden state behind the answer.
+    for the hidden state behind the answer. `progressive` streams the draft's answer at once and revises it.
     """
 
     messages: tuple[Message, ...] = ()
@@ -75,6 +75,7 @@ class Request:
     id: str | None = None
     files: tuple[str, ...] = ()
     hidden: bool = False
+    progressive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
 from contextlib import closing
 from typing import TypeAlias, cast
@@ -16,6 +16,16 @@ Flow: TypeAlias = Generator[Event | None, None, Reply]
 """Events of one request, None where work goes on without one (so that a cancel is noticed), and the final
 reply.
 """
+
+
+def answered(events: Iterator[Event], *, live: bool) -> Flow:
+    """A generation as a flow; its tokens pass on only if `live`. Closing the flow cancels it."""
+    with closing(cast(Generator[Event, None, None], events)):
+        for event in events:
+            if isinstance(event, Reply):
+                return event
+            yield event if live else None
+    raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
 
 
 class _Channel:

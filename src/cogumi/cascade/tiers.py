@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cogumi.route.nets import Net, sigmoid
-from cogumi.route.signals import question_signals
+from cogumi.route.signals import answer_signals, opinion_signals, question_signals
 from cogumi.runtime.engine import Engine, Event
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.types import Reading, Request
+from cogumi.types import Reading, Reply, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,25 @@ class Tiers:
         signals = question_signals(reading, p_easy, domains, text)
         return Question(signals, reading.score.perplexity, p_easy, domains)
 
-    def answer(self, request: Request, adapter: str | None) -> Iterator[Event]:
-        """Start an answer of the base, or of one of its modifiers."""
-        return self.base.generate(replace(request, adapter=adapter))
+    def answer(self, request: Request, tier: str) -> Iterator[Event]:
+        """Start the answer of a tier: `draft`, `base`, or the modifier of a domain, by its name."""
+        if tier == "draft":
+            return self.draft.generate(replace(request, speculate=False))
+        return self.base.generate(replace(request, adapter=None if tier == "base" else tier))
+
+    def read_ahead(self, request: Request, domain: str, name: str) -> None:
+        """Have a domain's modifier loaded and the prompt read by it while the base answers (SPEC F6)."""
+        if isinstance(self.base, LlamaEngine):
+            self.base.prefill(name, replace(request, adapter=domain))
+
+    def surprise(self, request: Request) -> float:
+        """The base's perplexity of a request's prompt, read before anything is generated (SPEC F1, second form)."""
+        return self.base.read(request).score.perplexity
+
+    def base_signals(self, request: Request, reply: Reply, question: Question) -> dict[str, float]:
+        """All signals of the base's answer but the probe's: of its own pass, the question's, the draft's opinion."""
+        own = answer_signals(reply)
+        return {**own, **question.signals, **opinion_signals(self.draft.score(request, reply.text), own)}
 
     def drafting_speedup(self) -> float:
         """How many times faster the base is expected to answer with drafts; 0 where it cannot have any."""

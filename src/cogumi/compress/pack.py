@@ -1,25 +1,29 @@
 """Stage `bundle`: put the exported parts of a cascade into one verified folder with a model card.
 
-Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`),
-`difficulty` and `router` (safetensors), and `calibration`.
+Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty` and
+`router` (safetensors), and `calibration`; if wanted `escalation`, `critic`, `embedder`, and `examples` (questions, some
+of which are shown to the base before hard ones).
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi import bundle
 from cogumi.artifact import write_text
+from cogumi.data.examples import iterate_examples
 from cogumi.errors import ExportError, RecipeError
 from cogumi.registry import nearest
 from cogumi.stage import Context
 from cogumi.types import Artifact
 
-VERSION = 1
+VERSION = 2
 KIND = "bundle"
 
 MODIFIER = "modifier_"
@@ -31,13 +35,21 @@ SOURCES = {
     "calibration": (bundle.CALIBRATION, bundle.CALIBRATION, "from signals to P(correct), with the threshold"),
 }
 """Role -> (file in the input's folder, its name in the bundle, what it does)."""
+OPTIONAL = {
+    "escalation": (bundle.ESCALATION, bundle.ESCALATION, "notices that a user is not satisfied with an answer"),
+    "critic": (bundle.CRITIC, bundle.CRITIC, "scores an answer and names what is wrong with it"),
+    "embedder": (bundle.EMBEDDER, bundle.EMBEDDER, "embeds sentences, for the semantic cache"),
+    "examples": ("train.jsonl", bundle.EXAMPLES, "questions with answers, shown to the base before hard ones"),
+}
+"""The same for what need not be there."""
 
 
 class Config(BaseModel):
-    """`title` heads the model card."""
+    """`title` heads the model card; `examples` of each domain are kept of the input of that name."""
 
     model_config = ConfigDict(extra="forbid")
     title: str = "A Cogumi cascade"
+    examples: int = Field(40, ge=1)
 
 
 def _source(role: str) -> tuple[str, str, str]:
@@ -45,10 +57,24 @@ def _source(role: str) -> tuple[str, str, str]:
         domain = role.removeprefix(MODIFIER)
         what = f"answers {domain} questions that the base is unsure of"
         return "adapter.gguf", bundle.modifier_name(domain), what
-    if role not in SOURCES:
-        hint = nearest(role, [*SOURCES, MODIFIER + "<domain>"])
+    known = SOURCES | OPTIONAL
+    if role not in known:
+        hint = nearest(role, [*known, MODIFIER + "<domain>"])
         raise RecipeError(f"stage 'bundle' has no input '{role}'; {hint}")
-    return SOURCES[role]
+    return known[role]
+
+
+def _write_examples(source: Path, target: Path, count: int) -> None:
+    """The first `count` questions of each domain that have an answer, with it: one JSON object a line."""
+    kept: Counter[str] = Counter()
+    lines = []
+    for example in iterate_examples(source):
+        answerable = example.meta.get("check", {}).get("kind") != "abstain"
+        if answerable and len(example.messages) == 1 and kept[example.domain] < count:
+            kept[example.domain] += 1
+            row = {"domain": example.domain, "question": example.messages[0].content, "answer": example.answer}
+            lines.append(json.dumps(row, ensure_ascii=False))
+    write_text(target, "\n".join(lines) + "\n")
 
 
 def _part(role: str, artifact: Artifact) -> dict[str, Any]:
@@ -95,6 +121,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             raise ExportError(f"input '{role}' ({inputs[role].path}) holds no {source}; check the recipe")
         if name.endswith(".gguf"):
             parts[name] = _part(role, inputs[role])
+        if role == "examples":
+            _write_examples(files[name], out / name, config.examples)
+            files[name] = out / name
+        if role == "embedder":
+            files[bundle.VOCABULARY] = inputs[role].path / bundle.VOCABULARY
     sizes = {name: path.stat().st_size for name, path in files.items()}
     card = out / bundle.CARD
     write_text(card, model_card(config.title, inputs, sizes))

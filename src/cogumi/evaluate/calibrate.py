@@ -1,9 +1,8 @@
-"""Stage `calibrate`: everything that decides at run time, learned from graded answers (SPEC F1 to F4).
+"""Stage `calibrate`: everything that decides at run time, learned from graded answers (SPEC F1 to F4, F10).
 
-The finished models answer three splits, the base every row, and the modifier of a row's routed domain its
-row. On `fit` the answer gates and the question gate are fitted, on `selection` form and calibrator are
-chosen and the order of thresholds fixed, on `threshold` the promise is tested and the figures are measured.
-For an unanswerable question the abstention is the correct answer; in the promise, abstentions count neither
+The finished models answer three splits. On `fit` the gates are fitted, on `selection` form and calibrator are chosen,
+thresholds searched (F10) and the order of their tests fixed, on `threshold` the promise is tested and the figures are
+measured. For an unanswerable question the abstention is the correct answer; in the promise, abstentions count neither
 as accepted nor as wrong.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +19,66 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import write_json
-from cogumi.cascade.tiers import Question, Tiers
+from cogumi.cascade.tiers import Tiers
 from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.errors import DataError
-from cogumi.evaluate.fit_gate import Fitted, fit_gate
-from cogumi.evaluate.graders import grade_all
+from cogumi.evaluate.answers import (
+    Answer,
+    Asking,
+    Row,
+    ask,
+    asked,
+    base_rows,
+    familiar,
+    hidden,
+    policy_answers,
+    probabilities,
+)
+from cogumi.evaluate.fit_gate import Fitted, fit_gate, fit_probe
 from cogumi.evaluate.metrics import aurc, auroc, brier, crossing, ece, log_loss
-from cogumi.evaluate.plots import histogram_picture, reliability_picture
-from cogumi.route.domains import route
-from cogumi.route.gate import Calibration, Gate, QuestionGate, check, settle
-from cogumi.route.guarantee import Count, Guarantee, guarantee, sequence
-from cogumi.route.nets import load_head, load_net
-from cogumi.route.signals import abstains, answer_signals, modifier_signals, perplexity, same_text
-from cogumi.runtime.engine import replies
+from cogumi.evaluate.plots import frontier_picture, histogram_picture, reliability_picture
+from cogumi.route.gate import Calibration, Gate, QuestionGate
+from cogumi.route.guarantee import Guarantee, guarantee, sequence
+from cogumi.route.nets import Net, load_head, load_net
+from cogumi.route.policy import POLICIES, Answers, Policy
+from cogumi.route.signals import perplexity
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.stage import Context
-from cogumi.types import Artifact, Example, Reply, Request
+from cogumi.types import Artifact
 
-VERSION = 1
+VERSION = 2
 KIND = "calibration"
 SPLITS = ("fit", "selection", "threshold")
 MODIFIER = "modifier_"
 NOVEL = 0.005
 """Share of calibrated questions that may be taken for novel ones: what it costs to notice those that are."""
+HARD_PASSED = 0.01
+"""Share of hard questions that the draft may take for easy ones."""
+SEARCH = tuple(round(0.70 + 0.02 * i, 2) for i in range(11))
+"""Thresholds tried for the best accuracy at its cost (SPEC F10)."""
 FILE = "calibration.json"
 
 Doubles = NDArray[np.float64]
 
 
 class Config(BaseModel):
-    """At most `e` of the accepted answers may be wrong, with `confidence`; questions up to `easy_up_to` are
-    easy.
+    """At most `e` of the accepted answers may be wrong, with `confidence`; questions up to `easy_up_to` are easy.
+
+    The documents' perplexities are 20 (`draft_perplexity`), 12.4 (`base_perplexity`) and 30 (`answer_perplexity`);
+    none: learned, where the histograms cross.
     """
 
     model_config = ConfigDict(extra="forbid")
     e: float = Field(0.05, gt=0, lt=1)
     confidence: float = Field(0.95, gt=0, lt=1)
     easy_up_to: int = Field(2, ge=1)
+    draft_perplexity: float | None = Field(None, gt=1)
+    base_perplexity: float | None = Field(None, gt=1)
+    answer_perplexity: float | None = Field(None, gt=1)
     rows: int | None = Field(None, ge=1, description="at most so many rows of each split; none: all")
     max_tokens: int = Field(128, ge=1)
     slots: int = Field(16, ge=1)
     context: int = Field(256, ge=16)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A tier's graded reply to one row, and the signals of the reply itself."""
-
-    reply: Reply
-    correct: bool
-    signals: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One example with what the draft made of it and what base and routed modifier answered."""
-
-    example: Example
-    question: Question
-    base: Answer
-    modifier: Answer | None
-
-    @property
-    def base_signals(self) -> dict[str, float]:
-        """What the base's gate sees."""
-        return {**self.base.signals, **self.question.signals}
-
-    def modifier_signals(self, base_p: float) -> dict[str, float]:
-        """What the modifiers' gate sees; only for rows with a modifier's answer."""
-        assert self.modifier is not None
-        agree = same_text(self.modifier.reply.text, self.base.reply.text)
-        own = {**self.modifier.signals, **self.question.signals}
-        return modifier_signals(own, self.base_signals, base_p, agree)
 
 
 def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack) -> Tiers:
@@ -111,44 +97,25 @@ def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack
     return Tiers(base, draft, difficulty, load_net(inputs["router"].path / "router.safetensors"))
 
 
-def answer_split(tiers: Tiers, examples: Sequence[Example], config: Config, context: Context) -> list[Row]:
-    """Ask the base every question, the routed modifier those that have one, and grade all answers."""
-    requests = [Request(messages=e.messages, max_tokens=config.max_tokens, speculate=False) for e in examples]
-    readings = map(tiers.draft.read, requests)  # one at a time: how reads share batches must not reach the bytes
-    questions = [tiers.judge(request, reading) for request, reading in zip(requests, readings, strict=True)]
-    domains = [route(question.domains, tiers.base.adapters) for question in questions]
-    asked = [(i, domain) for i, domain in enumerate(domains) if domain]
-    adapted = [replace(requests[i], adapter=domain) for i, domain in sorted(asked, key=lambda a: (a[1], a[0]))]
-    order = [i for i, _ in sorted(asked, key=lambda a: (a[1], a[0]))]
-    total, answers = len(requests) + len(adapted), []
-    for reply in replies(tiers.base, [*requests, *adapted], 2 * config.slots):
-        answers.append(reply)
-        if len(answers) % 100 == 0:
-            context.progress(len(answers), total, {})
-    subjects = [*examples, *(examples[i] for i in order)]
-    verdicts = grade_all([(e, a.text) for e, a in zip(subjects, answers, strict=True)])
-    graded = [Answer(a, v.correct, answer_signals(a)) for a, v in zip(answers, verdicts, strict=True)]
-    modified = dict(zip(order, graded[len(examples) :], strict=True))
-    return [
-        Row(example, question, graded[i], modified.get(i))
-        for i, (example, question) in enumerate(zip(examples, questions, strict=True))
-    ]
-
-
-def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool]) -> QuestionGate:
+def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool], config: Config) -> QuestionGate:
     """Thresholds where the histograms of easy and hard questions cross; all are easy if one kind is missing.
 
-    First that of P(easy); then that of perplexity among the questions that P(easy) lets pass, so that a
-    perplexity which says nothing refuses nothing.
+    First that of P(easy), where at most `HARD_PASSED` of the hard ones may pass; then that of perplexity among the
+    questions that P(easy) lets pass, so that a perplexity which says nothing refuses nothing. The base's is learned
+    from what it answered right and wrong.
     """
     perplexities, p_easy = _readings(rows).T
     novelty = float(np.quantile(perplexities, 1 - NOVEL))
     mask = np.array(easy, dtype=bool)
-    if mask.all() or not mask.any():
-        return QuestionGate(float(perplexities.max()), 0.0, novelty)
-    threshold = -crossing(-p_easy[mask], -p_easy[~mask])
-    passing = np.where(p_easy >= threshold, perplexities, np.inf)
-    return QuestionGate(crossing(passing[mask], passing[~mask]), threshold, novelty)
+    limit, threshold = float(perplexities.max()), 0.0
+    if mask.any() and not mask.all():
+        strict = float(np.quantile(p_easy[~mask], 1 - HARD_PASSED, method="higher"))
+        threshold = max(-crossing(-p_easy[mask], -p_easy[~mask]), strict)
+        passing = np.where(p_easy >= threshold, perplexities, np.inf)
+        limit = crossing(passing[mask], passing[~mask])
+    right, surprise = _correct([r.base for r in rows]) > 0, np.array([r.surprise for r in rows])
+    surprising = crossing(surprise[right], surprise[~right]) if right.any() and not right.all() else math.inf
+    return QuestionGate(config.draft_perplexity or limit, threshold, novelty, config.base_perplexity or surprising)
 
 
 def _readings(rows: Sequence[Row]) -> Doubles:
@@ -156,72 +123,95 @@ def _readings(rows: Sequence[Row]) -> Doubles:
     return np.array([(r.question.perplexity, r.question.p_easy) for r in rows])
 
 
-def count(rows: Sequence[Row], base_p: Doubles, modifier_p: Doubles, gate: QuestionGate, *, modifiers: bool) -> Count:
-    """Threshold -> accepted, non-abstaining answers and wrong ones of the cascade's whole policy on these rows.
+def _correct(answers: Sequence[Answer | None]) -> Doubles:
+    """Which answers are correct [n]; 0 where there is none."""
+    return np.array([a is not None and a.correct for a in answers], dtype=np.float64)
 
-    `base_p` [n] and `modifier_p` [n] (ignored where a row has no modifier's answer) are the gates'
-    probabilities.
+
+def fit_gates(rows: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, Fitted], Net | None]:
+    """A gate for every tier of which `fit` and `selection` hold answers, and the probe of the base's hidden states."""
+    fit, chosen = rows["fit"], rows["selection"]
+    right = {name: _correct([r.base for r in rows[name]]) for name in rows}
+    probe, out_of_fold = fit_probe(hidden(fit), right["fit"], seed)
+    seen: list[Mapping[str, float]] = [r.base.signals for r in fit]
+    if probe:  # what it says of rows that it has not seen
+        seen = [{**signals, "probe": float(z)} for signals, z in zip(seen, out_of_fold, strict=True)]
+    base = fit_gate(seen, right["fit"], base_rows(chosen, probe), right["selection"], seed)
+    drafts = {name: [r.draft for r in rows[name]] for name in rows}
+    gates = {
+        "draft": fit_gate(
+            [a.signals for a in drafts["fit"]],
+            _correct(drafts["fit"]),
+            [a.signals for a in drafts["selection"]],
+            _correct(drafts["selection"]),
+            seed,
+        ),
+        "base": base,
+    }
+    ours, theirs = asked(fit), asked(chosen)
+    if len(ours) and len(theirs):
+        later = base.gate.p_all(base_rows(chosen, probe))
+        modified = (_correct([fit[i].modifier for i in ours]), _correct([chosen[i].modifier for i in theirs]))
+        gates["modifier"] = fit_gate(
+            [fit[i].modifier_signals(float(base.out_of_fold[i])) for i in ours],
+            modified[0],
+            [chosen[i].modifier_signals(float(later[i])) for i in theirs],
+            modified[1],
+            seed,
+        )
+        gates["direct"] = fit_gate(
+            [fit[i].direct_signals for i in ours],
+            modified[0],
+            [chosen[i].direct_signals for i in theirs],
+            modified[1],
+            seed,
+        )
+    return gates, probe
+
+
+def compare_benefit(rows: Mapping[str, list[Row]], gates: Mapping[str, Gate], probe: Net | None, seed: int) -> Any:
+    """Two ways to rank who should be asked a modifier: the base is wrong, or the modifier would put it right.
+
+    For each, the mean accuracy over all shares of questions that are handed on, highest ranked first (SPEC F2;
+    arXiv 2604.14251). None where no modifier answered.
     """
-
-    def facts(answer: Answer) -> tuple[bool, bool]:
-        return abstains(answer.reply.text), answer.correct
-
-    answers = [facts(r.base) for r in rows]
-    others = [facts(r.modifier) if r.modifier and modifiers else None for r in rows]
-    known = [i for i, r in enumerate(rows) if not gate.novel(r.question.perplexity)]
-
-    def at(threshold: float) -> tuple[int, int]:
-        accepted = wrong = 0
-        for i in known:
-            answer, other = answers[i], others[i]
-            base = check("calibrated", float(base_p[i]), {}, threshold)
-            modifier = check("calibrated", float(modifier_p[i]), {}, threshold) if other else None
-            tier, sure = settle(base, modifier)
-            abstaining, correct = other if tier == "modifier" and other else answer
-            accepted += sure and not abstaining
-            wrong += sure and not abstaining and not correct
-        return accepted, wrong
-
-    return at
-
-
-def _correct(rows: Sequence[Row]) -> Doubles:
-    return np.array([r.base.correct for r in rows], dtype=np.float64)
-
-
-def _asked(rows: Sequence[Row]) -> tuple[list[int], Doubles]:
-    """Rows with a modifier's answer, and whether it is correct."""
-    index = [i for i, r in enumerate(rows) if r.modifier]
-    return index, np.array([bool(r.modifier and r.modifier.correct) for r in rows], dtype=np.float64)[index]
-
-
-def fit_modifier_gate(rows: Mapping[str, list[Row]], base: Fitted, seed: int) -> Fitted | None:
-    """The gate of all modifiers; None if the router sent no row of `fit` or of `selection` to any."""
-    (fit, correct), (chosen, by) = _asked(rows["fit"]), _asked(rows["selection"])
-    if not fit or not chosen:
+    parts = {name: [split[i] for i in asked(split)] for name, split in rows.items()}
+    if not all(parts.values()):
         return None
-    later = base.gate.p_all([r.base_signals for r in rows["selection"]])
-    return fit_gate(
-        [rows["fit"][i].modifier_signals(float(base.out_of_fold[i])) for i in fit],
-        correct,
-        [rows["selection"][i].modifier_signals(float(later[i])) for i in chosen],
-        by,
-        seed,
-    )
+
+    def fixed(split: Sequence[Row]) -> Doubles:
+        return _correct([r.modifier for r in split]) * (1 - _correct([r.base for r in split]))
+
+    seen = {name: base_rows(split, probe) for name, split in parts.items()}
+    fitted = fit_gate(seen["fit"], fixed(parts["fit"]), seen["selection"], fixed(parts["selection"]), seed)
+    tested = parts["threshold"]
+    benefit, wrong = fitted.gate.p_all(seen["threshold"]), 1 - gates["base"].p_all(seen["threshold"])
+    base, modifier = _correct([r.base for r in tested]), _correct([r.modifier for r in tested])
+
+    def mean_accuracy(score: Doubles) -> float:
+        order = np.argsort(-score, kind="stable")
+        handed_on = np.cumsum((modifier - base)[order]) / len(base)
+        return float(base.mean() + np.mean(np.concatenate([[0.0], handed_on])))
+
+    return {
+        "n": len(tested),
+        "fixed": float(fixed(tested).mean()),
+        "auroc_benefit": auroc(benefit, fixed(tested)),
+        "auroc_base_wrong": auroc(wrong, fixed(tested)),
+        "mean_accuracy_benefit": mean_accuracy(benefit),
+        "mean_accuracy_base_wrong": mean_accuracy(wrong),
+        "mean_accuracy_random": float((base.mean() + modifier.mean()) / 2),
+    }
 
 
-def probabilities(rows: Sequence[Row], base: Gate, modifier: Gate | None) -> tuple[Doubles, Doubles]:
-    """P(correct) [n] of each row's base answer and of its modifier's (0 where there is none)."""
-    p = base.p_all([r.base_signals for r in rows])
-    other = np.zeros(len(rows))
-    index, _ = _asked(rows)
-    if modifier and index:
-        other[index] = modifier.p_all([rows[i].modifier_signals(float(p[i])) for i in index])
-    return p, other
+def search(answers: Answers) -> tuple[float, list[tuple[float, float, float]]]:
+    """The threshold of `SEARCH` with the best accuracy x 1/cost, and every (threshold, accuracy, cost) (SPEC F10)."""
+    tried = [(t, *answers.outcome(t)) for t in SEARCH]
+    return max(tried, key=lambda row: row[1] / row[2] if row[2] else 0.0)[0], tried
 
 
-def _figures(p: Doubles, correct: Doubles, answers: Sequence[Answer]) -> dict[str, Any]:
-    signals = [a.signals for a in answers]
+def _figures(p: Doubles, answers: Sequence[Answer]) -> dict[str, Any]:
+    correct, signals = _correct(answers), [a.signals for a in answers]
     return {
         "n": len(p),
         "accuracy": float(correct.mean()) if len(p) else None,
@@ -240,79 +230,132 @@ def _promised(promise: Guarantee) -> dict[str, Any]:
     return {**promise.to_json(), "coverage": promise.coverage, "accepted_error": error}
 
 
-def calibrate(rows: Mapping[str, list[Row]], config: Config, seed: int, out: Path) -> dict[str, Any]:
-    """Rows of the three splits -> calibration.json and two pictures in `out`; returns the figures."""
-    base = fit_gate(
-        [r.base_signals for r in rows["fit"]],
-        _correct(rows["fit"]),
-        [r.base_signals for r in rows["selection"]],
-        _correct(rows["selection"]),
-        seed,
-    )
-    modifier = fit_modifier_gate(rows, base, seed)
-    gates = base.gate, modifier.gate if modifier else None
-    p = {name: probabilities(rows[name], *gates) for name in ("selection", "threshold")}
-    easy = {name: [is_easy(r.example, config.easy_up_to) for r in rows[name]] for name in rows}
-    question = fit_question_gate(rows["fit"], easy["fit"])
-    promises = {}
-    for policy in ("base", "modifier") if modifier else ("base",):
-        counts = {name: count(rows[name], *p[name], question, modifiers=policy == "modifier") for name in p}
-        order = sequence(counts["selection"], config.e)
-        promises[policy] = guarantee(order, counts["threshold"], len(rows["threshold"]), config.e, config.confidence)
-    write_json(out / FILE, Calibration(question, *gates, promises).to_json())
+def calibrate(
+    rows: Mapping[str, list[Row]], cost: Mapping[str, float], config: Config, seed: int, out: Path
+) -> dict[str, Any]:
+    """Rows of the three splits -> calibration.json and pictures in `out`; returns the figures.
 
-    tested = rows["threshold"]
-    index, modified = _asked(tested)
-    seen = {"base": (p["threshold"][0], _correct(tested))}
-    fitted = {"base": base}
-    if modifier:
-        seen["modifier"] = p["threshold"][1][index], modified
-        fitted["modifier"] = modifier
-    reliability_picture(out / "reliability.png", seen)
-    plain = np.array(easy["threshold"], dtype=bool)
-    read = _readings(tested)
-    passed = (read[:, 0] <= question.perplexity) & (read[:, 1] >= question.p_easy)
-    right = seen["base"][1] > 0
-    threshold = promises["base"].threshold
+    `cost` is that of one token of `draft` and of `base`.
+    """
+    fitted, probe = fit_gates(rows, seed)
+    gates = {name: one.gate for name, one in fitted.items()}
+    easy = {name: [is_easy(r.example, config.easy_up_to) for r in rows[name]] for name in rows}
+    question = fit_question_gate(rows["fit"], easy["fit"], config)
+    limit = config.answer_perplexity or _answer_perplexity(rows["fit"])
+    unbound = Calibration(question, gates, probe, limit, {}, {})
+    p = {name: probabilities(rows[name], gates, probe) for name in ("selection", "threshold")}
+
+    def answers(split: str, policy: Policy) -> Answers:
+        all_of_them = policy_answers(rows[split], p[split], policy, question.base_perplexity, cost)
+        return all_of_them.rows(np.flatnonzero(familiar(rows[split], unbound)))
+
+    policies = [policy for policy in POLICIES if "modifier" in gates or not policy.modifier]
+    promises: dict[str, Guarantee] = {}
+    searched: dict[str, tuple[float, list[tuple[float, float, float]]]] = {}
+    for policy in policies:
+        chosen, tested = answers("selection", policy), answers("threshold", policy)
+        order = sequence(chosen.count, config.e)
+        promises[policy.name] = guarantee(order, tested.count, len(rows["threshold"]), config.e, config.confidence)
+        searched[policy.name] = search(chosen)
+    found = Calibration(question, gates, probe, limit, promises, {name: t for name, (t, _) in searched.items()})
+    write_json(out / FILE, found.to_json())
+    _draw(out, rows["threshold"], easy["threshold"], p["threshold"], found)
+    frontier_picture(out / "frontier.png", {name: tried for name, (_, tried) in searched.items()})
+    return {
+        "rows": {name: len(split) for name, split in rows.items()},
+        "question": _question_figures(question, rows["threshold"], easy["threshold"]),
+        "gates": {
+            name: {**fitted[name].figures, **_figures(*seen)}
+            for name, seen in _judged(rows["threshold"], p["threshold"], gates).items()
+        },
+        "benefit": compare_benefit(rows, gates, probe, seed),
+        "guarantee": {name: _promised(promise) for name, promise in promises.items()},
+        "searched": {
+            name: {"threshold": t, "tried": [list(row) for row in tried]} for name, (t, tried) in searched.items()
+        },
+    }
+
+
+def _answer_perplexity(rows: Sequence[Row]) -> float:
+    """Where the perplexities of the base's right and wrong answers cross; infinite where one kind is missing."""
+    values = np.array([perplexity(r.base.signals) for r in rows])
+    right = _correct([r.base for r in rows]) > 0
+    return crossing(values[right], values[~right]) if right.any() and not right.all() else float(values.max())
+
+
+def _question_figures(gate: QuestionGate, rows: Sequence[Row], easy: Sequence[bool]) -> dict[str, Any]:
+    """How the question gate does on rows it was not fitted on."""
+    plain, read = np.array(easy, dtype=bool), _readings(rows)
+    passed = np.array([gate.easy(perplexity, p_easy) for perplexity, p_easy in read], dtype=bool)
+    surprise, right = np.array([r.surprise for r in rows]), _correct([r.base for r in rows])
+    return {
+        "perplexity": gate.perplexity,
+        "p_easy": gate.p_easy,
+        "base_perplexity": gate.base_perplexity if math.isfinite(gate.base_perplexity) else None,
+        "auroc_perplexity": auroc(-read[:, 0], plain),
+        "auroc_p_easy": auroc(read[:, 1], plain),
+        "auroc_base_perplexity": auroc(-surprise, right),
+        "easy_passed": float(passed[plain].mean()) if plain.any() else None,
+        "hard_passed": float(passed[~plain].mean()) if not plain.all() else None,
+    }
+
+
+def _judged(rows: Sequence[Row], p: Doubles, gates: Mapping[str, Gate]) -> dict[str, tuple[Doubles, list[Answer]]]:
+    """P(correct) and answers that each gate judged."""
+    seen = {"draft": (p[:, 0], [r.draft for r in rows]), "base": (p[:, 1], [r.base for r in rows])}
+    index = asked(rows)
+    modified = [a for a in (rows[i].modifier for i in index) if a]
+    seen |= {"modifier": (p[index, 2], modified), "direct": (p[index, 3], modified)}
+    return {name: seen[name] for name in gates}
+
+
+def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, found: Calibration) -> None:
+    """The reliability of all gates, and the histograms behind the thresholds."""
+    judged = _judged(rows, p, found.gates)
+    reliability_picture(
+        out / "reliability.png", {name: (values, _correct(answers)) for name, (values, answers) in judged.items()}
+    )
+    plain, right = np.array(easy, dtype=bool), _correct([r.base for r in rows]) > 0
+    read, surprise = _readings(rows)[:, 0], np.array([r.surprise for r in rows])
+    answered = np.log10([perplexity(r.base.signals) for r in rows])
+    threshold = found.guarantees[Policy().name].threshold
     histogram_picture(
         out / "histogram.png",
         [
             (
                 "draft's perplexity of the question",
-                {"easy": read[plain, 0], "hard": read[~plain, 0]},
-                question.perplexity,
+                {"easy": read[plain], "hard": read[~plain]},
+                found.question.perplexity,
             ),
             (
-                "P(correct) of the base's answer",
-                {"right": seen["base"][0][right], "wrong": seen["base"][0][~right]},
-                threshold if math.isfinite(threshold) else None,
+                "base's perplexity of the question",
+                {"right": surprise[right], "wrong": surprise[~right]},
+                _finite(found.question.base_perplexity),
             ),
+            (
+                "log10 of the answer's perplexity",
+                {"right": answered[right], "wrong": answered[~right]},
+                math.log10(found.perplexity),
+            ),
+            ("P(correct) of the base's answer", {"right": p[right, 1], "wrong": p[~right, 1]}, _finite(threshold)),
         ],
     )
-    answers = {"base": [r.base for r in tested], "modifier": [r.modifier for r in tested if r.modifier]}
-    return {
-        "rows": {name: len(split) for name, split in rows.items()},
-        "question": {
-            "perplexity": question.perplexity,
-            "p_easy": question.p_easy,
-            "auroc_perplexity": auroc(-read[:, 0], plain),
-            "auroc_p_easy": auroc(read[:, 1], plain),
-            "easy_passed": float(passed[plain].mean()) if plain.any() else None,
-            "hard_passed": float(passed[~plain].mean()) if not plain.all() else None,
-        },
-        "gates": {name: {**fitted[name].figures, **_figures(*seen[name], answers[name])} for name in seen},
-        "guarantee": {policy: _promised(promise) for policy, promise in promises.items()},
-    }
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`base`, `draft`, `modifier_<domain>` (GGUF), `draft_model`, `router`, `data` -> calibration.json,
-    pictures.
-    """
+    """`base`, `draft`, `modifier_<domain>` (GGUF), `draft_model`, `router`, `data` -> calibration.json, pictures."""
     examples = {name: read_examples(split_path(inputs["data"].path, name))[: config.rows] for name in SPLITS}
     if empty := [name for name, found in examples.items() if not found]:
         raise DataError(f"the split '{empty[0]}' is empty: calibration needs rows in {', '.join(SPLITS)}")
+    cost = {role: float((inputs[role].path / "model.gguf").stat().st_size) for role in ("draft", "base")}
     with ExitStack() as opened:
         tiers = open_tiers(inputs, config, opened)
-        rows = {name: answer_split(tiers, found, config, context) for name, found in examples.items()}
-    return calibrate(rows, config, context.seed, out)
+        asking = Asking(config.max_tokens, 2 * config.slots, context.progress)
+        everything = [example for found in examples.values() for example in found]
+        answered = iter(ask(tiers, everything, asking))
+        rows = {name: [next(answered) for _ in found] for name, found in examples.items()}
+    return calibrate(rows, cost, config, context.seed, out)

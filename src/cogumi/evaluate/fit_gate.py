@@ -1,8 +1,9 @@
 """Fits an answer gate: which form, which calibrator, from whose answers were correct (SPEC F2, F3).
 
-Two forms are fitted on the gate-fit split: a logistic regression, and a class-weighted net 128 -> 64 -> 32
--> 1; each with the four calibrators of `route.calibrate`. Calibrators are fitted to out-of-fold logits (a
-net is too sure of rows it has seen). The pair with the lowest log-loss on the selection split wins.
+Three forms are fitted on the gate-fit split: a logistic regression on the perplexity alone, one on all signals, and a
+class-weighted net 128 -> 64 -> 32 -> 1; each with the four calibrators of `route.calibrate`. Calibrators are fitted to
+out-of-fold logits (a net is too sure of rows it has seen). The pair with the lowest log-loss on the selection split
+wins.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from cogumi.route.gate import Gate, matrix
 from cogumi.route.nets import Net
 
 FOLDS = 3
-FORMS = ("logistic", "net")
+FORMS = ("perplexity", "logistic", "net")
+ALONE = "mean_logprob"
+"""The signal of the form `perplexity`."""
 HIDDEN = (128, 64, 32)
+PROBE_C = 0.05
+"""Inverse regularisation of the probe: as many weights as the model is wide, and only some thousand rows."""
 FEW = 2 * FOLDS  # with fewer right or wrong rows than this there is nothing to learn
 
 Signals = Sequence[Mapping[str, float]]
@@ -61,8 +66,9 @@ def fit_gate(rows: Signals, correct: Outcomes, chosen_on: Signals, chosen_by: Ou
         )
     xs, ys = matrix(chosen_on, names), np.asarray(chosen_by, dtype=np.float64)
     candidates: list[Fitted] = []
-    for form in FORMS:
-        net, folds = _train(form, x, y, seed), _out_of_fold(form, x, y, seed)
+    for form in FORMS[ALONE not in names :]:
+        used = np.array([name == ALONE or form != "perplexity" for name in names])
+        net, folds = _train(form, x * used, y, seed), _out_of_fold(form, x * used, y, seed)
         for name in calibrate.NAMES:
             calibrator = calibrate.fit(name, folds, y)
             p = calibrator(net.logits(xs)[:, 0])
@@ -70,6 +76,16 @@ def fit_gate(rows: Signals, correct: Outcomes, chosen_on: Signals, chosen_by: Ou
             candidates.append(Fitted(Gate(names, net, calibrator), calibrator(folds), figures))
     best = min(candidates, key=lambda c: float(c.figures["log_loss"]))
     return replace(best, figures={**best.figures, "tried": [c.figures for c in candidates]})
+
+
+def fit_probe(hidden: Outcomes, correct: Outcomes, seed: int) -> tuple[Net | None, Outcomes]:
+    """A linear probe of hidden states [n, width] for `correct` [n] (arXiv 2602.11877), and out-of-fold logits [n].
+
+    None and zeros where nearly all rows are correct, or nearly none.
+    """
+    if min(correct.sum(), len(correct) - correct.sum()) < FEW:
+        return None, np.zeros(len(correct))
+    return _train("probe", hidden, correct, seed), _out_of_fold("probe", hidden, correct, seed)
 
 
 def _out_of_fold(form: str, x: Outcomes, y: Outcomes, seed: int) -> Outcomes:
@@ -90,8 +106,8 @@ def _train(form: str, x: Outcomes, y: Outcomes, seed: int) -> Net:
 
     scaler = StandardScaler().fit(x)
     z = scaler.transform(x)
-    if form == "logistic":
-        line = LogisticRegression(max_iter=1000).fit(z, y)
+    if form != "net":
+        line = LogisticRegression(max_iter=1000, C=PROBE_C if form == "probe" else 1.0).fit(z, y)
         return Net.of(scaler.mean_, scaler.scale_, [line.coef_.T], [line.intercept_])
     weight = np.where(y > 0, len(y) / (2 * y.sum()), len(y) / (2 * (len(y) - y.sum())))
     net = MLPClassifier(

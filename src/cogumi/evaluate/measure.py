@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cogumi.cascade.cascade import without_note
+from cogumi.cascade.notes import without_note
 from cogumi.evaluate.graders import grade_all
 from cogumi.runtime.engine import Engine, replies
 from cogumi.types import Example, Reply, Request

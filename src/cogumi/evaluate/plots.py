@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.evaluate.metrics import BINS, ece, reliability
+from cogumi.evaluate.metrics import BINS, aurc, ece, reliability
 
 Doubles = NDArray[np.float64]
 
@@ -69,6 +69,30 @@ def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promis
     axes[0].plot([promise["coverage"]], [promise["accepted_error"]], "o", label="accepted answers")
     axes[0].set(xlabel="share of questions answered", ylabel="share wrong", xlim=(0, 1), ylim=(0, None))
     axes[0].legend(loc="upper left")
+    figure.savefig(path)
+
+
+def risk_coverage_picture(path: Path, scores: Mapping[str, tuple[Doubles, Doubles]]) -> None:
+    """Share wrong among the most confident answers against their share, for each (confidence [n], correct [n])."""
+    figure, axes = _figure(1)
+    for name, (score, correct) in scores.items():
+        wrong = 1 - correct[np.argsort(-score, kind="stable")]
+        shown = np.arange(1, len(wrong) + 1)
+        axes[0].plot(shown / len(wrong), np.cumsum(wrong) / shown, label=f"{name}: AURC {aurc(score, correct):.3f}")
+    axes[0].set(xlabel="share of questions answered", ylabel="share wrong", xlim=(0, 1), ylim=(0, None))
+    axes[0].legend(loc="upper left")
+    figure.savefig(path)
+
+
+def frontier_picture(path: Path, tried: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
+    """Accuracy against cost of each policy at each (threshold, accuracy, cost)."""
+    figure, axes = _figure(1)
+    for name, rows in tried.items():
+        line = axes[0].plot([cost for _, _, cost in rows], [a for _, a, _ in rows], marker=".", label=name)[0]
+        threshold, accuracy, cost = max(rows, key=lambda row: row[1] / row[2] if row[2] else 0.0)
+        axes[0].annotate(f"{threshold:.2f}", (cost, accuracy), color=line.get_color())
+    axes[0].set(xlabel="cost of a question (tokens x bytes of their model)", ylabel="share correct")
+    axes[0].legend(loc="lower right")
     figure.savefig(path)
 
 

@@ -19,13 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import write_text
 from cogumi.bundle import open_bundle
-from cogumi.cascade.cascade import open_cascade, without_note
+from cogumi.cascade.notes import without_note
+from cogumi.cascade.opening import open_cascade
 from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
 from cogumi.evaluate.graders import grade_all
 from cogumi.evaluate.metrics import auroc, brier, ece
 from cogumi.evaluate.page import page
 from cogumi.evaluate.plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 from cogumi.route.gate import Calibration
+from cogumi.route.policy import Policy
 from cogumi.route.signals import answer_signals, perplexity
 from cogumi.runtime.engine import Engine, final_reply, replies
 from cogumi.runtime.llama_engine import LlamaEngine
@@ -35,6 +37,8 @@ from cogumi.types import Artifact, Example, Reply, Request
 VERSION = 1
 KIND = "report"
 CONTROL = "control_"
+POLICY = Policy(modifier=True)
+"""That of the usual mode."""
 CONFIDENT = ("base", "base+draft", "modifier")
 """Routes whose answers the cascade stands by."""
 
@@ -118,7 +122,7 @@ def gate_figures(base: Asked, cascade: Asked, calibration: Calibration) -> dict[
     """How well P(correct) of the base's answers holds, and the promise about what the cascade accepted."""
     p = base_probabilities(cascade)
     signals = [answer_signals(reply) for reply in base.replies]
-    promise = calibration.guarantee(modifiers=True)
+    promise = calibration.guarantees.get(POLICY.name) or calibration.guarantees[Policy().name]
     kept = [c for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.route in CONFIDENT]
     return {
         "n": len(p),

@@ -1,12 +1,12 @@
-"""The answer gate: from an answer's signals to P(correct), and who answers in the end (SPEC F2, F4, F11).
+"""The answer gates: from an answer's signals to P(correct), and what counts as sure (SPEC F1 to F4, F10).
 
-`calibrated` accepts where P(correct) reaches the guaranteed threshold; `perplexity` (selectable) where the
-answer's perplexity is at most 30. `settle` is the whole policy of the cascade; calibration counts with it
-what the cascade does with it.
+Gate kinds: `calibrated` accepts where P(correct) reaches the guaranteed threshold of the policy, `searched` where it
+reaches the one with the best accuracy for its cost, `perplexity` where the answer's perplexity is low enough.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,11 +18,13 @@ from cogumi.errors import BundleError, RequestError
 from cogumi.route.calibrate import Calibrator
 from cogumi.route.guarantee import Guarantee
 from cogumi.route.nets import Net
+from cogumi.route.policy import Policy
 from cogumi.route.signals import perplexity
 
-KINDS = ("calibrated", "perplexity")
-MAX_PERPLEXITY = 30.0
-FORMAT = 1
+KINDS = ("calibrated", "searched", "perplexity")
+TIERS = ("draft", "base", "modifier", "direct")
+"""Whose answers have a gate; `direct` is the modifier's where the base was not asked before it."""
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,17 +62,28 @@ def matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> NDArray
     return np.array([[row[name] for name in names] for row in rows], dtype=np.float64).reshape(-1, len(names))
 
 
+def with_probe(signals: Mapping[str, float], probe: Net | None, hidden: Sequence[float]) -> Mapping[str, float]:
+    """The base's signals with the probe's logit, if there is a probe."""
+    return {**signals, "probe": float(probe.logits(hidden)[0])} if probe else signals
+
+
 @dataclass(frozen=True, slots=True)
 class QuestionGate:
     """A question is easy if the draft reads it without surprise and its difficulty head agrees (SPEC F1).
 
-    Beyond the perplexity `novelty` (None: no bound) a question is unlike those that the gates were calibrated on, so
-    that no P(correct) means anything: no answer to it counts as sure.
+    A prompt of which the base's perplexity lies above `base_perplexity` surprises it. Beyond the draft's perplexity
+    `novelty` (None: no bound) a question is unlike those that the gates were calibrated on, so that no P(correct)
+    means anything: no answer to it counts as sure.
     """
 
     perplexity: float
     p_easy: float
     novelty: float | None = None
+    base_perplexity: float = math.inf
+
+    def easy(self, perplexity: float, p_easy: float) -> bool:
+        """Whether the draft finds a question easy."""
+        return perplexity <= self.perplexity and p_easy >= self.p_easy
 
     def novel(self, perplexity: float) -> bool:
         """Whether a question of this perplexity is outside of what was calibrated."""
@@ -79,25 +92,39 @@ class QuestionGate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """calibration.json. Two policies have `guarantees`: `base` asks no modifier, `modifier` may."""
+    """calibration.json: the gates of the `TIERS` there are, and thresholds by the name of a policy.
+
+    `probe` (None: none) reads the base's hidden state behind its answer, its logit is a signal of the base's gate.
+    An answer's perplexity up to `perplexity` is accepted by the gate kind of that name.
+    """
 
     question: QuestionGate
-    base: Gate
-    modifier: Gate | None
+    gates: Mapping[str, Gate]
+    probe: Net | None
+    perplexity: float
     guarantees: Mapping[str, Guarantee]
+    searched: Mapping[str, float]
 
-    def guarantee(self, modifiers: bool) -> Guarantee:
-        """The guarantee of the policy that may ask modifiers, or of the one that may not."""
-        return self.guarantees["modifier" if modifiers and self.modifier else "base"]
+    def threshold(self, kind: str, policy: Policy) -> float:
+        """The smallest P(correct) that is accepted; infinite for a policy that was never calibrated."""
+        name = policy.name
+        if kind == "searched":
+            return self.searched.get(name, math.inf)
+        return self.guarantees[name].threshold if name in self.guarantees else math.inf
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` turns into the same calibration."""
+        question = asdict(self.question)
+        if math.isinf(self.question.base_perplexity):
+            question["base_perplexity"] = None
         return {
             "format": FORMAT,
-            "question": asdict(self.question),
-            "base": self.base.to_json(),
-            "modifier": self.modifier.to_json() if self.modifier else None,
+            "question": question,
+            "gates": {name: gate.to_json() for name, gate in self.gates.items()},
+            "probe": self.probe.to_json() if self.probe else None,
+            "perplexity": self.perplexity,
             "guarantees": {name: g.to_json() for name, g in self.guarantees.items()},
+            "searched": dict(self.searched),
         }
 
     @classmethod
@@ -108,11 +135,16 @@ class Calibration:
                 f"calibration.json has format {value.get('format')}, this version reads {FORMAT}; build again"
             )
         try:
+            question = dict(value["question"])
+            if question["base_perplexity"] is None:
+                question["base_perplexity"] = math.inf
             return cls(
-                QuestionGate(**value["question"]),
-                Gate.from_json(value["base"]),
-                Gate.from_json(value["modifier"]) if value["modifier"] else None,
+                QuestionGate(**question),
+                {name: Gate.from_json(value["gates"][name]) for name in TIERS if name in value["gates"]},
+                Net.from_json(value["probe"]) if value["probe"] else None,
+                float(value["perplexity"]),
                 {name: Guarantee.from_json(g) for name, g in value["guarantees"].items()},
+                {name: float(t) for name, t in value["searched"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"calibration.json is incomplete ({error!r}); build the bundle again") from error
@@ -130,24 +162,13 @@ class Check:
 
 
 def check(kind: str, p: float, signals: Mapping[str, float], threshold: float) -> Check:
-    """Judge an answer by gate `kind`. Raises `RequestError` for an unknown kind."""
-    if kind == "calibrated":
-        return Check(p, "p_correct", p, threshold, p >= threshold)
+    """Judge an answer by gate `kind`; `threshold` is the highest perplexity for that kind, else the lowest P(correct).
+
+    Raises `RequestError` for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise RequestError(f"unknown gate '{kind}': choose one of {', '.join(KINDS)}")
     if kind == "perplexity":
         value = perplexity(signals)
-        return Check(p, "perplexity", value, MAX_PERPLEXITY, value <= MAX_PERPLEXITY)
-    raise RequestError(f"unknown gate '{kind}': choose one of {', '.join(KINDS)}")
-
-
-def settle(base: Check, modifier: Check | None) -> tuple[str, bool]:
-    """Whose answer is given, `base` or `modifier`, and whether it is given with confidence.
-
-    The first that is accepted in the order asked; if none is, the one more likely correct. An abstention is
-    judged like any answer (an unsure one is worth asking the modifier) but never counts as a confident
-    answer: the promise is about answers that claim something.
-    """
-    if base.accepted or modifier is None:
-        return "base", base.accepted
-    if modifier.accepted:
-        return "modifier", True
-    return ("modifier" if modifier.p > base.p else "base"), False
+        return Check(p, "perplexity", value, threshold, value <= threshold)
+    return Check(p, "p_correct", p, threshold, p >= threshold)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cogumi.types import ABSTENTION, Reading, Reply
+from cogumi.types import ABSTENTION, Reading, Reply, Score
 
 FLOOR = 20.0  # nats: surprises beyond this carry no more information, and keep -inf out of the gates
 _EMPTY = (-FLOOR, FLOOR, 0.0)  # an answer without tokens counts as one token of which the model knew nothing
@@ -71,6 +71,12 @@ def question_signals(reading: Reading, p_easy: float, domains: Mapping[str, floa
         "p_easy": p_easy,
         **{f"domain_{name}": p for name, p in domains.items()},
     }
+
+
+def opinion_signals(score: Score, own: Mapping[str, float]) -> dict[str, float]:
+    """What the draft makes of the base's answer, and how far it disagrees with the base's `own` signals; nats."""
+    nats = min(score.nats / max(score.tokens, 1), FLOOR)
+    return {"draft_nats": nats, "draft_gap": nats + own["mean_logprob"]}
 
 
 def modifier_signals(

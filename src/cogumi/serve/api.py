@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -28,7 +29,7 @@ from cogumi.serve.chat import ChatRequest, ChatShape
 from cogumi.serve.completions import CompletionRequest, CompletionShape
 from cogumi.serve.edge import GONE, Edge, Stream, refusal, unless_gone
 from cogumi.serve.problem import Problem, internal_error, problem_of
-from cogumi.serve.schema import Shape, model_object
+from cogumi.serve.schema import Feedback, Shape, answer_id, model_object
 from cogumi.serve.stream import collect, live, server_sent
 from cogumi.serve.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from cogumi.types import Reply
@@ -47,6 +48,9 @@ class Served(Engine, Protocol):
 
     def resolve(self, model: str, request: EngineRequest) -> tuple[Engine, EngineRequest]:
         """The engine behind one of `models`, and the request as that engine takes it."""
+
+    def feedback(self, id: str, user: str | None, right: bool) -> None:
+        """Take note of whether an answer was right."""
 
 
 class _Home:
@@ -158,14 +162,15 @@ def _add_text_routes(app: FastAPI, home: _Home, keep_alive_seconds: float) -> No
 
     async def answered(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         cascade, asked = home.named(body.model), body.requests()
-        resolved = [cascade.resolve(body.model, one) for one in asked]
-        engine = resolved[0][0]
+        engine = cascade.resolve(body.model, asked[0])[0]
         shape: Shape
         if isinstance(body, ChatRequest):
             shape = ChatShape(body, engine.tokenizer)
         else:
             shape = CompletionShape(body, asked, engine.tokenizer)
-        events = live(engine, [one for _, one in resolved], home.threads, keep_alive_seconds)
+        named = [replace(one, id=answer_id(shape.head["id"], index)) for index, one in enumerate(asked)]
+        requests = [cascade.resolve(body.model, one)[1] for one in named]
+        events = live(engine, requests, home.threads, keep_alive_seconds)
         if body.stream:
             lines = server_sent(events, shape)
             first = await unless_gone(request, _first(lines))
@@ -212,6 +217,16 @@ def _add_reading_routes(app: FastAPI, home: _Home) -> None:
         return {"prompt": home.tokenizer(body.model).decode(body.tokens)}
 
 
+def _add_feedback_route(app: FastAPI, home: _Home) -> None:
+    """What users say about answers."""
+
+    @app.post("/v1/feedback", status_code=204, response_class=Response)
+    async def feedback(body: Feedback) -> None:
+        """An answer was right or wrong; its id is that of the completion, with `-1` and so on for further choices."""
+        rate = home.cascade.feedback
+        await asyncio.get_running_loop().run_in_executor(home.threads, rate, body.id, body.user, body.right)
+
+
 async def _first(lines: AsyncGenerator[str]) -> str:
     return await anext(lines)
 
@@ -248,6 +263,7 @@ def create_app(
     _add_routes(app, home)
     _add_text_routes(app, home, keep_alive_seconds)
     _add_reading_routes(app, home)
+    _add_feedback_route(app, home)
     return Edge(app, max_body_bytes)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from cogumi.cascade.cascade import without_note
+from cogumi.cascade.notes import without_note
 from cogumi.runtime.engine import Tokenizer
 from cogumi.serve.schema import Body, best_logprobs, extension, extensions, new_head, usage_object
 from cogumi.types import Message, Reply, Request, Token, Usage

@@ -37,24 +37,29 @@ DEFAULT_TOKENS = 16
 
 
 class CompletionRequest(Body):
-    """Body of `POST /v1/completions`. Each of several prompts has its own `n` choices."""
+    """Body of `POST /v1/completions`. Each of several prompts has its own `n` choices.
+
+    `max_tokens` 0 with `echo` asks for the prompt alone, mostly for its log-probabilities.
+    """
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"suffix": ("",), "best_of": (1,)}
 
     prompt: Texts
-    max_tokens: Annotated[int, Field(ge=1)] | None = DEFAULT_TOKENS
+    max_tokens: Annotated[int, Field(ge=0)] | None = DEFAULT_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
     @model_validator(mode="after")
-    def _refuse_streamed_echo(self) -> CompletionRequest:
+    def _refuse_nothing_and_streamed_echo(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 asks for nothing; set echo to read the prompt, or ask for at least 1 token")
         if self.stream and self.echo and self.logprobs is not None:
             raise ValueError("the log-probabilities of an echoed prompt cannot be streamed; leave out stream")
         return self
 
     def requests(self) -> list[Request]:
         """One engine request per choice, all of the first prompt first."""
-        echo = bool(self.echo) and self.logprobs is not None
+        echo = bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0)
         prompts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt]
         several = [self.choices(prompt=prompt, logprobs=self.logprobs, echo=echo) for prompt in prompts]
         return [request for requests in several for request in requests]

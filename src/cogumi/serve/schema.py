@@ -35,6 +35,8 @@ class CogumiOptions(BaseModel):
     speculate: bool | None = None
     abstain: bool = False
     session: str | None = None
+    files: Annotated[list[str], Field(max_length=100)] = []
+    progressive: bool = False
 
 
 def _listed(stop: Any) -> Any:
@@ -108,15 +110,28 @@ class Body(BaseModel):
                 abstain=self.cogumi.abstain,
                 user=self.user,
                 session=self.cogumi.session,
+                files=tuple(self.cogumi.files),
+                progressive=self.cogumi.progressive,
                 **{key: value for key, value in asked.items() if value is not None},
             )
             for index in range(self.n or 1)
         ]
 
 
+class Feedback(BaseModel):
+    """Body of `POST /v1/feedback`: whether the answer of that `id` was right, by the user it was given to."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: Annotated[str, Field(min_length=1, max_length=200)]
+    right: bool
+    user: str | None = None
+
+
 class Shape(Protocol):
     """Builds the JSON objects of one answer; every chunk of a stream carries the same id, time and model."""
 
+    head: dict[str, Any]
+    """What every object begins with."""
     include_usage: bool
     """Whether a stream ends with `usage_chunk`."""
     wants_tokens: bool
@@ -142,6 +157,11 @@ def new_head(prefix: str, model: str) -> dict[str, Any]:
         "model": model,
         "system_fingerprint": f"cogumi-{__version__}",
     }
+
+
+def answer_id(completion: str, index: int) -> str:
+    """The id under which a choice can be rated: that of the whole for the first one."""
+    return f"{completion}-{index}" if index else completion
 
 
 def model_object(name: str, created: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,34 @@ def draw(
             short = {n: counts[n] - len(drawn[n]) for n in counts if len(drawn[n]) < counts[n]}
             raise DataError(f"the world has too few different questions in {cell}: {short} are missing; ask for fewer")
     return drawn
+
+
+def fresh(
+    per_cell: int, seed: int, progress: Callable[[int, int, Mapping[str, float]], None], split: str = "heldout"
+) -> list[Example]:
+    """Up to `per_cell` distinct questions of each cell that belong to a split of `seed`, the unanswerable kinds too.
+
+    A cell that holds fewer gives what was found of them. Each has its cell's name as `source`.
+    """
+    makers: dict[str, tuple[str, int, str | None, Callable[[random.Random], Task]]] = {
+        kind: (domain, 0, kind, make_task) for kind, (domain, make_task) in UNANSWERABLE.items()
+    }
+    makers |= {f"{domain}/{k}": (domain, k, None, partial(make, domain, k)) for domain in DOMAINS for k in DIFFICULTIES}
+    found: list[Example] = []
+    for done, (cell, (domain, difficulty, kind, make_task)) in enumerate(makers.items()):
+        rng = random.Random(f"{seed}/fresh/{cell}")
+        seen: set[str] = set()
+        tries = 0
+        while len(seen) < per_cell and tries < _TRIES:
+            task = make_task(rng)
+            question = normalised_question((Message("user", task.question),))
+            tries += 1
+            if question not in seen and split_of(question, _SHARES, seed) == split:
+                seen.add(question)
+                found.append(replace(_example(task, domain, difficulty, kind), source=cell))
+                tries = 0
+        progress(done + 1, len(makers), {})
+    return found
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

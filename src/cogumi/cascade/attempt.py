@@ -1,0 +1,81 @@
+"""One tier's answer, and how its gate judges it (SPEC F2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from cogumi.cascade.parts import Parts
+from cogumi.cascade.tiers import Question
+from cogumi.route.gate import Check, check, with_probe
+from cogumi.route.signals import answer_signals, modifier_signals, same_text
+from cogumi.types import Decision, Reply, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """`tier` is draft, base, modifier:<domain>, or one of these with what was tried besides (`base+votes`).
+
+    `gate_p` is what the gate itself says, before anything learned from use corrects it. `doubt` says why the answer is
+    not taken for sure whatever the gate says.
+    """
+
+    tier: str
+    reply: Reply
+    signals: Mapping[str, float]
+    gate_p: float
+    check: Check
+    doubt: str = ""
+
+    def decision(self) -> Decision:
+        """The judgement in words."""
+        seen = self.check
+        if self.doubt:
+            reason = self.doubt
+        elif math.isinf(seen.threshold):
+            reason = "no threshold kept the promised error rate at calibration, so no answer counts as sure"
+        else:
+            relation = "meets" if seen.accepted else "misses"
+            reason = f"{seen.signal} {seen.value:.2f} {relation} the threshold {seen.threshold:.2f}"
+        threshold = min(seen.threshold, 1.0) if seen.signal == "p_correct" else seen.threshold
+        return Decision(self.tier, seen.signal, seen.value, threshold, seen.accepted, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Judges the answers to one question; `doubt` as in `Attempt`."""
+
+    parts: Parts
+    id: str
+    user: str
+    question: Question
+    threshold: float
+    doubt: str = ""
+
+    def draft(self, reply: Reply) -> Attempt:
+        """The draft's own answer (SPEC F19)."""
+        return self._judged("draft", "draft", reply, {**answer_signals(reply), **self.question.signals})
+
+    def base(self, request: Request, reply: Reply, tier: str = "base") -> Attempt:
+        """The base's answer to `request`."""
+        signals = self.parts.tiers.base_signals(request, reply, self.question)
+        probe = self.parts.calibration.probe if reply.hidden else None
+        return self._judged("base", tier, reply, with_probe(signals, probe, reply.hidden))
+
+    def modifier(self, domain: str, reply: Reply, base: Attempt | None) -> Attempt:
+        """The modifier's answer, after the base's if there is one."""
+        own = {**answer_signals(reply), **self.question.signals}
+        if base is None:
+            return self._judged("direct", f"modifier:{domain}", reply, own)
+        agree = same_text(reply.text, base.reply.text)
+        signals = modifier_signals(own, base.signals, base.gate_p, agree)
+        return self._judged("modifier", f"modifier:{domain}", reply, signals)
+
+    def _judged(self, gate: str, tier: str, reply: Reply, signals: Mapping[str, float]) -> Attempt:
+        own = self.parts.calibration.gates[gate].p_correct(signals)
+        p = self.parts.p_correct(self.id, self.user, own, signals)
+        found = check(self.parts.gate, p, signals, self.threshold)
+        if self.doubt:
+            found = replace(found, accepted=False)
+        return Attempt(tier, reply, signals, own, found, self.doubt)

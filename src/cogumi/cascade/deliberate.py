@@ -1,0 +1,87 @@
+"""What is tried for a hard question to which no answer was sure (SPEC F1's hard path, F13, F14).
+
+Examples of the domain before the question, votes of sampled answers, a critic who has the answer written again: each
+may put another answer in the place of the unsure one, and says why. None makes it a sure one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import TypeAlias
+
+from cogumi.cascade.attempt import Attempt, Judge
+from cogumi.cascade.critique import improve
+from cogumi.cascade.modes import Mode
+from cogumi.cascade.parts import with_shots
+from cogumi.cascade.vote import gather, vote
+from cogumi.route.critic import NONE
+from cogumi.types import Decision, Request, Usage
+
+Tried: TypeAlias = Generator[Decision | None, None, tuple[Attempt, Usage]]
+"""Decisions, None while work goes on, and at the end the answer to give with what was spent."""
+
+BELOW = 7.0
+"""Score under which an answer is written again."""
+MAJORITY = 0.5
+"""Share of the votes above which the winner takes the place of a greedy answer."""
+
+
+def deliberate(judge: Judge, mode: Mode, request: Request, unsure: Attempt) -> Tried:
+    """Everything that the mode allows, one after the other."""
+    spent = Usage()
+    for allowed, method in ((mode.examples, _examples), (mode.votes, _votes), (mode.critique, _critique)):
+        if allowed:
+            unsure, usage = yield from method(judge, allowed, request, unsure)
+            spent += usage
+    return unsure, spent
+
+
+def _examples(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tried:
+    """The base once more, with examples of the question's domain before it; kept if that is likelier correct."""
+    domains = judge.question.domains
+    rows = judge.parts.shots.get(max(domains, key=lambda name: domains[name]), ())
+    if not rows:
+        return unsure, Usage()
+    shown = with_shots(request, rows, count)
+    reply = (yield from gather(judge.parts.tiers.base, [replace(shown, adapter=None, hidden=True)]))[0]
+    found = judge.base(shown, reply, "base+examples")
+    better = found.check.p > unsure.check.p
+    reason = (
+        f"with {min(count, len(rows))} examples of its domain the answer is {'likelier' if better else 'no likelier'}"
+    )
+    yield Decision(found.tier, "p_correct", found.check.p, min(max(unsure.check.p, 0.0), 1.0), better, reason)
+    return (found if better else unsure), reply.usage
+
+
+def _votes(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tried:
+    """Sampled answers of the same tier vote; a majority takes the place of the greedy answer."""
+    asked = replace(request, adapter=_adapter(unsure), seed=request.seed or 0)
+    found = yield from vote(judge.parts.tiers.base, asked, paths=count)
+    won = found.winner is not None and found.agreement > MAJORITY
+    reason = f"{found.agreement:.0%} of {count} sampled answers say the same"
+    yield Decision(f"{unsure.tier}+votes", "agreement", found.agreement, MAJORITY, won, reason)
+    if found.winner is None or not won:
+        return unsure, found.usage
+    return replace(unsure, tier=f"{unsure.tier}+votes", reply=found.winner), found.usage
+
+
+def _critique(judge: Judge, rounds: int, request: Request, unsure: Attempt) -> Tried:
+    """The critic scores the answer; below `BELOW` it is written again, and the better one is kept."""
+    critic = judge.parts.critic
+    if critic is None:
+        return unsure, Usage()
+    asked = replace(request, adapter=_adapter(unsure), seed=request.seed or 0)
+    found = yield from improve(judge.parts.tiers.base, asked, unsure.reply, critic, rounds=rounds, below=BELOW)
+    first = found.critiques[0]
+    named = f": {first.error} in {first.passage!r}" if first.error != NONE else ""
+    reason = f"the critic gives {first.score:.1f} of 10{named}"
+    yield Decision(unsure.tier, "critique", first.score, BELOW, first.score >= BELOW, reason)
+    if found.reply is unsure.reply:
+        return unsure, found.usage
+    return replace(unsure, tier=f"{unsure.tier}+critique", reply=found.reply), found.usage
+
+
+def _adapter(attempt: Attempt) -> str | None:
+    """The modifier that gave an answer; None for the base's."""
+    return attempt.tier.partition(":")[2].partition("+")[0] or None

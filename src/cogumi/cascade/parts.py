@@ -1,0 +1,164 @@
+"""What a cascade is made of: its models and calibration, and what may be there besides."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+from cogumi.cascade.cache import AnswerCache
+from cogumi.cascade.critique import Critic
+from cogumi.cascade.learning import Learner
+from cogumi.cascade.memory import Memory, Turn
+from cogumi.cascade.modes import Settings
+from cogumi.cascade.notes import without_note
+from cogumi.cascade.tiers import Tiers
+from cogumi.errors import RequestError
+from cogumi.route.gate import KINDS, Calibration
+from cogumi.route.policy import Policy
+from cogumi.runtime.escalation import Escalation
+from cogumi.types import Decision, Message, Reply, Request, Usage
+
+Shots = Mapping[str, Sequence[tuple[str, str]]]
+"""Domain -> questions with their answers."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """`gate` is one of `route.gate.KINDS`; None for a part that is not there."""
+
+    tiers: Tiers
+    calibration: Calibration
+    settings: Settings = field(default_factory=Settings)
+    gate: str = KINDS[0]
+    memory: Memory | None = None
+    learner: Learner | None = None
+    escalation: Escalation | None = None
+    cache: AnswerCache | None = None
+    critic: Critic | None = None
+    shots: Shots = field(default_factory=dict)
+    name: str = ""
+
+    def threshold(self, policy: Policy) -> float:
+        """What the gate compares an answer with (see `route.gate.check`)."""
+        return (
+            self.calibration.perplexity if self.gate == "perplexity" else self.calibration.threshold(self.gate, policy)
+        )
+
+    def failed(self, user: str) -> frozenset[str]:
+        """Domains in which an answer to this user was wrong."""
+        return self.memory.failed(user) if self.memory and user else frozenset()
+
+    def habit(self, user: str) -> Mapping[str, int]:
+        """How many questions of each domain this user has asked."""
+        return self.memory.habit(user) if self.memory and user else {}
+
+    def p_correct(self, id: str, user: str, p: float, signals: Mapping[str, float]) -> float:
+        """What the gate says, corrected by what was learned from use."""
+        return self.learner.p_correct(id, user, p, signals) if self.learner else p
+
+    def complained(self, user: str, messages: Sequence[Message]) -> None:
+        """The user is not satisfied with the last answer: take it for wrong, if it is remembered."""
+        if not self.memory or not user:
+            return
+        answer = without_note(next((m.content for m in reversed(messages) if m.role == "assistant"), ""))
+        for turn in self.memory.recent(user):
+            if turn.answer == answer and turn.outcome is None:
+                self.memory.rate(turn.id, user, False)
+                return
+
+    def cached(self, request: Request) -> Reply | None:
+        """A sure answer that was given before to the same question, or to one that counts as the same."""
+        if not self.cache or not _reusable(request):
+            return None
+        hit = self.cache.find(self._scope(request), request.messages[-1].content)
+        if hit is None:
+            return None
+        reason = "the same question was answered before" if hit.exact else f"answered before: {hit.question!r}"
+        told = Decision("cache", "similarity", hit.similarity, 1.0, True, reason)
+        return replace(hit.reply, route="cache", usage=Usage(), decisions=(*hit.reply.decisions, told))
+
+    def keep(self, request: Request, reply: Reply) -> None:
+        """Let a sure answer be given again."""
+        if self.cache and _reusable(request) and reply.decisions[-1].accepted:
+            self.cache.keep(self._scope(request), request.messages[-1].content, reply)
+
+    def _scope(self, request: Request) -> Scope:
+        """All that must be equal for an answer to be given again, the conversation so far included.
+
+        Requests without a user share what they get.
+        """
+        before = json.dumps([[m.role, m.content] for m in request.messages[:-1]])
+        settings = json.dumps([request.max_tokens, request.stop, request.files, self.gate])
+        return Scope(request.user or "", self.name, request.mode or "", "", before, settings)
+
+    def remember(
+        self, id: str, request: Request, reply: Reply, domain: str | None, mode: str, gate_p: float | None
+    ) -> None:
+        """Keep what was asked and answered; `gate_p` is P(correct) before anything learned from use."""
+        if not self.memory:
+            return
+        question = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
+        self.memory.remember(
+            Turn(
+                id=id,
+                user=request.user or "",
+                session=request.session or "",
+                at=time.time(),
+                question=question,
+                answer=without_note(reply.text),
+                domain=domain or "",
+                tier=reply.tier,
+                route=reply.route,
+                mode=mode,
+                p_correct=gate_p,
+                signals=reply.signals,
+                outcome=None,
+            )
+        )
+
+    def rated(self, id: str, user: str, right: bool) -> None:
+        """A user says whether an answer was right. Raises `RequestError` if this user has no such answer."""
+        if not self.memory:
+            raise RequestError("nothing is remembered here, so nothing can be rated: serve with --state FOLDER")
+        turn = self.memory.rate(id, user, right)
+        if self.learner:
+            self.learner.rated(turn)
+
+    def close(self) -> None:
+        """Free the models, close what is kept on disk."""
+        with ExitStack() as closing:
+            for part in (self.tiers, self.memory, self.cache):
+                if part:
+                    closing.callback(part.close)
+
+
+def _reusable(request: Request) -> bool:
+    """Whether an answer depends on nothing but the conversation and what `_scope` names."""
+    plain = Request(
+        messages=request.messages,
+        max_tokens=request.max_tokens,
+        stop=request.stop,
+        mode=request.mode,
+        user=request.user,
+        session=request.session,
+        id=request.id,
+        files=request.files,
+        seed=request.seed,
+        speculate=request.speculate,
+    )
+    return request == plain and bool(request.messages)
+
+
+def with_shots(request: Request, rows: Sequence[tuple[str, str]], count: int) -> Request:
+    """The request with `count` questions and answers before its last message, the same ones for the same question."""
+    draw = random.Random(request.messages[-1].content)
+    turns = [
+        Message(role, text)
+        for pair in draw.sample(list(rows), min(count, len(rows)))
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return replace(request, messages=(*request.messages[:-1], *turns, request.messages[-1]))

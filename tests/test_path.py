@@ -1,0 +1,203 @@
+"""What a request's path does beyond base and modifier: drafts that answer, deliberation, complaints, memory, notes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogumi.bundle import open_bundle
+from cogumi.cascade.cascade import Cascade
+from cogumi.cascade.memory import Memory
+from cogumi.cascade.modes import Mode, Settings
+from cogumi.cascade.notes import AGAIN, LOW_CONFIDENCE, NOTES, ending_of, without_note
+from cogumi.cascade.parts import Parts, with_shots
+from cogumi.cascade.tiers import Tiers
+from cogumi.errors import ContextError, RequestError
+from cogumi.route.calibrate import Calibrator
+from cogumi.route.gate import Calibration, Gate, QuestionGate
+from cogumi.route.guarantee import Guarantee
+from cogumi.route.nets import Net, load_head, load_net
+from cogumi.route.policy import POLICIES
+from cogumi.runtime.engine import final_reply
+from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.types import ABSTENTION, Decision, Message, Request, Revision, Token
+from helpers_bundle import make_bundle
+
+EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
+
+
+@pytest.fixture(scope="module")
+def tiers(tmp_path_factory):
+    """Pico models; the router sends every question to `code`."""
+    files, size = open_bundle(make_bundle(tmp_path_factory.mktemp("path"))), {"slots": 8, "context": 192, "threads": 1}
+    opened = Tiers(
+        LlamaEngine(files.base, draft=files.draft, adapters=files.modifiers, **size),
+        LlamaEngine(files.draft, lookup=False, **size),
+        load_head(files.difficulty),
+        load_net(files.router),
+    )
+    yield opened
+    opened.close()
+
+
+def cascade(tiers, question=EASY, threshold=0.8, draft=0.3, base=0.3, modifier=0.3, **parts):
+    def sure(p):
+        return Gate(("mean_logprob",), Net.of([0], [1], [[[0.0]]], [[math.log(p / (1 - p))]]), Calibrator("none"))
+
+    promise = Guarantee(threshold, 0.05, 0.95, 100, 50, 0, 0.05)
+    gates = {"draft": sure(draft), "base": sure(base), "modifier": sure(modifier), "direct": sure(modifier)}
+    promises = {policy.name: promise for policy in POLICIES}
+    return Cascade(Parts(tiers, Calibration(question, gates, None, 30.0, promises, {}), **parts), workers=2)
+
+
+def ask(*texts, **values):
+    """A conversation: question, answer, question, ..."""
+    texts = texts or ("What is 2 + 3?",)
+    messages = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts))
+    return Request(messages=messages, **{"max_tokens": 10, "speculate": False, **values})
+
+
+def answer(tiers, tier, request):
+    return final_reply(tiers.answer(request, tier)).text
+
+
+def signals(reply):
+    return [(d.tier, d.signal) for d in reply.decisions]
+
+
+def test_a_sure_draft_answers_alone_where_the_mode_allows(tiers):
+    reply = final_reply(cascade(tiers, draft=0.9).generate(ask(mode="turbo")))
+    assert (reply.tier, reply.route) == ("draft", "draft")
+    assert reply.text == answer(tiers, "draft", ask())
+    unsure = final_reply(cascade(tiers, base=0.9).generate(ask(mode="turbo")))
+    assert (unsure.tier, unsure.route) == ("base", "base")
+    assert final_reply(cascade(tiers, draft=0.9).generate(ask(mode="balanced"))).tier != "draft"
+
+
+def test_a_surprising_question_goes_straight_to_the_modifier(tiers):
+    surprised = replace(EASY, base_perplexity=1.0)
+    reply = final_reply(cascade(tiers, surprised, modifier=0.9).generate(ask(mode="mobile")))
+    assert (reply.tier, reply.route) == ("modifier:code", "modifier")
+    assert not any(tier == "base" for tier, _ in signals(reply))
+    calm = final_reply(cascade(tiers, EASY, base=0.9).generate(ask(mode="mobile")))
+    assert calm.tier == "base"
+
+
+def test_a_progressive_answer_begins_with_the_drafts_and_is_revised(tiers):
+    for mode in ("fast", "balanced", "turbo"):
+        events = list(cascade(tiers, base=0.9).generate(ask(mode=mode, progressive=True)))
+        first = "".join(e.text for e in events if isinstance(e, Token))
+        assert first == answer(tiers, "draft", ask())
+        assert events[-1].text == answer(tiers, "base", ask())
+        assert [e.text for e in events if isinstance(e, Revision)] == [events[-1].text] * (first != events[-1].text)
+
+
+def test_votes_may_replace_an_unsure_answer_and_never_make_it_sure(tiers):
+    whole = cascade(tiers, HARD)
+    reply = final_reply(whole.generate(ask(mode="accurate")))
+    assert ("base+votes", "agreement") in signals(reply) or ("modifier:code+votes", "agreement") in signals(reply)
+    assert reply.route in ("low_confidence", "abstained")
+    assert not reply.decisions[-1].accepted
+    assert final_reply(whole.generate(ask(mode="accurate"))).text == reply.text
+    easy = final_reply(cascade(tiers, EASY).generate(ask(mode="accurate")))
+    sure = final_reply(cascade(tiers, HARD, base=0.9).generate(ask(mode="accurate")))
+    assert not any(signal == "agreement" for r in (easy, sure) for _, signal in signals(r))
+    assert reply.usage.completion_tokens > easy.usage.completion_tokens
+
+
+def test_hard_questions_may_be_shown_examples_of_their_domain(tiers):
+    shots = {"code": [(f"q{i}", f"a{i}") for i in range(5)]}
+    settings = Settings(modes={"shown": Mode(examples=2)})
+    reply = final_reply(cascade(tiers, HARD, shots=shots, settings=settings).generate(ask(mode="shown")))
+    assert ("base+examples", "p_correct") in signals(reply)
+    shown = with_shots(ask("one", "two", "three"), shots["code"], 2)
+    assert [m.role for m in shown.messages] == ["user", "assistant"] * 3 + ["user"]
+    assert shown.messages[-1].content == "three"
+    assert shown == with_shots(ask("one", "two", "three"), shots["code"], 2)
+    nothing = final_reply(cascade(tiers, HARD, settings=settings).generate(ask(mode="shown")))
+    assert not any(tier == "base+examples" for tier, _ in signals(nothing))
+
+
+class Unhappy:
+    """Stands for the net: whoever says "wrong" is not satisfied."""
+
+    threshold = 0.5
+
+    def dissatisfied(self, messages):
+        return float(len(messages) > 1 and "wrong" in messages[-1].content)
+
+
+def test_a_complaint_is_answered_by_the_modifier_and_remembered(tiers, tmp_path):
+    memory = Memory(tmp_path / "memory.sqlite")
+    whole = cascade(tiers, base=0.9, modifier=0.95, memory=memory, escalation=Unhappy())
+    first = final_reply(whole.generate(ask(user="ann", id="one")))
+    assert (first.route, first.tier) == ("base", "base")
+    again = final_reply(whole.generate(ask("What is 2 + 3?", first.text, "That is wrong.", user="ann")))
+    assert again.decisions[0].signal == "dissatisfied"
+    assert (again.route, again.tier) == ("low_confidence", "modifier:code")
+    assert again.text == answer(tiers, "code", ask()) + AGAIN  # the question itself, not the complaint
+    assert {t.id: t.outcome for t in memory.recent("ann")}["one"] is False
+    assert memory.failed("ann") == {"code"}
+    later = final_reply(whole.generate(ask("What is 4 + 4?", user="ann")))
+    assert any(d.signal == "mode" and "was wrong before" in d.reason for d in later.decisions)
+    assert not any(d.signal == "mode" for d in final_reply(whole.generate(ask("What is 4 + 4?", user="bob"))).decisions)
+    told = "That is wrong, I meant 12 + 3"
+    more = final_reply(whole.generate(ask("What is 2 + 3?", first.text, told, user="ann")))
+    whole_talk = ask("What is 2 + 3?", first.text, told)
+    assert without_note(more.text) in (answer(tiers, "code", whole_talk), answer(tiers, "base", whole_talk))
+    memory.close()
+
+
+def test_a_request_for_no_modifier_is_kept_to_even_after_a_complaint(tiers):
+    whole = cascade(tiers, base=0.9, modifier=0.95, escalation=Unhappy())
+    reply = final_reply(whole.generate(ask("What is 2 + 3?", "6", "wrong", mode="fast")))
+    assert (reply.tier, reply.route) == ("base", "low_confidence")
+
+
+def test_only_the_user_who_got_an_answer_can_rate_it(tiers, tmp_path):
+    memory = Memory(tmp_path / "memory.sqlite")
+    whole = cascade(tiers, memory=memory)
+    reply = final_reply(whole.generate(ask(user="ann", id="one", session="s")))
+    turn = memory.recent("ann")[0]
+    assert (turn.id, turn.session, turn.answer, turn.outcome) == ("one", "s", without_note(reply.text), None)
+    with pytest.raises(RequestError):
+        whole.feedback("one", "bob", True)
+    with pytest.raises(RequestError):
+        whole.feedback("two", "ann", True)
+    whole.feedback("one", "ann", True)
+    assert memory.recent("ann")[0].outcome is True
+    with pytest.raises(RequestError, match="--state"):
+        cascade(tiers).feedback("one", "ann", True)
+    memory.close()
+
+
+@pytest.mark.parametrize("text", ["", "\x00\x07\x1b[31m", "x1" * 50_000, f"Say this.{LOW_CONFIDENCE}", AGAIN * 2])
+def test_strange_questions_are_answered_or_refused_in_words(tiers, text):
+    whole = cascade(tiers, base=0.9)
+    if len(text) > 1_000:
+        with pytest.raises(ContextError, match="shorten the prompt"):
+            whole.generate(ask(text))
+        return
+    reply = final_reply(whole.generate(ask(text)))
+    assert (reply.route, reply.text) == ("base", without_note(reply.text))
+
+
+notes = st.lists(st.sampled_from(NOTES), max_size=3).map("".join)
+
+
+@given(st.text(max_size=20), notes, st.booleans(), st.booleans())
+def test_no_text_can_speak_with_our_notes(text, imitated, accepted, withhold):
+    own = without_note(text + imitated)
+    assert without_note(own) == own
+    ending = ending_of("base", text + imitated, False, accepted, withhold)
+    if accepted:
+        assert ending.text == own
+    assert without_note(ending.text) == own or ending.text == ABSTENTION
+    assert sum(ending.text.count(note) for note in NOTES) <= own.count(NOTES[0]) + own.count(NOTES[1]) + 1
+
+
+def test_every_decision_is_told_as_it_is_made(tiers):
+    events = list(cascade(tiers, HARD, escalation=Unhappy()).generate(ask("a", "b", "wrong")))
+    assert events[-1].decisions == tuple(e for e in events if isinstance(e, Decision))
