@@ -1,0 +1,296 @@
+"""Suite `deliberation`: what votes and critique gain on hard questions, and what they cost (SPEC F13, F14).
+
+The cascade answers questions of difficulty 3 and above greedily; then the tier whose answer it gave votes, or its
+answer is criticised and given again. The ways to do so are compared on the selection split; all are judged on held-out
+questions, the one chosen there is named. A vote without a majority leaves the cascade's answer as it is. Every gain is
+against the cascade's own answers to the same questions, with a paired bootstrap (Efron 1979) of 95%.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.cascade.cascade import Cascade
+from cogumi.cascade.critique import Critic, improve
+from cogumi.cascade.notes import without_note
+from cogumi.cascade.opening import open_cascade
+from cogumi.cascade.vote import SAMPLING, Sampling, finish, vote
+from cogumi.data.examples import read_examples, split_path
+from cogumi.errors import CogumiError
+from cogumi.evaluate.critic import error_type, question_of
+from cogumi.evaluate.graders import grade_all
+from cogumi.evaluate.metrics import auroc
+from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.route.critic import FILE, load_critic, look
+from cogumi.route.vote import final_answer
+from cogumi.runtime.engine import Engine, replies
+from cogumi.types import Example, Reply, Request
+
+HARD = 3
+"""Difficulty from which a question is hard."""
+ROWS: Mapping[str, int] = {"selection": 180, "heldout": 900}
+"""Hard questions asked of each split, at most."""
+START, MODE = "balanced", "accurate"
+"""The mode whose answers are deliberated on, and the one that deliberates by itself."""
+MAX_TOKENS, SLOTS, CONTEXT, TOGETHER = 64, 16, 256, 8
+COOL = Sampling(temperature=0.5, frequency_penalty=0.0)
+WARM = replace(SAMPLING, frequency_penalty=0.0)
+VOTES = "5 votes"
+RESAMPLES = 2000
+_ANSWERS = "the cascade's answers"
+NEAR, LONG = 1, 10
+"""Tokens by which the critic may miss the first wrong one, in answers of at least so many."""
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A hard question, the cascade's answer to it (without notes), and the request for more answers of its tier."""
+
+    example: Example
+    reply: Reply
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The text given in the end and the tokens generated for it beyond the first answer.
+
+    `agreement` is that of the votes, `support` the share of them that say what the first answer says.
+    """
+
+    text: str
+    tokens: int
+    agreement: float = 0.0
+    support: float = 0.0
+
+
+Way = Callable[[Start], Outcome]
+
+
+def by_votes(engine: Engine, sampling: Sampling, start: Start) -> Outcome:
+    """The paths' majority, or the first answer where there is none."""
+    found = finish(vote(engine, start.request, sampling=sampling))
+    first = final_answer(start.reply.text)
+    support = float(np.mean([final_answer(reply.text) == first for reply in found.replies]))
+    text = start.reply.text if found.text is None else found.text
+    return Outcome(text, found.usage.completion_tokens, found.agreement, support)
+
+
+def by_critique(engine: Engine, critic: Critic, rounds: int, answers: int, tell: bool, start: Start) -> Outcome:
+    """The best-scored answer."""
+    found = finish(improve(engine, start.request, start.reply, critic, rounds=rounds, answers=answers, tell=tell))
+    return Outcome(found.reply.text, found.usage.completion_tokens)
+
+
+def ways(engine: Engine, critic: Critic | None) -> dict[str, Way]:
+    """All ways to deliberate, by name; those with a critic only if there is one."""
+    found: dict[str, Way] = {
+        VOTES: partial(by_votes, engine, SAMPLING),
+        f"{VOTES}, no penalty": partial(by_votes, engine, WARM),
+        f"{VOTES}, temperature {COOL.temperature:g}, no penalty": partial(by_votes, engine, COOL),
+    }
+    if critic:
+        judged = partial(by_critique, engine, critic)
+        found |= {
+            "critique, told": partial(judged, 1, 1, True),
+            "critique, told, 3 rounds": partial(judged, 3, 1, True),
+            "critique, not told": partial(judged, 1, 1, False),
+            "critique, not told, 5 answers": partial(judged, 1, 5, False),
+        }
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """One way over all questions: right or wrong [n], tokens [n] and seconds spent in all, and its outcomes."""
+
+    correct: Doubles
+    tokens: Doubles
+    seconds: float
+    outcomes: Sequence[Outcome] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.correct.mean())
+
+
+def hard_questions(folder: Path, split: str) -> list[Example]:
+    """The first `ROWS` hard questions of a split. Raises `DataError`, or `CogumiError` if there is none."""
+    found = [e for e in read_examples(split_path(folder, split)) if e.difficulty >= HARD][: ROWS[split]]
+    if not found:
+        raise CogumiError(f"{folder} has no question of difficulty {HARD} or more in '{split}'; name other data")
+    return found
+
+
+def _graded(examples: Sequence[Example], texts: Sequence[str]) -> Doubles:
+    return np.array([v.correct for v in grade_all(list(zip(examples, texts, strict=True)))], np.float64)
+
+
+def first_answers(cascade: Cascade, examples: Sequence[Example], mode: str) -> tuple[list[Reply], Measured]:
+    """The cascade's answers in a mode, without notes."""
+    requests = [Request(messages=e.messages, max_tokens=MAX_TOKENS, mode=mode) for e in examples]
+    began = time.perf_counter()
+    given = [replace(reply, text=without_note(reply.text)) for reply in replies(cascade, requests, 2 * SLOTS)]
+    seconds = time.perf_counter() - began
+    tokens = np.array([reply.usage.completion_tokens for reply in given], np.float64)
+    return given, Measured(_graded(examples, [reply.text for reply in given]), tokens, seconds)
+
+
+def starts_of(examples: Sequence[Example], given: Sequence[Reply], adapters: Sequence[str], seed: int) -> list[Start]:
+    """What is deliberated on; each question has seeds of its own."""
+    found = []
+    for i, (example, reply) in enumerate(zip(examples, given, strict=True)):
+        name = reply.tier.partition(":")[2]
+        adapter = name if name in adapters else None
+        request = Request(messages=example.messages, max_tokens=MAX_TOKENS, adapter=adapter, seed=seed * 100_000 + i)
+        found.append(Start(example, reply, request))
+    return found
+
+
+def measure(way: Way, starts: Sequence[Start], first: Measured) -> Measured:
+    """Deliberate on all of them, `TOGETHER` at a time; tokens and seconds include the first answers'."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        outcomes = list(pool.map(way, starts))
+    seconds = first.seconds + time.perf_counter() - began
+    correct = _graded([s.example for s in starts], [o.text for o in outcomes])
+    return Measured(correct, first.tokens + [o.tokens for o in outcomes], seconds, outcomes)
+
+
+def gained(before: Doubles, after: Doubles, seed: int) -> tuple[float, float, float]:
+    """Mean gain of paired outcomes [n], with the bounds of 95% by bootstrap."""
+    difference = after - before
+    draws = np.random.default_rng(seed).integers(0, len(difference), (RESAMPLES, len(difference)))
+    low, high = np.quantile(difference[draws].mean(axis=1), (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
+def gain_figures(first: Measured, found: Mapping[str, Measured], chosen: str, seed: int) -> list[Figure]:
+    """Accuracy gained and cost paid, way by way."""
+    rows = [Figure("accuracy of the cascade on hard questions", first.accuracy, note=f"mode {START}, greedy")]
+    for name, one in found.items():
+        gain, low, high = gained(first.correct, one.correct, seed)
+        cost = f"{one.tokens.sum() / first.tokens.sum():.1f}x tokens, {one.seconds / first.seconds:.1f}x seconds"
+        note = f"{cost}; chosen on the selection split" if name == chosen else cost
+        rows.append(Figure(f"accuracy gained: {name}", gain, low=low, high=high, note=note))
+    return rows
+
+
+def confidence_figures(starts: Sequence[Start], first: Measured, votes: Measured) -> list[Figure]:
+    """How well each confidence ranks answers by being correct."""
+    p = [s.reply.p_correct or 0.0 for s in starts]
+    support, agreement = ([getattr(o, name) for o in votes.outcomes] for name in ("support", "agreement"))
+    return [
+        Figure("AUROC of the gate's P(correct)", auroc(p, first.correct), note=_ANSWERS),
+        Figure("AUROC of the votes' support", auroc(support, first.correct), note=_ANSWERS),
+        Figure("AUROC of the votes' agreement", auroc(agreement, votes.correct), note="the votes' answers"),
+    ]
+
+
+def critic_figures(path: Path, starts: Sequence[Start], first: Measured) -> list[Figure]:
+    """How well the critic ranks the cascade's answers, names their errors and finds the first wrong token."""
+    net = load_critic(path)
+    opinions = [net.judge(look(question_of(s.example), s.reply)) for s in starts]
+    named, near, chance = [], [], []
+    for opinion, start, correct in zip(opinions, starts, first.correct, strict=True):
+        if correct:
+            continue
+        named.append(opinion.error == error_type(start.example, start.reply, correct=False))
+        at = first_wrong(start)
+        if at is not None and len(opinion.attention) >= LONG:
+            away = np.abs(np.arange(len(opinion.attention)) - at)
+            near.append(bool(away[opinion.attention.argmax()] <= NEAR))
+            chance.append(float(np.mean(away <= NEAR)))
+    figures = [
+        Figure("AUROC of the critic's score", auroc([o.p_correct for o in opinions], first.correct), note=_ANSWERS),
+        Figure("error type named", _mean(named), note=f"of {len(named)} wrong answers"),
+    ]
+    if near:
+        note = (
+            f"within {NEAR} token, of {len(near)} wrong answers of {LONG} tokens or more; by chance {_mean(chance):.2f}"
+        )
+        figures.append(Figure("passage at the first wrong token", _mean(near), note=note))
+    return figures
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def first_wrong(start: Start) -> int | None:
+    """The token in which an answer leaves the reference; None if it ends before it does."""
+    shared = end = 0
+    for given, wanted in zip(start.reply.text, start.example.answer, strict=False):
+        if given != wanted:
+            break
+        shared += 1
+    for i, token in enumerate(start.reply.tokens):
+        end += len(token.text)
+        if end > shared:
+            return i
+    return None
+
+
+def cost_picture(path: Path, first: Measured, found: Mapping[str, Measured]) -> None:
+    """Accuracy against generated tokens, both of hard questions; tokens relative to the first answers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(6, 4), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, one in {f"mode {START}, greedy": first, **found}.items():
+        axes.plot(one.tokens.sum() / first.tokens.sum(), one.accuracy, "o", label=name)
+    axes.set(xlabel="tokens generated, relative to the greedy answers", ylabel="share of hard questions right")
+    axes.legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+def run(task: Task) -> Findings:
+    """Measure `task.bundle` with the questions in `task.data`, or in the folder `data` beside the bundle."""
+    if task.bundle is None:
+        raise CogumiError("the suite deliberation needs a bundle; name its folder")
+    folder = task.data or task.bundle.parent / "data"
+    examples = {split: hard_questions(folder, split) for split in ROWS}
+    file = task.bundle / FILE
+    with closing(open_cascade(task.bundle, slots=SLOTS, context=CONTEXT)) as cascade:
+        base = cascade.tiers.base
+        table = ways(base, Critic(file) if file.exists() else None)
+        total, done = len(ROWS) * len(table) + 1, 0
+        for split in ROWS:
+            given, first = first_answers(cascade, examples[split], START)
+            starts = starts_of(examples[split], given, base.adapters, task.seed)
+            found = {}
+            for name, way in table.items():
+                found[name] = measure(way, starts, first)
+                done += 1
+                task.progress(done, total, {"accuracy": found[name].accuracy})
+            if split == "selection":
+                chosen = max(found, key=lambda name: (found[name].accuracy, -found[name].tokens.sum()))
+        _, found[f"mode {MODE}"] = first_answers(cascade, examples["heldout"], MODE)
+    figures = [*gain_figures(first, found, chosen, task.seed), *confidence_figures(starts, first, found[VOTES])]
+    if file.exists():
+        figures += critic_figures(file, starts, first)
+    pictures = []
+    if task.out:
+        pictures.append(task.out / "deliberation.png")
+        cost_picture(pictures[0], first, found)
+    facts = {
+        "questions": {split: len(rows) for split, rows in examples.items()},
+        "difficulty": f">= {HARD}",
+        "cost": f"generated tokens and wall seconds, {TOGETHER} questions at a time, relative to the greedy answers",
+        "critic": file.exists(),
+    }
+    return Findings(figures, facts, pictures)
