@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogumi.bundle import open_bundle
+from cogumi.cascade.cache import AnswerCache
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.memory import Memory
 from cogumi.cascade.modes import Mode, Settings
@@ -22,7 +23,7 @@ from cogumi.route.nets import Net, load_head, load_net
 from cogumi.route.policy import POLICIES
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.types import ABSTENTION, Decision, Message, Request, Revision, Token
+from cogumi.types import ABSTENTION, Decision, Message, Request, Revision, Token, Usage
 from helpers_bundle import make_bundle
 
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
@@ -201,3 +202,27 @@ def test_no_text_can_speak_with_our_notes(text, imitated, accepted, withhold):
 def test_every_decision_is_told_as_it_is_made(tiers):
     events = list(cascade(tiers, HARD, escalation=Unhappy()).generate(ask("a", "b", "wrong")))
     assert events[-1].decisions == tuple(e for e in events if isinstance(e, Decision))
+
+
+def test_a_sure_answer_is_given_again_to_the_same_question_of_the_same_user_only(tiers):
+    cache = AnswerCache(None, None)
+    whole = cascade(tiers, base=0.9, cache=cache)
+    first = final_reply(whole.generate(ask(user="ann")))
+    again = final_reply(whole.generate(ask(user="ann")))
+    assert (again.route, again.text, again.p_correct) == ("cache", first.text, first.p_correct)
+    assert again.usage == Usage()
+    assert again.decisions[-1].reason == "the same question was answered before"
+    others = [
+        ask(user="bob"),
+        ask(),
+        ask(user="ann", mode="fast"),
+        ask(user="ann", max_tokens=9),
+        ask(user="ann", temperature=0.5),
+        ask(user="ann", abstain=True),
+        ask("Hello", "Hi", "What is 2 + 3?", user="ann"),
+        Request(messages=(Message("system", "Be brief."), *ask().messages), user="ann", max_tokens=10),
+        ask(user="ann", progressive=True),
+    ]
+    assert not any(final_reply(whole.generate(other)).route == "cache" for other in others)
+    unsure = cascade(tiers, cache=AnswerCache(None, None))
+    assert {final_reply(unsure.generate(ask(user="ann"))).route for _ in range(2)} == {"low_confidence"}

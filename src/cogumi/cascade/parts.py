@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-from cogumi.cascade.cache import AnswerCache
+from cogumi.cascade.cache import AnswerCache, Scope
 from cogumi.cascade.critique import Critic
 from cogumi.cascade.learning import Learner
 from cogumi.cascade.memory import Memory, Turn
