@@ -207,22 +207,25 @@ def test_every_decision_is_told_as_it_is_made(tiers):
 def test_a_sure_answer_is_given_again_to_the_same_question_of_the_same_user_only(tiers):
     cache = AnswerCache(None, None)
     whole = cascade(tiers, base=0.9, cache=cache)
-    first = final_reply(whole.generate(ask(user="ann")))
-    again = final_reply(whole.generate(ask(user="ann")))
+    said = answer(tiers, "base", ask())
+    stop = (said[2:4],)  # an answer that was cut would not be kept
+    first = final_reply(whole.generate(ask(user="ann", stop=stop)))
+    again = final_reply(whole.generate(ask(user="ann", stop=stop)))
     assert (again.route, again.text, again.p_correct) == ("cache", first.text, first.p_correct)
     assert again.usage == Usage()
     assert again.decisions[-1].reason == "the same question was answered before"
     others = [
-        ask(user="bob"),
-        ask(),
-        ask(user="ann", mode="fast"),
-        ask(user="ann", max_tokens=9),
-        ask(user="ann", temperature=0.5),
-        ask(user="ann", abstain=True),
-        ask("Hello", "Hi", "What is 2 + 3?", user="ann"),
-        Request(messages=(Message("system", "Be brief."), *ask().messages), user="ann", max_tokens=10),
-        ask(user="ann", progressive=True),
+        ask(user="bob", stop=stop),
+        ask(stop=stop),
+        ask(user="ann", stop=stop, mode="fast"),
+        ask(user="ann", stop=stop, max_tokens=9),
+        ask(user="ann", stop=("zq",)),
+        ask(user="ann", stop=stop, temperature=0.5),
+        ask(user="ann", stop=stop, abstain=True),
+        ask("Hello", "Hi", "What is 2 + 3?", user="ann", stop=stop),
+        Request(messages=(Message("system", "Be brief."), *ask().messages), user="ann", max_tokens=10, stop=stop),
+        ask(user="ann", stop=stop, progressive=True),
     ]
     assert not any(final_reply(whole.generate(other)).route == "cache" for other in others)
     unsure = cascade(tiers, cache=AnswerCache(None, None))
-    assert {final_reply(unsure.generate(ask(user="ann"))).route for _ in range(2)} == {"low_confidence"}
+    assert {final_reply(unsure.generate(ask(user="ann", stop=stop))).route for _ in range(2)} == {"low_confidence"}

@@ -56,7 +56,7 @@ def open_cascade(
             opened.callback(memory.close)
         learner = Learner(memory, state, list(calibration.guarantees.values())) if memory and state else None
         answers = _answers(bundle, reuse, state)
-        if answers:
+        if answers is not None:
             opened.callback(answers.close)
         tiers = _tiers(bundle, router, slots, context, threads, cache, opened)
         parts = Parts(

@@ -72,7 +72,7 @@ class Parts:
 
     def cached(self, request: Request) -> Reply | None:
         """A sure answer that was given before to the same question, or to one that counts as the same."""
-        if not self.cache or not _reusable(request):
+        if self.cache is None or not _reusable(request):
             return None
         hit = self.cache.find(self._scope(request), request.messages[-1].content)
         if hit is None:
@@ -83,7 +83,7 @@ class Parts:
 
     def keep(self, request: Request, reply: Reply) -> None:
         """Let a sure answer be given again."""
-        if self.cache and _reusable(request) and reply.decisions[-1].accepted:
+        if self.cache is not None and _reusable(request) and reply.decisions[-1].accepted:
             self.cache.keep(self._scope(request), request.messages[-1].content, reply)
 
     def _scope(self, request: Request) -> Scope:
@@ -132,7 +132,7 @@ class Parts:
         """Free the models, close what is kept on disk."""
         with ExitStack() as closing:
             for part in (self.tiers, self.memory, self.cache):
-                if part:
+                if part is not None:
                     closing.callback(part.close)
 
 
