@@ -188,49 +188,40 @@ class Lane:
         settled: list[_Settled] = []
         at = 0
         for sequence, run, start, n in rows:
-            job, draft = self._jobs[sequence], drafts.get(sequence)
-            end = at + n
-            if isinstance(job, Generation):
-                if job.echoing:
-                    targets = job.ids[start + 1 : start + 1 + n]
-                    job.echo([self._tokenizer.piece(token) for token in targets], logits[at:end])
-                    at = end - 1
-                if start + len(run) - (len(draft.tokens) if draft else 0) == len(job.ids):
-                    self._choose(sequence, job, draft, slice(at, end), logits, best, settled)
-                else:
-                    job.cached = start + len(run)
-            else:
-                job.cached = start + len(run)
-                if job.cached == len(job.ids) and isinstance(job, Prefill):
-                    self._leave(sequence)
-                    job.end()
-            at = end
+            job, draft, here = self._jobs[sequence], drafts.get(sequence), slice(at, at + n)
+            at += n
+            if isinstance(job, Generation) and job.echoing:
+                targets = job.ids[start + 1 : start + 1 + n]
+                job.echo([self._tokenizer.piece(token) for token in targets], logits[here])
+                here = slice(at - 1, at)
+            read = start + len(run) - (len(draft.tokens) if draft else 0)
+            if isinstance(job, Generation) and job.remaining and read == len(job.ids):
+                if tokens := self._choose(sequence, job, draft, logits[here], best[here]):
+                    settled.append(_Settled(sequence, job, tokens, draft, here.start))
+                continue
+            job.cached = start + len(run)
+            if job.cached == len(job.ids):  # nothing but the prompt was to be read
+                self._leave(sequence)
+                job.end("length")
         if settled:
             self._emit(logits, settled)
 
     def _choose(
-        self,
-        sequence: int,
-        job: Generation,
-        draft: Draft | None,
-        here: slice,
-        logits: Logits,
-        best: NDArray[np.intp],
-        settled: list[_Settled],
-    ) -> None:
-        """Add what one pass of the base settles for a generation: at least one token, or its failure."""
+        self, sequence: int, job: Generation, draft: Draft | None, logits: Logits, best: NDArray[np.intp]
+    ) -> list[int]:
+        """The tokens that one pass of the base settles for a generation; none if it fails, which ends it."""
         try:
-            tokens = _verify(job, draft, logits[here], best[here])
+            tokens = _verify(job, draft, logits, best)
         except RequestError as error:
             self._leave(sequence)
             job.fail(error)
-            return
+            return []
         if draft:
             job.drafted += len(draft.tokens)
             job.accepted += len(tokens) - 1
         if self._speculation:
             self._speculation.learn(sequence, draft, tokens)
-        settled.append(_Settled(sequence, job, tokens, draft, here.start))
+        return tokens
 
     def _look_back(self, sequence: int, job: Generation) -> None:
         """Read once more the token before an answer's last one, for the hidden state behind it.
