@@ -297,6 +297,24 @@ def test_an_echoed_prompt_is_its_reading(engine):
 
 
 @engines("echo")
+def test_a_prompt_can_be_echoed_alone(engine):
+    """One token, one chunk and several chunks; beside somebody who writes."""
+    writer = engine.generate(ASK)
+    for prompt in ((7,), tuple(range(5, 25)), LONG):
+        asked = Request(prompt=prompt, max_tokens=0, echo=True, logprobs=2)
+        (reply,) = engine.generate(asked)
+        assert (reply.text, reply.tokens, reply.finish_reason) == ("", (), "length")
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(prompt), 0)
+        more = final_reply(engine.generate(replace(asked, max_tokens=1)))
+        assert [t.logprob for t in reply.prompt] == pytest.approx([t.logprob for t in more.prompt], abs=1e-5)
+        assert [t.id for t in reply.prompt] == list(prompt[1:])
+    assert final_reply(writer).text == final_reply(engine.generate(ASK)).text
+    for wrong in (replace(asked, echo=False), replace(asked, hidden=True)):
+        with pytest.raises(RequestError, match="max_tokens"):
+            engine.generate(wrong)
+
+
+@engines("echo")
 def test_score_is_the_log_probability_of_the_answer(engine):
     """Sum over greedy steps: the score of each prefix of ids differs by the token's own log-probability."""
     prompt = engine.tokenizer.render(ASK)
@@ -337,6 +355,17 @@ def test_hidden_states(engine):
     reading = engine.read(Request(prompt="Tom is taller than Ann."))
     assert len(reading.last) == len(reading.mean) == 64
     assert engine.embed(["Tom is taller than Ann."])[0] == pytest.approx(np.array(reading.mean), abs=1e-3)
+
+
+@engines("hidden states")
+def test_the_hidden_state_behind_an_answer(engine):
+    for ask in (ASK, replace(ASK, stop=("a",)), replace(ASK, adapter="a", temperature=1.0, seed=1)):
+        reply = final_reply(engine.generate(replace(ask, hidden=True)))
+        said = [token.id for token in reply.tokens]
+        ids = (*engine.tokenizer.render(ask), *said[:-1])
+        assert reply.hidden == pytest.approx(engine.read(Request(prompt=ids, adapter=ask.adapter)).last, abs=0.02)
+        assert said == [token.id for token in final_reply(engine.generate(ask)).tokens]
+    assert final_reply(engine.generate(ASK)).hidden == ()
 
 
 @engines()
@@ -419,7 +448,8 @@ def test_our_server_answers_as_its_model_does(opened, servers):
     near.close()
 
 
-def test_lm_eval_finds_what_is_greedy(opened, servers):
+@pytest.mark.parametrize("more", [0, 1])
+def test_lm_eval_finds_what_is_greedy(opened, servers, more):
     """lm-evaluation-harness asks for prompt and continuation as one echoed prompt, and compares floats."""
     url, file = servers("served")
     near, client = LlamaEngine(file, context=CONTEXT, threads=1), openai.OpenAI(base_url=url, api_key="any")
@@ -430,18 +460,29 @@ def test_lm_eval_finds_what_is_greedy(opened, servers):
             model="cogumi:base",
             prompt=[[*prompt, *continuation]],
             temperature=0,
-            max_tokens=1,
+            max_tokens=more,
             logprobs=1,
             seed=1234,
             echo=True,
         )
-        told = answer.choices[0].logprobs
-        values, tops = told.token_logprobs[len(prompt) : -1], told.top_logprobs[len(prompt) : -1]
-        assert len(values) == len(continuation)
+        assert answer.usage.completion_tokens == more
+        told, end = answer.choices[0].logprobs, len(prompt) + len(continuation)
+        values, tops = told.token_logprobs[len(prompt) : end], told.top_logprobs[len(prompt) : end]
+        assert len(values) == len(continuation) == len(told.tokens) - len(prompt) - more
         assert all(value == max(top.values()) for value, top in zip(values, tops, strict=True)) == greedy
         exact = near.read(Request(prompt=(*prompt, *continuation))).surprise[-4:]
         assert [-value for value in values] == pytest.approx(exact, abs=1e-4)
     near.close()
+
+
+def test_a_prompt_alone_is_streamed_back(servers):
+    client = openai.OpenAI(base_url=servers("served")[0], api_key="any")
+    stream = client.completions.create(model="cogumi:base", prompt="Tom is", max_tokens=0, echo=True, stream=True)
+    choices = [chunk.choices[0] for chunk in stream]
+    assert "".join(choice.text for choice in choices) == "Tom is"
+    assert choices[-1].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="set echo"):
+        client.completions.create(model="cogumi:base", prompt="Tom is", max_tokens=0)
 
 
 def test_a_foreign_server_answers_as_its_model_does(opened):

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.environment import usable_threads
-from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.errors import BundleError
 from cogumi.runtime.adapters import Adapters
+from cogumi.runtime.admission import admitted, check_length, prompt_of
 from cogumi.runtime.bridge import Bridge
 from cogumi.runtime.costs import file_key, machine_key, measured_costs, pass_seconds
 from cogumi.runtime.drafter import Drafter
@@ -28,7 +29,7 @@ from cogumi.runtime.lane import Lane
 from cogumi.runtime.lanes import Lanes
 from cogumi.runtime.llama import Context, Grammar, Model, Tokenizer, schema_grammar
 from cogumi.runtime.pace import MOST, Costs
-from cogumi.runtime.sampling import Rules, check
+from cogumi.runtime.sampling import Rules
 from cogumi.runtime.scheduler import Scheduler
 from cogumi.runtime.speculate import Controller
 from cogumi.types import Reading, Request, Score
@@ -156,7 +157,7 @@ class LlamaEngine:
         """
         request = text if isinstance(text, Request) else Request(prompt=text)
         prompt = self._prompt(request)
-        self._fits(prompt)
+        check_length(len(prompt), self._context)
         job = Prefill(prompt)
         self._read_ahead(session, None)
         self._scheduler.submit(request.adapter, job)
@@ -197,28 +198,13 @@ class LlamaEngine:
         self._scheduler.close()
 
     def _admitted(self, request: Request) -> Generation:
-        check(request)
-        prompt = self._prompt(request)
-        if len(prompt) + request.max_tokens > self._context:
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context holds "
-                f"{self._context}; shorten the prompt or ask for fewer tokens"
-            )
+        prompt = admitted(request, self.tokenizer, self.adapters, self._context)
         return Generation(request, prompt, self._rules(request))
 
     def _prompt(self, request: Request) -> list[int]:
-        if request.adapter is not None and request.adapter not in self.adapters:
-            known = ", ".join(self.adapters) or "none is loaded"
-            raise RequestError(f"unknown adapter {request.adapter!r}; known: {known}")
-        prompt = self.tokenizer.render(request)
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        return prompt
+        return prompt_of(request, self.tokenizer, self.adapters)
 
     def _rules(self, request: Request) -> Rules | None:
-        beyond = [token for token in request.logit_bias if token >= self.tokenizer.size]
-        if beyond:
-            raise RequestError(f"logit_bias names token {beyond[0]}; the vocabulary ends at {self.tokenizer.size - 1}")
         text = schema_grammar(request.json_schema) if request.json_schema is not None else request.grammar
         return Rules.of(request, Grammar(self.tokenizer, text) if text is not None else None)
 
@@ -232,13 +218,9 @@ class LlamaEngine:
         if before:
             self._scheduler.cancel(before)
 
-    def _fits(self, ids: Sequence[int]) -> None:
-        if len(ids) > self._context:
-            raise ContextError(f"the text has {len(ids)} tokens, but the context holds {self._context}; shorten it")
-
     def _measure(self, adapter: str | None, jobs: Sequence[Measurement]) -> list[Measurement]:
         for job in jobs:
-            self._fits(job.ids)
+            check_length(len(job.ids), self._context)
         for job in jobs:
             self._scheduler.submit(adapter, job)
         return [job.result.result() for job in jobs]

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar, cast
@@ -23,12 +24,13 @@ import openai
 from numpy.typing import NDArray
 
 from cogumi.errors import BusyError, ContextError, RequestError
+from cogumi.runtime.admission import check_adapter, prompt_of
 from cogumi.runtime.engine import Event, Tokenizer
 from cogumi.runtime.events import Events, Outcome
 from cogumi.runtime.llama import load_tokenizer
 from cogumi.runtime.sampling import check
 from cogumi.runtime.wire import BEST, Answer, Entry, Vocabulary, body_of, entries
-from cogumi.types import Reading, Reply, Request, Score
+from cogumi.types import Reading, Reply, Request, Score, Usage
 
 T = TypeVar("T")
 
@@ -172,6 +174,8 @@ class RemoteEngine:
         if echoed:
             told = await self._echoed(echoed, body["model"], max(BEST, answer.request.logprobs))
             answer.echo(told[1:], echoed[1:])
+        if not answer.request.max_tokens:
+            return replace(answer.reply("length"), usage=Usage(len(echoed)))
         create: Any = self._client.chat.completions.create if "messages" in body else self._client.completions.create
         async with await create(**body) as stream:
             async for chunk in stream:
@@ -203,18 +207,11 @@ class RemoteEngine:
 
     def _named(self, request: Request) -> str:
         """The server's model for a request."""
-        if request.adapter is None:
-            return self._model
-        if request.adapter not in self._adapters:
-            known = ", ".join(self._adapters) or "none was given"
-            raise RequestError(f"unknown adapter {request.adapter!r}; known: {known}")
-        return self._adapters[request.adapter]
+        check_adapter(request, self._adapters)
+        return self._adapters[request.adapter] if request.adapter is not None else self._model
 
     def _prompt(self, request: Request) -> list[int]:
-        ids = self.tokenizer.render(request)
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        return ids
+        return prompt_of(request, self.tokenizer, self._adapters)
 
     def _error(self, error: openai.APIError) -> RequestError:
         """The error of ours that a failure of the server or of the way to it stands for."""

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import DynamicCache
 
-from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.errors import BundleError, RequestError
 from cogumi.models.build import load
 from cogumi.models.text import HFTokenizer
+from cogumi.runtime.admission import admitted, check_length, prompt_of
 from cogumi.runtime.engine import Event
 from cogumi.runtime.events import Events, Outcome
 from cogumi.runtime.generation import Generation
-from cogumi.runtime.sampling import Rules, check, draw, logprobs_of, probabilities, signals, top_logprobs
+from cogumi.runtime.sampling import Rules, draw, logprobs_of, probabilities, signals, top_logprobs
 from cogumi.types import Reading, Request, Score
 
 ROWS = 256
@@ -114,32 +115,15 @@ class TorchEngine:
             generation.end("cancelled")
 
     def _admitted(self, request: Request) -> Generation:
-        check(request)
-        prompt = self._prompt(request)
-        if len(prompt) + request.max_tokens > self._context:
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context "
-                f"holds {self._context}; shorten the prompt or ask for fewer tokens"
-            )
+        prompt = admitted(request, self._tokenizer, self._names, self._context)
         return Generation(request, prompt, self._rules(request))
 
     def _prompt(self, request: Request) -> list[int]:
-        if request.adapter is not None and request.adapter not in self._names:
-            known = ", ".join(self._names) or "none is loaded"
-            raise RequestError(f"unknown adapter {request.adapter!r}; known: {known}")
-        prompt = self._tokenizer.render(request)
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        if not all(0 <= i < self._tokenizer.size for i in prompt):
-            raise RequestError(f"the prompt holds an id outside the vocabulary of {self._tokenizer.size}")
-        return prompt
+        return prompt_of(request, self._tokenizer, self._names)
 
     def _rules(self, request: Request) -> Rules | None:
         if request.grammar is not None or request.json_schema is not None:
             raise RequestError("this engine keeps to no grammar or JSON schema; use the llama engine for that")
-        beyond = [token for token in request.logit_bias if token >= self._tokenizer.size]
-        if beyond:
-            raise RequestError(f"logit_bias names token {beyond[0]}; the vocabulary ends at {self._tokenizer.size - 1}")
         return Rules.of(request)
 
     def _select(self, adapter: str | None) -> None:
@@ -149,14 +133,16 @@ class TorchEngine:
         elif self._names:
             self._model.base_model.disable_adapter_layers()
 
-    @torch.inference_mode()
     def _forward(self, ids: list[int], adapter: str | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits (n, V) and hidden states after the final norm (n, width) at every position."""
-        if len(ids) > self._context:
-            raise ContextError(f"the text has {len(ids)} tokens, but the context holds {self._context}; shorten it")
+        check_length(len(ids), self._context)
         with self._lock:
             self._select(adapter)
-            out = self._model(torch.tensor([ids]), output_hidden_states=True)
+            return self._pass(ids)
+
+    @torch.inference_mode()
+    def _pass(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        out = self._model(torch.tensor([ids]), output_hidden_states=True)
         return out.logits[0].numpy(), out.hidden_states[-1][0].numpy()
 
     def _receive(self, generation: Generation) -> Outcome:
@@ -176,14 +162,15 @@ class TorchEngine:
         mine = sorted((g for g in mine if not g.ended), key=lambda g: len(g.ids))
         for generation in mine:
             if generation.request.echo:
-                self._echo(generation)
+                generation.echo([self._pieces[i] for i in generation.ids[1:]], self._pass(generation.ids)[0])
+            if not generation.remaining:
+                generation.end("length")
+        mine = [g for g in mine if not g.ended]
         for start in range(0, len(mine), ROWS):
             self._run(mine[start : start + ROWS])
-
-    @torch.inference_mode()
-    def _echo(self, generation: Generation) -> None:
-        logits = self._model(torch.tensor([generation.ids])).logits[0].numpy()
-        generation.echo([self._pieces[i] for i in generation.ids[1:]], logits)
+        for generation in mine:
+            if generation.request.hidden:
+                generation.tell(tuple(self._pass(generation.ids[:-1])[1][-1].tolist()))
 
     @torch.inference_mode()
     def _run(self, batch: list[Generation]) -> None:
