@@ -24,6 +24,8 @@ from typing import Any
 
 from cogumi.errors import RequestError, StateError
 
+FILE = "memory.sqlite"
+"""Its name in the folder of what is kept between runs."""
 VERSION = 1
 APPLICATION = 0x636F676D  # "cogm": tells our databases from other programs'
 KEEP = 1_000

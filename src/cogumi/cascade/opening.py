@@ -12,7 +12,7 @@ from cogumi.cascade.cache import AnswerCache
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.critique import Critic
 from cogumi.cascade.learning import Learner
-from cogumi.cascade.memory import Memory
+from cogumi.cascade.memory import FILE, Memory
 from cogumi.cascade.modes import Settings
 from cogumi.cascade.parts import Parts, Shots
 from cogumi.cascade.tiers import Tiers
@@ -51,7 +51,7 @@ def open_cascade(
     if {f"domain_{name}" for name in router.classes} - set(calibration.gates["base"].names):
         raise BundleError(f"{folder}: the gates were calibrated with another router; build it again")
     with ExitStack() as opened:
-        memory = Memory(state / "memory.sqlite") if state else None
+        memory = Memory(state / FILE) if state else None
         if memory:
             opened.callback(memory.close)
         learner = Learner(memory, state, list(calibration.guarantees.values())) if memory and state else None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from cogumi.cascade.cache import AnswerCache, Scope
 from cogumi.cascade.critique import Critic
@@ -16,12 +19,13 @@ from cogumi.cascade.memory import Memory, Turn
 from cogumi.cascade.modes import Settings
 from cogumi.cascade.notes import without_note
 from cogumi.cascade.tiers import Tiers
-from cogumi.errors import RequestError
+from cogumi.errors import RequestError, StateError
 from cogumi.route.gate import KINDS, Calibration
 from cogumi.route.policy import Policy
 from cogumi.runtime.escalation import Escalation
 from cogumi.types import Decision, Message, Reply, Request, Usage
 
+T = TypeVar("T")
 Shots = Mapping[str, Sequence[tuple[str, str]]]
 """Domain -> questions with their answers."""
 
@@ -50,11 +54,21 @@ class Parts:
 
     def failed(self, user: str) -> frozenset[str]:
         """Domains in which an answer to this user was wrong."""
-        return self.memory.failed(user) if self.memory and user else frozenset()
+        memory = self.memory
+        return self._recalled(lambda: memory.failed(user), frozenset()) if memory and user else frozenset()
 
     def habit(self, user: str) -> Mapping[str, int]:
         """How many questions of each domain this user has asked."""
-        return self.memory.habit(user) if self.memory and user else {}
+        memory = self.memory
+        return self._recalled(lambda: memory.habit(user), {}) if memory and user else {}
+
+    def _recalled(self, recall: Callable[[], T], nothing: T) -> T:
+        """What memory holds; an answer does not fail because memory does."""
+        try:
+            return recall()
+        except (StateError, sqlite3.Error) as error:
+            warnings.warn(f"the memory cannot be used: {error}", stacklevel=2)
+            return nothing
 
     def p_correct(self, id: str, user: str, p: float, signals: Mapping[str, float]) -> float:
         """What the gate says, corrected by what was learned from use."""
@@ -62,12 +76,14 @@ class Parts:
 
     def complained(self, user: str, messages: Sequence[Message]) -> None:
         """The user is not satisfied with the last answer: take it for wrong, if it is remembered."""
-        if not self.memory or not user:
+        memory = self.memory
+        if not memory or not user:
             return
         answer = without_note(next((m.content for m in reversed(messages) if m.role == "assistant"), ""))
-        for turn in self.memory.recent(user):
+        nothing: tuple[Turn, ...] = ()
+        for turn in self._recalled(lambda: memory.recent(user), nothing):
             if turn.answer == answer and turn.outcome is None:
-                self.memory.rate(turn.id, user, False)
+                self.rated(turn.id, user, False)
                 return
 
     def cached(self, request: Request) -> Reply | None:
@@ -99,26 +115,26 @@ class Parts:
         self, id: str, request: Request, reply: Reply, domain: str | None, mode: str, gate_p: float | None
     ) -> None:
         """Keep what was asked and answered; `gate_p` is P(correct) before anything learned from use."""
-        if not self.memory:
+        memory = self.memory
+        if not memory:
             return
         question = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
-        self.memory.remember(
-            Turn(
-                id=id,
-                user=request.user or "",
-                session=request.session or "",
-                at=time.time(),
-                question=question,
-                answer=without_note(reply.text),
-                domain=domain or "",
-                tier=reply.tier,
-                route=reply.route,
-                mode=mode,
-                p_correct=gate_p,
-                signals=reply.signals,
-                outcome=None,
-            )
+        turn = Turn(
+            id=id,
+            user=request.user or "",
+            session=request.session or "",
+            at=time.time(),
+            question=question,
+            answer=without_note(reply.text),
+            domain=domain or "",
+            tier=reply.tier,
+            route=reply.route,
+            mode=mode,
+            p_correct=gate_p,
+            signals=reply.signals,
+            outcome=None,
         )
+        self._recalled(lambda: memory.remember(turn), None)
 
     def rated(self, id: str, user: str, right: bool) -> None:
         """A user says whether an answer was right. Raises `RequestError` if this user has no such answer."""

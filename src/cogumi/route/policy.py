@@ -78,9 +78,8 @@ class Answers:
     def given(self, threshold: float) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         """Which answer is given [n] and whether it is accepted [n]; `settle` for all rows at once."""
         sure = self.p >= threshold
-        best = np.nanargmax(self.p, axis=1)
-        accepted = sure.any(axis=1)
-        return np.where(accepted, sure.argmax(axis=1), best), accepted
+        accepted: NDArray[np.bool_] = np.asarray(sure.any(axis=1))
+        return np.where(accepted, sure.argmax(axis=1), np.nanargmax(self.p, axis=1)), accepted
 
     def count(self, threshold: float) -> tuple[int, int]:
         """Accepted answers that claim something, and the wrong ones among them."""
