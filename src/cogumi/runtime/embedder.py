@@ -7,12 +7,14 @@ a text's vector would depend on its neighbours; and on one thread a batch is no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.artifact import sha256
 from cogumi.errors import BundleError
 from cogumi.runtime.onnx import open_session
 
@@ -30,6 +32,7 @@ class Embedder:
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
+        self._folder = folder
         path = folder / TOKENIZER
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -40,6 +43,11 @@ class Embedder:
         if len(inputs) != 1 or len(outputs) != 1 or not isinstance(outputs[0].shape[-1], int):
             raise BundleError(f"{folder / MODEL} is no sentence encoder of one input; build the bundle again")
         self._input, self.width = inputs[0].name, int(outputs[0].shape[-1])
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells vectors of this encoder from those of another: a hash of its two files."""
+        return "-".join(sha256(self._folder / name)[:16] for name in (MODEL, TOKENIZER))
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors [n, width] of length 1, whatever the texts hold; what a model cannot read at the end is left out."""
