@@ -120,16 +120,17 @@ class Learner:
         self._known: dict[tuple[str, str], tuple[float, Vote]] = {}  # the newest votes, with the time of the answer
         self._followed = 0.0
         self._trust: dict[str, float] | None = None
-        self._evidence: Sequence[personal.Evidence] = ()
+        self._evidence: dict[str, personal.Evidence] = {}
         self._persons: dict[str, tuple[float, Mapping[str, float]]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             sqlite3.connect(folder / "learned.lock").close()
         except (OSError, sqlite3.Error) as error:
-            raise StateError(
-                f"{folder} cannot keep what is learned ({error}); name a folder that can be written"
-            ) from error
+            raise self._unwritable(error) from error
         self._refresh()
+
+    def _unwritable(self, error: Exception) -> StateError:
+        return StateError(f"{self._folder} cannot keep what is learned ({error}); name a folder that can be written")
 
     def p_correct(self, turn_id: str, user: str, p: float, signals: Mapping[str, float]) -> float:
         """P(correct) as it should be shown and compared with the threshold; the gate's own `p` where nothing is
@@ -148,13 +149,16 @@ class Learner:
         return float(hold(q, sigmoid(logit(q) + shift), self._thresholds)) if shift else q
 
     def rated(self, turn: Turn) -> None:
-        """To be called after each `Memory.rate`, with what it returned."""
+        """To be called after each `Memory.rate`, with what it returned. Raises `StateError` where memory cannot be
+        read.
+        """
         self._persons.pop(turn.user, None)
         self._unchecked += 1
         self._suspicion = max(self._suspicion + self._cost(turn), 0.0)
         if (self._unchecked >= CHECK or self._suspicion >= HARM) and self._lock.acquire(blocking=False):
             try:
-                self._unchecked, self._suspicion = 0, 0.0
+                self._unchecked = 0
+                self._suspicion = self._suspicion if self._suspicion < HARM else 0.0
                 with self._alone() as alone:
                     if alone:
                         self._look()
@@ -174,10 +178,11 @@ class Learner:
 
         Other processes hold votes of the user (numbers, no text) until they are closed or newer ones take their place.
         """
-        forgotten = self._memory.forget(user)
-        self._persons.pop(user, None)
-        (self._trust or {}).pop(user, None)
-        self._known = {key: found for key, found in self._known.items() if key[0] != user}
+        with self._lock:  # nobody is learning meanwhile
+            forgotten = self._memory.forget(user)
+            self._known = {key: found for key, found in self._known.items() if key[0] != user}
+            for derived in (self._persons, self._evidence, self._trust or {}):
+                derived.pop(user, None)
         return forgotten
 
     def state(self) -> dict[str, Any]:
@@ -208,6 +213,8 @@ class Learner:
             self._take(Learned())
 
     def _take(self, state: Learned) -> None:
+        if state.layer != self._state.layer:
+            self._suspicion = 0.0
         self._state = state
         self._persons.clear()
 
@@ -225,7 +232,11 @@ class Learner:
     @contextmanager
     def _alone(self) -> Iterator[bool]:
         """Whether no other process is learning here; the lock dies with its process."""
-        with closing(sqlite3.connect(self._folder / "learned.lock", timeout=0.0, isolation_level=None)) as lock:
+        try:
+            lock = sqlite3.connect(self._folder / "learned.lock", timeout=0.0, isolation_level=None)
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
+        with closing(lock):
             try:
                 lock.execute("BEGIN EXCLUSIVE")
             except sqlite3.Error:
@@ -269,7 +280,7 @@ class Learner:
         if self._neighbours:
             votes = self._votes(0.0)
             found = personal.evidence(votes, state.layer.p_all(votes, ()) if state.layer else votes.p)
-            self._evidence = [own for own in found.values() if own.votes >= personal.ENOUGH]
+            self._evidence = {name: own for name, own in found.items() if name and own.votes >= personal.ENOUGH}
 
     def _watched(self, state: Learned, layer: Layer) -> Learned:
         """The same, or without the layer if it does harm."""
@@ -336,4 +347,5 @@ class Learner:
         votes = Votes.of(vote for turn in turns if (vote := vote_of(turn)))
         layer = self._state.layer
         own = personal.evidence(votes, layer.p_all(votes, ()) if layer else votes.p).get(user)
-        return personal.offsets(own, self._evidence) if own else {}
+        others = [other for name, other in self._evidence.items() if name != user]
+        return personal.offsets(own, others) if own else {}

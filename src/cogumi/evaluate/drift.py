@@ -9,6 +9,7 @@ accepted at a threshold that was guaranteed beforehand.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -59,11 +60,13 @@ class Phase:
 WORSE = (-2.0, 0.0, 0.0, 0.0, 0.0)
 PHASES = (
     Phase("calm", 18_000),
-    Phase("one domain worse", 24_000, (0.4, 0.15, 0.15, 0.15, 0.15), WORSE),
-    Phase("new people too", 14_000, (0.4, 0.15, 0.15, 0.15, 0.15), WORSE, new=0.5, harder=1.0),
-    Phase("as before", 14_000),
+    Phase("one domain worse", 20_000, (0.4, 0.15, 0.15, 0.15, 0.15), WORSE),
+    Phase("still worse", 6_000, (0.4, 0.15, 0.15, 0.15, 0.15), WORSE),
+    Phase("new people too", 10_000, (0.4, 0.15, 0.15, 0.15, 0.15), WORSE, new=0.5, harder=1.0),
+    Phase("as before", 12_000),
 )
-TURNS = sum(phase.turns for phase in PHASES)
+ATTACKED = 2  # the phase that a copy of the server lives through once more, with an attacker
+ATTACK = 5_000  # votes of the attacker
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,10 +80,6 @@ class Stream:
     p: Doubles
     truth: Doubles
     vote: Ints
-
-    def first(self, n: int) -> Stream:
-        """The first `n` questions."""
-        return Stream(self.user[:n], self.domain[:n], self.p[:n], self.truth[:n], self.vote[:n])
 
 
 def ask(
@@ -128,6 +127,7 @@ class World:
         self.learner = Learner(self.memory, folder, promises, **options)
         self.asked: list[float] = []  # times of all questions
         self.slowest = 0.0
+        self._name = folder.name
 
     def live(self, stream: Stream, rng: np.random.Generator) -> Doubles:
         """The P(correct) shown for each question [n]."""
@@ -135,7 +135,7 @@ class World:
         signals = signals_of(stream, rng)
         rows = zip(*(x.tolist() for x in (stream.user, stream.domain, stream.p, stream.vote)), strict=True)
         for i, (user, domain, p, vote) in enumerate(rows):
-            id, name = f"turn-{len(self.asked)}", f"user-{user}"
+            id, name = f"{self._name}-{len(self.asked)}", f"user-{user}"
             shown[i] = self.learner.p_correct(id, name, p, signals[i])
             self.asked.append(time.time())
             seen = f"question {id}", "answer", DOMAINS[domain], "base", "base", "fast"
@@ -199,38 +199,49 @@ class Life:
 
     def worse(self) -> list[float]:
         """Brier score shown against the gate's own, per phase: 0.01 is 1% worse."""
-        return [brier(q, t) / brier(p, t) - 1 for p, q, t in zip(self.p, self.shown, self.truth, strict=True) if len(p)]
+        return [brier(q, t) / brier(p, t) - 1 for p, q, t in zip(self.p, self.shown, self.truth, strict=True)]
 
 
-def live_through(promise: Guarantee, seed: int, *, turns: int = TURNS, attack: int = 0) -> Life:
-    """The first `turns` questions of a server's life, in a folder of its own; `attack` is how many votes one attacker
-    spreads over it.
+def live_phase(world: World, number: int, seed: int, attack: int = 0) -> tuple[Doubles, Doubles, Doubles]:
+    """All questions of a phase: the gate's p, what was shown and the truth, each [n]. `attack` is how many votes an
+    attacker casts in between; what the attacker was shown is left out.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        world, left = World(Path(folder), [promise]), turns
-        raters = [*people(np.random.default_rng(seed), PEOPLE + NEWCOMERS), "malicious"]
-        found: list[tuple[Doubles, Doubles, Doubles]] = []
-        for number, phase in enumerate(PHASES):
-            rng = np.random.default_rng([seed, number])
-            stream = stream_of(phase, rng, raters).first(left)
-            left -= len(stream.p)
-            if attack:
-                stream = attacked(stream, rng, PEOPLE + NEWCOMERS, attack * len(stream.p) // turns)
-            shown = world.live(stream, rng)
-            own = stream.user < PEOPLE + NEWCOMERS
-            found.append((stream.p[own], shown[own], stream.truth[own]))
+    rng = np.random.default_rng([seed, number])
+    raters = [*people(np.random.default_rng(seed), PEOPLE + NEWCOMERS), "malicious"]
+    stream = stream_of(PHASES[number], rng, raters)
+    if attack:
+        stream = attacked(stream, rng, PEOPLE + NEWCOMERS, attack)
+    shown = world.live(stream, rng)
+    own = stream.user < PEOPLE + NEWCOMERS
+    return stream.p[own], shown[own], stream.truth[own]
+
+
+def live_through(promise: Guarantee, seed: int) -> tuple[Life, Doubles, list[str]]:
+    """A server's life; and what a copy of it showed in phase `ATTACKED` under an attack, and its events there."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, copy = Path(place, "alone"), Path(place, "attacked")
+        world = World(folder, [promise])
+        found = []
+        for number in range(len(PHASES)):
+            if number == ATTACKED:
+                shutil.copytree(folder, copy)  # nobody writes at the moment
+            found.append(live_phase(world, number, seed))
         world.memory.close()
-        p, shown_all, truth = zip(*found, strict=True)
-        return Life(p, shown_all, truth, world.events(), world.slowest)
+        other = World(copy, [promise])
+        _, under_attack, _ = live_phase(other, ATTACKED, seed, ATTACK)
+        other.memory.close()
+        events = [event for at, event in other.events() if at]
+        p, shown, truth = zip(*found, strict=True)
+        return Life(p, shown, truth, world.events(), world.slowest), under_attack, events
 
 
 KINDS = ("like all others", "harder questions", "other strengths")
 _STRENGTHS = np.array([[0.0] * 5, [-1.2] * 5, [-1.5, 1.0, -1.5, 1.0, 0.0]])  # moves the true logit, per kind and domain
 
 
-def personal(promise: Guarantee, seed: int, votes: int, *, each: int = 20, neighbours: bool = False) -> Doubles:
+def personal(promise: Guarantee, seed: int, votes: int, *, each: int = 8, neighbours: bool = False) -> Doubles:
     """Brier score shown against the gate's own, minus 1, of `each` people of each of `KINDS` [kinds, each] who opted
-    in, on 500 questions after they have rated `votes` answers.
+    in, on 300 questions after they have rated `votes` answers.
     """
     rng = np.random.default_rng([seed, 7])
     people = np.arange(len(KINDS) * each)
@@ -245,7 +256,7 @@ def personal(promise: Guarantee, seed: int, votes: int, *, each: int = 20, neigh
         for user in people:
             world.memory.choose_personal(f"user-{user}", True)
         world.live(stream(votes), rng)
-        later = stream(500)
+        later = stream(300)
         shown = np.zeros(len(later.p))
         rows = zip(later.user.tolist(), later.p.tolist(), signals_of(later, rng), strict=True)
         for i, (user, p, signals) in enumerate(rows):
@@ -257,17 +268,12 @@ def personal(promise: Guarantee, seed: int, votes: int, *, each: int = 20, neigh
     return np.array(worse).reshape(len(KINDS), each)
 
 
-ATTACK = 27_000, 5_000  # questions of the attacked life, votes of one attacker in it
-
-
 def run(task: Task) -> Findings:
     """Everything above, once; needs neither a bundle nor data."""
     began = time.perf_counter()
     promise = promise_of(np.random.default_rng([task.seed, 99]))
-    life = live_through(promise, task.seed)
-    task.progress(1, 3, {"worst_phase": max(life.worse())})
-    attack = live_through(promise, task.seed, turns=ATTACK[0], attack=ATTACK[1])
-    task.progress(2, 3, {})
+    life, attack, events = live_through(promise, task.seed)
+    task.progress(1, 2, {"worst_phase": max(life.worse())})
     persons = personal(promise, task.seed, 200)
     few = [personal(promise, task.seed, 60, neighbours=on) for on in (False, True)]
     pictures = []
@@ -278,9 +284,9 @@ def run(task: Task) -> Findings:
         [*_drift_figures(life, promise), _attack_figure(life, attack), *_personal_figures(persons, *few)],
         {
             "questions": sum(map(len, life.p)),
-            "attacker's votes": ATTACK[1],
+            "attacker's votes": ATTACK,
             "events": [f"{event} at question {at}" for at, event in life.events],
-            "events under attack": [f"{event} at question {at}" for at, event in attack.events],
+            "events under attack": events,
             "slowest rating, seconds": round(life.slowest, 2),
             "threshold": promise.threshold,
             "seconds": round(time.perf_counter() - began, 1),
@@ -306,10 +312,10 @@ def _drift_figures(life: Life, promise: Guarantee) -> list[Figure]:
     return figures
 
 
-def _attack_figure(life: Life, attack: Life) -> Figure:
-    p, shown, truth = (np.concatenate(x)[: ATTACK[0]] for x in (life.p, life.shown, life.truth))
-    change = brier(np.concatenate(attack.shown), truth) / brier(shown, truth) - 1
-    note = f"gate alone {brier(p, truth):.4f}, learning {brier(shown, truth):.4f} without the attacker"
+def _attack_figure(life: Life, attacked: Doubles) -> Figure:
+    p, shown, truth = (x[ATTACKED] for x in (life.p, life.shown, life.truth))
+    change = brier(attacked, truth) / brier(shown, truth) - 1
+    note = f"{ATTACK} votes; gate alone {brier(p, truth):.4f}, learning without attacker {brier(shown, truth):.4f}"
     return Figure("Brier score, one attacker against none", change, "<= 0.005", note=note)
 
 
@@ -321,7 +327,7 @@ def _personal_figures(persons: Doubles, few: Doubles, together: Doubles) -> list
         figures.append(Figure(f"Brier score, people: {kind}", float(worse.mean()), goal, note=note))
     figures.append(Figure("Brier score, worst person", float(persons.max()), "<= 0.005", note="alone, 200 votes"))
     figures.append(
-        Figure("Brier score, worst person with neighbours", float(together.max()), note="60 votes; off by default")
+        Figure("Brier score, worst person with neighbours", float(together.max()), "<= 0.005", note="60 votes")
     )
     return figures
 

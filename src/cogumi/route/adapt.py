@@ -38,7 +38,7 @@ from cogumi.route.nets import sigmoid
 
 SHARE = 0.005  # of the votes looked at, at most, from one user or on one answer
 GAIN = 0.01  # of the Brier score
-HARM = 4.0  # summed Brier score; a sound layer reaches it by chance about once in e**10 tries
+HARM = 3.0  # summed Brier score; a sound layer reaches it by chance about once in e**7 tries
 CANARY = 0.1
 LIMIT = 2.0  # nats by which a layer moves a logit at most
 PRIOR = 50.0  # ridge: a domain that has seen this much information moves half the way

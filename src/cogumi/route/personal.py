@@ -4,7 +4,8 @@ From `ENOUGH` votes on, the votes' surprise (right - q) is summed and set agains
 exceeds two standard errors counts, and that is shrunk towards 0 by a ridge: so a user like all others gets nothing or
 next to nothing, and one who differs gets most of the difference. First one offset over all domains, then what single
 domains have beyond it. Where neighbours may help, the start is not 0 but what users with a similar pattern of surprises
-show together (collaborative filtering); a user's own votes then correct it.
+show together (collaborative filtering), if the own votes differ from everybody's by more than chance; they then correct
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cogumi.route.adapt import DOMAIN, Doubles, Votes
 
 ENOUGH = 50
 FURTHEST = 1.0  # nats
-RIDGE = 10.0  # information q (1 - q), about that of 80 votes
+RIDGE = 15.0  # information q (1 - q), about that of 120 votes
 NEIGHBOURS = 10
 ALIKE = 0.7  # cosine of two patterns
 
@@ -32,6 +33,11 @@ class Evidence:
     def pattern(self) -> dict[str, float]:
         """Rough offset per domain, shrunk."""
         return {name: s / (v + RIDGE) for name, (s, v) in self.domains.items()}
+
+    def differs(self) -> bool:
+        """Whether the surprises are more than chance: chi-square four standard deviations above its mean."""
+        n = len(self.domains)
+        return sum(s * s / max(v, 1e-9) for s, v in self.domains.values()) > n + 4 * math.sqrt(2 * n)
 
 
 def evidence(votes: Votes, q: Doubles) -> dict[str, Evidence]:
@@ -73,8 +79,10 @@ def _shrunk(surprise: float, variance: float) -> float:
 
 
 def _together(own: Evidence, others: Sequence[Evidence]) -> dict[str, float]:
-    """What the most similar users show together in this user's domains; empty where nobody is similar."""
-    mine = own.pattern()
+    """What the most similar users show together in this user's domains; empty where nobody is similar, or where the
+    user differs from everybody by no more than chance (then neighbours would be those of like chance).
+    """
+    mine = own.pattern() if own.differs() else {}
     similar = sorted(((_cosine(mine, other.pattern()), i) for i, other in enumerate(others)), reverse=True)
     near = [(similarity, others[i]) for similarity, i in similar[:NEIGHBOURS] if similarity >= ALIKE]
     found = {}
