@@ -101,11 +101,11 @@ class Net:
             value["classes"],
         )
 
-    def save(self, path: Path) -> None:
-        """Write as safetensors, class names in its metadata."""
+    def save(self, path: Path, *, scope: float = 0.0) -> None:
+        """Write as safetensors, class names in its metadata; `scope` as in `route.domains` (0: everything is in it)."""
         from safetensors.numpy import save_file
 
-        tensors = {"mean": self.mean, "scale": self.scale}
+        tensors = {"mean": self.mean, "scale": self.scale, "scope": _f32([scope])}
         for i, (weight, bias) in enumerate(self.layers):
             tensors |= {f"weight_{i}": weight, f"bias_{i}": bias}
         save_file(tensors, path, metadata={"classes": json.dumps(self.classes)})
@@ -149,6 +149,12 @@ def load_net(path: Path) -> Net:
         )
     except (KeyError, ValueError) as error:
         raise BundleError(f"{path} is not a net of this version ({error}); build the bundle again") from error
+
+
+def load_scope(path: Path) -> float:
+    """The scope saved with a net; 0, in which everything lies, where none was. Raises `BundleError`."""
+    tensors, _ = _tensors(path)
+    return float(np.ravel(tensors.get("scope", 0.0))[0])
 
 
 def load_head(path: Path) -> Net:

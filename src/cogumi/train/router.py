@@ -1,12 +1,13 @@
 """Stage `router`: the domain router (SPEC F5), a net in -> 64 -> 32 -> classes on the draft's hidden states.
 
 Its classes are the domains of the training split, whether or not a modifier comes of them: at run time what
-has no modifier is the base's business (`route.domains`).
+has no modifier is the base's business (`route.domains`), and so is what the router knows nothing about: a question
+whose highest probability stays below `scope`. That cut is set on the selection split at a stated rate of false alarms
+and travels in the net's file.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,41 +18,33 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.cascade.tiers import router_input
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import DataError
+from cogumi.models.classifier import fit_classifier
+from cogumi.route.domains import confidences, scope_for
 from cogumi.route.nets import Net
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.stage import Context
 from cogumi.types import Artifact, Example, Request
 
-VERSION = 1
+VERSION = 2
 KIND = "router"
-HIDDEN = (64, 32)
 FILE = "router.safetensors"
 
 
 class Config(BaseModel):
-    """`rows` of the training split train it; `context` bounds a question's tokens."""
+    """`rows` of the training split train it; `context` bounds a question's tokens; `false_alarms` is the share of
+    known questions that may count as out of scope.
+    """
 
     model_config = ConfigDict(extra="forbid")
     rows: int = Field(4000, ge=1)
     epochs: int = Field(40, ge=1)
     context: int = Field(256, ge=16)
+    false_alarms: float = Field(0.02, ge=0, lt=1)
 
 
 def train(x: NDArray[np.float64], domains: Sequence[str], epochs: int, seed: int) -> Net:
-    """A router of rows [n, in] to their domains. Raises `DataError` for fewer than two domains."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neural_network import MLPClassifier
-    from sklearn.preprocessing import StandardScaler
-
-    if len(set(domains)) < 2:
-        raise DataError(f"a router needs two domains or more, the training split has {sorted(set(domains))}")
-    scaler = StandardScaler().fit(x)
-    model = MLPClassifier(HIDDEN, alpha=1e-3, batch_size=min(128, len(x)), max_iter=epochs, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the epoch limit is meant
-        model.fit(scaler.transform(x), domains)
-    return Net.of(scaler.mean_, scaler.scale_, model.coefs_, model.intercepts_, [str(c) for c in model.classes_])
+    """A router of any vectors [n, in] to their domains. Raises `DataError` for fewer than two domains."""
+    return Net.of(*fit_classifier(x, domains, epochs, seed))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
@@ -72,10 +65,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     finally:
         draft.close()
     net = train(features["train"], [e.domain for e in splits["train"]], config.epochs, context.seed)
-    net.save(out / FILE)
+    scope = scope_for(confidences(net, features["selection"]), config.false_alarms)
+    net.save(out / FILE, scope=scope)
     return {
         "rows": len(splits["train"]),
         "classes": list(net.classes),
+        "scope": scope,
+        "false_alarms": config.false_alarms,
         **_accuracy(net, features["selection"], splits["selection"]),
     }
 
