@@ -10,9 +10,6 @@ verifying and looking up cost what they cost with trained weights.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +19,7 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, LlamaFileType
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from cogumi.compress.gguf import writing
 from cogumi.compress.layout import Llama, Tensor
 from cogumi.compress.vocabulary import Vocabulary
 from cogumi.runtime.llama import quantize_rows
@@ -86,6 +84,7 @@ def make_adapter(folder: Path, shape: str, size: int) -> Path:
     path = folder / f"{shape}-adapter-{rank}-{_digest(llama)}.gguf"
     if path.is_file():
         return path
+    folder.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(None, "llama")
     writer.add_type(GGUFType.ADAPTER)
     writer.add_file_type(LlamaFileType.ALL_F32)
@@ -96,7 +95,7 @@ def make_adapter(folder: Path, shape: str, size: int) -> Path:
         tensors.append(Tensor("", f"{t.name}.lora_a", (rank, t.shape[1])))
         tensors.append(Tensor("", f"{t.name}.lora_b", (t.shape[0], rank)))
     generator = np.random.default_rng(rank)
-    with _writing(writer, tensors, path):
+    with writing(writer, tensors, path):
         for t in tensors:
             writer.write_tensor_data(generator.standard_normal(t.shape, np.float32) * (SMALL / t.shape[1] ** 0.5))
     return path
@@ -110,6 +109,7 @@ def _made(folder: Path, name: str, llama: Llama, type: str, accept: float) -> Pa
     path = folder / f"{name}-{type.lower()}-{_digest(llama, accept)}.gguf"
     if path.is_file():
         return path
+    folder.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(None, "llama")
     writer.add_type(GGUFType.MODEL)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{type}"])
@@ -120,7 +120,7 @@ def _made(folder: Path, name: str, llama: Llama, type: str, accept: float) -> Pa
     generator = np.random.default_rng(len(name))
     embedding, head = _ends(llama, accept, generator)
     drawn: dict[tuple[str, Type], Bytes] = {}
-    with _writing(writer, tensors, path):
+    with writing(writer, tensors, path):
         for t in tensors:
             kind = t.name.split(".")[-2]
             if len(t.shape) == 1:
@@ -202,21 +202,3 @@ def _vocabulary(n: int) -> Vocabulary:
         add_eos=False,
         template=None,
     )
-
-
-@contextmanager
-def _writing(writer: GGUFWriter, tensors: list[Tensor], path: Path) -> Iterator[None]:
-    """Header and keys, then what the body writes; the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for t in tensors:
-        writer.add_tensor_info(t.name, t.shape, np.float32, t.nbytes, raw_dtype=t.type)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        yield
-        writer.close()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

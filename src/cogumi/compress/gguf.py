@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,19 +179,33 @@ def _check(file: Any, tensors: list[Tensor], unused: frozenset[str]) -> None:
 def _write(
     writer: GGUFWriter, tensors: list[Tensor], file: Any, out: Path, unused: frozenset[str] = frozenset()
 ) -> None:
-    """Stream header, keys and tensors into `out`."""
+    """Stream checked tensors into `out`."""
     _check(file, tensors, unused)
+    with writing(writer, tensors, out):
+        for tensor in tensors:
+            writer.write_tensor_data(_load(file, tensor))
+
+
+@contextmanager
+def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterator[None]:
+    """Write the writer's keys and the tensors' places; the body then writes each tensor's data, in their order.
+
+    `out` is there whole after the body, or untouched if it fails. Until then all goes to a file whose name is fixed,
+    so that what a killed run left is overwritten by the next.
+    """
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=tensor.type)
-    with _replacing(out) as part:
-        try:
-            writer.write_header_to_file(part)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor in tensors:
-                writer.write_tensor_data(_load(file, tensor))
-        finally:
-            writer.close()
+    part = out.with_name(f"{out.name}.part")
+    try:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        yield
+        writer.close()
+        os.replace(part, out)
+    finally:
+        writer.close()
+        part.unlink(missing_ok=True)
 
 
 def _export_quantized(folder: Path, out: Path, type: str) -> None:
@@ -204,20 +218,6 @@ def _export_quantized(folder: Path, out: Path, type: str) -> None:
         quantize(whole, out, type)
     finally:
         whole.unlink(missing_ok=True)
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A path to write to that becomes `out` on success and vanishes on failure.
-
-    Its name is fixed, so that what a killed run left is overwritten by the next.
-    """
-    part = out.with_name(f"{out.name}.part")
-    try:
-        yield part
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -7,7 +7,6 @@ together). Its query and key rows already stand in llama.cpp's rotary order, so 
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, TokenType
 from gguf.quants import quantize as to_blocks
 
-from cogumi.compress.gguf import DIRECT
+from cogumi.compress.gguf import DIRECT, writing
 from cogumi.compress.layout import F16, F32, Array, Llama, Tensor
 from cogumi.errors import ExportError
 
@@ -49,21 +48,10 @@ def convert(checkpoint: Path, vocabulary: Path, out: Path, type: str = "f32", he
     wide.write(writer)
     _add_vocabulary(writer, vocabulary, llama.vocabulary)
     tensors = [tensor.stored(stored) for tensor in wide.tensors()]
-    for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=tensor.type)
-    part = out.with_name(f"{out.name}.part")
-    try:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+    with writing(writer, tensors, out):
         for tensor in tensors:
             values = _widen(weights[tensor.name], tensor.name, llama, wide.head)
             writer.write_tensor_data(_encode(values, tensor, checkpoint))
-        writer.close()
-        os.replace(part, out)
-    finally:
-        writer.close()
-        part.unlink(missing_ok=True)
 
 
 def _read_checkpoint(path: Path) -> tuple[Llama, dict[str, Array]]:
