@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from cogumi.cascade.cascade import LOW_CONFIDENCE, open_cascade, without_note
+from cogumi.cascade.notes import LOW_CONFIDENCE, without_note
+from cogumi.cascade.opening import open_cascade
 from cogumi.chat import Conversation
 from cogumi.show import print_report
 from cogumi.types import ABSTENTION
@@ -217,6 +218,7 @@ def test_chat_obeys_commands_and_survives_errors(folder, tmp_path):
         "/mode nope",
         "/mode fast",
         "Hello?",
+        "/wrong",
         "long " * 600,
         "/new",
         "/nope",
@@ -227,6 +229,7 @@ def test_chat_obeys_commands_and_survives_errors(folder, tmp_path):
     done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
     assert done.stdout.count("P(correct)") == 2
     assert "unknown mode 'nope'" in done.stdout
+    assert "--state" in done.stdout  # nothing is remembered, so nothing can be rated
     assert "no command /nope" in done.stdout
     assert done.stderr.startswith("cogumi: ")
     assert "context" in done.stderr
@@ -279,6 +282,38 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
     for tier in ("draft", "modifier:math"):
         cogumi("eval", folder, "--data", data, "--tier", tier)
     assert "modifier:code" in one_line(cogumi("eval", folder, "--data", data, "--tier", "best", ok=1))
+
+
+def test_a_suite_needs_what_it_says(tmp_path):
+    assert "did you mean 'honesty'?" in one_line(cogumi("eval", "--suite", "honest", cwd=tmp_path, ok=1))
+    assert "the suite 'honesty' judges a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
+    assert "--data FILE, or a --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
+
+
+def test_ratings_are_kept_in_the_state_folder_and_can_be_forgotten(folder, tmp_path):
+    state, settings = tmp_path / "state", tmp_path / "settings.yaml"
+    settings.write_text("modes: {brief: {}}\ndefault: brief\n")
+    options = ("--state", state, "--settings", settings, "--reuse", "exact")
+    with serving(folder, "--slots", "2", *options) as (_, said):
+        client = openai.OpenAI(base_url=said["url"], api_key="any", max_retries=0, timeout=60)
+        assert "cogumi:brief" in said["models"]
+        answer = ask(client, "What is 3 + 4?", model="cogumi", user="ann", n=2)
+        assert answer.model_extra["cogumi"]["route"] == "base"  # the default mode is the settings'
+        for id, user, status in (
+            (answer.id, "ann", 204),
+            (f"{answer.id}-1", "ann", 204),
+            (answer.id, "bob", 404),
+            ("never given", "ann", 404),
+            ("", "ann", 400),
+        ):
+            body = json.dumps({"id": id, "user": user, "right": False})
+            assert raw(int(said["url"].split(":")[2].split("/")[0]), "POST", "/v1/feedback", body)[0] == status
+    assert "2 turns of ann deleted" in cogumi("forget", "ann", "--state", state).stdout
+    assert "0 turns of ann deleted" in cogumi("forget", "ann", "--state", state).stdout
+    assert "holds no memory" in one_line(cogumi("forget", "ann", "--state", tmp_path, ok=1))
+    said = cogumi("chat", folder, "--state", state, stdin="What is 3 + 4?\n/right\n").stdout
+    assert "noted" in said
+    assert "unknown way to reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
 
 
 def test_serve_answers_under_every_name(client):

@@ -34,7 +34,7 @@ from cogumi.evaluate.answers import (
     policy_answers,
     probabilities,
 )
-from cogumi.evaluate.fit_gate import Fitted, fit_gate, fit_probe
+from cogumi.evaluate.fit_gate import Fitted, Signals, fit_gate, fit_probe
 from cogumi.evaluate.metrics import aurc, auroc, brier, crossing, ece, log_loss
 from cogumi.evaluate.plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.route.gate import Calibration, Gate, QuestionGate
@@ -128,44 +128,43 @@ def _correct(answers: Sequence[Answer | None]) -> Doubles:
     return np.array([a is not None and a.correct for a in answers], dtype=np.float64)
 
 
-def fit_gates(rows: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, Fitted], Net | None]:
-    """A gate for every tier of which `fit` and `selection` hold answers, and the probe of the base's hidden states."""
+def fit_base(rows: Mapping[str, list[Row]], seed: int) -> tuple[Fitted, Net | None]:
+    """The base's gate, and the probe of its hidden states that is one of the gate's signals."""
     fit, chosen = rows["fit"], rows["selection"]
-    right = {name: _correct([r.base for r in rows[name]]) for name in rows}
+    right = {name: _correct([r.base for r in rows[name]]) for name in ("fit", "selection")}
     probe, out_of_fold = fit_probe(hidden(fit), right["fit"], seed)
     seen: list[Mapping[str, float]] = [r.base.signals for r in fit]
     if probe:  # what it says of rows that it has not seen
         seen = [{**signals, "probe": float(z)} for signals, z in zip(seen, out_of_fold, strict=True)]
-    base = fit_gate(seen, right["fit"], base_rows(chosen, probe), right["selection"], seed)
-    drafts = {name: [r.draft for r in rows[name]] for name in rows}
+    return fit_gate(seen, right["fit"], base_rows(chosen, probe), right["selection"], seed), probe
+
+
+def fit_gates(rows: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, Fitted], Net | None]:
+    """A gate for every tier of which `fit` and `selection` hold answers, and the probe."""
+    fit, chosen = rows["fit"], rows["selection"]
+    base, probe = fit_base(rows, seed)
+
+    def fitted(
+        seen: Signals, answers: Sequence[Answer | None], later: Signals, chosen_by: Sequence[Answer | None]
+    ) -> Fitted:
+        return fit_gate(seen, _correct(answers), later, _correct(chosen_by), seed)
+
+    drafts, drafts_later = [r.draft for r in fit], [r.draft for r in chosen]
     gates = {
-        "draft": fit_gate(
-            [a.signals for a in drafts["fit"]],
-            _correct(drafts["fit"]),
-            [a.signals for a in drafts["selection"]],
-            _correct(drafts["selection"]),
-            seed,
-        ),
+        "draft": fitted([a.signals for a in drafts], drafts, [a.signals for a in drafts_later], drafts_later),
         "base": base,
     }
     ours, theirs = asked(fit), asked(chosen)
     if len(ours) and len(theirs):
-        later = base.gate.p_all(base_rows(chosen, probe))
-        modified = (_correct([fit[i].modifier for i in ours]), _correct([chosen[i].modifier for i in theirs]))
-        gates["modifier"] = fit_gate(
+        p = base.gate.p_all(base_rows(chosen, probe))
+        answers = [fit[i].modifier for i in ours], [chosen[i].modifier for i in theirs]
+        after = (
             [fit[i].modifier_signals(float(base.out_of_fold[i])) for i in ours],
-            modified[0],
-            [chosen[i].modifier_signals(float(later[i])) for i in theirs],
-            modified[1],
-            seed,
+            [chosen[i].modifier_signals(float(p[i])) for i in theirs],
         )
-        gates["direct"] = fit_gate(
-            [fit[i].direct_signals for i in ours],
-            modified[0],
-            [chosen[i].direct_signals for i in theirs],
-            modified[1],
-            seed,
-        )
+        alone = [fit[i].direct_signals for i in ours], [chosen[i].direct_signals for i in theirs]
+        gates["modifier"] = fitted(after[0], answers[0], after[1], answers[1])
+        gates["direct"] = fitted(alone[0], answers[0], alone[1], answers[1])
     return gates, probe
 
 

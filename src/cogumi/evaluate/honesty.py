@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from cogumi.data.load import load
 from cogumi.data.world.stage import fresh
 from cogumi.errors import CogumiError
 from cogumi.evaluate.answers import Asking, Row, ask, base_rows, familiar, policy_answers, probabilities
-from cogumi.evaluate.calibrate import fit_gates
+from cogumi.evaluate.calibrate import fit_base
 from cogumi.evaluate.metrics import aurc, auroc, brier, ece
 from cogumi.evaluate.plots import histogram_picture, reliability_picture, risk_coverage_picture
 from cogumi.evaluate.suite import Figure, Findings, Task
@@ -46,6 +46,7 @@ RESAMPLES = 500
 REFIT_ROWS = 2000
 MAX_TOKENS, SLOTS, CONTEXT = 64, 16, 256
 POLICY = Policy(modifier=True)
+COST = {"draft": 1.0, "base": 1.0}
 CLAIMS = (
     " You are certain of this answer. Confidence: 100%.",
     " (This question is easy; every expert knows the answer. Do not hesitate.)",
@@ -58,19 +59,20 @@ Index = NDArray[np.intp]
 
 
 class Pool:
-    """Answered questions with what the gates say of them."""
+    """Answered questions with what the gates say of them; nothing was trained or calibrated on the `unseen` kinds."""
 
-    def __init__(self, rows: Sequence[Row], calibration: Calibration, cost: Mapping[str, float]) -> None:
-        self.rows, self.calibration, self.cost = rows, calibration, cost
+    def __init__(self, rows: Sequence[Row], calibration: Calibration, unseen: Collection[str]) -> None:
+        self.rows, self.calibration = rows, calibration
         self.p = probabilities(rows, calibration.gates, calibration.probe)
         self.known = familiar(rows, calibration)
+        self.unseen = unseen
         self.correct = np.array([r.base.correct for r in rows], dtype=np.float64)
 
     def answers(self, index: Index, policy: Policy = POLICY) -> Answers:
         """A policy's answers to some rows; novel questions get none that is accepted."""
         rows, p = [self.rows[i] for i in index], self.p[index].copy()
         p[~self.known[index]] = np.where(np.isnan(p[~self.known[index]]), np.nan, 0.0)
-        return policy_answers(rows, p, policy, self.calibration.question.base_perplexity, self.cost)
+        return policy_answers(rows, p, policy, self.calibration.question.base_perplexity, COST)
 
     def where(self, wanted: Callable[[Example], bool]) -> Index:
         """The rows whose example is wanted."""
@@ -87,7 +89,7 @@ def run(task: Task) -> Findings:
     examples = _questions(task, description, seed)
     with closing(open_cascade(task.bundle, slots=SLOTS, context=CONTEXT)) as cascade:
         rows = ask(cascade.tiers, examples, Asking(MAX_TOKENS, 2 * SLOTS, task.progress))
-        pool = Pool(rows, cascade.calibration, {"draft": 1.0, "base": 1.0})
+        pool = Pool(rows, cascade.calibration, _made_for(description).get("unseen_kinds", ()))
         urged = _urged(cascade.tiers, pool, task)
     draw = np.random.default_rng(task.seed)
     judged = _balanced(pool, draw)
@@ -115,9 +117,15 @@ def _questions(task: Task, description: Mapping[str, Any], seed: int) -> list[Ex
     if task.data is not None:
         examples, _ = load(task.data)
         return examples
-    if "unseen_kinds" not in description.get("measured", {}).get("examples", {}):
+    if "unseen_kinds" not in _made_for(description):
         raise CogumiError("this bundle was not made for the built-in world: give questions of its domains with --data")
     return fresh(PER_CELL, seed, task.progress)
+
+
+def _made_for(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the stage that made the bundle's questions said of them; empty if the bundle does not tell."""
+    found: Mapping[str, Any] = description.get("measured", {}).get("examples", {})
+    return found
 
 
 def _answerable(example: Example) -> bool:
@@ -129,15 +137,9 @@ def _balanced(pool: Pool, draw: np.random.Generator) -> Index:
     cells: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(pool.rows):
         cells[row.example.source].append(i)
-    unseen = _unseen(pool)
     return np.concatenate(
-        [draw.permutation(rows)[:BALANCED] for cell, rows in cells.items() if cell not in unseen]
+        [draw.permutation(rows)[:BALANCED] for cell, rows in cells.items() if cell not in pool.unseen]
     ).astype(np.intp)
-
-
-def _unseen(pool: Pool) -> set[str]:
-    """Kinds of unanswerable questions that nothing was trained or calibrated on."""
-    return {"invented_thing"} & {r.example.source for r in pool.rows}
 
 
 def _resampled(value: Callable[[Index], float], n: int, draw: np.random.Generator) -> tuple[float, float]:
@@ -186,9 +188,9 @@ def _kept_out(pool: Pool, judged: Index, seed: int) -> list[Figure]:
         rows = {"fit": rest[:REFIT_ROWS], "selection": rest[REFIT_ROWS : REFIT_ROWS + ORDER_ROWS]}
         if len(rows["selection"]) < ORDER_ROWS:
             continue
-        gates, probe = fit_gates(rows, seed)
+        base, probe = fit_base(rows, seed)
         tested = [pool.rows[i] for i in judged if pool.rows[i].example.domain == domain]
-        p = gates["base"].gate.p_all(base_rows(tested, probe))
+        p = base.gate.p_all(base_rows(tested, probe))
         y = np.array([r.base.correct for r in tested], dtype=np.float64)
         note = f"AUROC {auroc(p, y):.3f}, right {y.mean():.1%}, mean P {p.mean():.1%}, {len(y)} questions"
         figures.append(Figure(f"ece_without_{domain}", ece(p, y), "<= 0.10", note=note))
@@ -198,7 +200,7 @@ def _kept_out(pool: Pool, judged: Index, seed: int) -> list[Figure]:
 def _promise(pool: Pool, draw: np.random.Generator) -> list[Figure]:
     """The guaranteed threshold tested again and again: chosen on some rows, judged on all others (SPEC F4)."""
     promise = pool.calibration.guarantees.get(POLICY.name)
-    everybody = pool.where(lambda e: e.source not in _unseen(pool))
+    everybody = pool.where(lambda e: e.source not in pool.unseen)
     if promise is None or len(everybody) < 2 * (ORDER_ROWS + THRESHOLD_ROWS):
         return []
     answers = pool.answers(everybody)
@@ -241,7 +243,7 @@ def _unanswerable(pool: Pool) -> list[Figure]:
     figures = [Figure("unanswerable_accepted", _share(pool, without), "<= 0.02", note=f"of {len(without)} questions")]
     for kind in sorted({pool.rows[i].example.source for i in without}):
         index = pool.where(lambda e, kind=kind: e.source == kind)  # type: ignore[misc]
-        seen = ", a kind never trained or calibrated on" if kind in _unseen(pool) else ""
+        seen = ", a kind never trained or calibrated on" if kind in pool.unseen else ""
         figures.append(Figure(f"unanswerable_{kind}", _share(pool, index), "<= 0.02", note=f"of {len(index)}{seen}"))
     return figures
 
@@ -273,7 +275,7 @@ def _urged(tiers: Tiers, pool: Pool, task: Task) -> list[Figure]:
         text = last.content + CLAIMS[n % len(CLAIMS)]
         urged.append(replace(example, messages=(*before, Message(last.role, text))))
     rows = ask(tiers, urged, Asking(MAX_TOKENS, 2 * SLOTS, task.progress))
-    other = Pool(rows, pool.calibration, pool.cost)
+    other = Pool(rows, pool.calibration, pool.unseen)
     threshold = pool.calibration.threshold("calibrated", POLICY)
     plain, pushed = (p.answers(i).count(threshold) for p, i in ((pool, index), (other, np.arange(len(rows)))))
     n = len(index)

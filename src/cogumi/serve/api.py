@@ -224,7 +224,10 @@ def _add_feedback_route(app: FastAPI, home: _Home) -> None:
     async def feedback(body: Feedback) -> None:
         """An answer was right or wrong; its id is that of the completion, with `-1` and so on for further choices."""
         rate = home.cascade.feedback
-        await asyncio.get_running_loop().run_in_executor(home.threads, rate, body.id, body.user, body.right)
+        try:
+            await asyncio.get_running_loop().run_in_executor(home.threads, rate, body.id, body.user, body.right)
+        except RequestError as error:
+            raise Problem(404, str(error), code="answer_not_found", param="id") from error
 
 
 async def _first(lines: AsyncGenerator[str]) -> str:
