@@ -32,7 +32,7 @@ from cogumi.evaluate.graders import grade_all, last_number, strip_fences
 from cogumi.evaluate.metrics import auroc
 from cogumi.route import calibrate
 from cogumi.route.calibrate import Calibrator
-from cogumi.route.critic import CLASSES, FILE, NONE, CriticNet, Seen, correct_logit, look, shapes
+from cogumi.route.critic import BUCKETS, CLASSES, FILE, NONE, CriticNet, Seen, correct_logit, look, shapes
 from cogumi.route.signals import abstains
 from cogumi.runtime.engine import Engine, replies
 from cogumi.runtime.llama_engine import LlamaEngine
@@ -162,6 +162,7 @@ class Reader(nn.Module):
     """`route.critic.CriticNet` with gradients: the same weights under the same names."""
 
     embedding: Tensor
+    known: Tensor
     feature_mean: Tensor
     feature_scale: Tensor
     summary_mean: Tensor
@@ -186,19 +187,25 @@ class Reader(nn.Module):
         ):
             for part, moment in (("mean", values.mean(axis=0)), ("scale", np.maximum(values.std(axis=0), 1e-3))):
                 setattr(self, f"{name}_{part}", nn.Parameter(torch.from_numpy(moment), requires_grad=False))
+        known = np.zeros(BUCKETS, np.float32)
+        known[np.concatenate([bucket for row in rows for bucket in (row.question, row.words)])] = 1.0
+        self.known = nn.Parameter(torch.from_numpy(known), requires_grad=False)
 
-    def _embed(self, buckets: Tensor) -> Tensor:
-        """Embeddings [rows, words, width]; padding (-1) and words hidden for training are zero."""
-        keep = buckets >= 0
+    def _embed(self, buckets: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [rows, words, width] and which words are there [rows, words, 1]: not padding (-1), not hidden for
+        training, not new; all others are zero.
+        """
+        seen = (buckets >= 0) & (self.known[buckets.clamp(min=0)] > 0)
         if self.training:
-            keep = keep & (torch.rand(buckets.shape) >= self.unknown)
-        rows: Tensor = self.embedding[buckets.clamp(min=0)] * keep[..., None]
-        return rows
+            seen = seen & (torch.rand(buckets.shape) >= self.unknown)
+        there = seen[..., None].float()
+        return self.embedding[buckets.clamp(min=0)] * there, there
 
     def forward(self, question: Tensor, words: Tensor, features: Tensor, summary: Tensor) -> Tensor:
         """Buckets [rows, m] and [rows, n] padded with -1, features [rows, n, F], summary [rows, S] -> logits."""
-        asked = self._embed(question).sum(dim=1) / (question >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        around = nn.functional.pad(self._embed(words), (0, 0, 1, 1))
+        rows, there = self._embed(question)
+        asked = rows.sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        around = nn.functional.pad(self._embed(words)[0], (0, 0, 1, 1))
         given = (features - self.feature_mean) / self.feature_scale
         rest = asked[:, None].expand(-1, words.shape[1], -1)
         x = torch.cat([given, around[:, 1:-1], around[:, :-2], around[:, 2:], rest], dim=2)

@@ -37,7 +37,7 @@ from cogumi.types import Example, Reply, Request
 
 HARD = 3
 """Difficulty from which a question is hard."""
-ROWS: Mapping[str, int] = {"selection": 180, "heldout": 900}
+ROWS: Mapping[str, int] = {"selection": 120, "heldout": 480}
 """Hard questions asked of each split, at most."""
 START, MODE = "balanced", "accurate"
 """The mode whose answers are deliberated on, and the one that deliberates by itself."""

@@ -4,14 +4,13 @@ Per token of the answer it sees the signals of the pass that made it and a hashe
 beside it, before the mean embedding of the question's words. One attention pooling over the tokens, whose weights name
 the passage; then the chances of `none` and of the six error types of SPEC B3. numpy only; trained elsewhere.
 
-It reads the question and the answer and nothing else of a conversation: words that training never met have an
-embedding of zero, so that a text which praises itself says nothing.
+It reads the question and the answer and nothing else of a conversation. Words of a question that training never met are
+not there for it, so that a text which praises its own answer says nothing.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ NONE = "none"
 CLASSES = (NONE, *ERRORS)
 BUCKETS = 8192
 FILE = "critic.safetensors"
-FORMAT = "1"
+FORMAT = 1
 
 SUMMARY = (
     *("mean_logprob", "min_logprob", "q10_logprob", "first_logprob", "max_entropy", "min_margin", "mean_margin"),
@@ -54,7 +53,7 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
     """What the critic sees: buckets of the question's words [m] and of the answer's tokens [n] (never empty),
-    `features` [n, FEATURES] and `summary` [len(SUMMARY) + 2].
+    `features` [n, FEATURES] and `summary` [len(SUMMARY)].
     """
 
     question: Ints
@@ -78,8 +77,7 @@ def look(question: str, reply: Reply) -> Seen:
     features[:, :-1] = np.clip(np.nan_to_num(np.array(rows, np.float64)), -FLOOR, FLOOR)
     features[-1, -1] = 1.0
     signals = answer_signals(reply)
-    size = (math.log1p(len(asked)), math.log1p(sum(word.isdigit() for word in asked)))
-    summary = np.array([*(signals[name] for name in SUMMARY), *size], np.float32)
+    summary = np.array([signals[name] for name in SUMMARY], np.float32)
     return Seen(_buckets(asked), _buckets(words), features, summary)
 
 
@@ -117,7 +115,7 @@ class Opinion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CriticNet:
-    """Weights by name (see `SHAPES`) and the calibrator of the logit of being correct."""
+    """Weights by name (see `shapes`; `known` is 1 for words of the training) and the calibrator of `correct_logit`."""
 
     weights: dict[str, Floats]
     calibrator: Calibrator
@@ -126,7 +124,8 @@ class CriticNet:
         """Logits of `CLASSES` and attention weights [n]."""
         w = self.weights
         embedding = w["embedding"]
-        asked = embedding[seen.question].mean(axis=0) if len(seen.question) else np.zeros_like(embedding[0])
+        question = seen.question[w["known"][seen.question] > 0]
+        asked = embedding[question].mean(axis=0) if len(question) else np.zeros_like(embedding[0])
         words = np.pad(embedding[seen.words], ((1, 1), (0, 0)))
         features = (seen.features - w["feature_mean"]) / w["feature_scale"]
         around = np.tile(asked, (len(features), 1))
@@ -148,8 +147,8 @@ class CriticNet:
         """Write as safetensors, the calibrator in its metadata."""
         from safetensors.numpy import save_file
 
-        metadata = {"format": FORMAT, "classes": json.dumps(CLASSES), "summary": json.dumps(SUMMARY)}
-        save_file(self.weights, path, metadata | {"calibrator": json.dumps(self.calibrator.to_json())})
+        head = {"format": FORMAT, "classes": CLASSES, "summary": SUMMARY, "calibrator": self.calibrator.to_json()}
+        save_file(self.weights, path, {"critic": json.dumps(head)})  # one key: safetensors keeps no order of several
 
 
 def correct_logit(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -161,9 +160,10 @@ def correct_logit(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Shape of every weight for embeddings of `width` and layers of `hidden` units."""
-    summary = len(SUMMARY) + 2
+    summary = len(SUMMARY)
     return {
         "embedding": (BUCKETS, width),
+        "known": (BUCKETS,),
         "feature_mean": (FEATURES,),
         "feature_scale": (FEATURES,),
         "summary_mean": (summary,),
@@ -189,12 +189,13 @@ def load_critic(path: Path) -> CriticNet:
     except (OSError, SafetensorError) as error:
         raise BundleError(f"cannot read the critic {path}: {error}; build the bundle again") from error
     try:
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"format {metadata['format']}")
+        head = json.loads(metadata["critic"])
+        if head["format"] != FORMAT:
+            raise ValueError(f"format {head['format']}")
         expected = shapes(weights["embedding"].shape[1], len(weights["attention"]))
         if {name: w.shape for name, w in weights.items()} != expected:
             raise ValueError("weights of other shapes")
-        return CriticNet(weights, Calibrator.from_json(json.loads(metadata["calibrator"])))
+        return CriticNet(weights, Calibrator.from_json(head["calibrator"]))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a critic of this version ({error!r}); build the bundle again") from error
 
