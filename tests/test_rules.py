@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.errors import RequestError
@@ -218,6 +218,7 @@ def test_a_grammar_that_would_hang_or_crash_is_refused_at_once(grammar, says):
 
 
 @given(st.text(alphabet='ab"[]{}()|?*+\\,059 :=#\n.-', max_size=200))
+@settings(deadline=None)
 def test_any_text_is_checked(text):
     with suppress(RequestError):
         check_grammar("root ::= " + text)

@@ -45,15 +45,14 @@ def test_a_failing_batch_takes_only_its_own_jobs_with_it(monkeypatch):
     decode = Context.decode
 
     def failing(self, rows):
-        if any(666 in row.tokens for row in rows):
+        if any(4 in row.tokens for row in rows):  # in no other prompt: `ids` begin at 5
             raise RequestError("llama.cpp could not run a batch")
-        return decode(self, [row._replace(tokens=[t % 512 for t in row.tokens]) for row in rows])
+        return decode(self, rows)
 
     monkeypatch.setattr(Context, "decode", failing)
-    monkeypatch.setattr(type(engine.tokenizer), "render", lambda self, request: list(request.prompt))
     other = engine.generate(replace(request, adapter="a"))
     with pytest.raises(RequestError, match="could not run"):
-        ask(engine, Request(prompt=(666, 7), max_tokens=5))
+        ask(engine, Request(prompt=(4, 7), max_tokens=5))
     assert final_reply(other).tokens == adapted.tokens
     assert ask(engine, request).tokens == whole.tokens
     engine.close()
