@@ -118,8 +118,9 @@ def _conflicts(one: str, other: str) -> Iterator[tuple[str, str]]:
         yield "names", f"only one of the two names '{strange}'"
     if _swapped(one, other, a, b):
         yield "order", "the same words in another order"
+    set_a, set_b = set(a), set(b)
     for this, that in _PAIRS:
-        if {(this in a, that in a), (this in b, that in b)} == {(True, False), (False, True)}:
+        if {(this in set_a, that in set_a), (this in set_b, that in set_b)} == {(True, False), (False, True)}:
             yield "opposites", f"{this} against {that}"
 
 
