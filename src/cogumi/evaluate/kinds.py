@@ -74,6 +74,10 @@ def _truthfulqa(folder: Path) -> Sources:
         return {"TruthfulQA.csv": [row["Question"] for row in csv.DictReader(file)]}
 
 
+def _dolly(folder: Path) -> Sources:
+    return {"dolly_3k.json": [_instruction({"instances": [row], **row}) for row in _whole(folder / "dolly_3k.json")]}
+
+
 def _instruction(row: dict[str, Any]) -> str:
     given = row["instances"][0]["input"]
     return f"{row['instruction']}\n{given}" if given else str(row["instruction"])
@@ -88,6 +92,7 @@ READERS: dict[str, Callable[[Path], Sources]] = {
     "truthfulqa": _truthfulqa,
     "ifeval": lambda folder: {"input_data.jsonl": [row["prompt"] for row in _lines(folder / "input_data.jsonl")]},
     "alpaca_seed": lambda folder: {"seed_tasks.jsonl": [_instruction(r) for r in _lines(folder / "seed_tasks.jsonl")]},
+    "alpaca_subset": _dolly,
     "bbh": _bbh,
     "mt_bench": lambda folder: {"question.jsonl": [row["turns"][0] for row in _lines(folder / "question.jsonl")]},
     "selfaware": lambda folder: {
