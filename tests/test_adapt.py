@@ -382,6 +382,27 @@ def test_promotion_and_rollback(memory, tmp_path, monkeypatch):
     assert events(again) == events(learner)
 
 
+def test_an_attacker_neither_withdraws_a_layer_nor_hides_its_harm(memory, tmp_path):
+    """The votes of one who began to vote against everybody after the last fit are known before they decide."""
+    learner = Learner(memory, tmp_path, [])
+    layer = Layer(-1.5)
+    rng = np.random.default_rng(7)
+
+    def look(votes):
+        learner._known = {(v.user, v.id): (2.0, v) for v in votes}
+        learner._save(Learned(layer=layer, promoted=1.0))
+        return learner._watched(learner._state, layer).layer
+
+    worse = votes_of(rng, 3_000, shift=(-1.5, -1.5))
+    villain = [Vote(f"v{i}", "villain", f"v{i}", 0.9, {}, True) for i in range(2_000)]
+    assert look(worse) == layer
+    assert look([*worse, *villain]) == layer
+    good = votes_of(rng, 300)
+    helper = [Vote(f"v{i}", "villain", f"v{i}", 0.9, {}, False) for i in range(2_000)]
+    assert look([*worse, *good]) is None
+    assert look([*worse, *[v for pair in zip(good, helper[:300], strict=True) for v in pair]]) is None
+
+
 def test_too_few_votes_and_votes_of_too_few_teach_nothing(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "CHECK", 50)
     monkeypatch.setattr(learning, "EVERY", 50)

@@ -45,6 +45,7 @@ from cogumi.route.adapt import (
     in_canary,
     learn,
     logit,
+    trust,
     weights,
     worst_stretch,
 )
@@ -61,7 +62,7 @@ WATCH = 8_000  # votes
 HALF_LIFE = 5_000.0  # votes
 HISTORY = 200  # events kept
 PERSON = 500  # turns of a user that personal offsets are made of
-_OVERLAP = 0.1  # seconds that are read again; a vote missed or seen twice makes no difference
+_OVERLAP = 0.02  # seconds that are read again; a vote missed or seen twice makes no difference
 _READY = 10_000, 60.0  # users whose offsets are held ready, seconds for which they are
 
 
@@ -158,7 +159,6 @@ class Learner:
         if (self._unchecked >= CHECK or self._suspicion >= HARM) and self._lock.acquire(blocking=False):
             try:
                 self._unchecked = 0
-                self._suspicion = self._suspicion if self._suspicion < HARM else 0.0
                 with self._alone() as alone:
                     if alone:
                         self._look()
@@ -167,8 +167,8 @@ class Learner:
 
     def _cost(self, turn: Turn) -> float:
         """What the layer has cost in this turn: Brier score against the gate's own."""
-        state, vote = self._state, vote_of(turn)
-        if not state.layer or not vote or turn.at < state.promoted:
+        state = self._state
+        if not state.layer or turn.at < state.promoted or not (vote := vote_of(turn)):
             return 0.0
         q = state.layer.p_correct(vote.p, vote.features, self._thresholds)
         return (self._trust or {}).get(vote.user, 1.0) * ((q - vote.right) ** 2 - (vote.p - vote.right) ** 2)
@@ -285,8 +285,13 @@ class Learner:
     def _watched(self, state: Learned, layer: Layer) -> Learned:
         """The same, or without the layer if it does harm."""
         votes = self._votes(state.promoted, WATCH)
-        harm = worst_stretch(votes, self._weights(votes), votes.p, self._serve(layer, votes))
+        q = self._serve(layer, votes)
+        harm = worst_stretch(votes, self._weights(votes), votes.p, q)
+        if harm >= HARM:
+            self._look_at_voters(state, layer)
+            harm = worst_stretch(votes, self._weights(votes), votes.p, q)
         if harm < HARM:
+            self._suspicion = harm  # what the caps have left of it
             return state
         now = time.time()  # votes of before tell of a world that is gone: they are not replayed
         changes = {"layer": None, "canary": None, "fitted": now, "since": now}
@@ -296,10 +301,19 @@ class Learner:
         """The candidate promoted, dropped, or left to go on."""
         fresh = self._votes(state.started)
         votes = fresh.select(np.array([in_canary(row.id) for row in fresh.rows], dtype=bool))
-        w, before = self._weights(votes), self._serve(state.layer, votes)
-        harm = worst_stretch(votes, w, before, self._serve(canary, votes))
-        if harm < HARM and w.sum() < ENOUGH:
+        before, after = self._serve(state.layer, votes), self._serve(canary, votes)
+
+        def open_still() -> bool:
+            w = self._weights(votes)
+            return bool(w.sum() < ENOUGH) and worst_stretch(votes, w, before, after) < HARM
+
+        if open_still():
             return state
+        self._look_at_voters(state, canary)
+        if open_still():
+            return state
+        w = self._weights(votes)
+        harm = worst_stretch(votes, w, before, after)
         lifting = replace(canary, certified=True)
         test = state.tests + 1
         if certified(fresh, self._weights(fresh), self._serve(lifting, fresh), self._promises, test):
@@ -325,6 +339,11 @@ class Learner:
         """Fit a layer, and take over what the votes say of their users."""
         layer, self._trust = learn(votes, HALF_LIFE)
         return layer
+
+    def _look_at_voters(self, state: Learned, layer: Layer) -> None:
+        """Know those who began to vote against everybody after the last fit, before anything is decided by votes."""
+        votes = self._votes(state.since)
+        self._trust = trust(votes, layer.p_all(votes, ()))
 
     def _weights(self, votes: Votes) -> Doubles:
         return weights(votes, self._trust or {})
