@@ -260,14 +260,6 @@ def test_where_the_engine_refuses_the_first_answer_stands(file):
     assert finish(improve(small, ASKED, first, Critic(file), below=11, tell=False)).reply is first
 
 
-def test_closing_it_cancels(engine, file):
-    endless = Request(messages=ASKED.messages, max_tokens=100, logit_bias={engine.tokenizer.eos: -100.0})
-    work = improve(engine, endless, answer(["one "], [False]), Critic(file), below=11, answers=4)
-    next(work)
-    work.close()
-    assert len(finish(improve(engine, ASKED, answer(["a"], [False]), Critic(file), below=11)).critiques) == 2
-
-
 def test_at_most_three_rounds(engine, file):
     with pytest.raises(RequestError, match="0 to 3"):
         finish(improve(engine, ASKED, answer(["a"], [True]), Critic(file), rounds=4))
