@@ -350,10 +350,13 @@ def test_a_wrong_answer_is_not_given_again():
     cache.judge(cache.find(ME, "q"), True)
     cache.judge(cache.find(ME, "q"), False)
     assert cache.find(ME, "q") is None
+    cache.keep(ME, "is the sky blue today?", reply("wrong"))
+    cache.judge(cache.find(ME, "is the sky blue today"), False)
+    assert cache.find(ME, "is the sky blue today") is None
 
 
-def test_verified_reuses_nothing_before_it_is_proven_and_then_almost_always():
-    cache = near(verified=True, risk=0.05, similarity=0.5)
+def test_verified_reuses_nothing_before_it_is_proven_and_then_almost_always(tmp_path):
+    cache = near(tmp_path, verified=True, risk=0.05, similarity=0.5)
     cache.keep(ME, "is the sky blue today?", reply("yes"))
     served = []
     for marks in islice(product("?!.", repeat=6), 400):
@@ -365,6 +368,10 @@ def test_verified_reuses_nothing_before_it_is_proven_and_then_almost_always():
     assert not any(served[:59])  # as many as a proof of 5% without errors needs
     assert 0.8 < np.mean(served[200:]) < 1
     assert cache.find(ME, "is the sky blue today?").exact
+    cache.close()
+    again = near(tmp_path, verified=True, risk=0.05, similarity=0.5)
+    new = ["is the sky blue today" + "".join(marks) for marks in product("?!", repeat=5)]
+    assert np.mean([again.find(ME, question) is not None for question in new]) > 0.7
 
 
 def test_verified_never_trusts_answers_that_differ():
@@ -444,8 +451,10 @@ def test_old_judgements_go(monkeypatch, tmp_path):
     monkeypatch.setattr("cogumi.cascade.answers.KEPT", 10)
     answers = Answers(tmp_path)
     for i in range(30):
-        answers.judge(1, i / 30, 0.5, i % 2 == 0, compared=True)
-    assert [round(30 * score) for _, score, _, _ in answers.compared(0)] == list(range(20, 30))
+        answers.judge(1, b"a", i / 30, 0.5, i % 2 == 0, compared=True)
+    assert [round(30 * score) for _, score, _, _ in answers.compared(b"a", 0)] == list(range(20, 30))
+    assert answers.compared(b"b", 0) == []
+    assert len(answers.judgements(1, b"a")) == 10
 
 
 PLACES = [f"{a}{b}" for a in ("Nor", "Sur", "Wes", "Oster", "Mar", "Lin") for b in ("burg", "ville", "ton", "stad")]

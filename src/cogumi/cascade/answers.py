@@ -36,8 +36,8 @@ CREATE TABLE entries (
     encoder TEXT NOT NULL, vector BLOB NOT NULL, digest BLOB NOT NULL, body TEXT NOT NULL, UNIQUE (scope, key));
 CREATE INDEX by_use ON entries (used);
 CREATE TABLE judged (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER NOT NULL, score REAL NOT NULL, bound REAL NOT NULL,
-    right INTEGER NOT NULL, compared INTEGER NOT NULL);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER NOT NULL, basis BLOB NOT NULL, score REAL NOT NULL,
+    bound REAL NOT NULL, right INTEGER NOT NULL, compared INTEGER NOT NULL);
 CREATE INDEX by_entry ON judged (entry);
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
@@ -170,21 +170,23 @@ class Answers:
             self._db.executemany("DELETE FROM entries WHERE id = ?", [(id,) for _, id in gone])
         return gone
 
-    def judge(self, entry: int, score: float, bound: float, right: bool, compared: bool) -> None:
-        """Store a judgement; `compared` if it comes of the cache's own comparison, not of somebody's word."""
-        query = "INSERT INTO judged (entry, score, bound, right, compared) VALUES (?, ?, ?, ?, ?)"
-        id = self._db.execute(query, (entry, score, bound, right, compared)).lastrowid
+    def judge(self, entry: int, basis: bytes, score: float, bound: float, right: bool, compared: bool) -> None:
+        """Store a judgement; `compared` if it comes of the cache's own comparison, not of somebody's word. Scores of
+        another `basis` (encoder, check) mean something else.
+        """
+        query = "INSERT INTO judged (entry, basis, score, bound, right, compared) VALUES (?, ?, ?, ?, ?, ?)"
+        id = self._db.execute(query, (entry, basis, score, bound, right, compared)).lastrowid
         self._db.execute("DELETE FROM judged WHERE id <= ?", ((id or 0) - KEPT,))
 
-    def judgements(self, entry: int) -> list[tuple[float, bool]]:
+    def judgements(self, entry: int, basis: bytes) -> list[tuple[float, bool]]:
         """(score, right) of one entry."""
-        rows = self._db.execute("SELECT score, right FROM judged WHERE entry = ?", (entry,))
+        rows = self._db.execute("SELECT score, right FROM judged WHERE entry = ? AND basis = ?", (entry, basis))
         return [(score, bool(right)) for score, right in rows]
 
-    def compared(self, after: int) -> list[tuple[int, float, float, bool]]:
+    def compared(self, basis: bytes, after: int) -> list[tuple[int, float, float, bool]]:
         """(id, score, bound, right) of the cache's own comparisons above an id, in order."""
-        query = "SELECT id, score, bound, right FROM judged WHERE compared AND id > ? ORDER BY id"
-        return [(*row[:3], bool(row[3])) for row in self._db.execute(query, (after,))]
+        query = "SELECT id, score, bound, right FROM judged WHERE compared AND basis = ? AND id > ? ORDER BY id"
+        return [(*row[:3], bool(row[3])) for row in self._db.execute(query, (basis, after))]
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM entries").fetchone()[0])

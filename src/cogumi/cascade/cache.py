@@ -109,6 +109,7 @@ class AnswerCache:
     ) -> None:
         self._embedder, self._size, self._similarity, self._check, self._same = embedder, size, similarity, check, same
         self._verifier = Verifier(risk) if verified else None
+        self._basis = _digest(json.dumps([self._encoder, check.to_json() if check else None]))
         self._answers = Answers(folder)
         self._lock = threading.Lock()
         self._near: OrderedDict[bytes, Partition] = OrderedDict()
@@ -157,7 +158,7 @@ class AnswerCache:
         with self._using():
             if self._verifier and not hit.exact:
                 self._learn(hit, right, compared=False)
-            elif not right:
+            if not right:
                 self._answers.remove(hit.entry)
 
     def close(self) -> None:
@@ -197,7 +198,8 @@ class AnswerCache:
 
     def _partition(self, place: bytes) -> Partition:
         assert self._embedder is not None
-        partition = self._near.setdefault(place, Partition(Neighbours(self._embedder.width)))
+        partition = self._near.get(place) or Partition(Neighbours(self._embedder.width))
+        self._near[place] = partition
         self._near.move_to_end(place)
         while len(self._near) > _LOADED:
             self._near.popitem(last=False)
@@ -236,7 +238,7 @@ class AnswerCache:
     def _proven(self, hit: Hit, key: bytes) -> Hit | None:
         """The hit if it is proven; else it waits for the fresh answer that `keep` compares it with."""
         assert self._verifier is not None
-        bound = self._verifier.bound(hit.score, self._answers.judgements(hit.entry))
+        bound = self._verifier.bound(hit.score, self._answers.judgements(hit.entry, self._basis))
         hit = replace(hit, bound=bound)
         if self._verifier.trusts(bound) and self._random.random() >= AFRESH:
             return hit
@@ -246,13 +248,13 @@ class AnswerCache:
         return None
 
     def _learn(self, hit: Hit, right: bool, *, compared: bool) -> None:
-        self._answers.judge(hit.entry, hit.score, hit.bound, right, compared)
+        self._answers.judge(hit.entry, self._basis, hit.score, hit.bound, right, compared)
         self._absorb()
 
     def _absorb(self) -> None:
         """Teach the verifier what was compared, here and in other processes."""
         if self._verifier:
-            for id, score, bound, right in self._answers.compared(self._compared):
+            for id, score, bound, right in self._answers.compared(self._basis, self._compared):
                 self._verifier.learn(score, bound, right)
                 self._compared = id
 
