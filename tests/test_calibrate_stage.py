@@ -104,7 +104,7 @@ def test_a_router_needs_two_domains(artifacts, tmp_path):
 def test_the_cascade_does_what_calibration_counted(routed, tmp_path):
     """The promise is about a policy; the cascade that runs must be that policy, answer for answer."""
     inputs, _ = routed
-    config = calibrate.Config(e=0.6, max_tokens=6, **SIZE)
+    config = calibrate.Config(e=0.6, unanswerable=0.99, max_tokens=6, **SIZE)
     figures = calibrate.run(config, inputs, tmp_path, context(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {
         "calibration.json",

@@ -24,6 +24,9 @@ STAGES: dict[str, str] = {
     "calibrate": "cogumi.evaluate.calibrate",
     "bundle": "cogumi.compress.pack",
     "report": "cogumi.evaluate.report",
+    "embedder": "cogumi.train.embedder",
+    "escalation": "cogumi.train.escalation",
+    "critic": "cogumi.evaluate.critic",
 }
 
 ENGINES: dict[str, str] = {

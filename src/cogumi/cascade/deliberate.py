@@ -21,6 +21,8 @@ from cogumi.types import Decision, Request, Usage
 Tried: TypeAlias = Generator[Decision | None, None, tuple[Attempt, Usage]]
 """Decisions, None while work goes on, and at the end the answer to give with what was spent."""
 
+AGAIN = 5
+"""New answers in a round of critique."""
 BELOW = 7.0
 """Score under which an answer is written again."""
 MAJORITY = 0.5
@@ -30,7 +32,8 @@ MAJORITY = 0.5
 def deliberate(judge: Judge, mode: Mode, request: Request, unsure: Attempt) -> Tried:
     """Everything that the mode allows, one after the other."""
     spent = Usage()
-    for allowed, method in ((mode.examples, _examples), (mode.votes, _votes), (mode.critique, _critique)):
+    votes = 0 if judge.parts.critic and mode.critique else mode.votes  # whom the critic picks is right more often
+    for allowed, method in ((mode.examples, _examples), (votes, _votes), (mode.critique, _critique)):
         if allowed:
             unsure, usage = yield from method(judge, allowed, request, unsure)
             spent += usage
@@ -67,12 +70,16 @@ def _votes(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tried
 
 
 def _critique(judge: Judge, rounds: int, request: Request, unsure: Attempt) -> Tried:
-    """The critic scores the answer; below `BELOW` it is written again, and the better one is kept."""
+    """The critic scores the answer; below `BELOW` it picks among this and `AGAIN` new ones.
+
+    The model is not told what is wrong: a small base that never learned to read hints answers worse with them.
+    """
     critic = judge.parts.critic
     if critic is None:
         return unsure, Usage()
     asked = replace(request, adapter=_adapter(unsure), seed=request.seed or 0)
-    found = yield from improve(judge.parts.tiers.base, asked, unsure.reply, critic, rounds=rounds, below=BELOW)
+    base = judge.parts.tiers.base
+    found = yield from improve(base, asked, unsure.reply, critic, rounds=rounds, below=BELOW, answers=AGAIN, tell=False)
     first = found.critiques[0]
     named = f": {first.error} in {first.passage!r}" if first.error != NONE else ""
     reason = f"the critic gives {first.score:.1f} of 10{named}"

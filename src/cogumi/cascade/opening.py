@@ -18,7 +18,7 @@ from cogumi.cascade.parts import Parts, Shots
 from cogumi.cascade.tiers import Tiers
 from cogumi.errors import BundleError, CogumiError
 from cogumi.route.gate import KINDS, Calibration
-from cogumi.route.nets import Net, load_head, load_net
+from cogumi.route.nets import load_head, load_net, load_scope
 from cogumi.runtime.embedder import Embedder
 from cogumi.runtime.escalation import Escalation
 from cogumi.runtime.llama_engine import LlamaEngine
@@ -47,9 +47,6 @@ def open_cascade(
     """
     bundle = open_bundle(folder)
     calibration = Calibration.from_json(bundle.calibration)
-    router = load_net(bundle.router)
-    if {f"domain_{name}" for name in router.classes} - set(calibration.gates["base"].names):
-        raise BundleError(f"{folder}: the gates were calibrated with another router; build it again")
     with ExitStack() as opened:
         memory = Memory(state / FILE) if state else None
         if memory:
@@ -58,7 +55,7 @@ def open_cascade(
         answers = _answers(bundle, reuse, state)
         if answers is not None:
             opened.callback(answers.close)
-        tiers = _tiers(bundle, router, slots, context, threads, cache, opened)
+        tiers = _tiers(bundle, slots, context, threads, cache, opened)
         parts = Parts(
             tiers,
             calibration,
@@ -78,10 +75,10 @@ def open_cascade(
 
 
 def _tiers(
-    bundle: Bundle, router: Net, slots: int, context: int, threads: int | None, cache: str | None, opened: ExitStack
+    bundle: Bundle, slots: int, context: int, threads: int | None, cache: str | None, opened: ExitStack
 ) -> Tiers:
     """The models, with heads that fit them; `opened` closes them."""
-    difficulty = load_head(bundle.difficulty)
+    difficulty, router = load_head(bundle.difficulty), load_net(bundle.router)
     if len(router.mean) != 2 * len(difficulty.mean):
         raise BundleError(f"{bundle.path}: router and difficulty head read different drafts; build it again")
     base = LlamaEngine(
@@ -96,7 +93,7 @@ def _tiers(
     opened.callback(base.close)
     draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads, cache=cache, lookup=False)
     opened.callback(draft.close)
-    return Tiers(base, draft, difficulty, router)
+    return Tiers(base, draft, difficulty, router, load_scope(bundle.router))
 
 
 def _answers(bundle: Bundle, reuse: str | None, state: Path | None) -> AnswerCache | None:

@@ -23,7 +23,6 @@ from cogumi.cascade.modes import AUTO, Choice
 from cogumi.cascade.notes import AGAIN, LOW_CONFIDENCE, ending_of
 from cogumi.cascade.parts import Parts
 from cogumi.cascade.tiers import Question
-from cogumi.route.domains import route
 from cogumi.route.policy import settle
 from cogumi.route.signals import abstains
 from cogumi.runtime.engine import Event
@@ -57,7 +56,7 @@ class Path:
             return hit
         question = self._tiers.read_question(request)
         adapters = self._tiers.base.adapters
-        domain = parts.settings.file_domain(request.files, adapters) or route(question.domains, adapters)
+        domain = parts.settings.file_domain(request.files, adapters) or self._tiers.modifier_of(question)
         choice = parts.settings.choose(request.mode, domain, parts.failed(self._user))
         if request.mode in (None, AUTO):
             if choice.name != parts.settings.default:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cogumi.route.domains import in_scope, route
 from cogumi.route.nets import Net, sigmoid
 from cogumi.route.signals import answer_signals, opinion_signals, question_signals
 from cogumi.runtime.engine import Engine, Event
@@ -34,13 +35,18 @@ def router_input(reading: Reading) -> np.ndarray:
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiers:
     """`base` carries one adapter per modifier, named by its domain; `difficulty` and `router` read the
-    draft's states.
+    draft's states. Questions of which no domain is as likely as `scope` belong to none.
     """
 
     base: Engine
     draft: Engine
     difficulty: Net
     router: Net
+    scope: float = 0.0
+
+    def modifier_of(self, question: Question) -> str | None:
+        """The modifier that a question belongs to, None for the base's own business."""
+        return route(question.domains, self.base.adapters) if in_scope(question.domains, self.scope) else None
 
     def read_question(self, request: Request) -> Question:
         """Let the draft read a request's messages. Raises `ContextError` if they do not fit."""

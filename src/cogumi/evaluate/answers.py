@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from cogumi.cascade.tiers import Question, Tiers
 from cogumi.evaluate.graders import grade_all
-from cogumi.route.domains import route
 from cogumi.route.gate import Calibration, Gate, with_probe
 from cogumi.route.nets import Net
 from cogumi.route.policy import Answers, Policy
@@ -81,7 +80,7 @@ def ask(tiers: Tiers, examples: Sequence[Example], asking: Asking) -> list[Row]:
     with ThreadPoolExecutor(asking.window // 2) as pool:
         readings = count.seen(pool.map(tiers.draft.read, requests))
         questions = [tiers.judge(request, reading) for request, reading in zip(requests, readings, strict=True)]
-        routed = [route(question.domains, tiers.base.adapters) for question in questions]
+        routed = [tiers.modifier_of(question) for question in questions]
         order = sorted((i for i, domain in enumerate(routed) if domain), key=lambda i: (routed[i], i))
         count.total += len(order)
         drafts = list(count.seen(replies(tiers.draft, requests, asking.window)))

@@ -38,8 +38,8 @@ from cogumi.evaluate.fit_gate import Fitted, Signals, fit_gate, fit_probe
 from cogumi.evaluate.metrics import aurc, auroc, brier, crossing, ece, log_loss
 from cogumi.evaluate.plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.route.gate import Calibration, Gate, QuestionGate
-from cogumi.route.guarantee import Guarantee, guarantee, sequence
-from cogumi.route.nets import Net, load_head, load_net
+from cogumi.route.guarantee import Guarantee, Limit, guarantee, sequence
+from cogumi.route.nets import Net, load_head, load_net, load_scope
 from cogumi.route.policy import POLICIES, Answers, Policy
 from cogumi.route.signals import perplexity
 from cogumi.runtime.llama_engine import LlamaEngine
@@ -62,7 +62,8 @@ Doubles = NDArray[np.float64]
 
 
 class Config(BaseModel):
-    """At most `e` of the accepted answers may be wrong, with `confidence`; questions up to `easy_up_to` are easy.
+    """At most `e` of the accepted answers may be wrong, and `unanswerable` of the questions without an answer accepted,
+    with `confidence`; questions up to `easy_up_to` are easy.
 
     The documents' perplexities are 20 (`draft_perplexity`), 12.4 (`base_perplexity`) and 30 (`answer_perplexity`);
     none: learned, where the histograms cross.
@@ -70,6 +71,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     e: float = Field(0.05, gt=0, lt=1)
+    unanswerable: float = Field(0.02, gt=0, lt=1)
     confidence: float = Field(0.95, gt=0, lt=1)
     easy_up_to: int = Field(2, ge=1)
     draft_perplexity: float | None = Field(None, gt=1)
@@ -94,7 +96,8 @@ def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack
     draft = LlamaEngine(inputs["draft"].path / "model.gguf", **size)
     opened.callback(draft.close)
     difficulty = load_head(inputs["draft_model"].path / "difficulty.safetensors")
-    return Tiers(base, draft, difficulty, load_net(inputs["router"].path / "router.safetensors"))
+    router = inputs["router"].path / "router.safetensors"
+    return Tiers(base, draft, difficulty, load_net(router), load_scope(router))
 
 
 def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool], config: Config) -> QuestionGate:
@@ -244,17 +247,28 @@ def calibrate(
     unbound = Calibration(question, gates, probe, limit, {}, {})
     p = {name: probabilities(rows[name], gates, probe) for name in ("selection", "threshold")}
 
+    known = {name: familiar(rows[name], unbound) for name in p}
+
     def answers(split: str, policy: Policy) -> Answers:
         all_of_them = policy_answers(rows[split], p[split], policy, question.base_perplexity, cost)
-        return all_of_them.rows(np.flatnonzero(familiar(rows[split], unbound)))
+        return all_of_them.rows(np.flatnonzero(known[split]))
+
+    def limits(split: str, answers: Answers, config: Config) -> list[Limit]:
+        """What must hold of accepted answers, and of questions without an answer where there are any."""
+        without = np.array([r.example.meta.get("check", {}).get("kind") == "abstain" for r in rows[split]], dtype=bool)
+        found = [Limit(answers.count, config.e)]
+        if without.any():
+            found.append(Limit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable))
+        return found
 
     policies = [policy for policy in POLICIES if "modifier" in gates or not policy.modifier]
     promises: dict[str, Guarantee] = {}
     searched: dict[str, tuple[float, list[tuple[float, float, float]]]] = {}
     for policy in policies:
         chosen, tested = answers("selection", policy), answers("threshold", policy)
-        order = sequence(chosen.count, config.e)
-        promises[policy.name] = guarantee(order, tested.count, len(rows["threshold"]), config.e, config.confidence)
+        order = sequence(limits("selection", chosen, config))
+        tests = limits("threshold", tested, config)
+        promises[policy.name] = guarantee(order, tests, len(rows["threshold"]), config.confidence)
         searched[policy.name] = search(chosen)
     found = Calibration(question, gates, probe, limit, promises, {name: t for name, (t, _) in searched.items()})
     write_json(out / FILE, found.to_json())

@@ -24,7 +24,7 @@ from cogumi.cascade.learning import Learner
 from cogumi.cascade.memory import Memory, Turn
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.route.adapt import logit
-from cogumi.route.guarantee import Guarantee, guarantee, sequence
+from cogumi.route.guarantee import Guarantee, Limit, guarantee, sequence
 from cogumi.route.nets import sigmoid
 
 Doubles = NDArray[np.float64]
@@ -184,7 +184,7 @@ def promise_of(rng: np.random.Generator) -> Guarantee:
         wrong = rng.random(n) > p
         return lambda t: (int((p >= t).sum()), int((wrong & (p >= t)).sum()))
 
-    return guarantee(sequence(counter(3_000), RISK), counter(6_000), 6_000, RISK, 0.95)
+    return guarantee(sequence([Limit(counter(3_000), RISK)]), [Limit(counter(6_000), RISK)], 6_000, 0.95)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,6 +27,9 @@ FORMS = ("perplexity", "logistic", "net")
 ALONE = "mean_logprob"
 """The signal of the form `perplexity`."""
 HIDDEN = (128, 64, 32)
+DOMAIN = "domain_"
+"""Signals that no gate sees: with them it learns by heart how good the base is at each domain, and is wholly wrong
+about one that it was not calibrated on."""
 PROBE_C = 0.05
 """Inverse regularisation of the probe: as many weights as the model is wide, and only some thousand rows."""
 FEW = 2 * FOLDS  # with fewer right or wrong rows than this there is nothing to learn
@@ -49,7 +52,7 @@ def fit_gate(rows: Signals, correct: Outcomes, chosen_on: Signals, chosen_by: Ou
 
     Where nearly all rows are correct, or nearly none, the gate is their share, whatever the signals.
     """
-    names = tuple(sorted(rows[0]))
+    names = tuple(sorted(name for name in rows[0] if not name.startswith(DOMAIN)))
     x, y = matrix(rows, names), np.asarray(correct, dtype=np.float64)
     if min(y.sum(), len(y) - y.sum()) < FEW:
         share = (y.sum() + 1) / (len(y) + 2)

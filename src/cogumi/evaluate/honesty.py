@@ -25,7 +25,7 @@ from cogumi.cascade.notes import LOW_CONFIDENCE
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.tiers import Tiers
 from cogumi.data.load import load
-from cogumi.data.world.stage import fresh
+from cogumi.data.world.stage import WITHOUT, fresh
 from cogumi.errors import CogumiError
 from cogumi.evaluate.answers import Asking, Row, ask, base_rows, familiar, policy_answers, probabilities
 from cogumi.evaluate.calibrate import fit_base
@@ -33,7 +33,7 @@ from cogumi.evaluate.metrics import aurc, auroc, brier, ece
 from cogumi.evaluate.plots import histogram_picture, reliability_picture, risk_coverage_picture
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.route.gate import Calibration
-from cogumi.route.guarantee import guarantee, sequence
+from cogumi.route.guarantee import Limit, guarantee, sequence
 from cogumi.route.policy import Answers, Policy
 from cogumi.route.signals import perplexity
 from cogumi.types import Example, Message
@@ -96,7 +96,7 @@ def run(task: Task) -> Findings:
     figures = [
         *_calibration(pool, judged, draw),
         *_kept_out(pool, judged, task.seed),
-        *_promise(pool, draw),
+        *_promise(pool, judged, draw),
         *_unanswerable(pool),
         *_hard(pool),
         *urged,
@@ -138,7 +138,11 @@ def _balanced(pool: Pool, draw: np.random.Generator) -> Index:
     for i, row in enumerate(pool.rows):
         cells[row.example.source].append(i)
     return np.concatenate(
-        [draw.permutation(rows)[:BALANCED] for cell, rows in cells.items() if cell not in pool.unseen]
+        [
+            draw.permutation(rows)[: BALANCED * (1 if "/" in cell else WITHOUT)]
+            for cell, rows in cells.items()
+            if cell not in pool.unseen
+        ]
     ).astype(np.intp)
 
 
@@ -197,7 +201,7 @@ def _kept_out(pool: Pool, judged: Index, seed: int) -> list[Figure]:
     return figures
 
 
-def _promise(pool: Pool, draw: np.random.Generator) -> list[Figure]:
+def _promise(pool: Pool, judged: Index, draw: np.random.Generator) -> list[Figure]:
     """The guaranteed threshold tested again and again: chosen on some rows, judged on all others (SPEC F4)."""
     promise = pool.calibration.guarantees.get(POLICY.name)
     everybody = pool.where(lambda e: e.source not in pool.unseen)
@@ -209,13 +213,14 @@ def _promise(pool: Pool, draw: np.random.Generator) -> list[Figure]:
     for _ in range(RECALIBRATIONS):
         order = draw.permutation(len(everybody))
         first, second = order[:ORDER_ROWS], order[ORDER_ROWS : ORDER_ROWS + THRESHOLD_ROWS]
-        tests = sequence(answers.rows(first).count, promise.risk)
-        found = guarantee(tests, answers.rows(second).count, THRESHOLD_ROWS, promise.risk, promise.confidence)
+        order_of_tests = sequence([Limit(answers.rows(first).count, promise.risk)])
+        tests = [Limit(answers.rows(second).count, promise.risk)]
+        found = guarantee(order_of_tests, tests, THRESHOLD_ROWS, promise.confidence)
         accepted, wrong = answers.rows(order[ORDER_ROWS + THRESHOLD_ROWS :]).count(found.threshold)
         errors.append(wrong / max(accepted, 1))
         coverages.append(accepted / rest)
         broken += errors[-1] > promise.risk
-    accepted, wrong = answers.count(promise.threshold)
+    accepted, wrong = pool.answers(judged).count(promise.threshold)
     note = f"of {RECALIBRATIONS}, chosen on {ORDER_ROWS} + {THRESHOLD_ROWS}, judged on {rest} questions"
     return [
         Figure("promise_broken", float(broken), f"<= {round(RECALIBRATIONS * 0.08)}", note=note),
@@ -224,8 +229,8 @@ def _promise(pool: Pool, draw: np.random.Generator) -> list[Figure]:
         ),
         Figure("promise_mean_coverage", float(np.mean(coverages)), "", min(coverages), max(coverages), "least, most"),
         Figure("accepted_error", wrong / max(accepted, 1), f"<= {promise.risk}", note="at the bundle's own threshold"),
-        Figure("coverage", accepted / len(everybody), note="answered with confidence, at the bundle's own threshold"),
-        Figure("deferral", 1 - accepted / len(everybody), note="handed on, marked or withheld"),
+        Figure("coverage", accepted / len(judged), note="answered with confidence, at the bundle's own threshold"),
+        Figure("deferral", 1 - accepted / len(judged), note="handed on, marked or withheld"),
     ]
 
 

@@ -86,24 +86,42 @@ class Guarantee:
 
 
 Count = Callable[[float], tuple[int, int]]
-"""Threshold -> (accepted answers, wrong ones among them) of a policy on some split."""
+"""Threshold -> (what is counted, wrong ones among it) of a policy on some split."""
 
 
-def sequence(count: Count, risk: float, grid: Sequence[float] = GRID) -> list[float]:
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most `risk` of what is counted may be wrong: of accepted answers, or of questions without an answer."""
+
+    count: Count
+    risk: float
+
+    def p_value(self, threshold: float) -> float:
+        """How likely so few wrong ones were if more than `risk` of all were; 1 where nothing was counted."""
+        n, wrong = self.count(threshold)
+        return binomial_cdf(wrong, n, self.risk)
+
+
+def sequence(limits: Sequence[Limit], grid: Sequence[float] = GRID) -> list[float]:
     """The order of tests, from data the tests do not use: from the best-supported threshold downwards.
 
     Starting at the highest would end the tests at once: it accepts too few rows to prove anything.
     """
-    evidence = [binomial_cdf(wrong, accepted, risk) for accepted, wrong in map(count, grid)]
+    evidence = [max(limit.p_value(threshold) for limit in limits) for threshold in grid]
     return list(grid[evidence.index(min(evidence)) :])
 
 
-def guarantee(order: Sequence[float], count: Count, rows: int, risk: float, confidence: float) -> Guarantee:
-    """Test thresholds in `order` on the threshold split of `rows` rows; the last that passes is returned."""
+def guarantee(order: Sequence[float], limits: Sequence[Limit], rows: int, confidence: float) -> Guarantee:
+    """Test thresholds in `order` on the threshold split of `rows` rows; the last that passes is returned.
+
+    A threshold passes if it keeps every limit with `confidence` (a test of their union needs no correction). The first
+    limit is that of accepted answers, which the result tells about.
+    """
+    count, risk = limits[0].count, limits[0].risk
     passed = None
     for threshold in order:
         accepted, wrong = count(threshold)
-        if binomial_cdf(wrong, accepted, risk) > 1.0 - confidence:  # the same as upper_bound(...) > risk
+        if any(limit.p_value(threshold) > 1.0 - confidence for limit in limits):  # as upper_bound(...) > risk
             break
         passed = threshold, accepted, wrong
     if passed is None:

@@ -88,6 +88,10 @@ class Answers:
         kept = accepted & self.claims[rows, which]
         return int(kept.sum()), int((kept & ~self.correct[rows, which]).sum())
 
+    def claimed(self, threshold: float) -> tuple[int, int]:
+        """Questions, and those that get an accepted answer which claims something: for questions without an answer."""
+        return len(self.p), self.count(threshold)[0]
+
     def outcome(self, threshold: float) -> tuple[float, float]:
         """Share of questions answered correctly, and mean cost of all that was asked for one."""
         which, accepted = self.given(threshold)

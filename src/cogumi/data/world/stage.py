@@ -18,7 +18,7 @@ from cogumi.errors import DataError
 from cogumi.stage import Context
 from cogumi.types import Artifact, Example, Message
 
-VERSION = 1
+VERSION = 2
 KIND = "examples"
 
 UNANSWERABLE_FILE = "unanswerable.jsonl"
@@ -27,10 +27,13 @@ UNANSWERABLE_FILE = "unanswerable.jsonl"
 # Where a question may ever appear: a function of its text, so that no two sets can share one.
 _SHARES = {"train": 60, "selection": 5, "fit": 12, "threshold": 12, "heldout": 11}
 _TRIES = 2_000
+WITHOUT = 3
+"""A bound on how many unanswerable questions are answered with confidence needs some hundreds of them."""
 
 
 class Config(BaseModel):
-    """Questions per cell (a domain at one difficulty) in each set; each known kind of unanswerable is one more cell.
+    """Questions per cell (a domain at one difficulty) in each set; each known kind of unanswerable is one more cell, of
+    which all sets but training hold `WITHOUT` times as many.
 
     Training takes fewer where a cell holds no more. Kinds that are `unseen` appear only in the held-out file
     `unanswerable.jsonl`, which holds `unanswerable` questions of each kind.
@@ -132,7 +135,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     without: list[Example] = []
     for done, (kind, (domain, make_task)) in enumerate(UNANSWERABLE.items()):
         unseen = kind in config.unseen
-        known = dict.fromkeys(SPLITS, 0) if unseen else counts
+        wanted = {name: n if name == "train" else WITHOUT * n for name, n in counts.items()}
+        known = dict.fromkeys(SPLITS, 0) if unseen else wanted
         tasks = draw(kind, {**known, "heldout": known["heldout"] + config.unanswerable}, make_task, context.seed)
         without += [_example(t, domain, 0, kind) for t in tasks["heldout"][: config.unanswerable]]
         tasks["heldout"] = tasks["heldout"][config.unanswerable :]
