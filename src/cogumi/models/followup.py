@@ -54,8 +54,9 @@ def word_vectors(encoder: Encoder, tokenizer: Any, width: int) -> tuple[list[str
 class FollowUpNet(nn.Module):
     """`table` int8 [words, width] with its `scale` [width]; `marks` kinds of marks; `hidden` units of the LSTM.
 
-    The logit is read from the mean and the maximum of the states over the follow-up, and from the cosine of the
-    follow-up's words to the question's and to the answer's; which words count there is learned.
+    The LSTM reads the follow-up. The logit comes of the mean and the maximum of its states; of the mean direction of
+    the words of question, answer and follow-up, and how close these are (which words count there is learned); and of
+    a weight of each word by who says it (Cheng et al. 2016, wide and deep).
     """
 
     table: Tensor
@@ -65,26 +66,34 @@ class FollowUpNet(nn.Module):
         super().__init__()
         self.register_buffer("table", table)
         self.register_buffer("scale", scale)
+        width = len(scale)
         self.marks = nn.Embedding(marks, 8)
-        self.weight = nn.Linear(len(scale), 1)
-        self.lstm = nn.LSTM(len(scale) + 8, hidden, batch_first=True)
-        self.head = nn.Linear(2 * hidden + 2, 1)
+        self.weight = nn.Linear(width, 1)
+        self.lstm = nn.LSTM(width + 8, hidden, batch_first=True)
+        self.head = nn.Linear(2 * hidden + 3 * width + 2, 1)
+        self.wide = nn.Embedding(len(table), 3)
+        nn.init.zeros_(self.wide.weight)
         self.dropout = dropout
 
     def forward(self, ids: Tensor, marks: Tensor) -> Tensor:
-        """Ids and marks [rows, tokens], padded with 0 at the end -> logits [rows]."""
-        x = self.table[ids].float() * self.scale
+        """Ids and marks [rows, tokens], the follow-up first, padded with 0 at the end -> logits [rows]."""
+        known = torch.ones(ids.shape)
         if self.training:  # words are left out, so that no single one decides
-            x = x * (torch.rand(ids.shape) >= self.dropout)[..., None]
-        states, _ = self.lstm(torch.cat([x, self.marks(marks)], dim=-1))
-        question, answer, follow_up = (((marks - 1) // 4 == who)[..., None].float() for who in range(3))
-        mean = (states * follow_up).sum(dim=1) / follow_up.sum(dim=1)
-        top = (states * follow_up - (1 - follow_up)).amax(dim=1)  # states lie in (-1, 1)
-        x = x * torch.sigmoid(self.weight(x))
-        sums = [nn.functional.normalize((x * said).sum(dim=1), dim=-1) for said in (question, answer, follow_up)]
-        near = [(sums[2] * other).sum(dim=-1) for other in sums[:2]]
-        read = torch.cat([mean, top, torch.stack(near, dim=-1)], dim=-1)
-        logits: Tensor = self.head(nn.functional.dropout(read, self.dropout, self.training))[:, 0]
+            known = (torch.rand(ids.shape) >= self.dropout).float()
+        x = self.table[ids] * self.scale * known[..., None]
+        speaker = torch.stack([(marks - 1) // 4 == who for who in range(3)], dim=-1).float()  # [rows, tokens, 3]
+        counts = speaker.sum(dim=1).clamp(min=1)
+        length = int(counts[:, 2].max())
+        said = speaker[:, :length, 2:]
+        states, _ = self.lstm(torch.cat([x, self.marks(marks)], dim=-1)[:, :length])
+        mean = (states * said).sum(dim=1) / counts[:, 2:]
+        top = (states * said - (1 - said)).amax(dim=1)  # states lie in (-1, 1)
+        weighted = x * torch.sigmoid(self.weight(x))
+        units = nn.functional.normalize(speaker.transpose(1, 2) @ weighted, dim=-1)  # [rows, 3, width]
+        near = (units[:, :2] * units[:, 2:]).sum(dim=-1)
+        read = torch.cat([mean, top, units.flatten(1), near], dim=-1)
+        wide = (self.wide(ids) * speaker * known[..., None]).sum(dim=1) / counts.sqrt()
+        logits: Tensor = self.head(nn.functional.dropout(read, self.dropout, self.training))[:, 0] + wide.sum(dim=-1)
         return logits
 
 
@@ -104,6 +113,7 @@ def fit(
     Rows of like length share a batch; `progress` is told batches done and in all, and the last loss.
     """
     order = np.random.default_rng(seed)
+    lengths = [int((marks > net.marks.num_embeddings - 5).sum()) for _, marks in rows]  # of the follow-ups
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
     total, done = epochs * -(-len(rows) // batch), 0
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=0.1)
@@ -111,7 +121,7 @@ def fit(
         torch.manual_seed(seed)
         net.train()
         for _ in range(epochs):
-            for chosen in batches([len(ids) for ids, _ in rows], batch, order):
+            for chosen in batches(lengths, batch, order):
                 ids, marks = pad([rows[i] for i in chosen])
                 loss = nn.functional.binary_cross_entropy_with_logits(
                     net(ids, marks), torch.from_numpy(targets[chosen])
@@ -165,6 +175,7 @@ def export(net: FollowUpNet, path: Path, metadata: Mapping[str, str]) -> None:
         "table": net.table.numpy(),
         "scale": net.scale.numpy(),
         "mark_table": net.marks.weight.detach().numpy(),
+        "wide_table": net.wide.weight.detach().numpy(),
         "w": gates("weight_ih_l0")[None],
         "r": gates("weight_hh_l0")[None],
         "b": np.concatenate([gates("bias_ih_l0"), gates("bias_hh_l0")]).reshape(1, -1),
@@ -172,19 +183,18 @@ def export(net: FollowUpNet, path: Path, metadata: Mapping[str, str]) -> None:
         "weight_b": net.weight.bias.detach().numpy(),
         "head_w": net.head.weight.detach().numpy().T,
         "head_b": net.head.bias.detach().numpy(),
+        "speakers": np.arange(3, dtype=np.int64),
         "one": np.array(1, dtype=np.int64),
         "four": np.array(4, dtype=np.int64),
         "unit": np.array(1, dtype=np.float32),
         "tiny": np.array(1e-12, dtype=np.float32),
-        "axis1": np.array([1], dtype=np.int64),
-        "axis2": np.array([2], dtype=np.int64),
-        **{f"who{who}": np.array(who, dtype=np.int64) for who in range(3)},
+        "flat": np.array([1, -1], dtype=np.int64),
+        **{f"at{i}": np.array([i], dtype=np.int64) for i in range(4)},
     }
-    nodes = _nodes(hidden)
     tokens = [helper.make_tensor_value_info(name, TensorProto.INT64, [1, "tokens"]) for name in ("ids", "marks")]
     result = [helper.make_tensor_value_info("p", TensorProto.FLOAT, [1])]
     initializers = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "follow-up", tokens, result, initializers)
+    graph = helper.make_graph(_nodes(hidden), "follow-up", tokens, result, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
     helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model)
@@ -192,58 +202,63 @@ def export(net: FollowUpNet, path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _nodes(hidden: int) -> list[Any]:
-    """The graph of `FollowUpNet.forward` for one row; names on the left of the arrow are inputs."""
-    from onnx import helper
+    """The graph of `FollowUpNet.forward` for one row; what stands left of an arrow is read."""
+    from onnx import TensorProto, helper
 
     def node(kind: str, names: str, **attributes: Any) -> Any:
         inputs, outputs = (side.split() for side in names.split("->"))
         return helper.make_node(kind, inputs, outputs, **attributes)
 
-    nodes = [
+    return [
         node("Gather", "table ids -> rows"),
-        node("Cast", "rows -> floats", to=1),
+        node("Cast", "rows -> floats", to=TensorProto.FLOAT),
         node("Mul", "floats scale -> x"),
+        # who speaks: [1, tokens, 3], and how much
+        node("Sub", "marks one -> from_zero"),
+        node("Div", "from_zero four -> who"),
+        node("Unsqueeze", "who at2 -> who_column"),
+        node("Equal", "who_column speakers -> is_speaker"),
+        node("Cast", "is_speaker -> speaker", to=TensorProto.FLOAT),
+        node("ReduceSum", "speaker at1 -> found", keepdims=0),
+        node("Max", "found unit -> counts"),
+        node("Slice", "counts at2 at3 at1 -> length"),
+        node("Cast", "length -> length_column", to=TensorProto.INT64),
+        node("Squeeze", "length_column at0 -> end"),
+        # the LSTM over the follow-up
         node("Gather", "mark_table marks -> m"),
         node("Concat", "x m -> read", axis=2),
-        node("Transpose", "read -> steps", perm=[1, 0, 2]),
-        helper.make_node("LSTM", ["steps", "w", "r", "b"], ["all_states"], hidden_size=hidden),
-        node("Squeeze", "all_states axis1 -> by_step"),
-        node("Transpose", "by_step -> states", perm=[1, 0, 2]),
-        node("Sub", "marks one -> from_zero"),
-        node("Div", "from_zero four -> speaker"),
+        node("Slice", "read at0 end at1 -> follow_up"),
+        node("Transpose", "follow_up -> steps", perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["steps", "w", "r", "b"], ["by_direction"], hidden_size=hidden),
+        node("Squeeze", "by_direction at1 -> states"),
+        node("ReduceMean", "states -> mean", axes=[0], keepdims=0),
+        node("ReduceMax", "states -> top", axes=[0], keepdims=0),
+        # directions of the three, and how close they are
         node("MatMul", "x weight_w -> weight_x"),
         node("Add", "weight_x weight_b -> weight_z"),
         node("Sigmoid", "weight_z -> weight"),
         node("Mul", "x weight -> weighted"),
-    ]
-    for who in range(3):
-        nodes += [
-            node("Equal", f"speaker who{who} -> is{who}"),
-            node("Cast", f"is{who} -> flag{who}", to=1),
-            node("Unsqueeze", f"flag{who} axis2 -> said{who}"),
-            node("Mul", f"weighted said{who} -> words{who}"),
-            node("ReduceSum", f"words{who} axis1 -> sum{who}", keepdims=0),
-            node("ReduceL2", f"sum{who} -> long{who}", axes=[1], keepdims=1),
-            node("Max", f"long{who} tiny -> length{who}"),
-            node("Div", f"sum{who} length{who} -> unit{who}"),
-        ]
-    for who in range(2):
-        nodes += [
-            node("Mul", f"unit{who} unit2 -> products{who}"),
-            node("ReduceSum", f"products{who} axis1 -> near{who}", keepdims=1),
-        ]
-    return [
-        *nodes,
-        node("Mul", "states said2 -> kept"),
-        node("ReduceSum", "kept axis1 -> total", keepdims=0),
-        node("ReduceSum", "said2 axis1 -> count", keepdims=0),
-        node("Div", "total count -> mean"),
-        node("Sub", "unit said2 -> others"),
-        node("Sub", "kept others -> lowered"),
-        node("ReduceMax", "lowered -> top", axes=[1], keepdims=0),
-        node("Concat", "mean top near0 near1 -> features", axis=1),
+        node("Transpose", "speaker -> by_speaker", perm=[0, 2, 1]),
+        node("MatMul", "by_speaker weighted -> sums"),
+        node("ReduceL2", "sums -> norms", axes=[2], keepdims=1),
+        node("Max", "norms tiny -> lengths"),
+        node("Div", "sums lengths -> units"),
+        node("Slice", "units at0 at2 at1 -> others"),
+        node("Slice", "units at2 at3 at1 -> own"),
+        node("Mul", "others own -> products"),
+        node("ReduceSum", "products at2 -> near", keepdims=0),
+        node("Reshape", "units flat -> directions"),
+        node("Concat", "mean top directions near -> features", axis=1),
         node("MatMul", "features head_w -> product"),
-        node("Add", "product head_b -> logit"),
+        node("Add", "product head_b -> deep"),
+        # words by who says them
+        node("Gather", "wide_table ids -> word_weights"),
+        node("Mul", "word_weights speaker -> weights"),
+        node("ReduceSum", "weights at1 -> totals", keepdims=0),
+        node("Sqrt", "counts -> roots"),
+        node("Div", "totals roots -> shares"),
+        node("ReduceSum", "shares at1 -> wide", keepdims=1),
+        node("Add", "deep wide -> logit"),
         node("Sigmoid", "logit -> column"),
-        node("Squeeze", "column axis1 -> p"),
+        node("Squeeze", "column at1 -> p"),
     ]

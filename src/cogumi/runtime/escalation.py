@@ -28,7 +28,7 @@ UNKNOWN = 1
 """The id of what is in no vocabulary; 0 is padding, and words are counted from 2."""
 
 _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
-_CHARACTERS = 2000
+_CHARACTERS = 600
 _LETTERS = 24
 _LENGTHS = ((16, 8), (12, 28), (48, 16))
 """Tokens read at the beginning and at the end of question, answer and follow-up."""
@@ -44,15 +44,15 @@ def last_turn(messages: Sequence[Message]) -> tuple[str, str, str] | None:
 
 
 def encode(turn: tuple[str, str, str], words: Mapping[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Word ids and marks [tokens] of a question, its answer and a follow-up, which has one token at least."""
+    """Word ids and marks [tokens] of a turn: the follow-up first (one token at least), then answer and question."""
     said = [_tokens(text, first, last) for text, (first, last) in zip(turn, _LENGTHS, strict=True)]
     said[2] = said[2] or [""]
     known = [set(tokens) for tokens in said]
     ids: list[int] = []
     marks: list[int] = []
-    for who, tokens in enumerate(said):
+    for who in (2, 1, 0):
         one, other = (known[k] for k in range(3) if k != who)
-        for token in tokens:
+        for token in said[who]:
             pieces = _pieces(token, words)
             ids += pieces
             marks += [1 + 4 * who + (token in one) + 2 * (token in other)] * len(pieces)
@@ -63,7 +63,9 @@ def _tokens(text: str, first: int, last: int) -> list[str]:
     """Words, numbers and signs in lower case without accents; of a long text the beginning and the end."""
     if len(text) > 2 * _CHARACTERS:
         text = text[:_CHARACTERS] + " " + text[-_CHARACTERS:]
-    found = _WORD.findall("".join(map(_plain, unicodedata.normalize("NFKD", text.replace("’", "'")))).lower())
+    if not text.isascii():
+        text = "".join(map(_plain, unicodedata.normalize("NFKD", text.replace("’", "'"))))
+    found = _WORD.findall(text.lower())
     return found if len(found) <= first + last else found[:first] + found[-last:]
 
 

@@ -47,12 +47,12 @@ class Config(BaseModel):
     teacher_rows: int = Field(200, ge=_BATCH)
     soft_rows: int = Field(200, ge=1)
     soft: float = Field(0.5, ge=0, le=1)
-    rows: int = Field(8000, ge=2)
+    rows: int = Field(16000, ge=2)
     student_epochs: int = Field(3, ge=1)
-    width: int = Field(64, ge=2)
+    width: int = Field(80, ge=2)
     hidden: int = Field(64, ge=2)
     dropout: float = Field(0.2, ge=0, lt=1)
-    lr: float = Field(4e-3, gt=0)
+    lr: float = Field(5e-3, gt=0)
     judged: int = Field(1000, ge=2, description="dialogues of selection and of heldout; the teacher reads 100 of each")
 
 

@@ -82,11 +82,12 @@ _MAY_FOLLOW_A_FAILURE = ("thanks", "decline", "new")
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A question, its answer and a follow-up; `kind` names the sort of follow-up."""
+    """A question, its answer and a follow-up, made from `template`, of a `kind`."""
 
     messages: tuple[Message, ...]
     dissatisfied: bool
     kind: str
+    template: str
 
 
 @cache
@@ -140,25 +141,23 @@ def _bare(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
-def draw(name: Set, rows: int, seed: int) -> list[Dialogue]:
-    """`rows` dialogues of a set, every other one dissatisfied; the same for the same seed."""
+def draw(name: Set, rows: int, seed: int, *, hurried: bool = True) -> list[Dialogue]:
+    """`rows` dialogues of a set; the same for the same seed.
+
+    Two at a time share question and answer, and one of them is dissatisfied: only the follow-up tells which. They are
+    written in all registers, or with care only, if not `hurried`.
+    """
     rng = random.Random(f"{seed}/{name}")
-    lines = [[(kind, line) for kind, found in templates(name, bad).items() for line in found] for bad in (False, True)]
+    lines = {bad: templates(name, bad) for bad in (False, True)}
     dialogues: list[Dialogue] = []
     while len(dialogues) < rows:
-        unhappy = len(dialogues) % 2 == 1
-        dialogue = _dialogue(rng, name, lines[unhappy], unhappy)
-        if name == "train" or not _trained().fullmatch(_bare(dialogue.messages[-1].content)):
-            dialogues.append(dialogue)
-    return dialogues
+        dialogues += _pair(rng, name, lines, hurried)
+    return dialogues[:rows]
 
 
-def _dialogue(rng: random.Random, name: Set, lines: list[tuple[str, str]], unhappy: bool) -> Dialogue:
-    # half the draws choose a kind first, so that kinds with few templates are not rare
-    kind = rng.choice(sorted({kind for kind, _ in lines}))
-    line = rng.choice([line for k, line in lines if k == kind]) if rng.random() < 0.5 else None
-    if line is None:
-        kind, line = rng.choice(lines)
+def _pair(
+    rng: random.Random, name: Set, lines: Mapping[bool, Mapping[str, tuple[str, ...]]], hurried: bool
+) -> list[Dialogue]:
     topic, another = rng.sample(TOPICS[name], 2)
     if name == "train" and rng.random() < 0.5:
         topic, another = topics.attribute(rng), topics.attribute(rng)
@@ -175,16 +174,35 @@ def _dialogue(rng: random.Random, name: Set, lines: list[tuple[str, str]], unhap
         "error": lambda: values["error"],
         **{word: partial(rng.choice, found) for word, found in WORDS.items()},
     }
-    failed = kind == "after_failure" or (unhappy and rng.random() < 0.15)
-    failed = failed or (kind in _MAY_FOLLOW_A_FAILURE and rng.random() < 0.15)
-    answer = rng.choice(FAILURES[name] if failed else topic.answers)
-    question, answer, follow_up = (_fill(rng, text, slots, values) for text in (asked, answer, line))
-    messages = (
-        Message("user", _register(rng, question)),
-        Message("assistant", answer),
-        Message("user", _register(rng, follow_up)),
+    failed = rng.random() < 0.2
+    question, answer = (
+        _fill(rng, text, slots, values) for text in (asked, rng.choice(FAILURES[name] if failed else topic.answers))
     )
-    return Dialogue(messages, unhappy, kind)
+    question = _register(rng, question) if hurried else question
+    pair = []
+    for unhappy in (False, True):
+        fitting = {kind: found for kind, found in lines[unhappy].items() if _fits(kind, unhappy, failed)}
+        said = ""
+        while not said or (name != "train" and _trained().fullmatch(_bare(said))):
+            kind, line = _template(rng, fitting)
+            said = _fill(rng, line, slots, values)
+        said = _register(rng, said) if hurried else said
+        messages = (Message("user", question), Message("assistant", answer), Message("user", said))
+        pair.append(Dialogue(messages, unhappy, kind, line))
+    return pair
+
+
+def _fits(kind: str, unhappy: bool, failed: bool) -> bool:
+    """Whether a kind of follow-up makes sense after an answer, or one that is none."""
+    return (failed or kind != "after_failure") if unhappy else (kind in _MAY_FOLLOW_A_FAILURE or not failed)
+
+
+def _template(rng: random.Random, lines: Mapping[str, tuple[str, ...]]) -> tuple[str, str]:
+    """A kind and a template; half the time the kind comes first, so that kinds with few templates are not rare."""
+    if rng.random() < 0.5:
+        kind = rng.choice(sorted(lines))
+        return kind, rng.choice(lines[kind])
+    return rng.choice([(kind, line) for kind, found in lines.items() for line in found])
 
 
 def _fill(rng: random.Random, text: str, slots: Mapping[str, Callable[[], str]], values: Mapping[str, str]) -> str:

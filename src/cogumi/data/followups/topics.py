@@ -59,9 +59,11 @@ class Topic:
 
 
 def _topic(subject: str, questions: str, answers: str, nexts: str, fact: str, other: str) -> Topic:
-    return Topic(
-        subject, *(tuple(line.strip() for line in t.split(" / ")) for t in (questions, answers, nexts)), fact, other
-    )
+    return Topic(subject, _listed(questions), _listed(answers), _listed(nexts), fact, other)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in text.split(" / "))
 
 
 TRAIN = (
