@@ -45,7 +45,7 @@ CUT_SHARE = 0.2
 """Of the learning half's dialogues these choose the threshold and are not learned."""
 
 _COMPLAINT = re.compile(
-    r"\b(no|not|n't|nope|wrong|incorrect|again|instead|actually|mistake|useless|unfortunately|said|meant|rather|never|why|"
+    r"\b(no|not|nope|wrong|incorrect|again|instead|actually|mistake|useless|unfortunately|said|meant|rather|never|why|"
     r"bad|different|another|anything else|sure|change|don't|doesn't|can't)\b"
 )
 _REFUSAL = re.compile(

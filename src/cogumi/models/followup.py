@@ -31,7 +31,7 @@ OPSET, IR = 17, 8
 
 def word_vectors(encoder: Encoder, tokenizer: Any, width: int) -> tuple[list[str], Tensor, Tensor]:
     """A vocabulary with its vectors: words, int8 [2 + words, width], scales [width]; rows 0 and 1 are nothing (padding
-    and what is in no vocabulary).
+    and what is in no vocabulary), and `width` is the encoder's at most.
 
     Marks of word pieces are dropped, special tokens left out; of tokens with the same letters the first one stays.
     """
@@ -47,7 +47,7 @@ def word_vectors(encoder: Encoder, tokenizer: Any, width: int) -> tuple[list[str
     _, axes = torch.linalg.eigh(x.T @ x)
     x = x @ axes.flip(1)[:, :width]
     step = x.abs().amax(dim=0) / 127
-    table = torch.cat([torch.zeros(2, width), (x / step).round()]).to(torch.int8)
+    table = torch.cat([torch.zeros(2, x.shape[1]), (x / step).round()]).to(torch.int8)
     return list(rows), table, (step / x.std()).float()
 
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from cogumi.data.followups import Dialogue, Set, draw
+from cogumi.errors import RecipeError
 from cogumi.models.encoder import DEFAULT, Encoder, load_encoder
 from cogumi.models.followup import FollowUpNet, batches, best_threshold, export, fit, word_vectors
 from cogumi.runtime.escalation import FILE, MARKS, Escalation, describe, encode, last_turn, numbered
@@ -121,9 +122,12 @@ class Teacher:
 
     def __init__(self, encoder: Encoder, tokenizer: Any, layers: int) -> None:
         self._model, self._tokenizer = encoder.model, tokenizer
-        tuned = list(self._model.encoder.layer)[-layers:]  # type: ignore[union-attr, arg-type]
+        stack = getattr(getattr(self._model, "encoder", None), "layer", None)
+        if stack is None:
+            name = type(self._model).__name__
+            raise RecipeError(f"{name} cannot teach; name a BERT-like sentence encoder as 'model'")
         self._model.requires_grad_(False)
-        for layer in tuned:
+        for layer in stack[-layers:]:
             layer.requires_grad_(True)
         self._head = nn.Linear(self._model.config.hidden_size, 1)  # type: ignore[union-attr, arg-type]
 

@@ -116,8 +116,9 @@ def _belongs(line: str, kind: str) -> Set | None:
 
 @cache
 def _trained() -> re.Pattern[str]:
-    """Whatever a training template may say, as `_bare` text; topics are no concern of it, the sets share none."""
+    """Whatever a training template may say, as `_bare` text."""
     lines = [line for bad in (False, True) for found in templates("train", bad).values() for line in found]
+    lines += [line for topic in TOPICS["train"] for line in (*topic.questions, *topic.nexts)]
     return re.compile(
         "|".join(_pattern(line) for line in lines if not re.search("<(question|next|new)>|^<\\w+>$", line))
     )
@@ -126,19 +127,19 @@ def _trained() -> re.Pattern[str]:
 def _pattern(line: str) -> str:
     pattern = ""
     for part in re.split(r"(\{[^{}]*\}|<\w+>|\$\w+)", line):
-        choices = VALUES.get(part[1:]) or WORDS.get(part[1:-1])
+        choices = VALUES.get(part[1:]) if part.startswith("$") else WORDS.get(part.strip("<>")) if "<" in part else None
         if part.startswith("{"):
             pattern += "(?:" + "|".join(map(_pattern, part[1:-1].split("|"))) + ")"
         elif choices:
             pattern += "(?:" + "|".join(map(_bare, choices)) + ")"
         else:
-            pattern += "[a-z0-9]+" if part.startswith("<") else _bare(part)
+            pattern += "\\w+" if part.startswith("<") else _bare(part)
     return pattern
 
 
 def _bare(text: str) -> str:
-    """Letters and digits only, in lower case."""
-    return re.sub(r"[^a-z0-9]", "", text.lower())
+    """In lower case, without spaces and signs."""
+    return re.sub(r"[\s!-/:-@\[-`{-~]", "", text.lower())
 
 
 def draw(name: Set, rows: int, seed: int, *, hurried: bool = True) -> list[Dialogue]:
