@@ -229,3 +229,9 @@ def test_a_sure_answer_is_given_again_to_the_same_question_of_the_same_user_only
     assert not any(final_reply(whole.generate(other)).route == "cache" for other in others)
     unsure = cascade(tiers, cache=AnswerCache(None, None))
     assert {final_reply(unsure.generate(ask(user="ann", stop=stop))).route for _ in range(2)} == {"low_confidence"}
+
+
+def test_who_wants_no_unsure_answer_sees_no_unsure_draft(tiers):
+    events = list(cascade(tiers).generate(ask(mode="fast", progressive=True, abstain=True)))
+    assert not any(isinstance(event, Token) for event in events)
+    assert events[-1].text == ABSTENTION

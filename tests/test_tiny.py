@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogumi.artifact import sha256, verify
+from cogumi.data.world.stage import WITHOUT
 from cogumi.recipe import load_recipe
 
 RECIPE = Path(__file__).parent / "pico.yaml"
@@ -58,7 +59,7 @@ def test_the_report_has_its_keys_and_its_figures_agree(built):
     assert json.loads((home / "report.json").read_text()) == report
     assert set(report["accuracy"]) == {"draft", "base", "modifier", "cascade"}
     heldout = sum(n for cells in report["accuracy"]["cascade"].values() for _, n in cells.values())
-    assert heldout == report["gate"]["n"] == 8 * 32
+    assert heldout == report["gate"]["n"] == 8 * (30 + 2 * WITHOUT)
     assert sum(report["routes"].values()) == pytest.approx(1)
     assert set(report["modifiers"]["math"]) == {"before", "after", "control", "n"}
     assert report["unanswerable"]["n"] == sum(n for _, n in report["unanswerable"]["kinds"].values()) == 30

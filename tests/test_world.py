@@ -100,9 +100,22 @@ def test_same_seed_same_bytes_other_seed_other_bytes(world, tmp_path):
 def test_training_takes_what_a_small_cell_holds_but_other_sets_are_exact_or_refused(tmp_path):
     metrics = run(tmp_path / "much", train=1000)
     assert metrics["rows"]["train"] < 1000 * 32
-    assert metrics["rows"]["heldout"] == SMALL["heldout"] * 32
+    assert metrics["rows"]["heldout"] == SMALL["heldout"] * (30 + 2 * stage.WITHOUT)
     with pytest.raises(DataError, match=r"too few different questions in .*heldout"):
         run(tmp_path / "too-much", heldout=5000)
+
+
+def test_fresh_questions_are_new_and_of_the_held_out_part(world):
+    out, _ = world
+    found = stage.fresh(12, 7, lambda done, total, figures: None)
+    questions = [normalised_question(e.messages) for e in found]
+    assert len(set(questions)) == len(questions) == 12 * 33
+    read = {
+        normalised_question(e.messages) for n in SPLITS if n != "heldout" for e in read_examples(split_path(out, n))
+    }
+    assert not read & set(questions)
+    assert {e.source for e in found} == {*(f"{d}/{k}" for d in DOMAINS for k in DIFFICULTIES), *UNANSWERABLE}
+    assert found == stage.fresh(12, 7, lambda done, total, figures: None)
 
 
 def test_unknown_names_are_refused(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cogumi.cascade.parts import Parts
@@ -53,24 +53,25 @@ class Judge:
     threshold: float
     doubt: str = ""
 
-    def draft(self, reply: Reply) -> Attempt:
-        """The draft's own answer (SPEC F19)."""
-        return self._judged("draft", "draft", reply, {**answer_signals(reply), **self.question.signals})
+    def attempt(self, tier: str, name: str, request: Request, reply: Reply, before: Sequence[Attempt]) -> Attempt:
+        """The answer of one of a policy's tiers (see `Policy.order`), a modifier's by its `name`; `before` it others."""
+        if tier == "base":
+            return self.base(request, reply)
+        own = {**answer_signals(reply), **self.question.signals}
+        if tier == "draft":
+            return self._judged("draft", "draft", reply, own)
+        if tier == "direct":
+            return self._judged("direct", f"modifier:{name}", reply, own)
+        base = before[-1]
+        agree = same_text(reply.text, base.reply.text)
+        signals = modifier_signals(own, base.signals, base.gate_p, agree)
+        return self._judged("modifier", f"modifier:{name}", reply, signals)
 
     def base(self, request: Request, reply: Reply, tier: str = "base") -> Attempt:
         """The base's answer to `request`."""
         signals = self.parts.tiers.base_signals(request, reply, self.question)
         probe = self.parts.calibration.probe if reply.hidden else None
         return self._judged("base", tier, reply, with_probe(signals, probe, reply.hidden))
-
-    def modifier(self, domain: str, reply: Reply, base: Attempt | None) -> Attempt:
-        """The modifier's answer, after the base's if there is one."""
-        own = {**answer_signals(reply), **self.question.signals}
-        if base is None:
-            return self._judged("direct", f"modifier:{domain}", reply, own)
-        agree = same_text(reply.text, base.reply.text)
-        signals = modifier_signals(own, base.signals, base.gate_p, agree)
-        return self._judged("modifier", f"modifier:{domain}", reply, signals)
 
     def _judged(self, gate: str, tier: str, reply: Reply, signals: Mapping[str, float]) -> Attempt:
         own = self.parts.calibration.gates[gate].p_correct(signals)

@@ -23,13 +23,12 @@ from cogumi.cascade.modes import AUTO, Choice
 from cogumi.cascade.notes import AGAIN, LOW_CONFIDENCE, ending_of
 from cogumi.cascade.parts import Parts
 from cogumi.cascade.tiers import Question
+from cogumi.route.domains import PRELOAD, preload, with_history
 from cogumi.route.policy import settle
 from cogumi.route.signals import abstains
 from cogumi.runtime.engine import Event
 from cogumi.types import Decision, Reply, Request, Revision, Usage
 
-SURE_DOMAIN = 0.85
-"""P(domain) from which the modifier of a hard question reads it ahead (SPEC F6)."""
 BARE = 12
 """Words up to which a complaint without figures or quotes says nothing new about the question."""
 _CONTENT = re.compile(r"[\d\"“”`]")
@@ -107,24 +106,20 @@ class Path:
         deliberates = mode.deliberates and hard and not gate.novel(question.perplexity)
         if domain and hard and "modifier" in order and self._foreseen(domain, question):
             self._tiers.read_ahead(request, domain, self._id)
-        if request.progressive and order[0] != "draft":
+        progressive = request.progressive and not request.abstain
+        if progressive and order[0] != "draft":
             self._streamed = (yield from self._ask("draft", request, live=True)).text
-        live = order == ("base",) and not (request.abstain or deliberates or request.progressive)
+        live = order == ("base",) and not (request.abstain or deliberates or progressive)
         attempts: list[Attempt] = []
         for tier in order:
             name = domain if tier in ("modifier", "direct") and domain else tier
-            shown = live or (request.progressive and tier == "draft")
+            shown = live or (progressive and tier == "draft")
             reply = yield from self._ask(name, request, live=shown)
             if reply.finish_reason == "cancelled":
                 return None
             if shown:
                 self._streamed = reply.text
-            if tier == "draft":
-                attempts.append(judge.draft(reply))
-            elif tier == "base":
-                attempts.append(judge.base(request, reply))
-            else:
-                attempts.append(judge.modifier(name, reply, attempts[-1] if tier == "modifier" else None))
+            attempts.append(judge.attempt(tier, name, request, reply, attempts))
             yield self._decide(attempts[-1].decision())
             if attempts[-1].check.accepted:
                 break
@@ -145,10 +140,11 @@ class Path:
                 yield found
 
     def _foreseen(self, domain: str, question: Question) -> bool:
-        """Whether the domain's modifier will likely be asked: the router is sure, or this user often needs it."""
-        habit = self._parts.habit(self._user)
-        usual = bool(habit) and max(habit, key=lambda name: habit[name]) == domain
-        return usual or domain in self._parts.failed(self._user) or question.domains.get(domain, 0.0) >= SURE_DOMAIN
+        """Whether the domain's modifier will likely be asked: it was needed before, or question and habit say so."""
+        expected = with_history(question.domains, self._parts.habit(self._user))
+        read = PRELOAD[-1][0]  # the draft has read the whole question: more tokens than any bar waits for
+        known = preload(expected, self._tiers.base.adapters, read) == domain
+        return known or domain in self._parts.failed(self._user)
 
     def _give(self, chosen: Attempt, note: str) -> Flow:
         """Say it: with confidence, with a note, or not at all."""

@@ -92,7 +92,7 @@ def run(task: Task) -> Findings:
         pool = Pool(rows, cascade.calibration, _made_for(description).get("unseen_kinds", ()))
         urged = _urged(cascade.tiers, pool, task)
     draw = np.random.default_rng(task.seed)
-    judged = _balanced(pool, draw)
+    judged = np.arange(len(rows)) if task.data else _balanced(pool, draw)
     figures = [
         *_calibration(pool, judged, draw),
         *_kept_out(pool, judged, task.seed),
@@ -146,7 +146,7 @@ def _balanced(pool: Pool, draw: np.random.Generator) -> Index:
     ).astype(np.intp)
 
 
-def _resampled(value: Callable[[Index], float], n: int, draw: np.random.Generator) -> tuple[float, float]:
+def resampled(value: Callable[[Index], float], n: int, draw: np.random.Generator) -> tuple[float, float]:
     """Bounds of 95% by the bootstrap over n rows."""
     found = [value(draw.integers(0, n, n)) for _ in range(RESAMPLES)]
     low, high = np.quantile(found, (0.025, 0.975))
@@ -162,7 +162,7 @@ def _calibration(pool: Pool, judged: Index, draw: np.random.Generator) -> list[F
         "random": draw.random(len(judged)),
     }
     n = len(judged)
-    low, high = _resampled(lambda i: auroc(p[i], y[i]), n, draw)
+    low, high = resampled(lambda i: auroc(p[i], y[i]), n, draw)
     figures = [
         Figure("auroc", auroc(p, y), ">= 0.85", low, high, f"base's gate, {n} questions"),
         Figure("ece", ece(p, y), "<= 0.03", note="ten fixed bins"),
@@ -174,7 +174,7 @@ def _calibration(pool: Pool, judged: Index, draw: np.random.Generator) -> list[F
         def gained(i: Index, score: Doubles = score) -> float:
             return aurc(score[i], y[i]) - aurc(p[i], y[i])
 
-        low, high = _resampled(gained, n, draw)
+        low, high = resampled(gained, n, draw)
         everything = np.arange(n)
         note = f"AURC of {name} alone {aurc(score, y):.3f}, AUROC {auroc(score, y):.3f}; bounds: paired bootstrap"
         figures.append(Figure(f"aurc_gained_over_{name}", gained(everything), "> 0", low, high, note))

@@ -16,7 +16,7 @@ Doubles = NDArray[np.float64]
 
 def reliability_picture(path: Path, gates: Mapping[str, tuple[Doubles, Doubles]]) -> None:
     """Share correct against P(correct) for each gate's (probabilities [n], correct [n])."""
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     axes[0].plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for name, (p, correct) in gates.items():
         rows = [(mean, share) for n, mean, share in reliability(p, correct) if n]
@@ -29,7 +29,7 @@ def reliability_picture(path: Path, gates: Mapping[str, tuple[Doubles, Doubles]]
 
 def histogram_picture(path: Path, panels: Sequence[tuple[str, Mapping[str, Doubles], float | None]]) -> None:
     """One panel per (what is measured, values of each group, threshold)."""
-    figure, axes = _figure(len(panels))
+    figure, axes = new_figure(len(panels))
     for axis, (what, groups, threshold) in zip(axes, panels, strict=True):
         values = np.concatenate(list(groups.values()))
         bins = np.linspace(values.min(), max(values.max(), values.min() + 1e-9), 31) if len(values) else 30
@@ -44,7 +44,7 @@ def histogram_picture(path: Path, panels: Sequence[tuple[str, Mapping[str, Doubl
 
 def accuracy_picture(path: Path, accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]]) -> None:
     """Share correct by difficulty, one group of bars per level, one bar per tier."""
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     levels = sorted({level for cells in accuracy.values() for row in cells.values() for level in row})
     width = 0.8 / len(accuracy)
     for i, (tier, cells) in enumerate(accuracy.items()):
@@ -61,7 +61,7 @@ def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promis
     """Error among the most confident answers against their share, with the promised bound and the operating
     point.
     """
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     wrong = 1 - np.array(correct, dtype=np.float64)[np.argsort(-np.array(p), kind="stable")]
     shown = np.arange(1, len(wrong) + 1)
     axes[0].plot(shown / len(wrong), np.cumsum(wrong) / shown, label="cascade, most confident first")
@@ -74,7 +74,7 @@ def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promis
 
 def risk_coverage_picture(path: Path, scores: Mapping[str, tuple[Doubles, Doubles]]) -> None:
     """Share wrong among the most confident answers against their share, for each (confidence [n], correct [n])."""
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     for name, (score, correct) in scores.items():
         wrong = 1 - correct[np.argsort(-score, kind="stable")]
         shown = np.arange(1, len(wrong) + 1)
@@ -86,7 +86,7 @@ def risk_coverage_picture(path: Path, scores: Mapping[str, tuple[Doubles, Double
 
 def frontier_picture(path: Path, tried: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
     """Accuracy against cost of each policy at each (threshold, accuracy, cost)."""
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     for name, rows in tried.items():
         line = axes[0].plot([cost for _, _, cost in rows], [a for _, a, _ in rows], marker=".", label=name)[0]
         threshold, accuracy, cost = max(rows, key=lambda row: row[1] / row[2] if row[2] else 0.0)
@@ -96,7 +96,7 @@ def frontier_picture(path: Path, tried: Mapping[str, Sequence[tuple[float, float
     figure.savefig(path)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def new_figure(panels: int) -> tuple[Any, list[Any]]:
     """A figure without pyplot (no global state, no display) with `panels` axes side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

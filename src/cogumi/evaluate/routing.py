@@ -25,7 +25,7 @@ from cogumi.errors import CogumiError, DataError
 from cogumi.evaluate.embedder import cached_embedder
 from cogumi.evaluate.fit_question import fit_question
 from cogumi.evaluate.metrics import auroc
-from cogumi.evaluate.plots import _figure
+from cogumi.evaluate.plots import new_figure
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.evaluate.vectors import embed_all
 from cogumi.route.question import forecast, parts, question_input
@@ -229,7 +229,7 @@ def run(task: Task) -> Findings:
 def _picture(path: Path, splits: Sequence[Split]) -> None:
     """Accuracy against the share of strong calls, mean over splits."""
     share = np.linspace(0, 1, 201)
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
 
     def line(label: str, asks: Sequence[Doubles], **style: str) -> None:
         accuracy = np.zeros(len(share))
