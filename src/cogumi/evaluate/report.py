@@ -1,6 +1,7 @@
 """Stage `report`: the finished bundle judged on held-out questions, which nothing before has read (SPEC H1, H3).
 
-Every figure is counted here from answers of the shipped files. Controls (adapters trained on random rows instead of
+Every figure is counted here from answers of the shipped files. Modifiers are compared with the base on the questions of
+their domain that have an answer. Controls (adapters trained on random rows instead of
 failures) are asked beside the modifiers and shipped with nothing.
 """
 
@@ -34,7 +35,7 @@ from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.stage import Context
 from cogumi.types import Artifact, Example, Reply, Request
 
-VERSION = 1
+VERSION = 2
 KIND = "report"
 CONTROL = "control_"
 POLICY = Policy(modifier=True)
@@ -72,9 +73,10 @@ class Asked:
     replies: Sequence[Reply]
     correct: Sequence[bool]
 
-    def only(self, domain: str) -> list[bool]:
-        """Verdicts of one domain."""
-        return [c for e, c in zip(self.examples, self.correct, strict=True) if e.domain == domain]
+    def on(self, examples: Sequence[Example]) -> list[bool]:
+        """Verdicts of some of the questions."""
+        wanted = {e.id for e in examples}
+        return [c for e, c in zip(self.examples, self.correct, strict=True) if e.id in wanted]
 
     def table(self) -> dict[str, dict[str, list[int]]]:
         """`{domain: {difficulty: [correct, n]}}`; difficulty 0 holds the questions without an answer."""
@@ -195,8 +197,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     controls = {r.removeprefix(CONTROL): a.path / "adapter.gguf" for r, a in inputs.items() if r.startswith(CONTROL)}
     with closing(open_cascade(folder, slots=config.slots, context=config.context)) as cascade:
         tiers = cascade.tiers
-        domains = [name for name in tiers.base.adapters if any(e.domain == name for e in heldout)]
-        of = {name: [e for e in heldout if e.domain == name] for name in domains}
+        answerable = [e for e in heldout if e.meta["check"]["kind"] != "abstain"]
+        domains = [name for name in tiers.base.adapters if any(e.domain == name for e in answerable)]
+        of = {name: [e for e in answerable if e.domain == name] for name in domains}
         asked_adapters = sum(len(of[d]) * (1 + (d in controls)) for d in domains)
         desk = Desk(config, context, 3 * len(heldout) + len(without) + asked_adapters)
         base = desk.ask(tiers.base, heldout)
@@ -211,7 +214,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         refused = desk.ask(cascade, without)
         compared = {}
         for name in domains:
-            before, after = base.only(name), modifiers[name].correct
+            before, after = base.on(of[name]), modifiers[name].correct
             compared[name] = {"before": _share(before), "after": _share(after), "n": len(after)}
         for name, asked in _controls(desk, open_bundle(folder).base, controls, of).items():
             compared[name]["control"] = _share(asked.correct)
