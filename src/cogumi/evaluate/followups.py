@@ -27,7 +27,7 @@ from cogumi.evaluate.metrics import auroc
 from cogumi.evaluate.plots import new_figure
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.models.encoder import DEFAULT, load_encoder
-from cogumi.models.followup import FollowUpNet, best_threshold, export, fit, word_vectors
+from cogumi.models.followup import HIDDEN, WIDTH, FollowUpNet, best_threshold, export, fit, word_vectors
 from cogumi.runtime.escalation import FILE, MARKS, Escalation, describe, encode, last_turn, numbered
 from cogumi.types import Message
 
@@ -38,7 +38,7 @@ ROWS = 2000
 """Clean follow-ups."""
 
 RESAMPLES = 500
-HIDDEN, WIDTH, DROPOUT, EPOCHS, RATE = 64, 80, 0.3, 4, 6e-3
+DROPOUT, EPOCHS, RATE = 0.3, 4, 6e-3
 """Of the net that learns from rated dialogues; epochs and rate were chosen on a part of the learning half."""
 
 CUT_SHARE = 0.2
@@ -79,7 +79,10 @@ def _clean(net: Escalation, seed: int) -> list[Figure]:
         right = np.array([(net.dissatisfied(d.messages) >= net.threshold) == d.dissatisfied for d in dialogues])
         templates = np.unique([d.template for d in dialogues], return_inverse=True)[1]
         low, high = bounds(templates, partial(_share, right), seed)
-        note = f"accuracy; {templates.max() + 1} templates, none of them in training"
+        kinds = np.array([d.kind for d in dialogues])
+        shares = sorted((float(np.mean(right[kinds == kind])), str(kind)) for kind in np.unique(kinds))
+        weakest = ", ".join(f"{kind} {share:.2f}" for share, kind in shares[:3])
+        note = f"accuracy; {templates.max() + 1} templates, none of them in training; weakest kinds: {weakest}"
         figures.append(Figure(name, float(np.mean(right)), goal, low, high, note))
     return figures
 

@@ -24,6 +24,9 @@ Row = tuple[NDArray[np.int64], NDArray[np.int64]]
 Figure = Callable[[NDArray[np.bool_], NDArray[np.bool_]], float]
 """A figure of merit of what is positive and what was called so."""
 
+WIDTH, HIDDEN = 72, 96
+"""The usual sizes of word vectors and LSTM: with MiniLM's vocabulary the file stays below 3 MB."""
+
 PADDING = 0
 OPSET, IR = 17, 8
 """Versions of the graph: what ONNX Runtime has read since 2022."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cogumi.data.followups import Dialogue, Set, draw
 from cogumi.errors import RecipeError
 from cogumi.models.encoder import DEFAULT, Encoder, load_encoder
-from cogumi.models.followup import FollowUpNet, batches, best_threshold, export, fit, word_vectors
+from cogumi.models.followup import HIDDEN, WIDTH, FollowUpNet, batches, best_threshold, export, fit, word_vectors
 from cogumi.runtime.escalation import FILE, MARKS, Escalation, describe, encode, last_turn, numbered
 from cogumi.stage import Context
 from cogumi.types import Artifact
@@ -37,24 +37,25 @@ _JUDGED: tuple[Set, ...] = ("selection", "heldout")
 class Config(BaseModel):
     """`model` is the default, a folder or a Hub id; its last `layers` layers are tuned for `epochs` on `teacher_rows`
     dialogues, and it judges `soft_rows` others. The student learns `rows` dialogues, among them those, for
-    `student_epochs`; `soft` is the weight of the teacher's opinion.
+    `student_epochs`; `soft` is the weight of the opinion of a teacher that is always right, less for others. The
+    defaults take half a minute on one core; six layers and 2400 rows teach well, and take five minutes.
     """
 
     model_config = ConfigDict(extra="forbid")
     model: str = DEFAULT
-    layers: int = Field(1, ge=1)
+    layers: int = Field(2, ge=1)
     epochs: int = Field(3, ge=1)
-    teacher_lr: float = Field(1e-4, gt=0)
-    teacher_rows: int = Field(200, ge=_BATCH)
-    soft_rows: int = Field(200, ge=1)
+    teacher_lr: float = Field(3e-4, gt=0)
+    teacher_rows: int = Field(128, ge=_BATCH)
+    soft_rows: int = Field(128, ge=1)
     soft: float = Field(0.5, ge=0, le=1)
-    rows: int = Field(16000, ge=2)
+    rows: int = Field(14000, ge=2)
     student_epochs: int = Field(3, ge=1)
-    width: int = Field(80, ge=2)
-    hidden: int = Field(64, ge=2)
+    width: int = Field(WIDTH, ge=2)
+    hidden: int = Field(HIDDEN, ge=2)
     dropout: float = Field(0.2, ge=0, lt=1)
-    lr: float = Field(5e-3, gt=0)
-    judged: int = Field(1000, ge=2, description="dialogues of selection and of heldout; the teacher reads 100 of each")
+    lr: float = Field(4e-3, gt=0)
+    judged: int = Field(600, ge=2, description="dialogues of selection and of heldout; the teacher reads 100 of each")
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         teacher_accuracy = {name: _accuracy(teacher.judge(rows[:100]), rows[:100]) for name, rows in judged.items()}
         torch.manual_seed(seed)
         net = FollowUpNet(table, scale, MARKS, config.hidden, config.dropout)
-    targets[: len(opinion)] += config.soft * (opinion - targets[: len(opinion)])
+    trust = config.soft * max(0.0, 2 * teacher_accuracy["selection"] - 1)  # none for a coin
+    targets[: len(opinion)] += trust * (opinion - targets[: len(opinion)])
     numbers = numbered(words)
     rows = [encode(turn, numbers) for turn in (last_turn(d.messages) for d in rest) if turn]
     fit(
@@ -97,6 +99,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "epochs": {"teacher": config.epochs, "student": config.student_epochs},
         "threshold": threshold,
         "teacher_accuracy": teacher_accuracy,
+        "teacher_weight": trust,
         **_report(Escalation(path), judged, path),
     }
 

@@ -70,9 +70,9 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 
 TOPICS: dict[Set, tuple[Topic, ...]] = {
-    "train": topics.TRAIN,
-    "selection": topics.SELECTION,
-    "heldout": topics.HELDOUT,
+    "train": topics.listed("train"),
+    "selection": topics.listed("selection"),
+    "heldout": topics.listed("heldout"),
 }
 UNSEEN = ("amazement", "small_talk")
 """Kinds that are only in the held-out set."""
