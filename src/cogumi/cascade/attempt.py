@@ -54,7 +54,7 @@ class Judge:
     doubt: str = ""
 
     def attempt(self, tier: str, name: str, request: Request, reply: Reply, before: Sequence[Attempt]) -> Attempt:
-        """The answer of one of a policy's tiers (see `Policy.order`), a modifier's by its `name`, after those `before`."""
+        """The answer of one of a policy's tiers (see `Policy`), a modifier's by its `name`, after those `before`."""
         if tier == "base":
             return self.base(request, reply)
         own = {**answer_signals(reply), **self.question.signals}
