@@ -133,7 +133,7 @@ def test_the_file_computes_what_torch_does(tmp_path_factory, said):
     )
     torch.nn.init.normal_(net.wide.weight)
     path = tmp_path_factory.mktemp("net") / FILE
-    export(net, path, describe(words, 0.5))
+    export(net, path, describe(words, 0.5, 0.5))
     messages = talk("what is Paris", "that is Paris 12", " ".join(["no", *said]))
     row = encode(last_turn(messages), numbered(words))
     longer = (np.tile(row[0], 2)[: len(row[0]) + 3], np.tile(row[1], 2)[: len(row[1]) + 3])  # so that the row is padded

@@ -124,7 +124,7 @@ def test_hard_questions_may_be_shown_examples_of_their_domain(tiers):
 class Unhappy:
     """Stands for the net: whoever says "wrong" is not satisfied."""
 
-    threshold = 0.5
+    sure = 0.5
 
     def dissatisfied(self, messages):
         return float(len(messages) > 1 and "wrong" in messages[-1].content)

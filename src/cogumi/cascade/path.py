@@ -85,11 +85,11 @@ class Path:
         """Why no answer may be taken for sure, if the last message complains about the answer before; else empty."""
         escalation = self._parts.escalation
         unhappy = escalation.dissatisfied(self._asked.messages) if escalation else 0.0
-        if escalation is None or unhappy < escalation.threshold:
+        if escalation is None or unhappy < escalation.sure:
             return ""
         self._parts.complained(self._user, self._asked.messages)
         reason = "the answer before did not satisfy: it is answered again, and nothing counts as sure"
-        yield self._decide(Decision("cascade", "dissatisfied", unhappy, escalation.threshold, True, reason))
+        yield self._decide(Decision("cascade", "dissatisfied", unhappy, escalation.sure, True, reason))
         return reason
 
     def _answer(

@@ -73,10 +73,12 @@ def run(task: Task) -> Findings:
 
 
 def _clean(net: Escalation, seed: int) -> list[Figure]:
-    figures = []
+    figures: list[Figure] = []
     for name, hurried, goal in (("clean follow-ups", False, ">= 0.94"), ("the same, written in a hurry", True, "")):
         dialogues = draw("heldout", ROWS, seed, hurried=hurried)
-        right = np.array([(net.dissatisfied(d.messages) >= net.threshold) == d.dissatisfied for d in dialogues])
+        p = np.array([net.dissatisfied(d.messages) for d in dialogues])
+        unhappy = np.array([d.dissatisfied for d in dialogues])
+        right = (p >= net.threshold) == unhappy
         templates = np.unique([d.template for d in dialogues], return_inverse=True)[1]
         low, high = bounds(templates, partial(_share, right), seed)
         kinds = np.array([d.kind for d in dialogues])
@@ -84,6 +86,12 @@ def _clean(net: Escalation, seed: int) -> list[Figure]:
         weakest = ", ".join(f"{kind} {share:.2f}" for share, kind in shares[:3])
         note = f"accuracy; {templates.max() + 1} templates, none of them in training; weakest kinds: {weakest}"
         figures.append(Figure(name, float(np.mean(right)), goal, low, high, note))
+        if not hurried:
+            acted = p >= net.sure
+            figures.append(
+                Figure("acted on, of the dissatisfied", float(acted[unhappy].mean()), note="where it is sure")
+            )
+            figures.append(Figure("acted on, of the others", float(acted[~unhappy].mean()), "<= 0.05"))
     return figures
 
 
@@ -188,7 +196,7 @@ def learn(turns: Sequence[RatedTurn], path: Path, task: Task) -> Escalation:
         task.progress(done, total, {"loss": loss})
 
     fit(net, rows, labels, epochs=EPOCHS, lr=RATE, seed=task.seed, progress=progress)
-    export(net, path, describe(words, 0.5))
+    export(net, path, describe(words, 0.5, 0.5))
     return Escalation(path)
 
 

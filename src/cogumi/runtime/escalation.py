@@ -18,7 +18,7 @@ from cogumi.errors import BundleError
 from cogumi.types import Message
 
 FILE = "escalation.onnx"
-FORMAT = "cogumi-escalation-1"
+FORMAT = "cogumi-escalation-2"
 """What a model's metadata calls itself; grows with `encode`, to which the net's weights belong."""
 
 MARKS = 13
@@ -89,9 +89,9 @@ def _pieces(token: str, words: Mapping[str, int]) -> list[int]:
     return ids or [UNKNOWN]
 
 
-def describe(words: Sequence[str], threshold: float) -> dict[str, str]:
-    """The metadata of a model: its format, its vocabulary (ids from `UNKNOWN` + 1 on), its threshold."""
-    return {"format": FORMAT, "words": "\n".join(words), "threshold": repr(threshold)}
+def describe(words: Sequence[str], threshold: float, sure: float) -> dict[str, str]:
+    """The metadata of a model: its format, its vocabulary (ids from `UNKNOWN` + 1 on), its thresholds."""
+    return {"format": FORMAT, "words": "\n".join(words), "threshold": repr(threshold), "sure": repr(sure)}
 
 
 def numbered(words: Sequence[str]) -> dict[str, int]:
@@ -100,7 +100,10 @@ def numbered(words: Sequence[str]) -> dict[str, int]:
 
 
 class Escalation:
-    """The net in a file, on one thread; several threads may call it. Raises `BundleError` if the file holds none."""
+    """The net in a file, on one thread; several threads may call it. Raises `BundleError` if the file holds none.
+
+    From P `threshold` on it is right most often; from `sure` on few who are content are taken for dissatisfied.
+    """
 
     def __init__(self, path: Path) -> None:
         from cogumi.runtime.onnx import open_session
@@ -111,7 +114,7 @@ class Escalation:
             found = metadata.get("format", "none")
             raise BundleError(f"{path} is no {FORMAT} model (its format: {found}); build the bundle again")
         try:
-            self.threshold = float(metadata["threshold"])
+            self.threshold, self.sure = float(metadata["threshold"]), float(metadata["sure"])
             self._words = numbered(metadata["words"].split("\n"))
         except (KeyError, ValueError) as error:
             raise BundleError(f"{path} lacks its {error}; build the bundle again") from error

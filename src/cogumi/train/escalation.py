@@ -27,7 +27,7 @@ from cogumi.runtime.escalation import FILE, MARKS, Escalation, describe, encode,
 from cogumi.stage import Context
 from cogumi.types import Artifact
 
-VERSION = 1
+VERSION = 2
 KIND = "escalation"
 _CHARACTERS = 300
 _BATCH = 16
@@ -38,7 +38,8 @@ class Config(BaseModel):
     """`model` is the default, a folder or a Hub id; its last `layers` layers are tuned for `epochs` on `teacher_rows`
     dialogues, and it judges `soft_rows` others. The student learns `rows` dialogues, among them those, for
     `student_epochs`; `soft` is the weight of the opinion of a teacher that is always right, less for others. The
-    defaults take half a minute on one core; six layers and 2400 rows teach well, and take five minutes.
+    defaults take half a minute on one core; six layers and 2400 rows teach well, and take five minutes. A cascade acts
+    only where at most a share `false_alarms` of the content ones in the selection set would be taken for dissatisfied.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +56,7 @@ class Config(BaseModel):
     hidden: int = Field(HIDDEN, ge=2)
     dropout: float = Field(0.2, ge=0, lt=1)
     lr: float = Field(4e-3, gt=0)
+    false_alarms: float = Field(0.02, gt=0, lt=1)
     judged: int = Field(600, ge=2, description="dialogues of selection and of heldout; the teacher reads 100 of each")
 
 
@@ -89,15 +91,17 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         progress=lambda done, total, loss: context.progress(done, total, {"loss": loss}),
     )
     path = out / FILE
-    export(net, path, describe(words, 0.5))
+    export(net, path, describe(words, 0.5, 0.5))
     p = _judge(Escalation(path), judged["selection"])
     unhappy = _labels(judged["selection"]) > 0
     threshold = best_threshold(p, unhappy, lambda truth, called: float(np.mean(truth == called)))
-    export(net, path, describe(words, threshold))
+    sure = float(np.quantile(p[~unhappy], 1 - config.false_alarms, method="higher"))
+    export(net, path, describe(words, threshold, max(threshold, sure)))
     return {
         "rows": {"teacher": config.teacher_rows, "soft": config.soft_rows, "student": config.rows},
         "epochs": {"teacher": config.epochs, "student": config.student_epochs},
         "threshold": threshold,
+        "sure": max(threshold, sure),
         "teacher_accuracy": teacher_accuracy,
         "teacher_weight": trust,
         **_report(Escalation(path), judged, path),
