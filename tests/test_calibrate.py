@@ -116,6 +116,11 @@ def test_figures_by_hand():
         metrics.ece([0.1], [1, 0])
 
 
+def test_rows_of_equal_confidence_count_whatever_their_order():
+    assert metrics.aurc([0.5] * 4, [1, 1, 0, 0]) == metrics.aurc([0.5] * 4, [0, 0, 1, 1]) == pytest.approx(0.5)
+    assert metrics.aurc([0.9, 0.5, 0.5], [1, 1, 0]) == metrics.aurc([0.9, 0.5, 0.5], [1, 0, 1])
+
+
 def test_the_crossing_separates_two_groups():
     rng = np.random.default_rng(6)
     cut = metrics.crossing(rng.normal(0, 1, 20_000), rng.normal(2, 1, 20_000))

@@ -66,12 +66,17 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float:
 
 
 def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """Mean error rate of the most confident k rows, over all k; 0 without rows."""
+    """Mean error rate of the most confident k rows, over all k; 0 without rows.
+
+    Rows of equal confidence count as if in random order: each stands for the mean of all of them.
+    """
     confidence, correct = _pair(confidence, correct)
     if not len(correct):
         return 0.0
-    order = np.argsort(-confidence, kind="stable")
-    return float(np.mean(np.cumsum(1 - correct[order]) / np.arange(1, len(order) + 1)))
+    _, index, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
+    share = np.bincount(index, weights=correct) / counts
+    wrong = 1 - np.repeat(share, counts)
+    return float(np.mean(np.cumsum(wrong) / np.arange(1, len(wrong) + 1)))
 
 
 def coverage(p: ArrayLike, threshold: float) -> float:
