@@ -56,7 +56,7 @@ class Config(BaseModel):
     hidden: int = Field(HIDDEN, ge=2)
     dropout: float = Field(0.2, ge=0, lt=1)
     lr: float = Field(4e-3, gt=0)
-    false_alarms: float = Field(0.02, gt=0, lt=1)
+    false_alarms: float = Field(0.05, gt=0, lt=1)
     judged: int = Field(600, ge=2, description="dialogues of selection and of heldout; the teacher reads 100 of each")
 
 
