@@ -21,9 +21,10 @@ from cogumi.route.gate import Calibration, Gate, QuestionGate
 from cogumi.route.guarantee import Guarantee
 from cogumi.route.nets import Net, load_head, load_net
 from cogumi.route.policy import POLICIES
+from cogumi.route.signals import FLOOR
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.types import ABSTENTION, Decision, Message, Request, Revision, Token, Usage
+from cogumi.types import ABSTENTION, Decision, Message, Reply, Request, Revision, Token, Usage
 from helpers_bundle import make_bundle
 
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
@@ -235,3 +236,9 @@ def test_who_wants_no_unsure_answer_sees_no_unsure_draft(tiers):
     events = list(cascade(tiers).generate(ask(mode="fast", progressive=True, abstain=True)))
     assert not any(isinstance(event, Token) for event in events)
     assert events[-1].text == ABSTENTION
+
+
+def test_an_answer_that_is_longer_as_text_than_it_was_in_tokens_is_judged_all_the_same(tiers):
+    question = tiers.read_question(ask())
+    whole = Reply("\u00e9\u65e5" * 300, (Token(5, "x", -0.1, 0.1, 1.0),), "length", Usage())
+    assert tiers.base_signals(ask(), whole, question)["draft_nats"] == FLOOR

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cogumi.errors import ContextError
 from cogumi.route.domains import in_scope, route
 from cogumi.route.nets import Net, sigmoid
-from cogumi.route.signals import answer_signals, opinion_signals, question_signals
+from cogumi.route.signals import FLOOR, answer_signals, opinion_signals, question_signals
 from cogumi.runtime.engine import Engine, Event
 from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.types import Reading, Reply, Request
+from cogumi.types import Reading, Reply, Request, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +77,17 @@ class Tiers:
         return self.base.read(request).score.perplexity
 
     def base_signals(self, request: Request, reply: Reply, question: Question) -> dict[str, float]:
-        """All signals of the base's answer but the probe's: of its own pass, the question's, the draft's opinion."""
+        """All signals of the base's answer but the probe's: of its own pass, the question's, the draft's opinion.
+
+        Read again as text, an answer may have more tokens than it was written with. One that does not fit the draft's
+        context any more surprises it as much as anything can.
+        """
         own = answer_signals(reply)
-        return {**own, **question.signals, **opinion_signals(self.draft.score(request, reply.text), own)}
+        try:
+            opinion = self.draft.score(request, reply.text)
+        except ContextError:
+            opinion = Score(FLOOR, 1, len(reply.text.encode()))
+        return {**own, **question.signals, **opinion_signals(opinion, own)}
 
     def drafting_speedup(self) -> float:
         """How many times faster the base is expected to answer with drafts; 0 where it cannot have any."""
