@@ -108,5 +108,6 @@ def test_the_same_recipe_elsewhere_gives_the_same_weights(built, tmp_path):
 
 
 def test_the_builtin_recipe_differs_only_in_size():
-    """Whatever stage the tiny recipe uses, the small one tries."""
-    assert {s.stage for s in load_recipe("tiny").steps} == {s.stage for s in load_recipe(str(RECIPE)).steps}
+    """Whatever stage the tiny recipe uses, the small one tries; but for two that depend on nothing else."""
+    apart = {"embedder", "escalation"}  # tests/test_embedder.py, tests/test_escalation.py
+    assert {s.stage for s in load_recipe("tiny").steps} - apart == {s.stage for s in load_recipe(str(RECIPE)).steps}
