@@ -112,7 +112,7 @@ def build(
 def demo(runs: RunsOption = RUNS) -> None:
     """Build the tiny recipe, ask it questions that take different routes, and show what it came to.
 
-    Example: `cogumi demo` (about ten minutes the first time, seconds after that).
+    Example: `cogumi demo` (some ten minutes the first time, seconds after that).
     """
     from cogumi.cascade.opening import open_cascade
     from cogumi.chat import Conversation
