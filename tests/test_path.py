@@ -242,3 +242,23 @@ def test_an_answer_that_is_longer_as_text_than_it_was_in_tokens_is_judged_all_th
     question = tiers.read_question(ask())
     whole = Reply("\u00e9\u65e5" * 300, (Token(5, "x", -0.1, 0.1, 1.0),), "length", Usage())
     assert tiers.base_signals(ask(), whole, question)["draft_nats"] == FLOOR
+
+
+def test_a_reused_answer_that_is_called_wrong_is_not_given_again(tiers, tmp_path):
+    memory = Memory(tmp_path / "memory.sqlite")
+    whole = cascade(tiers, base=0.9, memory=memory, cache=AnswerCache(None, None), escalation=Unhappy())
+    stop = (answer(tiers, "base", ask())[2:4],)
+
+    def routes(*users):
+        return [final_reply(whole.generate(ask(user=user, stop=stop, id=f"{user}{i}"))).route for i, user in users]
+
+    assert routes((0, "ann"), (1, "ann"), (2, "bob"), (3, "bob")) == ["base", "cache", "base", "cache"]
+    assert {turn.id: turn.route for turn in memory.recent("ann")} == {"ann0": "base", "ann1": "cache"}
+    whole.feedback("ann1", "ann", False)  # the one that was given again
+    assert routes((4, "ann"), (5, "bob")) == ["base", "cache"]
+    whole.feedback("ann4", "ann", True)
+    assert routes((6, "ann")) == ["cache"]
+    said = final_reply(whole.generate(ask(user="bob", stop=stop))).text
+    final_reply(whole.generate(ask("What is 2 + 3?", said, "wrong", user="bob", stop=stop)))
+    assert routes((7, "bob"), (8, "ann")) == ["base", "cache"]
+    memory.close()

@@ -7,6 +7,7 @@ import random
 import sqlite3
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ from cogumi.runtime.escalation import Escalation
 from cogumi.types import Decision, Message, Reply, Request, Usage
 
 T = TypeVar("T")
+NOTED = 10_000
+"""Requests of which it is known what to take back."""
 Shots = Mapping[str, Sequence[tuple[str, str]]]
 """Domain -> questions with their answers."""
 
@@ -45,6 +48,8 @@ class Parts:
     critic: Critic | None = None
     shots: Shots = field(default_factory=dict)
     name: str = ""
+    _asked: OrderedDict[tuple[str, str], Request] = field(default_factory=OrderedDict)
+    """By user and answer's id, the latest requests whose answers may be given again."""
 
     def threshold(self, policy: Policy) -> float:
         """What the gate compares an answer with (see `route.gate.check`)."""
@@ -74,19 +79,20 @@ class Parts:
         """What the gate says, corrected by what was learned from use."""
         return self.learner.p_correct(id, user, p, signals) if self.learner else p
 
-    def complained(self, user: str, messages: Sequence[Message]) -> None:
-        """The user is not satisfied with the last answer: take it for wrong, if it is remembered."""
-        memory = self.memory
+    def complained(self, request: Request) -> None:
+        """The user is not satisfied with the answer before the last message: it is taken for wrong."""
+        self._take_back(replace(request, messages=request.messages[: last_answer(request.messages)]))
+        memory, user = self.memory, request.user or ""
         if not memory or not user:
             return
-        answer = without_note(next((m.content for m in reversed(messages) if m.role == "assistant"), ""))
+        answer = without_note(request.messages[last_answer(request.messages)].content)
         nothing: tuple[Turn, ...] = ()
         for turn in self._recalled(lambda: memory.recent(user), nothing):
             if turn.answer == answer and turn.outcome is None:
                 self.rated(turn.id, user, False)
                 return
 
-    def cached(self, request: Request) -> Reply | None:
+    def cached(self, id: str, request: Request) -> Reply | None:
         """A sure answer that was given before to the same question, or to one that counts as the same."""
         if self.cache is None or not _reusable(request):
             return None
@@ -95,12 +101,28 @@ class Parts:
             return None
         reason = "the same question was answered before" if hit.exact else f"answered before: {hit.question!r}"
         told = Decision("cache", "similarity", hit.similarity, 1.0, True, reason)
+        self._note(id, request)
         return replace(hit.reply, route="cache", usage=Usage(), decisions=(*hit.reply.decisions, told))
 
-    def keep(self, request: Request, reply: Reply) -> None:
+    def keep(self, id: str, request: Request, reply: Reply) -> None:
         """Let a sure answer be given again."""
         if self.cache is not None and _reusable(request) and reply.decisions[-1].accepted:
             self.cache.keep(self._scope(request), request.messages[-1].content, reply)
+            self._note(id, request)
+
+    def _note(self, id: str, request: Request) -> None:
+        """Know what was asked, should the answer be called wrong."""
+        self._asked[request.user or "", id] = request
+        while len(self._asked) > NOTED:
+            self._asked.popitem(last=False)
+
+    def _take_back(self, request: Request) -> None:
+        """Whatever would be given again for this request was wrong."""
+        if self.cache is None or not _reusable(request):
+            return
+        hit = self.cache.find(self._scope(request), request.messages[-1].content)
+        if hit:
+            self.cache.judge(hit, False)
 
     def _scope(self, request: Request) -> Scope:
         """All that must be equal for an answer to be given again, the conversation so far included.
@@ -141,6 +163,9 @@ class Parts:
         if not self.memory:
             raise RequestError("nothing is remembered here, so nothing can be rated: serve with --state FOLDER")
         turn = self.memory.rate(id, user, right)
+        asked = self._asked.pop((user, id), None)
+        if asked and not right:
+            self._take_back(asked)
         if self.learner:
             self.learner.rated(turn)
 
@@ -150,6 +175,11 @@ class Parts:
             for part in (self.tiers, self.memory, self.cache):
                 if part is not None:
                     closing.callback(part.close)
+
+
+def last_answer(messages: Sequence[Message]) -> int:
+    """Where the last answer of a conversation stands. Raises ValueError if there is none."""
+    return max(i for i, message in enumerate(messages) if message.role == "assistant")
 
 
 def _reusable(request: Request) -> bool:

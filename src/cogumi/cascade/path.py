@@ -21,7 +21,7 @@ from cogumi.cascade.channel import Flow, answered
 from cogumi.cascade.deliberate import deliberate
 from cogumi.cascade.modes import AUTO, Choice
 from cogumi.cascade.notes import AGAIN, LOW_CONFIDENCE, ending_of
-from cogumi.cascade.parts import Parts
+from cogumi.cascade.parts import Parts, last_answer
 from cogumi.cascade.tiers import Question
 from cogumi.route.domains import PRELOAD, preload, with_history
 from cogumi.route.policy import settle
@@ -50,8 +50,9 @@ class Path:
         complaint = yield from self._complaint()
         if complaint:
             request = _without_complaint(request)
-        elif hit := parts.cached(request):
+        elif hit := parts.cached(self._id, request):
             yield hit.decisions[-1]
+            parts.remember(self._id, request, hit, None, "cache", None)
             return hit
         question = self._tiers.read_question(request)
         adapters = self._tiers.base.adapters
@@ -78,7 +79,7 @@ class Path:
         if novel:
             reply = replace(reply, p_correct=None)
         parts.remember(self._id, self._asked, reply, domain, choice.name, None if novel else attempt.gate_p)
-        parts.keep(self._asked, reply)
+        parts.keep(self._id, self._asked, reply)
         return reply
 
     def _complaint(self) -> Generator[Decision, None, str]:
@@ -87,7 +88,7 @@ class Path:
         unhappy = escalation.dissatisfied(self._asked.messages) if escalation else 0.0
         if escalation is None or unhappy < escalation.sure:
             return ""
-        self._parts.complained(self._user, self._asked.messages)
+        self._parts.complained(self._asked)
         reason = "the answer before did not satisfy: it is answered again, and nothing counts as sure"
         yield self._decide(Decision("cascade", "dissatisfied", unhappy, escalation.sure, True, reason))
         return reason
@@ -207,5 +208,4 @@ def _without_complaint(request: Request) -> Request:
     complaint = request.messages[-1].content
     if len(complaint.split()) > BARE or _CONTENT.search(complaint):
         return request
-    last = max(i for i, m in enumerate(request.messages[:-1]) if m.role == "assistant")
-    return replace(request, messages=request.messages[:last])
+    return replace(request, messages=request.messages[: last_answer(request.messages)])

@@ -45,7 +45,7 @@ def lookup_speed(embedder: Embedder, vectors: Vectors, entries: int = ENTRIES) -
     known = {}
     for i in range(entries):
         question = questions[i % len(questions)]
-        moved = vectors[question] + rng.normal(0, 0.02, embedder.width).astype(np.float32)
+        moved = vectors[question] + rng.normal(0, MOVED, embedder.width).astype(np.float32)
         known[f"{question} ({i})"] = moved / np.linalg.norm(moved)
     asked = [f"{question} " + "please" for question in questions[:LOOKUPS]]
     cache = AnswerCache(Known(embedder, known | {f"{q}!": vectors[q] for q in questions}), None, size=entries)
