@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogumi.cascade.answers import FILE, Answers
+from cogumi.cascade.answer_file import FILE, AnswerFile
 from cogumi.cascade.cache import AnswerCache, Hit, Scope
 from cogumi.cascade.neighbours import MANY, Neighbours
 from cogumi.errors import CogumiError, DataError, StateError
@@ -448,8 +448,8 @@ def test_neighbours_are_the_same_before_and_after_they_are_many():
 
 
 def test_old_judgements_go(monkeypatch, tmp_path):
-    monkeypatch.setattr("cogumi.cascade.answers.KEPT", 10)
-    answers = Answers(tmp_path)
+    monkeypatch.setattr("cogumi.cascade.answer_file.KEPT", 10)
+    answers = AnswerFile(tmp_path)
     for i in range(30):
         answers.judge(1, b"a", i / 30, 0.5, i % 2 == 0, compared=True)
     assert [round(30 * score) for _, score, _, _ in answers.compared(b"a", 0)] == list(range(20, 30))

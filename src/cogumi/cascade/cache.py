@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.cascade.answers import Answers, Entry
+from cogumi.cascade.answer_file import AnswerFile, Entry
 from cogumi.cascade.neighbours import Neighbours
 from cogumi.route.nets import Net
 from cogumi.route.reuse import conflict, pair_features
@@ -110,7 +110,7 @@ class AnswerCache:
         self._embedder, self._size, self._similarity, self._check, self._same = embedder, size, similarity, check, same
         self._verifier = Verifier(risk) if verified else None
         self._basis = _digest(json.dumps([self._encoder, check.to_json() if check else None]))
-        self._answers = Answers(folder)
+        self._answers = AnswerFile(folder)
         self._lock = threading.Lock()
         self._near: OrderedDict[bytes, Partition] = OrderedDict()
         self._pending: OrderedDict[tuple[bytes, bytes], Hit] = OrderedDict()

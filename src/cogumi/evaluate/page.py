@@ -75,7 +75,8 @@ def page(figures: Mapping[str, Any]) -> str:
         "",
         "## Did the modifiers help?",
         "",
-        "Control: an adapter of the same shape and steps, trained on random questions of the domain.",
+        "On their domain's questions that have an answer. Control: an adapter of the same shape and steps, trained on",
+        "random questions of the domain.",
         "",
         *_table(
             ["domain", "base", "modifier", "control", "questions"],

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cogumi.route.guarantee import Guarantee, upper_bound
+from cogumi.route.logistic import newton
 from cogumi.route.nets import sigmoid
 
 SHARE = 0.005  # of the votes looked at, at most, from one user or on one answer
@@ -177,30 +178,9 @@ def fit_layer(votes: Votes, w: Doubles) -> Layer:
         if scale > 1e-9:
             terms[name] = scale, mean
             columns.append((np.where(np.isnan(values), mean, values) - mean) / scale)
-    b = _newton(np.stack(columns, axis=1), logit(votes.p), votes.right, w)
+    b = newton(np.stack(columns, axis=1), votes.right, weights=w, start=logit(votes.p), ridge=PRIOR)
     weighted = {name: (float(x) / scale, mean) for x, (name, (scale, mean)) in zip(b[2:], terms.items(), strict=True)}
     return Layer(float(b[0]), float(b[1]), weighted)
-
-
-def _newton(x: Doubles, start: Doubles, y: Doubles, w: Doubles) -> Doubles:
-    """Weights [k] of a logistic regression on x [n, k] that starts from logits `start` [n]."""
-
-    def loss(b: Doubles) -> float:
-        z = start + x @ b
-        return float(w @ (np.logaddexp(0.0, z) - y * z) + PRIOR / 2 * b @ b)
-
-    b = np.zeros(x.shape[1])
-    for _ in range(25):
-        p = sigmoid(start + x @ b)
-        gradient = x.T @ (w * (p - y)) + PRIOR * b
-        step = np.linalg.solve((x * (w * p * (1 - p))[:, None]).T @ x + PRIOR * np.eye(len(b)), gradient)
-        size = 1.0
-        while size > 1e-6 and loss(b - size * step) > loss(b):
-            size /= 2
-        b = b - size * step
-        if np.abs(size * step).max() < 1e-6:
-            break
-    return b
 
 
 def trust(votes: Votes, expected: Doubles) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cogumi.route.logistic import newton
 from cogumi.route.nets import sigmoid
 
 Doubles = NDArray[np.float64]
@@ -65,32 +66,8 @@ def fit(name: str, logits: ArrayLike, correct: ArrayLike) -> Calibrator:
     positive, n = y.sum(), len(y)
     smoothed = np.where(y > 0, (positive + 1) / (positive + 2), 1 / (n - positive + 2))
     columns = z[:, None] if name == "temperature" else np.stack([z, np.ones(n)], axis=1)
-    slope, offset = (*_newton(columns, smoothed), 0.0)[:2]
+    slope, offset = (*newton(columns, smoothed), 0.0)[:2]
     return Calibrator(name, max(float(slope), 1e-6), float(offset))  # a falling map would turn the gate round
-
-
-def _newton(columns: Doubles, target: Doubles, steps: int = 50) -> Doubles:
-    """Maximum-likelihood weights [k] of a logistic model on columns [n, k]; step halving keeps the loss
-    falling.
-    """
-
-    def loss(w: Doubles) -> float:
-        z = columns @ w
-        return float(np.sum(np.logaddexp(0.0, z) - target * z))
-
-    w = np.zeros(columns.shape[1])
-    w[0] = 1.0
-    for _ in range(steps):
-        p = sigmoid(columns @ w)
-        hessian = (columns * (p * (1 - p))[:, None]).T @ columns + 1e-9 * np.eye(len(w))
-        step = np.linalg.solve(hessian, columns.T @ (p - target))
-        size = 1.0
-        while size > 1e-6 and loss(w - size * step) > loss(w):
-            size /= 2
-        w = w - size * step
-        if np.abs(size * step).max() < 1e-9:
-            break
-    return w
 
 
 def _isotonic(z: Doubles, y: Doubles) -> tuple[tuple[float, float], ...]:

@@ -53,7 +53,7 @@ class Entry:
     reply: Reply
 
 
-class Answers:
+class AnswerFile:
     """Entries and judgements in `folder`, or in memory alone for None; not safe for threads.
 
     Raises `StateError` for a folder that cannot be used and a file of another version or program; methods raise
