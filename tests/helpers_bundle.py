@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from cogumi.artifact import write_json, write_text
-from cogumi.bundle import BASE, CALIBRATION, CARD, DIFFICULTY, DRAFT, ROUTER, modifier_name, write_bundle
+from cogumi.bundle import BASE, CALIBRATION, CARD, DIFFICULTY, DRAFT, ROUTER, modifier_name, open_bundle, write_bundle
+from cogumi.cascade.tiers import Tiers
 from cogumi.compress.gguf import export_adapter, export_model
 from cogumi.route.calibrate import Calibrator
 from cogumi.route.gate import TIERS, Calibration, Gate, QuestionGate
 from cogumi.route.guarantee import Guarantee
-from cogumi.route.nets import Net
+from cogumi.route.nets import Net, load_head, load_net
 from cogumi.route.policy import POLICIES
+from cogumi.runtime.llama_engine import LlamaEngine
 from pico import make_adapter, make_model
 
 DOMAINS = ("code", "math")
@@ -52,3 +56,27 @@ def make_bundle(folder: Path) -> Path:
     parts = {n: {"base_fingerprint": "base", "tokenizer_sha256": "one"} for n in files if n.endswith(".gguf")}
     write_bundle(folder / "bundle", files, {"parts": parts})
     return folder / "bundle"
+
+
+def open_tiers(bundle: Path, slots: int, context: int) -> Tiers:
+    """The models of such a bundle, one thread each."""
+    files, size = open_bundle(bundle), {"slots": slots, "context": context, "threads": 1}
+    return Tiers(
+        LlamaEngine(files.base, draft=files.draft, adapters=files.modifiers, **size),
+        LlamaEngine(files.draft, lookup=False, **size),
+        load_head(files.difficulty),
+        load_net(files.router),
+    )
+
+
+def sure(p: float) -> Gate:
+    """A gate that says `p` of every answer."""
+    return Gate(("mean_logprob",), Net.of([0], [1], [[[0.0]]], [[math.log(p / (1 - p))]]), Calibrator("none"))
+
+
+def calibrated(gates: Mapping[str, float | None], threshold: float, question: QuestionGate) -> Calibration:
+    """A calibration whose gates say one probability of every answer (None: no such gate), with one promise for all."""
+    promise = Guarantee(threshold, 0.05, 0.95, 100, 50, 0, 0.05)
+    names = [policy.name for policy in POLICIES]
+    kept = {name: sure(p) for name, p in gates.items() if p is not None}
+    return Calibration(question, kept, None, 30.0, dict.fromkeys(names, promise), dict.fromkeys(names, 0.7))

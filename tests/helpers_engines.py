@@ -9,6 +9,7 @@ import numpy as np
 
 from cogumi.compress.gguf import export_adapter, export_model
 from cogumi.runtime.engine import final_reply
+from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Message
 from pico import make_adapter, make_model
 
@@ -54,6 +55,13 @@ def pico() -> Pico:
     export_adapter(adapter, base, made.adapter_gguf)
     export_adapter(other_adapter, other, made.other_adapter_gguf)
     return made
+
+
+def opened(**options):
+    """A llama engine with everything on: a draft, an adapter, four slots."""
+    files = pico()
+    given = {"threads": 1, "draft": files.draft_q8, "adapters": {"a": files.adapter_gguf}, "slots": 4}
+    return LlamaEngine(files.base_q8, **given | options)
 
 
 def ids(n, seed=0):

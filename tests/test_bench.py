@@ -18,7 +18,8 @@ from cogumi.bench.shapes import SHAPES, chain, make_adapter, make_draft, make_mo
 from cogumi.bench.soak import soak
 from cogumi.errors import RequestError
 from cogumi.runtime.engine import final_reply
-from cogumi.runtime.llama import Model, quantize
+from cogumi.runtime.llama.model import Model
+from cogumi.runtime.llama.quantize import quantize
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
 

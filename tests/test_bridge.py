@@ -16,7 +16,9 @@ from transformers import LlamaForCausalLM
 from cogumi.compress.gguf import export_model
 from cogumi.errors import BundleError
 from cogumi.runtime.bridge import TAIL, Bridge
-from cogumi.runtime.llama import Context, Model, Row, Tokenizer, load_tokenizer
+from cogumi.runtime.llama.context import Context, Row
+from cogumi.runtime.llama.model import Model, load_tokenizer
+from cogumi.runtime.llama.tokenizer import Tokenizer
 from cogumi.types import Message, Request
 from helpers_gguf import CODE, DATA, EMOJI, MULTILINGUAL
 from pico import SENTENCES, make_model, make_tokenizer

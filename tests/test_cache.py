@@ -1,17 +1,12 @@
 """The answer cache: the same or a proven answer, never another's, whatever happens to its file."""
 
 import json
-import os
 import sqlite3
 import subprocess
 import sys
-import tarfile
 import threading
-import zlib
 from dataclasses import astuple, fields, replace
-from functools import partial
 from itertools import islice, product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,33 +16,14 @@ from hypothesis import strategies as st
 from cogumi.cascade.answer_file import FILE, AnswerFile
 from cogumi.cascade.cache import AnswerCache, Hit, Scope
 from cogumi.cascade.neighbours import MANY, Neighbours
-from cogumi.errors import CogumiError, DataError, StateError
-from cogumi.evaluate import paraphrases
-from cogumi.evaluate.lookups import lookup_speed
-from cogumi.evaluate.pairs import parts, read_pairs
-from cogumi.evaluate.suite import Task
+from cogumi.errors import StateError
 from cogumi.route.nets import Net
-from cogumi.route.reuse import FEATURES, conflict, pair_features
-from cogumi.route.verify import Verifier, proven
+from cogumi.route.reuse import FEATURES
 from cogumi.types import Decision, Reply, Token, Usage
+from helpers_encoder import Trigrams
 
 ME = Scope(user="me", model="m")
-
-
-class Trigrams:
-    """A sentence encoder in a few lines: hashed letter trigrams, whatever the case."""
-
-    width, identity = 64, "trigrams"
-
-    def embed(self, texts):
-        rows = np.zeros((len(texts), self.width), np.float32)
-        for row, text in zip(rows, texts, strict=True):
-            for i in range(len(text) + 2):
-                row[zlib.crc32(f" {text.lower()} "[i : i + 3].encode("utf-8", "replace")) % self.width] += 1
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-    def reads_all(self, text):
-        return len(text) < 1000
+text = st.text(st.characters(codec=None), max_size=60)
 
 
 def reply(text, **more):
@@ -91,59 +67,6 @@ def test_a_similar_question_gets_the_answer_unless_something_speaks_against_it()
     assert cache.find(ME, "How many people live in Norway in 2021?") is None
     assert cache.find(ME, "How many people live in Norwich in 2020?") is None
     assert cache.find(ME, "Something entirely different?") is None
-
-
-CONFLICTS = [
-    ("numbers", "Who won in 1998?", "Who won in 1999?"),
-    ("numbers", "What is 7 minus 5?", "What is 5 minus 7?"),
-    ("numbers", "List three causes", "List four causes"),
-    ("symbols", "What is 7 + 5?", "What is 7 * 5?"),
-    ("symbols", "What is 7 - 5?", "What is 7 / 5?"),
-    ("names", "What is the capital of Austria?", "What is the capital of Australia?"),
-    ("names", 'What does "affect" mean?', 'What does "effect" mean?'),
-    ("names", "Is vitamin c good?", "Is vitamin d good?"),
-    ("names", "Does it concern US?", "Does it concern us?"),
-    ("negation", "Which birds can fly?", "Which birds can't fly?"),
-    ("negation", "How to live with pain?", "How to live without pain?"),
-    ("question", "When did he die?", "Why did he die?"),
-    ("question", "How much is it?", "How far is it?"),
-    ("question", "Can you wash boots?", "How do you wash boots?"),
-    ("order", "How do I convert dollars to euros?", "How do I convert euros to dollars?"),
-    ("opposites", "How to increase weight?", "How to decrease weight?"),
-    ("code", "what does f(x) do", "what does g(x) do"),
-]
-
-
-@pytest.mark.parametrize(("kind", "one", "other"), CONFLICTS)
-def test_what_speaks_against_reuse(kind, one, other):
-    assert conflict(one, other).startswith(kind)
-    assert conflict(other, one).startswith(kind)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("What's the capital of France?", "What is the capital of france"),
-        ("How can I lose weight quickly?", "What is the best way to quickly lose weight?"),
-        ("Tell me the rules of chess.", "What are the rules of chess?"),
-        ("How many legs do 2 spiders have?", "How many legs have two spiders?"),
-        ("What will Trump do?", "what will trump do?"),
-    ],
-)
-def test_what_does_not(one, other):
-    assert conflict(one, other) is None
-
-
-text = st.text(st.characters(codec=None), max_size=60)
-
-
-@given(text, text)
-def test_the_second_check_takes_any_text(one, other):
-    found = pair_features(one, other, 0.5)
-    assert found.shape == (len(FEATURES),)
-    assert np.isfinite(found).all()
-    assert conflict(one, one) is None
-    assert (conflict(one, other) is None) == (conflict(other, one) is None)
 
 
 scopes = st.builds(Scope, *[st.sampled_from(["", "a", "b", 'a","b', "\ud800"])] * len(fields(Scope)))
@@ -391,45 +314,6 @@ def test_the_word_of_one_user_moves_nobody_elses_cache():
     assert cache.find(ME, "is the sky blue today!") is None
 
 
-def stream(n, seed, noise):
-    """Entries whose similar questions are right above a level of their own."""
-    rng = np.random.default_rng(seed)
-    levels = rng.normal(0.0, 1.0, 40)
-    for _ in range(n):
-        entry = int(rng.integers(40))
-        score = float(rng.normal(0.0, 2.0))
-        yield entry, score, bool(rng.random() < 1 / (1 + np.exp(-noise * (score - levels[entry] - 1))))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_false_share_of_verified_hits_stays_under_the_bound(seed):
-    verifier, own, hits, wrong = Verifier(0.05), {}, 0, 0
-    for entry, score, right in stream(4000, seed, 4.0):
-        bound = verifier.bound(score, own.get(entry, []))
-        if verifier.trusts(bound):
-            hits, wrong = hits + 1, wrong + (not right)
-        if not verifier.trusts(bound) or hits % 20 == 0:
-            verifier.learn(score, bound, right)
-            own.setdefault(entry, []).append((score, right))
-    assert hits > 500
-    assert wrong / hits <= 0.05
-
-
-def test_what_no_bound_can_prove_is_not_trusted():
-    verifier = Verifier(0.01)
-    for entry, score, right in stream(2000, 9, 0.2):
-        verifier.learn(score, verifier.bound(score, []), right)
-        assert not verifier.trusts(verifier.bound(score, [])), entry
-
-
-def test_proven_takes_counts_and_equal_bounds_together():
-    assert proven([(0.9, True)] * 298, 0.01) == np.inf
-    assert proven([(0.9, True)] * 299, 0.01) == 0.9
-    assert proven([(0.9, True)] * 299 + [(0.9, False)] * 5, 0.01) == np.inf
-    assert proven([(0.9, True)] * 299 + [(0.5, False)] * 300, 0.01) == 0.9
-    assert proven([], 0.01) == np.inf
-
-
 def test_neighbours_are_the_same_before_and_after_they_are_many():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(MANY + 500, 32)).astype(np.float32)
@@ -455,79 +339,3 @@ def test_old_judgements_go(monkeypatch, tmp_path):
     assert [round(30 * score) for _, score, _, _ in answers.compared(b"a", 0)] == list(range(20, 30))
     assert answers.compared(b"b", 0) == []
     assert len(answers.judgements(1, b"a")) == 10
-
-
-PLACES = [f"{a}{b}" for a in ("Nor", "Sur", "Wes", "Oster", "Mar", "Lin") for b in ("burg", "ville", "ton", "stad")]
-WAYS = [("How many people live in {}?", "how many people live in {}"), ("Who rules {}?", "Who is ruler of {}?")]
-
-
-def labelled():
-    """Pairs over invented places: other words for the same, or another place."""
-    for i, place in enumerate(PLACES * 10):
-        for one, other in WAYS:
-            question = f"{one.format(place)} ({i})"
-            yield question, f"{other.format(place)} ({i})", 1
-            yield question, f"{other.format(PLACES[(i + 1) % len(PLACES)])} ({i})", 0
-
-
-@pytest.fixture
-def suite(monkeypatch):
-    monkeypatch.setattr("cogumi.evaluate.paraphrases.cached_embedder", Trigrams)
-    monkeypatch.setattr("cogumi.evaluate.paraphrases.lookup_speed", partial(lookup_speed, entries=300))
-    return lambda **more: paraphrases.run(Task(**more))
-
-
-def test_the_suite_reports_what_it_saw(suite, tmp_path):
-    rows = [{"text_a": a, "text_b": b, "label": same} for a, b, same in labelled()]
-    (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    found = suite(data=tmp_path, out=tmp_path / "out")
-    figures = {figure.name: figure for figure in found.figures}
-    assert found.facts["pairs"] == len(rows)
-    assert found.facts["labels"] == "both"
-    judged = found.facts["judged"]
-    assert sum(judged.values()) > 300
-    hits, wrong = (figures[f"fitted check, threshold seen: {what}"] for what in ("hit rate", "wrong among hits"))
-    assert hits.value > 0.9
-    assert hits.low <= hits.value <= hits.high
-    assert wrong.value <= 0.01
-    assert figures["look-up among 300, ms"].value > 0
-    assert found.pictures[0].read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_labels_other_groups_are_the_different_ones(suite, tmp_path):
-    rows = [{"origin": a, "similar": b} for a, b, same in labelled() if same]
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    with tarfile.open(tmp_path / "data.json.gz", "w:gz") as archive:
-        archive.add(tmp_path / "data.json", "data.json")
-    found = suite(data=tmp_path / "data.json.gz")
-    assert "nearest question of another group" in found.facts["labels"]
-    assert found.facts["judged"]["different"] > 100
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{", '[{"a": 1}]', '[{"text_a": "x", "text_b": "y", "label": "z"}]'])
-def test_files_without_pairs_are_refused(suite, tmp_path, content):
-    (tmp_path / "pairs.json").write_text(content)
-    with pytest.raises(DataError, match="pairs"):
-        suite(data=tmp_path)
-
-
-def test_the_suite_says_what_it_needs(suite):
-    with pytest.raises(CogumiError, match="--data"):
-        suite()
-
-
-def test_no_question_is_in_two_parts():
-    pairs = {(f"q{i}", f"q{j}"): (i + j) % 3 == 0 for i in range(60) for j in (i + 1, i + 30) if i % 7}
-    found = parts(pairs, (0.25, 0.25, 0.5), 1000, 0)
-    seen = [{question for pair in part for question in pair} for part in found]
-    assert sum(map(len, found)) == len(pairs)
-    assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
-
-
-def test_public_pairs_can_be_read():
-    root = Path(os.environ.get("COGUMI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not (root / "qqp_gptcache").is_dir():
-        pytest.skip(f"no public data in {root}")
-    assert len(read_pairs(root / "qqp_gptcache")) > 31_000
-    graded = read_pairs(root / "stsb_en")
-    assert 0.2 < np.mean(list(graded.values())) < 0.3

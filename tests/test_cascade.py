@@ -14,18 +14,13 @@ from cogumi.cascade.modes import MODES, Mode, Settings, load_settings
 from cogumi.cascade.notes import LOW_CONFIDENCE, ending_of, without_note
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.parts import Parts
-from cogumi.cascade.tiers import Tiers
 from cogumi.errors import BundleError, BusyError, CogumiError, ContextError, RequestError
-from cogumi.route.calibrate import Calibrator
-from cogumi.route.gate import Calibration, Gate, QuestionGate
-from cogumi.route.guarantee import Guarantee
-from cogumi.route.nets import Net, load_head, load_net
-from cogumi.route.policy import POLICIES
+from cogumi.route.gate import QuestionGate
+from cogumi.route.nets import Net
 from cogumi.route.signals import answer_signals
 from cogumi.runtime.engine import final_reply, replies
-from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import ABSTENTION, Decision, Message, Request, Revision, Token
-from helpers_bundle import make_bundle
+from helpers_bundle import calibrated, make_bundle, open_tiers
 
 SLOTS, CONTEXT = 4, 128
 
@@ -38,32 +33,13 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiers(bundle):
     """The bundle's models; its router sends every question to `code`."""
-    files, size = open_bundle(bundle), {"slots": SLOTS, "context": CONTEXT, "threads": 1}
-    opened = Tiers(
-        LlamaEngine(files.base, draft=files.draft, adapters=files.modifiers, **size),
-        LlamaEngine(files.draft, lookup=False, **size),
-        load_head(files.difficulty),
-        load_net(files.router),
-    )
+    opened = open_tiers(bundle, SLOTS, CONTEXT)
     yield opened
     opened.close()
 
 
-def sure(p):
-    """A gate that says `p` of every answer."""
-    return Gate(("mean_logprob",), Net.of([0], [1], [[[0.0]]], [[math.log(p / (1 - p))]]), Calibrator("none"))
-
-
-def calibrated(gates, threshold, question):
-    promise = Guarantee(threshold, 0.05, 0.95, 100, 50, 0, 0.05)
-    names = [policy.name for policy in POLICIES]
-    kept = {name: gate for name, gate in gates.items() if gate}
-    return Calibration(question, kept, None, 30.0, dict.fromkeys(names, promise), dict.fromkeys(names, 0.7))
-
-
 def cascade(tiers, base=0.7, modifier=0.7, threshold=0.5, easy=1e9, draft=0.7, queue=1000, question=None, **parts):
-    later = None if modifier is None else sure(modifier)
-    gates = {"draft": sure(draft), "base": sure(base), "modifier": later, "direct": later}
+    gates = {"draft": draft, "base": base, "modifier": modifier, "direct": modifier}
     whole = calibrated(gates, threshold, question or QuestionGate(easy, 0.5))
     return Cascade(Parts(tiers, whole, **parts), workers=SLOTS, queue=queue)
 

@@ -13,7 +13,8 @@ from cogumi.compress.gguf import export_model
 from cogumi.errors import BundleError, RequestError
 from cogumi.runtime.bridge import Bridge
 from cogumi.runtime.engine import replies
-from cogumi.runtime.llama import Context, Model
+from cogumi.runtime.llama.context import Context
+from cogumi.runtime.llama.model import Model
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
 from helpers_engines import CHAT, ask, ids, pico, plain

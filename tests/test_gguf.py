@@ -144,7 +144,7 @@ def test_what_training_saves_can_be_exported(tmp_path, pico):
 
 
 def test_q8_0_is_what_llama_cpp_makes(tmp_path, pico):
-    from cogumi.runtime.llama import quantize
+    from cogumi.runtime.llama.quantize import quantize
 
     export_model(pico, tmp_path / "f32.gguf", "f32")
     export_model(pico, tmp_path / "ours.gguf", "q8_0")

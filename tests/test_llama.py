@@ -16,7 +16,10 @@ from cogumi.errors import BundleError, BusyError, ExportError, RequestError
 from cogumi.models.text import HFTokenizer
 from cogumi.runtime import llama_engine
 from cogumi.runtime.engine import final_reply, replies
-from cogumi.runtime.llama import Context, Model, Row, greedy_loop, quantize
+from cogumi.runtime.llama.context import Context, Row
+from cogumi.runtime.llama.greedy import greedy_loop
+from cogumi.runtime.llama.model import Model
+from cogumi.runtime.llama.quantize import quantize
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.pace import Costs
 from cogumi.types import Message, Reply, Request, Token

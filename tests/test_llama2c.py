@@ -15,7 +15,7 @@ from cogumi.bench.quality import perplexity
 from cogumi.compress.llama2c import convert
 from cogumi.errors import BundleError, DataError, ExportError
 from cogumi.runtime.engine import final_reply, replies
-from cogumi.runtime.llama import Model, load_tokenizer
+from cogumi.runtime.llama.model import Model, load_tokenizer
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
 from helpers_gguf import DATA, MULTILINGUAL, llama

@@ -1,31 +1,23 @@
 """What a request's path does beyond base and modifier: drafts that answer, deliberation, complaints, memory, notes."""
 
-import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.bundle import open_bundle
 from cogumi.cascade.cache import AnswerCache
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.memory import Memory
 from cogumi.cascade.modes import Mode, Settings
 from cogumi.cascade.notes import AGAIN, LOW_CONFIDENCE, NOTES, ending_of, without_note
 from cogumi.cascade.parts import Parts, with_shots
-from cogumi.cascade.tiers import Tiers
 from cogumi.errors import ContextError, RequestError
-from cogumi.route.calibrate import Calibrator
-from cogumi.route.gate import Calibration, Gate, QuestionGate
-from cogumi.route.guarantee import Guarantee
-from cogumi.route.nets import Net, load_head, load_net
-from cogumi.route.policy import POLICIES
+from cogumi.route.gate import QuestionGate
 from cogumi.route.signals import FLOOR
 from cogumi.runtime.engine import final_reply
-from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import ABSTENTION, Decision, Message, Reply, Request, Revision, Token, Usage
-from helpers_bundle import make_bundle
+from helpers_bundle import calibrated, make_bundle, open_tiers
 
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
 
@@ -33,25 +25,14 @@ EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
 @pytest.fixture(scope="module")
 def tiers(tmp_path_factory):
     """Pico models; the router sends every question to `code`."""
-    files, size = open_bundle(make_bundle(tmp_path_factory.mktemp("path"))), {"slots": 8, "context": 192, "threads": 1}
-    opened = Tiers(
-        LlamaEngine(files.base, draft=files.draft, adapters=files.modifiers, **size),
-        LlamaEngine(files.draft, lookup=False, **size),
-        load_head(files.difficulty),
-        load_net(files.router),
-    )
+    opened = open_tiers(make_bundle(tmp_path_factory.mktemp("path")), slots=8, context=192)
     yield opened
     opened.close()
 
 
 def cascade(tiers, question=EASY, threshold=0.8, draft=0.3, base=0.3, modifier=0.3, **parts):
-    def sure(p):
-        return Gate(("mean_logprob",), Net.of([0], [1], [[[0.0]]], [[math.log(p / (1 - p))]]), Calibrator("none"))
-
-    promise = Guarantee(threshold, 0.05, 0.95, 100, 50, 0, 0.05)
-    gates = {"draft": sure(draft), "base": sure(base), "modifier": sure(modifier), "direct": sure(modifier)}
-    promises = {policy.name: promise for policy in POLICIES}
-    return Cascade(Parts(tiers, Calibration(question, gates, None, 30.0, promises, {}), **parts), workers=2)
+    gates = {"draft": draft, "base": base, "modifier": modifier, "direct": modifier}
+    return Cascade(Parts(tiers, calibrated(gates, threshold, question), **parts), workers=2)
 
 
 def ask(*texts, **values):

@@ -1,6 +1,7 @@
 """What the llama engine does not read twice, and what it reads ahead (SPEC E1, E6)."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -9,15 +10,13 @@ from cogumi.errors import ContextError
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
-from helpers_engines import CHAT, ask, ids, pico, plain
+from helpers_engines import CHAT, ask, ids, opened, pico, plain
 
 
 @pytest.fixture(scope="module")
 def engine():
-    files = pico()
-    opened = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8, adapters={"a": files.adapter_gguf}, slots=4)
-    yield opened
-    opened.close()
+    with closing(opened()) as engine:
+        yield engine
 
 
 def test_a_conversation_is_read_once(engine):

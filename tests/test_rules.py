@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 
 from cogumi.errors import RequestError
 from cogumi.runtime.engine import final_reply
-from cogumi.runtime.llama import Grammar, Model
+from cogumi.runtime.llama.grammar import Grammar
+from cogumi.runtime.llama.model import Model
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.schema import LONGEST, NOT_KEPT, check_grammar, check_schema
 from cogumi.types import Message, Request
-from helpers_engines import CHAT, ask, pico, plain
+from helpers_engines import CHAT, ask, opened, pico, plain
 
 
 @pytest.fixture(scope="module")
 def engine():
-    files = pico()
-    opened = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8, adapters={"a": files.adapter_gguf}, slots=4)
-    yield opened
-    opened.close()
+    with closing(opened()) as engine:
+        yield engine
 
 
 def test_bias_forces_and_forbids(engine):

@@ -4,24 +4,23 @@ import gc
 import json
 import threading
 import weakref
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
 from cogumi.errors import BundleError, BusyError, RequestError
 from cogumi.runtime.engine import final_reply
-from cogumi.runtime.llama import Context
+from cogumi.runtime.llama.context import Context
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
-from helpers_engines import CHAT, ask, ids, pico, plain
+from helpers_engines import CHAT, ask, ids, opened, pico, plain
 
 
 @pytest.fixture(scope="module")
 def engine():
-    files = pico()
-    opened = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8, adapters={"a": files.adapter_gguf}, slots=4)
-    yield opened
-    opened.close()
+    with closing(opened()) as engine:
+        yield engine
 
 
 def test_echo_is_what_reading_says(engine):

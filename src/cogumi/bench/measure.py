@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cogumi.errors import RequestError
 from cogumi.runtime.engine import Engine, final_reply
-from cogumi.runtime.llama import Tokenizer
+from cogumi.runtime.llama.tokenizer import Tokenizer
 from cogumi.types import Reply, Request
 
 ROUNDS = 5

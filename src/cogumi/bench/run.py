@@ -18,7 +18,7 @@ from cogumi.environment import environment
 from cogumi.errors import CogumiError, RequestError
 from cogumi.registry import nearest
 from cogumi.runtime.costs import cache_folder, machine_key
-from cogumi.runtime.llama import load_tokenizer
+from cogumi.runtime.llama.model import load_tokenizer
 from cogumi.runtime.llama_engine import default_threads
 
 ACCEPT = (0.3, 0.6, 0.75, 0.9)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cogumi.compress.gguf import writing
 from cogumi.compress.layout import Llama, Tensor
 from cogumi.compress.vocabulary import Vocabulary
-from cogumi.runtime.llama import quantize_rows
+from cogumi.runtime.llama.quantize import quantize_rows
 
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]

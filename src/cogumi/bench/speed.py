@@ -13,7 +13,8 @@ from cogumi.bench.shapes import make_draft
 from cogumi.runtime.costs import GPU, LAPTOP_8_CORES
 from cogumi.runtime.costs import on_paper as paper
 from cogumi.runtime.engine import Engine, final_reply
-from cogumi.runtime.llama import Model, greedy_loop
+from cogumi.runtime.llama.greedy import greedy_loop
+from cogumi.runtime.llama.model import Model
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
 

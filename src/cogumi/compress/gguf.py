@@ -210,7 +210,7 @@ def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterato
 
 def _export_quantized(folder: Path, out: Path, type: str) -> None:
     """Through an f32 file beside `out`, quantized by llama.cpp itself."""
-    from cogumi.runtime.llama import quantize  # loads llama.cpp: only where it is needed
+    from cogumi.runtime.llama.quantize import quantize  # loads llama.cpp: only where it is needed
 
     whole = out.with_name(f"{out.name}.f32")
     try:

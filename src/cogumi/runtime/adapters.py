@@ -9,7 +9,7 @@ from typing import Any
 
 from cogumi.artifact import write_json
 from cogumi.errors import BundleError
-from cogumi.runtime.llama import Model
+from cogumi.runtime.llama.model import Model
 
 
 class Adapters:

@@ -38,7 +38,7 @@ PROBES = (
 
 
 class PieceTokenizer(Tokenizer, Protocol):
-    """A tokenizer that also tells the bytes of each id, as `runtime.llama.Tokenizer` does."""
+    """A tokenizer that also tells the bytes of each id, as `runtime.llama.tokenizer.Tokenizer` does."""
 
     template: str | None
 

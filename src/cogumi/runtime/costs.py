@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cogumi.artifact import write_json
 from cogumi.environment import usable_threads
-from cogumi.runtime.llama import Context, Model, Row
+from cogumi.runtime.llama.context import Context, Row
+from cogumi.runtime.llama.model import Model
 from cogumi.runtime.pace import MOST, Costs
 from cogumi.runtime.speculate import best_k, expected_speedup
 

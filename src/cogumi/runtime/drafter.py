@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cogumi.runtime.bridge import Bridge, BridgedText
 from cogumi.runtime.generation import Generation
-from cogumi.runtime.llama import Context, Row, Tokenizer
+from cogumi.runtime.llama.context import Context, Row
+from cogumi.runtime.llama.tokenizer import Tokenizer
 from cogumi.runtime.prefix import common_prefix
 from cogumi.runtime.sampling import draw, probabilities
 from cogumi.runtime.speculate import Source

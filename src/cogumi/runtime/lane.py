@@ -19,7 +19,8 @@ from cogumi.runtime.drafter import Draft
 from cogumi.runtime.drafting import Speculation
 from cogumi.runtime.generation import Generation
 from cogumi.runtime.jobs import Measurement, Prefill
-from cogumi.runtime.llama import Context, Row, Tokenizer
+from cogumi.runtime.llama.context import Context, Row
+from cogumi.runtime.llama.tokenizer import Tokenizer
 from cogumi.runtime.prefix import Held, choose
 from cogumi.runtime.sampling import Rules, probabilities, signals, top_logprobs
 from cogumi.runtime.speculate import verify_greedy, verify_sampled

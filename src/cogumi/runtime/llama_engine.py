@@ -27,7 +27,10 @@ from cogumi.runtime.generation import Generation
 from cogumi.runtime.jobs import Measurement, Prefill
 from cogumi.runtime.lane import Lane
 from cogumi.runtime.lanes import Lanes
-from cogumi.runtime.llama import Context, Grammar, Model, Tokenizer, schema_grammar
+from cogumi.runtime.llama.context import Context
+from cogumi.runtime.llama.grammar import Grammar, schema_grammar
+from cogumi.runtime.llama.model import Model
+from cogumi.runtime.llama.tokenizer import Tokenizer
 from cogumi.runtime.pace import MOST, Costs
 from cogumi.runtime.sampling import Rules
 from cogumi.runtime.scheduler import Scheduler

@@ -27,7 +27,7 @@ from cogumi.errors import BusyError, ContextError, RequestError
 from cogumi.runtime.admission import check_adapter, prompt_of
 from cogumi.runtime.engine import Event, Tokenizer
 from cogumi.runtime.events import Events, Outcome
-from cogumi.runtime.llama import load_tokenizer
+from cogumi.runtime.llama.model import load_tokenizer
 from cogumi.runtime.sampling import check
 from cogumi.runtime.wire import BEST, Answer, Entry, Vocabulary, body_of, entries
 from cogumi.types import Reading, Reply, Request, Score, Usage
