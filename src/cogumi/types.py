@@ -50,6 +50,9 @@ class Request:
     below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned,
     `id` so that the answer can be rated later; `files` names what the question is about (`main.py`). `hidden` asks
     for the hidden state behind the answer. `progressive` streams the draft's answer at once and revises it.
+    `examples` are (question, answer) pairs to answer after the manner of; `adapt`: True adapts the model's head to them
+    (an engine without such a head refuses), False shows them in the prompt, None adapts if there is a head. Scores and
+    readings always see them in the prompt.
     """
 
     messages: tuple[Message, ...] = ()
@@ -76,6 +79,8 @@ class Request:
     files: tuple[str, ...] = ()
     hidden: bool = False
     progressive: bool = False
+    examples: tuple[tuple[str, str], ...] = ()
+    adapt: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from cogumi.errors import ContextError, RequestError
 from cogumi.runtime.engine import Tokenizer
 from cogumi.runtime.sampling import check
+from cogumi.runtime.shots import in_context
 from cogumi.types import Request
 
 
@@ -28,9 +29,12 @@ def admitted(request: Request, tokenizer: Tokenizer, adapters: Collection[str], 
 
 
 def prompt_of(request: Request, tokenizer: Tokenizer, adapters: Collection[str]) -> list[int]:
-    """Prompt ids of a request; `RequestError` for an unknown adapter, an empty prompt or ids that are none."""
+    """Prompt ids of a request, its examples in context.
+
+    `RequestError` for an unknown adapter, an empty prompt, ids that are none, or a head that should be adapted.
+    """
     check_adapter(request, adapters)
-    prompt = tokenizer.render(request)
+    prompt = tokenizer.render(in_context(request))
     if not prompt:
         raise RequestError("the prompt is empty; give at least one token")
     if not all(0 <= token < tokenizer.size for token in prompt):

@@ -1,8 +1,9 @@
 """One adapter's place in the engine: its context, the jobs in its sequences, and the batches that advance them.
 
-A turn of a lane is one batch of prompt chunks, last tokens and drafted tokens (SPEC E1, E2), and one of what is only
-measured (E7). A sequence that no job uses keeps what it has read, for the next prompt that begins alike. A lane
-belongs to the scheduler's thread.
+A turn of a lane is one batch of prompt chunks, last tokens and drafted tokens (SPEC E1, E2), one of what is only
+measured (E7), and one for answers by adapted heads (C9), which need the hidden state behind every token. A sequence
+that no job uses keeps what it has read, for the next prompt that begins alike. A lane belongs to the scheduler's
+thread.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cogumi.errors import RequestError
 from cogumi.runtime.drafter import Draft
 from cogumi.runtime.drafting import Speculation
 from cogumi.runtime.generation import Generation
-from cogumi.runtime.jobs import Measurement, Prefill
+from cogumi.runtime.jobs import Adaptation, Measurement, Prefill, Shot
 from cogumi.runtime.llama.context import Context, Row
 from cogumi.runtime.llama.tokenizer import Tokenizer
 from cogumi.runtime.prefix import Held, choose
@@ -62,9 +63,10 @@ class Lane:
 
     def join(self, job: Job) -> None:
         """Give a job the free sequence whose cache serves it best."""
-        sequence, common = choose(job.ids, {s: held for s, held in self._held.items() if s not in self._jobs})
+        free, most = {s: held for s, held in self._held.items() if s not in self._jobs}, _reusable(job)
+        sequence, common = choose(job.ids if most else (), free)
         held = self._held[sequence]
-        job.cached = min(common, _reusable(job))
+        job.cached = min(common, most)
         if job.cached < len(held.ids):
             self._base.trim(sequence, job.cached)
         if isinstance(job, Generation):
@@ -82,10 +84,9 @@ class Lane:
     def turn(self) -> None:
         """Run one batch of each kind, as far as there is work. A batch that fails takes only its own jobs with it."""
         try:
-            if any(isinstance(job, Measurement) for job in self._jobs.values()):
-                self._measure()
-            if any(not isinstance(job, Measurement) for job in self._jobs.values()):
-                self._generate()
+            self._measure()
+            self._adapt()
+            self._generate()
         except Exception as error:  # handed to all whom it concerns
             self._lose(error)
 
@@ -106,6 +107,7 @@ class Lane:
         """The context cannot be trusted any more: everybody in it fails, and it starts anew."""
         jobs, self._jobs = self.jobs, {}
         self._base.clear()
+        self._base.want_hidden(False)
         self._held = {sequence: Held() for sequence in self._held}
         for job in jobs:
             job.fail(error)
@@ -115,7 +117,9 @@ class Lane:
 
         A text is cut at the same places in a crowd as alone, so that sums over its states are the same bits.
         """
-        jobs = {sequence: job for sequence, job in self._jobs.items() if isinstance(job, Measurement)}
+        jobs = {sequence: found for sequence, job in self._jobs.items() if (found := _measured(job))}
+        if not jobs:
+            return
         hidden = any(job.hidden for job in jobs.values())
         rows: list[Row] = []
         room = self._base.outputs
@@ -133,18 +137,49 @@ class Lane:
             job, here = jobs[row.sequence], slice(at, at + row.outputs)
             job.take(logits[here], states[here] if states is not None and job.hidden else None)
             at += row.outputs
-            if job.cached == len(job.ids):
+            if job.cached < len(job.ids):
+                continue
+            if isinstance(job, Measurement):
                 self._leave(row.sequence)
                 job.end()
+            else:
+                self._base.trim(row.sequence, 0)
+
+    def _adapt(self) -> None:
+        """A step of descent for every head whose examples are read."""
+        for job in self._jobs.values():
+            if isinstance(job, Adaptation) and not job.ready and job.unread is None:
+                job.step()
 
     def _generate(self) -> None:
         writing: dict[int, Generation] = {}
+        adapted: dict[int, Adaptation] = {}
         reading: dict[int, Generation | Prefill] = {}
         for sequence, job in self._jobs.items():
-            if isinstance(job, Generation) and len(job.ids) - job.cached == 1 and not job.echoing:
+            last = len(job.ids) - job.cached == 1
+            if isinstance(job, Measurement) or (isinstance(job, Adaptation) and not job.ready):
+                continue
+            if isinstance(job, Adaptation) and last:
+                adapted[sequence] = job
+            elif isinstance(job, Generation) and last and not job.echoing:
                 writing[sequence] = job
-            elif not isinstance(job, Measurement):
+            else:
                 reading[sequence] = job
+        if writing or reading:
+            self._advance(writing, reading)
+        if adapted:
+            self._advance_adapted(adapted)
+
+    def _advance_adapted(self, adapted: dict[int, Adaptation]) -> None:
+        """Choose by adapted heads. Each adds to its own row, so that the others of the batch change no bit."""
+        rows = [_last(sequence, job, None) for sequence, job in adapted.items()]
+        self._base.want_hidden(True)
+        logits, states = self._base.decode(rows), self._base.hidden()
+        self._base.want_hidden(False)
+        own = [job.low_rank.apply(logits[i], states[i]) for i, job in enumerate(adapted.values())]
+        self._settle(rows, {}, np.stack(own))
+
+    def _advance(self, writing: dict[int, Generation], reading: dict[int, Generation | Prefill]) -> None:
         drafts = self._speculation.propose(writing, self._base.outputs) if self._speculation and writing else {}
         rows = [_last(sequence, job, drafts.get(sequence)) for sequence, job in writing.items()]
         rows += self._chunks(reading, len(rows), sum(len(row.tokens) for row in rows))
@@ -175,7 +210,8 @@ class Lane:
         outputs = self._base.outputs - taken
         for sequence, job in sorted(reading.items(), key=lambda item: isinstance(item[1], Prefill)):
             echoes = isinstance(job, Generation) and job.request.echo
-            run = job.ids[job.cached : job.cached + (min(room, outputs) if echoes else room)]
+            end = len(job.ids) - isinstance(job, Adaptation)  # whose last token needs its hidden state as well
+            run = job.ids[job.cached : min(job.cached + (min(room, outputs) if echoes else room), end)]
             if not run or outputs == 0:
                 break
             ends = job.cached + len(run) == len(job.ids) and isinstance(job, Generation)
@@ -270,8 +306,17 @@ class Lane:
             i += len(tokens)
 
 
+def _measured(job: Job) -> Measurement | Shot | None:
+    """What is to be measured for a job."""
+    if isinstance(job, Adaptation):
+        return job.unread
+    return job if isinstance(job, Measurement) else None
+
+
 def _reusable(job: Job) -> int:
-    """How many tokens need not be read again: all but those whose outputs are wanted."""
+    """How many tokens need not be read again: all but those whose outputs are wanted; none if examples come first."""
+    if isinstance(job, Adaptation):
+        return 0
     if isinstance(job, Measurement):
         return 0 if job.hidden else job.first - 1
     echoes = isinstance(job, Generation) and job.request.echo

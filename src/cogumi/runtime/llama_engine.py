@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.environment import usable_threads
-from cogumi.errors import BundleError
+from cogumi.errors import BundleError, ContextError, RequestError
 from cogumi.runtime.adapters import Adapters
 from cogumi.runtime.admission import admitted, check_length, prompt_of
 from cogumi.runtime.bridge import Bridge
@@ -24,7 +25,8 @@ from cogumi.runtime.drafting import Drafting, Speculation
 from cogumi.runtime.engine import Event
 from cogumi.runtime.events import Events
 from cogumi.runtime.generation import Generation
-from cogumi.runtime.jobs import Measurement, Prefill
+from cogumi.runtime.head import load_head
+from cogumi.runtime.jobs import Adaptation, Measurement, Prefill, Shot
 from cogumi.runtime.lane import Lane
 from cogumi.runtime.lanes import Lanes
 from cogumi.runtime.llama.context import Context
@@ -34,6 +36,7 @@ from cogumi.runtime.llama.tokenizer import Tokenizer
 from cogumi.runtime.pace import MOST, Costs
 from cogumi.runtime.sampling import Rules
 from cogumi.runtime.scheduler import Scheduler
+from cogumi.runtime.shots import ADAPTER, check_examples, worked
 from cogumi.runtime.speculate import Controller
 from cogumi.types import Reading, Request, Score
 
@@ -41,6 +44,10 @@ SMALL_MODEL = 32_000_000
 """Bytes below which one thread is used: in passes so short, threads wait for each other longer than they work."""
 BATCH = 128
 """Tokens per batch; a longer prompt is read in chunks. On CPUs larger ones are no faster, and hold up everybody."""
+
+
+MAX_SUPPORT = 1 << 26
+"""Most logits kept of a request's examples while its head is adapted (256 MiB)."""
 
 
 class LlamaEngine:
@@ -52,7 +59,9 @@ class LlamaEngine:
     vocabulary differs; a request that insists gets `draft_tokens` per round, others what pays. Adapters that are not
     answering are freed, longest unused first, while all of them take more than `adapter_memory` bytes; those added
     later are written to the file `remember` and read from it at the next start. An engine that is dropped with nobody
-    reading from it closes by itself. Raises `BundleError` if a file cannot be used.
+    reading from it closes by itself. `head` answers requests with examples, adapted to them, together with the adapter
+    named `shots.ADAPTER` if it is given; it must be of the base with that `base_sha256`, if that is known. Raises
+    `BundleError` if a file cannot be used.
     """
 
     def __init__(
@@ -70,12 +79,16 @@ class LlamaEngine:
         cache: str | None = None,
         adapter_memory: int | None = None,
         remember: Path | None = None,
+        head: Path | None = None,
+        base_sha256: str | None = None,
     ) -> None:
         sizes = (slots, context, draft_tokens, queue, threads or 1)
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise BundleError("slots, context, draft_tokens, queue and threads are whole numbers of at least 1")
         self._model = Model(model)
         self._draft = Model(draft) if draft else None
+        sizes_of = {"width": self._model.width, "vocabulary": self._model.tokenizer.size}
+        self._head = load_head(head, **sizes_of, base_sha256=base_sha256) if head else None
         self._context = context
         threads = threads or default_threads(model)
         batch = max(BATCH, slots * (max(MOST, draft_tokens) + 1))
@@ -109,7 +122,7 @@ class LlamaEngine:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names a request may give as `adapter`."""
-        return self._adapters.names
+        return tuple(name for name in self._adapters.names if name != ADAPTER)
 
     @property
     def costs(self) -> Costs | None:
@@ -149,7 +162,8 @@ class LlamaEngine:
         generation = self._admitted(request)
         if request.session is not None:
             self._read_ahead(request.session, None)
-        self._scheduler.submit(request.adapter, generation)
+        adapter = ADAPTER if isinstance(generation, Adaptation) and ADAPTER in self._adapters.names else None
+        self._scheduler.submit(request.adapter or adapter, generation)
         return Events(generation.events.get, lambda: self._scheduler.cancel(generation))  # keeps the engine open
 
     def prefill(self, session: str, text: str | Request) -> Future[int]:
@@ -201,8 +215,31 @@ class LlamaEngine:
         self._scheduler.close()
 
     def _admitted(self, request: Request) -> Generation:
-        prompt = admitted(request, self.tokenizer, self.adapters, self._context)
-        return Generation(request, prompt, self._rules(request))
+        check_examples(request)
+        if not self._head or not request.examples or request.adapt is False:
+            prompt = admitted(request, self.tokenizer, self.adapters, self._context)
+            return Generation(request, prompt, self._rules(request))
+        if request.speculate or request.echo:
+            raise RequestError("an adapted head neither speculates nor echoes; leave that out, or set adapt to False")
+        plain = replace(request, examples=(), adapt=None)
+        prompt = admitted(plain, self.tokenizer, self.adapters, self._context)
+        return Adaptation(plain, prompt, self._rules(plain), self._head, self._shots(request))
+
+    def _shots(self, request: Request) -> list[Shot]:
+        """The examples of a request as they are read; `ContextError` if they are too long."""
+        shots = []
+        for example in request.examples:
+            asked, answer = worked(request, example)
+            prompt = self._prompt(asked)
+            shots.append(Shot([*prompt, *self.tokenizer.encode(answer), self.tokenizer.eos], len(prompt)))
+            check_length(len(shots[-1].ids), self._context)
+        tokens, most = sum(len(shot.targets) for shot in shots), MAX_SUPPORT // self.tokenizer.size
+        if tokens > most:
+            raise ContextError(
+                f"the examples' answers have {tokens} tokens, but a head can be adapted to {most}; give shorter ones, "
+                "or set adapt to False"
+            )
+        return shots
 
     def _prompt(self, request: Request) -> list[int]:
         return prompt_of(request, self.tokenizer, self.adapters)

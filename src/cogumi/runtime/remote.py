@@ -29,6 +29,7 @@ from cogumi.runtime.engine import Event, Tokenizer
 from cogumi.runtime.events import Events, Outcome
 from cogumi.runtime.llama.model import load_tokenizer
 from cogumi.runtime.sampling import check
+from cogumi.runtime.shots import in_context
 from cogumi.runtime.wire import BEST, Answer, Entry, Vocabulary, body_of, entries
 from cogumi.types import Reading, Reply, Request, Score, Usage
 
@@ -203,7 +204,7 @@ class RemoteEngine:
 
     def _body(self, request: Request) -> dict[str, Any]:
         check(request)
-        return body_of(request, self._named(request)) | {"extra_body": self._extra}
+        return body_of(in_context(request), self._named(request)) | {"extra_body": self._extra}
 
     def _named(self, request: Request) -> str:
         """The server's model for a request."""
