@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from cogumi import artifact
 from cogumi.environment import environment, peak_rss_bytes, usable_threads
 from cogumi.errors import ArtifactError, CogumiError, RecipeError
 from cogumi.gates import check_gate
-from cogumi.recipe import Recipe, Step, explain
+from cogumi.recipe import LOGS, Recipe, Step, explain
 from cogumi.registry import stage
 from cogumi.stage import CHECKPOINT, Context, Stage
 from cogumi.types import Artifact
@@ -237,7 +237,7 @@ def build(recipe: Recipe, runs: Path, *, seed: int | None = None, progress: Prog
                 progress.started(name, p.step.stage, number, len(plans), reason)
                 if not skipped:
                     inputs = Inputs({role: done[parent] for role, parent in p.step.inputs.items()})
-                    _run_step(p, folder, inputs, context)
+                    _run_step(p, folder, inputs, replace(context, logs=home / LOGS / name))
                 for rest in (artifact.PENDING, CHECKPOINT):
                     _remove(folder / rest)
                 done[name] = artifact.load(folder)

@@ -18,6 +18,8 @@ from pydantic_core import ErrorDetails
 from cogumi.errors import RecipeError
 from cogumi.registry import nearest
 
+LOGS = "logs"
+"""The folder beside the steps' folders where training writes what TensorBoard shows."""
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -72,6 +74,8 @@ class Recipe(BaseModel):
         for step in self.steps:
             if step.name in earlier:
                 raise ValueError(f"step '{step.name}': there are two steps of this name")
+            if step.name == LOGS:
+                raise ValueError(f"step '{step.name}': the folder of training curves has this name; choose another")
             for role, name in step.inputs.items():
                 if name not in earlier:
                     hint = nearest(name, earlier)

@@ -20,13 +20,14 @@ class Context:
     """What every run of a stage is given.
 
     `root` is where relative paths of a recipe start. `progress(done, total, figures)` shows how far the work
-    is; `total` is None where nobody can know.
+    is; `total` is None where nobody can know. `logs` is a folder for TensorBoard, or None.
     """
 
     seed: int
     threads: int
     root: Path
     progress: Callable[[int, int | None, Mapping[str, float]], None]
+    logs: Path | None = None
 
 
 class Stage(Protocol):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 
-from cogumi.errors import ArtifactError
+from cogumi.errors import ArtifactError, TrainingError
 from cogumi.models.text import TOKENIZER_FILES, HFTokenizer
+
+Quantize: TypeAlias = Literal["nf4"] | None
+"""How frozen weights are held while an adapter is trained: as they are, or in 4 bits (Dettmers et al. 2023, QLoRA)."""
 
 
 class Shape(BaseModel):
@@ -63,16 +67,38 @@ def locate(name: str, root: Path) -> Path:
         ) from error
 
 
-def load(folder: Path) -> Any:
-    """The causal language model of a folder, in fp32, ready for training."""
-    from transformers import AutoModelForCausalLM
+def load(folder: Path, quantize: Quantize = None) -> Any:
+    """The causal language model of a folder, ready for training: in fp32, or with its matrices in 4 bits on a GPU.
+
+    Raises `TrainingError` for `nf4` where there is no GPU, `ArtifactError` for a folder without a model.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the pipeline shows its own
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if quantize:
+        if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+            raise TrainingError(
+                f"quantize: {quantize} needs a CUDA GPU and the package bitsandbytes (pip install 'cogumi[gpu]'); "
+                "train without 'quantize' here"
+            )
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        options = {"dtype": torch.bfloat16, "quantization_config": four_bits, "device_map": {"": _local_rank()}}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder} holds no model that can be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _local_rank() -> int:
+    """Which of this machine's GPUs belongs to this process (set by the launcher)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def save(model: Any, tokenizer_folder: Path, out: Path) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.errors import TrainingError
+from cogumi.errors import ArtifactError, TrainingError
+from cogumi.models.build import load
+from cogumi.registry import nearest
 
 
 class LoraShape(BaseModel):
-    """Rank and targets; updates are scaled by `alpha / rank`.
+    """Rank and targets; updates are scaled by `alpha / rank`. `ranks` gives some targets a rank of their own.
 
     The rank is no multiple of 4: for those llama.cpp takes fp32 kernels whose sums depend on what else is in the batch,
     and speculation under an adapter would no longer be bit-exact.
@@ -24,6 +26,8 @@ class LoraShape(BaseModel):
     rank: int = Field(30, ge=1)
     alpha: float = Field(30.0, gt=0)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    dropout: float = Field(0.0, ge=0, lt=1)
 
 
 def attach(model: Any, shape: LoraShape, seed: int) -> Any:
@@ -31,20 +35,47 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    missing = [t for t in shape.targets if t not in names]
-    if missing:
-        raise TrainingError(f"LoRA targets {missing} match no linear layer; this model has {sorted(names)}")
+    for target in (*shape.targets, *shape.ranks):
+        if target not in names:
+            raise TrainingError(
+                f"LoRA target '{target}' matches no linear layer; {nearest(target, names)} "
+                f"(this model has {', '.join(sorted(names))})"
+            )
+    scale = shape.alpha / shape.rank
     config = LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,
+        rank_pattern=shape.ranks,
+        alpha_pattern={target: scale * rank for target, rank in shape.ranks.items()},
         target_modules=list(shape.targets),
         task_type="CAUSAL_LM",
-        lora_dropout=0.0,
+        lora_dropout=shape.dropout,
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():  # peft still asks transformers by a name that it has renamed
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
+
+
+def merged(model: Any, original: Path | None = None) -> Any:
+    """The model with its adapter added to its weights; to those of the folder `original` if its own are quantized."""
+    if original is None:
+        return model.merge_and_unload()
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    whole = PeftModel(load(original), model.peft_config["default"])
+    set_peft_model_state_dict(whole, {k: v.cpu() for k, v in get_peft_model_state_dict(model).items()})
+    return whole.merge_and_unload()
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """A model under the adapter of a PEFT folder. `ArtifactError` if that cannot be read or does not fit."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ArtifactError(f"{folder} holds no adapter that fits this model: {str(error).splitlines()[0]}") from error
 
 
 def save(model: Any, out: Path) -> None:

@@ -18,10 +18,21 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Token ids of a prompt and its answer; `ids[start:]` is the answer, its end token included."""
+    """Token ids of a prompt and its answer `ids[start:]`, its end token included; `id` is the example's."""
 
     ids: tuple[int, ...]
     start: int
+    id: str = ""
+
+    @property
+    def size(self) -> int:
+        """Tokens that a model reads."""
+        return len(self.ids)
+
+    @property
+    def weight(self) -> int:
+        """Tokens that a model learns: what a row counts for in a mean over rows."""
+        return len(self.ids) - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +46,25 @@ class Batch:
     starts: Tensor
     index: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch there."""
+        return Batch(*(tensor.to(device) for tensor in (self.ids, self.labels, self.starts, self.index)))
+
 
 def make_rows(examples: Sequence[Example], tokenizer: HFTokenizer, context: int) -> list[Row]:
-    """One row per example. `TrainingError` if there are none or one does not fit the context."""
+    """One row per example that fits the context. `TrainingError` if that leaves none."""
     if not examples:
         raise TrainingError("no examples to train on; look at the metrics of the step that made them")
     rows = []
     for example in examples:
         prompt = tokenizer.chat(example.messages)
         ids = (*prompt, *tokenizer.answer(example.answer))
-        if len(ids) > context:
-            raise TrainingError(
-                f"example {example.id} has {len(ids)} tokens, the model's context {context}; shorten it"
-            )
-        rows.append(Row(ids, len(prompt)))
+        if len(ids) <= context:
+            rows.append(Row(ids, len(prompt), example.id))
+    if not rows:
+        raise TrainingError(
+            f"all {len(examples)} examples are longer than the model's context of {context} tokens; shorten them"
+        )
     return rows
 
 

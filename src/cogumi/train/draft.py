@@ -2,7 +2,8 @@
 
 It learns to generate from the base's own responses, on easy questions only; hard questions teach it nothing but that
 they are hard, so that it never becomes confident about answers it cannot know. A light language-model loss on the
-questions themselves makes its question perplexity mean something when it is trained from nothing.
+questions themselves makes its question perplexity mean something when it is trained from nothing. With
+`answers: dataset` it learns the reference answers instead: the control that shows what the base's own are worth.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
 
 from cogumi.artifact import sha256
 from cogumi.data.examples import is_easy, read_examples, split_path
@@ -24,9 +25,11 @@ from cogumi.models.build import Shape, build, load, locate, parameters, save
 from cogumi.models.heads import DraftModel
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
-from cogumi.train.batches import IGNORE, Batch, Row, collate
-from cogumi.train.loop import LoopConfig, Loss, train
-from cogumi.train.losses import token_nats
+from cogumi.train import batches
+from cogumi.train.batches import IGNORE, Batch, Row
+from cogumi.train.loop import Apply, LoopConfig, Loss, train
+from cogumi.train.losses import answer_logits, labelled_logits, token_nats
+from cogumi.train.validation import applied
 from cogumi.types import Artifact, Example
 
 VERSION = 1
@@ -37,12 +40,17 @@ _VALIDATE_EVERY = 16  # one in so many training questions judges the draft inste
 
 
 class Config(BaseModel):
-    """Questions up to difficulty `easy_up_to` with an answer are easy. Loss weights as in SPEC C5."""
+    """Questions up to difficulty `easy_up_to` with an answer are easy. Loss weights as in SPEC C5.
+
+    `distill` learns the base's whole distribution over each token of its response (T = 1) instead of the token.
+    """
 
     model_config = ConfigDict(extra="forbid")
     init: str = "scratch"
     shape: Shape = Shape(hidden=96, layers=2, heads=3, feed_forward=256)
     easy_up_to: int = Field(2, ge=1, le=5)
+    answers: Literal["base", "dataset"] = "base"
+    distill: bool = False
     generation_weight: float = Field(1.0, ge=0)
     difficulty_weight: float = Field(1.0, ge=0)
     alignment_weight: float = Field(0.1, ge=0)
@@ -51,92 +59,150 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Lessons:
-    """Rows with what each teaches: `easy` `[rows]` 0/1; `perplexity` `[rows]` of the base's response, 0 where hard."""
+class Lesson:
+    """A question, with an answer to learn or without; `perplexity` is that of the base's own response, 0 where hard."""
 
-    rows: list[Row]
+    row: Row
+    easy: bool
+    perplexity: float
+
+    @property
+    def id(self) -> str:
+        """The example's."""
+        return self.row.id
+
+    @property
+    def size(self) -> int:
+        """Tokens that are read."""
+        return self.row.size
+
+    @property
+    def weight(self) -> float:
+        """All lessons count alike."""
+        return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """A batch of lessons: `easy` `[rows]` 0/1 and `perplexity` `[rows]` beside the ids."""
+
+    batch: Batch
     easy: Tensor
     perplexity: Tensor
 
+    def to(self, device: torch.device) -> Lessons:
+        """The same batch there."""
+        return Lessons(self.batch.to(device), self.easy.to(device), self.perplexity.to(device))
+
+
+def collate(lessons: Sequence[Lesson], index: Sequence[int]) -> Lessons:
+    """Pad the chosen lessons into one batch."""
+    chosen = [lessons[i] for i in index]
+    return Lessons(
+        batches.collate([lesson.row for lesson in chosen], range(len(chosen))),
+        torch.tensor([float(lesson.easy) for lesson in chosen]),
+        torch.tensor([lesson.perplexity for lesson in chosen]),
+    )
+
 
 def lessons(
-    examples: Sequence[Example], responses: Mapping[str, Response], tokenizer: HFTokenizer, easy_up_to: int
-) -> Lessons:
-    """Easy questions carry the base's response where there is one, all others nothing but the question."""
-    rows, easy, perplexity = [], [], []
+    examples: Sequence[Example], responses: Mapping[str, Response], tokenizer: HFTokenizer, config: Config
+) -> list[Lesson]:
+    """Easy questions to which the base has a response carry an answer, all others nothing but the question."""
+    found = []
     for example in examples:
         prompt = tokenizer.chat(example.messages)
         response = responses.get(example.id)
-        taught = response if response and response.finished and is_easy(example, easy_up_to) else None
-        answer = tokenizer.answer(taught.output) if taught else []
-        rows.append(Row((*prompt, *answer), len(prompt)))
-        easy.append(float(is_easy(example, easy_up_to)))
-        perplexity.append(taught.perplexity if taught else 0.0)
-    return Lessons(rows, torch.tensor(easy), torch.tensor(perplexity))
+        easy = is_easy(example, config.easy_up_to)
+        taught = response if response and response.finished and easy else None
+        text = example.answer if config.answers == "dataset" else taught.output if taught else ""
+        answer = tokenizer.answer(text) if taught else []
+        row = Row((*prompt, *answer), len(prompt), example.id)
+        found.append(Lesson(row, easy, taught.perplexity if taught else 0.0))
+    return found
 
 
 def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """Mean of the values of each row, 0 where a row has none: `[n]`, `[n]` -> `[rows]`."""
-    zeros = torch.zeros(rows)
+    zeros = torch.zeros(rows, device=values.device)
     return zeros.index_add(0, row, values) / zeros.index_add(0, row, torch.ones_like(values)).clamp(min=1)
 
 
-def draft_loss(config: Config, taught: Lessons) -> Loss:
-    """The weighted sum of four losses: generation, difficulty, perplexity alignment, question."""
+def draft_loss(config: Config, base: Any = None) -> Loss:
+    """The weighted sum of four losses: generation, difficulty, perplexity alignment, question.
 
-    def loss(model: DraftModel, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    `base` is the teacher where its distribution is learned.
+    """
+
+    def loss(model: DraftModel, taught: Lessons) -> tuple[Tensor, dict[str, float]]:
+        batch = taught.batch
         hidden = model.hidden(batch.ids)
-        easy = taught.easy[batch.index]
         logit = model.easy_logit(hidden, batch.starts - 1)
-        difficulty = binary_cross_entropy_with_logits(logit, easy)
-        position = torch.arange(batch.ids.shape[1])
+        difficulty = binary_cross_entropy_with_logits(logit, taught.easy)
+        position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         asked = torch.where(position < batch.starts[:, None], batch.ids, IGNORE)
         question = token_nats(model.lm.lm_head, hidden, asked)[0].mean()
         total = config.difficulty_weight * difficulty + config.question_weight * question
-        figures = {"difficulty": float(difficulty.detach()), "question": float(question.detach())}
-        nats, row = token_nats(model.lm.lm_head, hidden, batch.labels)
-        if len(nats):
-            generation = nats.mean()
+        parts = {"difficulty": difficulty, "question": question}
+        logits, target, row = labelled_logits(model.lm.lm_head, hidden, batch.labels)
+        if len(target):
+            nats = cross_entropy(logits, target, reduction="none")
+            generation = nats.mean() if base is None else _divergence(logits, _teacher_logits(base, batch))
             speaking = torch.unique(row)
             mean = row_means(nats, row, len(batch.ids))[speaking]
-            expected = taught.perplexity[batch.index][speaking]
+            expected = taught.perplexity[speaking]
             alignment = (mean.clamp(max=_MAX_NATS).exp() - expected).square().mean()
             total = total + config.generation_weight * generation + config.alignment_weight * alignment
-            figures |= {"generation": float(generation.detach()), "alignment": float(alignment.detach())}
-        return total, {"loss": float(total.detach()), **figures}
+            parts |= {"generation": generation, "alignment": alignment}
+        return total, {"loss": float(total.detach()), **{k: float(v.detach()) for k, v in parts.items()}}
 
     return loss
 
 
 @torch.no_grad()
-def judge(model: DraftModel, taught: Lessons, batch: int = 256) -> dict[str, float]:
-    """Difficulty accuracy and AUROC, share of the base's tokens foreseen, error of the perplexity."""
+def _teacher_logits(base: Any, batch: Batch) -> Tensor:
+    return answer_logits(base, batch)[0]
+
+
+def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || draft) in nats per token, from logits `[n, vocabulary]`."""
+    return kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def judge(model: DraftModel, taught: Sequence[Lesson], batch: int = 256) -> dict[str, float]:
+    """Difficulty accuracy and AUROC, share of the answers' tokens foreseen, error of the perplexity."""
     from sklearn.metrics import roc_auc_score
 
-    model.eval()
     logits, agreed, total, errors = [], 0, 0, []
-    for at in range(0, len(taught.rows), batch):
-        chunk = collate(taught.rows, range(at, min(at + batch, len(taught.rows))))
-        hidden = model.hidden(chunk.ids)
-        logits.append(model.easy_logit(hidden, chunk.starts - 1))
-        row, position = torch.nonzero(chunk.labels[:, 1:] != IGNORE, as_tuple=True)
-        foreseen = model.lm.lm_head(hidden[row, position]).argmax(-1) == chunk.labels[:, 1:][row, position]
-        agreed, total = agreed + int(foreseen.sum()), total + len(row)
-        nats, row = token_nats(model.lm.lm_head, hidden, chunk.labels)
-        speaking = torch.unique(row)
-        mean = row_means(nats, row, len(chunk.ids))[speaking]
-        errors.append((mean.exp() - taught.perplexity[chunk.index][speaking]).abs())
+    for at in range(0, len(taught), batch):
+        chunk = collate(taught, range(at, min(at + batch, len(taught))))
+        logit, right, error = applied(model)(_judged, chunk)
+        logits.append(logit.cpu())
+        agreed, total = agreed + int(right.sum()), total + len(right)
+        errors.append(error.cpu())
+    easy = torch.tensor([lesson.easy for lesson in taught])
     p_easy = torch.cat(logits).sigmoid()
     return {
-        "difficulty_accuracy": round(float(((p_easy > 0.5) == (taught.easy > 0.5)).float().mean()), 4),
-        "difficulty_auroc": round(float(roc_auc_score(taught.easy.numpy(), p_easy.numpy())), 4),
+        "difficulty_accuracy": round(float(((p_easy > 0.5) == easy).float().mean()), 4),
+        "difficulty_auroc": round(float(roc_auc_score(easy.numpy(), p_easy.numpy())), 4),
         "foreseen": round(agreed / max(total, 1), 4),
         "alignment_error": round(float(torch.cat(errors).mean()), 4),
     }
 
 
+def _judged(model: DraftModel, taught: Lessons) -> tuple[Tensor, Tensor, Tensor]:
+    """Difficulty logits `[rows]`, foreseen answer tokens `[n]`, error of the perplexity of rows with an answer."""
+    batch = taught.batch
+    hidden = model.hidden(batch.ids)
+    logits, target, row = labelled_logits(model.lm.lm_head, hidden, batch.labels)
+    speaking = torch.unique(row)
+    mean = row_means(cross_entropy(logits, target, reduction="none"), row, len(batch.ids))[speaking]
+    error = (mean.exp() - taught.perplexity[speaking]).abs()
+    return model.easy_logit(hidden, batch.starts - 1), logits.argmax(-1) == target, error
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`examples`, `responses`, `model` (the base, for its tokenizer) -> a model folder and difficulty.safetensors."""
+    """`examples`, `responses`, `model` (the base) -> a model folder and difficulty.safetensors."""
     torch.set_num_threads(context.threads)
     folder = inputs["model"].path if config.init == "scratch" else locate(config.init, context.root)
     tokenizer = HFTokenizer.load(folder)
@@ -145,25 +211,24 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     model = DraftModel(language_model)
     responses = read_responses(inputs["responses"].path)
     asked = read_examples(split_path(inputs["examples"].path, "train"))
-    judging = lessons(asked[::_VALIDATE_EVERY], responses, tokenizer, config.easy_up_to)
-    teaching = [e for i, e in enumerate(asked) if i % _VALIDATE_EVERY]
-    taught = lessons(teaching, responses, tokenizer, config.easy_up_to)
-    loss = draft_loss(config, judging)
-    everything = range(len(judging.rows))
+    judging = lessons(asked[::_VALIDATE_EVERY], responses, tokenizer, config.model_copy(update={"answers": "base"}))
+    taught = lessons([e for i, e in enumerate(asked) if i % _VALIDATE_EVERY], responses, tokenizer, config)
+    base = load(inputs["model"].path).eval().requires_grad_(False) if config.distill else None
 
-    @torch.no_grad()
-    def validate(module: Any) -> float:
-        module.eval()
-        return float(loss(module, collate(judging.rows, everything))[0])
+    def validate(apply: Apply) -> dict[str, float]:
+        figures: dict[str, float] = apply(draft_loss(config), collate(judging, range(len(judging))))[1]
+        return figures
 
-    at = train(model, taught.rows, draft_loss(config, taught), config.loop, out, context, validate)
+    at = train(model, taught, draft_loss(config, base), config.loop, out, context, validate, collate)
     save(model.lm, folder, out)
     model.save_difficulty(out / "difficulty.safetensors")
     return {
         "parameters": parameters(model),
-        "rows": len(taught.rows),
-        "easy_rows": int(taught.easy.sum()),
+        "rows": len(taught),
+        "easy_rows": sum(lesson.easy for lesson in taught),
+        "answers": config.answers,
         "steps": at.step,
+        "stopped": at.stopped,
         "tokens": at.tokens,
         **judge(model, judging),
         "curve": {"training": at.losses, "selection": at.validations},

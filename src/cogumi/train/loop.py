@@ -1,76 +1,115 @@
-"""The one training loop (SPEC C1): steps, schedule, validation, early stopping, exact resume.
+"""The one training loop (SPEC C1): steps, schedule, validation, early stopping, exact resume, on one process or many.
 
-A checkpoint is one safetensors file with everything the next step depends on; data order is a function of the step
-(`batches.Order`). So a run that is killed and started again ends with the same bytes as one that was not.
+Data order is a function of the step (`batches.Order`), and `checkpoint` keeps everything else the next step depends
+on. So a run that is killed and started again ends with the same bytes as one that was not. Started by `accelerate
+launch`, every process takes its share of each batch, weighted so that the sum is the whole batch's gradient.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cogumi.errors import TrainingError
-from cogumi.models.build import save_tensors
-from cogumi.stage import Context
-from cogumi.train.batches import Batch, Order, Row, collate
+from cogumi.stage import CHECKPOINT, Context
+from cogumi.train.batches import Order, collate
+from cogumi.train.checkpoint import Checkpoint, Progress, identity, restore, trained
 from cogumi.train.muon import Muon
 
-Loss: TypeAlias = Callable[[Any, Batch], tuple[Tensor, dict[str, float]]]
+SHOWN_EVERY = 10
+"""Steps between two recorded losses."""
+
+Loss: TypeAlias = Callable[[Any, Any], tuple[Tensor, dict[str, float]]]
+"""loss(model, batch) -> mean loss of the batch, and figures to show, `loss` among them."""
+Apply: TypeAlias = Callable[[Callable[[Any, Any], Any], Any], Any]
+"""apply(function, batch) -> function(model, batch), on the model's device, without gradients and dropout."""
+
+
+class Item(Protocol):
+    """What an epoch shows once: a row, an episode."""
+
+    @property
+    def size(self) -> int:
+        """Tokens that are read: items of like size share a batch."""
+
+    @property
+    def weight(self) -> float:
+        """Share in a mean over items."""
 
 
 class LoopConfig(BaseModel):
-    """Budgets are steps, never seconds. `lr` is AdamW's; `muon_lr`, if set, trains weight matrices by Muon instead."""
+    """Budgets are steps, never seconds. `lr` is AdamW's; `muon_lr`, if set, trains weight matrices by Muon instead.
+
+    `batch` items make a step, whatever the number of processes; each splits its share into `accumulate` parts, of which
+    one at a time is in memory. Training stops early after `patience` validations without improvement by `min_delta`;
+    where they are set, also when perplexity moved by less than the share `plateau` over `patience` validations, or when
+    the gradient's mean norm since the last validation is below `gradient_floor`.
+    """
 
     model_config = ConfigDict(extra="forbid")
     steps: int = Field(500, ge=1)
     batch: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
     lr: float = Field(2e-3, gt=0)
     muon_lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: int = Field(20, ge=0)
-    final_lr: float = Field(0.05, ge=0, le=1, description="share of the learning rate left at the last step (cosine)")
+    schedule: Literal["cosine", "linear"] = "cosine"
+    final_lr: float = Field(0.05, ge=0, le=1, description="share of the learning rate left at the last step")
     clip: float = Field(1.0, gt=0)
     evaluate_every: int = Field(100, ge=1)
-    patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
+    patience: int = Field(5, ge=1)
     min_delta: float = Field(0.001, ge=0)
+    plateau: float | None = Field(None, gt=0)
+    gradient_floor: float | None = Field(None, gt=0)
+    keep: int = Field(1, ge=1, description="best weights kept; all but the very best as `best/<step>.safetensors`")
     checkpoint_every: int = Field(100, ge=1)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; weights stay what they are")
+    gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile; pays on GPUs")
 
 
-@dataclass(slots=True)
-class Progress:
-    """Where a run stands; kept in the checkpoint."""
+class _Within(nn.Module):
+    """A model whose forward pass is any function of it, so that what wraps a model (data parallel, sharded) sees it."""
 
-    step: int = 0
-    best: float = math.inf
-    best_step: int = 0
-    stale: int = 0
-    tokens: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    validations: list[tuple[int, float]] = field(default_factory=list)
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.bf16 = precision == "bf16"
+
+    def forward(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+            return function(self.model, batch)
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """Factor on the learning rate at a step (from 0): linear warm-up, then cosine down to `final_lr`."""
+    """Factor on the learning rate at a step (from 0): linear warm-up, then by schedule down to `final_lr`."""
     if step < config.warmup:
         return (step + 1) / (config.warmup + 1)
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    done = min((step - config.warmup) / max(1, config.steps - config.warmup), 1.0)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.final_lr + (1 - config.final_lr) * left
 
 
 def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in trained if config.muon_lr and p.ndim == 2 and "embed" not in n and "head" not in n]
+    weights = trained(model)
+    if not weights:
+        raise TrainingError("no weight of this model is trained; look at the adapter's targets")
+    matrices = [
+        p for n, p in weights.items() if config.muon_lr and p.ndim == 2 and "embed" not in n and "head" not in n
+    ]
     chosen = {id(p) for p in matrices}
-    rest = [p for _, p in trained if id(p) not in chosen]
+    rest = [p for p in weights.values() if id(p) not in chosen]
     result: list[torch.optim.Optimizer] = []
     if config.muon_lr and matrices:
         result.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
@@ -79,127 +118,212 @@ def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimi
     return result
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _checkpoint_gradients(model: nn.Module) -> None:
+    """Compute activations a second time on the way back instead of keeping them."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return
 
 
-def _save(path: Path, model: nn.Module, optimizers: Sequence[Any], best: dict[str, Tensor], at: Progress) -> None:
-    tensors = {f"model/{n}": p.detach() for n, p in _trained(model).items()}
-    tensors |= {f"best/{n}": p for n, p in best.items()}
-    for o, optimizer in enumerate(optimizers):
-        for p, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{o}/{p}/{k}": v for k, v in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors({k: v.contiguous() for k, v in tensors.items()}, path, {"progress": json.dumps(asdict(at))})
+class _Run:
+    """One run of `train`: model and optimizers as `accelerate` wraps them, and the files they are kept in."""
 
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Item], loss: Loss, config: LoopConfig, collate: Any, out: Path, seed: int
+    ) -> None:
+        from accelerate import Accelerator
 
-def _resume(path: Path, model: nn.Module, optimizers: Sequence[Any], best: dict[str, Tensor]) -> Progress:
-    """Load everything back in place; a fresh `Progress` if there is no checkpoint."""
-    if not path.exists():
-        return Progress()
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            at = Progress(**json.loads(file.metadata()["progress"]))
-    except (SafetensorError, KeyError, TypeError) as error:
+        torch.manual_seed(seed)
+        self.model, self.rows, self.loss, self.config, self.collate = model, rows, loss, config, collate
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        if config.gradient_checkpointing:
+            _checkpoint_gradients(model)
+        optimizers = _optimizers(model, config)
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        writes = self.accelerator.is_main_process
+        self.checkpoint = Checkpoint(out / CHECKPOINT, identity(model), writes)
+        self.at, state = self.checkpoint.resume(model)
+        within, *self.optimizers = self.accelerator.prepare(_Within(model, config.precision), *optimizers)
+        restore(self.optimizers, state)
+        self.within: Any = torch.compile(within) if config.compile else within
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.rates = rates
+        self.norm = 0.0
+
+    def apply(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
+        """See `Apply`."""
+        self.within.eval()
+        with torch.no_grad():
+            return self.within(function, batch.to(self.accelerator.device))
+
+    def step(self, index: Sequence[int]) -> dict[str, float]:
+        """Train on the rows of one batch; returns its figures, weighted over this process's parts."""
+        config, accelerator = self.config, self.accelerator
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            group["lr"] = rate * learning_rate(self.at.step, config)
+        self.within.train()
+        parts, processes = config.accumulate * accelerator.num_processes, accelerator.num_processes
+        whole = sum(self.rows[i].weight for i in index)
+        mine = [index[k::parts] for k in range(accelerator.process_index, parts, processes)]
+        shown: dict[str, float] = {}
+        for k, part in enumerate(mine):
+            share = sum(self.rows[i].weight for i in part) / whole
+            part = part or index[:1]  # a process without a row still takes part, with nothing to say
+            last = k == len(mine) - 1
+            with nullcontext() if last else accelerator.no_sync(self.within):
+                value, figures = self.within(self.loss, self.collate(self.rows, part).to(accelerator.device))
+                if not torch.isfinite(value):
+                    self._refuse(f"loss is {value.item()}", part)
+                accelerator.backward(value * (share * processes))  # gradients are averaged over processes
+            for name, figure in figures.items():
+                shown[name] = shown.get(name, 0.0) + figure * share
+        norm = float(accelerator.clip_grad_norm_(self.within.parameters(), config.clip))
+        if not math.isfinite(norm):
+            self._refuse(f"the gradient's norm is {norm}", index)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.at.step += 1
+        self.at.tokens += sum(self.rows[i].size for i in index)
+        self.at.norms += norm
+        self.norm = norm
+        return shown
+
+    def _refuse(self, what: str, index: Sequence[int]) -> None:
+        names = [getattr(self.rows[i], "id", "") or f"row {i}" for i in index[:8]]
+        more = f" and {len(index) - 8} more" if len(index) > 8 else ""
         raise TrainingError(
-            f"checkpoint {path} cannot be read ({error}); delete it to start this step again"
-        ) from error
-    with torch.no_grad():
-        for name, weight in _trained(model).items():
-            weight.copy_(tensors[f"model/{name}"])
-    best |= {key[5:]: value for key, value in tensors.items() if key.startswith("best/")}
-    for o, optimizer in enumerate(optimizers):
-        content = optimizer.state_dict()
-        for key, value in tensors.items():
-            if key.startswith(f"optimizer/{o}/"):
-                _, _, p, name = key.split("/")
-                content["state"].setdefault(int(p), {})[name] = value
-        optimizer.load_state_dict(content)
-    return at
+            f"{what} at step {self.at.step} on {', '.join(names)}{more}; lower the learning rate, or look at these rows"
+        )
+
+    def everywhere(self, figures: dict[str, float]) -> dict[str, float]:
+        """Figures of a step, summed over all processes."""
+        if self.accelerator.num_processes == 1:
+            return figures
+        values = torch.tensor([figures[name] for name in sorted(figures)], device=self.accelerator.device)
+        summed = self.accelerator.reduce(values, "sum").tolist()
+        return dict(zip(sorted(figures), summed, strict=True))
+
+    def judge(self, figures: Mapping[str, float], stop: str) -> None:
+        """Take note of a validation: keep the weights if they are among the best, and see whether to go on."""
+        at, config = self.at, self.config
+        at.validations.append((at.step, {name: float(value) for name, value in figures.items()}))
+        if stop:
+            at.stopped = stop
+            return
+        loss = figures["loss"]
+        at.stale = 0 if loss < at.best - config.min_delta else at.stale + 1
+        if loss < at.best:
+            at.best, at.best_step = loss, at.step
+        if loss <= at.best or config.keep > 1:
+            self.checkpoint.keep(self.model, at, config.keep)
+        at.stopped = reason_to_stop(at, config)
+        at.norms = 0.0
+
+    def finish(self, out: Path) -> None:
+        """Leave the model with its best weights, and those of other good steps in files of their own."""
+        self.accelerator.wait_for_everyone()
+        self.checkpoint.restore_best(self.model, self.at)
+        for _, step in self.at.kept[1:]:
+            if self.accelerator.is_main_process:
+                (out / "best").mkdir(exist_ok=True)
+                shutil.copyfile(self.checkpoint.best(step), out / "best" / f"{step}.safetensors")
+
+
+def reason_to_stop(at: Progress, config: LoopConfig) -> str:
+    """Why training should end now; empty if it should go on."""
+    losses = [figures["loss"] for _, figures in at.validations]
+    if at.stale >= config.patience:
+        return f"no improvement in {config.patience} validations"
+    if config.plateau and len(losses) > config.patience:
+        recent = [math.exp(min(loss, 700.0)) for loss in losses[-config.patience - 1 :]]
+        if max(recent) - min(recent) < config.plateau * min(recent):
+            return f"perplexity moved by less than {config.plateau:.2%} in {config.patience} validations"
+    since = at.step - (at.validations[-2][0] if len(at.validations) > 1 else 0)
+    if config.gradient_floor and at.norms / since < config.gradient_floor:
+        return f"the gradient's mean norm is below {config.gradient_floor}"
+    return ""
 
 
 def train(
     model: nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Item],
     loss: Loss,
     config: LoopConfig,
     out: Path,
     context: Context,
-    validate: Callable[[nn.Module], float] | None = None,
+    validate: Callable[[Apply], Mapping[str, float]] | None = None,
+    collate: Callable[[Sequence[Any], Sequence[int]], Any] = collate,
+    stop: Callable[[Mapping[str, float]], str] | None = None,
 ) -> Progress:
-    """Train `model` in place and leave it with its best weights by `validate` (lower is better; last weights without).
+    """Train `model` in place and leave it with its best weights by `validate(apply)["loss"]` (last weights without).
 
-    Raises `TrainingError` at the first loss that is not a number, with the step and its rows.
+    `stop` may end training for what a validation found, by giving the reason; those weights are then no candidates.
+    Raises `TrainingError` at the first loss or gradient that is not finite, with the step and its rows, and for a
+    checkpoint of another model.
     """
-    from accelerate import Accelerator
-
-    torch.manual_seed(context.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    optimizers = _optimizers(model, config)
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    checkpoint = out / "checkpoint" / "checkpoint.safetensors"
-    best: dict[str, Tensor] = {}
-    at = _resume(checkpoint, model, optimizers, best)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    order = Order(tuple(len(row.ids) for row in rows), config.batch, context.seed)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-
+    run = _Run(model, rows, loss, config, collate, out, context.seed)
+    at = run.at
+    order = Order(tuple(row.size for row in rows), config.batch, context.seed)
+    log = _log(context, at.step) if run.accelerator.is_main_process else None
     epoch, batches = -1, []
-    while at.step < config.steps and at.stale < config.patience:
+    began, read = time.perf_counter(), at.tokens
+    while at.step < config.steps and not at.stopped:
         if at.step // order.per_epoch != epoch:
             epoch = at.step // order.per_epoch
             batches = order.epoch(epoch)
-        index = batches[at.step % order.per_epoch]
-        batch = collate(rows, index)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * learning_rate(at.step, config)
-        model.train()
-        value, figures = loss(model, batch)
-        if not torch.isfinite(value):
-            raise TrainingError(
-                f"loss is {value.item()} at step {at.step} on rows {index[:8]}...; lower the learning rate"
-            )
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        at.step += 1
-        at.tokens += batch.ids.numel()
-        if at.step % 10 == 0:
-            at.losses.append((at.step, round(figures["loss"], 5)))
-        context.progress(at.step, config.steps, figures)
+        figures = run.step(batches[at.step % order.per_epoch])
+        if at.step % SHOWN_EVERY == 0:
+            figures = run.everywhere(figures)
+            at.losses.append((at.step, {name: round(value, 5) for name, value in figures.items()}))
+            _write(log, "training", figures | {"norm": run.norm, "rate": run.groups[0]["lr"]}, at.step)
+        speed = (at.tokens - read) / (time.perf_counter() - began)
+        context.progress(at.step, config.steps, {"loss": figures["loss"], "tokens/s": speed})
         if validate and (at.step % config.evaluate_every == 0 or at.step == config.steps):
-            _judge(validate(model), model, best, at, config)
+            found = validate(run.apply)
+            run.judge(found, stop(found) if stop else "")
+            _write(log, "selection", at.validations[-1][1], at.step)
         if at.step % config.checkpoint_every == 0:
-            _save(checkpoint, model, optimizers, best, at)
-    if best:
-        with torch.no_grad():
-            for name, weight in _trained(model).items():
-                weight.copy_(best[name])
+            run.checkpoint.save(model, run.optimizers, at)
+    run.finish(out)
+    if log:
+        log.close()
     return at
 
 
-def _judge(value: float, model: nn.Module, best: dict[str, Tensor], at: Progress, config: LoopConfig) -> None:
-    at.validations.append((at.step, value))
-    at.stale += 1
-    if value < at.best - config.min_delta:
-        at.stale = 0
-    if value < at.best:
-        at.best, at.best_step = value, at.step
-        best |= {name: p.detach().clone() for name, p in _trained(model).items()}
+def _log(context: Context, step: int) -> Any:
+    """A TensorBoard file beside the build's steps; one of a run that goes on takes over at its step."""
+    if context.logs is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    if step == 0 and context.logs.exists():
+        shutil.rmtree(context.logs)
+    return SummaryWriter(context.logs, purge_step=step)
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, rows: Sequence[Row], loss: Loss, batch: int = 256) -> float:
-    """Average loss over rows, batch means weighted by their number of labelled tokens."""
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+def _write(log: Any, group: str, figures: Mapping[str, float], step: int) -> None:
+    if log:
+        for name, value in figures.items():
+            log.add_scalar(f"{group}/{name}", value, step)
+
+
+def mean_loss(
+    apply: Apply,
+    rows: Sequence[Any],
+    loss: Loss,
+    batch: int = 256,
+    collate: Callable[[Sequence[Any], Sequence[int]], Any] = collate,
+) -> float:
+    """Average loss over rows, batch means weighted by the rows' weights."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
     total = weight = 0.0
-    for i in range(0, len(order), batch):
-        chunk = collate(rows, order[i : i + batch])
-        learned = float((chunk.labels >= 0).sum())
-        total += float(loss(model, chunk)[0]) * learned
+    for at in range(0, len(order), batch):
+        index = order[at : at + batch]
+        learned = sum(rows[i].weight for i in index)
+        total += float(apply(loss, collate(rows, index))[0]) * learned
         weight += learned
     return total / weight

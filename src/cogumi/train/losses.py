@@ -11,22 +11,43 @@ from torch.nn.functional import cross_entropy
 from cogumi.train.batches import IGNORE, Batch
 
 
-def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each labelled token from the position before it.
+def labelled_logits(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the position before each labelled token says about it: logits `[n, vocabulary]`, tokens `[n]`, rows `[n]`.
 
-    `hidden` `[rows, positions, width]`, `labels` `[rows, positions]`. Returns nats `[n]` and the row of each. The head
-    runs on labelled positions only.
+    `hidden` `[rows, positions, width]`, `labels` `[rows, positions]`. The head runs on these positions only.
     """
     target = labels[:, 1:]
     row, position = torch.nonzero(target != IGNORE, as_tuple=True)
-    logits = head(hidden[row, position])
-    return cross_entropy(logits, target[row, position], reduction="none"), row
+    return head(hidden[row, position]), target[row, position], row
+
+
+def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each labelled token, `[n]`, and the row of each."""
+    logits, target, row = labelled_logits(head, hidden, labels)
+    return cross_entropy(logits, target, reduction="none"), row
+
+
+def language_model(model: Any) -> Any:
+    """The causal language model itself, under an adapter or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """`labelled_logits` of the answer tokens; prompts are read, never learned (C1)."""
+    core = language_model(model)
+    return labelled_logits(core.lm_head, core.model(input_ids=batch.ids).last_hidden_state, batch.labels)
 
 
 def answer_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Mean nats per answer token; prompts are read, never learned (C1)."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = core.model(input_ids=batch.ids).last_hidden_state
-    nats, _ = token_nats(core.lm_head, hidden, batch.labels)
-    loss = nats.mean()
+    """Mean nats per answer token."""
+    logits, target, _ = answer_logits(model, batch)
+    loss = cross_entropy(logits, target)
     return loss, {"loss": float(loss.detach())}
+
+
+def answer_figures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Per row: nats of its answer, and whether greedy decoding would give it word for word; `[rows]` each."""
+    logits, target, row = answer_logits(model, batch)
+    rows = torch.zeros(len(batch.ids), device=logits.device)
+    nats = rows.index_add(0, row, cross_entropy(logits, target, reduction="none").float())
+    return nats, rows.index_add(0, row, (logits.argmax(-1) != target).float()) == 0

@@ -1,4 +1,8 @@
-"""Stage `modifier`: a LoRA on the frozen base for one domain, from the questions the base really failed (SPEC C6)."""
+"""Stage `modifier`: a LoRA on the frozen base for one domain, from the questions the base really failed (SPEC C6).
+
+The metrics say what it gained on the domain's selection questions and what it would cost on all others, were it asked:
+a gate of the recipe may refuse it by them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,14 @@ from cogumi.artifact import sha256
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import read_responses
 from cogumi.errors import TrainingError
-from cogumi.models.build import load
-from cogumi.models.lora import LoraShape, attach, save
+from cogumi.models.build import Quantize, load
+from cogumi.models.lora import LoraShape, attach, merged, save
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
-from cogumi.train.batches import make_rows
-from cogumi.train.loop import LoopConfig, mean_loss, train
+from cogumi.train.batches import Row, make_rows
+from cogumi.train.loop import LoopConfig, train
 from cogumi.train.losses import answer_loss
+from cogumi.train.validation import applied, judge_answers
 from cogumi.types import Artifact
 
 VERSION = 1
@@ -34,7 +39,12 @@ class Config(BaseModel):
     domain: str
     rows: Literal["failures", "random"] = "failures"
     lora: LoraShape = LoraShape()
+    quantize: Quantize = None
     loop: LoopConfig = LoopConfig()
+
+
+def _exact(model: Any, rows: list[Row]) -> float | None:
+    return judge_answers(applied(model), rows)["exact"] if rows else None
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
@@ -49,30 +59,38 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         raise TrainingError(f"the base failed no training question of '{config.domain}': it needs no modifier there")
     chosen = failed if config.rows == "failures" else random.Random(context.seed).sample(asked, len(failed))
     tokenizer = HFTokenizer.load(base)
-    model = load(base)
+    model = load(base, config.quantize)
     room = model.config.max_position_embeddings
-    selection = [e for e in read_examples(split_path(data, "selection")) if e.domain == config.domain]
-    judging = make_rows(selection, tokenizer, room)
+    selection = read_examples(split_path(data, "selection"))
+    own = make_rows([e for e in selection if e.domain == config.domain], tokenizer, room)
+    others = [e for e in selection if e.domain != config.domain]
+    foreign = make_rows(others, tokenizer, room) if others else []
+    before, elsewhere = _exact(model, own), _exact(model, foreign)
     model = attach(model, config.lora, context.seed)
-    at = train(
-        model,
-        make_rows(chosen, tokenizer, room),
-        answer_loss,
-        config.loop,
-        out,
-        context,
-        lambda m: mean_loss(m, judging, answer_loss),
-    )
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = make_rows(chosen, tokenizer, room)
+    at = train(model, rows, answer_loss, config.loop, out, context, lambda apply: judge_answers(apply, own))
     save(model, out)
+    after = judge_answers(applied(model), own)
+    exact_elsewhere = {"before": elsewhere, "after": _exact(model, foreign)}
+    nats = {"attached": after["loss"]}
+    if config.quantize is None:
+        nats["merged"] = judge_answers(applied(merged(model)), own)["loss"]
     return {
         "domain": config.domain,
         "asked": len(asked),
         "failed": len(failed),
         "trained_on": config.rows,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "too_long": len(chosen) - len(rows),
+        "parameters": parameters,
         "steps": at.step,
         "best_step": at.best_step,
+        "stopped": at.stopped,
         "tokens": at.tokens,
+        "exact": {"before": before, "after": after["exact"]},
+        "exact_elsewhere": exact_elsewhere,
+        "gain": after["exact"] - (before or 0.0),
+        "selection_nats_per_token": nats,
         "curve": {"training": at.losses, "selection": at.validations},
         "base_sha256": sha256(base / "model.safetensors"),
     }

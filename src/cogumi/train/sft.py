@@ -1,4 +1,7 @@
-"""Stage `sft`: supervised training of a whole model, from nothing or from given weights (SPEC C1)."""
+"""Stage `sft`: supervised training, from nothing or from given weights, of all weights or of a LoRA (SPEC C1, C11).
+
+A LoRA is merged into the model at the end; what the merged model says is measured beside what model and adapter said.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import sha256
 from cogumi.data.examples import read_examples, split_path
-from cogumi.models.build import Shape, build, load, locate, parameters, save
+from cogumi.errors import TrainingError
+from cogumi.models.build import Quantize, Shape, build, load, locate, parameters, save
+from cogumi.models.lora import LoraShape, attach, merged
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
 from cogumi.train.batches import make_rows
-from cogumi.train.loop import LoopConfig, mean_loss, train
+from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_loss
+from cogumi.train.validation import applied, judge_answers
 from cogumi.types import Artifact, Example
 
 VERSION = 1
@@ -26,7 +32,8 @@ KIND = "model"
 
 
 class Config(BaseModel):
-    """`init` is `scratch`, a model folder, or a Hub id.
+    """`init` is `scratch`, a model folder, or a Hub id. With `lora` only an adapter is trained, on weights that
+    `quantize` (`nf4`) holds in 4 bits on a GPU: QLoRA.
 
     An example is seen as many times per epoch as the product of its `weights` says; a key is a domain, a difficulty, or
     `domain/difficulty`.
@@ -36,6 +43,8 @@ class Config(BaseModel):
     init: str = "scratch"
     shape: Shape = Shape()
     weights: dict[str, float] = Field(default_factory=dict)
+    lora: LoraShape | None = None
+    quantize: Quantize = None
     loop: LoopConfig = LoopConfig()
 
 
@@ -53,29 +62,45 @@ def weighted(examples: Sequence[Example], weights: Mapping[str, float], seed: in
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`examples` (and `tokenizer`, when training from scratch) -> a model folder."""
     torch.set_num_threads(context.threads)
+    if config.quantize and config.lora is None:
+        raise TrainingError("weights in 4 bits cannot be trained themselves; give 'lora' beside 'quantize'")
     if config.init == "scratch":
         folder = inputs["tokenizer"].path
         model = build(config.shape, HFTokenizer.load(folder), context.seed)
     else:
         folder = locate(config.init, context.root)
-        model = load(folder)
+        model = load(folder, config.quantize)
     tokenizer = HFTokenizer.load(folder)
     room = model.config.max_position_embeddings
     data = inputs["examples"].path
     examples = weighted(read_examples(split_path(data, "train")), config.weights, context.seed)
     rows = make_rows(examples, tokenizer, room)
-    selection = make_rows(read_examples(split_path(data, "selection")), tokenizer, room)
-    at = train(
-        model, rows, answer_loss, config.loop, out, context, lambda m: mean_loss(m, selection, answer_loss)
-    )  # fmt: skip
+    judging = read_examples(split_path(data, "selection"))
+    domain = {e.id: e.domain for e in judging}
+    selection = make_rows(judging, tokenizer, room)
+
+    def validate(apply: Apply) -> dict[str, float]:
+        return judge_answers(apply, selection, [domain[row.id] for row in selection])
+
+    if config.lora:
+        model = attach(model, config.lora, context.seed)
+    at = train(model, rows, answer_loss, config.loop, out, context, validate)
+    figures: dict[str, Any] = {}
+    if config.lora:
+        attached = validate(applied(model))
+        model = merged(model, None if config.quantize is None else folder)
+        figures = {"attached": attached, "merged": validate(applied(model))}
     save(model, folder, out)
     return {
         "parameters": parameters(model),
         "rows": len(rows),
+        "too_long": len(examples) - len(rows),
         "steps": at.step,
         "best_step": at.best_step,
+        "stopped": at.stopped,
         "tokens": at.tokens,
         "selection_nats_per_token": at.best,
+        **figures,
         "curve": {"training": at.losses, "selection": at.validations},
         "model_sha256": sha256(out / "model.safetensors"),
     }

@@ -1,0 +1,55 @@
+"""How a model in training does on rows it does not learn from: the loss, and the benchmark that costs nothing more.
+
+Greedy decoding gives a reference answer word for word exactly if each of its tokens is the likeliest where it stands.
+So the pass that measures the loss also counts right answers, without generating any (SPEC C1: benchmark scores while
+training).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogumi.train.batches import Row, collate
+from cogumi.train.loop import Apply
+from cogumi.train.losses import answer_figures
+
+ROWS = 256
+"""Rows in one pass."""
+
+
+def applied(model: nn.Module) -> Apply:
+    """`Apply` of a model that is not in training."""
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def apply(function: Callable[[Any, Any], Any], batch: Any) -> Any:
+        model.eval()
+        return function(model, batch.to(device))
+
+    return apply
+
+
+def judge_answers(apply: Apply, rows: Sequence[Row], groups: Sequence[str] = ()) -> dict[str, float]:
+    """`loss` (nats per answer token), `exact` (share of answers given word for word), and `exact/<group>` for each.
+
+    `groups` names a group for each row, or is empty; `rows` is not.
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
+    nats = 0.0
+    right: Counter[str] = Counter()
+    for at in range(0, len(order), ROWS):
+        index = order[at : at + ROWS]
+        row_nats, row_right = apply(answer_figures, collate(rows, index))
+        nats += float(row_nats.sum())
+        for i, good in zip(index, row_right.tolist(), strict=True):
+            right["exact"] += good
+            if groups:
+                right[f"exact/{groups[i]}"] += good
+    asked = Counter(f"exact/{name}" for name in groups) + Counter({"exact": len(rows)})
+    shares = {name: right[name] / asked[name] for name in sorted(asked)}
+    return {"loss": nats / sum(row.weight for row in rows), **shares}
