@@ -19,6 +19,7 @@ GROUND = {
     "gates",
     "recipe",
     "registry",
+    "shapes",
     "stage",
     "template",
     "types",

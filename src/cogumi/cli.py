@@ -336,6 +336,44 @@ def forget(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name, or a YAML file.")] = "tiny",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what would stop it, a line each; exit code 1 if anything would.")
+    ] = False,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of one GPU, such as 80GB: what takes more is a problem.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share weights, gradients and optimizer.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the longest row.", show_default="by the size of the data")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a recipe takes before anything is built: parameters, tokens, memory, disk. Nothing is downloaded.
+
+    Example: `cogumi plan cogumi-8b --check --gpu-memory 80GB`
+    """
+    from dataclasses import asdict
+
+    from cogumi import plan as planning
+    from cogumi.recipe import load_recipe
+
+    hardware = planning.Hardware(planning.parse_bytes(gpu_memory) if gpu_memory else None, gpus)
+    found = planning.plan(load_recipe(recipe), hardware, length)
+    if json:
+        show.emit(asdict(found))
+    elif not check:
+        show.table(f"recipe {found.recipe}", planning.COLUMNS, planning.table(found))
+    for line in found.problems if not json else ():
+        show.NOTES.print(line, soft_wrap=True, markup=False)
+    if check and found.problems:
+        raise SystemExit(1)
+    if check and not json:
+        show.OUT.print(f"recipe {found.recipe}: {len(found.steps)} steps, nothing in the way")
+
+
+@app.command()
 def bench(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Measure only the row of this name; may be repeated.")] = None,

@@ -1,0 +1,372 @@
+"""What a recipe will take, and what is wrong with it, before anything is built (SPEC D1, the part about training).
+
+Nothing is loaded or downloaded: shapes come from `cogumi.shapes`, memory from `cogumi.footprint`, row lengths from the
+data itself, at a cautious number of bytes per token. How long a step takes is not guessed; its arithmetic is given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from cogumi.artifact import sha256
+from cogumi.errors import ArtifactError, RecipeError
+from cogumi.footprint import FP32, Footprint, Training, footprint
+from cogumi.lengths import OWN_TEMPLATE, TEMPLATE, Rows, Sizes, file_sizes, world_sizes
+from cogumi.recipe import Recipe, Step, explain
+from cogumi.registry import nearest, stage
+from cogumi.shapes import ModelShape, find_shape, known
+from cogumi.show import size
+from cogumi.stage import Stage
+
+ASKED = 256
+"""Rows that a pass of validation reads at once, and the most that stage `respond` answers at once."""
+
+COLUMNS = (
+    "step",
+    "method",
+    "weights",
+    "trained",
+    "work",
+    "peak memory (weights + gradients + optimizer + activations)",
+    "disk",
+    "notes",
+)
+NEEDS: Mapping[str, Mapping[str, str]] = {
+    "tokenizer": {"examples": "examples"},
+    "sft": {"examples": "examples"},
+    "respond": {"examples": "examples", "model": "model"},
+    "draft": {"examples": "examples", "responses": "responses", "model": "model"},
+    "modifier": {"examples": "examples", "responses": "responses", "model": "model"},
+    "gguf": {"model": "model"},
+    "router": {"draft_gguf": "gguf", "data": "examples"},
+    "calibrate": {"data": "examples", "base": "gguf", "draft": "gguf", "draft_model": "model", "router": "router"},
+    "critic": {"data": "examples", "base": "gguf"},
+    "bundle": {
+        "base": "gguf",
+        "draft": "gguf",
+        "difficulty": "model",
+        "router": "router",
+        "calibration": "calibration",
+    },
+    "report": {"data": "examples", "bundle": "bundle"},
+}
+"""Stage -> the inputs it cannot do without, each with the kind of artifact it must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is known of a model that a step makes: `tokenizer` names its vocabulary, equal for equal ids; `own` is one
+    that the recipe trains itself; `bytewise` one over bytes.
+    """
+
+    shape: ModelShape
+    tokenizer: str
+    own: bool = False
+    bytewise: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step will take. Sizes are bytes; a figure that has no meaning for the step, or is unknown, is None.
+
+    `tokens` are read in training, `flops` the arithmetic on them; `memory` is that of each device; `output` and
+    `checkpoint` (with its replacement beside it) lie on disk.
+    """
+
+    name: str
+    stage: str
+    method: str = ""
+    shape: ModelShape | None = None
+    parameters: int | None = None
+    trained: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    flops: float | None = None
+    memory: Footprint | None = None
+    output: int | None = None
+    checkpoint: int | None = None
+    needs_gpu: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Plan:
+    """All steps of a recipe, and one line for each thing that would stop it."""
+
+    recipe: str
+    steps: list[StepPlan] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What there is to train on: `gpus` alike, each with `memory` bytes (None: not asked)."""
+
+    memory: int | None = None
+    gpus: int = 1
+
+
+def parse_bytes(text: str) -> int:
+    """`80GB`, `890MB`, `24 GiB` as bytes; `RecipeError` for anything else."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B", text.strip())
+    if match is None:
+        raise RecipeError(f"'{text}' is no amount of memory; write it like 80GB or 24GiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+
+
+def table(found: Plan) -> list[list[str]]:
+    """What to show of the steps that compute: a row of `COLUMNS` each, and their notes."""
+    rows = []
+    for step in found.steps:
+        if step.shape is None:
+            continue
+        weights = f"{step.parameters / 1e6:,.1f}M" if step.parameters else ""
+        trained = f"{step.trained / 1e6:,.1f}M" if step.trained else ""
+        work = f"{step.steps:,} steps, {step.tokens / 1e6:,.1f}M tokens" if step.steps and step.tokens else ""
+        memory = step.memory
+        parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations] if memory else []
+        taken = f"{size(memory.peak)} ({' + '.join(map(size, parts))})" if memory else ""
+        disk = size(step.output + (step.checkpoint or 0)) if step.output else ""
+        notes = [*step.notes, "needs a GPU"] if step.needs_gpu else step.notes
+        rows.append([step.name, step.method, weights, trained, work, taken, disk, "; ".join(notes)])
+    return rows
+
+
+def plan(recipe: Recipe, hardware: Hardware = Hardware(), length: int | None = None) -> Plan:
+    """Look at every step of a recipe; `length` is the tokens of the longest row, where the data should not say."""
+    planner = _Planner(recipe, hardware, length)
+    for step in recipe.steps:
+        planner.look(step)
+    return planner.result
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """Every path in a config."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _paths(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _paths(item)
+
+
+def _given(name: str, root: Path) -> Model:
+    """The model of a folder or a Hub id; `ArtifactError` if it is neither there nor known."""
+    shape, path = find_shape(name, root), root / name / "tokenizer.json"
+    if not (root / name).is_dir():
+        return Model(shape, str(known(name)).split("-")[0])
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} has no tokenizer.json; give a full model folder")
+    document = json.loads(path.read_text("utf-8"))
+    around = json.dumps([document.get("pre_tokenizer"), document.get("decoder")])
+    return Model(shape, f"{name} ({sha256(path)[:8]})", bytewise="ByteLevel" in around)
+
+
+class _Planner:
+    """Goes through the steps in order, and remembers of each what later ones need."""
+
+    def __init__(self, recipe: Recipe, hardware: Hardware, length: int | None) -> None:
+        self.recipe, self.hardware, self.length = recipe, hardware, length
+        self.result = Plan(recipe.name)
+        self.stages: dict[str, Stage] = {}
+        self.models: dict[str, Model] = {}
+        self.vocabularies: dict[str, int] = {}
+        self.sizes: dict[str, Sizes] = {}
+
+    def look(self, step: Step) -> None:
+        """Plan one step; what is wrong with it goes to the problems, and later steps are planned all the same."""
+        try:
+            module = stage(step.stage)
+            config: Any = module.Config.model_validate(step.config)
+            self.stages[step.name] = module
+            self._check_inputs(step, config)
+            self._measure(step, config)
+            model = self._model_of(step, config)
+        except (RecipeError, ArtifactError) as error:
+            self._problem(step, str(error))
+            return
+        except ValidationError as error:
+            self._problem(step, explain(error, module.Config))
+            return
+        if model and module.KIND in ("model", "gguf"):
+            self.models[step.name] = model
+        if step.stage == "tokenizer":
+            self.vocabularies[step.name] = config.vocabulary
+        found = StepPlan(step.name, step.stage)
+        if model is not None:
+            rows = self._rows(step, model)
+            self._check_length(step, config, model, rows)
+            if step.stage == "respond":
+                found = self._answering(step, config, model, rows)
+            elif hasattr(config, "loop"):
+                found = self._training(step, module, config, model, rows)
+        self.result.steps.append(found)
+
+    def _problem(self, step: Step, what: str) -> None:
+        self.result.problems.append(f"step '{step.name}': {what}")
+
+    # --- what is given ---
+
+    def _check_inputs(self, step: Step, config: BaseModel) -> None:
+        needed = dict(NEEDS.get(step.stage, {}))
+        if step.stage == "sft" and getattr(config, "init", "") == "scratch":
+            needed["tokenizer"] = "tokenizer"
+        for role, kind in needed.items():
+            if role not in step.inputs:
+                self._problem(step, f"the stage needs an input '{role}'; given: {', '.join(step.inputs) or 'none'}")
+                continue
+            given = self.stages.get(step.inputs[role])
+            if given and kind != given.KIND:
+                self._problem(step, f"input '{role}' is of kind {given.KIND}, not {kind}; take another step's")
+        for path in _paths(config.model_dump()):
+            if not (self.recipe.root / path).exists():
+                self._problem(step, f"there is no file {self.recipe.root / path}; put your own there")
+
+    def _measure(self, step: Step, config: Any) -> None:
+        """Remember how long the rows of this step are, those it makes or works on."""
+        found: Sizes | None
+        if step.stage == "world":
+            found = world_sizes(config)
+        elif step.stage == "files":
+            found = file_sizes(config, self.recipe.root)
+        else:
+            found = self.sizes.get(step.inputs.get("examples") or step.inputs.get("data") or "")
+        if found:
+            self.sizes[step.name] = found
+
+    def _rows(self, step: Step, model: Model) -> Rows | None:
+        """Lengths of the rows of a step in the tokens of a model."""
+        sizes = self.sizes.get(step.name)
+        return sizes.rows(OWN_TEMPLATE if model.own else TEMPLATE, self.length) if sizes else None
+
+    def _model_of(self, step: Step, config: Any) -> Model | None:
+        """The model that a step trains, asks or exports; None where there is none, or an earlier problem hides it."""
+        base = self.models.get(step.inputs.get("model", "")) or self.models.get(step.inputs.get("base", ""))
+        init = getattr(config, "init", None)
+        if init is None:
+            return base
+        if init != "scratch":
+            return _given(init, self.recipe.root)
+        tokenizer = step.inputs.get("tokenizer", "")
+        vocabulary = base.shape.vocabulary if base else self.vocabularies.get(tokenizer)
+        if vocabulary is None:
+            return None
+        s = config.shape
+        head = s.hidden // s.heads
+        shape = ModelShape(s.hidden, s.feed_forward, s.layers, s.heads, s.heads, head, vocabulary, s.context, True)
+        return Model(shape, base.tokenizer if base else tokenizer, base.own if base else True)
+
+    # --- what it takes ---
+
+    def _check_length(self, step: Step, config: Any, model: Model, rows: Rows | None) -> None:
+        if rows and rows.longest > model.shape.context:
+            self._problem(
+                step,
+                f"the longest rows have about {rows.longest} tokens, the model's context is {model.shape.context}; "
+                "shorten them or choose another model",
+            )
+
+    def _training(self, step: Step, module: Stage, config: Any, model: Model, rows: Rows | None) -> StepPlan:
+        shape, loop, lora = model.shape, config.loop, getattr(config, "lora", None)
+        if lora is None and step.stage not in ("sft", "draft"):
+            return StepPlan(step.name, step.stage, shape=shape, steps=loop.steps, notes=("memory is not planned",))
+        ranks: dict[str, int] | None = None
+        if lora is not None:
+            for target in (*lora.targets, *lora.ranks):
+                if target not in shape.linear:
+                    self._problem(
+                        step, f"LoRA target '{target}' is no layer of this model; {nearest(target, shape.linear)}"
+                    )
+            ranks = {t: lora.ranks.get(t, lora.rank) for t in (*lora.targets, *lora.ranks) if t in shape.linear}
+        nf4 = getattr(config, "quantize", None) == "nf4"
+        notes = [] if rows else ["rows of unknown length: 512 tokens assumed"]
+        rows = rows or Rows(0, 512, 512, 512)
+        everywhere = step.stage == "draft" and config.question_weight > 0
+        training = Training(
+            shape,
+            rows=math.ceil(loop.batch / (loop.accumulate * self.hardware.gpus)),
+            length=rows.longest,
+            answer=rows.longest if everywhere else rows.answer,
+            judged=ASKED,
+            ranks=ranks,
+            nf4=nf4,
+            bf16=loop.precision == "bf16",
+            recompute=loop.gradient_checkpointing,
+            parts=loop.accumulate,
+            gpus=self.hardware.gpus,
+            muon=loop.muon_lr is not None,
+        )
+        memory = footprint(training)
+        tokens = int(loop.steps * loop.batch * rows.mean)
+        passes = 4 + (2 if lora is None else 0) + (2 if loop.gradient_checkpointing else 0)
+        self._check_memory(step, memory.peak, training)
+        if step.stage == "draft":
+            notes += self._drafting(step, model)
+        kept = module.KIND == "adapter"
+        return StepPlan(
+            step.name,
+            step.stage,
+            method="full" if lora is None else "QLoRA nf4" if nf4 else "LoRA",
+            shape=shape,
+            parameters=shape.parameters,
+            trained=training.trained + (shape.hidden + 1 if step.stage == "draft" else 0),  # its difficulty head
+            steps=loop.steps,
+            tokens=tokens,
+            flops=float(passes * (shape.matrices + shape.head_weights) * tokens),
+            memory=memory,
+            output=FP32 * (training.trained if kept else shape.parameters),
+            checkpoint=2 * (FP32 * training.trained + memory.optimizer * self.hardware.gpus)
+            + (1 + loop.keep) * FP32 * training.trained,
+            needs_gpu=nf4,
+            notes=tuple(notes),
+        )
+
+    def _drafting(self, step: Step, model: Model) -> list[str]:
+        """What becomes of a draft that speaks another vocabulary than its base."""
+        base = self.models.get(step.inputs.get("model", ""))
+        if base is None or base.tokenizer == model.tokenizer:
+            return []
+        for one in (base, model):
+            if not one.bytewise:
+                self._problem(
+                    step,
+                    f"the tokenizer {one.tokenizer} is none over bytes, so drafts cannot be bridged; use "
+                    "a draft with the base's tokenizer",
+                )
+        return [f"tokenizer {model.tokenizer}, the base's is {base.tokenizer}: the runtime drafts through text"]
+
+    def _answering(self, step: Step, config: Any, model: Model, rows: Rows | None) -> StepPlan:
+        """Stage `respond`: weights in fp32, and a key-value cache for the answers of one batch."""
+        shape, at_once = model.shape, min(ASKED, config.window)
+        length = (rows.longest - rows.answer if rows else 512) + config.max_tokens
+        cache = FP32 * shape.cache_values() * at_once * length
+        weights = FP32 * shape.parameters
+        memory = Footprint(weights, 0, 0, cache, weights + cache)
+        return StepPlan(step.name, step.stage, "answers", shape, shape.parameters, memory=memory)
+
+    def _check_memory(self, step: Step, peak: int, training: Training) -> None:
+        limit = self.hardware.memory
+        if limit is None or peak <= limit:
+            return
+        ways = [
+            "gradient_checkpointing" if not training.recompute else "",
+            "more `accumulate`" if training.rows > 1 else "",
+            "a `lora`" if not training.ranks else "quantize: nf4" if not training.nf4 else "",
+            "more --gpus" if not training.nf4 else "",
+        ]
+        self._problem(
+            step,
+            f"takes {peak / 1e9:.1f} GB on each GPU, and there are {limit / 1e9:.1f}; "
+            f"try {' or '.join(way for way in ways if way) or 'a smaller model'}",
+        )
