@@ -2,24 +2,24 @@
 
 `generate` only queues. The first reader runs everything that waits for the same adapter, sorted by prompt
 length, in left-padded batches with one forward pass per token; finished rows leave the batch. An echoed prompt
-takes a pass of its own. Layers may be skipped token by token (Mixture of Depths, arXiv 2404.02258; SPEC C7).
+takes a pass of its own. Tokens may skip layers (`models.depth`, SPEC C7).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import DynamicCache
 
 from cogumi.errors import BundleError, RequestError
 from cogumi.models.build import load
+from cogumi.models.depth import Depth, Spans, install, new_cache
 from cogumi.models.text import HFTokenizer
 from cogumi.runtime.admission import admitted, check_length, prompt_of
 from cogumi.runtime.engine import Event
@@ -31,16 +31,13 @@ from cogumi.types import Reading, Request, Score
 ROWS = 256
 """Answers per batch: beyond this, memory grows and speed does not."""
 
-Depth: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
-"""From a layer's index and its input (batch, tokens, width) to which tokens take it: booleans (batch, tokens)."""
-
 
 class TorchEngine:
     """`runtime.engine.Engine` over a Hugging Face folder and PEFT adapter folders; drafts nothing.
 
     `context` defaults to what the model was made for. Raises `BundleError` if a folder cannot be used.
-    A token that `depth` lets skip a layer keeps its hidden state there; others still attend to it. The layer is
-    computed all the same: `depth` shows what skipping does to answers, not yet what it saves.
+    A token that `depth` lets skip layers keeps its hidden state there and costs nothing: no attention, no feed-forward,
+    no keys and values for later tokens. `spans` are the layers about which `depth` is asked (None: each by itself).
     """
 
     def __init__(
@@ -50,14 +47,16 @@ class TorchEngine:
         adapters: Mapping[str, Path] | None = None,
         context: int | None = None,
         depth: Depth | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self._tokenizer = HFTokenizer.load(folder)
         self._pieces = [self._tokenizer.piece(i) for i in range(self._tokenizer.size)]
         self._model: Any = _load(folder, adapters or {})
         self._names = tuple(adapters or {})
         self._context = context or int(self._model.config.max_position_embeddings)
+        self._decoder: Any = self._model.get_decoder()
         if depth:
-            _route(self._model.get_decoder().layers, depth)
+            install(self._decoder, depth, spans)
         self._waiting: list[Generation] = []
         self._lock = threading.Lock()
 
@@ -142,8 +141,9 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _pass(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        out = self._model(torch.tensor([ids]), output_hidden_states=True)
-        return out.logits[0].numpy(), out.hidden_states[-1][0].numpy()
+        hidden = self._decoder(torch.tensor([ids]), use_cache=False).last_hidden_state
+        logits = self._model.get_output_embeddings()(hidden)
+        return logits[0].numpy(), hidden[0].numpy()
 
     def _receive(self, generation: Generation) -> Outcome:
         with self._lock:
@@ -178,7 +178,7 @@ class TorchEngine:
         ids = torch.tensor([[0] * (width - len(g.ids)) + g.ids for g in batch])
         mask = torch.tensor([[0] * (width - len(g.ids)) + [1] * len(g.ids) for g in batch])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache()
+        cache = new_cache(self._decoder)
         while batch:
             out = self._model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
             tokens = self._emit(batch, out.logits[:, -1].numpy())
@@ -222,17 +222,3 @@ def _load(folder: Path, adapters: Mapping[str, Path]) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"an adapter of {folder} cannot be loaded: {error}") from error
     return model.eval()
-
-
-def _route(layers: Sequence[torch.nn.Module], depth: Depth) -> None:
-    """Make every decoder layer give back its input where `depth` says so."""
-
-    def hook(index: int) -> Callable[..., torch.Tensor]:
-        def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
-            hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-            return torch.where(depth(index, hidden)[..., None], out, hidden)
-
-        return after
-
-    for index, layer in enumerate(layers):
-        layer.register_forward_hook(hook(index), with_kwargs=True)
