@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from cogumi import artifact
+from cogumi import artifact, ranks
 from cogumi.environment import environment, peak_rss_bytes, usable_threads
 from cogumi.errors import ArtifactError, CogumiError, RecipeError
 from cogumi.gates import check_gate
@@ -70,6 +70,11 @@ class Plan:
     stage: Stage
     config: BaseModel
     fingerprint: str
+
+    @property
+    def trains(self) -> bool:
+        """Whether other processes may help: stages that train say `TRAINS = True`."""
+        return getattr(self.stage, "TRAINS", False)
 
 
 class Inputs(dict[str, Artifact]):
@@ -225,11 +230,13 @@ def build(recipe: Recipe, runs: Path, *, seed: int | None = None, progress: Prog
     seed = recipe.seed if seed is None else seed
     progress = Silent() if progress is None else progress
     plans = plan(recipe, seed)
-    home = runs / recipe.name
+    home = runs / recipe.folder
     context = Context(seed, usable_threads(), recipe.root, progress.advanced)
     done: dict[str, Artifact] = {}
     rows: list[dict[str, Any]] = []
-    with _only_build(home):
+    if ranks.rank() > 0:
+        return _help(plans, home, context)
+    with _only_build(home), ranks.leading(home) as leader:
         for number, p in enumerate(plans, 1):
             name, folder = p.step.name, home / p.step.name
             with _Named(f"step '{name}'", folder):
@@ -237,6 +244,8 @@ def build(recipe: Recipe, runs: Path, *, seed: int | None = None, progress: Prog
                 progress.started(name, p.step.stage, number, len(plans), reason)
                 if not skipped:
                     inputs = Inputs({role: done[parent] for role, parent in p.step.inputs.items()})
+                    if p.trains:
+                        leader.train(name)
                     _run_step(p, folder, inputs, replace(context, logs=home / LOGS / name))
                 for rest in (artifact.PENDING, CHECKPOINT):
                     _remove(folder / rest)
@@ -255,6 +264,18 @@ def build(recipe: Recipe, runs: Path, *, seed: int | None = None, progress: Prog
             for gate in p.step.gates:
                 check_gate(name, gate, done)
         return _report(recipe, plans, home, rows, time.perf_counter() - began)
+
+
+def _help(plans: list[Plan], home: Path, context: Context) -> dict[str, Any]:
+    """Train along with process 0 wherever it trains; it alone writes artifacts, and there is nothing to report."""
+    by_name = {p.step.name: p for p in plans}
+    quiet = replace(context, progress=lambda done, total, figures: None)
+    for name in ranks.steps_to_join(home):
+        p = by_name[name]
+        inputs = Inputs({role: artifact.load(home / parent) for role, parent in p.step.inputs.items()})
+        with ranks.helping(home, name) as folder:
+            p.stage.run(p.config, inputs, folder, quiet)
+    return {}
 
 
 def _report(

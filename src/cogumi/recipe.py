@@ -54,19 +54,30 @@ class Step(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Steps in the order they run. `root` is where relative paths in their configs start."""
+    """Steps in the order they run. `root` is where relative paths in their configs start.
+
+    One that `extends` another (a built-in name, or a file beside it) goes on after its steps, in the same folder and
+    with its seed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: FolderName
     description: str = ""
     seed: int = 0
+    extends: str | None = None
     steps: list[Step] = Field(min_length=1)
     _root: Path = PrivateAttr(default_factory=Path.cwd)
+    _folder: str | None = PrivateAttr(None)
 
     @property
     def root(self) -> Path:
         """The folder of the recipe's file; the working folder for a built-in recipe."""
         return self._root
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that its steps are built in."""
+        return self._folder or self.name
 
     @model_validator(mode="after")
     def _only_earlier_steps(self) -> Recipe:
@@ -172,13 +183,31 @@ def parse_recipe(text: str, where: str, root: Path) -> Recipe:
         raise RecipeError(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {where}: a recipe has the keys {', '.join(Recipe.model_fields)}; see recipes/")
+    below = _extended(data, where, root)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         place, inner = _place(error, data)
         raise RecipeError(f"recipe {where}{place}: {explain(inner, Step if place else Recipe)}") from error
     recipe._root = root
+    recipe._folder = below.folder if below else None
     return recipe
+
+
+def _extended(data: dict[str, Any], where: str, root: Path) -> Recipe | None:
+    """Put the steps of the recipe that `data` extends before its own."""
+    name, steps = data.get("extends"), data.get("steps")
+    if not isinstance(name, str) or not isinstance(steps, list):
+        return None
+    try:
+        below = load_recipe(name if name in builtin_recipes() else root / name)
+    except RecursionError as error:
+        raise RecipeError(f"recipe {where} extends itself; name another") from error
+    if "seed" in data:
+        raise RecipeError(f"recipe {where}: the seed is that of '{name}', which it extends; leave it out")
+    data["seed"] = below.seed
+    data["steps"] = [step.model_dump() for step in below.steps] + steps
+    return below
 
 
 def builtin_recipes() -> dict[str, str]:

@@ -36,7 +36,8 @@ class Stage(Protocol):
     `run` writes its files into `out`, which is empty but for `out / CHECKPOINT` of an interrupted run, and
     returns its metrics. Equal config, seed, inputs and threads must give equal bytes, interrupted or not.
     `VERSION` grows whenever the same config would give other bytes. A `pathlib.Path` in the config names an
-    input file or folder, relative to `context.root`: its content counts in the fingerprint.
+    input file or folder, relative to `context.root`: its content counts in the fingerprint. A stage whose `run` trains
+    by `train.loop` may also say `TRAINS = True`: then several processes run it together (see `ranks`).
     """
 
     VERSION: int

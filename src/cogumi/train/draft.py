@@ -34,6 +34,7 @@ from cogumi.types import Artifact, Example
 
 VERSION = 1
 KIND = "model"
+TRAINS = True
 
 _MAX_NATS = 4.0  # the squared perplexity error of an untrained draft would drown every other loss
 _VALIDATE_EVERY = 16  # one in so many training questions judges the draft instead of teaching it

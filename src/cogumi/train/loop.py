@@ -231,6 +231,7 @@ class _Run:
             if self.accelerator.is_main_process:
                 (out / "best").mkdir(exist_ok=True)
                 shutil.copyfile(self.checkpoint.best(step), out / "best" / f"{step}.safetensors")
+        self.accelerator.wait_for_everyone()  # until then the files must stay where they are
 
 
 def reason_to_stop(at: Progress, config: LoopConfig) -> str:

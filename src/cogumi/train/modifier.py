@@ -30,6 +30,7 @@ from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "adapter"
+TRAINS = True
 
 
 class Config(BaseModel):

@@ -29,6 +29,7 @@ from cogumi.types import Artifact, Example
 
 VERSION = 1
 KIND = "model"
+TRAINS = True
 
 
 class Config(BaseModel):

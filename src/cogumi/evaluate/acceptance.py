@@ -1,0 +1,65 @@
+"""Stage `acceptance`: how many drafted tokens a base accepts from each of several drafts (SPEC C5, E2).
+
+The claim to test: a draft that learned the base's own responses is accepted far more often than one that learned the
+data set's answers. Each draft is exported, opened beside the base, and made to draft on the same held-out questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
+from cogumi.errors import RecipeError
+from cogumi.runtime.engine import replies
+from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.stage import Context
+from cogumi.types import Artifact, Example, Request
+
+VERSION = 1
+KIND = "measurement"
+DRAFT = "draft_"
+MODEL = "model.gguf"
+
+
+class Config(BaseModel):
+    """`rows` questions are asked of the easy ones, and as many of the hard ones."""
+
+    model_config = ConfigDict(extra="forbid")
+    rows: int = Field(300, ge=1)
+    easy_up_to: int = Field(2, ge=1)
+    max_tokens: int = Field(64, ge=1)
+    slots: int = Field(8, ge=1)
+    context: int = Field(256, ge=16)
+
+
+def acceptance(engine: LlamaEngine, examples: Sequence[Example], config: Config) -> dict[str, float]:
+    """Drafted and accepted tokens of greedy answers with drafting forced."""
+    asked = (Request(messages=e.messages, max_tokens=config.max_tokens, speculate=True) for e in examples)
+    drafted = accepted = 0
+    for reply in replies(engine, asked, 2 * config.slots):
+        drafted, accepted = drafted + reply.usage.drafted, accepted + reply.usage.accepted
+    return {"acceptance": accepted / max(drafted, 1), "drafted": drafted, "questions": len(examples)}
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`data`, `base` and `draft_<name>` (artifacts of stage `gguf`) -> acceptance of each, by kind of question."""
+    drafts = {role.removeprefix(DRAFT): a.path / MODEL for role, a in inputs.items() if role.startswith(DRAFT)}
+    if not drafts:
+        raise RecipeError(f"name the drafts to compare as inputs '{DRAFT}<name>'")
+    heldout = read_examples(split_path(inputs["data"].path, SPLITS[-1]))
+    easy = [e for e in heldout if is_easy(e, config.easy_up_to)]
+    kinds = {"easy": easy, "hard": [e for e in heldout if e not in easy]}
+    found: dict[str, Any] = {}
+    for done, (name, path) in enumerate(drafts.items()):
+        engine = LlamaEngine(
+            inputs["base"].path / MODEL, slots=config.slots, context=config.context, draft=path, lookup=False
+        )
+        with closing(engine):
+            found[name] = {kind: acceptance(engine, rows[: config.rows], config) for kind, rows in kinds.items()}
+        context.progress(done + 1, len(drafts), {})
+    return found

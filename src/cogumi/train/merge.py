@@ -1,0 +1,62 @@
+"""Stage `merge`: an adapter added to its base's weights, if the result says the same (SPEC C11)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.artifact import sha256
+from cogumi.data.examples import read_examples, split_path
+from cogumi.errors import TrainingError
+from cogumi.models.build import load, save
+from cogumi.models.lora import merged, with_adapter
+from cogumi.models.text import HFTokenizer
+from cogumi.stage import Context
+from cogumi.train.batches import make_rows
+from cogumi.train.validation import applied, judge_answers
+from cogumi.types import Artifact
+
+VERSION = 1
+KIND = "model"
+
+
+class Config(BaseModel):
+    """`tolerance` is how much more perplexity the merged model may have than base and adapter side by side."""
+
+    model_config = ConfigDict(extra="forbid")
+    tolerance: float = Field(0.01, ge=0, description="share of the perplexity, about nats per token")
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`examples`, `model` and `adapter` (a PEFT folder) -> a model folder.
+
+    Raises `TrainingError` for an adapter of another base, and if merging loses more than `tolerance`.
+    """
+    torch.set_num_threads(context.threads)
+    folder, adapter = inputs["model"].path, inputs["adapter"]
+    trained_on = adapter.metrics.get("base_sha256")
+    if trained_on and trained_on != sha256(folder / "model.safetensors"):
+        raise TrainingError(
+            f"the adapter {adapter.path} was trained on another base than {folder}; merge it into its own"
+        )
+    tokenizer = HFTokenizer.load(folder)
+    model = load(folder)
+    rows = make_rows(
+        read_examples(split_path(inputs["examples"].path, "selection")), tokenizer, model.config.max_position_embeddings
+    )
+    figures = {"base": judge_answers(applied(model), rows)}
+    model = with_adapter(model, adapter.path)
+    figures["attached"] = judge_answers(applied(model), rows)
+    model = merged(model)
+    figures["merged"] = judge_answers(applied(model), rows)
+    lost = figures["merged"]["loss"] - figures["attached"]["loss"]
+    if lost > config.tolerance:
+        raise TrainingError(
+            f"merging costs {lost:.3f} nats per token; leave the adapter beside the base (stage 'gguf')"
+        )
+    save(model, folder, out)
+    return {**figures, "model_sha256": sha256(out / "model.safetensors")}
