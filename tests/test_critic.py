@@ -19,12 +19,12 @@ from cogumi.errors import BundleError, CogumiError, DataError, RequestError
 from cogumi.evaluate import critic as stage
 from cogumi.evaluate import deliberation
 from cogumi.evaluate.critic import Config, Judged, Reader, error_type, figures, train
-from cogumi.evaluate.suite import Task
 from cogumi.route.critic import BUCKETS, CLASSES, ERRORS, FILE, NONE, SUMMARY, load_critic, look, passage
 from cogumi.route.nets import Net
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.stage import Context
+from cogumi.suite import Task
 from cogumi.types import ABSTENTION, Artifact, Example, Message, Reply, Request, Token, Usage
 from helpers_bundle import make_bundle
 from helpers_engines import pico

@@ -8,7 +8,7 @@ import pytest
 from cogumi.cascade import learning
 from cogumi.evaluate import drift
 from cogumi.evaluate.drift import PHASES, Phase, accepted, ask, attacked, brier, people, promise_of, stream_of
-from cogumi.evaluate.suite import SUITES, Findings, Task, suite
+from cogumi.suite import SUITES, Findings, Task, suite
 
 RATERS = ["honest"] * 700
 

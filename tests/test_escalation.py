@@ -20,10 +20,10 @@ from cogumi.data.followups import TOPICS, draw, templates
 from cogumi.data.satisfaction import halves, read_rated
 from cogumi.errors import BundleError, CogumiError, DataError, RecipeError
 from cogumi.evaluate import followups
-from cogumi.evaluate.suite import Task
 from cogumi.models.followup import FollowUpNet, best_threshold, export, pad
 from cogumi.runtime.escalation import FILE, MARKS, UNKNOWN, Escalation, describe, encode, last_turn, numbered
 from cogumi.stage import Context
+from cogumi.suite import Task
 from cogumi.train import escalation as stage
 from cogumi.types import Message
 

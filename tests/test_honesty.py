@@ -7,8 +7,8 @@ import pytest
 
 from cogumi.errors import CogumiError
 from cogumi.evaluate import honesty
-from cogumi.evaluate.suite import SUITES, Figure, Task, suite
 from cogumi.show import findings
+from cogumi.suite import SUITES, Figure, Task, suite
 from cogumi.types import ABSTENTION
 from helpers_bundle import make_bundle
 

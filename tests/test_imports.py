@@ -17,10 +17,12 @@ GROUND = {
     "environment",
     "errors",
     "gates",
+    "ranks",
     "recipe",
     "registry",
     "shapes",
     "stage",
+    "suite",
     "template",
     "types",
 }

@@ -13,7 +13,7 @@ from cogumi.errors import CogumiError, DataError
 from cogumi.evaluate import paraphrases
 from cogumi.evaluate.lookups import lookup_speed
 from cogumi.evaluate.pairs import parts, read_pairs
-from cogumi.evaluate.suite import Task
+from cogumi.suite import Task
 from helpers_encoder import Trigrams
 
 PLACES = [f"{a}{b}" for a in ("Nor", "Sur", "Wes", "Oster", "Mar", "Lin") for b in ("burg", "ville", "ton", "stad")]

@@ -46,7 +46,7 @@ WRONG = {
     "line 2: not YAML": "name: x\nsteps: [",
     "not YAML: unacceptable character": "\x00",
     "could not determine a constructor": "name: !!python/object/apply:os.getcwd []",
-    "a recipe has the keys name, description, seed, steps": "",
+    "a recipe has the keys name, description, seed, extends, steps": "",
     "a recipe has the keys": "- 1",
     "nested too deeply": "[" * 2000,
     "name: string should match": "name: ../x\nsteps: [{name: a, stage: s}]",

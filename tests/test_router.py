@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from cogumi.errors import BundleError, CogumiError, DataError
 from cogumi.evaluate import domains as suite
 from cogumi.evaluate.kinds import READERS, read_kind
-from cogumi.evaluate.suite import Task
 from cogumi.route.domains import HISTORY_WEIGHT, confidences, in_scope, preload, scope_for, with_history
 from cogumi.route.nets import Net, load_net, load_scope
+from cogumi.suite import Task
 from cogumi.train import router
 
 NAMES = ("code", "math", "reading")

@@ -12,7 +12,6 @@ from cogumi.errors import CogumiError, DataError
 from cogumi.evaluate import routing
 from cogumi.evaluate.fit_question import fit_question, subject_folds
 from cogumi.evaluate.metrics import auroc
-from cogumi.evaluate.suite import Task
 from cogumi.route.nets import load_net
 from cogumi.route.question import (
     FEATURES,
@@ -26,6 +25,7 @@ from cogumi.route.question import (
     question_features,
     question_input,
 )
+from cogumi.suite import Task
 
 MMLU = "Which of the following is NOT a prime?\nA. 2\nB. 3\nC. 4\nD. All of the above\nAnswer:"
 

@@ -102,6 +102,8 @@ def build(
     Example: `cogumi build tiny` leaves the bundle in runs/tiny/bundle and its figures in runs/tiny/report.md.
     """
     report = _build(recipe, runs, seed)
+    if not report:
+        return  # a process that only helped to train
     if json:
         show.emit(report)
     else:
@@ -302,7 +304,7 @@ def evaluate(
 def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None, seed: int, json: bool) -> None:
     """Run a suite and print its table; with `out` the figures are kept beside the pictures."""
     from cogumi.artifact import write_json
-    from cogumi.evaluate.suite import Task, suite
+    from cogumi.suite import Task, suite
 
     measured = suite(name)
     if bundle is None and any(RUNS.glob("*/bundle/bundle.json")):

@@ -167,8 +167,8 @@ def _refuse_duplicates(node: yaml.Node | None, seen: set[int]) -> None:
             _refuse_duplicates(item, seen)
 
 
-def parse_recipe(text: str, where: str, root: Path) -> Recipe:
-    """A recipe from YAML text; `where` names it in errors."""
+def parse_recipe(text: str, where: str, root: Path, above: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors, `above` are the recipes that extend it."""
     try:
         _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), set())
         data = yaml.safe_load(text)
@@ -183,7 +183,7 @@ def parse_recipe(text: str, where: str, root: Path) -> Recipe:
         raise RecipeError(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {where}: a recipe has the keys {', '.join(Recipe.model_fields)}; see recipes/")
-    below = _extended(data, where, root)
+    below = _extended(data, where, root, above)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -194,15 +194,14 @@ def parse_recipe(text: str, where: str, root: Path) -> Recipe:
     return recipe
 
 
-def _extended(data: dict[str, Any], where: str, root: Path) -> Recipe | None:
+def _extended(data: dict[str, Any], where: str, root: Path, above: tuple[str, ...]) -> Recipe | None:
     """Put the steps of the recipe that `data` extends before its own."""
     name, steps = data.get("extends"), data.get("steps")
     if not isinstance(name, str) or not isinstance(steps, list):
         return None
-    try:
-        below = load_recipe(name if name in builtin_recipes() else root / name)
-    except RecursionError as error:
-        raise RecipeError(f"recipe {where} extends itself; name another") from error
+    if where in above:
+        raise RecipeError(f"recipe {where} extends itself; name another")
+    below = load_recipe(name if name in builtin_recipes() else root / name, (*above, where))
     if "seed" in data:
         raise RecipeError(f"recipe {where}: the seed is that of '{name}', which it extends; leave it out")
     data["seed"] = below.seed
@@ -219,14 +218,14 @@ def builtin_recipes() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files}
 
 
-def load_recipe(source: str | Path) -> Recipe:
+def load_recipe(source: str | Path, above: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe from a `.yaml` file, or a built-in one by its bare name; `RecipeError` if it is wrong."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
         builtin = builtin_recipes()
         if path.name not in builtin:
             raise RecipeError(f"no built-in recipe is called '{path.name}'; {nearest(path.name, builtin)}")
-        return parse_recipe(builtin[path.name], path.name, Path.cwd())
+        return parse_recipe(builtin[path.name], path.name, Path.cwd(), above)
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
@@ -235,4 +234,4 @@ def load_recipe(source: str | Path) -> Recipe:
         raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
-    return parse_recipe(text, path.name, path.resolve().parent)
+    return parse_recipe(text, path.name, path.resolve().parent, above)

@@ -29,10 +29,10 @@ from cogumi.errors import CogumiError
 from cogumi.evaluate.critic import error_type, question_of
 from cogumi.evaluate.graders import grade_all
 from cogumi.evaluate.metrics import auroc
-from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.route.critic import FILE, load_critic, look
 from cogumi.route.vote import final_answer
 from cogumi.runtime.engine import Engine, replies
+from cogumi.suite import Figure, Findings, Task
 from cogumi.types import Example, Reply, Request
 
 HARD = 3

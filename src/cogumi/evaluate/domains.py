@@ -27,7 +27,6 @@ from cogumi.data.world.stage import fresh
 from cogumi.errors import CogumiError, ContextError
 from cogumi.evaluate.embedder import cached_embedder
 from cogumi.evaluate.kinds import READERS, Sources, read_kind
-from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.evaluate.vectors import embed_all
 from cogumi.models.classifier import fit_classifier
 from cogumi.route.domains import PRELOAD, confidences, preload, scope_for
@@ -35,6 +34,7 @@ from cogumi.route.nets import Net, load_net, load_scope
 from cogumi.route.question import question_features
 from cogumi.runtime.embedder import Embedder
 from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.suite import Figure, Findings, Task
 from cogumi.types import Example, Message, Request
 
 Doubles = NDArray[np.float64]

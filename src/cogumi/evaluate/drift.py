@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from cogumi.cascade.learning import Learner
 from cogumi.cascade.memory import Memory, Turn
-from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.route.adapt import logit
 from cogumi.route.guarantee import Guarantee, Limit, guarantee, sequence
 from cogumi.route.nets import sigmoid
+from cogumi.suite import Figure, Findings, Task
 
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]

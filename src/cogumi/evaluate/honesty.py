@@ -31,11 +31,11 @@ from cogumi.evaluate.answers import Asking, Row, ask, base_rows, familiar, polic
 from cogumi.evaluate.calibrate import fit_base
 from cogumi.evaluate.metrics import aurc, auroc, brier, ece
 from cogumi.evaluate.plots import histogram_picture, reliability_picture, risk_coverage_picture
-from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.route.gate import Calibration
 from cogumi.route.guarantee import Limit, guarantee, sequence
 from cogumi.route.policy import Answers, Policy
 from cogumi.route.signals import perplexity
+from cogumi.suite import Figure, Findings, Task
 from cogumi.types import Example, Message
 
 PER_CELL = 900

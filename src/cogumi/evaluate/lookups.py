@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.cascade.cache import AnswerCache, Scope
-from cogumi.evaluate.suite import Figure
 from cogumi.runtime.embedder import Embedder
+from cogumi.suite import Figure
 from cogumi.types import Reply, Usage
 
 ENTRIES, LOOKUPS = 100_000, 200

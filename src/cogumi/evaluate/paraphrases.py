@@ -24,12 +24,12 @@ from cogumi.errors import CogumiError, DataError
 from cogumi.evaluate.embedder import cached_embedder
 from cogumi.evaluate.lookups import lookup_speed
 from cogumi.evaluate.pairs import Pairs, groups, parts, read_pairs
-from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.route.guarantee import upper_bound
 from cogumi.route.nets import Net
 from cogumi.route.reuse import FEATURES, KINDS, pair_features
 from cogumi.route.verify import AFRESH, Verifier, proven
 from cogumi.runtime.embedder import MODEL, Embedder
+from cogumi.suite import Figure, Findings, Task
 
 RISK = 0.01
 RISKS = (RISK, 0.05)

@@ -1,8 +1,9 @@
 """Stage `report`: the finished bundle judged on held-out questions, which nothing before has read (SPEC H1, H3).
 
 Every figure is counted here from answers of the shipped files. Modifiers are compared with the base on the questions of
-their domain that have an answer. Controls (adapters trained on random rows instead of
-failures) are asked beside the modifiers and shipped with nothing.
+their domain that have an answer (`gain`), and on questions of other domains that the cascade let them answer
+(`lost_elsewhere`, as a share of all held-out questions). Controls (adapters trained on random rows instead of failures)
+are asked beside the modifiers and shipped with nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.stage import Context
 from cogumi.types import Artifact, Example, Reply, Request
 
-VERSION = 2
+VERSION = 3
 KIND = "report"
 CONTROL = "control_"
 POLICY = Policy(modifier=True)
@@ -215,7 +216,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         compared = {}
         for name in domains:
             before, after = base.on(of[name]), modifiers[name].correct
-            compared[name] = {"before": _share(before), "after": _share(after), "n": len(after)}
+            compared[name] = {
+                "before": _share(before),
+                "after": _share(after),
+                "gain": _share(after) - _share(before),
+                "lost_elsewhere": lost_elsewhere(name, base, answers["cascade"]),
+                "n": len(after),
+            }
         for name, asked in _controls(desk, open_bundle(folder).base, controls, of).items():
             compared[name]["control"] = _share(asked.correct)
         easy = [e for e in heldout if is_easy(e, config.easy_up_to)][: config.speculation_prompts]
@@ -236,6 +243,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     risk_picture(out / "risk.png", given, answers["cascade"].correct, metrics["gate"])
     write_text(out / "report.md", page(metrics))
     return metrics
+
+
+def lost_elsewhere(name: str, base: Asked, cascade: Asked) -> float:
+    """Questions of other domains that a modifier got wrong and the base right, less those the other way round.
+
+    A share of all questions; negative where the modifier helped there too.
+    """
+    lost = 0
+    asked = zip(base.examples, cascade.replies, base.correct, cascade.correct, strict=True)
+    for example, reply, before, after in asked:
+        if example.domain != name and reply.tier == f"modifier:{name}":
+            lost += before - after
+    return lost / len(base.examples)
 
 
 def _controls(

@@ -26,10 +26,10 @@ from cogumi.evaluate.embedder import cached_embedder
 from cogumi.evaluate.fit_question import fit_question
 from cogumi.evaluate.metrics import auroc
 from cogumi.evaluate.plots import new_figure
-from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.evaluate.vectors import embed_all
 from cogumi.route.question import forecast, parts, question_input
 from cogumi.runtime.embedder import Embedder
+from cogumi.suite import Figure, Findings, Task
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -262,7 +262,8 @@ def train(
 ) -> Progress:
     """Train `model` in place and leave it with its best weights by `validate(apply)["loss"]` (last weights without).
 
-    `stop` may end training for what a validation found, by giving the reason; those weights are then no candidates.
+    `stop` may end training for what a validation found, by giving the reason; those weights are then no candidates, but
+    those it began with are.
     Raises `TrainingError` at the first loss or gradient that is not finite, with the step and its rows, and for a
     checkpoint of another model.
     """
@@ -270,6 +271,8 @@ def train(
     at = run.at
     order = Order(tuple(row.size for row in rows), config.batch, context.seed)
     log = _log(context, at.step) if run.accelerator.is_main_process else None
+    if stop and validate and at.step == 0:
+        run.judge(validate(run.apply), "")
     epoch, batches = -1, []
     began, read = time.perf_counter(), at.tokens
     while at.step < config.steps and not at.stopped:

@@ -23,6 +23,7 @@ SUITES: dict[str, str] = {
     "cache": "cogumi.evaluate.paraphrases",
     "deliberation": "cogumi.evaluate.deliberation",
     "learning": "cogumi.evaluate.drift",
+    "training": "cogumi.train.speed",
 }
 """Name -> module."""
 
