@@ -290,7 +290,7 @@ def test_adapters_that_cannot_be_mapped_are_named(tmp_path, pico, adapter, chang
     [
         ({"use_dora": True}, "use_dora"),
         ({"use_rslora": True}, "use_rslora"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"alpha_pattern": {"0.*q_proj": 2}}, "alpha_pattern"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"r": 9}, "rank 4"),
     ],
@@ -314,10 +314,12 @@ def test_adapter_of_another_width_is_refused(tmp_path, adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM; supported: LlamaForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM; supported: LlamaForCausalLM, Qwen2ForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "lack model.layers.0.self_attn.q_proj.bias"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "lacks 'factor'"),
         (
             {"num_key_value_heads": 4},
             r"k_proj.weight has shape \(64, 128\), config.json asks for \(128, 128\)",

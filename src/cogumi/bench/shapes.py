@@ -10,7 +10,7 @@ verifying and looking up cost what they cost with trained weights.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from cogumi.compress.gguf import writing
 from cogumi.compress.layout import Llama, Tensor
 from cogumi.compress.vocabulary import Vocabulary
 from cogumi.runtime.llama.quantize import quantize_rows
+from cogumi.shapes import KNOWN, ModelShape
 
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -40,15 +41,19 @@ BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 """Bytes that byte-level BPE writes as themselves; the others are written as characters from 256 on."""
 
 
-def _llama(layers: int, hidden: int, feed_forward: int, heads: int, kv_heads: int, head: int, ids: int) -> Llama:
-    return Llama(hidden, feed_forward, layers, heads, kv_heads, head, ids, 131_072, 1e-5, 500_000.0, tied=False)
+def _llama(shape: ModelShape) -> Llama:
+    return Llama(**asdict(shape), epsilon=1e-5, theta=500_000.0)
+
+
+def _made_up(layers: int, hidden: int, ff: int, heads: int, kv_heads: int, ids: int) -> Llama:
+    return _llama(ModelShape(hidden, ff, layers, heads, kv_heads, 64, ids, 131_072, tied=False))
 
 
 SHAPES = {
-    "1b": _llama(16, 2048, 8192, 32, 8, 64, 32_768),  # Llama-3.2-1B with a smaller vocabulary and a head of its own
-    "8b": _llama(32, 4096, 14336, 32, 8, 128, 128_256),  # Llama-3.1-8B
-    "draft": _llama(12, 1024, 2816, 16, 4, 64, 32_768),
-    "pico": _llama(2, 256, 512, 4, 2, 64, 1024),
+    "1b": _llama(replace(KNOWN["Llama-3.2-1B"], vocabulary=32_768, tied=False)),  # a chain needs a head of its own
+    "8b": _llama(KNOWN["Llama-3.1-8B"]),
+    "draft": _made_up(12, 1024, 2816, 16, 4, 32_768),
+    "pico": _made_up(2, 256, 512, 4, 2, 1024),
 }
 
 

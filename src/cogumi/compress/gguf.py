@@ -1,4 +1,4 @@
-"""Stage `gguf`: Llama-architecture Hugging Face folders and PEFT LoRA adapters as GGUF files (SPEC D5).
+"""Stage `gguf`: Llama and Qwen2 Hugging Face folders and PEFT LoRA adapters as GGUF files (SPEC D5).
 
 Tensors are streamed, so that memory holds one at a time, and files are replaced whole.
 """
@@ -40,7 +40,6 @@ _LARGEST = {F32: np.inf, F16: 65504.0, Q8_0: 127 * 65504.0}  # a block of Q8_0 h
 _ADAPTER_OPTIONS = (
     "use_dora",
     "use_rslora",
-    "alpha_pattern",
     "fan_in_fan_out",
     "modules_to_save",
     "lora_bias",
@@ -74,7 +73,7 @@ def export_model(folder: Path, out: Path, type: str = "q8_0") -> None:
         return
     stored, file_type = DIRECT[type]
     llama = Llama.load(folder)
-    writer = GGUFWriter(None, "llama")
+    writer = GGUFWriter(None, llama.kind)
     writer.add_type(GGUFType.MODEL)
     writer.add_file_type(file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -99,24 +98,34 @@ def export_adapter(folder: Path, base: Path, out: Path) -> None:
             raise ExportError(
                 f"{folder}/adapter_config.json sets {option}, which llama.cpp does not know; train without"
             )
-    writer = GGUFWriter(None, "llama")
+    llama = Llama.load(base)
+    writer = GGUFWriter(None, llama.kind)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_file_type(LlamaFileType.ALL_F32)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
-    ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
     with _open(folder / "adapter_model.safetensors") as file:
-        _write(writer, _adapter_tensors(file, folder, Llama.load(base), ranks), file, out)
+        _write(writer, _adapter_tensors(file, folder, llama, config), file, out)
 
 
-def _adapter_tensors(file: Any, folder: Path, llama: Llama, ranks: set[int]) -> list[Tensor]:
-    """A [rank, in] and B [out, rank] of every adapted projection; B's rows are ordered as the base's."""
+def _adapter_tensors(file: Any, folder: Path, llama: Llama, config: Mapping[str, Any]) -> list[Tensor]:
+    """A [rank, in] and B [out, rank] of every adapted projection; B's rows are ordered as the base's.
+
+    llama.cpp knows one alpha for all: where a projection has its own, B carries the difference.
+    """
+    ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
+    alphas = config.get("alpha_pattern") or {}
     found: dict[str, set[str]] = {}
     for key in file.keys():  # noqa: SIM118
         match = _LORA.fullmatch(key)
         if match is None:
             raise ExportError(f"{folder}: no GGUF name for adapter tensor {key}; adapt linear layers only")
         found.setdefault(f"{match['module']}.weight", set()).add(match["side"])
+    names = {source.split(".")[-2] for source in found}
+    if foreign := sorted(set(alphas) - names):
+        raise ExportError(
+            f"{folder}/adapter_config.json: alpha_pattern names '{foreign[0]}'; supported are plain layer names"
+        )
     weights = {t.source: t for t in llama.tensors() if len(t.shape) == 2}
     for source, sides in found.items():
         if source not in weights:
@@ -131,7 +140,9 @@ def _adapter_tensors(file: Any, folder: Path, llama: Llama, ranks: set[int]) -> 
             raise ExportError(f"{folder}: {prefix} has rank {rank}, adapter_config.json says {sorted(ranks)}")
         rows, columns = weight.shape
         tensors.append(Tensor(f"{prefix}.lora_A.weight", f"{weight.name}.lora_a", (rank, columns)))
-        tensors.append(Tensor(f"{prefix}.lora_B.weight", f"{weight.name}.lora_b", (rows, rank), weight.heads))
+        factor = alphas.get(prefix.rsplit(".", 1)[-1], config["lora_alpha"]) / config["lora_alpha"]
+        b = Tensor(f"{prefix}.lora_B.weight", f"{weight.name}.lora_b", (rows, rank), weight.heads, factor=factor)
+        tensors.append(b)
     return tensors
 
 
@@ -150,7 +161,9 @@ def _open(path: Path) -> Iterator[Any]:
 
 def _load(file: Any, tensor: Tensor) -> Array:
     """Read, check, reorder and encode one tensor."""
-    values: Array = file.get_tensor(tensor.source).float().numpy()
+    if tensor.values:
+        return np.array(tensor.values, np.float32)
+    values: Array = file.get_tensor(tensor.source).float().numpy() * np.float32(tensor.factor)
     if not np.isfinite(values).all():
         raise ExportError(f"{tensor.source} holds NaN or infinity; training has diverged, use an earlier checkpoint")
     if np.abs(values).max(initial=0) > _LARGEST[tensor.type]:
@@ -163,6 +176,7 @@ def _load(file: Any, tensor: Tensor) -> Array:
 def _check(file: Any, tensors: list[Tensor], unused: frozenset[str]) -> None:
     """`ExportError` unless the file holds exactly these tensors, in these shapes."""
     names = set(file.keys())
+    tensors = [tensor for tensor in tensors if not tensor.values]
     for tensor in tensors:
         if tensor.source not in names:
             raise ExportError(f"the weights lack {tensor.source}; save the whole model again")
@@ -172,7 +186,7 @@ def _check(file: Any, tensors: list[Tensor], unused: frozenset[str]) -> None:
     unknown = names - unused - {tensor.source for tensor in tensors}
     if unknown:
         raise ExportError(
-            f"the weights hold {min(unknown)}, which a plain Llama does not have; GGUF has no place for it"
+            f"the weights hold {min(unknown)}, which such a model does not have; GGUF has no place for it"
         )
 
 

@@ -1,13 +1,16 @@
 """What a Llama consists of, and under which name, in which order and type GGUF keeps it (SPEC D5).
 
 GGUF stores the rows of the query and key projections in llama.cpp's rotary order: Hugging Face pairs
-dimension i of a head with i + d/2, llama.cpp pairs 2i with 2i + 1.
+dimension i of a head with i + d/2, llama.cpp pairs 2i with 2i + 1, but for a Qwen2, whose
+rows stay as they are.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,12 +19,12 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_m
 from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
-from cogumi.errors import ExportError
+from cogumi.errors import ArtifactError, ExportError
+from cogumi.shapes import ModelShape, shape_of
 
 Array: TypeAlias = NDArray[Any]
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama"}
-"""Architecture -> model type, which is all that a config saved apart from its model says."""
+KINDS = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}
 F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
 
 
@@ -29,7 +32,8 @@ F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantiz
 class Tensor:
     """One tensor's way: `source` name in the safetensors file, `name` in the GGUF file, row-major `shape`.
 
-    `heads` > 0: its rows are that many heads, to be put into rotary order.
+    `heads` > 0: its rows are that many heads, to be put into rotary order. Its values are multiplied by `factor`; where
+    `values` are given, it is these instead, and has no source.
     """
 
     source: str
@@ -37,6 +41,8 @@ class Tensor:
     shape: tuple[int, ...]
     heads: int = 0
     type: GGMLQuantizationType = F32
+    factor: float = 1.0
+    values: tuple[float, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -51,64 +57,58 @@ class Tensor:
         return replace(self, type=type if self.shape[-1] % GGML_QUANT_SIZES[type][0] == 0 else F16)
 
 
-@dataclass(frozen=True, slots=True)
-class Llama:
-    """The figures of a `config.json` that llama.cpp needs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama(ModelShape):
+    """The figures of a `config.json` that llama.cpp needs; `stretch` divides the rotary frequencies (head / 2) of a
+    model that was made for longer texts than it had learned on.
+    """
 
-    hidden: int
-    feed_forward: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head: int
-    vocabulary: int
-    context: int
     epsilon: float
     theta: float
-    tied: bool
+    stretch: tuple[float, ...] = ()
 
     @classmethod
     def load(cls, folder: Path) -> Llama:
-        """Read `config.json`; `ExportError` if it is not a plain Llama."""
+        """Read `config.json`; `ExportError` if it is no model that llama.cpp would run as torch does."""
         config = read_json(folder / "config.json")
-        found = (config.get("architectures") or [config.get("model_type")])[0]
-        if found not in (*ARCHITECTURES, *ARCHITECTURES.values()):
-            raise ExportError(f"{folder} is a {found}; supported: {', '.join(ARCHITECTURES)}")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        try:
+            shape = shape_of(config, str(folder))
+        except ArtifactError as error:
+            raise ExportError(str(error)) from error
+        rope = {"rope_theta": config.get("rope_theta", 10000.0)}
+        rope |= config.get("rope_scaling") or {}
+        rope |= config.get("rope_parameters") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
         plain = {
-            "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-            "attention_bias": (config.get("attention_bias", False), False),
-            "mlp_bias": (config.get("mlp_bias", False), False),
-            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+            "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
+            "attention_bias": (config.get("attention_bias", False), (False,)),
+            "mlp_bias": (config.get("mlp_bias", False), (False,)),
+            "use_sliding_window": (config.get("use_sliding_window", False), (False,)),
+            "rope_type": (kind, ("default", "llama3")),
         }
         for option, (value, supported) in plain.items():
-            if value != supported:
-                raise ExportError(f"{folder}/config.json: {option} is {value!r}; supported: {supported!r}")
+            if value not in supported:
+                known = " or ".join(map(repr, supported))
+                raise ExportError(f"{folder}/config.json: {option} is {value!r}; supported: {known}")
         try:
             return cls(
-                hidden=config["hidden_size"],
-                feed_forward=config["intermediate_size"],
-                layers=config["num_hidden_layers"],
-                heads=config["num_attention_heads"],
-                kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-                head=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-                vocabulary=config["vocab_size"],
-                context=config["max_position_embeddings"],
+                **asdict(shape),
                 epsilon=config["rms_norm_eps"],
-                theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-                tied=config.get("tie_word_embeddings", False),
+                theta=rope["rope_theta"],
+                stretch=llama3_stretch(shape.head, rope) if kind == "llama3" else (),
             )
         except KeyError as error:
             raise ExportError(f"{folder}/config.json lacks {error}; save the model with save_pretrained") from error
 
     def tensors(self) -> list[Tensor]:
         """Every tensor such a model has, in file order."""
-        names = get_tensor_name_map(MODEL_ARCH.LLAMA, self.layers)
-        query, key = self.heads * self.head, self.kv_heads * self.head
+        names = get_tensor_name_map(KINDS[self.kind], self.layers)
+        query, key = self.query, self.key
+        heads, kv_heads = (self.heads, self.kv_heads) if self.kind == "llama" else (0, 0)
         layer: dict[str, tuple[tuple[int, ...], int]] = {
             "input_layernorm": ((self.hidden,), 0),
-            "self_attn.q_proj": ((query, self.hidden), self.heads),
-            "self_attn.k_proj": ((key, self.hidden), self.kv_heads),
+            "self_attn.q_proj": ((query, self.hidden), heads),
+            "self_attn.k_proj": ((key, self.hidden), kv_heads),
             "self_attn.v_proj": ((key, self.hidden), 0),
             "self_attn.o_proj": ((self.hidden, query), 0),
             "post_attention_layernorm": ((self.hidden,), 0),
@@ -124,13 +124,21 @@ class Llama:
             modules["lm_head"] = ((self.vocabulary, self.hidden), 0)
         for i in range(self.layers):
             modules |= {f"model.layers.{i}.{module}": value for module, value in layer.items()}
-        return [
+        found = [
             Tensor(f"{module}.weight", f"{names.get_name(module)}.weight", shape, heads)
             for module, (shape, heads) in modules.items()
         ]
+        if self.kind == "qwen2":
+            for i in range(self.layers):
+                for side, width in (("q", query), ("k", key), ("v", key)):
+                    source = f"model.layers.{i}.self_attn.{side}_proj.bias"
+                    found.append(Tensor(source, f"blk.{i}.attn_{side}.bias", (width,)))
+        if self.stretch:
+            found.append(Tensor("", "rope_freqs.weight", (len(self.stretch),), values=self.stretch))
+        return found
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the `llama.*` keys."""
+        """Add the keys of its architecture."""
         writer.add_vocab_size(self.vocabulary)
         writer.add_context_length(self.context)
         writer.add_embedding_length(self.hidden)
@@ -143,6 +151,20 @@ class Llama:
         writer.add_rope_dimension_count(self.head)
         writer.add_rope_freq_base(self.theta)
         writer.add_layer_norm_rms_eps(self.epsilon)
+
+
+def llama3_stretch(head: int, rope: Mapping[str, Any]) -> tuple[float, ...]:
+    """What divides each rotary frequency of a Llama 3.1: 1 for waves much shorter than the context it learned on,
+    `factor` for longer ones, and between them a smooth way from one to the other.
+    """
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    learned = rope["original_max_position_embeddings"]
+    found = []
+    for i in range(head // 2):
+        wave = 2 * math.pi * rope["rope_theta"] ** (2 * i / head)
+        share = min(max((learned / wave - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - share) / factor + share))
+    return tuple(found)
 
 
 def rotary_order(rows: Array, heads: int) -> Array:

@@ -1,7 +1,8 @@
 """What llama.cpp must be told of a byte-level BPE tokenizer so that it makes the same ids (SPEC D5).
 
 llama.cpp does not read pre-tokenizers, it knows some by name (`tokenizer.ggml.pre`). A name that nearly fits
-is exact on most text and wrong on the rest, so whatever is not known to be exact is refused.
+is exact on most text and wrong on the rest, so whatever is not known to be exact is refused. One exception: Qwen2's NFC
+is let pass, so ids differ where a text holds a letter and its accent apart.
 """
 
 from __future__ import annotations
@@ -19,7 +20,22 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from cogumi.errors import ExportError
 
-PRE_TOKENIZERS = {"ByteLevel": "gpt-2", "Digits(individual_digits=True) + ByteLevel": "smollm"}
+
+def _split(digits: str) -> str:
+    """A pre-tokenizer that cuts texts by a pattern first, as `_describe` says it."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = {"Regex": words + digits + rest}
+    return f"Split(pattern={pattern!r}, behavior='Isolated', invert=False) + ByteLevel(use_regex=False)"
+
+
+LLAMA3, QWEN2 = "llama-bpe", "qwen2"
+PRE_TOKENIZERS = {
+    "ByteLevel": "gpt-2",
+    "Digits(individual_digits=True) + ByteLevel": "smollm",
+    _split(r"\p{N}{1,3}"): LLAMA3,
+    _split(r"\p{N}"): QWEN2,
+}
 """What a pre-tokenizer is, as `_describe` says it -> llama.cpp's name for the same."""
 
 _PLAIN = {"type", "trim_offsets"}  # says nothing about ids
@@ -29,7 +45,6 @@ _BPE_OPTIONS = (
     "continuing_subword_prefix",
     "end_of_word_suffix",
     "byte_fallback",
-    "ignore_merges",
 )
 _MATCH_OPTIONS = ("lstrip", "rstrip", "single_word")
 
@@ -130,13 +145,15 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
     model = document["model"]
     if model["type"] != "BPE":
         raise ExportError(f"{folder}: the tokenizer model is {model['type']}; supported is BPE over bytes")
-    if document["normalizer"] is not None:
+    if document["normalizer"] not in (None, {"type": "NFC"}):
         raise ExportError(
             f"{folder}: the tokenizer normalizes text ({document['normalizer']['type']}); llama.cpp would not"
         )
     for option in _BPE_OPTIONS:
         if model.get(option):
             raise ExportError(f"{folder}: the tokenizer's BPE sets {option}, which llama.cpp does not know")
+    if model.get("ignore_merges") and _pre_tokenizer(folder, document["pre_tokenizer"]) != LLAMA3:
+        raise ExportError(f"{folder}: the tokenizer's BPE sets ignore_merges, which llama.cpp knows of Llama 3's only")
     lost = sorted(set(ByteLevel.alphabet()) - set(model["vocab"]))
     if lost:
         raise ExportError(f"{folder}: the vocabulary lacks {len(lost)} of the 256 bytes; train it with all of them")
@@ -152,8 +169,10 @@ def _pre_tokenizer(folder: Path, node: Mapping[str, Any] | None) -> str:
     parts = [] if node is None else node["pretokenizers"] if node["type"] == "Sequence" else [node]
     found = " + ".join(_describe(part) for part in parts)
     if found not in PRE_TOKENIZERS:
-        supported = " or ".join(PRE_TOKENIZERS)
-        raise ExportError(f"{folder}: the pre-tokenizer is {found or 'none'}; supported: {supported}")
+        supported = " or ".join([*PRE_TOKENIZERS][:2])
+        raise ExportError(
+            f"{folder}: the pre-tokenizer is {found or 'none'}; supported: {supported}, and those of Llama 3 and Qwen2"
+        )
     return PRE_TOKENIZERS[found]
 
 
