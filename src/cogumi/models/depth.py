@@ -57,17 +57,15 @@ class Routers(nn.Module):
         super().__init__()
         self.spans, self.width, self.bar = spans, width, bar
         sizes = (width, *_HIDDEN, 2)
-        self.nets = nn.ModuleDict(
-            {str(span[0]): nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes)) for span in spans}
-        )
+        nets = {span[0]: [nn.Linear(a, b) for a, b in pairwise(sizes)] for span in spans}
+        self.nets = nn.ModuleDict({str(first): nn.ModuleList(net) for first, net in nets.items()})
+        self._weights = {first: [(layer.weight, layer.bias) for layer in net] for first, net in nets.items()}  # quick
 
     def easy(self, first: int, hidden: Tensor) -> Tensor:
         """Log-odds that a token is easy: [rows, tokens, width] -> [rows, tokens]."""
-        below, middle, last = cast(Any, self.nets[str(first)])
-        hidden = linear(hidden, below.weight, below.bias).relu()
-        hidden = linear(hidden, middle.weight, middle.bias).relu()
-        hard, easy = linear(hidden, last.weight, last.bias).unbind(-1)
-        return easy - hard
+        below, middle, last = self._weights[first]
+        scores = linear(linear(linear(hidden, *below).relu(), *middle).relu(), *last)
+        return scores[..., 1] - scores[..., 0]
 
     def takes(self, first: int, hidden: Tensor) -> Tensor:
         """`Depth` of these routers."""
@@ -77,8 +75,8 @@ class Routers(nn.Module):
         """Write the routers with what they belong to: the model folder `base`."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         layers = [layer for span in self.spans for layer in span]
-        belongs = {"layers": json.dumps(layers), "base_sha256": sha256(base / "model.safetensors")}
-        save_tensors(tensors, path, {**belongs, "bar": json.dumps(self.bar)})
+        about = {"layers": layers, "base_sha256": sha256(base / "model.safetensors"), "bar": self.bar}
+        save_tensors(tensors, path, {"depth": json.dumps(about)})  # one key: safetensors writes several in any order
 
     @classmethod
     def load(cls, path: Path, base: Path) -> Routers:
@@ -86,9 +84,8 @@ class Routers(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                about = file.metadata() or {}
-            layers, bar = json.loads(about["layers"]), float(json.loads(about["bar"]))
-            belongs = about["base_sha256"]
+                about = json.loads((file.metadata() or {})["depth"])
+            layers, belongs, bar = about["layers"], about["base_sha256"], float(about["bar"])
             config = json.loads((base / "config.json").read_text("utf-8"))
             count, width = config["num_hidden_layers"], config["hidden_size"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -108,13 +105,16 @@ class Routers(nn.Module):
         return routers
 
 
-class Entries(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
+class Entries(DynamicLayer):  # type: ignore[misc]  # transformers has no types here
     """Keys and values left in one layer by the tokens that took it: [rows, heads, columns, head width].
 
     `seen` counts all tokens that came by, so that the model's own mask keeps its length. Rows of a batch that skip
     while others do not have gaps: `held` [rows, columns] says where an entry is, None that there is no gap. `adding`
     are the rows that the next `update` is about, None means all.
     """
+
+    keys: Any
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,14 +139,15 @@ class Entries(DynamicLayer):  # type: ignore[misc]  # transformers is untyped he
         """Append columns for the rows in `adding`; returns all columns of these rows."""
         rows = self.adding
         if rows is None:
-            return super().update(key_states, value_states)
-        assert self.held is not None  # a row that adds nothing has a gap
+            super().update(key_states, value_states)
+            return self.keys, self.values
+        assert self.held is not None  # a row that adds nothing gets a gap
         size = (len(self.held), *key_states.shape[1:])
-        keys, values = super().update(
+        super().update(
             key_states.new_zeros(size).index_copy(0, rows, key_states),
             value_states.new_zeros(size).index_copy(0, rows, value_states),
         )
-        return keys[rows], values[rows]
+        return self.keys[rows], self.values[rows]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
@@ -181,9 +182,9 @@ class Span(nn.Module):
         entries = [cast(Entries, past_key_values.layers[i]) for i in at] if past_key_values is not None else []
         for entry in entries:
             entry.seen += taken.shape[1]
-        packing = Packing(taken)
-        if not packing.width:
+        if not taken.any():
             return hidden
+        packing = Packing(taken)
         mask = packing.mask(entries)
         cos, sin = (packing.pack(x.expand(*taken.shape, -1)) for x in position_embeddings)
         packed = packing.pack(hidden)

@@ -1,0 +1,193 @@
+"""Stage `depth`: routers by which easy tokens skip layers of a frozen base (SPEC C7; see `models.depth`).
+
+A token is easy where the full model foresees what comes next: its perplexity is the teacher. The routers learn from the
+hidden states that they will meet, those of a model whose tokens really skip. How sure a router must be is chosen on the
+selection split: the bar at which most tokens skip and few enough answers are lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from cogumi.artifact import sha256
+from cogumi.data.examples import read_examples, split_path
+from cogumi.models.build import load, parameters
+from cogumi.models.depth import FILE, Routers, skipping, spans_of
+from cogumi.models.text import HFTokenizer
+from cogumi.stage import Context
+from cogumi.train.batches import IGNORE, Batch, Row, collate, make_rows
+from cogumi.train.loop import Apply, LoopConfig, train
+from cogumi.train.validation import ROWS, applied, judge_answers
+from cogumi.types import Artifact
+
+VERSION = 1
+KIND = "depth"
+
+_SHARES = tuple(round(0.05 * k, 2) for k in range(1, 20))  # of answer tokens skipping, tried on the selection split
+
+
+class Config(BaseModel):
+    """`layers` (from 0) may be skipped, at most half of them all; neighbours share one decision.
+
+    A token is easy where the full model gave the next one at least the probability `sure`. At most the share `share` of
+    answer tokens skip, and at most `points` percentage points of selection answers are lost.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    layers: tuple[int, ...]
+    sure: float = Field(0.95, gt=0, lt=1)
+    share: float = Field(0.75, gt=0, le=1)
+    points: float = Field(0.5, ge=0)
+    loop: LoopConfig = LoopConfig(steps=300, batch=32, lr=2e-3, evaluate_every=100)
+
+
+class Routed(nn.Module):
+    """A frozen language model and the routers trained on it."""
+
+    def __init__(self, language_model: Any, routers: Routers) -> None:
+        super().__init__()
+        self.lm = language_model.requires_grad_(False)
+        self.lm.config.use_cache = False
+        self.routers = routers
+
+    @torch.no_grad()
+    def nats(self, ids: Tensor) -> Tensor:
+        """What the full model finds in each next token: `[rows, positions]` -> `[rows, positions - 1]`."""
+        logits = self.lm(input_ids=ids).logits[:, :-1]
+        return cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """Log-odds of easy at the entry of each span while tokens skip: -> `[spans, rows, positions - 1]`."""
+        seen: list[Tensor] = []
+
+        def depth(first: int, hidden: Tensor) -> Tensor:
+            seen.append(self.routers.easy(first, hidden))
+            return ~(seen[-1].detach() > self.routers.bar)
+
+        with skipping(self.lm.get_decoder(), depth, self.routers.spans):
+            self.lm.get_decoder()(input_ids=ids)
+        return torch.stack(seen)[:, :, :-1]
+
+
+def tokens_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which positions come before a token of their row, and which before one of its answer: `[rows, positions - 1]`."""
+    answer = batch.labels[:, 1:] != IGNORE
+    return answer.flip(1).cumsum(1).flip(1) > 0, answer
+
+
+def router_loss(model: Routed, batch: Batch, most: float) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy of "easy" (at most `most` nats) over the tokens of a batch, all spans alike."""
+    read, _ = tokens_of(batch)
+    easy = (model.nats(batch.ids) <= most)[read].float()
+    scores = model.scores(batch.ids)[:, read]
+    loss = binary_cross_entropy_with_logits(scores, easy.expand_as(scores))
+    accuracy = ((scores > 0) == (easy > 0.5)).float().mean()
+    return loss, {"loss": float(loss.detach()), "accuracy": float(accuracy)}
+
+
+@dataclass(frozen=True, slots=True)
+class Opinions:
+    """What the routers think of the tokens of some rows: `scores` [spans, n]; `easy` and `answer` [n] booleans."""
+
+    scores: Tensor
+    easy: Tensor
+    answer: Tensor
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Loss, accuracy over all tokens and over answer tokens, and the shares that are easy."""
+        right = ((self.scores > 0) == self.easy).float()
+        return {
+            "loss": float(binary_cross_entropy_with_logits(self.scores, self.easy.float().expand_as(self.scores))),
+            "token_accuracy": float(right.mean()),
+            "answer_token_accuracy": float(right[:, self.answer].mean()),
+            "easy_tokens": float(self.easy.float().mean()),
+            "easy_answer_tokens": float(self.easy[self.answer].float().mean()),
+        }
+
+
+def opinions(apply: Apply, rows: Sequence[Row], most: float) -> Opinions:
+    """The routers asked about every token of the rows while tokens skip; easy is at most `most` nats."""
+
+    def look(model: Routed, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        read, answer = tokens_of(batch)
+        return model.scores(batch.ids)[:, read].cpu(), (model.nats(batch.ids) <= most)[read].cpu(), answer[read].cpu()
+
+    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
+    parts = [apply(look, collate(rows, order[i : i + ROWS])) for i in range(0, len(rows), ROWS)]
+    return Opinions(*(torch.cat(column, dim=-1) for column in zip(*parts, strict=True)))
+
+
+def sweep(model: Routed, rows: Sequence[Row], most: float) -> list[dict[str, float]]:
+    """From no token skipping to nearly all answer tokens: bar, share of answer tokens that skip, and what is left of
+    the answers: `exact` (share given word for word) and `nats` per token.
+    """
+    apply, decoder, routers = applied(model), model.lm.get_decoder(), model.routers
+    known = opinions(apply, rows, most)
+    found = []
+    for share in (0.0, *_SHARES):
+        routers.bar = float(known.scores[:, known.answer].quantile(1 - share)) if share else math.inf
+        with skipping(decoder, routers.takes, routers.spans):
+            answers = judge_answers(applied(model.lm), rows)
+        found.append({"bar": routers.bar, "share": share, "exact": answers["exact"], "nats": answers["loss"]})
+    return found
+
+
+def choose(found: Sequence[Mapping[str, float]], share: float, points: float) -> Mapping[str, float]:
+    """The last row of a sweep before one that skips too much or loses more than `points` of the first row's answers."""
+    least = found[0]["exact"] - points / 100
+    bad = (i for i, row in enumerate(found) if row["share"] > share or row["exact"] < least)
+    return found[next(bad, len(found)) - 1]
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`examples` and `model` (the base) -> depth.safetensors."""
+    torch.set_num_threads(context.threads)
+    base, data = inputs["model"].path, inputs["examples"].path
+    tokenizer, language_model = HFTokenizer.load(base), load(base)
+    shape = language_model.config
+    spans = spans_of(config.layers, shape.num_hidden_layers)
+    torch.manual_seed(context.seed)
+    model = Routed(language_model, Routers(spans, shape.hidden_size))
+    rows, judging = (
+        make_rows(read_examples(split_path(data, split)), tokenizer, shape.max_position_embeddings)
+        for split in ("train", "selection")
+    )
+    most = -math.log(config.sure)
+    at = train(
+        model,
+        rows,
+        partial(router_loss, most=most),
+        config.loop,
+        out,
+        context,
+        lambda apply: opinions(apply, judging, most).figures,
+    )
+    figures = opinions(applied(model), judging, most).figures
+    tried = sweep(model, judging, most)
+    chosen = choose(tried, config.share, config.points)
+    model.routers.bar = chosen["bar"]
+    model.routers.save(out / FILE, base)
+    return {
+        "spans": spans,
+        "parameters": parameters(model.routers),
+        "steps": at.step,
+        "best_step": at.best_step,
+        "tokens": at.tokens,
+        **figures,
+        "skipped": chosen["share"],
+        "points_lost": round(100 * (tried[0]["exact"] - chosen["exact"]), 3),
+        "tried": tried,
+        "curve": {"training": at.losses, "selection": at.validations},
+        "base_sha256": sha256(base / "model.safetensors"),
+    }
