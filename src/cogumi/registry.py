@@ -18,6 +18,11 @@ STAGES: dict[str, str] = {
     "sft": "cogumi.train.sft",
     "respond": "cogumi.evaluate.respond",
     "draft": "cogumi.train.draft",
+    "distill": "cogumi.train.distill",
+    "merge": "cogumi.train.merge",
+    "acceptance": "cogumi.evaluate.acceptance",
+    "depth": "cogumi.train.depth",
+    "depth_report": "cogumi.evaluate.depth",
     "modifier": "cogumi.train.modifier",
     "gguf": "cogumi.compress.gguf",
     "router": "cogumi.train.router",
@@ -27,6 +32,12 @@ STAGES: dict[str, str] = {
     "embedder": "cogumi.train.embedder",
     "escalation": "cogumi.train.escalation",
     "critic": "cogumi.evaluate.critic",
+    "fewshot": "cogumi.evaluate.fewshot",
+    "anil": "cogumi.train.anil",
+    "episodes": "cogumi.data.episodes",
+    "recover": "cogumi.train.recover",
+    "paths": "cogumi.evaluate.paths",
+    "backbone": "cogumi.train.backbone",
 }
 
 ENGINES: dict[str, str] = {
