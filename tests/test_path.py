@@ -11,7 +11,8 @@ from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.memory import Memory
 from cogumi.cascade.modes import Mode, Settings
 from cogumi.cascade.notes import AGAIN, LOW_CONFIDENCE, NOTES, ending_of, without_note
-from cogumi.cascade.parts import Parts, with_shots
+from cogumi.cascade.parts import Parts
+from cogumi.cascade.templates import Templates
 from cogumi.errors import ContextError, RequestError
 from cogumi.route.gate import QuestionGate
 from cogumi.route.signals import FLOOR
@@ -91,14 +92,13 @@ def test_votes_may_replace_an_unsure_answer_and_never_make_it_sure(tiers):
 
 
 def test_hard_questions_may_be_shown_examples_of_their_domain(tiers):
-    shots = {"code": [(f"q{i}", f"a{i}") for i in range(5)]}
+    templates = Templates({"code": [(f"q{i}", f"a{i}") for i in range(5)]})
     settings = Settings(modes={"shown": Mode(examples=2)})
-    reply = final_reply(cascade(tiers, HARD, shots=shots, settings=settings).generate(ask(mode="shown")))
+    reply = final_reply(cascade(tiers, HARD, templates=templates, settings=settings).generate(ask(mode="shown")))
     assert ("base+examples", "p_correct") in signals(reply)
-    shown = with_shots(ask("one", "two", "three"), shots["code"], 2)
-    assert [m.role for m in shown.messages] == ["user", "assistant"] * 3 + ["user"]
-    assert shown.messages[-1].content == "three"
-    assert shown == with_shots(ask("one", "two", "three"), shots["code"], 2)
+    too_long = Templates({"code": [("q " * 300, "a")]})
+    reply = final_reply(cascade(tiers, HARD, templates=too_long, settings=settings).generate(ask(mode="shown")))
+    assert not any(tier == "base+examples" for tier, _ in signals(reply))
     nothing = final_reply(cascade(tiers, HARD, settings=settings).generate(ask(mode="shown")))
     assert not any(tier == "base+examples" for tier, _ in signals(nothing))
 

@@ -14,6 +14,8 @@ and, where the recipe makes them:
     critic.safetensors          scores an answer and names what is wrong with it
     embedder.onnx, .json        sentence embeddings, for the semantic cache
     examples.jsonl              questions with answers, shown to the base before hard ones
+    head.safetensors            LoRA on the base's output head, adapted to the examples of a request
+    fewshot.gguf                LoRA adapter on the base that answers with that head
 
 No file can run code when it is opened. A folder with anything missing, extra, damaged or foreign is refused.
 """
@@ -40,9 +42,10 @@ BASE, DRAFT = "base.gguf", "draft.gguf"
 DIFFICULTY, ROUTER, CALIBRATION = "difficulty.safetensors", "router.safetensors", "calibration.json"
 ESCALATION, CRITIC, EXAMPLES = "escalation.onnx", "critic.safetensors", "examples.jsonl"
 EMBEDDER, VOCABULARY = "embedder.onnx", "embedder.json"
+HEAD, FEWSHOT = "head.safetensors", "fewshot.gguf"
 CARD = "README.md"
 REQUIRED = (BASE, DRAFT, DIFFICULTY, ROUTER, CALIBRATION, CARD)
-OPTIONAL = (ESCALATION, CRITIC, EXAMPLES, EMBEDDER, VOCABULARY)
+OPTIONAL = (ESCALATION, CRITIC, EXAMPLES, EMBEDDER, VOCABULARY, HEAD, FEWSHOT)
 _MODIFIER = re.compile(r"modifiers/([A-Za-z0-9][A-Za-z0-9_-]*)\.gguf")
 
 
@@ -73,7 +76,7 @@ class Bundle:
     """An opened, verified bundle; `description` is what its maker said about it (figures, provenance).
 
     None for an optional part that it lacks; `embedder` is the folder of the two files. Bundles of the same
-    `fingerprint` hold the same bytes.
+    `fingerprint` hold the same bytes; `base_fingerprint` is that of the weights that the base was exported from.
     """
 
     path: Path
@@ -85,10 +88,13 @@ class Bundle:
     calibration: dict[str, Any]
     description: dict[str, Any]
     fingerprint: str
+    base_fingerprint: str
     escalation: Path | None = None
     critic: Path | None = None
     examples: Path | None = None
     embedder: Path | None = None
+    head: Path | None = None
+    fewshot: Path | None = None
 
 
 def modifier_name(domain: str) -> str:
@@ -121,9 +127,10 @@ def _check_parts(folder: Path, index: Index) -> None:
     base = index.parts[BASE]
     for name, part in sorted(index.parts.items()):
         match = _MODIFIER.fullmatch(name)
-        if match and part.base_fingerprint != base.base_fingerprint:
+        adapter = f"the modifier '{match[1]}'" if match else name
+        if (match or name == FEWSHOT) and part.base_fingerprint != base.base_fingerprint:
             raise BundleError(
-                f"{folder}: the modifier '{match[1]}' was trained on another base "
+                f"{folder}: {adapter} was trained on another base "
                 f"({part.base_fingerprint[:12]}, here {base.base_fingerprint[:12]}); train it on this base"
             )
         if part.tokenizer_sha256 != base.tokenizer_sha256:
@@ -206,9 +213,12 @@ def open_bundle(folder: Path) -> Bundle:
         router=folder / ROUTER,
         calibration=calibration,
         description=index.description,
+        base_fingerprint=index.parts[BASE].base_fingerprint,
         fingerprint=hashlib.sha256(listed.encode()).hexdigest(),
         escalation=optional(ESCALATION),
         critic=optional(CRITIC),
         examples=optional(EXAMPLES),
         embedder=folder if optional(EMBEDDER, VOCABULARY) else None,
+        head=optional(HEAD),
+        fewshot=optional(FEWSHOT),
     )

@@ -67,8 +67,9 @@ class Judge:
         signals = modifier_signals(own, base.signals, base.gate_p, agree)
         return self._judged("modifier", f"modifier:{name}", reply, signals)
 
-    def base(self, request: Request, reply: Reply, tier: str = "base") -> Attempt:
+    def base(self, request: Request, reply: Reply) -> Attempt:
         """The base's answer to `request`."""
+        tier = "base+examples" if request.examples else "base"
         signals = self.parts.tiers.base_signals(request, reply, self.question)
         probe = self.parts.calibration.probe if reply.hidden else None
         return self._judged("base", tier, reply, with_probe(signals, probe, reply.hidden))

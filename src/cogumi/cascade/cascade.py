@@ -10,8 +10,9 @@
 Tokens stream as they come where no other tier can follow and nothing may be withheld; else once an answer
 is chosen. The reply's text is always the streamed text, or that of the last `Revision`. Requests for one
 adapter, and raw prompts, are answered by that tier directly: they are not questions the gates were fitted
-on. The guarantee was measured on greedy answers; sampled ones (temperature > 0) take the same path without
-it. `usage` sums what all tiers spent on answers; the draft's reading of the question is not in it.
+on. Requests with examples of their own are answered by the base, never for sure: nothing was calibrated for them. The
+guarantee was measured on greedy answers; sampled ones (temperature > 0) take the same path without it. `usage` sums
+what all tiers spent on answers; the draft's reading of the question is not in it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is tried for a hard question to which no answer was sure (SPEC F1's hard path, F13, F14).
+"""What is tried for a hard question to which no answer was sure (SPEC F1's hard path, F13, F14, F18).
 
-Examples of the domain before the question, votes of sampled answers, a critic who has the answer written again: each
+Examples that suit the question, votes of sampled answers, a critic who has the answer written again: each
 may put another answer in the place of the unsure one, and says why. None makes it a sure one.
 """
 
@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from cogumi.cascade.attempt import Attempt, Judge
-from cogumi.cascade.critique import improve
+from cogumi.cascade.critique import improve, question_of
 from cogumi.cascade.modes import Mode
-from cogumi.cascade.parts import with_shots
 from cogumi.cascade.vote import gather, vote
+from cogumi.errors import ContextError
 from cogumi.route.critic import NONE
 from cogumi.types import Decision, Request, Usage
 
@@ -41,18 +41,20 @@ def deliberate(judge: Judge, mode: Mode, request: Request, unsure: Attempt) -> T
 
 
 def _examples(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tried:
-    """The base once more, with examples of the question's domain before it; kept if that is likelier correct."""
-    domains = judge.question.domains
-    rows = judge.parts.shots.get(max(domains, key=lambda name: domains[name]), ())
-    if not rows:
+    """The base once more, with up to `count` examples that suit the question; kept if that is likelier correct."""
+    domains, templates = judge.question.domains, judge.parts.templates
+    domain = max(domains, key=lambda name: domains[name])
+    examples = templates.suiting(question_of(request), domain, count) if templates else ()
+    if not examples:
         return unsure, Usage()
-    shown = with_shots(request, rows, count)
-    reply = (yield from gather(judge.parts.tiers.base, [replace(shown, adapter=None, hidden=True)]))[0]
-    found = judge.base(shown, reply, "base+examples")
+    shown = replace(request, examples=examples, adapter=None, hidden=True, speculate=False)
+    try:
+        reply = (yield from gather(judge.parts.tiers.base, [shown]))[0]
+    except ContextError:
+        return unsure, Usage()
+    found = judge.base(shown, reply)
     better = found.check.p > unsure.check.p
-    reason = (
-        f"with {min(count, len(rows))} examples of its domain the answer is {'likelier' if better else 'no likelier'}"
-    )
+    reason = f"with {len(examples)} examples the answer is {'likelier' if better else 'no likelier'}"
     yield Decision(found.tier, "p_correct", found.check.p, min(max(unsure.check.p, 0.0), 1.0), better, reason)
     return (found if better else unsure), reply.usage
 

@@ -31,7 +31,7 @@ class Mode(BaseModel):
     """The tiers that may answer (see `Policy`), and what is tried for a hard question to which no answer was sure.
 
     `votes` sampled answers vote (F13), the critic may have an answer written again (`critique` rounds, F14), and the
-    base may see so many `examples` of the domain (F1).
+    base may see up to so many `examples` that suit the question (F1, F18).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +64,7 @@ MODES: Mapping[str, Mode] = {
     "fast": Mode(),
     "balanced": Mode(modifier=True),
     "accurate": Mode(modifier=True, votes=5, critique=1),
-    "desktop": Mode(modifier=True, votes=5, critique=1, examples=3),
+    "desktop": Mode(modifier=True, votes=5, critique=1, examples=5),
     "mobile": Mode(draft=True, modifier=True, straight=True),
     "turbo": Mode(draft=True),
 }

@@ -14,7 +14,8 @@ from cogumi.cascade.critique import Critic
 from cogumi.cascade.learning import Learner
 from cogumi.cascade.memory import FILE, Memory
 from cogumi.cascade.modes import Settings
-from cogumi.cascade.parts import Parts, Shots
+from cogumi.cascade.parts import Parts
+from cogumi.cascade.templates import Pair, Templates
 from cogumi.cascade.tiers import Tiers
 from cogumi.errors import BundleError, CogumiError
 from cogumi.route.gate import KINDS, Calibration
@@ -22,6 +23,7 @@ from cogumi.route.nets import load_head, load_net, load_scope
 from cogumi.runtime.embedder import Embedder
 from cogumi.runtime.escalation import Escalation
 from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.runtime.shots import ADAPTER
 
 REUSE = ("exact", "static", "verified")
 """Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
@@ -52,7 +54,8 @@ def open_cascade(
         if memory:
             opened.callback(memory.close)
         learner = Learner(memory, state, list(calibration.guarantees.values())) if memory and state else None
-        answers = _answers(bundle, reuse, state)
+        embedder = Embedder(bundle.embedder) if bundle.embedder else None
+        answers = _answers(bundle, embedder, reuse, state)
         if answers is not None:
             opened.callback(answers.close)
         tiers = _tiers(bundle, slots, context, threads, cache, opened)
@@ -66,7 +69,7 @@ def open_cascade(
             Escalation(bundle.escalation) if bundle.escalation else None,
             answers,
             Critic(bundle.critic) if bundle.critic else None,
-            _shots(bundle.examples),
+            Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
             bundle.fingerprint,
         )
         cascade = Cascade(parts, workers=slots)
@@ -88,7 +91,9 @@ def _tiers(
         threads=threads,
         cache=cache,
         draft=bundle.draft,
-        adapters=bundle.modifiers,
+        adapters=bundle.modifiers | ({ADAPTER: bundle.fewshot} if bundle.fewshot else {}),
+        head=bundle.head,
+        base_sha256=bundle.base_fingerprint,
     )
     opened.callback(base.close)
     draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads, cache=cache, lookup=False)
@@ -96,23 +101,23 @@ def _tiers(
     return Tiers(base, draft, difficulty, router, load_scope(bundle.router))
 
 
-def _answers(bundle: Bundle, reuse: str | None, state: Path | None) -> AnswerCache | None:
+def _answers(bundle: Bundle, embedder: Embedder | None, reuse: str | None, state: Path | None) -> AnswerCache | None:
     """The answers that may be given again. Raises `CogumiError` for an unknown way, or one that the bundle lacks."""
     if reuse is None:
         return None
     if reuse not in REUSE:
         raise CogumiError(f"unknown way to reuse answers '{reuse}': choose one of {', '.join(REUSE)}")
-    if reuse != "exact" and bundle.embedder is None:
+    if reuse != "exact" and embedder is None:
         raise CogumiError(f"{bundle.path} holds no embedder: only --reuse exact works with it")
-    embedder = Embedder(bundle.embedder) if reuse != "exact" and bundle.embedder else None
-    return AnswerCache(embedder, state / "answers" if state else None, verified=reuse == "verified")
+    near = embedder if reuse != "exact" else None
+    return AnswerCache(near, state / "answers" if state else None, verified=reuse == "verified")
 
 
-def _shots(path: Path | None) -> Shots:
+def _examples(path: Path) -> dict[str, list[Pair]]:
     """The examples of a bundle by domain. Raises `BundleError` if a line is none."""
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    found: dict[str, list[Pair]] = defaultdict(list)
     try:
-        for line in path.read_text("utf-8").splitlines() if path else ():
+        for line in path.read_text("utf-8").splitlines():
             row = json.loads(line)
             found[row["domain"]].append((str(row["question"]), str(row["answer"])))
     except (ValueError, KeyError, TypeError) as error:

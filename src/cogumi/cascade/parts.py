@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import sqlite3
 import time
 import warnings
@@ -19,6 +18,7 @@ from cogumi.cascade.learning import Learner
 from cogumi.cascade.memory import Memory, Turn
 from cogumi.cascade.modes import Settings
 from cogumi.cascade.notes import without_note
+from cogumi.cascade.templates import Templates
 from cogumi.cascade.tiers import Tiers
 from cogumi.errors import RequestError, StateError
 from cogumi.route.gate import KINDS, Calibration
@@ -29,8 +29,6 @@ from cogumi.types import Decision, Message, Reply, Request, Usage
 T = TypeVar("T")
 NOTED = 10_000
 """Requests of which it is known what to take back."""
-Shots = Mapping[str, Sequence[tuple[str, str]]]
-"""Domain -> questions with their answers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +44,7 @@ class Parts:
     escalation: Escalation | None = None
     cache: AnswerCache | None = None
     critic: Critic | None = None
-    shots: Shots = field(default_factory=dict)
+    templates: Templates | None = None
     name: str = ""
     _asked: OrderedDict[tuple[str, str], Request] = field(default_factory=OrderedDict)
     """By user and answer's id, the latest requests whose answers may be given again."""
@@ -197,14 +195,3 @@ def _reusable(request: Request) -> bool:
         speculate=request.speculate,
     )
     return request == plain and bool(request.messages)
-
-
-def with_shots(request: Request, rows: Sequence[tuple[str, str]], count: int) -> Request:
-    """The request with `count` questions and answers before its last message, the same ones for the same question."""
-    draw = random.Random(request.messages[-1].content)
-    turns = [
-        Message(role, text)
-        for pair in draw.sample(list(rows), min(count, len(rows)))
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-    return replace(request, messages=(*request.messages[:-1], *turns, request.messages[-1]))

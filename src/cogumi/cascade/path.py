@@ -1,4 +1,4 @@
-"""The path of one request through the cascade (SPEC F1, F2, F4, F6, F7, F9, F11 to F15, F19).
+"""The path of one request through the cascade (SPEC F1, F2, F4, F6, F7, F9, F11 to F15, F18, F19).
 
 The draft reads the question -> the tiers of the mode's policy answer in turn, each judged by its gate, until one is
 sure -> where none is, what the mode still allows is tried -> the answer is given, marked, or withheld.
@@ -18,11 +18,13 @@ from typing import cast
 
 from cogumi.cascade.attempt import Attempt, Judge
 from cogumi.cascade.channel import Flow, answered
+from cogumi.cascade.critique import question_of
 from cogumi.cascade.deliberate import deliberate
-from cogumi.cascade.modes import AUTO, Choice
+from cogumi.cascade.modes import AUTO, Choice, Mode
 from cogumi.cascade.notes import AGAIN, LOW_CONFIDENCE, ending_of
 from cogumi.cascade.parts import Parts, last_answer
 from cogumi.cascade.tiers import Question
+from cogumi.errors import ContextError
 from cogumi.route.domains import PRELOAD, preload, with_history
 from cogumi.route.policy import settle
 from cogumi.route.signals import abstains
@@ -64,21 +66,27 @@ class Path:
             if complaint:
                 choice = replace(choice, mode=choice.mode.model_copy(update={"modifier": True}))
         novel = gate.novel(question.perplexity)
-        speculation = self._speculation(request, question)
-        yield self._decide(speculation)
-        if request.speculate is None and not speculation.accepted:
-            request = replace(request, speculate=False)
+        if request.examples:
+            request, choice = self._filled_up(request), replace(choice, mode=Mode())
+            complaint = complaint or "nothing was calibrated for a request's own examples, so no answer counts as sure"
+            yield self._decide(Decision("cascade", "examples", len(request.examples), 0.0, False, complaint))
+        else:
+            speculation = self._speculation(request, question)
+            yield self._decide(speculation)
+            if request.speculate is None and not speculation.accepted:
+                request = replace(request, speculate=False)
         if novel:
             complaint = complaint or "the question is unlike those it was calibrated on, so no answer counts as sure"
             yield self._decide(Decision("draft", "novelty", question.perplexity, gate.novelty or 0.0, False, complaint))
+        calibrated = not novel and not request.examples
         judge = Judge(parts, self._id, self._user, question, parts.threshold(choice.mode.policy), complaint)
         attempt = yield from self._answer(request, domain, choice, judge)
         if attempt is None:
             return Reply("", (), "cancelled", self._usage)
-        reply = yield from self._give(attempt, AGAIN if complaint and not novel else LOW_CONFIDENCE)
-        if novel:
+        reply = yield from self._give(attempt, AGAIN if complaint and calibrated else LOW_CONFIDENCE)
+        if not calibrated:
             reply = replace(reply, p_correct=None)
-        parts.remember(self._id, self._asked, reply, domain, choice.name, None if novel else attempt.gate_p)
+        parts.remember(self._id, self._asked, reply, domain, choice.name, attempt.gate_p if calibrated else None)
         parts.keep(self._id, self._asked, reply)
         return reply
 
@@ -104,10 +112,12 @@ class Path:
         surprising = mode.straight and has_modifier and self._tiers.surprise(request) > gate.base_perplexity
         order = mode.policy.order(has_modifier, surprising)
         hard = not gate.easy(question.perplexity, question.p_easy)
-        deliberates = mode.deliberates and hard and not gate.novel(question.perplexity)
+        if gate.novel(question.perplexity):  # neither votes nor critic were ever tried on its like
+            mode = mode.model_copy(update={"votes": 0, "critique": 0})
+        deliberates = mode.deliberates and hard
         if domain and hard and "modifier" in order and self._foreseen(domain, question):
             self._tiers.read_ahead(request, domain, self._id)
-        progressive = request.progressive and not request.abstain
+        progressive = request.progressive and not (request.abstain or request.examples)
         if progressive and order[0] != "draft":
             self._streamed = (yield from self._ask("draft", request, live=True)).text
         live = order == ("base",) and not (request.abstain or deliberates or progressive)
@@ -139,6 +149,17 @@ class Path:
                 if found:
                     self._decide(found)
                 yield found
+
+    def _filled_up(self, request: Request) -> Request:
+        """With near examples of the bank before the given ones, to as many as suit a domain, if they fit (SPEC F18)."""
+        if not self._parts.templates:
+            return request
+        filled = replace(request, examples=self._parts.templates.filled_up(question_of(request), request.examples))
+        try:
+            self._tiers.base.check(filled)
+        except ContextError:
+            return request
+        return filled
 
     def _foreseen(self, domain: str, question: Question) -> bool:
         """Whether the domain's modifier will likely be asked: it was needed before, or question and habit say so."""

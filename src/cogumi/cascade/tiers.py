@@ -51,7 +51,7 @@ class Tiers:
 
     def read_question(self, request: Request) -> Question:
         """Let the draft read a request's messages. Raises `ContextError` if they do not fit."""
-        return self.judge(request, self.draft.read(request))
+        return self.judge(request, self.draft.read(_alone(request)))
 
     def judge(self, request: Request, reading: Reading) -> Question:
         """What difficulty head and router make of the draft's reading of a request."""
@@ -84,7 +84,7 @@ class Tiers:
         """
         own = answer_signals(reply)
         try:
-            opinion = self.draft.score(request, reply.text)
+            opinion = self.draft.score(_alone(request), reply.text)
         except ContextError:
             opinion = Score(FLOOR, 1, len(reply.text.encode()))
         return {**own, **question.signals, **opinion_signals(opinion, own)}
@@ -98,3 +98,8 @@ class Tiers:
         """Free both models."""
         self.base.close()
         self.draft.close()
+
+
+def _alone(request: Request) -> Request:
+    """What the draft reads of a request: not its examples, which are the base's business."""
+    return replace(request, examples=(), adapt=None)

@@ -1,8 +1,8 @@
 """Stage `bundle`: put the exported parts of a cascade into one verified folder with a model card.
 
 Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty` and
-`router` (safetensors), and `calibration`; if wanted `escalation`, `critic`, `embedder`, and `examples` (questions, some
-of which are shown to the base before hard ones).
+`router` (safetensors), and `calibration`; if wanted `escalation`, `critic`, `embedder`, `head` and `fewshot`, and
+`examples` (questions, some of which are shown to the base before hard ones).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ OPTIONAL = {
     "escalation": (bundle.ESCALATION, bundle.ESCALATION, "notices that a user is not satisfied with an answer"),
     "critic": (bundle.CRITIC, bundle.CRITIC, "scores an answer and names what is wrong with it"),
     "embedder": (bundle.EMBEDDER, bundle.EMBEDDER, "embeds sentences, for the semantic cache"),
+    "head": (bundle.HEAD, bundle.HEAD, "the base's output head, adapted to the examples of a request"),
+    "fewshot": ("adapter.gguf", bundle.FEWSHOT, "answers together with the adapted head"),
     "examples": ("train.jsonl", bundle.EXAMPLES, "questions with answers, shown to the base before hard ones"),
 }
 """The same for what need not be there."""

@@ -125,6 +125,11 @@ class LlamaEngine:
         return tuple(name for name in self._adapters.names if name != ADAPTER)
 
     @property
+    def has_head(self) -> bool:
+        """Whether a head can be adapted to a request's examples."""
+        return self._head is not None
+
+    @property
     def costs(self) -> Costs | None:
         """What passes of the base and of the draft cost on this machine now; None if nothing is ever drafted."""
         return self._drafting.controller.costs if self._drafting else None
