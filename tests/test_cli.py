@@ -200,6 +200,18 @@ def ask(client, text, model="cogumi:fast", **options):
     return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
 
 
+def test_chat_answers_after_the_examples_of_a_file(folder, tmp_path):
+    file = tmp_path / "examples.jsonl"
+    file.write_text('{"question": "What is 1 + 1?", "answer": "two"}\n\n{"question": "2 + 2?", "answer": "four"}\n')
+    answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--examples", file, "--json").stdout)
+    assert (answer["tier"], answer["p_correct"]) == ("base+examples", None)
+    assert next(d for d in answer["decisions"] if d["signal"] == "examples")["value"] == 2
+    for text, why in (("", "holds no example"), ('{"question": "q"}', "line 1 is no example"), ("\nx", "line 2 is no")):
+        file.write_text(text)
+        refused = cogumi("chat", folder, "--once", "x", "--examples", file, ok=1)
+        assert why in refused.stderr
+
+
 def test_chat_once_tells_tier_confidence_and_reasons(folder):
     shown = cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?").stdout
     assert "base · P(correct) 70%" in shown
@@ -356,6 +368,25 @@ def test_an_unsure_answer_can_be_withheld(client):
     assert ask(client, "What is 3 + 4?", **options).choices[0].message.content == ABSTENTION
     chunks = list(ask(client, "What is 3 + 4?", stream=True, **options))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == ABSTENTION
+
+
+def test_examples_of_a_request_reach_the_base_and_make_no_answer_sure(client):
+    examples = [{"question": "What is 1 + 1?", "answer": "two"}]
+    ours = {"cogumi": {"examples": examples}}
+    given = ask(client, "What is 3 + 4?", extra_body=ours)
+    alone = ask(client, "What is 3 + 4?")
+    assert (given.model_extra["cogumi"]["tier"], given.model_extra["cogumi"]["p_correct"]) == ("base+examples", None)
+    assert given.usage.prompt_tokens > alone.usage.prompt_tokens
+    for wrong, why in (
+        ({"examples": examples, "adapt": True}, "no head"),
+        ({"adapt": True}, "give examples"),
+        ({"examples": [{"question": "long " * 600, "answer": "a"}]}, "shorten"),
+        ({"examples": [{"question": "q", "answer": " "}]}, "example 0 has an empty"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=why):
+            ask(client, "x", extra_body={"cogumi": wrong})
+    with pytest.raises(openai.BadRequestError, match="give messages"):
+        client.completions.create(model="cogumi:base", prompt="x", extra_body=ours)
 
 
 def test_serve_refuses_what_it_cannot_answer(client):

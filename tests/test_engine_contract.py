@@ -240,6 +240,21 @@ def test_adapters_change_scores(engine):
 
 
 @engines()
+def test_examples_are_earlier_turns_where_no_head_can_be_adapted(engine):
+    shown = replace(ASK, examples=(("What is 1 plus 1?", "two"), ("What is 2 plus 2?", "four")), max_tokens=12)
+    turns = [
+        Message(role, text) for pair in shown.examples for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    turned = replace(shown, examples=(), messages=(ASK.messages[0], *turns, ASK.messages[1]))
+    said = final_reply(engine.generate(shown)).text
+    assert said == final_reply(engine.generate(replace(shown, adapt=False))).text
+    assert said == final_reply(engine.generate(turned)).text != final_reply(engine.generate(ASK)).text[: len(said)]
+    for wrong in (replace(shown, adapt=True), replace(shown, examples=(("a", ""),)), replace(ASK, adapt=True)):
+        with pytest.raises(RequestError):
+            engine.generate(wrong)
+
+
+@engines()
 def test_bias_forbids_and_forces(engine):
     forced = engine.tokenizer.encode("b")[0]
     reply = final_reply(engine.generate(replace(ASK, logit_bias={forced: 100.0}, max_tokens=8)))

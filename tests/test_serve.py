@@ -6,6 +6,7 @@ real bundle.
 
 import contextlib
 import json
+import re
 import threading
 
 import numpy as np
@@ -110,6 +111,8 @@ def test_what_the_engine_is_asked(client, engine):
                 "abstain": True,
                 "session": "s",
                 "modifier": "code",
+                "examples": [{"question": "q", "answer": "a"}],
+                "adapt": False,
             },
         },
     )
@@ -118,6 +121,7 @@ def test_what_the_engine_is_asked(client, engine):
     assert first.messages[1] == Message("user", "echo\nb")
     assert (first.max_tokens, first.temperature, first.top_p, first.stop) == (5, 0.5, 0.9, ("\n", "x"))
     assert (first.mode, first.speculate, first.abstain, first.session) == ("fast", False, True, "s")
+    assert (first.examples, first.adapt) == ((("q", "a"),), False)
     assert (first.adapter, first.user) == ("code", "me")
     assert {first.seed, second.seed} == {3, 4}
 
@@ -422,6 +426,31 @@ def test_no_body_breaks_the_server(port, value, key):
     status, _, data = raw(port, "POST", "/v1/chat/completions", json.dumps(body))
     assert status in (200, 400)
     assert ("error" in json.loads(data)) == (status == 400)
+
+
+GOOD = {"question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "why"),
+    [
+        ({"examples": []}, "cogumi.examples: .*at least 1"),
+        ({"examples": [GOOD] * 11}, "cogumi.examples: .*at most 10"),
+        ({"examples": [{"question": "q"}]}, r"cogumi\.examples\.0\.answer: Field required"),
+        ({"examples": [{"question": 5, "answer": "a"}]}, r"cogumi\.examples\.0\.question: .*valid string"),
+        ({"examples": [GOOD, {"question": "", "answer": "a"}]}, r"cogumi\.examples\.1\.question: .*at least 1"),
+        ({"examples": [GOOD | {"more": 1}]}, "Extra inputs"),
+        ({"examples": "q"}, "valid list"),
+        ({"examples": [GOOD], "adapt": "maybe"}, "cogumi.adapt: .*valid boolean"),
+    ],
+)
+def test_examples_that_are_none_are_refused_in_one_line(port, ours, why):
+    body = {"model": "cogumi", "messages": [{"role": "user", "content": "echo a"}], "cogumi": ours}
+    status, _, data = raw(port, "POST", "/v1/chat/completions", json.dumps(body))
+    assert status == 400
+    message = json.loads(data)["error"]["message"]
+    assert re.search(why, message)
+    assert "\n" not in message
 
 
 def test_half_a_character_in_a_message_is_refused(port):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from cogumi import show
@@ -34,13 +36,19 @@ class Rated(Engine, Protocol):
 
 
 class Conversation:
-    """The turns so far and the mode they are answered in (None: each question chooses).
+    """The turns so far and the mode they are answered in (None: each question chooses), all after `examples`.
 
     Raises `RequestError` for a mode that `settings` does not know.
     """
 
-    def __init__(self, engine: Rated, mode: str | None = None, settings: Settings | None = None) -> None:
-        self.engine, self.settings = engine, settings or Settings()
+    def __init__(
+        self,
+        engine: Rated,
+        mode: str | None = None,
+        settings: Settings | None = None,
+        examples: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        self.engine, self.settings, self.examples = engine, settings or Settings(), examples
         self.choose(mode)
         self.id = ""
         self.messages: tuple[Message, ...] = ()
@@ -61,7 +69,8 @@ class Conversation:
         """
         asked = (*self.messages, Message("user", text))
         so_far, self.id = "", uuid.uuid4().hex
-        for event in self.engine.generate(Request(messages=asked, mode=self.mode, user=USER, id=self.id)):
+        request = Request(messages=asked, mode=self.mode, user=USER, id=self.id, examples=self.examples)
+        for event in self.engine.generate(request):
             piece, so_far = further(so_far, event)
             if piece:
                 write(piece)
@@ -69,6 +78,23 @@ class Conversation:
                 self.messages = (*asked, Message("assistant", without_note(event.text)))
                 return event
         raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
+
+
+def load_examples(path: Path) -> tuple[tuple[str, str], ...]:
+    """Worked examples, one JSON object {"question", "answer"} a line; `CogumiError` names a line that is none."""
+    found = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found.append((str(row["question"]), str(row["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            what = 'is no example; write {"question": "...", "answer": "..."}'
+            raise CogumiError(f"{path}: line {number} {what}") from error
+    if not found:
+        raise CogumiError(f"{path} holds no example; write one JSON object a line")
+    return tuple(found)
 
 
 def talk(conversation: Conversation) -> None:

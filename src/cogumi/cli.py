@@ -134,6 +134,9 @@ def chat(
     bundle: BundleArgument = None,
     mode: ModeOption = None,
     once: Annotated[str | None, typer.Option(help="Answer this one question and end.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help='Worked examples to answer after: a JSON line {"question", "answer"} for each.')
+    ] = None,
     settings: SettingsOption = None,
     state: StateOption = None,
     threads: ThreadsOption = None,
@@ -145,14 +148,15 @@ def chat(
     """
     from cogumi.cascade.modes import load_settings
     from cogumi.cascade.opening import open_cascade
-    from cogumi.chat import Conversation, talk
+    from cogumi.chat import Conversation, load_examples, talk
 
     if json and once is None:
         raise CogumiError('--json prints one answer: give its question with --once "..."')
     chosen = load_settings(settings)
     chosen.check(mode)
+    shown = load_examples(examples) if examples else ()
     with closing(open_cascade(_found(bundle), threads=threads, settings=chosen, state=state)) as cascade:
-        conversation = Conversation(cascade, mode, chosen)
+        conversation = Conversation(cascade, mode, chosen, shown)
         if once is None:
             talk(conversation)
         elif json:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cogumi import __version__
+from cogumi.runtime.shots import MOST
 from cogumi.types import Reply, Request, Token, Usage
 
 
@@ -23,6 +24,15 @@ class StreamOptions(BaseModel):
     """Only `include_usage` means something here."""
 
     include_usage: bool = False
+
+
+class WorkedExample(BaseModel):
+    """A question with the answer that is wanted to it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: Annotated[str, Field(min_length=1)]
+    answer: Annotated[str, Field(min_length=1)]
 
 
 class CogumiOptions(BaseModel):
@@ -37,6 +47,8 @@ class CogumiOptions(BaseModel):
     session: str | None = None
     files: Annotated[list[str], Field(max_length=100)] = []
     progressive: bool = False
+    examples: Annotated[list[WorkedExample], Field(min_length=1, max_length=MOST)] | None = None
+    adapt: bool | None = None
 
 
 def _listed(stop: Any) -> Any:
@@ -112,6 +124,8 @@ class Body(BaseModel):
                 session=self.cogumi.session,
                 files=tuple(self.cogumi.files),
                 progressive=self.cogumi.progressive,
+                examples=tuple((one.question, one.answer) for one in self.cogumi.examples or ()),
+                adapt=self.cogumi.adapt,
                 **{key: value for key, value in asked.items() if value is not None},
             )
             for index in range(self.n or 1)
