@@ -48,12 +48,13 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes on one device: what stands there all the time, and `peak`, the most there is at any time."""
+    """Bytes on one device. Weights and optimizer stay, the others come and go; `peak` is the most at any time."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    validation: int
     peak: int
 
 
@@ -69,10 +70,11 @@ def footprint(t: Training) -> Footprint:
     gradients = FP32 * t.trained // t.gpus
     optimizer = _optimizer(t) // t.gpus
     activations = _activations(t) + (0 if share == 1 else FP32 * t.shape.matrices // t.shape.layers)  # a gathered layer
+    validation = _validation(t)
     head = 0 if t.ranks else FP32 * t.shape.head_weights // t.gpus
     back = head + (activations + gradients if t.parts > 1 else max(activations, gradients))
-    peak = weights + optimizer + max(back, gradients + _scratch(t) // t.gpus, _validation(t))
-    return Footprint(weights, gradients, optimizer, activations, peak)
+    peak = weights + optimizer + max(back, gradients + _scratch(t) // t.gpus, validation)
+    return Footprint(weights, gradients, optimizer, activations, validation, peak)
 
 
 def _weights(t: Training) -> int:

@@ -35,7 +35,8 @@ COLUMNS = (
     "weights",
     "trained",
     "work",
-    "peak memory (weights + gradients + optimizer + activations)",
+    "peak memory",
+    "weights + optimizer, gradients, activations, validation",
     "disk",
     "notes",
 )
@@ -133,11 +134,13 @@ def table(found: Plan) -> list[list[str]]:
         trained = f"{step.trained / 1e6:,.1f}M" if step.trained else ""
         work = f"{step.steps:,} steps, {step.tokens / 1e6:,.1f}M tokens" if step.steps and step.tokens else ""
         memory = step.memory
-        parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations] if memory else []
-        taken = f"{size(memory.peak)} ({' + '.join(map(size, parts))})" if memory else ""
+        stays = [memory.weights + memory.optimizer] if memory else []
+        comes = [memory.gradients, memory.activations, memory.validation] if memory else []
+        parts = ", ".join(size(part) for part in stays + comes)
         disk = size(step.output + (step.checkpoint or 0)) if step.output else ""
         notes = [*step.notes, "needs a GPU"] if step.needs_gpu else step.notes
-        rows.append([step.name, step.method, weights, trained, work, taken, disk, "; ".join(notes)])
+        peak = size(memory.peak) if memory else ""
+        rows.append([step.name, step.method, weights, trained, work, peak, parts, disk, "; ".join(notes)])
     return rows
 
 
@@ -310,7 +313,7 @@ class _Planner:
         memory = footprint(training)
         tokens = int(loop.steps * loop.batch * rows.mean)
         passes = 4 + (2 if lora is None else 0) + (2 if loop.gradient_checkpointing else 0)
-        self._check_memory(step, memory.peak, training)
+        self._check_memory(step, memory, training)
         if step.stage == "draft":
             notes += self._drafting(step, model)
         kept = module.KIND == "adapter"
@@ -352,21 +355,24 @@ class _Planner:
         length = (rows.longest - rows.answer if rows else 512) + config.max_tokens
         cache = FP32 * shape.cache_values() * at_once * length
         weights = FP32 * shape.parameters
-        memory = Footprint(weights, 0, 0, cache, weights + cache)
+        memory = Footprint(weights, 0, 0, cache, 0, weights + cache)
         return StepPlan(step.name, step.stage, "answers", shape, shape.parameters, memory=memory)
 
-    def _check_memory(self, step: Step, peak: int, training: Training) -> None:
+    def _check_memory(self, step: Step, memory: Footprint, training: Training) -> None:
         limit = self.hardware.memory
-        if limit is None or peak <= limit:
+        if limit is None or memory.peak <= limit:
             return
-        ways = [
-            "gradient_checkpointing" if not training.recompute else "",
-            "more `accumulate`" if training.rows > 1 else "",
-            "a `lora`" if not training.ranks else "quantize: nf4" if not training.nf4 else "",
-            "more --gpus" if not training.nf4 else "",
-        ]
+        ways = {
+            "gradient_checkpointing": not training.recompute,
+            "more `accumulate`": training.rows > 1,
+            "a `lora`": not training.ranks,
+            "quantize: nf4": bool(training.ranks) and not training.nf4,
+            "more --gpus": not training.nf4,
+        }
+        if memory.weights + memory.optimizer + memory.validation == memory.peak:
+            ways = {f"shorter rows (validation reads {ASKED} at once)": True}
         self._problem(
             step,
-            f"takes {peak / 1e9:.1f} GB on each GPU, and there are {limit / 1e9:.1f}; "
-            f"try {' or '.join(way for way in ways if way) or 'a smaller model'}",
+            f"takes {memory.peak / 1e9:.1f} GB on each GPU, and there are {limit / 1e9:.1f}; "
+            f"try {' or '.join(way for way, helps in ways.items() if helps) or 'a smaller model'}",
         )
