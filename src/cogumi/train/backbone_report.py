@@ -1,0 +1,66 @@
+"""What stage `backbone` came to, for people: report.md and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogumi.artifact import write_text
+
+
+def report(metrics: Mapping[str, Any], out: Path) -> None:
+    """Write report.md and backbone.png from the stage's metrics."""
+    size, ranks, kept = metrics["bytes"], metrics["ranks"], metrics["kept"]
+    rows = [
+        f"| {name} | {d['base']['loss']:.3f} | {d['before']['loss']:.3f} | {d['untrained']['loss']:.3f} | "
+        f"{d['after']['loss']:.3f} | {d['loss_rise']:+.1%} | {d['before']['exact']:.1%} | {d['after']['exact']:.1%} | "
+        f"{100 * -d['exact_lost']:+.1f} | {metrics['clusters'][name]} |"
+        for name, d in metrics["domains"].items()
+    ]
+    many = "more than 15 domains" if metrics["many_domains"] else "15 domains or fewer: whole adapters are still simple"
+    directions = ", ".join(f"{share:.1%}" for share in metrics["explained"])
+    text = [
+        "# One shared adapter and a head per domain",
+        "",
+        f"{size['before']:,} bytes of adapters became {size['after']:,} ({size['after'] / size['before']:.0%}):",
+        f"a shared update of rank {ranks['shared']}, heads of rank {ranks['head']}. There are {many}.",
+        "",
+        f"Principal directions of the given updates hold {directions} of their squared length. Before any training the",
+        f"shared update alone kept {kept['by_shared']:.1%} of it, with the heads {kept['by_both']:.1%}.",
+        "",
+        "Loss (nats per token) and exact answers on the selection questions of each domain. Goal: at most 1% lost.",
+        "",
+        "| adapter | base | whole | taken apart | trained | loss | exact, whole | exact, trained | points | cluster |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        "![how alike the adapters are, and what each lost](backbone.png)",
+    ]
+    write_text(out / "report.md", "\n".join(text) + "\n")
+    _picture(metrics, out / "backbone.png")
+
+
+def _picture(metrics: Mapping[str, Any], path: Path) -> None:
+    """Cosines of updates, cosines of what they do to hidden states, and losses before and after."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(metrics["domains"])
+    figure = Figure(figsize=(15, 4.5), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, 3, i + 1) for i in range(3)]
+    for axis, (what, values) in zip(axes, metrics["cosines"].items(), strict=False):
+        image = axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"cosines of {what}")
+    figure.colorbar(image, ax=axes[1])
+    states = {"base": "base", "before": "whole adapter", "untrained": "taken apart", "after": "trained"}
+    for i, (key, label) in enumerate(states.items()):
+        places = [k + (i - 1.5) * 0.2 for k in range(len(names))]
+        axes[2].bar(places, [metrics["domains"][name][key]["loss"] for name in names], 0.2, label=label)
+    axes[2].set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes[2].set(ylabel="nats per token")
+    axes[2].legend()
+    figure.savefig(path)
