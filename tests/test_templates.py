@@ -19,13 +19,16 @@ from cogumi.cascade.notes import LOW_CONFIDENCE
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.parts import Parts
 from cogumi.cascade.templates import Templates
-from cogumi.errors import BundleError, ContextError, RequestError
+from cogumi.errors import BundleError, CogumiError, ContextError, RequestError
+from cogumi.evaluate import templates as suite
 from cogumi.route.gate import QuestionGate
 from cogumi.route.templates import NEAR, OTHERS, SHAPES, nearest, shape
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.shots import ADAPTER
-from cogumi.types import Message, Request
+from cogumi.suite import Task
+from cogumi.types import Example, Message, Request
 from helpers_bundle import calibrated, make_bundle, open_tiers
+from helpers_encoder import Trigrams
 from test_head import write_head
 
 SHOTS = (("What is 3 plus 4?", "7"), ("What is 20 plus 1?", "21"))
@@ -227,11 +230,30 @@ def test_hard_and_novel_questions_are_shown_near_examples_if_the_mode_allows(tie
     assert tried(HARD, "code a function five", "balanced")[0] == []
 
 
-def test_a_real_embedder_finds_what_is_near_in_time():
-    """Cosines over 10,000 examples, the bank's largest size: what the search itself takes."""
+def test_the_suite_counts_what_each_way_of_showing_gets_right(folder, whole):
+    """Answers of a random model are right by the check alone, which is made from what one of the ways says."""
+    bank, base = Templates(BANK, Trigrams()), whole.tiers.base
+    texts = ["code a function three now", "sum xyz six now", "qqqq"]
+    messages = [(Message("user", text),) for text in texts]
+    shown = [bank.near(text) for text in texts]
+    assert [len(pairs) for pairs in shown] == [3, 2, 0]
+    blank = [Example(str(i), "code", 3, m, "", "test", {"check": {"kind": "exact"}}) for i, m in enumerate(messages)]
+    said = suite.answers(base, blank, shown, adapt=True)
+    assert said[2] == suite.answers(base, blank, [(), (), ()], adapt=False)[2]
+    examples = [replace(example, answer=text) for example, text in zip(blank, said, strict=True)]
+    found = {f.name: f.value for f in suite.measure(base, bank, examples, Task()).figures}
+    assert found["accuracy: alone"] == pytest.approx(1 / 3)
+    assert found["accuracy gained: nearest examples, head adapted"] == pytest.approx(2 / 3)
+    assert found["accuracy gained: nearest examples"] == pytest.approx(0)
+    assert found["questions with a near example"] == pytest.approx(2 / 3)
+    with pytest.raises(CogumiError, match="lacks examples or an embedder"):
+        suite.run(Task(folder / "whole"))
+
+
+def test_ten_thousand_examples_are_searched_in_milliseconds():
+    """The bank's largest size; embedding the question comes on top (suite `templates`)."""
     vectors = np.random.default_rng(0).normal(size=(10_000, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     began = time.perf_counter()
-    found = nearest(vectors @ vectors[77], ["code"] * len(vectors))
-    assert found == [77]
+    assert nearest(vectors @ vectors[77], ["code"] * len(vectors)) == [77]
     assert time.perf_counter() - began < 1.0

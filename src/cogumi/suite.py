@@ -24,6 +24,7 @@ SUITES: dict[str, str] = {
     "deliberation": "cogumi.evaluate.deliberation",
     "learning": "cogumi.evaluate.drift",
     "training": "cogumi.train.speed",
+    "templates": "cogumi.evaluate.templates",
 }
 """Name -> module."""
 

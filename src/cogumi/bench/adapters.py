@@ -1,19 +1,30 @@
-"""Rows about adapters: what a switch costs when the adapter is warm, and when it has yet to be loaded (SPEC E8)."""
+"""Rows about adapters: what a switch costs when the adapter is warm, and when it has yet to be loaded (SPEC E8); what
+adapting a head to a request's examples costs (SPEC C9).
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from cogumi.bench.measure import Row, Setup, alternate, answer
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.bench.measure import ROUNDS, Row, Setup, alternate, answer
 from cogumi.bench.shapes import make_adapter
 from cogumi.bench.speed import PROMPT, first_token
+from cogumi.runtime.head import Head, LowRank
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
 
+HEADS = ((1024, 128), (32_768, 2048), (131_072, 2048))
+"""Vocabulary and width of heads that are timed."""
+EXAMPLES, LENGTH, ANSWER, STEPS, RANK = 3, 40, 15, 3, 8
+"""Examples that a head is adapted to, tokens of each and of its answer, steps of descent, rank."""
 SIZE = 50_000_000
 """Bytes of an adapter; a twelfth of a small model."""
 
@@ -79,6 +90,54 @@ def adapter_cold(setup: Setup) -> Row:
         extra_ms_spread=[round(min(extra), 1), round(max(extra), 1)],
         adapter_bytes=path.stat().st_size,
     )
+
+
+def head_adaptation(setup: Setup) -> Row:
+    """Milliseconds to adapt a head of this model's size to three short examples, against reading these."""
+    with closing(LlamaEngine(setup.model, threads=setup.threads)) as engine:
+        own = _adapting(engine.tokenizer.size, engine.embed(["a"]).shape[1])
+
+        def read() -> float:
+            began = time.perf_counter()
+            for _ in range(EXAMPLES):
+                engine.read(Request(prompt=setup.passage(LENGTH)))
+            return (time.perf_counter() - began) * 1000
+
+        own(), read()
+        pairs = alternate(own, read, setup.tick)
+    times = {}
+    for vocabulary, width in HEADS:
+        adapt = _adapting(vocabulary, width)
+        times[f"{vocabulary} x {width}"] = round(median(adapt() for _ in range(ROUNDS)), 2)
+    vocabulary, width = HEADS[0]
+    return pairs.row(
+        "head_adaptation",
+        "ms",
+        goal=f"< 20 ms at {vocabulary} x {width}",
+        met=times[f"{vocabulary} x {width}"] < 20,
+        milliseconds=times,
+        answer_tokens=EXAMPLES * ANSWER,
+        steps=STEPS,
+        rank=RANK,
+    )
+
+
+def _adapting(vocabulary: int, width: int) -> Callable[[], float]:
+    """Adapts a head of that size to random states, and says how many milliseconds it took."""
+    draw, n = np.random.default_rng(0), EXAMPLES * ANSWER
+
+    def drawn(*shape: int) -> NDArray[np.float32]:
+        return draw.normal(0, 0.05, shape).astype(np.float32)
+
+    head = Head(LowRank(drawn(RANK, width), drawn(vocabulary, RANK), 1.0), lr=5e-3, steps=STEPS)
+    support = drawn(n, width), draw.integers(0, vocabulary, n), drawn(n, vocabulary)
+
+    def adapt() -> float:
+        began = time.perf_counter()
+        head.adapt(*support)
+        return (time.perf_counter() - began) * 1000
+
+    return adapt
 
 
 def _adapter(setup: Setup) -> Path:

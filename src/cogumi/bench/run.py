@@ -54,6 +54,7 @@ def measures(accept: Sequence[float] = ACCEPT) -> dict[str, Measure]:
         "kv_q4_0": partial(memory.kv_cache, type="q4_0", goal=0.29),
         "adapter_warm": adapters.adapter_warm,
         "adapter_cold": adapters.adapter_cold,
+        "head_adaptation": adapters.head_adaptation,
         "prefill_ahead": speed.prefill_ahead,
         "concurrency_16": partial(speed.concurrency, users=16),
         "start": memory.start,
