@@ -341,3 +341,10 @@ def test_the_command_shows_checks_and_prints_json():
     assert shown.exit_code == 0
     assert "QLoRA nf4" in shown.stdout
     assert "8,030.3M" in shown.stdout
+
+
+def test_validation_is_planned_as_it_is_done():
+    from cogumi import plan
+    from cogumi.train import validation
+
+    assert plan.VALIDATED == validation.TOKENS

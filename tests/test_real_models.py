@@ -31,7 +31,7 @@ SMALLER = {
     "tokenizer": {"vocabulary": 400},
     "respond": {"rows": 60, "window": 64, "max_tokens": 2},
     "router": {"rows": 40, "epochs": 2},
-    "calibrate": {"max_tokens": 2, "rows": 60, "draft_perplexity": 1000},
+    "calibrate": {"max_tokens": 2, "rows": 60},
     "report": {"max_tokens": 2, "rows": 20, "speculation_prompts": 2},
 }
 

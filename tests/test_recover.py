@@ -17,9 +17,9 @@ from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
 from cogumi.train import recover, sft
 from cogumi.train.batches import make_rows
-from cogumi.train.loop import LoopConfig, mean_loss
+from cogumi.train.loop import LoopConfig
 from cogumi.train.losses import answer_loss
-from cogumi.train.validation import applied, judge_answers
+from cogumi.train.validation import applied, judge_answers, mean_figures
 from cogumi.types import Artifact, Example, Message
 
 CONTEXT = Context(3, 1, Path(), lambda done, total, figures: None)
@@ -88,7 +88,7 @@ def recovered(world, out, model="pruned", original=True, **config):
 def nats(world, folder, model=None):
     rows = make_rows([example(f"{a} plus {b}", str(a + b)) for a in range(10) for b in range(10)][::7],
                      HFTokenizer.load(folder), 512)  # fmt: skip
-    return mean_loss(applied(model or load(folder)), rows, answer_loss)
+    return mean_figures(applied(model or load(folder)), rows, answer_loss)["loss"]
 
 
 @pytest.mark.parametrize("model", ["pruned", "rounded"])
@@ -164,8 +164,8 @@ def test_the_divergence_is_zero_for_a_model_and_itself_and_positive_otherwise(wo
     rows = make_rows([example("3 plus 4", "7"), example("9 plus 9", "18")], HFTokenizer.load(world / "original"), 64)
     original, other = load(world / "original"), load(world / "pruned")
     loss = recover.distillation(original)
-    assert mean_loss(applied(original), rows, loss) == pytest.approx(0, abs=1e-6)
-    assert mean_loss(applied(other), rows, loss) > 0.01
+    assert mean_figures(applied(original), rows, loss)["loss"] == pytest.approx(0, abs=1e-6)
+    assert mean_figures(applied(other), rows, loss)["loss"] > 0.01
 
 
 def test_each_rows_surprise_is_its_own(world):

@@ -27,7 +27,9 @@ from cogumi.show import size
 from cogumi.stage import Stage
 
 ASKED = 256
-"""Rows that a pass of validation reads at once, and the most that stage `respond` answers at once."""
+"""The most that stage `respond` answers at once."""
+VALIDATED = 4096
+"""Tokens that a pass of validation reads at once (`train.validation.TOKENS`, which this must not import)."""
 
 COLUMNS = (
     "step",
@@ -301,7 +303,7 @@ class _Planner:
             rows=math.ceil(loop.batch / (loop.accumulate * self.hardware.gpus)),
             length=rows.longest,
             answer=rows.longest if everywhere else rows.answer,
-            judged=ASKED,
+            judged=max(VALIDATED // rows.longest, 1),
             ranks=ranks,
             nf4=nf4,
             bf16=loop.precision == "bf16",
@@ -370,7 +372,7 @@ class _Planner:
             "more --gpus": not training.nf4,
         }
         if memory.weights + memory.optimizer + memory.validation == memory.peak:
-            ways = {f"shorter rows (validation reads {ASKED} at once)": True}
+            ways = {"shorter rows": True}
         self._problem(
             step,
             f"takes {memory.peak / 1e9:.1f} GB on each GPU, and there are {limit / 1e9:.1f}; "

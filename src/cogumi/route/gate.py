@@ -114,9 +114,7 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` turns into the same calibration."""
-        question = asdict(self.question)
-        if math.isinf(self.question.base_perplexity):
-            question["base_perplexity"] = None
+        question = {name: None if value == math.inf else value for name, value in asdict(self.question).items()}
         return {
             "format": FORMAT,
             "question": question,
@@ -136,8 +134,8 @@ class Calibration:
             )
         try:
             question = dict(value["question"])
-            if question["base_perplexity"] is None:
-                question["base_perplexity"] = math.inf
+            for name in ("perplexity", "base_perplexity"):
+                question[name] = math.inf if question[name] is None else question[name]
             return cls(
                 QuestionGate(**question),
                 {name: Gate.from_json(value["gates"][name]) for name in TIERS if name in value["gates"]},

@@ -28,7 +28,7 @@ from cogumi.train.batches import Row, collate, make_rows
 from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_figures, answer_loss
-from cogumi.train.validation import applied, judge_answers
+from cogumi.train.validation import applied, judge_answers, passes
 from cogumi.types import Artifact, Example
 
 VERSION = 1
@@ -62,17 +62,19 @@ def lessons(asked: Sequence[Example], correct: Mapping[str, bool], config: Confi
     if not failed:
         where = f" of '{config.domain}'" if config.domain else ""
         raise TrainingError(f"the model failed no training question{where}: there is nothing to distil")
-    known = [e for e in asked if correct[e.id]]
+    right = [e for e in asked if correct[e.id]]
     wanted = round(len(failed) * config.rehearsal / (1 - config.rehearsal))
-    return failed + random.Random(seed).sample(known, min(wanted, len(known)))
+    return failed + random.Random(seed).sample(right, min(wanted, len(right)))
 
 
-def known_rows(apply: Apply, rows: Sequence[Row], batch: int = 256) -> list[bool]:
-    """Which answers a model gives word for word."""
-    found: list[bool] = []
-    for at in range(0, len(rows), batch):
-        found += apply(answer_figures, collate(rows, range(at, min(at + batch, len(rows)))))[1].tolist()
-    return found
+def known(apply: Apply, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows whose answers a model gives word for word, and the others."""
+    right: list[Row] = []
+    wrong: list[Row] = []
+    for index in passes(rows):
+        for i, good in zip(index, apply(answer_figures, collate(rows, index))[1].tolist(), strict=True):
+            (right if good else wrong).append(rows[i])
+    return right, wrong
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
@@ -89,8 +91,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     selection = read_examples(split_path(data, "selection"))
     judging = make_rows([e for e in selection if config.domain in (None, e.domain)], tokenizer, room)
     everything = make_rows(selection, tokenizer, room)
-    special = [r for r, right in zip(judging, known_rows(applied(model), judging), strict=True) if not right]
-    general = [r for r, right in zip(everything, known_rows(applied(model), everything), strict=True) if right]
+    special, general = known(applied(model), judging)[1], known(applied(model), everything)[0]
     if not special or not general:
         raise TrainingError("distilling needs selection questions that the model fails and others that it has right")
     weight = {"failed": config.special, "known": 1 - config.special}

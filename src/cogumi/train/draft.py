@@ -29,7 +29,7 @@ from cogumi.train import batches
 from cogumi.train.batches import IGNORE, Batch, Row
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_logits, labelled_logits, token_nats
-from cogumi.train.validation import applied
+from cogumi.train.validation import applied, mean_figures, passes
 from cogumi.types import Artifact, Example
 
 VERSION = 1
@@ -170,22 +170,21 @@ def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
-def judge(model: DraftModel, taught: Sequence[Lesson], batch: int = 256) -> dict[str, float]:
+def judge(model: DraftModel, taught: Sequence[Lesson]) -> dict[str, float]:
     """Difficulty accuracy and AUROC, share of the answers' tokens foreseen, error of the perplexity."""
     from sklearn.metrics import roc_auc_score
 
-    logits, agreed, total, errors = [], 0, 0, []
-    for at in range(0, len(taught), batch):
-        chunk = collate(taught, range(at, min(at + batch, len(taught))))
-        logit, right, error = applied(model)(_judged, chunk)
+    logits, easy, agreed, total, errors = [], [], 0, 0, []
+    for index in passes(taught):
+        logit, right, error = applied(model)(_judged, collate(taught, index))
         logits.append(logit.cpu())
+        easy += [taught[i].easy for i in index]
         agreed, total = agreed + int(right.sum()), total + len(right)
         errors.append(error.cpu())
-    easy = torch.tensor([lesson.easy for lesson in taught])
     p_easy = torch.cat(logits).sigmoid()
     return {
-        "difficulty_accuracy": round(float(((p_easy > 0.5) == easy).float().mean()), 4),
-        "difficulty_auroc": round(float(roc_auc_score(easy.numpy(), p_easy.numpy())), 4),
+        "difficulty_accuracy": round(float(((p_easy > 0.5) == torch.tensor(easy)).float().mean()), 4),
+        "difficulty_auroc": round(float(roc_auc_score(easy, p_easy.numpy())), 4),
         "foreseen": round(agreed / max(total, 1), 4),
         "alignment_error": round(float(torch.cat(errors).mean()), 4),
     }
@@ -217,8 +216,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     base = load(inputs["model"].path).eval().requires_grad_(False) if config.distill else None
 
     def validate(apply: Apply) -> dict[str, float]:
-        figures: dict[str, float] = apply(draft_loss(config), collate(judging, range(len(judging))))[1]
-        return figures
+        return mean_figures(apply, judging, draft_loss(config), collate)
 
     at = train(model, taught, draft_loss(config, base), config.loop, out, context, validate, collate)
     save(model.lm, folder, out)

@@ -313,21 +313,3 @@ def _write(log: Any, group: str, figures: Mapping[str, float], step: int) -> Non
     if log:
         for name, value in figures.items():
             log.add_scalar(f"{group}/{name}", value, step)
-
-
-def mean_loss(
-    apply: Apply,
-    rows: Sequence[Any],
-    loss: Loss,
-    batch: int = 256,
-    collate: Callable[[Sequence[Any], Sequence[int]], Any] = collate,
-) -> float:
-    """Average loss over rows, batch means weighted by the rows' weights."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
-    total = weight = 0.0
-    for at in range(0, len(order), batch):
-        index = order[at : at + batch]
-        learned = sum(rows[i].weight for i in index)
-        total += float(apply(loss, collate(rows, index))[0]) * learned
-        weight += learned
-    return total / weight

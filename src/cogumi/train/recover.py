@@ -31,7 +31,7 @@ from cogumi.stage import Context
 from cogumi.train.batches import Batch, Order, Row, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_figures, answer_logits, answer_loss
-from cogumi.train.validation import ROWS, applied, judge_answers
+from cogumi.train.validation import applied, judge_answers, passes
 from cogumi.types import Artifact
 
 VERSION = 1
@@ -74,9 +74,7 @@ class Config(BaseModel):
 def surprise(apply: Apply, rows: Sequence[Row]) -> NDArray[np.float64]:
     """Nats per answer token of each row `[rows]`: the logarithm of its perplexity."""
     nats = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
-    for at in range(0, len(order), ROWS):
-        index = order[at : at + ROWS]
+    for index in passes(rows):
         nats[index] = apply(answer_figures, collate(rows, index))[0].cpu().numpy()
     per_token: NDArray[np.float64] = nats / np.array([row.weight for row in rows])
     return per_token
