@@ -33,7 +33,7 @@ from cogumi.train.batches import Batch, Row, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.shared import Doubles, Span, clusters, cosines, explained, gram, spans, split
-from cogumi.train.validation import ROWS, applied, judge_answers
+from cogumi.train.validation import applied, judge_answers, passes
 from cogumi.types import Artifact
 
 VERSION = 1
@@ -132,8 +132,7 @@ def effects(backbone: Backbone, rows: Sequence[Row], count: int) -> Doubles:
         return hidden[torch.arange(len(batch.ids)), batch.starts - 1].double().cpu()
 
     def states(apply: Apply) -> Tensor:
-        parts = [apply(last, collate(rows, range(at, min(at + ROWS, len(rows))))) for at in range(0, len(rows), ROWS)]
-        return torch.cat(parts)
+        return torch.cat([apply(last, collate(rows, index)) for index in passes(rows)])
 
     adapted = [states(under(i, applied(backbone))) for i in range(count)]
     backbone.release()
