@@ -51,7 +51,8 @@ class TorchEngine:
     ) -> None:
         self._tokenizer = HFTokenizer.load(folder)
         self._pieces = [self._tokenizer.piece(i) for i in range(self._tokenizer.size)]
-        self._model: Any = _load(folder, adapters or {})
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = _load(folder, adapters or {}).to(self._device)
         self._names = tuple(adapters or {})
         self._context = context or int(self._model.config.max_position_embeddings)
         self._decoder: Any = self._model.get_decoder()
@@ -141,9 +142,9 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _pass(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        hidden = self._decoder(torch.tensor([ids]), use_cache=False).last_hidden_state
+        hidden = self._decoder(torch.tensor([ids], device=self._device), use_cache=False).last_hidden_state
         logits = self._model.get_output_embeddings()(hidden)
-        return logits[0].numpy(), hidden[0].numpy()
+        return logits[0].cpu().numpy(), hidden[0].cpu().numpy()
 
     def _receive(self, generation: Generation) -> Outcome:
         with self._lock:
@@ -175,20 +176,20 @@ class TorchEngine:
     @torch.inference_mode()
     def _run(self, batch: list[Generation]) -> None:
         width = max(len(g.ids) for g in batch)
-        ids = torch.tensor([[0] * (width - len(g.ids)) + g.ids for g in batch])
-        mask = torch.tensor([[0] * (width - len(g.ids)) + [1] * len(g.ids) for g in batch])
+        ids = torch.tensor([[0] * (width - len(g.ids)) + g.ids for g in batch], device=self._device)
+        mask = torch.tensor([[0] * (width - len(g.ids)) + [1] * len(g.ids) for g in batch], device=self._device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = new_cache(self._decoder)
         while batch:
             out = self._model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-            tokens = self._emit(batch, out.logits[:, -1].numpy())
+            tokens = self._emit(batch, out.logits[:, -1].cpu().numpy())
             alive = [i for i, generation in enumerate(batch) if not generation.ended]
             if len(alive) < len(batch):
                 batch = [batch[i] for i in alive]
-                keep = torch.tensor(alive, dtype=torch.long)
+                keep = torch.tensor(alive, dtype=torch.long, device=self._device)
                 cache.batch_select_indices(keep)
                 mask, positions, tokens = mask[keep], positions[keep], tokens[alive]
-            ids = torch.from_numpy(tokens)[:, None]
+            ids = torch.from_numpy(tokens).to(self._device)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
 
