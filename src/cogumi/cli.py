@@ -267,7 +267,8 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Measure instead: honesty, routing, domains, escalation, cache, deliberation or learning.",
+            help="Measure instead: honesty, routing, domains, escalation, cache, deliberation, learning, templates or "
+            "training.",
             show_default="grade the answers to --data",
         ),
     ] = None,
@@ -371,6 +372,8 @@ def plan(
         show.emit(asdict(found))
     elif not check:
         show.table(f"recipe {found.recipe}", planning.COLUMNS, planning.table(found))
+        for line in planning.remarks(found):
+            show.OUT.print(line, soft_wrap=True, markup=False)
     for line in found.problems if not json else ():
         show.NOTES.print(line, soft_wrap=True, markup=False)
     if check and found.problems:

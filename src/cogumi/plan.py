@@ -31,17 +31,7 @@ ASKED = 256
 VALIDATED = 4096
 """Tokens that a pass of validation reads at once (`train.validation.TOKENS`, which this must not import)."""
 
-COLUMNS = (
-    "step",
-    "method",
-    "weights",
-    "trained",
-    "work",
-    "peak memory",
-    "weights + optimizer, gradients, activations, validation",
-    "disk",
-    "notes",
-)
+COLUMNS = ("step", "method", "weights", "trained", "steps", "tokens", "peak memory", "disk")
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "tokenizer": {"examples": "examples"},
     "sft": {"examples": "examples"},
@@ -126,24 +116,32 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
 
 
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"
+
+
 def table(found: Plan) -> list[list[str]]:
-    """What to show of the steps that compute: a row of `COLUMNS` each, and their notes."""
+    """What to show of the steps that compute: a row of `COLUMNS` each."""
     rows = []
     for step in found.steps:
         if step.shape is None:
             continue
-        weights = f"{step.parameters / 1e6:,.1f}M" if step.parameters else ""
-        trained = f"{step.trained / 1e6:,.1f}M" if step.trained else ""
-        work = f"{step.steps:,} steps, {step.tokens / 1e6:,.1f}M tokens" if step.steps and step.tokens else ""
-        memory = step.memory
-        stays = [memory.weights + memory.optimizer] if memory else []
-        comes = [memory.gradients, memory.activations, memory.validation] if memory else []
-        parts = ", ".join(size(part) for part in stays + comes)
+        weights, trained, tokens = (_count(n) if n else "" for n in (step.parameters, step.trained, step.tokens))
+        steps = f"{step.steps:,}" if step.steps else ""
+        peak = size(step.memory.peak) if step.memory else ""
         disk = size(step.output + (step.checkpoint or 0)) if step.output else ""
-        notes = [*step.notes, "needs a GPU"] if step.needs_gpu else step.notes
-        peak = size(memory.peak) if memory else ""
-        rows.append([step.name, step.method, weights, trained, work, peak, parts, disk, "; ".join(notes)])
+        rows.append([step.name, step.method, weights, trained, steps, tokens, peak, disk])
     return rows
+
+
+def remarks(found: Plan) -> list[str]:
+    """What else there is to know of the steps, a line each."""
+    lines = []
+    for step in found.steps:
+        notes = [*step.notes, "needs a GPU"] if step.needs_gpu else step.notes
+        if notes:
+            lines.append(f"{step.name}: {'; '.join(notes)}")
+    return lines
 
 
 def plan(recipe: Recipe, hardware: Hardware = Hardware(), length: int | None = None) -> Plan:
@@ -358,6 +356,10 @@ class _Planner:
         cache = FP32 * shape.cache_values() * at_once * length
         weights = FP32 * shape.parameters
         memory = Footprint(weights, 0, 0, cache, 0, weights + cache)
+        limit = self.hardware.memory
+        if limit is not None and memory.peak > limit:
+            what = f"answering takes {memory.peak / 1e9:.1f} GB on a GPU, and there are {limit / 1e9:.1f}"
+            self._problem(step, f"{what}; try a smaller `window`, or hide the GPU from this step")
         return StepPlan(step.name, step.stage, "answers", shape, shape.parameters, memory=memory)
 
     def _check_memory(self, step: Step, memory: Footprint, training: Training) -> None:
