@@ -340,7 +340,7 @@ def test_the_command_shows_checks_and_prints_json():
     shown = cogumi("cogumi-8b", env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     assert "QLoRA nf4" in shown.stdout
-    assert "8,030.3M" in shown.stdout
+    assert "8.03B" in shown.stdout
 
 
 def test_validation_is_planned_as_it_is_done():
