@@ -24,7 +24,7 @@ from cogumi.types import Artifact, Example, Message
 
 CONTEXT = Context(3, 1, Path(), lambda done, total, figures: None)
 LORA = LoraShape(rank=6, alpha=6)
-FAST = {"lr": 0.01, "batch": 8, "evaluate_every": 5, "checkpoint_every": 1000}
+FAST = {"lr": 0.005, "batch": 16, "evaluate_every": 10, "checkpoint_every": 1000}
 
 
 def artifact(path):
@@ -65,11 +65,11 @@ def world(tmp_path_factory):
     pico.make_tokenizer(root / "tokenizer")
     rows = [example(f"{a} plus {b}", str(a + b)) for a in range(10) for b in range(10)]
     for name in ("train", "selection"):
-        write_examples(split_path(root / "data", name), rows if name == "train" else rows[::7])
+        write_examples(split_path(root / "data", name), rows)
     (root / "original").mkdir()
-    loop = LoopConfig(steps=120, batch=16, lr=0.01, muon_lr=0.02, evaluate_every=60, checkpoint_every=1000)
+    loop = LoopConfig(steps=300, batch=25, lr=0.01, muon_lr=0.02, evaluate_every=300, checkpoint_every=1000)
     inputs = {"examples": artifact(root / "data"), "tokenizer": artifact(root / "tokenizer")}
-    shape = Shape(hidden=32, layers=2, heads=1, feed_forward=64)
+    shape = Shape(hidden=64, layers=2, heads=2, feed_forward=128)
     sft.run(sft.Config(shape=shape, loop=loop), inputs, root / "original", CONTEXT)
     damaged(root / "original", root / "pruned", prune)
     damaged(root / "original", root / "rounded", rounded)
@@ -81,13 +81,13 @@ def recovered(world, out, model="pruned", original=True, **config):
     if original:
         inputs["original"] = artifact(world / "original")
     out.mkdir(exist_ok=True)
-    given = {"share": 0.5, "epochs": 4, "lora": LORA, "loop": FAST, **config}
+    given = {"share": 1.0, "epochs": 6, "lora": LORA, "loop": FAST, **config}
     return recover.run(recover.Config.model_validate(given), inputs, out, CONTEXT)
 
 
 def nats(world, folder, model=None):
-    rows = make_rows([example(f"{a} plus {b}", str(a + b)) for a in range(10) for b in range(10)][::7],
-                     HFTokenizer.load(folder), 512)  # fmt: skip
+    examples = [example(f"{a} plus {b}", str(a + b)) for a in range(10) for b in range(10)]
+    rows = make_rows(examples, HFTokenizer.load(folder), 512)
     return mean_figures(applied(model or load(folder)), rows, answer_loss)["loss"]
 
 
@@ -115,14 +115,21 @@ def test_the_documents_rates_by_default(world, tmp_path):
 
 def test_a_model_is_never_given_back_worse(world, tmp_path):
     """A rate that wrecks the model: training ends at its first look, and the damaged weights come back, bit for bit."""
-    metrics = recovered(world, tmp_path, loop={**FAST, "lr": 3.0, "clip": 100.0}, epochs=10)
+    metrics = recovered(world, tmp_path, loop={**FAST, "lr": 0.3, "clip": 100.0}, epochs=10)
     assert metrics["returned"] == "damaged"
-    assert metrics["steps"] == 5 < metrics["steps_planned"]
+    assert metrics["steps"] == 10 < metrics["steps_planned"]
     assert metrics["curve"]["selection"][0][1] > metrics["damaged"]["nats"]
     assert metrics["recovered"] == metrics["damaged"]
     assert metrics["won_back"] == 0
     before, after = load(world / "pruned").state_dict(), load(tmp_path).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_lower_loss_with_fewer_right_answers_is_no_recovery():
+    before = {"loss": 1.0, "exact": 0.5}
+    assert recover.better({"loss": 0.9, "exact": 0.5}, before)
+    assert not recover.better({"loss": 0.5, "exact": 0.49}, before)
+    assert not recover.better({"loss": 1.0, "exact": 0.6}, before)
 
 
 def test_pruned_weights_stay_zero_if_asked(world, tmp_path):
@@ -138,7 +145,7 @@ def test_pruned_weights_stay_zero_if_asked(world, tmp_path):
             assert not after[name][weight == 0].any()
             assert not torch.equal(after[name], weight)
     # what validation saw is what was written
-    best = min(value for _, value in kept["curve"]["selection"])
+    best = min(value for _, value, _ in kept["curve"]["selection"])
     assert kept["recovered"]["nats"] == pytest.approx(best, rel=1e-4)
 
 
@@ -154,15 +161,14 @@ def test_unmerged_the_adapter_lies_beside_the_model_as_it_came(world, tmp_path):
 
 
 def test_distillation_only_where_much_was_lost_and_an_original_is_given(world, tmp_path):
-    assert not recovered(world, tmp_path / "a", original=False)["distilled"]
+    without = recovered(world, tmp_path / "a", original=False)
+    assert (without["distilled"], without["won_back"]) == (False, None)
     assert not recovered(world, tmp_path / "b", distil_above=1e6)["distilled"]
-    found = recovered(world, tmp_path / "c", original=False)
-    assert found["won_back"] is None
 
 
 def test_the_divergence_is_zero_for_a_model_and_itself_and_positive_otherwise(world):
     rows = make_rows([example("3 plus 4", "7"), example("9 plus 9", "18")], HFTokenizer.load(world / "original"), 64)
-    original, other = load(world / "original"), load(world / "pruned")
+    original, other = load(world / "original"), load(world / "rounded")
     loss = recover.distillation(original)
     assert mean_figures(applied(original), rows, loss)["loss"] == pytest.approx(0, abs=1e-6)
     assert mean_figures(applied(other), rows, loss)["loss"] > 0.01

@@ -1,7 +1,7 @@
 """Stage `recover`: win back what compression cost a model (SPEC C8).
 
 A conservative LoRA on the training questions that the damaged model finds hardest, stopped the moment the selection
-loss is no better than before, and merged. Where the loss rose much and the uncompressed model is at hand, its
+split is answered no better than before, and merged. Where the loss rose much and the uncompressed model is at hand, its
 distribution is learned instead of the bare answers (Hinton et al., 1503.02531, at temperature 1). A model is never
 given back worse than it came: what the adapter could not better is returned as it was.
 """
@@ -36,6 +36,9 @@ from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "model"
+
+Figures: TypeAlias = Mapping[str, float]
+"""What `train.validation.judge_answers` tells: `loss` and `exact`."""
 
 
 class Conservative(LoopConfig):
@@ -135,6 +138,11 @@ def _teacher(folder: Path, tokenizer: HFTokenizer) -> Any:
     return load(folder).eval()
 
 
+def better(found: Figures, before: Figures) -> bool:
+    """Less loss and no fewer exact answers: a lower loss alone may only mean that wrong answers are less sure."""
+    return found["loss"] < before["loss"] and found["exact"] >= before["exact"]
+
+
 def zeros(model: nn.Module) -> int:
     """Weights that are exactly 0."""
     return sum(int((p == 0).sum()) for p in model.parameters())
@@ -166,9 +174,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     loop = _within(config, hard)
 
     def validate(apply: Apply) -> dict[str, float]:
-        """A loss that is no better than the damaged model's counts as infinite: already the first can end training."""
-        nats = judge_answers(apply, selection)["loss"]
-        return {"loss": nats if nats < before["loss"] else math.inf, "nats": nats}
+        """What is no better than the damaged model has an infinite loss: already the first look can end training."""
+        seen = judge_answers(apply, selection)
+        return {**seen, "loss": seen["loss"] if better(seen, before) else math.inf, "nats": seen["loss"]}
 
     at = train(adapted, hard, distillation(teacher) if distils else answer_loss, loop, out, context, validate)
     if not config.merge and math.isfinite(at.best):
@@ -176,19 +184,22 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         save_adapter(adapted, out / "adapter")
     model = merge(adapted, dead)
     after = judge_answers(applied(model), selection)
-    better = after["loss"] < before["loss"]
-    save(model if better and config.merge else load(folder), folder, out)
+    won = better(after, before)
+    save(model if won and config.merge else load(folder), folder, out)
     return {
         "hardest": {"rows": len(hard), "by": config.by, "nats_from": float(hardness[chosen[-1]])},
         "distilled": distils,
         "steps": at.step,
         "steps_planned": loop.steps,
-        "best_step": at.best_step if better else 0,
+        "best_step": at.best_step if won else 0,
         "stopped": at.stopped,
-        "returned": "recovered" if better else "damaged",
-        "zeros": {"before": zero, "after": zeros(model) if better else zero},
-        **_quality(original, before, after if better else before),
-        "curve": {"training": at.losses, "selection": [(step, figures["nats"]) for step, figures in at.validations]},
+        "returned": "recovered" if won else "damaged",
+        "zeros": {"before": zero, "after": zeros(model) if won else zero},
+        **_quality(original, before, after if won else before),
+        "curve": {
+            "training": at.losses,
+            "selection": [(step, figures["nats"], figures["exact"]) for step, figures in at.validations],
+        },
         "model_sha256": sha256(out / "model.safetensors"),
     }
 
@@ -196,9 +207,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
 def _within(config: Config, rows: Sequence[Row]) -> LoopConfig:
     per_epoch = Order(tuple(row.size for row in rows), config.loop.batch, 0).per_epoch
     return config.loop.model_copy(update={"steps": min(config.loop.steps, config.epochs * per_epoch)})
-
-
-Figures: TypeAlias = Mapping[str, float]
 
 
 def _quality(original: Figures | None, damaged: Figures, recovered: Figures) -> dict[str, Any]:
