@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, LlamaFileType
 from gguf.quants import quantize as to_blocks
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError, safe_open
 
 from cogumi.artifact import sha256
@@ -48,10 +48,14 @@ _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.wei
 
 
 class Config(BaseModel):
-    """`type` of the weights of a model, named as llama.cpp names it; adapters are always f32."""
+    """`type` of the weights of a model, named as llama.cpp names it; adapters are always f32.
+
+    `part` is the folder inside the adapter's step, where that made several (`adapter_code` of stage `backbone`).
+    """
 
     model_config = ConfigDict(extra="forbid")
     type: str = "q8_0"
+    part: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
 
     @field_validator("type")
     @classmethod
@@ -239,7 +243,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     base = inputs["model"].path
     if "adapter" in inputs:
         path, type = out / "adapter.gguf", "f32"
-        export_adapter(inputs["adapter"].path, base, path)
+        export_adapter(inputs["adapter"].path / config.part, base, path)
     else:
         path, type = out / "model.gguf", config.type
         export_model(base, path, type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from cogumi.artifact import write_json
 from cogumi.errors import ArtifactError, TrainingError
 from cogumi.models.build import load
 from cogumi.registry import nearest
@@ -82,6 +84,9 @@ def save(model: Any, out: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, the weights last and at once."""
     partial = out / "partial"
     model.save_pretrained(partial, safe_serialization=True)
+    described = json.loads((partial / "adapter_config.json").read_text("utf-8"))
+    described["target_modules"] = sorted(described["target_modules"])  # peft keeps a set, whose order changes
+    write_json(partial / "adapter_config.json", described)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         os.replace(partial / name, out / name)
     for rest in partial.iterdir():

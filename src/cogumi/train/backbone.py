@@ -38,6 +38,7 @@ from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "backbone"
+TRAINS = True
 MANY = 15
 """Domains above which a shared backbone is worth its trouble (SPEC C10)."""
 _ROLE = "adapter_"

@@ -32,6 +32,7 @@ from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "depth"
+TRAINS = True
 
 _SHARES = tuple(round(0.05 * k, 2) for k in range(1, 20))  # of answer tokens skipping, tried on the selection split
 

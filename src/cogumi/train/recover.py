@@ -36,6 +36,7 @@ from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "model"
+TRAINS = True
 
 Figures: TypeAlias = Mapping[str, float]
 """What `train.validation.judge_answers` tells: `loss` and `exact`."""
