@@ -27,7 +27,7 @@ from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
 from cogumi.train.batches import IGNORE, Batch, Row, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
-from cogumi.train.validation import ROWS, applied, judge_answers
+from cogumi.train.validation import applied, judge_answers, passes
 from cogumi.types import Artifact
 
 VERSION = 1
@@ -124,8 +124,7 @@ def opinions(apply: Apply, rows: Sequence[Row], most: float) -> Opinions:
         read, answer = tokens_of(batch)
         return model.scores(batch.ids)[:, read].cpu(), (model.nats(batch.ids) <= most)[read].cpu(), answer[read].cpu()
 
-    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
-    parts = [apply(look, collate(rows, order[i : i + ROWS])) for i in range(0, len(rows), ROWS)]
+    parts = [apply(look, collate(rows, index)) for index in passes(rows)]
     return Opinions(*(torch.cat(column, dim=-1) for column in zip(*parts, strict=True)))
 
 
