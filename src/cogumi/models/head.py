@@ -10,9 +10,12 @@ the inner loop, and `base_sha256`, the hash of the base's weights.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cogumi.errors import ArtifactError
-from cogumi.models.build import save_tensors
 
 FILE = "head.safetensors"
 
@@ -96,10 +98,20 @@ def logit_change(head: Head, support: States, asked: States, rates: Rates) -> fl
 
 
 def save(head: Head, rates: Rates, base_sha256: str, path: Path) -> None:
-    """Write `head.safetensors`, whole or not at all."""
-    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in (("a", head.a), ("b", head.b))}
-    numbers = {"scale": repr(head.scale), "lr": repr(rates.lr), "steps": str(rates.steps)}
-    save_tensors(tensors, path, {**numbers, "base_sha256": base_sha256})
+    """Write `head.safetensors`, whole or not at all; by hand, as the library keeps no order of several metadata."""
+    notes = {"base_sha256": base_sha256, "lr": repr(rates.lr), "scale": repr(head.scale), "steps": str(rates.steps)}
+    header: dict[str, Any] = {"__metadata__": notes}
+    data = b""
+    for name, tensor in (("a", head.a), ("b", head.b)):
+        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()
+        places = [len(data), len(data) + len(values)]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
+        data += values
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    os.replace(partial, path)
 
 
 def load(path: Path) -> tuple[Head, Rates, str]:

@@ -58,7 +58,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fomaml": {
         "method": "fomaml",
         "lora": {"rank": 48, "alpha": 48, "targets": ("q_proj", "v_proj")},
-        "inner": {"lr": 0.1, "steps": 3},
+        "inner": {"lr": 1.0, "steps": 3},
         "support": 8,
         "query": 12,
     },
@@ -75,10 +75,10 @@ class Config(BaseModel):
     lora: LoraShape = LoraShape(rank=16, alpha=32)
     head_rank: int = Field(16, ge=1)
     head_alpha: float = Field(32, gt=0)
-    inner: Rates = Rates(lr=0.3, steps=3)
+    inner: Rates = Rates(lr=0.1, steps=20)
     support: int = Field(5, ge=1)
     query: int = Field(10, ge=1)
-    loop: LoopConfig = LoopConfig(steps=300, batch=8, lr=2e-3, evaluate_every=50)
+    loop: LoopConfig = LoopConfig(steps=300, batch=8, lr=3e-3, evaluate_every=50)
 
     @model_validator(mode="before")
     @classmethod
