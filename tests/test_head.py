@@ -1,5 +1,6 @@
 """Few-shot adaptation of the head (SPEC C9): its gradients, and that no request leaves anything in it."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ def low_rank(rank=4, width=WIDTH, ids=IDS, seed=0, size=0.3):
 def write_head(path, *, lr=0.5, steps=3, base="one", seed=0, size=0.3, width=WIDTH, ids=IDS):
     start = low_rank(seed=seed, size=size, width=width, ids=ids)
     known = {"scale": "0.5", "lr": str(lr), "steps": str(steps), "base_sha256": base}
-    save_file({"a": start.a, "b": start.b}, path, metadata=known)
+    save_file({"a": start.a, "b": start.b}, path, metadata={"head": json.dumps(known)})
     return path
 
 
@@ -130,10 +131,10 @@ def test_a_file_that_is_no_such_head_is_refused(tmp_path):
         ({"a": start.a, "b": start.b}, good | {"steps": "100000"}, "mean nothing"),
         ({"a": start.a * np.float32(np.inf), "b": start.b}, good, "mean nothing"),
     ):
-        save_file(tensors, path, metadata=known)
+        save_file(tensors, path, metadata={"head": json.dumps(known)})
         with pytest.raises(BundleError, match=why):
             load_head(path, **size)
-    save_file({"a": start.a, "b": start.b}, path, metadata=good)
+    save_file({"a": start.a, "b": start.b}, path, metadata={"head": json.dumps(good)})
     assert load_head(path, **size, base_sha256="one").steps == 2
     with pytest.raises(BundleError, match="another base"):
         load_head(path, **size, base_sha256="two")

@@ -4,18 +4,16 @@ Logits are W h + scale * b (a h), with h the hidden state after the final norm. 
 support set is written out, so that training here and answering elsewhere (numpy, no torch) do the same sums. Only a and
 b move, so what an adaptation did is forgotten by forgetting them.
 
-`head.safetensors` holds `a` [rank, width] and `b` [vocabulary, rank] in fp32; as metadata `scale`, `lr` and `steps` of
-the inner loop, and `base_sha256`, the hash of the base's weights.
+`head.safetensors` holds `a` [rank, width] and `b` [vocabulary, rank] in fp32; its metadata `head` is a JSON text with
+`scale`, `lr` and `steps` of the inner loop, and `base_sha256`, the hash of the base's weights.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cogumi.errors import ArtifactError
+from cogumi.models.build import save_tensors
 
 FILE = "head.safetensors"
 
@@ -98,27 +97,18 @@ def logit_change(head: Head, support: States, asked: States, rates: Rates) -> fl
 
 
 def save(head: Head, rates: Rates, base_sha256: str, path: Path) -> None:
-    """Write `head.safetensors`, whole or not at all; by hand, as the library keeps no order of several metadata."""
-    notes = {"base_sha256": base_sha256, "lr": repr(rates.lr), "scale": repr(head.scale), "steps": str(rates.steps)}
-    header: dict[str, Any] = {"__metadata__": notes}
-    data = b""
-    for name, tensor in (("a", head.a), ("b", head.b)):
-        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()
-        places = [len(data), len(data) + len(values)]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
-        data += values
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    os.replace(partial, path)
+    """Write `head.safetensors`, whole or not at all; the notes are one JSON text: several have no fixed order."""
+    notes = {"base_sha256": base_sha256, "lr": rates.lr, "scale": head.scale, "steps": rates.steps}
+    tensors = {"a": head.a, "b": head.b}
+    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
+    save_tensors(tensors, path, {"head": json.dumps(notes)})
 
 
 def load(path: Path) -> tuple[Head, Rates, str]:
     """The head, its rates and the base's hash; `ArtifactError` if the file is none of ours."""
     try:
         with safe_open(path, "pt") as file:
-            a, b, notes = file.get_tensor("a"), file.get_tensor("b"), file.metadata()
+            a, b, notes = file.get_tensor("a"), file.get_tensor("b"), json.loads(file.metadata()["head"])
         rates = Rates(lr=float(notes["lr"]), steps=int(notes["steps"]))
         return Head(a, b, float(notes["scale"])), rates, str(notes["base_sha256"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

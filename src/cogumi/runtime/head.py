@@ -7,10 +7,12 @@ loaded: adapting makes new arrays, and once they are dropped the head is what it
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,10 +96,10 @@ def load_head(path: Path, *, width: int, vocabulary: int, base_sha256: str | Non
     try:
         with safe_open(path, framework="numpy") as file:
             a, b = (np.ascontiguousarray(file.get_tensor(name), np.float32) for name in ("a", "b"))
-            known: Mapping[str, str] = file.metadata() or {}
+            known: Mapping[str, Any] = json.loads((file.metadata() or {})["head"])
         head = Head(LowRank(a, b, float(known["scale"])), float(known["lr"]), int(known["steps"]))
-        trained_on = known["base_sha256"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        trained_on = str(known["base_sha256"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a head for few examples ({error}); build the bundle again") from error
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or (a.shape[1], len(b)) != (width, vocabulary):
         raise BundleError(
