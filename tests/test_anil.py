@@ -227,48 +227,49 @@ def test_each_method_writes_what_the_next_stages_read(inputs, tmp_path, method):
 
 
 def test_meta_training_learns_to_learn(inputs, tmp_path):
-    loop = {**LOOP, "steps": 60, "evaluate_every": 30, "lr": 0.02}
-    config = anil.Config(**{**SMALL, "inner": {"lr": 0.1, "steps": 10}, "head_rank": 8, "loop": loop})
+    loop = {**LOOP, "steps": 60, "batch": 8, "evaluate_every": 20, "lr": 0.01}
+    config = anil.Config(**{**SMALL, "inner": {"lr": 0.3, "steps": 3}, "head_rank": 8, "loop": loop})
     curve = anil.run(config, inputs, tmp_path, context())["curve"]
-    assert curve["selection"][-1][1]["exact"] > 0.7  # two words nobody was trained on, one example would give 0.5
-    assert curve["training"][-1][1]["loss"] < curve["training"][0][1]["loss"]
+    best = min((figures for _, figures in curve["selection"]), key=lambda figures: figures["loss"])
+    assert best["loss"] < curve["selection"][0][1]["loss"] / 2
+    assert best["exact"] > 0.6  # of two words nobody was trained on: who knows both but not the rule gets 0.5
 
 
 RESUMABLE = """
 import sys
 from pathlib import Path
-from cogumi.stage import Context
-from cogumi.train import anil
+from test_anil import resumable
 from cogumi.types import Artifact
 base, episodes, out = map(Path, sys.argv[1:])
-def progress(done, total, figures):
-    print(done, flush=True)
-loop = {"steps": 24, "batch": 4, "lr": 0.01, "evaluate_every": 6, "checkpoint_every": 3, "warmup": 1}
-config = anil.Config(lora={"rank": 2, "alpha": 4}, head_rank=4, inner={"lr": 0.1, "steps": 2}, loop=loop)
-anil.run(config, {"model": Artifact("x", base, "0"), "episodes": Artifact("x", episodes, "0")}, out,
-         Context(3, 1, Path(), progress))
+inputs = {"model": Artifact("x", base, "0"), "episodes": Artifact("x", episodes, "0")}
+resumable(inputs, out, lambda done, total, figures: print(done, flush=True))
 """
 
 
-def training(inputs, out):
-    out.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", RESUMABLE, inputs["model"].path, inputs["episodes"].path, out]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def resumable(inputs, out, progress):
+    loop = {**LOOP, "steps": 12, "evaluate_every": 6, "checkpoint_every": 3}
+    anil.run(anil.Config(**{**SMALL, "loop": loop}), inputs, out, Context(3, 1, Path(), progress))
 
 
 def test_killed_and_resumed_gives_the_same_bytes(inputs, tmp_path):
-    assert training(inputs, tmp_path / "whole").communicate()[0].split()[-1] == "24"
-    process = training(inputs, tmp_path / "killed")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    command = [sys.executable, "-c", RESUMABLE, inputs["model"].path, inputs["episodes"].path, killed]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     for line in process.stdout:
-        if int(line) >= 11:
+        if int(line) >= 8:
             os.kill(process.pid, signal.SIGKILL)
             break
     process.wait()
-    assert not (tmp_path / "killed" / heads.FILE).exists()
-    steps = training(inputs, tmp_path / "killed").communicate()[0].split()
-    assert int(steps[0]) > 6  # it went on from its checkpoint
+    assert not (killed / heads.FILE).exists()
+    steps = []
+    resumable(inputs, killed, lambda done, total, figures: steps.append(done))
+    resumable(inputs, whole, lambda done, total, figures: None)
+    assert steps[0] > 3  # it went on from its checkpoint
     for name in (heads.FILE, "adapter_model.safetensors"):
-        assert sha256(tmp_path / "killed" / name) == sha256(tmp_path / "whole" / name)
+        assert sha256(killed / name) == sha256(whole / name)
 
 
 def test_an_episode_longer_than_the_context_is_named(inputs):
