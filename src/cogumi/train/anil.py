@@ -34,6 +34,7 @@ from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "adapter"
+TRAINS = True
 
 TRIED: Mapping[str, Rates] = {
     "v2": Rates(lr=1e-5, steps=1),
