@@ -52,8 +52,8 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
     shots: tuple[int, ...] = Field((1, 3, 5), min_length=1)
     queries: int = Field(10, ge=1)
-    lrs: tuple[float, ...] = Field((0.03, 0.1, 0.3, 1.0, 3.0), min_length=1)
-    steps: tuple[int, ...] = Field((1, 3, 10), min_length=1)
+    lrs: tuple[float, ...] = Field((0.03, 0.1, 0.3), min_length=1)
+    steps: tuple[int, ...] = Field((3, 10, 30), min_length=1)
     resamples: int = Field(2000, ge=100)
 
 
