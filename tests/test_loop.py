@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import helpers_train
 import pico
 from cogumi.artifact import sha256
-from cogumi.errors import TrainingError
+from cogumi.errors import CogumiError, TrainingError
 from cogumi.models.build import Shape, build
 from cogumi.models.lora import LoraShape, attach
 from cogumi.models.text import HFTokenizer
+from cogumi.train import speed
 from cogumi.train.batches import Row, collate
 from cogumi.train.checkpoint import Progress, trained
 from cogumi.train.loop import LoopConfig, learning_rate, reason_to_stop, train
@@ -190,10 +191,13 @@ def test_early_stopping_keeps_the_best_weights(tokenizer, tmp_path):
 
 
 def test_who_validates_may_end_the_training(tokenizer, tmp_path):
-    """Weights for which training is stopped are not the ones it ends with, however low their loss."""
+    """Weights for which training is stopped are not the ones it ends with, however low their loss.
+
+    Those it began with are candidates too.
+    """
     model = build(SHAPE, tokenizer, 0)
     config = LoopConfig(steps=60, batch=4, evaluate_every=5)
-    losses = iter([3.0, 1.0])
+    losses = iter([3.0, 2.5, 1.0])
     at = train(
         model, sums(tokenizer), answer_loss, config, tmp_path, context(), lambda apply: {"loss": next(losses)},
         stop=lambda figures: "forgot too much" if figures["loss"] < 2 else "",
@@ -297,6 +301,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     assert not (tmp_path / "weights.safetensors").exists()
     assert finished(launch(root, tmp_path))[0] > 3
     assert sha256(tmp_path / "weights.safetensors") == sha256(out / "weights.safetensors")
+
+
+def test_the_bare_loop_of_the_speed_suite_does_the_same_work(tmp_path, monkeypatch):
+    """Equal weights after both, or there would be no ratio."""
+    monkeypatch.setattr(speed, "STEPS", 4)
+    monkeypatch.setattr(speed, "LOOP", speed.LOOP.model_copy(update={"steps": 4, "batch": 8}))
+    monkeypatch.setattr(speed, "BATCH", 8)
+    assert speed._turn(tmp_path / "same", seed=1) > 0
+    monkeypatch.setattr(speed, "BATCH", 4)
+    with pytest.raises(CogumiError, match="did not do the same work"):
+        speed._turn(tmp_path / "other", seed=1)
 
 
 def test_nothing_to_train_is_said(tokenizer, tmp_path):

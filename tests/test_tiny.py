@@ -61,7 +61,7 @@ def test_the_report_has_its_keys_and_its_figures_agree(built):
     heldout = sum(n for cells in report["accuracy"]["cascade"].values() for _, n in cells.values())
     assert heldout == report["gate"]["n"] == 8 * (30 + 2 * WITHOUT)
     assert sum(report["routes"].values()) == pytest.approx(1)
-    assert set(report["modifiers"]["math"]) == {"before", "after", "control", "n"}
+    assert set(report["modifiers"]["math"]) == {"before", "after", "gain", "lost_elsewhere", "control", "n"}
     assert report["unanswerable"]["n"] == sum(n for _, n in report["unanswerable"]["kinds"].values()) == 30
     assert report["speculation"]["identical"] == report["speculation"]["n"] == 20  # exact at Q8_0
     assert 0 < report["speculation"]["acceptance"] < 1
