@@ -207,6 +207,7 @@ def test_the_preset_holds_the_documents_rates_and_a_recipe_may_change_one():
     fomaml = anil.Config(preset="fomaml")
     assert (fomaml.method, fomaml.lora.rank, fomaml.lora.targets) == ("fomaml", 48, ("q_proj", "v_proj"))
     assert (fomaml.inner.steps, fomaml.support, fomaml.query) == (3, 8, 12)
+    assert anil.Config(loop={"steps": 50}).loop == anil.Config().loop.model_copy(update={"steps": 50})
     with pytest.raises(ValidationError, match="preset"):
         anil.Config(preset="v3")
 

@@ -46,7 +46,7 @@ TRIED: Mapping[str, Rates] = {
 _JUDGED_AT_ONCE = 8
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {},
+    "tiny": {"loop": {"steps": 300, "batch": 8, "lr": 3e-3, "evaluate_every": 50}},
     "v2": {
         "lora": {"rank": 16, "alpha": 32},
         "head_rank": 16,
@@ -62,6 +62,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "inner": {"lr": 1.0, "steps": 3},
         "support": 8,
         "query": 12,
+        "loop": {"steps": 60, "batch": 8, "lr": 3e-3, "evaluate_every": 30},
     },
 }
 """Settings by name; what a recipe sets beside the preset wins. `v2` are the documents' corrected rates."""
@@ -79,14 +80,14 @@ class Config(BaseModel):
     inner: Rates = Rates(lr=0.1, steps=20)
     support: int = Field(5, ge=1)
     query: int = Field(10, ge=1)
-    loop: LoopConfig = LoopConfig(steps=300, batch=8, lr=3e-3, evaluate_every=50)
+    loop: LoopConfig
 
     @model_validator(mode="before")
     @classmethod
     def _under_preset(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or given.get("preset") not in PRESETS:
+        if not isinstance(given, Mapping) or given.get("preset", "tiny") not in PRESETS:
             return given
-        chosen = PRESETS[given["preset"]]
+        chosen = PRESETS[given.get("preset", "tiny")]
         merged = {**chosen, **given}
         for name in ("lora", "inner", "loop"):
             if isinstance(given.get(name), Mapping) and name in chosen:
