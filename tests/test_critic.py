@@ -17,8 +17,9 @@ from cogumi.cascade.vote import finish
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import BundleError, CogumiError, DataError, RequestError
 from cogumi.evaluate import critic as stage
-from cogumi.evaluate import deliberation
 from cogumi.evaluate.critic import Config, Judged, Reader, error_type, figures, train
+from cogumi.evaluate.metrics import gained
+from cogumi.evaluate.suites import deliberation
 from cogumi.route.critic import BUCKETS, CLASSES, ERRORS, FILE, NONE, SUMMARY, load_critic, look, passage
 from cogumi.route.nets import Net
 from cogumi.runtime.engine import final_reply
@@ -352,7 +353,7 @@ def test_the_suite_counts_gains_and_costs(inputs, tmp_path, monkeypatch):
 
 def test_gains_have_paired_bounds():
     before, after = np.zeros(200), np.repeat([0.0, 1.0], [150, 50])
-    gain, low, high = deliberation.gained(before, after, 0)
+    gain, low, high = gained(before, after, 0)
     assert gain == 0.25
     assert 0.18 < low < 0.22 < 0.28 < high < 0.32
-    assert deliberation.gained(after, after, 0) == (0.0, 0.0, 0.0)
+    assert gained(after, after, 0) == (0.0, 0.0, 0.0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cogumi.cascade import learning
-from cogumi.evaluate import drift
-from cogumi.evaluate.drift import PHASES, Phase, accepted, ask, attacked, brier, people, promise_of, stream_of
+from cogumi.evaluate.suites import drift
+from cogumi.evaluate.suites.drift import PHASES, Phase, accepted, ask, attacked, brier, people, promise_of, stream_of
 from cogumi.suite import SUITES, Findings, Task, suite
 
 RATERS = ["honest"] * 700

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cogumi.artifact import sha256
 from cogumi.errors import ArtifactError, BundleError, RecipeError
-from cogumi.evaluate.embedder import cached_embedder
+from cogumi.evaluate.suites.embedder import cached_embedder
 from cogumi.models import encoder
 from cogumi.runtime.costs import cache_folder
 from cogumi.runtime.embedder import MODEL, TOKENIZER, Embedder

@@ -19,7 +19,7 @@ from cogumi.data import satisfaction
 from cogumi.data.followups import TOPICS, draw, templates
 from cogumi.data.satisfaction import halves, read_rated
 from cogumi.errors import BundleError, CogumiError, DataError, RecipeError
-from cogumi.evaluate import followups
+from cogumi.evaluate.suites import followups
 from cogumi.models.followup import FollowUpNet, best_threshold, export, pad
 from cogumi.runtime.escalation import FILE, MARKS, UNKNOWN, Escalation, describe, encode, last_turn, numbered
 from cogumi.stage import Context

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cogumi.errors import CogumiError
-from cogumi.evaluate import honesty
+from cogumi.evaluate.suites import honesty
 from cogumi.show import findings
 from cogumi.suite import SUITES, Figure, Task, suite
 from cogumi.types import ABSTENTION

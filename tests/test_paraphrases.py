@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from cogumi.errors import CogumiError, DataError
-from cogumi.evaluate import paraphrases
-from cogumi.evaluate.lookups import lookup_speed
-from cogumi.evaluate.pairs import parts, read_pairs
+from cogumi.evaluate.suites import paraphrases
+from cogumi.evaluate.suites.lookups import lookup_speed
+from cogumi.evaluate.suites.pairs import parts, read_pairs
 from cogumi.suite import Task
 from helpers_encoder import Trigrams
 
@@ -31,8 +31,8 @@ def labelled():
 
 @pytest.fixture
 def suite(monkeypatch):
-    monkeypatch.setattr("cogumi.evaluate.paraphrases.cached_embedder", Trigrams)
-    monkeypatch.setattr("cogumi.evaluate.paraphrases.lookup_speed", partial(lookup_speed, entries=300))
+    monkeypatch.setattr("cogumi.evaluate.suites.paraphrases.cached_embedder", Trigrams)
+    monkeypatch.setattr("cogumi.evaluate.suites.paraphrases.lookup_speed", partial(lookup_speed, entries=300))
     return lambda **more: paraphrases.run(Task(**more))
 
 

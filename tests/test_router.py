@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.errors import BundleError, CogumiError, DataError
-from cogumi.evaluate import domains as suite
-from cogumi.evaluate.kinds import READERS, read_kind
+from cogumi.evaluate.suites import domains as suite
+from cogumi.evaluate.suites.kinds import READERS, read_kind
 from cogumi.route.domains import HISTORY_WEIGHT, confidences, in_scope, preload, scope_for, with_history
 from cogumi.route.nets import Net, load_net, load_scope
 from cogumi.suite import Task

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.errors import CogumiError, DataError
-from cogumi.evaluate import routing
-from cogumi.evaluate.fit_question import fit_question, subject_folds
 from cogumi.evaluate.metrics import auroc
+from cogumi.evaluate.suites import routing
+from cogumi.evaluate.suites.fit_question import fit_question, subject_folds
 from cogumi.route.nets import load_net
 from cogumi.route.question import (
     FEATURES,

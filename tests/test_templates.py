@@ -20,7 +20,7 @@ from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.parts import Parts
 from cogumi.cascade.templates import Templates
 from cogumi.errors import BundleError, CogumiError, ContextError, RequestError
-from cogumi.evaluate import templates as suite
+from cogumi.evaluate.suites import templates as suite
 from cogumi.route.gate import QuestionGate
 from cogumi.route.templates import NEAR, OTHERS, SHAPES, nearest, shape
 from cogumi.runtime.engine import final_reply

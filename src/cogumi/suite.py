@@ -16,15 +16,15 @@ from cogumi.errors import CogumiError
 from cogumi.registry import nearest
 
 SUITES: dict[str, str] = {
-    "honesty": "cogumi.evaluate.honesty",
-    "routing": "cogumi.evaluate.routing",
-    "domains": "cogumi.evaluate.domains",
-    "escalation": "cogumi.evaluate.followups",
-    "cache": "cogumi.evaluate.paraphrases",
-    "deliberation": "cogumi.evaluate.deliberation",
-    "learning": "cogumi.evaluate.drift",
+    "honesty": "cogumi.evaluate.suites.honesty",
+    "routing": "cogumi.evaluate.suites.routing",
+    "domains": "cogumi.evaluate.suites.domains",
+    "escalation": "cogumi.evaluate.suites.followups",
+    "cache": "cogumi.evaluate.suites.paraphrases",
+    "deliberation": "cogumi.evaluate.suites.deliberation",
+    "learning": "cogumi.evaluate.suites.drift",
     "training": "cogumi.train.speed",
-    "templates": "cogumi.evaluate.templates",
+    "templates": "cogumi.evaluate.suites.templates",
 }
 """Name -> module."""
 

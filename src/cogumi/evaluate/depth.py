@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import write_text
 from cogumi.data.examples import read_examples, split_path
-from cogumi.evaluate.deliberation import gained
 from cogumi.evaluate.graders import grade_all
+from cogumi.evaluate.metrics import gained
 from cogumi.evaluate.plots import new_figure
 from cogumi.models.depth import FILE, Routers
 from cogumi.runtime.engine import final_reply, replies

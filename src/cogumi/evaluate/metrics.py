@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 BINS = 10
+RESAMPLES = 2000
 Doubles = NDArray[np.float64]
 
 
@@ -98,3 +99,11 @@ def crossing(lower: ArrayLike, upper: ArrayLike) -> float:
     values = np.unique(np.concatenate([lower, upper]))
     gain = np.searchsorted(lower, values, "right") / len(lower) - np.searchsorted(upper, values, "right") / len(upper)
     return float(values[int(np.argmax(gain))])
+
+
+def gained(before: Doubles, after: Doubles, seed: int) -> tuple[float, float, float]:
+    """Mean gain of paired outcomes [n], with the bounds of 95% by bootstrap."""
+    difference = after - before
+    draws = np.random.default_rng(seed).integers(0, len(difference), (RESAMPLES, len(difference)))
+    low, high = np.quantile(difference[draws].mean(axis=1), (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)

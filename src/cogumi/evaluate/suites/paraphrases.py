@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from cogumi.cascade.cache import SIMILARITY
 from cogumi.errors import CogumiError, DataError
-from cogumi.evaluate.embedder import cached_embedder
-from cogumi.evaluate.lookups import lookup_speed
-from cogumi.evaluate.pairs import Pairs, groups, parts, read_pairs
+from cogumi.evaluate.suites.embedder import cached_embedder
+from cogumi.evaluate.suites.lookups import lookup_speed
+from cogumi.evaluate.suites.pairs import Pairs, groups, parts, read_pairs
 from cogumi.route.guarantee import upper_bound
 from cogumi.route.nets import Net
 from cogumi.route.reuse import FEATURES, KINDS, pair_features

@@ -25,9 +25,9 @@ from cogumi.bundle import open_bundle
 from cogumi.cascade.tiers import router_input
 from cogumi.data.world.stage import fresh
 from cogumi.errors import CogumiError, ContextError
-from cogumi.evaluate.embedder import cached_embedder
-from cogumi.evaluate.kinds import READERS, Sources, read_kind
-from cogumi.evaluate.vectors import embed_all
+from cogumi.evaluate.suites.embedder import cached_embedder
+from cogumi.evaluate.suites.kinds import READERS, Sources, read_kind
+from cogumi.evaluate.suites.vectors import embed_all
 from cogumi.models.classifier import fit_classifier
 from cogumi.route.domains import PRELOAD, confidences, preload, scope_for
 from cogumi.route.nets import Net, load_net, load_scope

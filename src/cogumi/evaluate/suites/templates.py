@@ -20,8 +20,8 @@ from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.templates import Pair, Templates
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import CogumiError, ContextError
-from cogumi.evaluate.deliberation import gained
 from cogumi.evaluate.graders import grade_all
+from cogumi.evaluate.metrics import gained
 from cogumi.route.templates import SHAPES
 from cogumi.runtime.engine import Engine, replies
 from cogumi.runtime.llama_engine import LlamaEngine

@@ -28,7 +28,7 @@ from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import CogumiError
 from cogumi.evaluate.critic import error_type, question_of
 from cogumi.evaluate.graders import grade_all
-from cogumi.evaluate.metrics import auroc
+from cogumi.evaluate.metrics import auroc, gained
 from cogumi.route.critic import FILE, load_critic, look
 from cogumi.route.vote import final_answer
 from cogumi.runtime.engine import Engine, replies
@@ -45,7 +45,6 @@ MAX_TOKENS, SLOTS, CONTEXT, TOGETHER = 64, 16, 256, 8
 COOL = Sampling(temperature=0.5, frequency_penalty=0.0)
 WARM = replace(SAMPLING, frequency_penalty=0.0)
 VOTES = "5 votes"
-RESAMPLES = 2000
 _ANSWERS = "the cascade's answers"
 NEAR, LONG = 1, 10
 """Tokens by which the critic may miss the first wrong one, in answers of at least so many."""
@@ -167,14 +166,6 @@ def measure(way: Way, starts: Sequence[Start], first: Measured) -> Measured:
     seconds = first.seconds + time.perf_counter() - began
     correct = _graded([s.example for s in starts], [o.text for o in outcomes])
     return Measured(correct, first.tokens + [o.tokens for o in outcomes], seconds, outcomes)
-
-
-def gained(before: Doubles, after: Doubles, seed: int) -> tuple[float, float, float]:
-    """Mean gain of paired outcomes [n], with the bounds of 95% by bootstrap."""
-    difference = after - before
-    draws = np.random.default_rng(seed).integers(0, len(difference), (RESAMPLES, len(difference)))
-    low, high = np.quantile(difference[draws].mean(axis=1), (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
 
 
 def gain_figures(first: Measured, found: Mapping[str, Measured], chosen: str, seed: int) -> list[Figure]:

@@ -1,0 +1,1 @@
+"""The suites of `cogumi eval --suite` that judge bundles and public data (see `cogumi.suite`)."""
