@@ -164,6 +164,7 @@ def test_draft_stage_tells_easy_from_hard(world, base, tmp_path):
     metrics = draft.run(config, found, tmp_path, context())
     assert metrics["difficulty_auroc"] > 0.9  # the first digit tells
     assert (tmp_path / "difficulty.safetensors").exists()
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
     assert load(tmp_path).config.hidden_size == 32
 
 

@@ -1,4 +1,4 @@
-"""Pictures of training: what was validated, against the step."""
+"""Pictures of training: figures against the step."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from pathlib import Path
 
 
 def curves_picture(
-    path: Path, validations: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], label: str
+    path: Path, curve: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], label: str
 ) -> None:
-    """One line for each named figure."""
+    """One line for each named figure, where a step has it; logarithmic if they span more than a factor of 100."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    seen: list[float] = []
     for name in names:
-        axes.plot([step for step, _ in validations], [found[name] for _, found in validations], "o-", label=name)
+        steps = [step for step, found in curve if name in found]
+        values = [found[name] for _, found in curve if name in found]
+        axes.plot(steps, values, "-", label=name)
+        seen += values
+    if seen and min(seen) > 0 and max(seen) > 100 * min(seen):
+        axes.set_yscale("log")
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -27,6 +27,7 @@ from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
 from cogumi.train import batches
 from cogumi.train.batches import IGNORE, Batch, Row
+from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_logits, labelled_logits, token_nats
 from cogumi.train.validation import applied, mean_figures, passes
@@ -221,6 +222,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     at = train(model, taught, draft_loss(config, base), config.loop, out, context, validate, collate)
     save(model.lm, folder, out)
     model.save_difficulty(out / "difficulty.safetensors")
+    curves_picture(out / "curves.png", at.losses, ("generation", "difficulty", "question", "alignment"), "loss")
     return {
         "parameters": parameters(model),
         "rows": len(taught),
