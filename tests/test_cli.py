@@ -210,6 +210,10 @@ def test_chat_answers_after_the_examples_of_a_file(folder, tmp_path):
         file.write_text(text)
         refused = cogumi("chat", folder, "--once", "x", "--examples", file, ok=1)
         assert why in refused.stderr
+    file.write_bytes(b"\xff\xfe")
+    assert "is not UTF-8" in cogumi("chat", folder, "--once", "x", "--examples", file, ok=1).stderr
+    file.unlink()
+    assert "cannot be read: No such file" in cogumi("chat", folder, "--once", "x", "--examples", file, ok=1).stderr
 
 
 def test_chat_once_tells_tier_confidence_and_reasons(folder):

@@ -82,8 +82,14 @@ class Conversation:
 
 def load_examples(path: Path) -> tuple[tuple[str, str], ...]:
     """Worked examples, one JSON object {"question", "answer"} a line; `CogumiError` names a line that is none."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise CogumiError(f"{path} cannot be read: {error.strerror}; name a file of examples") from error
+    except UnicodeDecodeError as error:
+        raise CogumiError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
