@@ -145,7 +145,8 @@ def draft_loss(config: Config, base: Any = None) -> Loss:
         asked = torch.where(position < batch.starts[:, None], batch.ids, IGNORE)
         question = token_nats(model.lm.lm_head, hidden, asked)[0].mean()
         total = config.difficulty_weight * difficulty + config.question_weight * question
-        parts = {"difficulty": difficulty, "question": question}
+        nothing = torch.zeros(())  # all processes tell the same figures, with an easy question or without
+        parts = {"difficulty": difficulty, "question": question, "generation": nothing, "alignment": nothing}
         logits, target, row = labelled_logits(model.lm.lm_head, hidden, batch.labels)
         if len(target):
             nats = cross_entropy(logits, target, reduction="none")
