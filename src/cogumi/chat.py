@@ -83,7 +83,7 @@ class Conversation:
 def load_examples(path: Path) -> tuple[tuple[str, str], ...]:
     """Worked examples, one JSON object {"question", "answer"} a line; `CogumiError` names a line that is none."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except OSError as error:
         raise CogumiError(f"{path} cannot be read: {error.strerror}; name a file of examples") from error
     except UnicodeDecodeError as error:

@@ -117,7 +117,7 @@ def _examples(path: Path) -> dict[str, list[Pair]]:
     """The examples of a bundle by domain. Raises `BundleError` if a line is none."""
     found: dict[str, list[Pair]] = defaultdict(list)
     try:
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8").strip("\n").split("\n"):
             row = json.loads(line)
             found[row["domain"]].append((str(row["question"]), str(row["answer"])))
     except (ValueError, KeyError, TypeError) as error:

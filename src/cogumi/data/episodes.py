@@ -87,7 +87,7 @@ def read_episodes(artifact: Path, split: str) -> list[Episode]:
     """All episodes of a set; `DataError` names what cannot be used, an empty set or one with an empty side included."""
     path = episode_path(artifact, split)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = list(filter(None, path.read_text(encoding="utf-8").split("\n")))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: build the step that makes the episodes first") from error
     episodes = []

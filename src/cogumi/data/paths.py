@@ -31,7 +31,7 @@ def write_paths(artifact: Path, rows: Iterable[Paths]) -> None:
 def read_paths(artifact: Path) -> list[Paths]:
     """All questions of an artifact with their paths."""
     try:
-        lines = (artifact / FILE).read_text(encoding="utf-8").splitlines()
+        lines = list(filter(None, (artifact / FILE).read_text(encoding="utf-8").split("\n")))
         rows = [Paths(**row) for row in map(json.loads, lines)]
         return [replace(row, paths=tuple(row.paths)) for row in rows]
     except (OSError, ValueError, TypeError) as error:

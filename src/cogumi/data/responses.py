@@ -40,7 +40,7 @@ def write_responses(artifact: Path, rows: Iterable[Response]) -> None:
 def read_responses(artifact: Path) -> dict[str, Response]:
     """Responses by example id."""
     try:
-        lines = (artifact / FILE).read_text(encoding="utf-8").splitlines()
+        lines = list(filter(None, (artifact / FILE).read_text(encoding="utf-8").split("\n")))
         return {row["id"]: Response(**row) for row in map(json.loads, lines)}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
