@@ -35,13 +35,13 @@ BELOW = {
     "route": {"ground"},
     "data": {"ground", "models"},
     "train": BUILD,
-    "compress": BUILD,
+    "compress": BUILD | {"train"},  # it trains what it has cut
     "evaluate": BUILD,
     "pipeline": {"ground"},  # stages come through the registry
     "cascade": {"ground", "runtime", "route"},
     "serve": {"ground", "runtime", "route", "cascade"},
     "bench": {"ground", "runtime", "compress"},
-    "cli": {"ground", "runtime", "route", "cascade", "serve", "data", "evaluate", "bench", "pipeline"},
+    "cli": {"ground", "runtime", "route", "cascade", "serve", "data", "compress", "evaluate", "bench", "pipeline"},
 }
 HEAVY = {
     "torch",
