@@ -1,0 +1,46 @@
+"""Options that several commands share, and the bundle that is meant where none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cogumi.errors import BundleError
+
+RUNS = Path("runs")
+RunsOption = Annotated[Path, typer.Option(help="Folder that builds are kept in.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+BundleArgument = Annotated[
+    Path | None, typer.Argument(help="Folder of a bundle.", show_default="the newest runs/*/bundle")
+]
+ModeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="`fast` never asks a modifier, `balanced` may, `accurate` tries more on hard questions; also `turbo`, "
+        "`mobile`, `desktop`, or one of your --settings.",
+        show_default="what suits the question",
+    ),
+]
+SettingsOption = Annotated[
+    Path | None, typer.Option(help="YAML with modes of your own, and which questions get which mode.")
+]
+StateOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder for what is kept between runs: session memory, ratings.", show_default="keep nothing"),
+]
+
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Processor threads to compute with.", show_default="what suits the model")
+]
+
+
+def chosen_bundle(bundle: Path | None) -> Path:
+    """The bundle named, or the newest one that was built here."""
+    if bundle is not None:
+        return bundle
+    built = sorted(RUNS.glob("*/bundle/bundle.json"), key=lambda path: path.stat().st_mtime)
+    if not built:
+        raise BundleError(f"there is no bundle in {RUNS}/; build one: cogumi build tiny, or name its folder")
+    return built[-1].parent
