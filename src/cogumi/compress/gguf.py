@@ -212,7 +212,7 @@ def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterato
     so that what a killed run left is overwritten by the next.
     """
     for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=tensor.type)
+        tensor.announce(writer)
     part = out.with_name(f"{out.name}.part")
     try:
         writer.write_header_to_file(part)

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
@@ -49,6 +50,10 @@ class Tensor:
         """Size of the tensor as stored."""
         values, size = GGML_QUANT_SIZES[self.type]
         return prod(self.shape) // int(values) * int(size)
+
+    def announce(self, writer: GGUFWriter) -> None:
+        """Add name, shape and type to the header of a file; the data follows behind it."""
+        writer.add_tensor_info(self.name, self.shape, np.dtype(np.float32), self.nbytes, raw_dtype=self.type)
 
     def stored(self, type: GGMLQuantizationType) -> Tensor:
         """The same, kept as `type` as llama.cpp would: norms in f32, rows that do not fill blocks in f16."""

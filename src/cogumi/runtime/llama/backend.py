@@ -1,10 +1,11 @@
-"""llama.cpp as a whole: what it complains about, and the one thread that its parallel work runs in."""
+"""llama.cpp as a whole: what it logs and complains about, and the one thread that its parallel work runs in."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from llama_cpp import llama_cpp as c
@@ -16,16 +17,31 @@ T = TypeVar("T")
 _ERROR_LEVEL = 4  # ggml.h
 complaints: list[str] = []
 """What llama.cpp has complained about since somebody cleared the list."""
+_listeners: list[list[str]] = []
 
 
 @c.llama_log_callback  # type: ignore[untyped-decorator]
-def _keep_errors(level: int, text: bytes, _user_data: Any) -> None:
-    if level == _ERROR_LEVEL and text.strip():
-        complaints.append(text.decode("utf-8", "replace").strip())
+def _keep(level: int, text: bytes, _user_data: Any) -> None:
+    said = text.decode("utf-8", "replace")
+    if level == _ERROR_LEVEL and said.strip():
+        complaints.append(said.strip())
+    for listener in _listeners:
+        listener.append(said)
 
 
-c.llama_log_set(_keep_errors, ctypes.c_void_p(0))
+c.llama_log_set(_keep, ctypes.c_void_p(0))
 c.llama_backend_init()
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Everything llama.cpp logs meanwhile; a line may come in several pieces."""
+    heard: list[str] = []
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners[:] = [listener for listener in _listeners if listener is not heard]
 
 
 def reason() -> str:
