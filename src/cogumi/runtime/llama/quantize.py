@@ -23,7 +23,7 @@ _CHOICE = re.compile(
 """What a dry run says of each tensor: its type, and the one that it would be given if that is another."""
 
 ggml.ggml_row_size.restype = ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-ggml.ggml_validate_row_data.restype = ctypes.c_bool
+ggml.ggml_validate_row_data.restype = ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
 
 
 def _parameters(type: str) -> Any:
