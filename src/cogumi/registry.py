@@ -38,6 +38,7 @@ STAGES: dict[str, str] = {
     "recover": "cogumi.train.recover",
     "paths": "cogumi.evaluate.paths",
     "backbone": "cogumi.train.backbone",
+    "compress_adapter": "cogumi.compress.adapters",
 }
 
 ENGINES: dict[str, str] = {
