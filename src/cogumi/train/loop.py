@@ -259,11 +259,12 @@ def train(
     validate: Callable[[Apply], Mapping[str, float]] | None = None,
     collate: Callable[[Sequence[Any], Sequence[int]], Any] = collate,
     stop: Callable[[Mapping[str, float]], str] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> Progress:
     """Train `model` in place and leave it with its best weights by `validate(apply)["loss"]` (last weights without).
 
     `stop` may end training for what a validation found, by giving the reason; those weights are then no candidates, but
-    those it began with are.
+    those it began with are. `after_step` may correct the weights of every step before anybody sees them.
     Raises `TrainingError` at the first loss or gradient that is not finite, with the step and its rows, and for a
     checkpoint of another model.
     """
@@ -280,6 +281,8 @@ def train(
             epoch = at.step // order.per_epoch
             batches = order.epoch(epoch)
         figures = run.step(batches[at.step % order.per_epoch])
+        if after_step:
+            after_step()
         if at.step % SHOWN_EVERY == 0:
             figures = run.everywhere(figures)
             at.losses.append((at.step, {name: round(value, 5) for name, value in figures.items()}))
