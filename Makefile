@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
+JOBS ?= auto
 
 # llama.cpp is compiled from source; its tools, examples and server are not needed.
 export CMAKE_ARGS ?= -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \
@@ -15,8 +16,9 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 demo: .venv/build
 	$(BIN)/cogumi demo
 
+# A process per core, each with one thread: several threads each would only wait for one another.
 test: .venv/dev lint types
-	$(BIN)/pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -4,3 +4,10 @@ import os
 import tempfile
 
 os.environ["COGUMI_CACHE"] = tempfile.mkdtemp(prefix="cogumi-cache-")
+
+LONG = ("test_tiny.py", "test_ranks.py", "test_bench.py", "test_loop.py", "test_real_models.py")
+"""Files that take longest: they are begun first, so that no process works on one alone at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
