@@ -17,6 +17,7 @@ GROUND = {
     "environment",
     "errors",
     "gates",
+    "pictures",
     "ranks",
     "recipe",
     "registry",

@@ -23,8 +23,8 @@ from cogumi.artifact import write_text
 from cogumi.data.examples import read_examples, split_path
 from cogumi.evaluate.graders import grade_all
 from cogumi.evaluate.metrics import gained
-from cogumi.evaluate.plots import new_figure
 from cogumi.models.depth import FILE, Routers
+from cogumi.pictures import new_figure
 from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.torch_engine import TorchEngine
 from cogumi.stage import Context

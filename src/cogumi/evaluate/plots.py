@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.evaluate.metrics import BINS, aurc, ece, reliability
+from cogumi.pictures import new_figure
 
 Doubles = NDArray[np.float64]
 
@@ -94,13 +95,3 @@ def frontier_picture(path: Path, tried: Mapping[str, Sequence[tuple[float, float
     axes[0].set(xlabel="cost of a question (tokens x bytes of their model)", ylabel="share correct")
     axes[0].legend(loc="lower right")
     figure.savefig(path)
-
-
-def new_figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure without pyplot (no global state, no display) with `panels` axes side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * panels, 4), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]

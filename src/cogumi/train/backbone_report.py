@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cogumi.artifact import write_text
+from cogumi.pictures import new_figure
 
 
 def report(metrics: Mapping[str, Any], out: Path) -> None:
@@ -43,13 +44,8 @@ def report(metrics: Mapping[str, Any], out: Path) -> None:
 
 def _picture(metrics: Mapping[str, Any], path: Path) -> None:
     """Cosines of updates, cosines of what they do to hidden states, and losses before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = list(metrics["domains"])
-    figure = Figure(figsize=(15, 4.5), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, 3, i + 1) for i in range(3)]
+    figure, axes = new_figure(3, height=4.5)
     for axis, (what, values) in zip(axes, metrics["cosines"].items(), strict=False):
         image = axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right")

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cogumi.pictures import new_figure
+
 
 def curves_picture(
     path: Path, curve: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], label: str
 ) -> None:
     """One line for each named figure, where a step has it; logarithmic if they span more than a factor of 100."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(width=6)
     seen: list[float] = []
     for name in names:
         steps = [step for step, found in curve if name in found]

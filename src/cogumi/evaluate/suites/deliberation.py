@@ -29,6 +29,7 @@ from cogumi.errors import CogumiError
 from cogumi.evaluate.critic import error_type, question_of
 from cogumi.evaluate.graders import grade_all
 from cogumi.evaluate.metrics import auroc, gained
+from cogumi.pictures import new_figure
 from cogumi.route.critic import FILE, load_critic, look
 from cogumi.route.vote import final_answer
 from cogumi.runtime.engine import Engine, replies
@@ -236,12 +237,7 @@ def first_wrong(start: Start) -> int | None:
 
 def cost_picture(path: Path, first: Measured, found: Mapping[str, Measured]) -> None:
     """Accuracy against generated tokens, both of hard questions; tokens relative to the first answers."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
-    figure = Canvas(figsize=(6, 4), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(width=6)
     for name, one in {f"mode {START}, greedy": first, **found}.items():
         axes.plot(one.tokens.sum() / first.tokens.sum(), one.accuracy, "o", label=name)
     axes.set(xlabel="tokens generated, relative to the greedy answers", ylabel="share of hard questions right")

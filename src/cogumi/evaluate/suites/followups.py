@@ -24,9 +24,9 @@ from cogumi.data.followups import draw
 from cogumi.data.satisfaction import RatedTurn, halves, read_rated
 from cogumi.errors import CogumiError
 from cogumi.evaluate.metrics import auroc
-from cogumi.evaluate.plots import new_figure
 from cogumi.models.encoder import DEFAULT, load_encoder
 from cogumi.models.followup import HIDDEN, WIDTH, FollowUpNet, best_threshold, export, fit, word_vectors
+from cogumi.pictures import new_figure
 from cogumi.runtime.escalation import FILE, MARKS, Escalation, describe, encode, last_turn, numbered
 from cogumi.suite import Figure, Findings, Task
 from cogumi.types import Message

@@ -24,6 +24,7 @@ from cogumi.errors import CogumiError, DataError
 from cogumi.evaluate.suites.embedder import cached_embedder
 from cogumi.evaluate.suites.lookups import lookup_speed
 from cogumi.evaluate.suites.pairs import Pairs, groups, parts, read_pairs
+from cogumi.pictures import new_figure
 from cogumi.route.guarantee import upper_bound
 from cogumi.route.nets import Net
 from cogumi.route.reuse import FEATURES, KINDS, pair_features
@@ -229,10 +230,7 @@ def _kept(seen: Sequence[tuple[float, bool]]) -> float:
 
 def _picture(path: Path, scores: Mapping[str, Doubles], part: Part, points: Mapping[str, Truths]) -> Path:
     """Wrong among hits against hit rate, for every threshold, and where verified mode ended up."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(6, 4), layout="constrained", dpi=100)
-    axes = canvas.add_subplot()
+    canvas, (axes,) = new_figure(width=6)
     for name, score in scores.items():
         order = np.argsort(-score, kind="stable")[: int(np.isfinite(score).sum())]
         right = np.cumsum(part.same[order])

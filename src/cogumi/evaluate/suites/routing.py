@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from cogumi.errors import CogumiError, DataError
 from cogumi.evaluate.metrics import auroc
-from cogumi.evaluate.plots import new_figure
 from cogumi.evaluate.suites.embedder import cached_embedder
 from cogumi.evaluate.suites.fit_question import fit_question
 from cogumi.evaluate.suites.vectors import embed_all
+from cogumi.pictures import new_figure
 from cogumi.route.question import forecast, parts, question_input
 from cogumi.runtime.embedder import Embedder
 from cogumi.suite import Figure, Findings, Task
