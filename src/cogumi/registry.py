@@ -24,6 +24,7 @@ STAGES: dict[str, str] = {
     "depth": "cogumi.train.depth",
     "depth_report": "cogumi.evaluate.depth",
     "modifier": "cogumi.train.modifier",
+    "prune": "cogumi.compress.prune",
     "gguf": "cogumi.compress.gguf",
     "router": "cogumi.train.router",
     "calibrate": "cogumi.evaluate.calibrate",
@@ -37,6 +38,7 @@ STAGES: dict[str, str] = {
     "episodes": "cogumi.data.episodes",
     "recover": "cogumi.train.recover",
     "paths": "cogumi.evaluate.paths",
+    "chain": "cogumi.evaluate.chain",
     "backbone": "cogumi.train.backbone",
     "compress_adapter": "cogumi.compress.adapters",
 }

@@ -1,0 +1,208 @@
+"""Stage `chain`: what each step of a compression chain cost and saved, all measured alike (SPEC D, H7).
+
+Every step is judged as the GGUF file that could be shipped at that point, in the runtime that would run it: nats per
+byte of the held-out answers, the share of held-out questions answered right, the size of the file as it is and packed
+by zstd (pruned weights are zeros that only packing makes small), and the speed of decoding one answer at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import zstandard
+from pydantic import BaseModel, ConfigDict, Field
+from rich.filesize import decimal
+
+from cogumi.artifact import write_text
+from cogumi.data.examples import read_examples, split_path
+from cogumi.errors import RecipeError
+from cogumi.evaluate.graders import grade_all
+from cogumi.evaluate.metrics import gained
+from cogumi.pictures import new_figure
+from cogumi.runtime.engine import final_reply, replies
+from cogumi.runtime.llama_engine import LlamaEngine
+from cogumi.stage import Context
+from cogumi.types import Artifact, Example, Request
+
+VERSION = 1
+KIND = "report"
+MODEL = "model.gguf"
+PICTURE = "chain.png"
+LEVEL = 10
+"""zstd's level, as the documents have it."""
+
+
+class Config(BaseModel):
+    """`steps` are the inputs in the order of the chain; the first is what all others are compared with.
+
+    `rows` held-out questions are asked (None: all). Speed is the median of `rounds` over all steps in turn, each of
+    `prompts` questions.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    steps: list[str] = Field(min_length=2)
+    rows: int | None = Field(None, ge=1)
+    max_tokens: int = Field(64, ge=1)
+    slots: int = Field(8, ge=1)
+    context: int = Field(256, ge=16)
+    rounds: int = Field(5, ge=1)
+    prompts: int = Field(40, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """`nats` of each answer and whether the model's own answer was `right`, both `[questions]`; `bytes` of answers."""
+
+    nats: np.ndarray[Any, np.dtype[np.float64]]
+    right: np.ndarray[Any, np.dtype[np.float64]]
+    bytes: int
+
+    @property
+    def nats_per_byte(self) -> float:
+        """Comparable across vocabularies."""
+        return float(self.nats.sum()) / self.bytes
+
+
+def judge(model: Path, examples: Sequence[Example], config: Config, context: Context) -> Judged:
+    """Score the reference answers and grade greedy answers of one model."""
+    requests = [Request(messages=e.messages, max_tokens=config.max_tokens) for e in examples]
+    with closing(_engine(model, config, context, config.slots)) as engine:
+        scores = [engine.score(request, e.answer) for request, e in zip(requests, examples, strict=True)]
+        answers = list(replies(engine, requests, 2 * config.slots))
+    verdicts = grade_all([(e, a.text) for e, a in zip(examples, answers, strict=True)])
+    return Judged(
+        np.array([score.nats for score in scores]),
+        np.array([verdict.correct for verdict in verdicts], np.float64),
+        sum(score.bytes for score in scores),
+    )
+
+
+def decode_rate(model: Path, examples: Sequence[Example], config: Config, context: Context) -> float:
+    """Tokens per second after the first of each answer, one answer at a time."""
+    tokens, seconds = 0, 0.0
+    with closing(_engine(model, config, context, 1)) as engine:
+        for example in examples:
+            reply = final_reply(engine.generate(Request(messages=example.messages, max_tokens=config.max_tokens)))
+            tokens += len(reply.tokens) - 1
+            seconds += reply.signals["seconds"] - reply.signals["first_token_seconds"]
+    return tokens / seconds if tokens else math.nan
+
+
+def _engine(model: Path, config: Config, context: Context, slots: int) -> LlamaEngine:
+    return LlamaEngine(model, slots=slots, context=config.context, threads=context.threads, lookup=False)
+
+
+def packed_bytes(path: Path) -> int:
+    """Size of a file after zstd."""
+    size = 0
+    with path.open("rb") as file:
+        for chunk in zstandard.ZstdCompressor(level=LEVEL).read_to_iter(file):
+            size += len(chunk)
+    return size
+
+
+def compare(name: str, first: Judged, judged: Judged, seed: int) -> dict[str, Any]:
+    """Quality of a step beside the first: `kept` is its share of right answers, `perplexity_kept` that of likelihood.
+
+    `points_lost` are percentage points of accuracy, with the bounds of 95% (paired bootstrap).
+    """
+    gain, low, high = gained(first.right, judged.right, seed)
+    return {
+        "step": name,
+        "nats_per_byte": judged.nats_per_byte,
+        "perplexity_per_byte": math.exp(judged.nats_per_byte),
+        "accuracy": float(judged.right.mean()),
+        "kept": float(judged.right.mean() / first.right.mean()) if first.right.any() else math.nan,
+        "perplexity_kept": math.exp(first.nats_per_byte - judged.nats_per_byte),
+        "points_lost": -100 * gain,
+        "points_lost_95": [-100 * high, -100 * low],
+    }
+
+
+def picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Size against quality, from step to step."""
+    figure, (axes,) = new_figure(width=7)
+    axes.plot([row["packed_bytes"] for row in rows], [100 * row["kept"] for row in rows], "-o", label="right answers")
+    axes.plot(
+        [row["packed_bytes"] for row in rows],
+        [100 * row["perplexity_kept"] for row in rows],
+        "--s",
+        markersize=4,
+        label="1 / perplexity per byte",
+    )
+    for row in rows:
+        axes.annotate(row["step"], (row["packed_bytes"], 100 * row["kept"]), fontsize=8, rotation=20)
+    axes.axhline(97, color="0.6", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    axes.set(xlabel="bytes of the file, packed by zstd", ylabel="kept of the first model, %")
+    axes.legend(loc="lower right")
+    figure.savefig(path)
+
+
+def page(rows: Sequence[Mapping[str, Any]], n: int) -> str:
+    """report.md."""
+    lines = [
+        "# The compression chain",
+        "",
+        f"{n} held-out questions. Every step as the file that could be shipped after it, in the runtime that would run",
+        "it. Perplexity is that of the reference answers, per byte. Speed is of one answer at a time, in turns.",
+        "",
+        "| step | bytes | packed | perplexity per byte | right | kept | points lost (95%) | tokens/s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = row["points_lost_95"]
+        lines.append(
+            f"| {row['step']} | {decimal(row['bytes'])} | {decimal(row['packed_bytes'])} "
+            f"| {row['perplexity_per_byte']:.4f} | {row['accuracy']:.1%} | {row['kept']:.1%} "
+            f"| {row['points_lost']:.1f} ({low:.1f} to {high:.1f}) | {row['tokens_per_second']:.0f} |"
+        )
+    return "\n".join([*lines, "", f"![size against quality]({PICTURE})"]) + "\n"
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`data` and a `gguf` artifact for each of `steps` -> report.md, a picture, and the figures of every step."""
+    if set(config.steps) != set(inputs) - {"data"}:
+        given = ", ".join(sorted(set(inputs) - {"data"}))
+        raise RecipeError(f"'steps' must name every input but data, in the order of the chain; inputs: {given}")
+    examples = read_examples(split_path(inputs["data"].path, "heldout"))[: config.rows]
+    models = {name: inputs[name].path / MODEL for name in config.steps}
+    total = len(models) * (1 + config.rounds)
+    judged: dict[str, Judged] = {}
+    for name, model in models.items():
+        judged[name] = judge(model, examples, config, context)
+        context.progress(len(judged), total, {name: float(judged[name].right.mean())})
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for i in range(config.rounds):
+        for j, (name, model) in enumerate(models.items(), 1):
+            rates[name].append(decode_rate(model, examples[: config.prompts], config, context))
+            context.progress(len(models) * (i + 1) + j, total, {name: rates[name][-1]})
+    first = judged[config.steps[0]]
+    rows = []
+    for name, model in models.items():
+        found = compare(name, first, judged[name], context.seed)
+        sizes = {
+            "bytes": model.stat().st_size,
+            "packed_bytes": packed_bytes(model),
+            "type": inputs[name].metrics["type"],
+        }
+        rows.append({**found, **sizes, "tokens_per_second": median(rates[name])})
+    picture(out / PICTURE, rows)
+    write_text(out / "report.md", page(rows, len(examples)))
+    last = rows[-1]
+    return {
+        "questions": len(examples),
+        "steps": {row["step"]: row for row in rows},
+        "kept": last["kept"],
+        "perplexity_kept": last["perplexity_kept"],
+        "size_ratio": last["bytes"] / rows[0]["bytes"],
+        "packed_ratio": last["packed_bytes"] / rows[0]["bytes"],
+        "speedup": last["tokens_per_second"] / rows[0]["tokens_per_second"],
+    }
