@@ -34,9 +34,60 @@ def _accuracy(accuracy: Mapping[str, Cells]) -> list[str]:
     return _table(["tier", "all", *domains, *(f"level {k}" for k in levels)], rows)
 
 
+def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
+    kinds = [
+        [f"- {kind}{' (never seen before)' * (kind in refused['unseen_kinds'])}", f"{k} of {n}"]
+        for kind, (k, n) in sorted(refused["kinds"].items())
+    ]
+    rows = [
+        ["answers judged", f"{gate['n']}"],
+        ["calibration error (ECE, ten bins)", f"{gate['ece']:.3f}"],
+        ["Brier score", f"{gate['brier']:.3f}"],
+        ["AUROC of P(correct)", f"{gate['auroc']:.3f}"],
+        ["AUROC of perplexity alone", f"{gate['auroc_perplexity']:.3f}"],
+        ["AUROC of length alone", f"{gate['auroc_length']:.3f}"],
+        ["accepted with confidence", f"{gate['coverage']:.1%} ({gate['accepted']})"],
+        [f"wrong among accepted (promised: at most {gate['bound']:.0%})", f"{gate['accepted_error']:.1%}"],
+        ["unanswerable, yet answered with confidence", f"{refused['confident']} of {refused['n']}"],
+        *kinds,
+    ]
+    return [
+        "## Does it know what it knows?",
+        "",
+        *_table(["figure", "value"], rows),
+        f"The promise holds with {gate['confidence']:.0%} confidence. {gate['assumption']}",
+        "",
+        "![reliability](reliability.png) ![risk and coverage](risk.png)",
+        "",
+    ]
+
+
+def _modifiers(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for name, m in found.items():
+        control = f"{m['control']:.1%}" if "control" in m else "-"
+        rows.append([name, f"{m['before']:.1%}", f"{m['after']:.1%}", control, f"{m['n']}"])
+    return [
+        "## Did the modifiers help?",
+        "",
+        "On their domain's questions that have an answer. Control: an adapter of the same shape and steps, trained on",
+        "random questions of the domain.",
+        "",
+        *_table(["domain", "base", "modifier", "control", "questions"], rows),
+    ]
+
+
+def _speculation(found: Mapping[str, Any]) -> list[str]:
+    rows = [
+        ["drafted tokens accepted", f"{found['acceptance']:.1%}"],
+        ["answers equal to plain ones, bit for bit", f"{found['identical']} of {found['n']}"],
+        ["speed against plain", f"{found['speedup']:.2f}x"],
+    ]
+    return ["## Speculation, forced on for easy questions", "", *_table(["figure", "value"], rows)]
+
+
 def page(figures: Mapping[str, Any]) -> str:
     """The report stage's metrics as one page of Markdown; its pictures lie beside it."""
-    gate, speculation, refused = figures["gate"], figures["speculation"], figures["unanswerable"]
     lines = [
         "# What this build came to",
         "",
@@ -46,61 +97,9 @@ def page(figures: Mapping[str, Any]) -> str:
         *_accuracy(figures["accuracy"]),
         "![accuracy by level](accuracy.png)",
         "",
-        "## Does it know what it knows?",
-        "",
-        *_table(
-            ["figure", "value"],
-            [
-                ["answers judged", f"{gate['n']}"],
-                ["calibration error (ECE, ten bins)", f"{gate['ece']:.3f}"],
-                ["Brier score", f"{gate['brier']:.3f}"],
-                ["AUROC of P(correct)", f"{gate['auroc']:.3f}"],
-                ["AUROC of perplexity alone", f"{gate['auroc_perplexity']:.3f}"],
-                ["AUROC of length alone", f"{gate['auroc_length']:.3f}"],
-                ["accepted with confidence", f"{gate['coverage']:.1%} ({gate['accepted']})"],
-                [
-                    f"wrong among accepted (promised: at most {gate['bound']:.0%})",
-                    f"{gate['accepted_error']:.1%}",
-                ],
-                ["unanswerable, yet answered with confidence", f"{refused['confident']} of {refused['n']}"],
-                *(
-                    [f"- {kind}{' (never seen before)' * (kind in refused['unseen_kinds'])}", f"{k} of {n}"]
-                    for kind, (k, n) in sorted(refused["kinds"].items())
-                ),
-            ],
-        ),
-        f"The promise holds with {gate['confidence']:.0%} confidence. {gate['assumption']}",
-        "",
-        "![reliability](reliability.png) ![risk and coverage](risk.png)",
-        "",
-        "## Did the modifiers help?",
-        "",
-        "On their domain's questions that have an answer. Control: an adapter of the same shape and steps, trained on",
-        "random questions of the domain.",
-        "",
-        *_table(
-            ["domain", "base", "modifier", "control", "questions"],
-            [
-                [
-                    name,
-                    f"{m['before']:.1%}",
-                    f"{m['after']:.1%}",
-                    f"{m['control']:.1%}" if "control" in m else "-",
-                    f"{m['n']}",
-                ]
-                for name, m in figures["modifiers"].items()
-            ],
-        ),
-        "## Speculation, forced on for easy questions",
-        "",
-        *_table(
-            ["figure", "value"],
-            [
-                ["drafted tokens accepted", f"{speculation['acceptance']:.1%}"],
-                ["answers equal to plain ones, bit for bit", f"{speculation['identical']} of {speculation['n']}"],
-                ["speed against plain", f"{speculation['speedup']:.2f}x"],
-            ],
-        ),
+        *_honesty(figures["gate"], figures["unanswerable"]),
+        *_modifiers(figures["modifiers"]),
+        *_speculation(figures["speculation"]),
         "## Routes and sizes",
         "",
         *_table(["route", "share"], [[route, f"{part:.1%}"] for route, part in figures["routes"].items()]),
