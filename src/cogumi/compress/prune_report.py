@@ -1,0 +1,68 @@
+"""What a grid of prunings came to, for people: a table and a picture (SPEC D2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cogumi.artifact import write_text
+
+
+def write_report(out: Path, results: Sequence[Mapping[str, Any]], chosen: str, dense: Mapping[str, float]) -> None:
+    """`report.md` and `grid.png` in `out`; `results` as the stage's metrics tell them under `grid`."""
+    head = ["candidate", "zero", "perplexity", "exact", "zstd bytes", "of dense", "quality", "score", "Pareto"]
+    lines = [
+        "# Prunings tried",
+        "",
+        "Judged on the selection split. quality = the mean of perplexity(dense) / perplexity and exact / exact(dense);",
+        "score = quality - zstd bytes / zstd bytes(dense). Pareto: none is smaller and as good, or better and as small.",
+        "",
+        _row(head),
+        _row("---" for _ in head),
+        _row(["dense", "", f"{dense['perplexity']:.3f}", f"{dense['exact']:.1%}", "", "100%", "1.000", "0.000", ""]),
+    ]
+    for found in sorted(results, key=lambda found: -found["score"]):
+        lines.append(
+            _row(
+                [
+                    f"**{found['name']}** (chosen)" if found["name"] == chosen else found["name"],
+                    f"{found['sparsity']:.1%}",
+                    f"{found['pruned']['perplexity']:.3f}",
+                    f"{found['pruned']['exact']:.1%}",
+                    f"{found['zstd_bytes']:,}",
+                    f"{found['size']:.1%}",
+                    f"{found['quality']:.3f}",
+                    f"{found['score']:.3f}",
+                    "yes" if found["front"] else "",
+                ]
+            )
+        )
+    write_text(out / "report.md", "\n".join([*lines, "", "![sparsity against perplexity](grid.png)", ""]))
+    _picture(out / "grid.png", results, chosen, dense)
+
+
+def _row(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _picture(path: Path, results: Sequence[Mapping[str, Any]], chosen: str, dense: Mapping[str, float]) -> None:
+    """Selection perplexity against the size that is left, a line per method; the chosen one has a ring."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(found["method"] for found in results):
+        points = sorted((f["size"], f["pruned"]["perplexity"], f["sparsity"]) for f in results if f["method"] == method)
+        axes.plot([size for size, _, _ in points], [y for _, y, _ in points], "o-", label=method)
+        for size, y, sparsity in points:
+            axes.annotate(f"{sparsity:.0%}", (size, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    best = next(found for found in results if found["name"] == chosen)
+    axes.plot(best["size"], best["pruned"]["perplexity"], "o", ms=14, mfc="none", mec="black", label="chosen")
+    axes.axhline(dense["perplexity"], color="0.6", linestyle="--", label="dense")
+    axes.set(xlabel="zstd bytes, share of the dense model's", ylabel="perplexity of selection answers")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Software": None})

@@ -1,0 +1,96 @@
+"""Which weights go: importance, masks and their arithmetic (SPEC D2). Pure.
+
+A weight's importance is |weight|^a * |gradient|^b * activation^c with the exponents of a `Mix`. The signals need no
+common scale that way, and the usual measures are corners of it: magnitude (a), Wanda (a = c; Sun et al., 2306.11695)
+and first-order Taylor (a = b; Molchanov et al., 1906.10771).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+PARTS = ("attention", "feed_forward", "embeddings", "head")
+GROUP = 4
+"""Neighbours in a row of which the 2:4 pattern keeps two (Mishra et al., 2104.08378)."""
+
+
+class Mix(BaseModel):
+    """How much each signal says about a weight: its size, its mean absolute gradient, the RMS of what it multiplies."""
+
+    model_config = ConfigDict(extra="forbid")
+    magnitude: float = Field(1.0, ge=0)
+    gradient: float = Field(0.0, ge=0)
+    activation: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Mix:
+        if self.magnitude + self.gradient + self.activation == 0:
+            raise ValueError("all shares of the mix are 0; give at least one of magnitude, gradient, activation")
+        return self
+
+
+def part_of(name: str) -> str | None:
+    """The part that a weight of the Llama family belongs to; None for norms and biases, which are never pruned."""
+    if name.endswith("embed_tokens.weight"):
+        return "embeddings"
+    if name.endswith("lm_head.weight"):
+        return "head"
+    if not name.endswith("_proj.weight"):
+        return None
+    return "attention" if ".self_attn." in name else "feed_forward"
+
+
+def importance(weight: Tensor, mix: Mix, gradient: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    """`[out, in]` from a weight `[out, in]`, its gradient `[out, in]` and the activation of its `columns` `[in]`.
+
+    A missing signal counts as 1 everywhere. A weight that is 0 is less important than any other.
+    """
+    score = weight.abs().double() ** mix.magnitude
+    if gradient is not None:
+        score = score * gradient.abs().double() ** mix.gradient
+    if columns is not None:
+        score = score * columns.double() ** mix.activation
+    return score.masked_fill(weight == 0, -1.0)
+
+
+def least(scores: Tensor, share: float) -> Tensor:
+    """True at the `share` (in [0, 1)) of least scores, rounded to whole weights; of equals the first go."""
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[scores.flatten().argsort(stable=True)[: round(share * scores.numel())]] = True
+    return mask.view(scores.shape)
+
+
+def least_of_four(scores: Tensor, gone: int) -> Tensor:
+    """True at the `gone` least of every four neighbours of a row `[out, in]`; of equals the first go."""
+    groups = scores.reshape(-1, GROUP)
+    order = groups.argsort(dim=1, stable=True)[:, :gone]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(scores.shape)
+
+
+def scaled(parts: Mapping[str, float], weights: Mapping[str, int], overall: float) -> dict[str, float]:
+    """The parts' shares in their given ratio, so that `overall` of all the parts' `weights` go.
+
+    Raises `ValueError` if a part would lose all.
+    """
+    now = sum(share * weights[part] for part, share in parts.items()) / sum(weights[part] for part in parts)
+    shares = {part: share * overall / now for part, share in parts.items()}
+    for part, share in shares.items():
+        if share >= 1:
+            raise ValueError(f"{overall:.0%} overall takes {share:.0%} of {part}")
+    return shares
+
+
+def score(quality: float, size: float) -> float:
+    """What a candidate is worth: quality kept minus bytes kept, both as shares of the dense model's."""
+    return quality - size
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which (quality, size) points are Pareto-optimal: no other is at least as good in both and better in one."""
+    return [
+        not any(q >= quality and s <= size and (q, s) != (quality, size) for q, s in points) for quality, size in points
+    ]
