@@ -22,7 +22,8 @@ from cogumi.footprint import Training, footprint
 from cogumi.lengths import OWN_TEMPLATE, file_sizes, world_sizes
 from cogumi.models.build import load, parameters
 from cogumi.models.lora import LoraShape, attach
-from cogumi.plan import NEEDS, Hardware, parse_bytes, plan
+from cogumi.plan.amounts import parse_bytes
+from cogumi.plan.training import NEEDS, Hardware, plan
 from cogumi.recipe import builtin_recipes, load_recipe, parse_recipe
 from cogumi.registry import STAGES, stage
 from cogumi.shapes import KNOWN, ModelShape, find_shape, known, shape_of
@@ -344,7 +345,9 @@ def test_the_command_shows_checks_and_prints_json():
 
 
 def test_validation_is_planned_as_it_is_done():
-    from cogumi import plan
+    from cogumi.plan import training
+    from cogumi.runtime import torch_engine
     from cogumi.train import validation
 
-    assert plan.VALIDATED == validation.TOKENS
+    assert training.VALIDATED == validation.TOKENS
+    assert training.ASKED == torch_engine.ROWS

@@ -58,7 +58,27 @@ def demo(runs: RunsOption = RUNS) -> None:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name, or a YAML file.")] = "tiny",
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A built-in recipe's name or a YAML file; or a model alone: a known name such as Llama-3.2-1B, a "
+            "folder, its config.json, or a GGUF file.",
+        ),
+    ] = "tiny",
+    disk: Annotated[str | None, typer.Option(help="Bytes that the bundle may have, such as 890MB.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Memory it may take when opened, such as 1.5GB.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="Speed at which it must at least answer.")] = None,
+    context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 2048,
+    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 1,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Type of the key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where heads allow"),
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Memory bandwidth of another machine, such as 50GB/s.", show_default="this one's, measured"),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only say what would stop it, a line each; exit code 1 if anything would.")
     ] = False,
@@ -71,26 +91,40 @@ def plan(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what a recipe takes before anything is built: parameters, tokens, memory, disk. Nothing is downloaded.
+    """Say what a recipe takes and what comes of it before anything is built. Nothing is downloaded.
 
-    Example: `cogumi plan cogumi-8b --check --gpu-memory 80GB`
+    Training: parameters, tokens, memory, disk. The bundle: bytes of every file from the shapes alone, memory when
+    opened, and the speed that memory bandwidth allows. Ask whether it fits with --disk, --ram and --tokens-per-second:
+    if not, the smallest change that makes it fit is named; if nothing does, the arithmetic why, and exit code 1.
+
+    Examples: `cogumi plan laptop-890mb --disk 890MB --ram 1.5GB --tokens-per-second 30`,
+    `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`
     """
-    from dataclasses import asdict
+    from cogumi.plan.amounts import parse_bytes, parse_rate
+    from cogumi.plan.command import Options, answer_to
+    from cogumi.plan.memory import Serving
+    from cogumi.plan.routes import Budget
+    from cogumi.plan.training import Hardware
 
-    from cogumi import plan as planning
-    from cogumi.recipe import load_recipe
-
-    hardware = planning.Hardware(planning.parse_bytes(gpu_memory) if gpu_memory else None, gpus)
-    found = planning.plan(load_recipe(recipe), hardware, length)
+    of_disk, of_ram, of_gpu = (parse_bytes(text) if text is not None else None for text in (disk, ram, gpu_memory))
+    options = Options(
+        budget=Budget(of_disk, of_ram, tokens_per_second),
+        serving=Serving(context, slots, cache),
+        bandwidth=parse_rate(bandwidth) if bandwidth is not None else None,
+        hardware=Hardware(of_gpu, gpus),
+        length=length,
+    )
+    answer = answer_to(what, options)
     if json:
-        show.emit(asdict(found))
+        show.emit(answer.document())
     elif not check:
-        show.table(f"recipe {found.recipe}", planning.COLUMNS, planning.table(found))
-        for line in planning.remarks(found):
+        for title, columns, rows in answer.tables():
+            show.table(title, columns, rows)
+        for line in answer.remarks():
             show.OUT.print(line, soft_wrap=True, markup=False)
-    for line in found.problems if not json else ():
+    for line in () if json else answer.problems if check else answer.faults:
         show.NOTES.print(line, soft_wrap=True, markup=False)
-    if check and found.problems:
+    if answer.refused or (check and answer.problems):
         raise SystemExit(1)
     if check and not json:
-        show.OUT.print(f"recipe {found.recipe}: {len(found.steps)} steps, nothing in the way")
+        show.OUT.print(f"{answer.title}, nothing in the way")

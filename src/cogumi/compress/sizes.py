@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES
 
-from cogumi.compress.layout import Llama, Tensor
-from cogumi.compress.mixture import NONE, PLAIN, stored_tensors
+from cogumi.compress.layout import KINDS, Llama, Tensor
+from cogumi.compress.mixture import FILE_TYPES, NONE, TENSOR_TYPES, stored_tensors
 from cogumi.compress.vocabulary import Vocabulary
+from cogumi.errors import ExportError
 from cogumi.shapes import ModelShape
 
 ALIGNMENT = 32
@@ -94,21 +97,13 @@ def model_file(
 
 def adapter_file(shape: ModelShape, ranks: Mapping[str, int], type: str = "f32") -> GgufFile:
     """The file of a LoRA on this shape: A [rank, in] and B [out, rank] of every target, by rank."""
-    tensors = []
-    for weight in _llama(shape).tensors():
-        rank = ranks.get(weight.source.split(".")[-2]) if len(weight.shape) == 2 else None
-        if rank:
-            rows, columns = weight.shape
-            tensors.append(Tensor("", f"{weight.name}.lora_a", (rank, columns)).stored(PLAIN[type]))
-            tensors.append(Tensor("", f"{weight.name}.lora_b", (rows, rank)).stored(PLAIN[type]))
+    return _adapter(replace(_llama(shape), vocabulary=PROBE), tuple(ranks.items()), type)
 
-    def keys(writer: GGUFWriter) -> None:
-        writer.add_type(GGUFType.ADAPTER)
-        writer.add_file_type(LlamaFileType.ALL_F32)
-        writer.add_string(Keys.Adapter.TYPE, "lora")
-        writer.add_float32(Keys.Adapter.LORA_ALPHA, 1.0)
 
-    return GgufFile(_written(shape.kind, keys, tensors), tuple(tensors))
+def bits(type: str) -> float:
+    """Bits per weight of a tensor of that type."""
+    weights, bytes = GGML_QUANT_SIZES[TENSOR_TYPES[type]]
+    return float(8 * bytes / weights)
 
 
 def vocabulary_bytes(vocabulary: Vocabulary, rows: int) -> int:
@@ -123,6 +118,44 @@ def typical_vocabulary(family: str, rows: int) -> int:
     return int(rows * (FIXED + text + merges * (8 + merge))) + TEMPLATE
 
 
+def read_model(path: Path) -> tuple[Llama, str, int]:
+    """Shape, type and bytes of tokenizer keys of a model's GGUF file; `ExportError` if it is none of the supported."""
+    try:
+        reader = GGUFReader(path)
+        keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        kind = keys["general.architecture"]
+        if kind not in KINDS:
+            raise ExportError(f"{path} is a {kind}; supported: {', '.join(KINDS)}")
+        type = next(name for name, number in FILE_TYPES.items() if number == keys["general.file_type"])
+        llama = _read_shape(kind, keys, {tensor.name: tensor.n_elements for tensor in reader.tensors})
+    except (OSError, ValueError, KeyError, IndexError, StopIteration) as error:
+        raise ExportError(f"{path} is no whole GGUF model ({error!r}); export or copy it again") from error
+    spoken = (field for name, field in reader.fields.items() if name.startswith("tokenizer."))
+    return llama, type, sum(int(part.nbytes) for field in spoken for part in field.parts)
+
+
+def _read_shape(kind: str, keys: Mapping[str, Any], tensors: Mapping[str, int]) -> Llama:
+    def key(name: str) -> Any:
+        return keys[f"{kind}.{name}"]
+
+    heads, hidden = key("attention.head_count"), key("embedding_length")
+    return Llama(
+        hidden=hidden,
+        feed_forward=key("feed_forward_length"),
+        layers=key("block_count"),
+        heads=heads,
+        kv_heads=key("attention.head_count_kv"),
+        head=keys.get(f"{kind}.attention.key_length", hidden // heads),
+        vocabulary=int(tensors[EMBEDDING]) // hidden,
+        context=key("context_length"),
+        tied=HEAD not in tensors,
+        kind=kind,
+        epsilon=key("attention.layer_norm_rms_epsilon"),
+        theta=key("rope.freq_base"),
+        stretch=(1.0,) * int(tensors.get("rope_freqs.weight", 0)),
+    )
+
+
 def _filled(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
@@ -135,6 +168,26 @@ def _llama(shape: ModelShape) -> Llama:
 @lru_cache(maxsize=256)
 def _tensors(llama: Llama, type: str, types: tuple[tuple[str, str], ...], importance: bool) -> tuple[Tensor, ...]:
     return tuple(stored_tensors(llama, type, dict(types), importance))
+
+
+@lru_cache(maxsize=256)
+def _adapter(llama: Llama, ranks: tuple[tuple[str, int], ...], type: str) -> GgufFile:
+    stored, rank_of = TENSOR_TYPES[type], dict(ranks)
+    tensors = []
+    for weight in llama.tensors():
+        rank = rank_of.get(weight.source.split(".")[-2]) if len(weight.shape) == 2 else None
+        if rank:
+            rows, columns = weight.shape
+            tensors.append(Tensor("", f"{weight.name}.lora_a", (rank, columns)).stored(stored))
+            tensors.append(Tensor("", f"{weight.name}.lora_b", (rows, rank)).stored(stored))
+
+    def keys(writer: GGUFWriter) -> None:
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_file_type(LlamaFileType.ALL_F32)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, 1.0)
+
+    return GgufFile(_written(llama.kind, keys, tensors), tuple(tensors))
 
 
 @lru_cache(maxsize=256)

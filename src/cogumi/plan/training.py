@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,13 +56,14 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
 @dataclass(frozen=True, slots=True)
 class Model:
     """What is known of a model that a step makes: `tokenizer` names its vocabulary, equal for equal ids; `own` is one
-    that the recipe trains itself; `bytewise` one over bytes.
+    that the recipe trains itself; `bytewise` one over bytes. `folder` is where it lies, if it is there already.
     """
 
     shape: ModelShape
     tokenizer: str
     own: bool = False
     bytewise: bool = True
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,11 @@ class StepPlan:
 
 @dataclass(slots=True)
 class Plan:
-    """All steps of a recipe, and one line for each thing that would stop it."""
+    """All steps of a recipe, the models that steps make, and one line for each thing that would stop it."""
 
     recipe: str
     steps: list[StepPlan] = field(default_factory=list)
+    models: dict[str, Model] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -105,15 +106,6 @@ class Hardware:
 
     memory: int | None = None
     gpus: int = 1
-
-
-def parse_bytes(text: str) -> int:
-    """`80GB`, `890MB`, `24 GiB` as bytes; `RecipeError` for anything else."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B", text.strip())
-    if match is None:
-        raise RecipeError(f"'{text}' is no amount of memory; write it like 80GB or 24GiB")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
 
 
 def _count(n: int) -> str:
@@ -173,7 +165,12 @@ def _given(name: str, root: Path) -> Model:
         raise ArtifactError(f"{path.parent} has no tokenizer.json; give a full model folder")
     document = json.loads(path.read_text("utf-8"))
     around = json.dumps([document.get("pre_tokenizer"), document.get("decoder")])
-    return Model(shape, f"{name} ({sha256(path)[:8]})", bytewise="ByteLevel" in around)
+    return Model(shape, f"{name} ({sha256(path)[:8]})", bytewise="ByteLevel" in around, folder=str(root / name))
+
+
+def ranks_of(lora: Any) -> dict[str, int]:
+    """The rank of each target of a `models.lora.LoraShape`."""
+    return {target: lora.ranks.get(target, lora.rank) for target in (*lora.targets, *lora.ranks)}
 
 
 class _Planner:
@@ -183,7 +180,6 @@ class _Planner:
         self.recipe, self.hardware, self.length = recipe, hardware, length
         self.result = Plan(recipe.name)
         self.stages: dict[str, Stage] = {}
-        self.models: dict[str, Model] = {}
         self.vocabularies: dict[str, int] = {}
         self.sizes: dict[str, Sizes] = {}
 
@@ -203,7 +199,7 @@ class _Planner:
             self._problem(step, explain(error, module.Config))
             return
         if model and module.KIND in ("model", "gguf"):
-            self.models[step.name] = model
+            self.result.models[step.name] = model
         if step.stage == "tokenizer":
             self.vocabularies[step.name] = config.vocabulary
         found = StepPlan(step.name, step.stage)
@@ -255,7 +251,9 @@ class _Planner:
 
     def _model_of(self, step: Step, config: Any) -> Model | None:
         """The model that a step trains, asks or exports; None where there is none, or an earlier problem hides it."""
-        base = self.models.get(step.inputs.get("model", "")) or self.models.get(step.inputs.get("base", ""))
+        base = self.result.models.get(step.inputs.get("model", "")) or self.result.models.get(
+            step.inputs.get("base", "")
+        )
         init = getattr(config, "init", None)
         if init is None:
             return base
@@ -291,7 +289,7 @@ class _Planner:
                     self._problem(
                         step, f"LoRA target '{target}' is no layer of this model; {nearest(target, shape.linear)}"
                     )
-            ranks = {t: lora.ranks.get(t, lora.rank) for t in (*lora.targets, *lora.ranks) if t in shape.linear}
+            ranks = {target: rank for target, rank in ranks_of(lora).items() if target in shape.linear}
         nf4 = getattr(config, "quantize", None) == "nf4"
         notes = [] if rows else ["rows of unknown length: 512 tokens assumed"]
         rows = rows or Rows(0, 512, 512, 512)
@@ -337,7 +335,7 @@ class _Planner:
 
     def _drafting(self, step: Step, model: Model) -> list[str]:
         """What becomes of a draft that speaks another vocabulary than its base."""
-        base = self.models.get(step.inputs.get("model", ""))
+        base = self.result.models.get(step.inputs.get("model", ""))
         if base is None or base.tokenizer == model.tokenizer:
             return []
         for one in (base, model):

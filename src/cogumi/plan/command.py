@@ -1,0 +1,101 @@
+"""What `cogumi plan` answers: what training takes, what the bundle will be, and whether that fits (SPEC D1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from cogumi.errors import RecipeError
+from cogumi.plan import figures, training
+from cogumi.plan.memory import Serving
+from cogumi.plan.parts import Parts, parts_of_recipe
+from cogumi.plan.routes import Asked, Budget, refusal
+from cogumi.plan.target import look_up
+from cogumi.plan.training import Hardware, Plan
+from cogumi.recipe import Recipe
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""Title, columns, rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is asked beside the recipe; `bandwidth` None: this machine's is measured if a budget is given."""
+
+    budget: Budget = field(default_factory=Budget)
+    serving: Serving = field(default_factory=Serving)
+    bandwidth: int | None = None
+    hardware: Hardware = field(default_factory=Hardware)
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`training` is that of a recipe; `sizes` are of its bundle, or of a model alone. One of them may be missing."""
+
+    name: str
+    training: Plan | None
+    sizes: Asked | None
+
+    @property
+    def title(self) -> str:
+        """What it is about, in a few words."""
+        return f"recipe {self.name}: {len(self.training.steps)} steps" if self.training else f"model {self.name}"
+
+    @cached_property
+    def refused(self) -> bool:
+        """Whether no route fits the budget."""
+        return self.sizes is not None and self.sizes.fitting() is None
+
+    @cached_property
+    def faults(self) -> list[str]:
+        """What cannot be built as it stands, or made to fit, a line each."""
+        found = list(self.training.problems) if self.training else []
+        return [*found, refusal(self.sizes)] if self.sizes and self.refused else found
+
+    @property
+    def problems(self) -> list[str]:
+        """The same with what does not fit as it stands."""
+        missed = self.sizes.route().missed if self.sizes and not self.refused else ()
+        return [*self.faults, f"{self.name} does not fit: {', '.join(missed)}"] if missed else self.faults
+
+    def document(self) -> dict[str, Any]:
+        """All figures under plain names."""
+        found: dict[str, Any] = asdict(self.training) if self.training else {"recipe": self.name, "problems": []}
+        return found | {"problems": self.problems, "sizes": figures.figures(self.sizes) if self.sizes else None}
+
+    def tables(self) -> list[Table]:
+        """To read."""
+        found: list[Table] = []
+        if self.training:
+            found.append((f"recipe {self.name}", training.COLUMNS, training.table(self.training)))
+        if self.sizes:
+            found.append(("files", figures.FILE_COLUMNS, figures.file_table(self.sizes)))
+            found.append(("memory when opened", ("", "bytes"), figures.memory_table(self.sizes)))
+            columns, rows = figures.route_table(self.sizes)
+            found.append(("routes (+ fits)", columns, rows))
+        return found
+
+    def remarks(self) -> list[str]:
+        """Lines below the tables."""
+        found = training.remarks(self.training) if self.training else []
+        return [*found, *(figures.lines(self.sizes) if self.sizes else [])]
+
+
+def answer_to(what: str, options: Options) -> Answer:
+    """Look at a recipe or a model; raises what `target.look_up` does, and `RecipeError` for a budget of no bundle."""
+    target = look_up(what)
+    found, parts = None, target if isinstance(target, Parts) else None
+    if isinstance(target, Recipe):
+        found = training.plan(target, options.hardware, options.length)
+        parts = parts_of_recipe(target, found.models) if not found.problems else None
+        if parts is None and options.budget != Budget() and not found.problems:
+            raise RecipeError(
+                f"recipe {target.name} makes no bundle whose size could be told; plan one with a bundle step"
+            )
+    if parts is None:
+        return Answer(what, found, None)
+    bandwidth = options.bandwidth or (figures.measured_bandwidth() if options.budget != Budget() else None)
+    return Answer(parts.name, found, Asked(parts, options.serving, options.budget, bandwidth))

@@ -1,0 +1,142 @@
+"""A plan of sizes as figures under plain names, and as tables to read (SPEC D1)."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from cogumi.environment import usable_threads
+from cogumi.footprint import BF16, FP32
+from cogumi.plan.memory import bytes_per_token
+from cogumi.plan.routes import Asked, Route, refusal
+from cogumi.show import size
+
+THREADS = 8
+"""Threads that memory bandwidth is measured with at most: so many take all there is of it, and 256 MB each."""
+ORDER = "vocabulary, adapters, type of the weights, layers and neurons"
+"""What routes change, from the least expected loss to the largest."""
+FILE_COLUMNS = ("file", "bytes", "share", "packed by zstd, estimated")
+MEMORY = {
+    "weights": "weights, mapped from their files",
+    "repacked": "the same once more where llama.cpp repacks them",
+    "cache": "key-value cache",
+    "buffers": "compute buffers",
+    "adapters": "adapters with their caches",
+    "nets": "small nets",
+    "program": "Python and libraries",
+}
+
+
+def measured_bandwidth() -> float:
+    """Bytes per second that this machine reads from memory; takes a second."""
+    from cogumi.bench.roofline import Memory
+
+    with closing(Memory(min(usable_threads(), THREADS))) as arrays:
+        return arrays.bandwidth()
+
+
+def figures(asked: Asked) -> dict[str, Any]:
+    """All there is to know of sizes, JSON-able: the bundle as asked, the routes, what changes make it fit."""
+    route = asked.route()
+    shape = route.parts.base.shape
+    fitting = asked.fitting() if route.missed else route
+    return {
+        "budget": asdict(asked.budget),
+        "serving": asdict(asked.serving),
+        "bandwidth_bytes_per_second": asked.bandwidth,
+        "parameters": shape.parameters,
+        "fp32_bytes": FP32 * shape.parameters,
+        "bf16_bytes": BF16 * shape.parameters,
+        "files": dict(route.parts.files),
+        "memory": asdict(route.memory),
+        "asked": _row(route),
+        "routes": [_row(one) for one in asked.table()],
+        "order_of_changes": ORDER,
+        "smallest_change": _row(fitting) if fitting else None,
+        "refusal": None if fitting else refusal(asked),
+    }
+
+
+def _row(route: Route) -> dict[str, Any]:
+    parts = route.parts
+    base, shape, ceiling = parts.base, parts.base.shape, route.ceiling
+    return {
+        "changes": list(route.changes),
+        "layers": shape.layers,
+        "feed_forward": shape.feed_forward,
+        "vocabulary": shape.vocabulary,
+        "type": base.type,
+        "parameters": shape.parameters,
+        "base_bytes": base.file.bytes,
+        "bits_per_weight": round(8 * base.file.bytes / shape.parameters, 3),
+        "bundle_bytes": parts.bytes,
+        "packed_bytes_estimated": parts.packed,
+        "ram_bytes": route.ram,
+        "repack": route.repack,
+        "bytes_per_token": bytes_per_token(parts, route.serving),
+        "tokens_per_second_at_most": None if ceiling is None else round(ceiling, 2),
+        "fits": not route.missed,
+        "missed": list(route.missed),
+    }
+
+
+def file_table(asked: Asked) -> list[list[str]]:
+    """A row of `FILE_COLUMNS` for each file of the bundle as asked, and one for all."""
+    parts = asked.parts
+    rows = []
+    for name, bytes in parts.files.items():
+        packed = size(parts.models[name].packed) if name in parts.models else ""
+        rows.append([name, f"{bytes:,}", f"{bytes / parts.bytes:.1%}", packed])
+    return [*rows, ["all", f"{parts.bytes:,}", "", size(parts.packed)]]
+
+
+def memory_table(asked: Asked) -> list[list[str]]:
+    """What the bundle as asked takes in memory, a row each."""
+    route = asked.route()
+    said = asdict(route.memory)
+    rows = [
+        [text, size(said[name])] for name, text in MEMORY.items() if said[name] and (name != "repacked" or route.repack)
+    ]
+    return [*rows, ["all", size(route.ram)]]
+
+
+def route_table(asked: Asked) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: a row for every depth and vocabulary, a column for every type, + where all of it fits."""
+    routes = asked.table()
+    types = list(dict.fromkeys(route.parts.base.type for route in routes))
+    rows = []
+    for (layers, ids), some in groupby(
+        routes, key=lambda r: (r.parts.base.shape.layers, r.parts.base.shape.vocabulary)
+    ):
+        rows.append([f"{layers} layers, {ids:,} ids", *map(_cell, some)])
+    return ["", *types], rows
+
+
+def _cell(route: Route) -> str:
+    speed = f" {route.ceiling:.0f}/s" if route.ceiling else ""
+    return f"{size(route.parts.bytes)}{speed}{'' if route.missed else ' +'}"
+
+
+def lines(asked: Asked) -> list[str]:
+    """What to know beside the tables: whether it fits, why not, and the smallest change that makes it fit."""
+    route = asked.route()
+    base, n = route.parts.base, route.parts.base.shape.parameters
+    found = [f"{asked.parts.name}: {_summary(route)}; {8 * base.file.bytes / n:.2f} bits for each of {n:,} weights"]
+    if not any((asked.budget.disk, asked.budget.ram, asked.budget.tokens_per_second)):
+        return found
+    if not route.missed:
+        return [*found, "it fits as it is"]
+    found.append(f"it does not fit: {', '.join(route.missed)}")
+    change = asked.fitting()
+    if change is None:
+        return found
+    found.append(f"changes that cost least are tried first: {ORDER}")
+    return [*found, f"smallest change that fits: {', '.join(change.changes)}: {_summary(change)}"]
+
+
+def _summary(route: Route) -> str:
+    speed = f", at most {route.ceiling:.1f} tokens/s" if route.ceiling else ""
+    repacked = "" if route.repack or not route.memory.repacked else " without repacking"
+    return f"{size(route.parts.bytes)} on disk, {size(route.ram)} in memory{repacked}{speed}"

@@ -1,0 +1,98 @@
+"""What an opened bundle takes in memory, and how fast it could at most answer (SPEC D1).
+
+Weights are mapped from their files, and every page of them has been read after a few tokens. llama.cpp copies the
+matrices of some types into an order that the processor multiplies faster (`REPACKED`): decoding gains, and their bytes
+are there twice. A token reads all weights and the cache once, so memory bandwidth caps the speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogumi.errors import RecipeError
+from cogumi.plan.parts import Parts
+from cogumi.registry import nearest
+from cogumi.shapes import ModelShape
+
+REPACKED = ("Q4_0", "Q4_K", "IQ4_NL")
+"""Types that llama.cpp repacks on processors with AVX2; on others they are these or fewer."""
+CACHES = {"f16": (2.0, 2.0), "q8_0": (34 / 32, 34 / 32), "q4_0": (18 / 32, 18 / 32)}
+"""Bytes of a value among the keys and among the values of each type of cache."""
+PROGRAM = 120_000_000
+"""Python with what answering needs, before any model is there; measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a bundle will be opened: `slots` requests at a time of up to `context` tokens, a `cache` of that type.
+
+    None: the engine's own choice, q8_0 where heads allow.
+    """
+
+    context: int = 2048
+    slots: int = 1
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and self.cache not in CACHES:
+            raise RecipeError(f"unknown cache type '{self.cache}'; {nearest(self.cache, CACHES)}")
+
+    def cache_bytes(self, shape: ModelShape) -> int:
+        """Bytes that one token leaves in the cache of a model."""
+        kind = self.cache or ("q8_0" if shape.head % 32 == 0 else "f16")
+        return int(shape.layers * shape.key * sum(CACHES[kind]))
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Resident bytes. `repacked` are there only if llama.cpp may repack; `adapters` includes their caches."""
+
+    weights: int
+    repacked: int
+    cache: int
+    buffers: int
+    adapters: int
+    nets: int
+    program: int = PROGRAM
+
+    def total(self, repack: bool) -> int:
+        """All of it, with or without repacking."""
+        rest = self.weights + self.cache + self.buffers + self.adapters + self.nets + self.program
+        return rest + (self.repacked if repack else 0)
+
+
+def memory(parts: Parts, serving: Serving) -> Memory:
+    """What a bundle takes after it has answered with all that is in it.
+
+    The draft is opened twice, by itself and beside the base, and each adapter has a context of its own.
+    """
+    base, draft = parts.base, parts.draft
+    opened = [base] + [draft] * 2 if draft else [base]
+    contexts = [(w.shape, serving.cache_bytes(w.shape)) for w in opened]
+    tokens = serving.slots * serving.context
+    of_base = tokens * contexts[0][1] + _buffers(base.shape, serving)
+    files = parts.models
+    return Memory(
+        weights=sum(w.file.bytes for w in opened),
+        repacked=sum(w.file.of_types(REPACKED) for w in opened),
+        cache=sum(tokens * each for _, each in contexts),
+        buffers=sum(_buffers(shape, serving) for shape, _ in contexts),
+        adapters=sum(files[name].bytes + of_base for name in parts.adapters),
+        nets=sum(bytes for name, bytes in parts.files.items() if name not in files),
+    )
+
+
+def _buffers(shape: ModelShape, serving: Serving) -> int:
+    """Of one context: logits twice, as computed and as handed out, and the widest values of a batch's tokens."""
+    from cogumi.runtime.llama.context import MAX_LOGITS
+    from cogumi.runtime.llama_engine import BATCH
+    from cogumi.runtime.pace import MOST
+
+    batch = max(BATCH, serving.slots * (MOST + 1))
+    outputs = max(min(batch, MAX_LOGITS // shape.vocabulary), min(batch, 64), serving.slots)
+    return 4 * (2 * outputs * shape.vocabulary + batch * (2 * shape.feed_forward + 4 * shape.hidden))
+
+
+def bytes_per_token(parts: Parts, serving: Serving) -> int:
+    """What one token of the base reads, with its context half full."""
+    return parts.base.file.read + serving.context // 2 * serving.cache_bytes(parts.base.shape)

@@ -1,0 +1,226 @@
+"""What a bundle will consist of, and how large each of its files will be (SPEC D1).
+
+Models and adapters are counted to the byte (`compress.sizes`). Small nets follow from their layers; what follows from
+no shape, such as a calibration, is taken to be as large as the tiny recipe's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogumi import bundle
+from cogumi.errors import ArtifactError
+from cogumi.plan.training import Model, ranks_of
+from cogumi.recipe import Recipe, Step
+from cogumi.registry import stage
+from cogumi.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from cogumi.compress.sizes import GgufFile
+
+TYPE = "q4_k_m"
+"""What a model is asked for as, where no recipe says."""
+TAKEN = {
+    bundle.CALIBRATION: 290_000,
+    bundle.ESCALATION: 2_727_549,
+    bundle.CRITIC: 602_420,
+    bundle.EMBEDDER: 22_835_161,
+    bundle.VOCABULARY: 711_494,
+    bundle.EXAMPLES: 31_000,
+    bundle.CARD: 2_000,
+    bundle.INDEX: 37_000,
+}
+"""Bytes of files that depend on no model's shape, or hardly: those of the finished tiny recipe."""
+CLASSES = 6
+"""Domains that a router tells apart; one more is 132 bytes."""
+_SMALL = {
+    "calibration": (bundle.CALIBRATION,),
+    "escalation": (bundle.ESCALATION,),
+    "critic": (bundle.CRITIC,),
+    "embedder": (bundle.EMBEDDER, bundle.VOCABULARY),
+    "examples": (bundle.EXAMPLES,),
+}
+"""Role in stage `bundle` -> the files that come of it."""
+_MODIFIER = "modifier_"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model as it will lie in a bundle; `vocabulary` bytes are those of its tokenizer's keys.
+
+    `type`, `types` and `importance` are what stage `gguf` is told.
+    """
+
+    shape: ModelShape
+    type: str
+    vocabulary: int
+    types: tuple[tuple[str, str], ...] = ()
+    importance: bool = False
+
+    @cached_property
+    def file(self) -> GgufFile:
+        """Its file."""
+        from cogumi.compress.sizes import model_file
+
+        return model_file(self.shape, self.type, self.vocabulary, dict(self.types), self.importance)
+
+    def with_ids(self, ids: int) -> Weights:
+        """The same with a vocabulary of `ids`, at as many bytes an id."""
+        keys = self.vocabulary * ids // self.shape.vocabulary
+        return replace(self, shape=replace(self.shape, vocabulary=ids), vocabulary=keys)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA on the base: its ranks by target, and the type it is written in."""
+
+    ranks: Mapping[str, int]
+    type: str = "f32"
+
+    def file(self, shape: ModelShape) -> GgufFile:
+        """Its file, on a base of that shape."""
+        from cogumi.compress.sizes import adapter_file
+
+        return adapter_file(shape, self.ranks, self.type)
+
+    def reduced(self, rank: int, type: str) -> Adapter:
+        """The same at another rank and type, unless that has more bits."""
+        from cogumi.compress.sizes import bits
+
+        smaller = Adapter(dict.fromkeys(self.ranks, rank), type)
+        before, after = (sum(one.ranks.values()) * bits(one.type) for one in (self, smaller))
+        return smaller if after < before else self
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle is made of. `adapters` by file name; `shared`: the draft speaks the base's vocabulary.
+
+    `head` is the rank of a LoRA on the base's output head, or 0; `small` are the other files with their bytes.
+    """
+
+    name: str
+    base: Weights
+    draft: Weights | None = None
+    shared: bool = False
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    head: int = 0
+    small: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def models(self) -> dict[str, GgufFile]:
+        """The GGUF files by name."""
+        found = {bundle.BASE: self.base.file}
+        if self.draft:
+            found[bundle.DRAFT] = self.draft.file
+        return found | {name: adapter.file(self.base.shape) for name, adapter in self.adapters.items()}
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Bytes of every file by name."""
+        found = {name: file.bytes for name, file in self.models.items()} | dict(self.small)
+        if self.head:
+            found[bundle.HEAD] = 300 + 4 * self.head * (self.base.shape.hidden + self.base.shape.vocabulary)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(self.files.values())
+
+    @property
+    def packed(self) -> int:
+        """What zstd would leave of them: an estimate."""
+        models = self.models
+        return sum(models[name].packed if name in models else bytes for name, bytes in self.files.items())
+
+
+def parts_of_model(name: str, model: Model) -> Parts:
+    """A model alone."""
+    return Parts(name, _weights(model, TYPE))
+
+
+def parts_of_gguf(path: Path) -> Parts:
+    """The model of a GGUF file alone, as it would be planned from its shape and type."""
+    from cogumi.compress.sizes import read_model
+
+    shape, type, vocabulary = read_model(path)
+    return Parts(path.name, Weights(shape, type, vocabulary))
+
+
+def known_weights(shape: ModelShape) -> Weights:
+    """A model of known shape, with a vocabulary like that of its family."""
+    return _weights(Model(shape, ""), TYPE)
+
+
+def parts_of_recipe(recipe: Recipe, models: Mapping[str, Model]) -> Parts | None:
+    """The last bundle that a recipe makes; `models` are those of its steps. None if it makes none of known shapes."""
+    steps = {step.name: step for step in recipe.steps}
+    bundles = [step for step in recipe.steps if step.stage == "bundle"]
+    roles = bundles[-1].inputs if bundles else {}
+    base, draft = (_exported(steps, roles.get(role, ""), models) for role in ("base", "draft"))
+    if base is None or draft is None:
+        return None
+    adapters = {
+        bundle.modifier_name(role.removeprefix(_MODIFIER)): _adapter(steps, name)
+        for role, name in roles.items()
+        if role.startswith(_MODIFIER)
+    }
+    if "fewshot" in roles:
+        adapters[bundle.FEWSHOT] = _adapter(steps, roles["fewshot"])
+    head = _config(steps[roles["head"]]).head_rank if "head" in roles else 0
+    small = {file: TAKEN[file] for role, files in _SMALL.items() if role in roles for file in files}
+    small |= {file: TAKEN[file] for file in (bundle.CARD, bundle.INDEX)} | _nets(draft.shape.hidden)
+    shared = models[roles["base"]].tokenizer == models[roles["draft"]].tokenizer
+    return Parts(recipe.name, base, draft, shared, adapters, head, small)
+
+
+def _nets(width: int) -> dict[str, int]:
+    """Difficulty head and router, on a draft of that width; fp32 behind a safetensors header."""
+    layers = ((2 * width, 64), (64, 32), (32, CLASSES))
+    router = 4 * (4 * width + 1 + sum(into * out + out for into, out in layers)) + 712
+    return {bundle.DIFFICULTY: 4 * (width + 1) + 144, bundle.ROUTER: router}
+
+
+def _config(step: Step) -> Any:
+    return stage(step.stage).Config.model_validate(step.config)
+
+
+def _exported(steps: Mapping[str, Step], name: str, models: Mapping[str, Model]) -> Weights | None:
+    """The model that a step of stage `gguf` writes."""
+    if name not in models or steps[name].stage != "gguf":
+        return None
+    config = _config(steps[name])
+    weights = _weights(models[name], config.type)
+    return replace(weights, types=tuple(config.types.items()), importance="importance" in steps[name].inputs)
+
+
+def _weights(model: Model, type: str) -> Weights:
+    from cogumi.compress.layout import Llama
+    from cogumi.compress.sizes import typical_vocabulary, vocabulary_bytes
+    from cogumi.compress.vocabulary import Vocabulary
+
+    ids = model.shape.vocabulary
+    if model.folder and (Path(model.folder) / "tokenizer.json").is_file():
+        keys = vocabulary_bytes(Vocabulary.load(Path(model.folder)), ids)
+    else:
+        keys = typical_vocabulary("own" if model.own else model.shape.kind, ids)
+    shape = Llama.load(Path(model.folder)) if model.folder else model.shape
+    return Weights(shape, type, keys)
+
+
+def _adapter(steps: Mapping[str, Step], name: str) -> Adapter:
+    """The adapter that a step of stage `gguf` writes, from the step that trained it and those that changed it."""
+    exported = _config(steps[name])
+    rank, at = None, steps[name].inputs.get("adapter", "")
+    while at in steps:
+        config = _config(steps[at])
+        if hasattr(config, "lora"):
+            ranks = ranks_of(config.lora)
+            return Adapter(dict.fromkeys(ranks, rank) if rank else ranks, getattr(exported, "adapter_type", "f32"))
+        rank, at = rank or getattr(config, "rank", None), steps[at].inputs.get("adapter", "")
+    raise ArtifactError(f"step '{name}': no step says the ranks of its adapter; train one in this recipe")
