@@ -64,7 +64,8 @@ class Cascade:
     @property
     def models(self) -> tuple[str, ...]:
         """The names under which the cascade, its modes and its tiers can be asked; see `resolve`."""
-        tails = [*self.parts.settings.names, "base", "draft", *(f"base+{name}" for name in self.adapters)]
+        models = ["base", "draft"] if self.tiers.has_draft else ["base"]
+        tails = [*self.parts.settings.names, *models, *(f"base+{name}" for name in self.adapters)]
         return (NAME, *(f"{NAME}:{tail}" for tail in tails))
 
     def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:

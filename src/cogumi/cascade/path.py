@@ -65,6 +65,9 @@ class Path:
                 yield self._decide(Decision("cascade", "mode", 1.0, 1.0, True, f"mode {choice.name}: {choice.reason}"))
             if complaint:
                 choice = replace(choice, mode=choice.mode.model_copy(update={"modifier": True}))
+        if not self._tiers.has_draft:
+            choice = replace(choice, mode=choice.mode.model_copy(update={"draft": False}))
+            request = replace(request, progressive=False)
         novel = gate.novel(question.perplexity)
         if request.examples:
             request, choice = self._filled_up(request), replace(choice, mode=Mode())
@@ -109,7 +112,7 @@ class Path:
         has_modifier = domain in self._tiers.base.adapters and "modifier" in self._parts.calibration.gates
         if gate.novel(question.perplexity):
             has_modifier = False
-        surprising = mode.straight and has_modifier and self._tiers.surprise(request) > gate.base_perplexity
+        surprising = mode.straight and has_modifier and self._surprise(request, question) > gate.base_perplexity
         order = mode.policy.order(has_modifier, surprising)
         hard = not gate.easy(question.perplexity, question.p_easy)
         if gate.novel(question.perplexity):  # neither votes nor critic were ever tried on its like
@@ -149,6 +152,10 @@ class Path:
                 if found:
                     self._decide(found)
                 yield found
+
+    def _surprise(self, request: Request, question: Question) -> float:
+        """The base's perplexity of the prompt; if there is no draft, it has read it already."""
+        return self._tiers.surprise(request) if self._tiers.has_draft else question.perplexity
 
     def _filled_up(self, request: Request) -> Request:
         """With near examples of the bank before the given ones, to as many as suit a domain, if they fit (SPEC F18)."""

@@ -1,4 +1,7 @@
-"""The models of one cascade side by side, and what each is asked: the draft reads, base and modifiers answer."""
+"""The models of one cascade side by side, and what each is asked: the draft reads, base and modifiers answer.
+
+In a mobile package (SPEC D10) one model is both.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,11 @@ class Tiers:
     difficulty: Net
     router: Net
     scope: float = 0.0
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether another model than the base reads questions."""
+        return self.draft is not self.base
 
     def modifier_of(self, question: Question) -> str | None:
         """The modifier that a question belongs to, None for the base's own business."""

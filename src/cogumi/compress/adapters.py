@@ -8,13 +8,13 @@ on the questions that the adapter was made for can win back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
 
 from cogumi.artifact import sha256
 from cogumi.data.examples import read_examples, split_path
@@ -79,22 +79,6 @@ def likeness(before: Adapter, after: Adapter) -> float:
     return 1 - lost / whole
 
 
-def hold_zeros(model: Any) -> None:
-    """Keep the values of a peft model's adapter that are 0 at 0 while it is trained."""
-    for layer in model.modules():
-        for side in ("lora_A", "lora_B"):
-            for linear in getattr(layer, side, {}).values():
-                linear.register_forward_pre_hook(_zeroed(linear.weight != 0))
-
-
-def _zeroed(kept: Tensor) -> Callable[[nn.Module, Any], None]:
-    def hook(linear: Any, _inputs: Any) -> None:
-        with torch.no_grad():
-            linear.weight.mul_(kept.to(linear.weight.device))
-
-    return hook
-
-
 def _checked(adapter: Artifact, base: Path) -> Adapter:
     """The adapter's updates. `ArtifactError` if it is of another base, or holds NaN or infinity."""
     trained_on = adapter.metrics.get("base_sha256")
@@ -121,13 +105,18 @@ def _heal(
     failed = [e for e in asked if e.id in responses and not responses[e.id].correct]
     if not failed:
         raise TrainingError("the base failed no question of the adapter's domain: leave out 'loop'")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name
-    hold_zeros(model)
+    left = {parameter: parameter != 0 for name, parameter in model.named_parameters() if "lora_" in name}
+    for parameter in model.parameters():
+        parameter.requires_grad = parameter in left
+
+    @torch.no_grad()
+    def hold_zeros() -> None:
+        for parameter, kept in left.items():
+            parameter.mul_(kept.to(parameter.device))
+
     rows = make_rows(failed, HFTokenizer.load(inputs["model"].path), model.config.max_position_embeddings)
-    at = train(model, rows, answer_loss, config, out, context, lambda apply: judge_answers(apply, own))
-    judge_answers(applied(model), own[:1])  # one more pass zeroes what the last step moved
-    return at.step
+    judge = partial(judge_answers, rows=own)
+    return train(model, rows, answer_loss, config, out, context, judge, after_step=hold_zeros).step
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty` and
 `router` (safetensors), and `calibration`; if wanted `escalation`, `critic`, `embedder`, `head` and `fewshot`, and
-`examples` (questions, some of which are shown to the base before hard ones).
+`examples` (questions, some of which are shown to the base before hard ones). Without `draft` it is a mobile package
+(see `cogumi.bundle`): the draft of a larger cascade is given as `base`, with modifiers that were trained on it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ KIND = "bundle"
 MODIFIER = "modifier_"
 SOURCES = {
     "base": ("model.gguf", bundle.BASE, "answers first"),
-    "draft": ("model.gguf", bundle.DRAFT, "reads the question, and drafts for the base when that pays"),
     "difficulty": (bundle.DIFFICULTY, bundle.DIFFICULTY, "how hard a question looks to the draft"),
     "router": (bundle.ROUTER, bundle.ROUTER, "which domain a question is from"),
     "calibration": (bundle.CALIBRATION, bundle.CALIBRATION, "from signals to P(correct), with the threshold"),
 }
 """Role -> (file in the input's folder, its name in the bundle, what it does)."""
 OPTIONAL = {
+    "draft": ("model.gguf", bundle.DRAFT, "reads the question, and drafts for the base when that pays"),
     "escalation": (bundle.ESCALATION, bundle.ESCALATION, "notices that a user is not satisfied with an answer"),
     "critic": (bundle.CRITIC, bundle.CRITIC, "scores an answer and names what is wrong with it"),
     "embedder": (bundle.EMBEDDER, bundle.EMBEDDER, "embeds sentences, for the semantic cache"),

@@ -193,7 +193,7 @@ def own_router(task: Task, folder: Path, foreign: Asked) -> list[Figure]:
         )
     net, scope = load_net(bundle.router), load_scope(bundle.router)
     examples = fresh(PER_CELL, int(bundle.description.get("seed", 0)), task.progress)
-    with closing(LlamaEngine(bundle.draft, slots=1, context=CONTEXT, lookup=False)) as draft:
+    with closing(LlamaEngine(bundle.draft or bundle.base, slots=1, context=CONTEXT, lookup=False)) as draft:
         own = _rows(draft, [e.messages for e in examples])
         other = _rows(draft, [(Message("user", text),) for text in foreign.texts])
         early = [_early(draft, net, e, tuple(bundle.modifiers)) for e in examples]

@@ -18,14 +18,19 @@ _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
 
 
 class Model:
-    """A GGUF file mapped into memory. Raises `BundleError` if llama.cpp cannot use the file."""
+    """A GGUF file mapped into memory. Raises `BundleError` if llama.cpp cannot use the file.
 
-    def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
+    `repack`: llama.cpp keeps a second copy of the weights of some types (Q4_0, Q4_K, Q8_0, ..) in the order in which
+    this processor multiplies fastest. Without, the mapped file is all there is, and the system may drop its pages.
+    """
+
+    def __init__(self, path: Path, *, vocabulary_only: bool = False, repack: bool = True) -> None:
         if not path.is_file():
             raise BundleError(f"{path} does not exist; build or copy the model first")
         complaints.clear()
         params = c.llama_model_default_params()
         params.vocab_only = vocabulary_only
+        params.use_extra_bufts = repack
         pointer = c.llama_model_load_from_file(os.fsencode(path), params)
         if not pointer:
             raise BundleError(f"{path} is not a whole GGUF model ({reason()}); export or copy it again")
