@@ -18,7 +18,7 @@ from cogumi.stage import Context
 from cogumi.train import recover, sft
 from cogumi.train.batches import make_rows
 from cogumi.train.loop import LoopConfig
-from cogumi.train.losses import answer_loss
+from cogumi.train.losses import answer_loss, distillation
 from cogumi.train.validation import applied, judge_answers, mean_figures
 from cogumi.types import Artifact, Example, Message
 
@@ -169,7 +169,7 @@ def test_distillation_only_where_much_was_lost_and_an_original_is_given(world, t
 def test_the_divergence_is_zero_for_a_model_and_itself_and_positive_otherwise(world):
     rows = make_rows([example("3 plus 4", "7"), example("9 plus 9", "18")], HFTokenizer.load(world / "original"), 64)
     original, other = load(world / "original"), load(world / "rounded")
-    loss = recover.distillation(original)
+    loss = distillation(original)
     assert mean_figures(applied(original), rows, loss)["loss"] == pytest.approx(0, abs=1e-6)
     assert mean_figures(applied(other), rows, loss)["loss"] > 0.01
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from cogumi.artifact import sha256
 from cogumi.data.examples import is_easy, read_examples, split_path
@@ -29,7 +29,7 @@ from cogumi.train import batches
 from cogumi.train.batches import IGNORE, Batch, Row
 from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
-from cogumi.train.losses import answer_logits, labelled_logits, token_nats
+from cogumi.train.losses import answer_logits, divergence, labelled_logits, token_nats
 from cogumi.train.validation import applied, mean_figures, passes
 from cogumi.types import Artifact, Example
 
@@ -150,7 +150,7 @@ def draft_loss(config: Config, base: Any = None) -> Loss:
         logits, target, row = labelled_logits(model.lm.lm_head, hidden, batch.labels)
         if len(target):
             nats = cross_entropy(logits, target, reduction="none")
-            generation = nats.mean() if base is None else _divergence(logits, _teacher_logits(base, batch))
+            generation = nats.mean() if base is None else divergence(logits, _teacher_logits(base, batch))
             speaking = torch.unique(row)
             mean = row_means(nats, row, len(batch.ids))[speaking]
             expected = taught.perplexity[speaking]
@@ -165,11 +165,6 @@ def draft_loss(config: Config, base: Any = None) -> Loss:
 @torch.no_grad()
 def _teacher_logits(base: Any, batch: Batch) -> Tensor:
     return answer_logits(base, batch)[0]
-
-
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || draft) in nats per token, from logits `[n, vocabulary]`."""
-    return kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def judge(model: DraftModel, taught: Sequence[Lesson]) -> dict[str, float]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from cogumi.train.batches import IGNORE, Batch
+from cogumi.train.loop import Loss
 
 
 def labelled_logits(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +44,27 @@ def answer_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     logits, target, _ = answer_logits(model, batch)
     loss = cross_entropy(logits, target)
     return loss, {"loss": float(loss.detach())}
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL(teacher || model) in nats per token of logits `[n, vocabulary]`, both softened by the temperature.
+
+    Times its square, so that gradients keep their size (Hinton et al., 1503.02531).
+    """
+    said, wanted = ((side / temperature).log_softmax(-1) for side in (logits, teacher))
+    return kl_div(said, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+def distillation(teacher: Any, temperature: float = 1.0) -> Loss:
+    """`divergence` of a model from the teacher over answer tokens; the teacher is not trained."""
+
+    def loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            wanted = answer_logits(teacher.to(batch.ids.device), batch)[0]
+        found = divergence(answer_logits(model, batch)[0], wanted, temperature)
+        return found, {"loss": float(found.detach())}
+
+    return loss
 
 
 def answer_figures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, linear
+from torch.nn.functional import linear
 
 from cogumi.artifact import sha256
 from cogumi.data.examples import read_examples, split_path
@@ -28,9 +28,9 @@ from cogumi.models.lora import LoraShape, attach, merged
 from cogumi.models.lora import save as save_adapter
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
-from cogumi.train.batches import Batch, Order, Row, collate, make_rows
-from cogumi.train.loop import Apply, LoopConfig, Loss, train
-from cogumi.train.losses import answer_figures, answer_logits, answer_loss
+from cogumi.train.batches import Order, Row, collate, make_rows
+from cogumi.train.loop import Apply, LoopConfig, train
+from cogumi.train.losses import answer_figures, answer_loss, distillation
 from cogumi.train.validation import applied, judge_answers, passes
 from cogumi.types import Artifact
 
@@ -88,19 +88,6 @@ def hardest(surprise: NDArray[np.float64], share: float) -> list[int]:
     """Rows of the highest surprise, at least one, hardest first."""
     order = np.argsort(-surprise, kind="stable")
     return [int(i) for i in order[: max(1, round(share * len(order)))]]
-
-
-def distillation(teacher: Any) -> Loss:
-    """Mean KL divergence, in nats, from the teacher's next-token distribution to the model's over answer tokens."""
-
-    def loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad():
-            wanted = answer_logits(teacher.to(batch.ids.device), batch)[0].log_softmax(-1)
-        said = answer_logits(model, batch)[0].log_softmax(-1)
-        divergence = kl_div(said, wanted, reduction="batchmean", log_target=True)
-        return divergence, {"loss": float(divergence.detach())}
-
-    return loss
 
 
 def hold_zeros(model: Any) -> dict[str, Tensor]:
