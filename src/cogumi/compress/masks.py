@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,6 +27,8 @@ from cogumi.train.validation import passes
 
 Method: TypeAlias = Literal["magnitude", "wanda", "sparsegpt"]
 Structure: TypeAlias = Literal["unstructured", "2:4"]
+Chosen: TypeAlias = Mapping[str, tuple[Tensor, float]]
+"""By name a weight, and the share of it to prune."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +42,16 @@ class Pruner:
     def prune(
         self, model: Any, llama: Llama, shares: Mapping[str, float], rows: Sequence[Row], context: Context
     ) -> None:
-        """Set `shares` of the parts' weights to zero, in place; what is zero already counts, and stays.
+        """Set `shares` of the parts' weights to zero, in place; `rows` are what a method looks at.
 
-        `rows` are what a method looks at. A part that is sparse enough is left alone.
+        A part that is sparse enough is left alone. What is zero counts, and stays; but SparseGPT chooses a 2:4 pattern
+        anew, because llm-compressor 0.14 reads a former mask of 2:4 at the wrong columns.
         """
         found = {
             name: (weight, shares[part])
             for part, names in matrices(model).items()
             for name, weight in names.items()
-            if part in shares and not self._done(name, weight, shares[part])
+            if part in shares and not self._done(weight, shares[part])
         }
         linear = {} if self.method == "magnitude" else {n: found[n] for n in found if n.endswith("_proj.weight")}
         own = {name: found[name] for name in found if name not in linear}
@@ -56,26 +60,18 @@ class Pruner:
         if linear:
             self._prune_by_calibration(model, linear, rows, context)
 
-    def _done(self, name: str, weight: Tensor, share: float) -> bool:
-        """Whether a weight is sparse enough as it is. `RecipeError` if it is too sparse for 2:4, yet lacks the pattern."""
+    def _done(self, weight: Tensor, share: float) -> bool:
+        """Whether a weight is sparse enough as it is."""
         zero = weight == 0
-        reached = float(zero.double().mean())
         if self.structure == "unstructured":
-            return reached >= share
-        if bool((zero.reshape(-1, GROUP).sum(1) >= round(GROUP * share)).all()):
-            return True
-        if reached > share:
-            raise RecipeError(
-                f"{name} is {reached:.1%} zero already, without the pattern of 2:4; "
-                "use structure: unstructured, or prune the dense model"
-            )
-        return False
+            return float(zero.double().mean()) >= share
+        return bool((zero.reshape(-1, GROUP).sum(1) >= round(GROUP * share)).all())
 
     def _prune_by_mix(
         self,
         model: Any,
         llama: Llama,
-        chosen: Mapping[str, tuple[Tensor, float]],
+        chosen: Chosen,
         rows: Sequence[Row],
         context: Context,
     ) -> None:
@@ -89,9 +85,7 @@ class Pruner:
     def _mask(self, scores: Tensor, share: float) -> Tensor:
         return least(scores, share) if self.structure == "unstructured" else least_of_four(scores, round(GROUP * share))
 
-    def _prune_by_calibration(
-        self, model: Any, chosen: Mapping[str, tuple[Tensor, float]], rows: Sequence[Row], context: Context
-    ) -> None:
+    def _prune_by_calibration(self, model: Any, chosen: Chosen, rows: Sequence[Row], context: Context) -> None:
         from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
         from cogumi.compress.oneshot import calibrated
@@ -104,7 +98,7 @@ class Pruner:
             modifiers.append(
                 WandaPruningModifier(**options)
                 if self.method == "wanda"
-                else SparseGPTModifier(**options, preserve_sparsity_mask=True)
+                else SparseGPTModifier(**options, preserve_sparsity_mask=self.structure == "unstructured")
             )
         calibrated(model, modifiers, rows, context)
 
@@ -125,7 +119,8 @@ def gradients(model: Any, rows: Sequence[Row], context: Context) -> dict[str, Te
     every = list(passes(rows))
     for done, index in enumerate(every):
         model.zero_grad()
-        answer_loss(model, collate(rows, index).to(next(model.parameters()).device))[0].backward()
+        loss, _ = answer_loss(model, collate(rows, index).to(next(model.parameters()).device))
+        loss.backward()  # type: ignore[no-untyped-call]
         for name, weight in model.named_parameters():
             sums[name] += weight.grad.abs() / len(every)
         context.progress(done + 1, len(every), {})
@@ -148,7 +143,7 @@ def held(model: nn.Module) -> Iterator[Callable[[], None]]:
     matrix (Muon) moves them all the same: what it moved is set back.
     """
     dead = [(weight, weight == 0) for names in matrices(model).values() for weight in names.values()]
-    hooks = [weight.register_hook(_without(zero)) for weight, zero in dead]
+    hooks = [weight.register_hook(_without(zero)) for weight, zero in dead]  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def after_step() -> None:
@@ -166,7 +161,7 @@ def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient.masked_fill(zero.to(gradient.device), 0.0)
 
 
-def check(model: nn.Module, parts: Mapping[str, float], structure: Structure, folder: str) -> None:
+def check(model: nn.Module, parts: Mapping[str, float], structure: Structure, folder: Path) -> None:
     """`ArtifactError` for weights that are not finite, `RecipeError` for what this model cannot be pruned by."""
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):

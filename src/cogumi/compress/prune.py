@@ -23,7 +23,7 @@ from cogumi.compress.calibration import Draw, draw_rows
 from cogumi.compress.layout import Llama
 from cogumi.compress.masks import Method, Pruner, Structure, check, held, matrices
 from cogumi.compress.prune_report import write_report
-from cogumi.compress.sparsity import GROUP, PARTS, Mix, front, scaled, score
+from cogumi.compress.sparsity import PARTS, Mix, front, scaled, score
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import RecipeError, TrainingError
 from cogumi.models.build import load, save, save_tensors
@@ -235,7 +235,7 @@ def zstd_bytes(model: Any) -> int:
 
 
 def candidates(config: Config, weights: Mapping[str, int]) -> list[_Candidate]:
-    """What the config asks to try, given the number of `weights` of each part. `RecipeError` if a part would lose all."""
+    """What the config asks to try, with `weights` in each part. `RecipeError` if a part would lose all."""
     if config.grid is None:
         return [_Candidate(config.method, Pruner(config.method, config.structure, config.mix), config.shares)]
     found = []

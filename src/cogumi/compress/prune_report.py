@@ -16,7 +16,7 @@ def write_report(out: Path, results: Sequence[Mapping[str, Any]], chosen: str, d
         "# Prunings tried",
         "",
         "Judged on the selection split. quality = the mean of perplexity(dense) / perplexity and exact / exact(dense);",
-        "score = quality - zstd bytes / zstd bytes(dense). Pareto: none is smaller and as good, or better and as small.",
+        "score = quality - zstd bytes / zstd bytes(dense). On the Pareto front no other is as good and as small.",
         "",
         _row(head),
         _row("---" for _ in head),
