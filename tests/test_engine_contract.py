@@ -5,7 +5,6 @@
 
 import json
 import math
-import shutil
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,11 +12,8 @@ from dataclasses import replace
 import numpy as np
 import openai
 import pytest
-import torch
-from transformers import LlamaForCausalLM
 
 from cogumi.errors import ContextError, RequestError
-from cogumi.models.text import TOKENIZER_FILES
 from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.remote import RemoteEngine
@@ -509,54 +505,3 @@ def test_a_foreign_server_answers_as_its_model_does(opened):
         assert one.logprob == pytest.approx(two.logprob, abs=0.05)
         assert two.id in (one.id, -1)
     near.close()
-
-
-def texts(engine, asks):
-    return [(r.text, r.tokens, r.prompt) for r in replies(engine, asks)]
-
-
-def test_a_depth_that_skips_nothing_changes_nothing(opened):
-    """Bit for bit, in batches of prompts of several lengths, and with an adapter (SPEC C7)."""
-    plain, seen = opened("torch"), []
-
-    def all_layers(layer, hidden):
-        seen.append((layer, hidden.shape[2]))
-        return torch.ones(hidden.shape[:2], dtype=torch.bool)
-
-    files = pico()
-    engine = TorchEngine(files.base, adapters={"a": files.adapter}, context=CONTEXT, depth=all_layers)
-    asks = [replace(ASK, adapter=name) for name in (None, "a")] + [Request(prompt="Tom", max_tokens=9, echo=True)]
-    assert texts(engine, asks) == texts(plain, asks)
-    assert engine.read(ASK) == plain.read(ASK)
-    assert set(seen) == {(0, 64), (1, 64)}
-
-
-@pytest.mark.parametrize("skipped", [0, 1])
-def test_a_layer_that_all_tokens_skip_is_as_good_as_gone(skipped, tmp_path):
-    files = pico()
-    model = LlamaForCausalLM.from_pretrained(files.base)
-    model.model.layers = torch.nn.ModuleList([layer for i, layer in enumerate(model.model.layers) if i != skipped])
-    model.config.num_hidden_layers = 1
-    model.save_pretrained(tmp_path)
-    for name in TOKENIZER_FILES:
-        shutil.copy(files.base / name, tmp_path)
-    short = TorchEngine(tmp_path, context=CONTEXT)
-    engine = TorchEngine(
-        files.base, context=CONTEXT, depth=lambda i, hidden: torch.full(hidden.shape[:2], i != skipped)
-    )
-    assert engine.read(ASK).surprise == pytest.approx(short.read(ASK).surprise, abs=1e-4)
-    one, two = (final_reply(each.generate(ASK)) for each in (engine, short))
-    assert [token.id for token in one.tokens] == [token.id for token in two.tokens]
-    assert [t.logprob for t in one.tokens] == pytest.approx([t.logprob for t in two.tokens], abs=1e-4)
-
-
-def test_a_token_that_skips_every_layer_is_its_own_embedding():
-    """Mixed masks: the others go on attending to it, and differ from both extremes."""
-    files = pico()
-    first = TorchEngine(files.base, context=CONTEXT, depth=lambda i, hidden: torch.arange(hidden.shape[1])[None] > 0)
-    none = TorchEngine(files.base, context=CONTEXT, depth=lambda i, hidden: torch.zeros(hidden.shape[:2]).bool())
-    full = TorchEngine(files.base, context=CONTEXT)
-    ask = Request(prompt="Tom is taller than Ann.")
-    assert first.read(ask).surprise[0] == none.read(ask).surprise[0]
-    assert first.read(ask).surprise[1:] != none.read(ask).surprise[1:]
-    assert first.read(ask).surprise[1:] != full.read(ask).surprise[1:]
