@@ -358,6 +358,6 @@ def test_a_bundle_whose_parts_disagree_is_refused(bundle, tmp_path, monkeypatch)
     """The bundle's checksums hold, yet its nets were not made for each other."""
     files = open_bundle(bundle)
     Net.of(np.zeros(3), np.ones(3), [np.zeros((3, 2))], [[0.0, 0.0]], ["code", "math"]).save(tmp_path / "router")
-    monkeypatch.setattr("cogumi.cascade.opening.open_bundle", lambda _: replace(files, router=tmp_path / "router"))
+    monkeypatch.setattr("cogumi.bundle.open_bundle", lambda _: replace(files, router=tmp_path / "router"))
     with pytest.raises(BundleError, match="different drafts"):
         open_cascade(bundle)

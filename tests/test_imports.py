@@ -12,6 +12,7 @@ import cogumi
 ROOT = Path(cogumi.__file__).parent
 GROUND = {
     "",
+    "archive",
     "artifact",
     "bundle",
     "environment",

@@ -74,7 +74,7 @@ BANK = {
 
 def test_the_bank_is_embedded_once_and_the_nearest_found():
     embedder = Letters()
-    bank = Templates(BANK, embedder)
+    bank = Templates(BANK, lambda: embedder)
     assert embedder.seen == []
     assert bank.near("code a function three")[-1] == ("code a function three", "three")
     assert len(bank.suiting("code a function three", "math", 2)) == 2
@@ -199,20 +199,20 @@ def test_sure_answers_stay_sure_beside_them_and_only_these_are_kept(tiers, tmp_p
 
 
 def test_near_examples_fill_up_given_ones_where_they_fit(tiers):
-    base, near = tiers.base, Templates(BANK, Letters())
+    base, near = tiers.base, Templates(BANK, Letters)
     wanted = ask("code a function five", examples=(("q", "a"),))
     reply = final_reply(cascade(tiers, templates=near).generate(wanted))
     filled = replace(wanted, examples=(*near.near("code a function five")[1:], ("q", "a")))
     assert len(filled.examples) == SHAPES["code"]
     assert reply.text.removesuffix(LOW_CONFIDENCE) == final_reply(base.generate(filled)).text
     assert next(d for d in reply.decisions if d.signal == "examples").value == 3
-    long = Templates({"code": [("code a function " * 30, "a")] * 3}, Letters())
+    long = Templates({"code": [("code a function " * 30, "a")] * 3}, Letters)
     alone = final_reply(cascade(tiers, templates=long).generate(wanted))
     assert alone.text.removesuffix(LOW_CONFIDENCE) == final_reply(base.generate(wanted)).text
 
 
 def test_hard_and_novel_questions_are_shown_near_examples_if_the_mode_allows(tiers):
-    near, settings = Templates(BANK, Letters()), Settings(modes={"shown": Mode(examples=5, votes=3)})
+    near, settings = Templates(BANK, Letters), Settings(modes={"shown": Mode(examples=5, votes=3)})
     novel = QuestionGate(1e9, 0.99, novelty=1.0)
 
     def tried(question, text, mode="shown"):
@@ -232,7 +232,7 @@ def test_hard_and_novel_questions_are_shown_near_examples_if_the_mode_allows(tie
 
 def test_the_suite_counts_what_each_way_of_showing_gets_right(folder, whole):
     """Answers of a random model are right by the check alone, which is made from what one of the ways says."""
-    bank, base = Templates(BANK, Trigrams()), whole.tiers.base
+    bank, base = Templates(BANK, Trigrams), whole.tiers.base
     texts = ["code a function three now", "sum xyz six now", "qqqq"]
     messages = [(Message("user", text),) for text in texts]
     shown = [bank.near(text) for text in texts]

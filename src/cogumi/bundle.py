@@ -1,7 +1,7 @@
 """The shippable folder: all that a cascade needs to answer, with a checksum of every file (DESIGN, "Bundle").
 
     bundle.json                 format version, what each model belongs to, files, description; written last
-    base.gguf, draft.gguf       the two models
+    base.gguf                   the model that answers
     modifiers/<domain>.gguf     LoRA adapters on the base, any number
     difficulty.safetensors      head that reads a question's difficulty
     router.safetensors          which domain a question is from
@@ -10,12 +10,16 @@
 
 and, where the recipe makes them:
 
+    draft.gguf                  a smaller model that reads questions first, and drafts for the base
     escalation.onnx             notices a dissatisfied follow-up
     critic.safetensors          scores an answer and names what is wrong with it
     embedder.onnx, .json        sentence embeddings, for the semantic cache
     examples.jsonl              questions with answers, shown to the base before hard ones
     head.safetensors            LoRA on the base's output head, adapted to the examples of a request
     fewshot.gguf                LoRA adapter on the base that answers with that head
+
+A mobile package (SPEC D10) is a bundle without draft.gguf: its base is the draft of a larger cascade, its modifiers are
+adapters of that, and the base reads the questions itself.
 
 No file can run code when it is opened. A folder with anything missing, extra, damaged or foreign is refused.
 """
@@ -44,9 +48,10 @@ ESCALATION, CRITIC, EXAMPLES = "escalation.onnx", "critic.safetensors", "example
 EMBEDDER, VOCABULARY = "embedder.onnx", "embedder.json"
 HEAD, FEWSHOT = "head.safetensors", "fewshot.gguf"
 CARD = "README.md"
-REQUIRED = (BASE, DRAFT, DIFFICULTY, ROUTER, CALIBRATION, CARD)
-OPTIONAL = (ESCALATION, CRITIC, EXAMPLES, EMBEDDER, VOCABULARY, HEAD, FEWSHOT)
-_MODIFIER = re.compile(r"modifiers/([A-Za-z0-9][A-Za-z0-9_-]*)\.gguf")
+REQUIRED = (BASE, DIFFICULTY, ROUTER, CALIBRATION, CARD)
+OPTIONAL = (DRAFT, ESCALATION, CRITIC, EXAMPLES, EMBEDDER, VOCABULARY, HEAD, FEWSHOT)
+MODIFIERS = "modifiers/"
+_MODIFIER = re.compile(MODIFIERS + r"([A-Za-z0-9][A-Za-z0-9_-]*)\.gguf")
 
 
 class Part(BaseModel):
@@ -81,7 +86,7 @@ class Bundle:
 
     path: Path
     base: Path
-    draft: Path
+    draft: Path | None
     modifiers: dict[str, Path]
     difficulty: Path
     router: Path
@@ -99,7 +104,7 @@ class Bundle:
 
 def modifier_name(domain: str) -> str:
     """Where the modifier of a domain lies inside a bundle."""
-    return f"modifiers/{domain}.gguf"
+    return f"{MODIFIERS}{domain}.gguf"
 
 
 def _check_names(folder: Path, index: Index) -> None:
@@ -165,6 +170,12 @@ def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str,
     write_json(out / INDEX, index.model_dump())
 
 
+def _disagreement(files: Mapping[str, FileEntry], checked: Mapping[str, FileEntry]) -> str | None:
+    """Where the index says something else of a file than those who have checked it."""
+    wrong = [name for name in sorted({*files, *checked} - {INDEX}) if files.get(name) != checked.get(name)]
+    return f"{wrong[0]} is not the file that {INDEX} lists" if wrong else None
+
+
 def _read_index(folder: Path) -> Index:
     path = folder / INDEX
     try:
@@ -186,11 +197,15 @@ def _read_index(folder: Path) -> Index:
         raise BundleError(f"{path}: {where}: {problem['msg']}; build the bundle again") from error
 
 
-def open_bundle(folder: Path) -> Bundle:
-    """Verify sizes, then bytes, then that the parts belong together; `BundleError` says what is wrong."""
+def open_bundle(folder: Path, checked: Mapping[str, FileEntry] | None = None) -> Bundle:
+    """Verify sizes, then bytes, then that the parts belong together; `BundleError` says what is wrong.
+
+    Whoever unpacks a bundle checks every file on the way, and says in `checked` what they are: then only the index
+    and the calibration are read, and the others may come later.
+    """
     index = _read_index(folder)
     _check_names(folder, index)
-    if problem := difference(folder, index.files):
+    if problem := difference(folder, index.files) if checked is None else _disagreement(index.files, checked):
         raise BundleError(f"{folder}: {problem}; copy or build the bundle again")
     _check_parts(folder, index)
     try:
@@ -207,7 +222,7 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(
         path=folder,
         base=folder / BASE,
-        draft=folder / DRAFT,
+        draft=optional(DRAFT),
         modifiers={match[1]: folder / match[0] for match in matches if match},
         difficulty=folder / DIFFICULTY,
         router=folder / ROUTER,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from cogumi import artifact, bundle
+from cogumi.archive import Archive, is_packed
 from cogumi.errors import ArtifactError
 from cogumi.recipe import builtin_recipes, load_recipe
 
@@ -19,6 +21,8 @@ def look(path: str) -> dict[str, Any]:
     Raises the error of what is damaged, or `ArtifactError` if there is nothing here that we know.
     """
     folder = Path(path)
+    if is_packed(folder):
+        return _packed(folder)
     if (folder / bundle.INDEX).is_file():
         return _bundle(folder)
     if (folder / artifact.MANIFEST).is_file():
@@ -51,6 +55,18 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "description": opened.description,
         "calibration": opened.calibration,
     }
+
+
+def _packed(folder: Path) -> dict[str, Any]:
+    """What the bundle is, and what its packed form takes."""
+    from cogumi.runtime.unpacking import Files  # loads llama.cpp
+
+    with closing(Files(folder, "eager")) as files:
+        found = _bundle(files.bundle.path)
+    index = Archive(folder).index
+    packed = sum(file.packed_bytes for file in index.files.values())
+    dictionary = index.dictionary.bytes if index.dictionary else 0
+    return found | {"path": str(folder), "packed_bytes": packed + dictionary, "dictionary_bytes": dictionary}
 
 
 def _recipe(path: str) -> dict[str, Any]:

@@ -25,6 +25,9 @@ STAGES: dict[str, str] = {
     "depth_report": "cogumi.evaluate.depth",
     "modifier": "cogumi.train.modifier",
     "prune": "cogumi.compress.prune",
+    "shrink": "cogumi.compress.shrink",
+    "trim": "cogumi.compress.trim",
+    "importance": "cogumi.compress.importance",
     "gguf": "cogumi.compress.gguf",
     "router": "cogumi.train.router",
     "calibrate": "cogumi.evaluate.calibrate",
@@ -40,6 +43,7 @@ STAGES: dict[str, str] = {
     "paths": "cogumi.evaluate.paths",
     "chain": "cogumi.evaluate.chain",
     "backbone": "cogumi.train.backbone",
+    "archive": "cogumi.compress.archive",
     "compress_adapter": "cogumi.compress.adapters",
 }
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     Progress,
     SpinnerColumn,
     TaskID,
@@ -132,6 +133,42 @@ class SuiteProgress:
     def advanced(self, done: int, total: int | None, figures: Mapping[str, float]) -> None:
         """Move the bar."""
         self._build.advanced(done, total, figures)
+
+
+class ByteProgress:
+    """Shows bytes that are done, if it takes longer than `QUIET`: a bar on a terminal, else a line now and then."""
+
+    QUIET = 2.0  # seconds
+
+    def __init__(self, title: str) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=NOTES,
+            transient=True,
+        )
+        self._title, self._task = title, self._bar.add_task(escape(title), total=None)
+        self._began = self._told = time.monotonic()
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advanced(self, done: int, total: int) -> None:
+        """Move the bar, or print a line if the last one is old."""
+        now = time.monotonic()
+        self._bar.update(self._task, completed=done, total=total)
+        if NOTES.is_terminal:
+            if now - self._began > self.QUIET:
+                self._bar.start()
+        elif now - self._told >= BuildProgress.PLAIN_EVERY:
+            self._told = now
+            left = duration((now - self._began) / done * (total - done))
+            NOTES.print(f"{self._title}: {size(done)} of {size(total)}, {left} left", markup=False)
 
 
 class BenchProgress:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache as once
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cogumi.bundle import Bundle, open_bundle
+from cogumi.bundle import Bundle
 from cogumi.cascade.cache import AnswerCache
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.critique import Critic
@@ -20,10 +24,11 @@ from cogumi.cascade.tiers import Tiers
 from cogumi.errors import BundleError, CogumiError
 from cogumi.route.gate import KINDS, Calibration
 from cogumi.route.nets import load_head, load_net, load_scope
-from cogumi.runtime.embedder import Embedder
+from cogumi.runtime.embedder import MODEL, TOKENIZER, Embedder
 from cogumi.runtime.escalation import Escalation
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.shots import ADAPTER
+from cogumi.runtime.unpacking import Files, Progress, quiet
 
 REUSE = ("exact", "static", "verified")
 """Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
@@ -40,29 +45,37 @@ def open_cascade(
     settings: Settings | None = None,
     state: Path | None = None,
     reuse: str | None = None,
+    repack: bool = True,
+    unpack: str | None = None,
+    progress: Progress = quiet,
 ) -> Cascade:
     """Open and verify a bundle as a cascade of `slots` requests at a time, `context` tokens each.
 
     `threads` per model and the type of their key-value `cache` (None: the engine's choice). `state` is the folder of
     what is kept between runs: session memory, what was learned, and answers to `reuse` (one of `REUSE`; these can also
-    be kept in memory only). None: nothing is kept. Raises `BundleError` for a bundle that must not be opened.
+    be kept in memory only). None: nothing is kept. Without `repack` the models answer slower, in up to half the memory
+    (see `runtime.llama.model.Model`). A packed bundle is unpacked in the way `unpack`, telling its `progress` (see
+    `runtime.unpacking.Files`). Raises `BundleError` for a bundle that must not be opened.
     """
-    bundle = open_bundle(folder)
-    calibration = Calibration.from_json(bundle.calibration)
     with ExitStack() as opened:
+        files = Files(folder, unpack, progress)
+        opened.callback(files.close)
+        bundle = files.bundle
+        calibration = Calibration.from_json(bundle.calibration)
         memory = Memory(state / FILE) if state else None
         if memory:
             opened.callback(memory.close)
         learner = Learner(memory, state, list(calibration.guarantees.values())) if memory and state else None
-        embedder = Embedder(bundle.embedder) if bundle.embedder else None
+        embedder = once(partial(_embedder, files, bundle.embedder)) if bundle.embedder else None
         answers = _answers(bundle, embedder, reuse, state)
         if answers is not None:
             opened.callback(answers.close)
-        tiers = _tiers(bundle, slots, context, threads, cache, opened)
+        size = {"slots": slots, "context": context, "threads": threads, "cache": cache, "repack": repack}
+        tiers = _tiers(files, size, opened)
         parts = Parts(
             tiers,
             calibration,
-            settings or Settings(),
+            _settings(settings or Settings(), bundle),
             gate,
             memory,
             learner,
@@ -71,37 +84,52 @@ def open_cascade(
             Critic(bundle.critic) if bundle.critic else None,
             Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
             bundle.fingerprint,
+            files,
         )
         cascade = Cascade(parts, workers=slots)
         opened.pop_all()
     return cascade
 
 
-def _tiers(
-    bundle: Bundle, slots: int, context: int, threads: int | None, cache: str | None, opened: ExitStack
-) -> Tiers:
-    """The models, with heads that fit them; `opened` closes them."""
+def _settings(settings: Settings, bundle: Bundle) -> Settings:
+    """The operator's settings; where they do not say otherwise, a mobile package is opened in that mode."""
+    chosen = bundle.draft is not None or "default" in settings.model_fields_set
+    return settings if chosen else settings.model_copy(update={"default": "mobile"})
+
+
+def _embedder(files: Files, folder: Path) -> Embedder:
+    """The encoder of sentences; opening it takes longer than all the rest of a cascade."""
+    for name in (MODEL, TOKENIZER):
+        files.file(folder / name)
+    return Embedder(folder)
+
+
+def _tiers(files: Files, size: Mapping[str, Any], opened: ExitStack) -> Tiers:
+    """The models, with heads that fit them; `opened` closes them. Without a draft, the base reads questions itself."""
+    bundle = files.bundle
+    adapters = bundle.modifiers | ({ADAPTER: bundle.fewshot} if bundle.fewshot else {})
     difficulty, router = load_head(bundle.difficulty), load_net(bundle.router)
     if len(router.mean) != 2 * len(difficulty.mean):
         raise BundleError(f"{bundle.path}: router and difficulty head read different drafts; build it again")
     base = LlamaEngine(
         bundle.base,
-        slots=slots,
-        context=context,
-        threads=threads,
-        cache=cache,
         draft=bundle.draft,
-        adapters=bundle.modifiers | ({ADAPTER: bundle.fewshot} if bundle.fewshot else {}),
+        adapters={name: partial(files.file, path) if files.lazy else path for name, path in adapters.items()},
         head=bundle.head,
         base_sha256=bundle.base_fingerprint,
+        **size,
     )
     opened.callback(base.close)
-    draft = LlamaEngine(bundle.draft, slots=slots, context=context, threads=threads, cache=cache, lookup=False)
+    if bundle.draft is None:
+        return Tiers(base, base, difficulty, router, load_scope(bundle.router))
+    draft = LlamaEngine(bundle.draft, lookup=False, **size)
     opened.callback(draft.close)
     return Tiers(base, draft, difficulty, router, load_scope(bundle.router))
 
 
-def _answers(bundle: Bundle, embedder: Embedder | None, reuse: str | None, state: Path | None) -> AnswerCache | None:
+def _answers(
+    bundle: Bundle, embedder: Callable[[], Embedder] | None, reuse: str | None, state: Path | None
+) -> AnswerCache | None:
     """The answers that may be given again. Raises `CogumiError` for an unknown way, or one that the bundle lacks."""
     if reuse is None:
         return None
@@ -109,7 +137,7 @@ def _answers(bundle: Bundle, embedder: Embedder | None, reuse: str | None, state
         raise CogumiError(f"unknown way to reuse answers '{reuse}': choose one of {', '.join(REUSE)}")
     if reuse != "exact" and embedder is None:
         raise CogumiError(f"{bundle.path} holds no embedder: only --reuse exact works with it")
-    near = embedder if reuse != "exact" else None
+    near = embedder() if embedder and reuse != "exact" else None
     return AnswerCache(near, state / "answers" if state else None, verified=reuse == "verified")
 
 

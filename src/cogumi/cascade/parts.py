@@ -24,6 +24,7 @@ from cogumi.errors import RequestError, StateError
 from cogumi.route.gate import KINDS, Calibration
 from cogumi.route.policy import Policy
 from cogumi.runtime.escalation import Escalation
+from cogumi.runtime.unpacking import Files
 from cogumi.types import Decision, Message, Reply, Request, Usage
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Parts:
     critic: Critic | None = None
     templates: Templates | None = None
     name: str = ""
+    files: Files | None = None
     _asked: OrderedDict[tuple[str, str], Request] = field(default_factory=OrderedDict)
     """By user and answer's id, the latest requests whose answers may be given again."""
 
@@ -170,7 +172,7 @@ class Parts:
     def close(self) -> None:
         """Free the models, close what is kept on disk."""
         with ExitStack() as closing:
-            for part in (self.tiers, self.memory, self.cache):
+            for part in (self.files, self.tiers, self.memory, self.cache):  # the last first
                 if part is not None:
                     closing.callback(part.close)
 

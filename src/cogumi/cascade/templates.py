@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -17,9 +17,12 @@ Pair = tuple[str, str]
 
 
 class Templates:
-    """Examples by domain. With an `embedder` the nearest are shown, else some of the domain. Safe for threads."""
+    """Examples by domain. With an `embedder` the nearest are shown, else some of the domain. Safe for threads.
 
-    def __init__(self, examples: Mapping[str, Sequence[Pair]], embedder: Embedder | None = None) -> None:
+    It is opened when something near is first asked for: that takes longer than all the rest of a cascade.
+    """
+
+    def __init__(self, examples: Mapping[str, Sequence[Pair]], embedder: Callable[[], Embedder] | None = None) -> None:
         self._by_domain, self._embedder = examples, embedder
         self._pairs = [pair for pairs in examples.values() for pair in pairs]
         self._domains = [domain for domain, pairs in examples.items() for _ in pairs]
@@ -39,7 +42,7 @@ class Templates:
         """The nearest examples, the best last; none where none is near, or nobody can say so."""
         if not self._embedder or not self._pairs:
             return ()
-        cosines = self._vectors @ self._embedder.embed([question])[0]
+        cosines = self._vectors @ self._embedder().embed([question])[0]
         return tuple(self._pairs[i] for i in nearest(cosines, self._domains))
 
     def filled_up(self, question: str, given: tuple[Pair, ...]) -> tuple[Pair, ...]:
@@ -50,4 +53,4 @@ class Templates:
     def _vectors(self) -> NDArray[np.float32]:
         """[n, width]; a second thread that comes at the same time computes the same."""
         assert self._embedder is not None
-        return self._embedder.embed([question for question, _ in self._pairs])
+        return self._embedder().embed([question for question, _ in self._pairs])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cogumi import __version__, show
-from cogumi.cli import build, measure, run
+from cogumi.cli import build, measure, pack, run
 from cogumi.errors import CogumiError
 
 app = typer.Typer(
@@ -49,6 +49,8 @@ app.command()(run.serve)
 app.command()(measure.inspect)
 app.command(name="eval")(measure.evaluate)
 app.command()(run.forget)
+app.command()(pack.pack)
+app.command()(pack.unpack)
 app.command()(build.plan)
 app.command()(measure.bench)
 

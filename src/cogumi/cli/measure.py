@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated
 
@@ -95,13 +95,18 @@ def _model(tier: str, models: Sequence[str]) -> str:
 
 def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None, seed: int, json: bool) -> None:
     """Run a suite and print its table; with `out` the figures are kept beside the pictures."""
+    from cogumi.archive import is_packed
     from cogumi.artifact import write_json
+    from cogumi.runtime.unpacking import Files
     from cogumi.suite import Task, suite
 
     measured = suite(name)
     if bundle is None and any(RUNS.glob("*/bundle/bundle.json")):
         bundle = chosen_bundle(None)
-    with show.SuiteProgress(name) as progress:
+    with ExitStack() as opened:
+        if bundle is not None and is_packed(bundle):  # suites read files of the bundle by themselves
+            bundle = opened.enter_context(closing(Files(bundle))).bundle.path
+        progress = opened.enter_context(show.SuiteProgress(name))
         found = measured.run(Task(bundle, data, out, seed, progress.advanced))
     figures = show.findings(name, found)
     if out is not None:

@@ -13,7 +13,7 @@ RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option(help="Folder that builds are kept in.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 BundleArgument = Annotated[
-    Path | None, typer.Argument(help="Folder of a bundle.", show_default="the newest runs/*/bundle")
+    Path | None, typer.Argument(help="Folder of a bundle, packed or not.", show_default="the newest runs/*/bundle")
 ]
 ModeOption = Annotated[
     str | None,
@@ -33,6 +33,18 @@ StateOption = Annotated[
 
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Processor threads to compute with.", show_default="what suits the model")
+]
+RepackOption = Annotated[
+    bool,
+    typer.Option(help="Keep a second copy of the weights in the order in which this processor multiplies fastest."),
+]
+UnpackOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A packed bundle is unpacked once into the cache folder (`cached`), every time into a temporary folder "
+        "(`eager`), or into the cache folder with modifiers only when they are used (`lazy`).",
+        show_default="cached",
+    ),
 ]
 
 

@@ -13,9 +13,11 @@ from cogumi.cli.options import (
     BundleArgument,
     JsonOption,
     ModeOption,
+    RepackOption,
     SettingsOption,
     StateOption,
     ThreadsOption,
+    UnpackOption,
     chosen_bundle,
 )
 from cogumi.errors import CogumiError
@@ -31,6 +33,8 @@ def chat(
     settings: SettingsOption = None,
     state: StateOption = None,
     threads: ThreadsOption = None,
+    repack: RepackOption = True,
+    unpack: UnpackOption = None,
     json: JsonOption = False,
 ) -> None:
     """Talk to a bundle; under each answer stand the tier that gave it, P(correct) and why.
@@ -46,7 +50,18 @@ def chat(
     chosen = load_settings(settings)
     chosen.check(mode)
     shown = load_examples(examples) if examples else ()
-    with closing(open_cascade(chosen_bundle(bundle), threads=threads, settings=chosen, state=state)) as cascade:
+    folder = chosen_bundle(bundle)
+    with show.ByteProgress(f"unpacking {folder}") as bar:
+        opened = open_cascade(
+            folder,
+            threads=threads,
+            repack=repack,
+            settings=chosen,
+            state=state,
+            unpack=unpack,
+            progress=bar.advanced,
+        )
+    with closing(opened) as cascade:
         conversation = Conversation(cascade, mode, chosen, shown)
         if once is None:
             talk(conversation)
@@ -66,6 +81,8 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
     context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 512,
     threads: ThreadsOption = None,
+    repack: RepackOption = True,
+    unpack: UnpackOption = None,
     cache: Annotated[
         str | None, typer.Option(help="Key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where it fits")
     ] = None,
@@ -96,16 +113,20 @@ def serve(
     def load() -> api.Served:
         from cogumi.cascade.opening import open_cascade
 
-        return open_cascade(
-            folder,
-            slots=slots,
-            context=context,
-            threads=threads,
-            cache=cache,
-            settings=chosen,
-            state=state,
-            reuse=reuse,
-        )
+        with show.ByteProgress(f"unpacking {folder}") as bar:
+            return open_cascade(
+                folder,
+                slots=slots,
+                context=context,
+                threads=threads,
+                repack=repack,
+                cache=cache,
+                settings=chosen,
+                state=state,
+                reuse=reuse,
+                unpack=unpack,
+                progress=bar.advanced,
+            )
 
     def ready(cascade: api.Served) -> None:
         if json:

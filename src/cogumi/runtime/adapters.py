@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cogumi.artifact import write_json
 from cogumi.errors import BundleError
 from cogumi.runtime.llama.model import Model
+
+Source = Path | Callable[[], Path]
+"""A LoRA file, or what makes one when it is first needed; only then is it known whether that fits the model."""
 
 
 class Adapters:
@@ -19,13 +22,16 @@ class Adapters:
     path) and is there again after a restart.
     """
 
-    def __init__(self, model: Model, given: Mapping[str, Path], remember: Path | None) -> None:
+    def __init__(self, model: Model, given: Mapping[str, Source], remember: Path | None) -> None:
         self._model, self._remember = model, remember
-        self._paths: dict[str, Path] = {}
+        self._paths: dict[str, Source] = {}
         self._loaded: dict[str, Any] = {}
         self._bytes: dict[str, int] = {}
-        for name, path in given.items():
-            self._put(name, path)
+        for name, source in given.items():
+            if isinstance(source, Path):
+                self._put(name, source)
+            else:
+                self._paths[name] = source
         self._added = _recall(remember)
         for name, path in self._added.items():
             self._put(name, path)
@@ -49,7 +55,10 @@ class Adapters:
 
     def weights(self, name: str) -> Any:
         """The loaded weights, loaded again if they were freed."""
-        weights = self._loaded.pop(name, None) or self._model.load_adapter(self._paths[name])
+        if name not in self._loaded:
+            source = self._paths[name]
+            self._put(name, source if isinstance(source, Path) else source())
+        weights = self._loaded.pop(name)
         self._loaded[name] = weights
         return weights
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cogumi.environment import usable_threads
 from cogumi.errors import BundleError, ContextError, RequestError
-from cogumi.runtime.adapters import Adapters
+from cogumi.runtime.adapters import Adapters, Source
 from cogumi.runtime.admission import admitted, check_length, prompt_of
 from cogumi.runtime.bridge import Bridge
 from cogumi.runtime.costs import file_key, machine_key, measured_costs, pass_seconds
@@ -60,8 +60,8 @@ class LlamaEngine:
     answering are freed, longest unused first, while all of them take more than `adapter_memory` bytes; those added
     later are written to the file `remember` and read from it at the next start. An engine that is dropped with nobody
     reading from it closes by itself. `head` answers requests with examples, adapted to them, together with the adapter
-    named `shots.ADAPTER` if it is given; it must be of the base with that `base_sha256`, if that is known. Raises
-    `BundleError` if a file cannot be used.
+    named `shots.ADAPTER` if it is given; it must be of the base with that `base_sha256`, if that is known. `repack` is
+    `Model`'s: faster, for up to twice the memory. Raises `BundleError` if a file cannot be used.
     """
 
     def __init__(
@@ -74,19 +74,20 @@ class LlamaEngine:
         draft: Path | None = None,
         draft_tokens: int = 5,
         lookup: bool = True,
-        adapters: Mapping[str, Path] | None = None,
+        adapters: Mapping[str, Source] | None = None,
         queue: int = 10_000,
         cache: str | None = None,
         adapter_memory: int | None = None,
         remember: Path | None = None,
         head: Path | None = None,
         base_sha256: str | None = None,
+        repack: bool = True,
     ) -> None:
         sizes = (slots, context, draft_tokens, queue, threads or 1)
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise BundleError("slots, context, draft_tokens, queue and threads are whole numbers of at least 1")
-        self._model = Model(model)
-        self._draft = Model(draft) if draft else None
+        self._model = Model(model, repack=repack)
+        self._draft = Model(draft, repack=repack) if draft else None
         sizes_of = {"width": self._model.width, "vocabulary": self._model.tokenizer.size}
         self._head = load_head(head, **sizes_of, base_sha256=base_sha256) if head else None
         self._context = context
@@ -98,7 +99,7 @@ class LlamaEngine:
         drafting: Drafting | None = None
         if draft or lookup:
             open_drafter = _drafter_of(self._model, self._draft, cache, size) if self._draft else None
-            controller = Controller(_costs(self._model, self._draft, threads))
+            controller = Controller(_costs(self._model, self._draft, threads, repack))
             drafting = Drafting(controller, draft_tokens, lookup, open_drafter)
         self._drafting, tokenizer = drafting, self._model.tokenizer
 
@@ -293,14 +294,15 @@ def _drafter_of(base: Model, draft: Model, cache: str | None, size: Mapping[str,
     return lambda: Drafter(Context(draft, cache=kept, **size), draft.tokenizer, bridge)
 
 
-def _costs(model: Model, draft: Model | None, threads: int) -> Costs:
+def _costs(model: Model, draft: Model | None, threads: int, repack: bool) -> Costs:
     """The cost curve of this machine and these models, measured once and kept."""
 
     def measure() -> Costs:
         verify = pass_seconds(model, MOST + 1, threads)
         return Costs(pass_seconds(draft, 1, threads)[0] if draft else 0.0, verify)
 
-    key = machine_key() | {"threads": threads} | {f"model {k}": v for k, v in file_key(model.path).items()}
+    key = machine_key() | {"threads": threads, "repack": repack}
+    key |= {f"model {k}": v for k, v in file_key(model.path).items()}
     if draft:
         key |= {f"draft {k}": v for k, v in file_key(draft.path).items()}
     return measured_costs(measure, key)
