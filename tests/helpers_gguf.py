@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from pico import SENTENCES, SPECIALS
+
+F32_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
 
 DATA = Path(os.environ.get("COGUMI_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data at {DATA} (set COGUMI_TEST_DATA)")
@@ -19,6 +26,42 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data at {D
 
 def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change, name: str = "model.safetensors") -> None:
+    weights = load_file(folder / name)
+    change(weights)
+    save_file(weights, folder / name)
+
+
+def stock_quantize(source: Path, target: Path, type: str, importance: Mapping[str, np.ndarray] | None = None) -> None:
+    """What llama.cpp's own tool does with an f32 file."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    prefix = "LLAMA_FTYPE_ALL_" if type == "f32" else "LLAMA_FTYPE_MOSTLY_"
+    params.ftype = getattr(llama_cpp, prefix + type.upper())
+    if importance is not None:
+        rows = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+        for row, (name, columns) in zip(rows, importance.items(), strict=False):
+            pointer = columns.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            row.name, row.data, row.size = name.encode(), pointer, columns.size
+        params.imatrix = rows
+    assert llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) == 0
+
+
+def llama_logits(path: Path, ids: list[int], **options) -> np.ndarray:
+    """[ids, vocabulary] of stock llama.cpp."""
+    model = llama(path, logits_all=True, **options)
+    model.eval(ids)
+    return np.array(model.scores[: len(ids)])
+
+
+def torch_logits(model, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def some_ids(count: int = 300, vocabulary: int = 512) -> list[int]:
+    return random.Random(1).choices(range(5, vocabulary), k=count)
 
 
 def llama(path: Path, **options) -> llama_cpp.Llama:

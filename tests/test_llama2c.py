@@ -237,7 +237,7 @@ def test_bad_vocabularies_are_refused(change, tmp_path):
         ({"head": 12}, "multiple of 8"),
         ({"head": 4}, "multiple of 8"),
         ({"head": -8}, "multiple of 8"),
-        ({"type": "q4_k_m"}, "known: f32, f16, q8_0"),
+        ({"type": "q4"}, "unknown type 'q4'; known: f32, f16, q4_0"),
     ],
 )
 def test_what_cannot_be_written_is_refused(arguments, message, tmp_path):

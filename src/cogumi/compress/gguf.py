@@ -1,41 +1,41 @@
 """Stage `gguf`: Llama and Qwen2 Hugging Face folders and PEFT LoRA adapters as GGUF files (SPEC D5).
 
-Tensors are streamed, so that memory holds one at a time, and files are replaced whole.
+Tensors go from safetensors through llama.cpp's quantizer into the file a block of rows at a time: no file in between,
+memory holds one tensor in its final type, and files are replaced whole.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, LlamaFileType
-from gguf.quants import quantize as to_blocks
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from safetensors import SafetensorError, safe_open
 
-from cogumi.artifact import sha256
-from cogumi.compress.layout import F16, F32, Q8_0, Array, Llama, Tensor, read_json, rotary_order
+from cogumi.compress.layout import F32, Array, Llama, Tensor, read_json, rotary_order
+from cogumi.compress.mixture import FILE_TYPES, NONE, TENSOR_TYPES, check_overrides, check_type, stored_tensors
 from cogumi.compress.vocabulary import Vocabulary
+from cogumi.compress.weights import IMPORTANCE, Weights, read_importance
 from cogumi.errors import ExportError
+from cogumi.runtime.llama.quantize import quantize_rows
 from cogumi.stage import Context
 from cogumi.types import Artifact
 
-VERSION = 1
+VERSION = 2
 KIND = "gguf"
 
-DIRECT = {
-    "f32": (F32, LlamaFileType.ALL_F32),
-    "f16": (F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-"""Types written here; every other type is made from an f32 file by llama.cpp."""
-TYPES = ("f32", *(t.name[7:].lower() for t in LlamaFileType if t.name.startswith("MOSTLY_")))
-_LARGEST = {F32: np.inf, F16: 65504.0, Q8_0: 127 * 65504.0}  # a block of Q8_0 has an f16 scale and 127 steps
+BLOCK = 1 << 24
+"""Values that a thread reads and quantizes at a time."""
+LARGEST = 65504.0
+"""The largest f16: what the scale of a quantized block, whatever its type, can hold."""
 
 _ADAPTER_OPTIONS = (
     "use_dora",
@@ -48,51 +48,85 @@ _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.wei
 
 
 class Config(BaseModel):
-    """`type` of the weights of a model, named as llama.cpp names it; adapters are always f32.
+    """`type` of the weights of a model, `adapter_type` of an adapter's, named as llama.cpp names them.
 
-    `part` is the folder inside the adapter's step, where that made several (`adapter_code` of stage `backbone`).
+    `types` gives matrices a type of their own, by patterns of their GGUF names (`blk.0.*`); the first that matches
+    counts. `part` is the folder inside the adapter's step, where that made several (`adapter_code` of `backbone`).
     """
 
     model_config = ConfigDict(extra="forbid")
     type: str = "q8_0"
+    adapter_type: str = "f32"
+    types: dict[str, str] = Field(default_factory=dict)
     part: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
 
     @field_validator("type")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in TYPES:
-            raise ValueError(f"unknown type {value!r}; known: {', '.join(TYPES)}")
+        try:
+            check_type(value)
+        except ExportError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("adapter_type")
+    @classmethod
+    def _known_of_adapters(cls, value: str) -> str:
+        try:
+            check_adapter_type(value)
+        except ExportError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("types")
+    @classmethod
+    def _known_each(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            check_overrides(value)
+        except ExportError as error:
+            raise ValueError(str(error)) from None
         return value
 
 
-def export_model(folder: Path, out: Path, type: str = "q8_0") -> None:
-    """Write model and tokenizer of a Hugging Face folder to `out`, weights as one of `TYPES`, atomically.
+def export_model(
+    folder: Path,
+    out: Path,
+    type: str = "q8_0",
+    types: Mapping[str, str] = NONE,
+    importance: Path | None = None,
+    threads: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Write model and tokenizer of a Hugging Face folder to `out` as a file of `type`, atomically.
 
+    `types` and `importance` (a file of stage `importance`) are as in `stored_tensors`. Returns the tensors as stored.
     Raises `ExportError` for anything llama.cpp would run differently from torch, and for damaged weights.
     """
-    if type not in TYPES:
-        raise ExportError(f"unknown GGUF type {type!r}; known: {', '.join(TYPES)}")
-    if type not in DIRECT:
-        _export_quantized(folder, out, type)
-        return
-    stored, file_type = DIRECT[type]
     llama = Llama.load(folder)
+    tensors = stored_tensors(llama, type, types, importance is not None)
+    vocabulary, weights = Vocabulary.load(folder), Weights.load(folder)
+    columns = read_importance(importance, tensors, weights) if importance else {}
     writer = GGUFWriter(None, llama.kind)
     writer.add_type(GGUFType.MODEL)
-    writer.add_file_type(file_type)
+    writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     llama.write(writer)
-    Vocabulary.load(folder).write(writer, llama.vocabulary)
-    with _open(folder / "model.safetensors") as file:
-        unused = frozenset({"lm_head.weight"} if llama.tied else ())
-        _write(writer, [t.stored(stored) for t in llama.tensors()], file, out, unused)
+    vocabulary.write(writer, llama.vocabulary)
+    _check(weights, tensors, frozenset({"lm_head.weight"} if llama.tied else ()))
+    with writing(writer, tensors, out), ThreadPoolExecutor(threads) as pool:
+        for done, tensor in enumerate(tensors):
+            writer.write_tensor_data(_encoded(weights, tensor, columns.get(tensor.name), pool))
+            progress(done + 1, len(tensors))
+    return tensors
 
 
-def export_adapter(folder: Path, base: Path, out: Path) -> None:
+def export_adapter(folder: Path, base: Path, out: Path, type: str = "f32") -> None:
     """Write the PEFT LoRA adapter in `folder`, trained on the model folder `base`, to `out`, atomically.
 
+    A factor whose rows do not fill the blocks of `type` is kept in f16: B's, unless the rank is a multiple of 32.
     Raises `ExportError` for a target without a GGUF name and for kinds of LoRA that llama.cpp does not know.
     """
+    check_adapter_type(type)
     config = read_json(folder / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -105,14 +139,26 @@ def export_adapter(folder: Path, base: Path, out: Path) -> None:
     llama = Llama.load(base)
     writer = GGUFWriter(None, llama.kind)
     writer.add_type(GGUFType.ADAPTER)
-    writer.add_file_type(LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[type])
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
-    with _open(folder / "adapter_model.safetensors") as file:
-        _write(writer, _adapter_tensors(file, folder, llama, config), file, out)
+    weights = Weights.load(folder, "adapter_model.safetensors")
+    tensors = [t.stored(TENSOR_TYPES[type]) for t in _adapter_tensors(weights, folder, llama, config)]
+    _check(weights, tensors, frozenset())
+    with writing(writer, tensors, out):
+        for tensor in tensors:
+            values = _read(weights, tensor, 0, tensor.shape[0])
+            writer.write_tensor_data(quantize_rows(values, tensor.type.name))
 
 
-def _adapter_tensors(file: Any, folder: Path, llama: Llama, config: Mapping[str, Any]) -> list[Tensor]:
+def check_adapter_type(type: str) -> None:
+    """`ExportError` unless all tensors of a file can be of that type."""
+    if type not in FILE_TYPES or type not in TENSOR_TYPES:
+        known = ", ".join(t for t in FILE_TYPES if t in TENSOR_TYPES)
+        raise ExportError(f"an adapter cannot be of type {type!r}; known: {known}")
+
+
+def _adapter_tensors(weights: Weights, folder: Path, llama: Llama, config: Mapping[str, Any]) -> list[Tensor]:
     """A [rank, in] and B [out, rank] of every adapted projection; B's rows are ordered as the base's.
 
     llama.cpp knows one alpha for all: where a projection has its own, B carries the difference.
@@ -120,7 +166,7 @@ def _adapter_tensors(file: Any, folder: Path, llama: Llama, config: Mapping[str,
     ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
     alphas = config.get("alpha_pattern") or {}
     found: dict[str, set[str]] = {}
-    for key in file.keys():  # noqa: SIM118
+    for key in weights.shapes:
         match = _LORA.fullmatch(key)
         if match is None:
             raise ExportError(f"{folder}: no GGUF name for adapter tensor {key}; adapt linear layers only")
@@ -130,78 +176,77 @@ def _adapter_tensors(file: Any, folder: Path, llama: Llama, config: Mapping[str,
         raise ExportError(
             f"{folder}/adapter_config.json: alpha_pattern names '{foreign[0]}'; supported are plain layer names"
         )
-    weights = {t.source: t for t in llama.tensors() if len(t.shape) == 2}
+    targets = {t.source: t for t in llama.tensors() if len(t.shape) == 2}
     for source, sides in found.items():
-        if source not in weights:
+        if source not in targets:
             raise ExportError(f"{folder}: adapter target {source} is no projection of its base; retrain without it")
         if sides != {"A", "B"}:
             raise ExportError(f"{folder}: adapter target {source} lacks lora_{min({'A', 'B'} - sides)}")
     tensors = []
-    for weight in (t for t in weights.values() if t.source in found):
-        prefix = f"base_model.model.{weight.source.removesuffix('.weight')}"
-        rank = file.get_slice(f"{prefix}.lora_A.weight").get_shape()[0]
+    for target in (t for t in targets.values() if t.source in found):
+        prefix = f"base_model.model.{target.source.removesuffix('.weight')}"
+        rank = weights.shapes[f"{prefix}.lora_A.weight"][0]
         if rank not in ranks:
             raise ExportError(f"{folder}: {prefix} has rank {rank}, adapter_config.json says {sorted(ranks)}")
-        rows, columns = weight.shape
-        tensors.append(Tensor(f"{prefix}.lora_A.weight", f"{weight.name}.lora_a", (rank, columns)))
+        rows, columns = target.shape
+        tensors.append(Tensor(f"{prefix}.lora_A.weight", f"{target.name}.lora_a", (rank, columns)))
         factor = alphas.get(prefix.rsplit(".", 1)[-1], config["lora_alpha"]) / config["lora_alpha"]
-        b = Tensor(f"{prefix}.lora_B.weight", f"{weight.name}.lora_b", (rows, rank), weight.heads, factor=factor)
+        b = Tensor(f"{prefix}.lora_B.weight", f"{target.name}.lora_b", (rows, rank), target.heads, factor=factor)
         tensors.append(b)
     return tensors
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """A safetensors file, read through torch because numpy has no bfloat16."""
-    try:
-        file = safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise ExportError(f"{path} is missing; sharded checkpoints must be saved again as one file") from error
-    except SafetensorError as error:
-        raise ExportError(f"{path} is cut short or damaged ({error}); copy it again") from error
-    with file:
-        yield file
+def _read(weights: Weights, tensor: Tensor, start: int, stop: int) -> Array:
+    """Read, check and reorder rows `start` to `stop`, which are whole heads where there are heads."""
+    values: Array = weights.rows(tensor.source, start, stop)
+    if tensor.factor != 1:
+        values = values * np.float32(tensor.factor)
+    largest = np.abs(values).max(initial=0)  # NaN if any is
+    if not np.isfinite(largest):
+        raise ExportError(f"{tensor.source} holds NaN or infinity; training has diverged, use an earlier checkpoint")
+    if tensor.type != F32 and largest > LARGEST:
+        raise ExportError(f"{tensor.source} holds values too large for {tensor.type.name.lower()}; export as f32")
+    heads = tensor.heads * (stop - start) // tensor.shape[0]
+    return np.ascontiguousarray(rotary_order(values, heads) if heads else values)
 
 
-def _load(file: Any, tensor: Tensor) -> Array:
-    """Read, check, reorder and encode one tensor."""
+def _encoded(
+    weights: Weights, tensor: Tensor, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor
+) -> Array:
+    """The tensor's values as stored; threads share its rows."""
     if tensor.values:
         return np.array(tensor.values, np.float32)
-    values: Array = file.get_tensor(tensor.source).float().numpy() * np.float32(tensor.factor)
-    if not np.isfinite(values).all():
-        raise ExportError(f"{tensor.source} holds NaN or infinity; training has diverged, use an earlier checkpoint")
-    if np.abs(values).max(initial=0) > _LARGEST[tensor.type]:
-        raise ExportError(f"{tensor.source} holds values too large for {tensor.type.name.lower()}; export as f32")
-    if tensor.heads:
-        values = rotary_order(values, tensor.heads)
-    return np.ascontiguousarray(to_blocks(values, tensor.type))
+    if len(tensor.shape) == 1:
+        return _read(weights, tensor, 0, tensor.shape[0])
+    rows, width = tensor.shape
+    head = rows // tensor.heads if tensor.heads else 1
+    step = max(BLOCK // (width * head), 1) * head
+    out = np.empty((rows, tensor.nbytes // rows), np.uint8)
+
+    def encode(start: int) -> None:
+        stop = min(start + step, rows)
+        values = _read(weights, tensor, start, stop)
+        out[start:stop] = quantize_rows(values, tensor.type.name, importance)
+
+    for _ in pool.map(encode, range(0, rows, step)):
+        pass
+    return out
 
 
-def _check(file: Any, tensors: list[Tensor], unused: frozenset[str]) -> None:
-    """`ExportError` unless the file holds exactly these tensors, in these shapes."""
-    names = set(file.keys())
+def _check(weights: Weights, tensors: list[Tensor], unused: frozenset[str]) -> None:
+    """`ExportError` unless the files hold exactly these tensors, in these shapes."""
     tensors = [tensor for tensor in tensors if not tensor.values]
     for tensor in tensors:
-        if tensor.source not in names:
+        if tensor.source not in weights.shapes:
             raise ExportError(f"the weights lack {tensor.source}; save the whole model again")
-        shape = tuple(file.get_slice(tensor.source).get_shape())
+        shape = weights.shapes[tensor.source]
         if shape != tensor.shape:
             raise ExportError(f"{tensor.source} has shape {shape}, config.json asks for {tensor.shape}")
-    unknown = names - unused - {tensor.source for tensor in tensors}
+    unknown = set(weights.shapes) - unused - {tensor.source for tensor in tensors}
     if unknown:
         raise ExportError(
             f"the weights hold {min(unknown)}, which such a model does not have; GGUF has no place for it"
         )
-
-
-def _write(
-    writer: GGUFWriter, tensors: list[Tensor], file: Any, out: Path, unused: frozenset[str] = frozenset()
-) -> None:
-    """Stream checked tensors into `out`."""
-    _check(file, tensors, unused)
-    with writing(writer, tensors, out):
-        for tensor in tensors:
-            writer.write_tensor_data(_load(file, tensor))
 
 
 @contextmanager
@@ -226,30 +271,29 @@ def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterato
         part.unlink(missing_ok=True)
 
 
-def _export_quantized(folder: Path, out: Path, type: str) -> None:
-    """Through an f32 file beside `out`, quantized by llama.cpp itself."""
-    from cogumi.runtime.llama.quantize import quantize  # loads llama.cpp: only where it is needed
-
-    whole = out.with_name(f"{out.name}.f32")
-    try:
-        export_model(folder, whole, "f32")
-        quantize(whole, out, type)
-    finally:
-        whole.unlink(missing_ok=True)
-
-
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`model` -> model.gguf, or `adapter` and the `model` it was trained on -> adapter.gguf."""
+    """`model` -> model.gguf, `importance` if given; or `adapter` and the `model` it was trained on -> adapter.gguf."""
     base = inputs["model"].path
+    common = {"base_fingerprint": Weights.load(base).sha256, "tokenizer_sha256": Vocabulary.load(base).sha256}
     if "adapter" in inputs:
-        path, type = out / "adapter.gguf", "f32"
-        export_adapter(inputs["adapter"].path / config.part, base, path)
-    else:
-        path, type = out / "model.gguf", config.type
-        export_model(base, path, type)
+        path = out / "adapter.gguf"
+        export_adapter(inputs["adapter"].path / config.part, base, path, config.adapter_type)
+        return {"bytes": path.stat().st_size, "type": config.adapter_type, **common}
+    path = out / "model.gguf"
+    tensors = export_model(
+        base,
+        path,
+        config.type,
+        config.types,
+        inputs["importance"].path / IMPORTANCE if "importance" in inputs else None,
+        context.threads,
+        lambda done, total: context.progress(done, total, {}),
+    )
+    weights, matrices = sum(np.prod(t.shape) for t in tensors), [t for t in tensors if len(t.shape) == 2]
     return {
         "bytes": path.stat().st_size,
-        "type": type,
-        "base_fingerprint": sha256(base / "model.safetensors"),
-        "tokenizer_sha256": Vocabulary.load(base).sha256,
+        "type": config.type,
+        "types": dict(Counter(t.type.name.lower() for t in matrices)),
+        "bits_per_weight": 8 * sum(t.nbytes for t in tensors) / int(weights),
+        **common,
     }

@@ -14,40 +14,37 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, TokenType
-from gguf.quants import quantize as to_blocks
 
-from cogumi.compress.gguf import DIRECT, writing
-from cogumi.compress.layout import F16, F32, Array, Llama, Tensor
+from cogumi.compress.gguf import LARGEST, writing
+from cogumi.compress.layout import F32, Array, Llama, Tensor
+from cogumi.compress.mixture import FILE_TYPES, stored_tensors
 from cogumi.errors import ExportError
+from cogumi.runtime.llama.quantize import quantize_rows
 
 _HEADER = struct.Struct("<7i")  # width, feed forward, layers, heads, key-value heads, vocabulary, context
 _LATER = 0x616B3432  # "ak42": opens versions 1 and 2
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_LARGEST_F16 = 65504.0
 
 
 def convert(checkpoint: Path, vocabulary: Path, out: Path, type: str = "f32", head: int | None = None) -> None:
-    """Write a llama2.c checkpoint and its tokenizer as the GGUF file `out`, weights as f32, f16 or q8_0, atomically.
+    """Write a llama2.c checkpoint and its tokenizer as the GGUF file `out`, as a file of `type`, atomically.
 
     `head` widens the attention heads with zeros, which changes nothing in what the model computes: llama.cpp keeps
     keys and values quantized only if the head size is a multiple of 32. Raises `ExportError` for files that are cut
     short or of another format, and for a `head` that the heads do not divide.
     """
-    if type not in DIRECT:
-        raise ExportError(f"unknown type {type!r} for a llama2.c checkpoint; known: {', '.join(DIRECT)}")
-    stored, file_type = DIRECT[type]
     llama, weights = _read_checkpoint(checkpoint)
     wide = replace(llama, head=head or llama.head)
     if wide.head < llama.head or wide.head % llama.head:
         raise ExportError(f"heads of {llama.head} cannot be widened to {head}; give a multiple of {llama.head}")
+    tensors = stored_tensors(wide, type)
     writer = GGUFWriter(None, "llama")
     writer.add_type(GGUFType.MODEL)
-    writer.add_file_type(file_type)
+    writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     wide.write(writer)
     _add_vocabulary(writer, vocabulary, llama.vocabulary)
-    tensors = [tensor.stored(stored) for tensor in wide.tensors()]
     with writing(writer, tensors, out):
         for tensor in tensors:
             values = _widen(weights[tensor.name], tensor.name, llama, wide.head)
@@ -138,9 +135,12 @@ def _widen(weight: Array, name: str, llama: Llama, head: int) -> Array:
 def _encode(values: Array, tensor: Tensor, checkpoint: Path) -> Array:
     if not np.isfinite(values).all():
         raise ExportError(f"{checkpoint}: {tensor.name} holds NaN or infinity; copy the checkpoint again")
-    if tensor.type != F32 and np.abs(values).max() > _LARGEST_F16:
-        raise ExportError(f"{checkpoint}: {tensor.name} holds values too large for {F16.name.lower()}; convert as f32")
-    return np.ascontiguousarray(to_blocks(values, tensor.type))
+    if tensor.type == F32:
+        return np.ascontiguousarray(values)
+    if np.abs(values).max() > LARGEST:
+        type = tensor.type.name.lower()
+        raise ExportError(f"{checkpoint}: {tensor.name} holds values too large for {type}; convert as f32")
+    return quantize_rows(values, tensor.type.name)
 
 
 def _add_vocabulary(writer: GGUFWriter, path: Path, size: int) -> None:

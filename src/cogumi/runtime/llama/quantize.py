@@ -22,6 +22,11 @@ _CHOICE = re.compile(
 )
 """What a dry run says of each tensor: its type, and the one that it would be given if that is another."""
 
+_TYPES = {name.removeprefix("GGML_TYPE_"): value for name, value in vars(c).items() if name.startswith("GGML_TYPE_")}
+_TYPES |= {"BF16": 30, "TQ1_0": 34, "TQ2_0": 35}  # ggml.h; llama_cpp leaves them out
+for _name in ("COUNT", "I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"):  # ggml ends the process over these
+    del _TYPES[_name]
+
 ggml.ggml_row_size.restype = ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
 ggml.ggml_validate_row_data.restype = ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
 
@@ -81,7 +86,7 @@ def quantize_rows(
     The width must be a multiple of the type's block (32, or 256 for K types). `importance` (width): how much an error
     in each column counts. Calls from several threads run side by side.
     """
-    number = getattr(c, f"GGML_TYPE_{type}", None)
+    number = _TYPES.get(type)
     if number is None:
         raise ExportError(f"unknown ggml type {type!r}; use one such as Q8_0, Q4_K or Q6_K")
     n, width = rows.shape
