@@ -16,6 +16,10 @@ from cogumi.registry import nearest
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 """Architecture -> model type, which is all that a config saved apart from its model says."""
+LIMITS = {"layers": 1000} | dict.fromkeys(
+    ("hidden", "feed_forward", "heads", "kv_heads", "head", "vocabulary", "context"), 1 << 28
+)
+"""The largest figures that are believed; nothing near them exists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
     if kind not in ARCHITECTURES.values():
         raise ArtifactError(f"{where} is a {found}; supported: {', '.join(ARCHITECTURES)}")
     try:
-        return ModelShape(
+        shape = ModelShape(
             hidden=config["hidden_size"],
             feed_forward=config["intermediate_size"],
             layers=config["num_hidden_layers"],
@@ -132,6 +136,15 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
         )
     except KeyError as error:
         raise ArtifactError(f"{where}/config.json lacks {error}; save the model with save_pretrained") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise ArtifactError(f"{where}/config.json holds figures that are no numbers above 0; copy it again") from error
+    for name, most in LIMITS.items():
+        value = getattr(shape, name)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ArtifactError(f"{where}/config.json: {name} is {value!r}, not 1 to {most}; copy it again")
+    if shape.heads % shape.kv_heads:
+        raise ArtifactError(f"{where}/config.json: {shape.heads} heads cannot share {shape.kv_heads} key-value heads")
+    return shape
 
 
 def find_shape(name: str, root: Path) -> ModelShape:

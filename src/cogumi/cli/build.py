@@ -97,6 +97,8 @@ def plan(
     opened, and the speed that memory bandwidth allows. Ask whether it fits with --disk, --ram and --tokens-per-second:
     if not, the smallest change that makes it fit is named; if nothing does, the arithmetic why, and exit code 1.
 
+    A GGUF file is also run: its real bytes and speed stand beside the planned ones.
+
     Examples: `cogumi plan laptop-890mb --disk 890MB --ram 1.5GB --tokens-per-second 30`,
     `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`
     """
@@ -114,7 +116,7 @@ def plan(
         hardware=Hardware(of_gpu, gpus),
         length=length,
     )
-    answer = answer_to(what, options)
+    answer = answer_to(what, options, show.BenchProgress)
     if json:
         show.emit(answer.document())
     elif not check:

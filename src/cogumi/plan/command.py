@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cogumi.errors import RecipeError
 from cogumi.plan import figures, training
 from cogumi.plan.memory import Serving
 from cogumi.plan.parts import Parts, parts_of_recipe
 from cogumi.plan.routes import Asked, Budget, refusal
-from cogumi.plan.target import look_up
+from cogumi.plan.target import GGUF, look_up
 from cogumi.plan.training import Hardware, Plan
 from cogumi.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cogumi.bench.run import Progress
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, columns, rows."""
@@ -33,11 +38,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Answer:
-    """`training` is that of a recipe; `sizes` are of its bundle, or of a model alone. One of them may be missing."""
+    """`training` is that of a recipe; `sizes` are of its bundle, or of a model alone. One of them may be
+    missing. A GGUF file is also `measured`.
+    """
 
     name: str
     training: Plan | None
     sizes: Asked | None
+    measured: dict[str, Any] | None = None
 
     @property
     def title(self) -> str:
@@ -64,7 +72,8 @@ class Answer:
     def document(self) -> dict[str, Any]:
         """All figures under plain names."""
         found: dict[str, Any] = asdict(self.training) if self.training else {"recipe": self.name, "problems": []}
-        return found | {"problems": self.problems, "sizes": figures.figures(self.sizes) if self.sizes else None}
+        sizes = figures.figures(self.sizes) if self.sizes else None
+        return found | {"problems": self.problems, "sizes": sizes, "measured": self.measured}
 
     def tables(self) -> list[Table]:
         """To read."""
@@ -81,21 +90,27 @@ class Answer:
     def remarks(self) -> list[str]:
         """Lines below the tables."""
         found = training.remarks(self.training) if self.training else []
-        return [*found, *(figures.lines(self.sizes) if self.sizes else [])]
+        found += figures.lines(self.sizes) if self.sizes else []
+        return [*found, figures.said(self.measured)] if self.measured else found
 
 
-def answer_to(what: str, options: Options) -> Answer:
-    """Look at a recipe or a model; raises what `target.look_up` does, and `RecipeError` for a budget of no bundle."""
+def answer_to(what: str, options: Options, progress: Callable[[], AbstractContextManager[Progress]]) -> Answer:
+    """Look at a recipe or a model; a GGUF file is also run, telling its `progress`.
+
+    Raises what `target.look_up` does, and `RecipeError` for a budget of a recipe without a bundle.
+    """
     target = look_up(what)
     found, parts = None, target if isinstance(target, Parts) else None
     if isinstance(target, Recipe):
         found = training.plan(target, options.hardware, options.length)
         parts = parts_of_recipe(target, found.models) if not found.problems else None
         if parts is None and options.budget != Budget() and not found.problems:
-            raise RecipeError(
-                f"recipe {target.name} makes no bundle whose size could be told; plan one with a bundle step"
-            )
+            raise RecipeError(f"recipe {target.name} makes no bundle, so nothing can be said of its size; plan a model")
     if parts is None:
         return Answer(what, found, None)
     bandwidth = options.bandwidth or (figures.measured_bandwidth() if options.budget != Budget() else None)
-    return Answer(parts.name, found, Asked(parts, options.serving, options.budget, bandwidth))
+    asked = Asked(parts, options.serving, options.budget, bandwidth)
+    if Path(what).suffix != GGUF:
+        return Answer(parts.name, found, asked)
+    with progress() as told:
+        return Answer(parts.name, found, asked, figures.measured(Path(what), asked, told))

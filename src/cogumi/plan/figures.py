@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cogumi.environment import usable_threads
+from cogumi.errors import BundleError
 from cogumi.footprint import BF16, FP32
 from cogumi.plan.memory import bytes_per_token
 from cogumi.plan.routes import Asked, Route, refusal
 from cogumi.show import size
+
+if TYPE_CHECKING:
+    from cogumi.bench.run import Progress
 
 THREADS = 8
 """Threads that memory bandwidth is measured with at most: so many take all there is of it, and 256 MB each."""
@@ -35,6 +41,26 @@ def measured_bandwidth() -> float:
 
     with closing(Memory(min(usable_threads(), THREADS))) as arrays:
         return arrays.bandwidth()
+
+
+def measured(path: Path, asked: Asked, progress: Progress) -> dict[str, Any]:
+    """A GGUF file as it is beside what was planned of it: its bytes, and the tokens per second that it decodes with,
+    beside the ceiling by the bandwidth measured in turns with it.
+    """
+    from cogumi.bench.run import run
+
+    (row,) = run(progress, only=("roofline",), model=path)["rows"]
+    if row["ratio"] is None:
+        raise BundleError(f"the speed of {path} could not be measured: {row['conditions']['error']}")
+    return {
+        "bytes": path.stat().st_size,
+        "planned_bytes": asked.parts.base.file.bytes,
+        "tokens_per_second": row["value"],
+        "tokens_per_second_at_most": row["baseline"],
+        "share_of_ceiling": row["ratio"],
+        "bytes_per_token": row["conditions"]["bytes_per_token"],
+        "bandwidth_gb_s": row["conditions"]["bandwidth_gb_s"],
+    }
 
 
 def figures(asked: Asked) -> dict[str, Any]:
@@ -134,6 +160,15 @@ def lines(asked: Asked) -> list[str]:
         return found
     found.append(f"changes that cost least are tried first: {ORDER}")
     return [*found, f"smallest change that fits: {', '.join(change.changes)}: {_summary(change)}"]
+
+
+def said(measured: Mapping[str, Any]) -> str:
+    """The measurements of a file in a line."""
+    now, most, share = (
+        measured[name] for name in ("tokens_per_second", "tokens_per_second_at_most", "share_of_ceiling")
+    )
+    sizes = f"{measured['bytes']:,} bytes, planned {measured['planned_bytes']:,}"
+    return f"measured: {sizes}; {now:.1f} tokens/s, at most {most:.1f} ({share:.0%} of it)"
 
 
 def _summary(route: Route) -> str:

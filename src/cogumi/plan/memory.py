@@ -18,8 +18,8 @@ REPACKED = ("Q4_0", "Q4_K", "IQ4_NL")
 """Types that llama.cpp repacks on processors with AVX2; on others they are these or fewer."""
 CACHES = {"f16": (2.0, 2.0), "q8_0": (34 / 32, 34 / 32), "q4_0": (18 / 32, 18 / 32)}
 """Bytes of a value among the keys and among the values of each type of cache."""
-PROGRAM = 120_000_000
-"""Python with what answering needs, before any model is there; measured."""
+PROGRAM = 80_000_000
+"""Python with the libraries that answering needs, as measured with the tiny recipe's bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,33 +64,38 @@ class Memory:
 def memory(parts: Parts, serving: Serving) -> Memory:
     """What a bundle takes after it has answered with all that is in it.
 
-    The draft is opened twice, by itself and beside the base, and each adapter has a context of its own.
+    The draft is opened twice, by itself to read questions and beside the base; without one, the base reads them. Each
+    adapter has a context of its own.
     """
     base, draft = parts.base, parts.draft
-    opened = [base] + [draft] * 2 if draft else [base]
-    contexts = [(w.shape, serving.cache_bytes(w.shape)) for w in opened]
+    reads = draft is None and bool(parts.small)
+    opened = [(base, reads)] + ([(draft, False), (draft, True)] if draft else [])
     tokens = serving.slots * serving.context
-    of_base = tokens * contexts[0][1] + _buffers(base.shape, serving)
+    caches = [tokens * serving.cache_bytes(weights.shape) for weights, _ in opened]
+    buffers = [_buffers(weights.shape, serving, whole) for weights, whole in opened]
     files = parts.models
     return Memory(
-        weights=sum(w.file.bytes for w in opened),
-        repacked=sum(w.file.of_types(REPACKED) for w in opened),
-        cache=sum(tokens * each for _, each in contexts),
-        buffers=sum(_buffers(shape, serving) for shape, _ in contexts),
-        adapters=sum(files[name].bytes + of_base for name in parts.adapters),
+        weights=sum(weights.file.bytes for weights, _ in opened),
+        repacked=sum(weights.file.of_types(REPACKED) for weights, _ in opened),
+        cache=sum(caches),
+        buffers=sum(buffers),
+        adapters=sum(files[name].bytes + caches[0] + buffers[0] for name in parts.adapters),
         nets=sum(bytes for name, bytes in parts.files.items() if name not in files),
     )
 
 
-def _buffers(shape: ModelShape, serving: Serving) -> int:
-    """Of one context: logits twice, as computed and as handed out, and the widest values of a batch's tokens."""
+def _buffers(shape: ModelShape, serving: Serving, whole: bool) -> int:
+    """Of one context: the widest values of a batch's tokens, and logits twice, as computed and as handed out: those of
+    an answer's next tokens, or of a `whole` batch where a model reads.
+    """
     from cogumi.runtime.llama.context import MAX_LOGITS
     from cogumi.runtime.llama_engine import BATCH
     from cogumi.runtime.pace import MOST
 
     batch = max(BATCH, serving.slots * (MOST + 1))
     outputs = max(min(batch, MAX_LOGITS // shape.vocabulary), min(batch, 64), serving.slots)
-    return 4 * (2 * outputs * shape.vocabulary + batch * (2 * shape.feed_forward + 4 * shape.hidden))
+    used = outputs if whole else min(outputs, serving.slots * (MOST + 1))
+    return 4 * (2 * used * shape.vocabulary + batch * (2 * shape.feed_forward + 4 * shape.hidden))
 
 
 def bytes_per_token(parts: Parts, serving: Serving) -> int:

@@ -7,7 +7,7 @@ no shape, such as a calibration, is taken to be as large as the tiny recipe's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ def parts_of_recipe(recipe: Recipe, models: Mapping[str, Model]) -> Parts | None
     bundles = [step for step in recipe.steps if step.stage == "bundle"]
     roles = bundles[-1].inputs if bundles else {}
     base, draft = (_exported(steps, roles.get(role, ""), models) for role in ("base", "draft"))
-    if base is None or draft is None:
+    if base is None or ("draft" in roles and draft is None):
         return None
     adapters = {
         bundle.modifier_name(role.removeprefix(_MODIFIER)): _adapter(steps, name)
@@ -174,8 +174,8 @@ def parts_of_recipe(recipe: Recipe, models: Mapping[str, Model]) -> Parts | None
         adapters[bundle.FEWSHOT] = _adapter(steps, roles["fewshot"])
     head = _config(steps[roles["head"]]).head_rank if "head" in roles else 0
     small = {file: TAKEN[file] for role, files in _SMALL.items() if role in roles for file in files}
-    small |= {file: TAKEN[file] for file in (bundle.CARD, bundle.INDEX)} | _nets(draft.shape.hidden)
-    shared = models[roles["base"]].tokenizer == models[roles["draft"]].tokenizer
+    small |= {file: TAKEN[file] for file in (bundle.CARD, bundle.INDEX)} | _nets((draft or base).shape.hidden)
+    shared = draft is not None and models[roles["base"]].tokenizer == models[roles["draft"]].tokenizer
     return Parts(recipe.name, base, draft, shared, adapters, head, small)
 
 
@@ -204,13 +204,16 @@ def _weights(model: Model, type: str) -> Weights:
     from cogumi.compress.sizes import typical_vocabulary, vocabulary_bytes
     from cogumi.compress.vocabulary import Vocabulary
 
-    ids = model.shape.vocabulary
-    if model.folder and (Path(model.folder) / "tokenizer.json").is_file():
-        keys = vocabulary_bytes(Vocabulary.load(Path(model.folder)), ids)
+    shape, folder = model.shape, Path(model.folder)
+    if not model.folder:
+        return Weights(shape, type, typical_vocabulary("own" if model.own else shape.kind, shape.vocabulary))
+    there = Llama.load(folder)
+    if (folder / "tokenizer.json").is_file():
+        keys = vocabulary_bytes(Vocabulary.load(folder), there.vocabulary)
     else:
-        keys = typical_vocabulary("own" if model.own else model.shape.kind, ids)
-    shape = Llama.load(Path(model.folder)) if model.folder else model.shape
-    return Weights(shape, type, keys)
+        keys = typical_vocabulary(there.kind, there.vocabulary)
+    left = {figure.name: getattr(shape, figure.name) for figure in fields(ModelShape)}
+    return replace(Weights(there, type, keys).with_ids(shape.vocabulary), shape=replace(there, **left))
 
 
 def _adapter(steps: Mapping[str, Step], name: str) -> Adapter:
@@ -221,6 +224,6 @@ def _adapter(steps: Mapping[str, Step], name: str) -> Adapter:
         config = _config(steps[at])
         if hasattr(config, "lora"):
             ranks = ranks_of(config.lora)
-            return Adapter(dict.fromkeys(ranks, rank) if rank else ranks, getattr(exported, "adapter_type", "f32"))
+            return Adapter(dict.fromkeys(ranks, rank) if rank else ranks, exported.adapter_type)
         rank, at = rank or getattr(config, "rank", None), steps[at].inputs.get("adapter", "")
     raise ArtifactError(f"step '{name}': no step says the ranks of its adapter; train one in this recipe")

@@ -165,10 +165,15 @@ class Asked:
         return next(route for change in every if not (route := self.route(change)).missed)
 
     def table(self) -> list[Route]:
-        """Every vocabulary in every depth in every type, adapters as they are."""
-        types = (None, *(type for type in TYPES if type != self.parts.base.type))
+        """Every vocabulary in every depth in every type, adapters as they are; most bits and most weights first."""
+        base = self.parts.base
+        types = sorted({*TYPES, base.type}, key=lambda type: -replace(base, type=type, types=()).file.bytes)
         ids = (None, *self.vocabularies)
-        return [self.route(Change(share, 1.0, type, None, n)) for share, n, type in product(KEPT, ids, types)]
+        changes = (
+            Change(share, 1.0, None if type == base.type else type, None, n)
+            for share, n, type in product(KEPT, ids, types)
+        )
+        return [self.route(change) for change in changes]
 
 
 def shrunk(shape: ModelShape, layers: float, neurons: float) -> ModelShape:

@@ -11,18 +11,18 @@ from cogumi.recipe import Recipe, builtin_recipes, load_recipe
 from cogumi.registry import nearest
 from cogumi.shapes import KNOWN, find_shape, known
 
-CONFIG = "config.json"
+CONFIG, GGUF = "config.json", ".gguf"
 
 
 def look_up(name: str) -> Recipe | Parts:
-    """A recipe by its built-in name or YAML file, else the model of a known name, a folder, its config.json or a GGUF.
+    """A recipe by its built-in name or YAML file; else a model by a known name, a folder, its config.json or a GGUF.
 
     Raises `RecipeError` or `ArtifactError`, with the nearest names, for what is none of these.
     """
     path = Path(name)
     if name in builtin_recipes() or path.suffix in (".yaml", ".yml"):
         return load_recipe(name)
-    if path.suffix == ".gguf":
+    if path.suffix == GGUF:
         return parts_of_gguf(path)
     folder = path.parent if path.name == CONFIG else path
     if (folder / CONFIG).exists():

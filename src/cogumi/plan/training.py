@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,17 @@ def _given(name: str, root: Path) -> Model:
     return Model(shape, f"{name} ({sha256(path)[:8]})", bytewise="ByteLevel" in around, folder=str(root / name))
 
 
+def _cut(step: Step, config: Any, shape: ModelShape) -> ModelShape:
+    """What is left of a shape by the stages that cut models; how many ids `trim` leaves is known if it is told."""
+    if step.stage == "trim" and config.size:
+        return replace(shape, vocabulary=min(config.size, shape.vocabulary))
+    if step.stage == "shrink":
+        from cogumi.compress.cutting import smaller
+
+        return smaller(shape, config.asked)
+    return shape
+
+
 def ranks_of(lora: Any) -> dict[str, int]:
     """The rank of each target of a `models.lora.LoraShape`."""
     return {target: lora.ranks.get(target, lora.rank) for target in (*lora.targets, *lora.ranks)}
@@ -256,7 +267,7 @@ class _Planner:
         )
         init = getattr(config, "init", None)
         if init is None:
-            return base
+            return replace(base, shape=_cut(step, config, base.shape)) if base else None
         if init != "scratch":
             return _given(init, self.recipe.root)
         tokenizer = step.inputs.get("tokenizer", "")
