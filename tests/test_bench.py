@@ -88,7 +88,7 @@ def test_a_draft_is_right_as_often_as_asked(folder, accept):
 def test_the_types_of_the_tensors_are_those_that_llama_cpp_chooses(folder, monkeypatch):
     monkeypatch.setitem(SHAPES, "tall", replace(SHAPES["pico"], layers=16, vocabulary=512))
     mixed = folder / "mixed.gguf"
-    quantize(make_model(folder, "tall", "F16"), mixed, "q4_k_m")
+    quantize(make_model(folder, "tall", "f16"), mixed, "q4_k_m")
     made, chosen_there = (
         {tensor.name: tensor.tensor_type for tensor in GGUFReader(path).tensors}
         for path in (make_model(folder, "tall"), mixed)

@@ -42,7 +42,7 @@ BELOW = {
     "pipeline": {"ground"},  # stages come through the registry
     "cascade": {"ground", "runtime", "route"},
     "serve": {"ground", "runtime", "route", "cascade"},
-    "bench": {"ground", "runtime", "compress"},
+    "bench": {"ground", "runtime", "route", "cascade", "compress"},
     "cli": {"ground", "runtime", "route", "cascade", "serve", "data", "compress", "evaluate", "bench", "pipeline"},
 }
 HEAVY = {

@@ -4,7 +4,8 @@ A made-up model is a chain. Its layers are computed in full but add little to th
 the head's row of one token, the follower of t, points where the embedding of t points: greedy decoding walks from
 follower to follower through all ordinary tokens, with a margin of about 20 nats. A draft is the same chain in a
 smaller shape, in which some tokens have a wrong follower. So a draft of any acceptance can be had, and drafting,
-verifying and looking up cost what they cost with trained weights.
+verifying and looking up cost what they cost with trained weights. A model whose head is its embedding has no chain: it
+says its last token again and again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cogumi.compress.gguf import writing
 from cogumi.compress.layout import Llama, Tensor
+from cogumi.compress.mixture import FILE_TYPES, TENSOR_TYPES, stored_tensors
 from cogumi.compress.vocabulary import Vocabulary
 from cogumi.runtime.llama.quantize import quantize_rows
 from cogumi.shapes import KNOWN, ModelShape
@@ -28,7 +30,7 @@ from cogumi.shapes import KNOWN, ModelShape
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
-VERSION = 1
+VERSION = 2
 END = 0
 """The token that ends an answer; no chain reaches it."""
 BLOCK, BOOK = 256, 4096
@@ -70,58 +72,68 @@ def chain(vocabulary: int) -> Ids:
     return np.random.default_rng(vocabulary).permutation(np.arange(END + 1, vocabulary))
 
 
-def make_model(folder: Path, shape: str, type: str = "Q4_K_M") -> Path:
-    """The chain in a named shape, as Q4_K_M, Q8_0 or F16; made once and kept in `folder`."""
-    return _made(folder, shape, SHAPES[shape], type, 1.0)
+def make_model(folder: Path, shape: str, type: str = "q4_k_m") -> Path:
+    """The chain in a named shape, in a type that needs no importance matrix; made once and kept in `folder`."""
+    return make_weights(folder, shape, SHAPES[shape], type)
 
 
 def make_draft(folder: Path, shape: str, accept: float) -> Path:
     """A draft for `shape` of which a share `accept` of the drafted tokens is right."""
-    return _made(folder, f"draft-{accept:g}-for-{shape}", drafting_for(shape), "Q4_K_M", accept)
+    return make_weights(folder, f"draft-{accept:g}-for-{shape}", drafting_for(shape), "q4_k_m", accept)
 
 
 def make_adapter(folder: Path, shape: str, size: int) -> Path:
     """A LoRA of about `size` bytes for every projection of a shape; small enough to leave the chain as it is."""
-    llama = SHAPES[shape]
-    weights = [t for t in llama.tensors() if t.name.startswith("blk.") and len(t.shape) == 2]
-    rank = max(size // (4 * sum(sum(t.shape) for t in weights)), 1)
+    rank = max(size // (4 * sum(sum(t.shape) for t in _projections(SHAPES[shape]))), 1)
     rank += rank % 4 == 0  # see Model.load_adapter
-    path = folder / f"{shape}-adapter-{rank}-{_digest(llama)}.gguf"
+    return make_lora(folder, shape, SHAPES[shape], rank)
+
+
+def make_lora(folder: Path, name: str, llama: Llama, rank: int, type: str = "f32") -> Path:
+    """A LoRA of that rank and type for every projection, too small to change what greedy decoding says."""
+    path = folder / f"{name}-adapter-{rank}-{type}-{digest(llama)}.gguf"
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(None, "llama")
     writer.add_type(GGUFType.ADAPTER)
-    writer.add_file_type(LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[type])
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))
     tensors = []
-    for t in weights:
-        tensors.append(Tensor("", f"{t.name}.lora_a", (rank, t.shape[1])))
-        tensors.append(Tensor("", f"{t.name}.lora_b", (t.shape[0], rank)))
+    for t in _projections(llama):
+        tensors.append(Tensor("", f"{t.name}.lora_a", (rank, t.shape[1])).stored(TENSOR_TYPES[type]))
+        tensors.append(Tensor("", f"{t.name}.lora_b", (t.shape[0], rank)).stored(TENSOR_TYPES[type]))
     generator = np.random.default_rng(rank)
     with writing(writer, tensors, path):
         for t in tensors:
-            writer.write_tensor_data(generator.standard_normal(t.shape, np.float32) * (SMALL / t.shape[1] ** 0.5))
+            values = generator.standard_normal(t.shape, np.float32) * np.float32(SMALL / t.shape[1] ** 0.5)
+            writer.write_tensor_data(quantize_rows(values, t.type.name))
     return path
 
 
-def _digest(*parts: object) -> str:
+def _projections(llama: Llama) -> list[Tensor]:
+    return [t for t in llama.tensors() if t.name.startswith("blk.") and len(t.shape) == 2]
+
+
+def digest(*parts: object) -> str:
+    """Names files by what they were made of."""
     return hashlib.sha256(repr((VERSION, BOOK, MARGIN, SMALL, parts)).encode()).hexdigest()[:8]
 
 
-def _made(folder: Path, name: str, llama: Llama, type: str, accept: float) -> Path:
-    path = folder / f"{name}-{type.lower()}-{_digest(llama, accept)}.gguf"
+def make_weights(folder: Path, name: str, llama: Llama, type: str, accept: float = 1.0) -> Path:
+    """The chain in any shape, which follows itself in a share `accept` of the tokens."""
+    path = folder / f"{name}-{type}-{digest(llama, accept)}.gguf"
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(None, "llama")
     writer.add_type(GGUFType.MODEL)
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{type}"])
+    writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     llama.write(writer)
     _vocabulary(llama.vocabulary).write(writer, llama.vocabulary)
-    tensors = [t.stored(_type(t, llama.layers, type)) for t in llama.tensors()]
+    tensors = stored_tensors(llama, type)
     generator = np.random.default_rng(len(name))
     embedding, head = _ends(llama, accept, generator)
     drawn: dict[tuple[str, Type], Bytes] = {}
@@ -129,7 +141,8 @@ def _made(folder: Path, name: str, llama: Llama, type: str, accept: float) -> Pa
         for t in tensors:
             kind = t.name.split(".")[-2]
             if len(t.shape) == 1:
-                writer.write_tensor_data(np.ones(t.shape, np.float32))
+                scale = MARGIN / llama.hidden if llama.tied and kind == "output_norm" else 1.0
+                writer.write_tensor_data(np.full(t.shape, scale, np.float32))
             elif kind in ("token_embd", "output"):
                 writer.write_tensor_data(_rows(t, head if kind == "output" else embedding))
             else:  # all layers repeat the bytes of one: they are read and computed all the same
@@ -138,19 +151,6 @@ def _made(folder: Path, name: str, llama: Llama, type: str, accept: float) -> Pa
                 writer.write_tensor_data(drawn[kind, t.type])
     _book.cache_clear()
     return path
-
-
-def _type(tensor: Tensor, layers: int, type: str) -> Type:
-    """The ggml type of a tensor; Q4_K_M mixes as llama.cpp does: more bits for the head and for some layers."""
-    if type != "Q4_K_M":
-        return Type[type]
-    if tensor.name == "output.weight":
-        return Type.Q6_K
-    if not tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
-        return Type.Q4_K
-    i, eighth = int(tensor.name.split(".")[1]), layers // 8
-    more = i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2
-    return Type.Q6_K if more else Type.Q4_K
 
 
 def _ends(llama: Llama, accept: float, generator: np.random.Generator) -> tuple[Ids, Ids]:
@@ -205,5 +205,5 @@ def _vocabulary(n: int) -> Vocabulary:
         pad=None,
         add_bos=False,
         add_eos=False,
-        template=None,
+        template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
     )

@@ -36,7 +36,7 @@ def soak(setup: Setup) -> Row:
     completed ones. Slots must be free at the end, and resident memory about as large as after the first round.
     """
     shape = setup.made()
-    model = make_model(setup.folder, shape, "Q8_0")
+    model = make_model(setup.folder, shape, "q8_0")
     adapter = make_adapter(setup.folder, shape, min(SIZE, model.stat().st_size // 12))
     engine = LlamaEngine(
         model,

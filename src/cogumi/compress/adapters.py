@@ -1,9 +1,9 @@
 """Stage `compress_adapter`: a LoRA adapter in fewer values (SPEC D7).
 
 The truncated SVD of each update b @ a keeps the most of it at any rank (Eckart and Young 1936). Rank 32 fills the
-blocks of q8_0 and q4_0, in which stage `gguf` then writes both factors; zeros fill up an adapter of a lower rank.
-Pruning zeroes single values, which only an archive (zstd) turns into fewer bytes. What either costs, a short training
-on the questions that the adapter was made for can win back.
+blocks of q8_0 and q4_0, in which stage `gguf` then writes both factors (`adapter_type`); zeros fill up an adapter of a
+lower rank. Pruning zeroes single values, which only an archive (zstd) turns into fewer bytes. What either costs, a
+short training on the questions that the adapter was made for can win back.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ class Model:
     def load_adapter(self, path: Path) -> Any:
         """Load a LoRA GGUF for contexts of this model; it lives as long as the model.
 
-        With a rank divisible by 4, llama.cpp sums the f32 products of one token and of several in different
-        orders (about 1e-5); with any other rank the adapter keeps results free of the batch, bit for bit.
+        With f32 or f16 factors of a rank divisible by 4, llama.cpp sums the products of one token and of several in
+        different orders (about 1e-5); with any other rank, and with q8_0 or q4_0 factors of rank 32, the adapter keeps
+        results free of the batch, bit for bit.
         """
         if not path.is_file():
             raise BundleError(f"adapter {path} does not exist; build or copy it first")
