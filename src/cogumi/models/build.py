@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cogumi.errors import ArtifactError, TrainingError
@@ -92,7 +93,7 @@ def load(folder: Path, quantize: Quantize = None) -> Any:
         options = {"dtype": torch.bfloat16, "quantization_config": four_bits, "device_map": {"": _local_rank()}}
     try:
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{folder} holds no model that can be loaded: {str(error).splitlines()[0]}") from error
 
 

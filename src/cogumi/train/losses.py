@@ -55,13 +55,19 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     return kl_div(said, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
-def distillation(teacher: Any, temperature: float = 1.0) -> Loss:
-    """`divergence` of a model from the teacher over answer tokens; the teacher is not trained."""
+def distillation(teacher: Any, temperature: float = 1.0, answers: float = 0.0) -> Loss:
+    """`divergence` of a model from the teacher over answer tokens; the teacher is not trained.
+
+    The share `answers` of the loss is that of the reference answers.
+    """
 
     def loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             wanted = answer_logits(teacher.to(batch.ids.device), batch)[0]
-        found = divergence(answer_logits(model, batch)[0], wanted, temperature)
+        logits, target, _ = answer_logits(model, batch)
+        found = divergence(logits, wanted, temperature)
+        if answers:
+            found = (1 - answers) * found + answers * cross_entropy(logits, target)
         return found, {"loss": float(found.detach())}
 
     return loss
