@@ -1,0 +1,226 @@
+"""What stages `awq` and `gptq` share: four bits a weight on average, through llm-compressor (SPEC D4).
+
+The most sensitive linear maps are rounded finer and the least sensitive coarser; settings are tried from hard to gentle
+until the rounded model answers nearly as well as the one that came in.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from llmcompressor.modifiers import Modifier
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cogumi.artifact import sha256, write_json
+from cogumi.compress.calibration import Draw, draw_rows
+from cogumi.compress.layout import Llama
+from cogumi.compress.oneshot import calibrated
+from cogumi.compress.precision import (
+    BITS,
+    Level,
+    Setting,
+    bits_per_weight,
+    check_group,
+    config_groups,
+    gguf_types,
+    levels,
+    linears,
+    rounded,
+    sensitivities,
+)
+from cogumi.compress.quantization_report import report
+from cogumi.data.examples import read_examples, split_path
+from cogumi.errors import ArtifactError
+from cogumi.models.build import load, save
+from cogumi.models.text import HFTokenizer
+from cogumi.stage import Context
+from cogumi.train.batches import make_rows
+from cogumi.train.losses import distillation
+from cogumi.train.validation import applied, judge_answers, mean_figures
+from cogumi.types import Artifact
+
+Figures: TypeAlias = Mapping[str, float]
+Modifiers: TypeAlias = Callable[[dict[str, Any]], Sequence[Modifier]]
+"""llm-compressor's modifiers for a mixture, given as its `config_groups`."""
+
+TYPES = "types.json"
+"""GGUF tensor name -> type, for the linear maps that are to be finer or coarser than the rest."""
+
+
+class Quantization(BaseModel):
+    """`draw` says which training rows calibrate; the first `probe` of them tell each linear map's sensitivity.
+
+    `settings` are tried in order, each on the model as it came, until both the perplexity and the exact answers of the
+    rounded model are at least the share `least` of the input's. Where none is that good, the best is kept, and a gate
+    of the recipe stops the build.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    draw: Draw = Draw()
+    probe: int = Field(256, ge=1)
+    settings: tuple[Setting, ...] = Field(
+        (Setting(), Setting(group=64, coarser=0.0), Setting(group=32, finer=0.3, coarser=0.0)), min_length=1
+    )
+    least: float = Field(0.97, gt=0, le=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """What one setting gave: its mixture, the `weights` that llm-compressor left, and figures of the model rounded by
+    them and, for comparison, rounded plainly: each weight to its nearest neighbour on the same grid.
+    """
+
+    setting: Setting
+    level: Mapping[str, Level]
+    bits: float
+    weights: Mapping[str, Tensor]
+    figures: Figures
+    plain: Figures
+
+
+def open_model(folder: Path) -> Any:
+    """The model of a folder, in evaluation.
+
+    Raises `ExportError` for one that could not be shipped as GGUF, `ArtifactError` for damaged weights.
+    """
+    Llama.load(folder)
+    try:
+        model = load(folder).eval()
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder}: model.safetensors is cut short or damaged ({error}); copy it again") from error
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ArtifactError(f"{folder}: {name} holds NaN or infinity; use a checkpoint from before training failed")
+    return model
+
+
+def round_linears(model: nn.Module, level: Mapping[str, Level], setting: Setting) -> None:
+    """Round every linear map to its level, in place, each weight to its nearest neighbour on the grid."""
+    for name, layer in linears(model).items():
+        layer.weight.data = rounded(layer.weight.data, BITS[level[name]], setting.group_of(level[name]))
+
+
+def attempt(
+    folder: Path,
+    setting: Setting,
+    level: Mapping[str, Level],
+    calibrate: Callable[[Any, dict[str, Any]], None],
+    judge: Callable[[nn.Module], Figures],
+) -> Attempt:
+    """Quantize the model of `folder`: `calibrate(model, config_groups)` leaves it with rounding in its forward pass."""
+    model = load(folder).eval()
+    names, sizes = set(model.state_dict()), {name: layer.weight.numel() for name, layer in linears(model).items()}
+    plain = copy.deepcopy(model)
+    round_linears(plain, level, setting)
+    nearest = judge(plain)
+    calibrate(model, config_groups(level, setting))
+    weights = {name: value for name, value in model.state_dict().items() if name in names}
+    return Attempt(setting, level, bits_per_weight(level, sizes, setting), weights, judge(model), nearest)
+
+
+def ratios(before: Figures, after: Figures) -> dict[str, float | None]:
+    """What is left: `quality_ratio` of perplexities, `exact_ratio` of exact answers (None if there were none)."""
+    return {
+        "quality_ratio": math.exp(before["loss"] - after["loss"]),
+        "exact_ratio": after["exact"] / before["exact"] if before["exact"] else None,
+    }
+
+
+def quantize(
+    config: Quantization,
+    inputs: Mapping[str, Artifact],
+    out: Path,
+    context: Context,
+    modifiers: Modifiers,
+    keep_rounding: bool,
+) -> dict[str, Any]:
+    """`model`, `examples` -> a model folder, types.json, report.md and sensitivity.png.
+
+    `modifiers` either round the weights themselves or leave them to be rounded: `keep_rounding` does so in the folder.
+    """
+    torch.set_num_threads(context.threads)
+    folder, data = inputs["model"].path, inputs["examples"].path
+    original, tokenizer = open_model(folder), HFTokenizer.load(folder)
+    for setting in config.settings:
+        check_group(original, setting.group)
+    room = original.config.max_position_embeddings
+    rows = draw_rows(data, tokenizer, room, config.draw, context.seed)
+    examples = read_examples(split_path(data, "selection"))
+    selection, domain = make_rows(examples, tokenizer, room), {example.id: example.domain for example in examples}
+
+    def judge(model: nn.Module) -> Figures:
+        apply = applied(model)
+        diverged = mean_figures(apply, selection, distillation(original))["loss"]
+        return {**judge_answers(apply, selection, [domain[row.id] for row in selection]), "divergence": diverged}
+
+    def calibrate(model: Any, groups: dict[str, Any]) -> None:
+        calibrated(model, modifiers(groups), rows, context)
+
+    before, found = judge(original), sensitivities(original, rows[: config.probe], config.settings[0].group, context)
+    costs = {name: sensitivity.divergence for name, sensitivity in found.items()}
+    sizes = {name: layer.weight.numel() for name, layer in linears(original).items()}
+    tried: list[dict[str, Any]] = []
+    best: Attempt | None = None
+    for setting in config.settings:
+        made = attempt(folder, setting, levels(costs, sizes, setting), calibrate, judge)
+        left = ratios(before, made.figures)
+        enough = all(ratio is None or ratio >= config.least for ratio in left.values())
+        tried.append(
+            {**setting.model_dump(), "bits_per_weight": made.bits, **_told(made.figures), **left, "enough": enough}
+        )
+        if best is None or enough or made.figures["loss"] < best.figures["loss"]:
+            best = made
+        if enough:
+            break
+    assert best is not None  # there is at least one setting
+    model = load(folder)
+    model.load_state_dict(best.weights)
+    if keep_rounding:
+        round_linears(model, best.level, best.setting)
+    save(model, folder, out)
+    types = gguf_types(folder, best.level)
+    write_json(out / TYPES, types)
+    metrics = {
+        "rows": len(rows),
+        "tokens": sum(row.size for row in rows),
+        "before": _told(before),
+        "rounded": _told(best.figures),
+        "rounded_plainly": _told(best.plain),
+        "written": _told(judge(model)),
+        **ratios(before, best.figures),
+        "domains": _domains(before, best.figures),
+        "bits_per_weight": best.bits,
+        "attempts": tried,
+        "sensitivity": {name: {**asdict(found[name]), "level": best.level[name]} for name in found},
+        "types": types,
+        "model_sha256": sha256(out / "model.safetensors"),
+    }
+    report(metrics, out)
+    return metrics
+
+
+def _told(figures: Figures) -> dict[str, float]:
+    """Nats per answer token, perplexity, exact answers, and the divergence in nats from the model as it came."""
+    kept = {name: figures[name] for name in ("exact", "divergence")}
+    return {"nats": figures["loss"], "perplexity": math.exp(figures["loss"]), **kept}
+
+
+def _domains(before: Figures, after: Figures) -> dict[str, dict[str, float | None]]:
+    """Exact answers by domain: arithmetic and tasks of several steps suffer first, and an average hides it."""
+    names = sorted(key for key in before if key.startswith("exact/"))
+    return {
+        name.removeprefix("exact/"): {
+            "before": before[name],
+            "after": after[name],
+            "ratio": after[name] / before[name] if before[name] else None,
+        }
+        for name in names
+    }
