@@ -29,6 +29,8 @@ STAGES: dict[str, str] = {
     "trim": "cogumi.compress.trim",
     "importance": "cogumi.compress.importance",
     "gguf": "cogumi.compress.gguf",
+    "awq": "cogumi.compress.awq",
+    "gptq": "cogumi.compress.gptq",
     "router": "cogumi.train.router",
     "calibrate": "cogumi.evaluate.calibrate",
     "bundle": "cogumi.compress.pack",
