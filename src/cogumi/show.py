@@ -156,7 +156,8 @@ class ByteProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def advanced(self, done: int, total: int) -> None:
         """Move the bar, or print a line if the last one is old."""

@@ -1,0 +1,512 @@
+"""Packed bundles: the same bytes come out, whatever is damaged, hostile or interrupted on the way."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cogumi.archive import DICTIONARY, ENDING, FRAME, INDEX, staged, unpack
+from cogumi.artifact import sha256
+from cogumi.bundle import EMBEDDER, EXAMPLES, VOCABULARY, write_bundle
+from cogumi.cascade.opening import open_cascade
+from cogumi.cli import pack as commands
+from cogumi.compress.archive import Config, pack, pack_bundle, run
+from cogumi.errors import BundleError
+from cogumi.inspection import look
+from cogumi.runtime.engine import final_reply
+from cogumi.runtime.unpacking import STALE, Files
+from cogumi.stage import Context
+from cogumi.types import Artifact, Message, Request
+from helpers_bundle import make_bundle
+
+BIG = 3 * FRAME + 5
+PARTS = {
+    name: {"base_fingerprint": "b", "tokenizer_sha256": "t"} for name in ("base.gguf", "draft.gguf", "modifiers/m.gguf")
+}
+CONTENT = {
+    "base.gguf": random.Random(0).randbytes(BIG // 2) + bytes(BIG - BIG // 2),
+    "draft.gguf": b"",
+    "modifiers/m.gguf": random.Random(1).randbytes(5000),
+    "difficulty.safetensors": b"d",
+    "router.safetensors": b"r" * 3000,
+    "calibration.json": b'{"threshold": 0.8}',
+    "README.md": b"# A card\n" * 50,
+}
+
+
+def write(folder, content):
+    for name, value in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(value)
+    return folder
+
+
+def content_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def packed_of(folder, out, names):
+    out.mkdir()
+    pack(folder, names, out, 10)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A bundle of made-up bytes: everything about it is right, only no model can be opened."""
+    root = tmp_path_factory.mktemp("plain")
+    write(root / "sources", CONTENT)
+    write_bundle(root / "bundle", {name: root / "sources" / name for name in CONTENT}, {"parts": PARTS})
+    return root / "bundle"
+
+
+@pytest.fixture(scope="module")
+def packed(plain):
+    with staged(plain.with_name("packed"), plain) as part:
+        pack_bundle(plain, part, Config())
+    return plain.with_name("packed")
+
+
+@pytest.fixture
+def copy(packed, tmp_path):
+    """A packed bundle to do harm to."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COGUMI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "unpacked"
+
+
+def edit(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def refuse(folder, match):
+    """Neither unpacking nor opening in any way leaves anything behind, and the archive is as it was."""
+    before = content_of(folder)
+    out = folder.with_name("out")
+    with pytest.raises(BundleError, match=match) as caught:
+        unpack(folder, out)
+    assert "\n" not in str(caught.value)
+    assert not list(folder.parent.glob("out*"))
+    with pytest.raises(BundleError):
+        Files(folder, "eager")
+    assert content_of(folder) == before
+
+
+# What comes out
+
+
+def test_the_same_bytes_come_out(plain, packed, tmp_path):
+    told = []
+    unpack(packed, tmp_path / "out", lambda done, total: told.append((done, total)))
+    assert content_of(tmp_path / "out") == content_of(plain)
+    assert told[-1] == (sum(map(len, content_of(plain).values())),) * 2
+    index = json.loads((packed / INDEX).read_bytes())
+    for name, file in index["files"].items():
+        assert (file["bytes"], file["sha256"]) == ((plain / name).stat().st_size, sha256(plain / name))
+        assert file["packed_sha256"] == sha256(packed / (name + ENDING))
+    assert len(index["files"]["base.gguf"]["frames"]) == 4
+
+
+def test_any_zstd_reads_a_packed_file(packed):
+    with (packed / "base.gguf.zst").open("rb") as file:
+        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        assert reader.read() == CONTENT["base.gguf"]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    files=st.dictionaries(
+        st.from_regex(r"[a-z][a-z0-9._-]{0,8}(/x[a-z0-9]{0,5})?", fullmatch=True), st.binary(max_size=3000), max_size=5
+    )
+)
+def test_any_files_come_back(tmp_path, files):
+    names = {name for name in files if not any(other.startswith(name + "/") for other in files)}
+    root = tmp_path / str(len(list(tmp_path.iterdir())))
+    write(root / "in", {name: files[name] for name in names}).mkdir(parents=True, exist_ok=True)
+    figures = pack_and_check(root, names)
+    assert figures["bytes"] == sum(len(files[name]) for name in names)
+
+
+def pack_and_check(root, names):
+    (root / "packed").mkdir()
+    figures = pack(root / "in", names, root / "packed", 10)
+    unpack(root / "packed", root / "out")
+    assert content_of(root / "out") == content_of(root / "in")
+    kept = sum(path.stat().st_size for path in (root / "packed").rglob("*") if path.is_file())
+    assert figures["packed_bytes"] == kept - (root / "packed" / INDEX).stat().st_size
+    return figures
+
+
+@pytest.mark.parametrize("size", [0, 1, FRAME - 1, FRAME, FRAME + 1, 2 * FRAME])
+def test_sizes_around_a_frame(tmp_path, size):
+    write(tmp_path / "in", {"file": random.Random(size).randbytes(size)})
+    figures = pack_and_check(tmp_path, ["file"])
+    assert figures["ratio"] == pytest.approx(1, abs=0.001) or size < 2
+
+
+def test_the_same_archive_from_any_number_of_threads(plain, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("cogumi.archive.usable_threads", lambda: 1)
+    (tmp_path / "one").mkdir()
+    pack_bundle(plain, tmp_path / "one", Config())
+    assert content_of(tmp_path / "one") == content_of(packed)
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory):
+    """Many small files of the same words, for which a dictionary pays; packed."""
+    root, chance = tmp_path_factory.mktemp("alike"), random.Random(0)
+    sentences = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz ", k=150)) for _ in range(500)]
+    files = {f"{i}.json": json.dumps(chance.sample(sentences, 12)).encode() for i in range(200)}
+    write(root / "in", files)
+    (root / "packed").mkdir()
+    return root, pack(root / "in", files, root / "packed", 10)
+
+
+def test_a_dictionary_is_used_where_it_pays(alike, tmp_path):
+    root, figures = alike
+    assert 0 < figures["dictionary_bytes"] <= 128 << 10
+    assert any(file["dictionary"] for file in figures["files"].values())
+    for file in figures["files"].values():
+        assert file["packed_bytes"] == min(file["plain_bytes"], file["with_dictionary_bytes"])
+    assert figures["packed_bytes"] < sum(file["plain_bytes"] for file in figures["files"].values())
+    unpack(root / "packed", tmp_path / "out")
+    assert content_of(tmp_path / "out") == content_of(root / "in")
+
+
+def test_no_dictionary_where_it_does_not_pay(packed, plain, tmp_path):
+    assert not (packed / DICTIONARY).exists()
+    (tmp_path / "out").mkdir()
+    figures = pack_bundle(plain, tmp_path / "out", Config())
+    assert figures["dictionary_bytes"] == 0
+    assert figures["files"]["base.gguf"]["with_dictionary_bytes"] > 0
+    assert figures["ratio"] == pytest.approx(2, rel=0.02)  # half of it is zeros
+
+
+# Damage
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_flipped_bit_is_noticed(copy, data):
+    path = data.draw(st.sampled_from(sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)))
+    good = path.read_bytes()
+    at, bit = data.draw(st.integers(0, len(good) - 1)), data.draw(st.integers(0, 7))
+    path.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+    refuse(copy, None)
+    path.write_bytes(good)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_cut_is_noticed(copy, data):
+    path = data.draw(st.sampled_from(sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)))
+    good = path.read_bytes()
+    path.write_bytes(good[: data.draw(st.integers(0, len(good) - 1))])
+    refuse(copy, None)
+    path.unlink()
+    refuse(copy, "missing|is not packed")
+    path.write_bytes(good)
+
+
+def test_a_dictionary_that_is_another_or_too_large(alike, tmp_path):
+    copy = Path(shutil.copytree(alike[0] / "packed", tmp_path / "copy"))
+    good = (copy / DICTIONARY).read_bytes()
+    (copy / DICTIONARY).write_bytes(good[:-1] + b"x")
+    refuse(copy, "dictionary has changed")
+    for other in (random.Random(3).randbytes(len(good)), good[:300] + bytes(len(good) - 300)):
+        (copy / DICTIONARY).write_bytes(other)
+        edit(copy, lambda index: index["dictionary"].update(sha256=sha256(copy / DICTIONARY)))
+        refuse(copy, r"json\.zst is damaged")
+    edit(copy, lambda index: index.update(dictionary=None))
+    refuse(copy, "needs a dictionary that is not listed")
+    edit(copy, lambda index: index.update(dictionary={"bytes": 1 << 40, "sha256": "x"}))
+    refuse(copy, "at most 131072 are read")
+
+
+# Malice
+
+
+@pytest.mark.parametrize(
+    "name", ["../out", "/etc/out", "a/../../out", "..", ".hidden", "a//b", "a\\..\\b", "C:x", "a\0b", ""]
+)
+def test_names_that_leave_the_folder(copy, name):
+    def rename(index):
+        index["files"][name] = index["files"].pop("README.md")
+
+    edit(copy, rename)
+    refuse(copy, "leaves the folder")
+
+
+def test_a_link_that_leaves_the_folder(copy):
+    (copy / "README.md.zst").rename(copy.parent / "elsewhere")
+    (copy / "README.md.zst").symlink_to(copy.parent / "elsewhere")
+    refuse(copy, r"'README\.md' leaves the folder")
+
+
+def swapped(copy, name, frame, size):
+    """Put another frame in place of a small file, with everything in the index right but what the frame says."""
+    path = copy / (name + ENDING)
+    path.write_bytes(frame)
+
+    def change(index):
+        index["files"][name] |= {
+            "bytes": size,
+            "frames": [len(frame)],
+            "packed_bytes": len(frame),
+            "packed_sha256": sha256(path),
+        }
+
+    edit(copy, change)
+
+
+def test_frames_that_expand_without_end(copy):
+    """256 MB of zeros in a few kilobytes; whether a frame says so or not, it is never given the memory."""
+    compressor = zstandard.ZstdCompressor(level=1).compressobj(size=1 << 28)
+    told = b"".join(compressor.compress(bytes(1 << 22)) for _ in range(64)) + compressor.flush()
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    untold = b"".join(compressor.compress(bytes(1 << 22)) for _ in range(64)) + compressor.flush()
+    small = zstandard.ZstdCompressor().compress(bytes(100))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for frame in (told, untold, small + small):
+        swapped(copy, "README.md", frame, 100)
+        refuse(copy, r"README\.md\.zst is damaged")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KB
+
+
+def test_sizes_that_do_not_add_up_or_have_no_room(copy, monkeypatch):
+    good = (copy / INDEX).read_text()
+    for change in ({"bytes": 1 << 60}, {"frames": [1, 2]}, {"frames": []}, {"frames": [-5]}, {"bytes": -1}):
+        edit(copy, lambda index, change=change: index["files"]["README.md"].update(change))
+        refuse(copy, "do not add up|greater than")
+        (copy / INDEX).write_text(good)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))
+    refuse(copy, "bytes, 1,000 are free; make room there")
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", '{"format": 2}', '{"format": 1}', "[" * 100_000, '{"format": null}'])
+def test_an_index_that_is_none(copy, text):
+    (copy / INDEX).write_text(text)
+    refuse(copy, "again")
+
+
+def test_an_archive_of_something_else(tmp_path, copy):
+    write(tmp_path / "in", {"README.md": b"x"})
+    other = packed_of(tmp_path / "in", tmp_path / "other", ["README.md"])
+    with pytest.raises(BundleError, match="no packed bundle"):
+        Files(other)
+    for name in ("README.md", "base.gguf"):  # right in itself, but not what bundle.json says
+        shutil.copy(other / "README.md.zst", copy / (name + ENDING))
+        entry = json.loads((other / INDEX).read_text())["files"]["README.md"]
+        edit(copy, lambda index, name=name, entry=entry: index["files"].update({name: entry}))
+        with pytest.raises(BundleError, match=r"is not the file that bundle\.json lists"):
+            Files(copy)
+    with pytest.raises(BundleError, match="unknown way"):
+        Files(copy, "tomorrow")
+
+
+# Where to
+
+
+def test_nothing_is_overwritten(plain, packed, tmp_path):
+    write(tmp_path / "there", {"precious": b"x"})
+    for out in (tmp_path / "there", tmp_path / "there/precious"):
+        with pytest.raises(BundleError, match="is there already"):
+            unpack(packed, out)
+    with pytest.raises(BundleError, match="lies in"):
+        unpack(packed, packed / "out")
+    assert content_of(tmp_path / "there") == {"precious": b"x"}
+    (tmp_path / "empty").mkdir()
+    unpack(packed, tmp_path / "empty")
+    assert content_of(tmp_path / "empty") == content_of(plain)
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from cogumi.runtime.unpacking import Files
+def progress(done, total):
+    if sys.argv[3] == "die" and done > 1 << 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+Files(Path(sys.argv[1]), sys.argv[2], progress)
+print("opened")
+"""
+
+
+def child(packed, way, *words, **options):
+    command = [sys.executable, "-c", CHILD, str(packed), way, *(words or ("live",))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, 1 << 21))
+
+
+@pytest.mark.parametrize("way", ["cached", "eager"])
+def test_a_full_disk(packed, tmp_path, cache, way, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = child(packed, way, preexec_fn=limited)
+    errors = process.communicate()[1].strip().splitlines()
+    assert errors[-1].startswith("cogumi.errors.BundleError: cannot unpack base.gguf")
+    assert "File too large" in errors[-1]
+    left = {name for name in content_of(tmp_path) if "unpacked" in name or "cogumi-" in name}
+    assert not any("base.gguf" in name or "/parts/" in name for name in left)
+    assert way == "cached" or not left
+    with contextlib.closing(Files(packed, way)) as files:  # and when there is room, it works
+        assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
+
+
+def test_killed_while_unpacking_to_the_cache(packed, cache):
+    process = child(packed, "cached", "die")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    (left,) = cache.glob("*/parts/*")
+    assert not list(cache.glob("*/files/base.gguf"))
+    files = Files(packed)
+    assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
+    assert left.exists()  # somebody else may be at it still
+    os.utime(left, (0, left.stat().st_mtime - STALE - 1))
+    Files(packed)
+    assert not left.exists()
+
+
+def test_processes_that_unpack_at_once(packed, cache):
+    processes = [child(packed, way) for way in ("cached", "cached", "lazy", "cached")]
+    for process in processes:
+        out, errors = process.communicate()
+        assert out == "opened\n", errors
+    (place,) = cache.iterdir()
+    assert content_of(place / "files") == content_of(packed.with_name("bundle"))
+    assert not list((place / "parts").iterdir())
+
+
+def test_the_cache_is_used_again_and_repaired(packed, cache):
+    told = []
+    first = Files(packed, "cached", lambda done, total: told.append(total))
+    assert told
+    told.clear()
+    Files(packed, "cached", lambda done, total: told.append(total))
+    assert not told
+    stamp = first.bundle.base.stat().st_mtime_ns
+    assert stamp == (packed / "base.gguf.zst").stat().st_mtime_ns
+    first.bundle.base.write_bytes(CONTENT["base.gguf"][:-1] + b"!")
+    assert Files(packed).bundle.base.read_bytes() == CONTENT["base.gguf"]
+
+
+# As a cascade
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A bundle of pico models, with an encoder that is none, and its packed form."""
+    root = tmp_path_factory.mktemp("real")
+    bundle = make_bundle(root)
+    index = json.loads((bundle / "bundle.json").read_bytes())
+    files = {name: bundle / name for name in index["files"]}
+    more = {EMBEDDER: b"no model", VOCABULARY: b"{}"}
+    more[EXAMPLES] = b'{"domain": "math", "question": "1 + 1?", "answer": "2"}\n'
+    write(root / "more", more)
+    write_bundle(root / "whole", files | {name: root / "more" / name for name in more}, {"parts": index["parts"]})
+    with staged(root / "packed", root / "whole") as part:
+        pack_bundle(root / "whole", part, Config())
+    return root / "whole", root / "packed"
+
+
+def answers(folder, way=None):
+    questions = [Request(messages=(Message("user", q),), max_tokens=8, seed=1) for q in ("What is 2 + 3?", "def f")]
+    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=way)) as cascade:
+        direct = Request(prompt="def f", max_tokens=8, adapter="code")
+        return [final_reply(cascade.generate(q)).text for q in questions] + [
+            final_reply(cascade.tiers.base.generate(direct)).text
+        ]
+
+
+def test_every_way_gives_the_same_answers(real, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    whole, packed = real
+    expected = answers(whole)
+    assert answers(packed, "eager") == expected
+    assert not cache.exists()
+    assert not list(tmp_path.glob("cogumi-*"))
+    assert answers(packed, "lazy") == expected
+    later = {name for name in content_of(whole) if name not in content_of(next(cache.iterdir()) / "files")}
+    assert later == {"modifiers/math.gguf", EMBEDDER, VOCABULARY}
+    assert answers(packed) == expected
+    assert content_of(next(cache.iterdir()) / "files") == content_of(whole)
+
+
+def test_what_is_unpacked_later_fails_the_request_that_needs_it(real, tmp_path):
+    copy = Path(shutil.copytree(real[1], tmp_path / "copy"))
+    path = copy / "modifiers/code.gguf.zst"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with contextlib.closing(open_cascade(copy, slots=2, context=256, threads=1, unpack="lazy")) as cascade:
+        base = cascade.tiers.base
+        assert base.adapters == ("code", "math")
+        with pytest.raises(BundleError, match=r"code\.gguf\.zst is damaged"):
+            final_reply(base.generate(Request(prompt="x", max_tokens=3, adapter="code")))
+        assert final_reply(base.generate(Request(prompt="x", max_tokens=3, adapter="math"))).usage.completion_tokens
+
+
+def test_the_encoder_is_opened_when_it_is_first_used(real):
+    cascade = open_cascade(real[0], slots=2, context=256, threads=1)
+    with contextlib.closing(cascade), pytest.raises(BundleError, match="cannot read the tokenizer"):
+        cascade.parts.templates.near("1 + 2?")
+    with pytest.raises(BundleError, match="cannot read the tokenizer"):
+        open_cascade(real[0], slots=2, context=256, threads=1, reuse="static")
+
+
+def test_stage(plain, packed, tmp_path):
+    (tmp_path / "out").mkdir()
+    told = []
+    context = Context(0, 1, Path(), lambda done, total, figures: told.append(done / total))
+    metrics = run(Config(), {"bundle": Artifact("bundle", plain, "f")}, tmp_path / "out", context)
+    assert content_of(tmp_path / "out") == content_of(packed)
+    assert set(metrics["files"]) == {*CONTENT, "bundle.json"}
+    assert told[-1] == 1
+    (plain / "README.md").write_bytes(b"changed")
+    try:
+        with pytest.raises(BundleError, match=r"README\.md"):
+            run(Config(), {"bundle": Artifact("bundle", plain, "f")}, tmp_path / "out", context)
+    finally:
+        (plain / "README.md").write_bytes(CONTENT["README.md"])
+
+
+def test_commands(real, tmp_path, capsys):
+    whole, _ = real
+    commands.pack(whole, tmp_path / "packed", json=True)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["bytes"] == sum(map(len, content_of(whole).values()))
+    commands.pack(whole, tmp_path / "again")
+    table = capsys.readouterr().out
+    assert "The models alone are 1." in table
+    assert "The dictionary would have saved less than it takes" in table
+    found = look(str(tmp_path / "packed"))
+    assert (found["what"], found["packed_bytes"]) == ("bundle", figures["packed_bytes"])
+    commands.unpack(tmp_path / "packed", tmp_path / "back")
+    assert content_of(tmp_path / "back") == content_of(whole)
+    chat = ("chat", tmp_path / "packed", "--once", "What is 2 + 3?", "--json", "--threads", "1", "--unpack", "lazy")
+    assert json.loads(cogumi(*chat).stdout)["answer"]
+    refused = cogumi("unpack", tmp_path / "packed", tmp_path / "back", ok=1)
+    assert refused.stderr == f"cogumi: {tmp_path / 'back'} is there already; name another place, or remove it\n"
+
+
+def cogumi(*words, ok=0):
+    done = subprocess.run([sys.executable, "-m", "cogumi", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == ok, done.stderr
+    return done
