@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cogumi.compress.layout import F32, Array, Llama, Tensor, read_json, rotary_order
-from cogumi.compress.mixture import FILE_TYPES, NONE, TENSOR_TYPES, check_overrides, check_type, stored_tensors
+from cogumi.compress.mixture import (
+    FILE_TYPES,
+    NONE,
+    OVERRIDES,
+    TENSOR_TYPES,
+    check_overrides,
+    check_type,
+    stored_tensors,
+)
 from cogumi.compress.vocabulary import Vocabulary
 from cogumi.compress.weights import IMPORTANCE, Weights, read_importance
 from cogumi.errors import ExportError
@@ -272,7 +280,9 @@ def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterato
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`model` -> model.gguf, `importance` if given; or `adapter` and the `model` it was trained on -> adapter.gguf."""
+    """`model` -> model.gguf, by `importance` and with the `types` of stage `awq` or `gptq` if given; or `adapter` and
+    the `model` it was trained on -> adapter.gguf.
+    """
     base = inputs["model"].path
     common = {"base_fingerprint": Weights.load(base).sha256, "tokenizer_sha256": Vocabulary.load(base).sha256}
     if "adapter" in inputs:
@@ -280,11 +290,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         export_adapter(inputs["adapter"].path / config.part, base, path, config.adapter_type)
         return {"bytes": path.stat().st_size, "type": config.adapter_type, **common}
     path = out / "model.gguf"
+    given = read_json(inputs["types"].path / OVERRIDES) if "types" in inputs else {}
     tensors = export_model(
         base,
         path,
         config.type,
-        config.types,
+        {**config.types, **given, **config.types},  # the config's come first, and count where both speak
         inputs["importance"].path / IMPORTANCE if "importance" in inputs else None,
         context.threads,
         lambda done, total: context.progress(done, total, {}),

@@ -31,6 +31,8 @@ TENSOR_TYPES = {t.name.lower(): t for t in GGMLQuantizationType if not re.fullma
 PLAIN = {"f32": F32, "f16": F16, "q8_0": Q8_0}
 """Files with one type for all matrices, whatever their width; nobody need be asked about those."""
 NONE: Mapping[str, str] = MappingProxyType({})
+OVERRIDES = "types.json"
+"""The file in which a step (`awq`, `gptq`) says which tensors need a type of their own: pattern -> type."""
 
 
 def stored_tensors(

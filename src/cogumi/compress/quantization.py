@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cogumi.artifact import sha256, write_json
 from cogumi.compress.calibration import Draw, draw_rows
 from cogumi.compress.layout import Llama
+from cogumi.compress.mixture import OVERRIDES
 from cogumi.compress.oneshot import calibrated
 from cogumi.compress.precision import (
     BITS,
@@ -50,9 +51,6 @@ from cogumi.types import Artifact
 Figures: TypeAlias = Mapping[str, float]
 Modifiers: TypeAlias = Callable[[dict[str, Any]], Sequence[Modifier]]
 """llm-compressor's modifiers for a mixture, given as its `config_groups`."""
-
-TYPES = "types.json"
-"""GGUF tensor name -> type, for the linear maps that are to be finer or coarser than the rest."""
 
 
 class Quantization(BaseModel):
@@ -187,7 +185,7 @@ def quantize(
         round_linears(model, best.level, best.setting)
     save(model, folder, out)
     types = gguf_types(folder, best.level)
-    write_json(out / TYPES, types)
+    write_json(out / OVERRIDES, types)
     metrics = {
         "rows": len(rows),
         "tokens": sum(row.size for row in rows),
