@@ -19,9 +19,9 @@ from cogumi.bench.soak import soak
 from cogumi.errors import RequestError
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama.model import Model
-from cogumi.runtime.llama.quantize import quantize
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Request
+from helpers_gguf import stock_quantize
 
 ORDER = chain(SHAPES["pico"].vocabulary).tolist()
 PROMISED = {
@@ -88,7 +88,7 @@ def test_a_draft_is_right_as_often_as_asked(folder, accept):
 def test_the_types_of_the_tensors_are_those_that_llama_cpp_chooses(folder, monkeypatch):
     monkeypatch.setitem(SHAPES, "tall", replace(SHAPES["pico"], layers=16, vocabulary=512))
     mixed = folder / "mixed.gguf"
-    quantize(make_model(folder, "tall", "f16"), mixed, "q4_k_m")
+    stock_quantize(make_model(folder, "tall", "f16"), mixed, "q4_k_m")
     made, chosen_there = (
         {tensor.name: tensor.tensor_type for tensor in GGUFReader(path).tensors}
         for path in (make_model(folder, "tall"), mixed)

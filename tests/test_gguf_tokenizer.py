@@ -87,23 +87,6 @@ def test_a_real_vocabulary_with_plain_added_tokens(tmp_path):
     assert mismatches(tmp_path / "m.gguf", HFTokenizer.load(folder), texts) == []
 
 
-@needs_data
-def test_the_public_gpt_2_vectors(tmp_path):
-    source = DATA / "tokenizer_hf"
-    model = models.BPE.from_file(str(source / "gpt2.vocab"), str(source / "gpt2.merges.txt"))
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    export_model(real_folder(tmp_path / "m", tokenizer), tmp_path / "m.gguf")
-    stock = llama(tmp_path / "m.gguf", vocab_only=True)
-    vectors = DATA / "tokenizers_llamacpp" / "ggml-vocab-gpt-2.gguf"
-    texts = Path(f"{vectors}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    expected = [[int(i) for i in line.split()] for line in Path(f"{vectors}.out").read_text().splitlines()]
-    got = [stock.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
-    assert got[: len(expected)] == expected
-    assert len(expected) > 30
-
-
 def real_folder(folder: Path, tokenizer: Tokenizer) -> Path:
     """A pico model as wide in vocabulary as a real tokenizer."""
     make_model(folder, hidden=32)

@@ -19,7 +19,7 @@ from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.llama.context import Context, Row
 from cogumi.runtime.llama.greedy import greedy_loop
 from cogumi.runtime.llama.model import Model
-from cogumi.runtime.llama.quantize import quantize
+from cogumi.runtime.llama.quantize import mixture
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.pace import Costs
 from cogumi.types import Message, Reply, Request, Token
@@ -69,16 +69,15 @@ def test_files_that_do_not_exist_or_belong(tmp_path):
         LlamaEngine(files.base_q8, threads=1, adapters={"x": tmp_path / "none.gguf"})
 
 
-def test_quantize_is_all_or_nothing(tmp_path):
+def test_choosing_types_leaves_files_alone(tmp_path):
     files = pico()
     with pytest.raises(ExportError, match="unknown GGUF type 'q9'"):
-        quantize(files.base_f32, tmp_path / "x.gguf", "q9")
+        mixture(files.base_f32, "q9")
     (tmp_path / "junk.gguf").write_bytes(b"junk")
     with pytest.raises(ExportError, match="could not quantize"):
-        quantize(tmp_path / "junk.gguf", tmp_path / "x.gguf", "q8_0")
+        mixture(tmp_path / "junk.gguf", "q8_0")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["junk.gguf"]
-    quantize(files.base_f32, tmp_path / "x.gguf", "q4_k_m")
-    assert Model(tmp_path / "x.gguf").width == 64
+    assert set(mixture(files.base_f32, "q8_0").values()) == {"Q8_0", "F32"}
 
 
 # Tokenizer

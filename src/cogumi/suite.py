@@ -25,6 +25,7 @@ SUITES: dict[str, str] = {
     "learning": "cogumi.evaluate.suites.drift",
     "training": "cogumi.train.speed",
     "templates": "cogumi.evaluate.suites.templates",
+    "compression": "cogumi.compress.fidelity",
 }
 """Name -> module."""
 

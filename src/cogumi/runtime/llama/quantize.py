@@ -1,4 +1,4 @@
-"""GGUF weights in other types, by llama.cpp's quantizers."""
+"""llama.cpp's quantizer: which types it chooses, and the bytes it makes of rows."""
 
 from __future__ import annotations
 
@@ -42,18 +42,6 @@ def _parameters(type: str) -> Any:
     parameters = c.llama_model_quantize_default_params()
     parameters.ftype = known[type]
     return parameters
-
-
-def quantize(source: Path, target: Path, type: str) -> None:
-    """Write `source` (an f32 or f16 GGUF) as `target` in a named type such as q8_0 or q4_k_m, atomically."""
-    parameters = _parameters(type)
-    partial = target.with_name(target.name + ".partial")
-    complaints.clear()
-    status = c.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(parameters))
-    if status:
-        partial.unlink(missing_ok=True)
-        raise ExportError(f"llama.cpp could not quantize {source} to {type} ({reason()})")
-    os.replace(partial, target)
 
 
 def mixture(header: Path, type: str, importance: bool = False) -> dict[str, str]:
