@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 import pico
 from cogumi.compress import masks, prune
-from cogumi.compress.calibration import draw_rows
+from cogumi.compress.calibration import Draw, draw_rows
 from cogumi.compress.layout import Llama
+from cogumi.compress.phases import Gradual
 from cogumi.compress.sparsity import Mix, front, importance, least, least_of_four, part_of, scaled, score
 from cogumi.data.examples import split_path, write_examples
-from cogumi.errors import ArtifactError, DataError, RecipeError
+from cogumi.errors import ArtifactError, DataError, RecipeError, TrainingError
 from cogumi.models.build import load, save_tensors
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import CHECKPOINT
@@ -164,8 +165,8 @@ def test_wanda_is_the_product_of_weight_and_input(world, tmp_path):
     """The first layer sees the same inputs before and after, so its mask can be told from the dense model."""
     pruned(world, tmp_path / "out", method="wanda", parts={"attention": 0.5}, calibration={"rows": 20})
     model, llama = load(world / "base"), Llama.load(world / "base")
-    config = prune.Draw(rows=20)
-    rows = draw_rows(world / "data", HFTokenizer.load(world / "base"), 1024, config, context().seed)
+    tokenizer = HFTokenizer.load(world / "base")
+    rows = draw_rows(world / "data", tokenizer, 1024, Draw(rows=20), context().seed)
     columns = masks.activations(model, llama, rows, context())
     name = "model.layers.0.self_attn.k_proj.weight"
     scores = importance(dict(model.named_parameters())[name].detach(), Mix(activation=1), columns=columns[name])
@@ -320,7 +321,7 @@ def test_the_documents_shares_by_default():
     shares = prune.Config().shares
     assert sum(shares[part] * n for part, n in shape.items()) / sum(shape.values()) == pytest.approx(0.65, abs=0.005)
     assert set(prune.Config(structure="2:4").shares.values()) == {0.5}
-    gradual = prune.Gradual()
+    gradual = Gradual()
     assert [0.65 * k / gradual.phases for k in range(1, 5)] == pytest.approx([0.1625, 0.325, 0.4875, 0.65])
     assert gradual.loop.steps == 2000
 
@@ -361,5 +362,5 @@ def test_a_damaged_state_of_a_killed_run_says_so(world, tmp_path):
     pruned(world, tmp_path, method="magnitude")
     kept = tmp_path / CHECKPOINT / "magnitude" / "pruned.safetensors"
     kept.write_bytes(kept.read_bytes()[:-5])
-    with pytest.raises(prune.TrainingError, match="cannot be read"):
+    with pytest.raises(TrainingError, match="cannot be read"):
         pruned(world, tmp_path, method="magnitude")

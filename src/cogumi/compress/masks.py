@@ -67,14 +67,7 @@ class Pruner:
             return float(zero.double().mean()) >= share
         return bool((zero.reshape(-1, GROUP).sum(1) >= round(GROUP * share)).all())
 
-    def _prune_by_mix(
-        self,
-        model: Any,
-        llama: Llama,
-        chosen: Chosen,
-        rows: Sequence[Row],
-        context: Context,
-    ) -> None:
+    def _prune_by_mix(self, model: Any, llama: Llama, chosen: Chosen, rows: Sequence[Row], context: Context) -> None:
         steep = gradients(model, rows, context) if self.mix.gradient else {}
         columns = activations(model, llama, rows, context) if self.mix.activation else {}
         with torch.no_grad():
@@ -110,6 +103,21 @@ def matrices(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         if part := part_of(name):
             found.setdefault(part, {})[name] = weight
     return found
+
+
+def weights(names: Mapping[str, Tensor]) -> int:
+    """How many there are."""
+    return sum(weight.numel() for weight in names.values())
+
+
+def zeros(names: Mapping[str, Tensor]) -> int:
+    """How many are exactly 0."""
+    return sum(int((weight == 0).sum()) for weight in names.values())
+
+
+def reached(model: nn.Module) -> dict[str, float]:
+    """Share of weights that are exactly 0, by part."""
+    return {part: zeros(names) / weights(names) for part, names in matrices(model).items()}
 
 
 def gradients(model: Any, rows: Sequence[Row], context: Context) -> dict[str, Tensor]:

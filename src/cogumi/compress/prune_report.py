@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cogumi.artifact import write_text
 
+Results: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Figures of every candidate by its name, as the stage's metrics tell them under `grid`."""
 
-def write_report(out: Path, results: Sequence[Mapping[str, Any]], chosen: str, dense: Mapping[str, float]) -> None:
-    """`report.md` and `grid.png` in `out`; `results` as the stage's metrics tell them under `grid`."""
+
+def write_report(out: Path, results: Results, chosen: str, dense: Mapping[str, float]) -> None:
+    """`report.md` and `grid.png` in `out`; `chosen` is a name among the `results`."""
     head = ["candidate", "zero", "perplexity", "exact", "zstd bytes", "of dense", "quality", "score", "Pareto"]
     lines = [
         "# Prunings tried",
@@ -20,13 +23,25 @@ def write_report(out: Path, results: Sequence[Mapping[str, Any]], chosen: str, d
         "",
         _row(head),
         _row("---" for _ in head),
-        _row(["dense", "", f"{dense['perplexity']:.3f}", f"{dense['exact']:.1%}", "", "100%", "1.000", "0.000", ""]),
+        _row(
+            [
+                "dense",
+                "",
+                f"{dense['perplexity']:.3f}",
+                f"{dense['exact']:.1%}",
+                f"{dense['zstd_bytes']:,}",
+                "100%",
+                "1.000",
+                "0.000",
+                "",
+            ]
+        ),
     ]
-    for found in sorted(results, key=lambda found: -found["score"]):
+    for name, found in sorted(results.items(), key=lambda item: -item[1]["score"]):
         lines.append(
             _row(
                 [
-                    f"**{found['name']}** (chosen)" if found["name"] == chosen else found["name"],
+                    f"**{name}** (chosen)" if name == chosen else name,
                     f"{found['sparsity']:.1%}",
                     f"{found['pruned']['perplexity']:.3f}",
                     f"{found['pruned']['exact']:.1%}",
@@ -42,11 +57,11 @@ def write_report(out: Path, results: Sequence[Mapping[str, Any]], chosen: str, d
     _picture(out / "grid.png", results, chosen, dense)
 
 
-def _row(cells: Any) -> str:
+def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _picture(path: Path, results: Sequence[Mapping[str, Any]], chosen: str, dense: Mapping[str, float]) -> None:
+def _picture(path: Path, results: Results, chosen: str, dense: Mapping[str, float]) -> None:
     """Selection perplexity against the size that is left, a line per method; the chosen one has a ring."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -54,12 +69,13 @@ def _picture(path: Path, results: Sequence[Mapping[str, Any]], chosen: str, dens
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for method in dict.fromkeys(found["method"] for found in results):
-        points = sorted((f["size"], f["pruned"]["perplexity"], f["sparsity"]) for f in results if f["method"] == method)
+    for method in dict.fromkeys(found["method"] for found in results.values()):
+        same = [found for found in results.values() if found["method"] == method]
+        points = sorted((found["size"], found["pruned"]["perplexity"], found["sparsity"]) for found in same)
         axes.plot([size for size, _, _ in points], [y for _, y, _ in points], "o-", label=method)
         for size, y, sparsity in points:
             axes.annotate(f"{sparsity:.0%}", (size, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    best = next(found for found in results if found["name"] == chosen)
+    best = results[chosen]
     axes.plot(best["size"], best["pruned"]["perplexity"], "o", ms=14, mfc="none", mec="black", label="chosen")
     axes.axhline(dense["perplexity"], color="0.6", linestyle="--", label="dense")
     axes.set(xlabel="zstd bytes, share of the dense model's", ylabel="perplexity of selection answers")
