@@ -47,6 +47,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 Told = Callable[[int], None]
 """Is called with the number of bytes that were just done."""
+Progress = Callable[[int, int], None]
+"""Is told how many bytes of how many are done."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -72,6 +74,10 @@ class Index(BaseModel):
     files: dict[str, PackedFile]
 
 
+def quiet(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`work(item)` of all items in their order, done by several threads a few items ahead."""
     with ThreadPoolExecutor(usable_threads()) as workers:
@@ -82,6 +88,11 @@ def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def may_be_named(name: str) -> bool:
+    """Whether a file of an archive may have this name: letters, digits, . _ - and / between them."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_packed(folder: Path) -> bool:
@@ -99,7 +110,7 @@ class Archive:
         self.folder, self.index = folder, _read_index(folder)
         root = folder.resolve()
         for name, file in self.index.files.items():
-            if not _NAME.fullmatch(name) or not self.packed(name).resolve().is_relative_to(root):
+            if not may_be_named(name) or not self.packed(name).resolve().is_relative_to(root):
                 raise BundleError(f"{folder}: the path '{name}' leaves the folder; do not use this archive")
             if len(file.frames) != -(-file.bytes // FRAME) or sum(file.frames) != file.packed_bytes:
                 raise BundleError(f"{folder / INDEX}: the frames of {name} do not add up; copy or pack it again")
@@ -131,6 +142,19 @@ class Archive:
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+
+    def extract_all(self, folder: Path, progress: Progress = quiet) -> None:
+        """Unpack every file into an empty folder, telling how many bytes of how many are done."""
+        total, done = sum(file.bytes for file in self.index.files.values()), 0
+        check_room(folder, total)
+
+        def told(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        for name in self.index.files:
+            self.extract(name, folder / name, told)
 
     def read(self, name: str) -> Iterator[bytes]:
         """The content, a frame at a time; `BundleError`, after the last one at the latest, if it is not what it was.
@@ -243,20 +267,3 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
         raise BundleError(f"cannot write {out} ({error.strerror or error}); nothing was left there") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def unpack(folder: Path, out: Path, told: Callable[[int, int], None] = lambda done, total: None) -> Archive:
-    """Unpack all files of an archive into the new folder `out`: all of them, or none."""
-    archive = Archive(folder)
-    total, done = sum(file.bytes for file in archive.index.files.values()), 0
-
-    def one(count: int) -> None:
-        nonlocal done
-        done += count
-        told(done, total)
-
-    with staged(out, folder) as part:
-        check_room(part, total)
-        for name in archive.index.files:
-            archive.extract(name, part / name, one)
-    return archive

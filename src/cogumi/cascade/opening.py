@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogumi.archive import Progress, quiet
 from cogumi.bundle import Bundle
 from cogumi.cascade.cache import AnswerCache
 from cogumi.cascade.cascade import Cascade
@@ -28,7 +29,7 @@ from cogumi.runtime.embedder import MODEL, TOKENIZER, Embedder
 from cogumi.runtime.escalation import Escalation
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.shots import ADAPTER
-from cogumi.runtime.unpacking import Files, Progress, quiet
+from cogumi.runtime.unpacking import Files
 
 REUSE = ("exact", "static", "verified")
 """Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
@@ -111,20 +112,19 @@ def _tiers(files: Files, size: Mapping[str, Any], opened: ExitStack) -> Tiers:
     difficulty, router = load_head(bundle.difficulty), load_net(bundle.router)
     if len(router.mean) != 2 * len(difficulty.mean):
         raise BundleError(f"{bundle.path}: router and difficulty head read different drafts; build it again")
+    draft = LlamaEngine(bundle.draft, lookup=False, **size) if bundle.draft else None
+    if draft:
+        opened.callback(draft.close)
     base = LlamaEngine(
         bundle.base,
-        draft=bundle.draft,
+        draft=draft,
         adapters={name: partial(files.file, path) if files.lazy else path for name, path in adapters.items()},
         head=bundle.head,
         base_sha256=bundle.base_fingerprint,
         **size,
     )
     opened.callback(base.close)
-    if bundle.draft is None:
-        return Tiers(base, base, difficulty, router, load_scope(bundle.router))
-    draft = LlamaEngine(bundle.draft, lookup=False, **size)
-    opened.callback(draft.close)
-    return Tiers(base, draft, difficulty, router, load_scope(bundle.router))
+    return Tiers(base, draft or base, difficulty, router, load_scope(bundle.router))
 
 
 def _answers(

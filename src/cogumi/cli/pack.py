@@ -15,8 +15,11 @@ COLUMNS = ("file", "size", "zstd", "with dictionary", "ratio")
 
 
 def pack(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a bundle, or of a model.")],
     out: Annotated[Path, typer.Argument(help="New folder for its packed form.")],
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Try to store safetensors files without their zeros: for pruned models.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Pack a bundle with zstd, without loss; `chat`, `serve`, `inspect` and `eval` open it as it is.
@@ -26,10 +29,10 @@ def pack(
     Example: `cogumi pack runs/tiny/bundle tiny.packed`
     """
     from cogumi.archive import staged
-    from cogumi.compress.archive import Config, pack_bundle
+    from cogumi.compress.archive import Config, pack_folder
 
-    with staged(out, bundle) as part, show.ByteProgress(f"packing {bundle}") as bar:
-        figures = pack_bundle(bundle, part, Config(), bar.advanced)
+    with staged(out, folder) as part, show.ByteProgress(f"packing {folder}") as bar:
+        figures = pack_folder(folder, part, Config(sparse=sparse), bar.advanced)
     if json:
         show.emit(figures)
     else:
@@ -45,15 +48,14 @@ def unpack(
 
     Example: `cogumi unpack tiny.packed tiny`
     """
-    from cogumi import archive
+    from cogumi.compress import archive
 
     with show.ByteProgress(f"unpacking {packed}") as bar:
-        files = archive.unpack(packed, out, bar.advanced).files
-    count = sum(entry.bytes for entry in files.values())
+        count = archive.unpack(packed, out, bar.advanced)
     if json:
-        show.emit({"out": str(out), "bytes": count, "files": {n: entry.model_dump() for n, entry in files.items()}})
+        show.emit({"out": str(out), "bytes": count})
     else:
-        show.OUT.print(f"{out}: {len(files)} files, {show.size(count)}", soft_wrap=True, markup=False)
+        show.OUT.print(f"{out}: {show.size(count)}", soft_wrap=True, markup=False)
 
 
 def _print(out: Path, figures: Mapping[str, Any]) -> None:
@@ -65,6 +67,10 @@ def _print(out: Path, figures: Mapping[str, Any]) -> None:
         rows.append([name, show.size(file["bytes"]), *forms, f"{file['ratio']:.3f}"])
     rows.append(["all", show.size(figures["bytes"]), "", "", f"{figures['ratio']:.3f}"])
     show.table(f"Packed in {out}: {show.size(figures['packed_bytes'])}", COLUMNS, rows)
+    for name, file in figures.get("sparse", {}).items():
+        kept = "stored without them" if file["packed_bytes"] < file["zstd_alone_bytes"] else "stored as it is"
+        sizes = f"{show.size(file['packed_bytes'])} against {show.size(file['zstd_alone_bytes'])} with zstd alone"
+        show.OUT.print(f"{name}: {file['zeros']:.1%} zeros, {sizes}: {kept}.", soft_wrap=True, markup=False)
     models = [file for name, file in figures["files"].items() if name.endswith(".gguf")]
     before, after = (sum(file[key] for file in models) for key in ("bytes", "packed_bytes"))
     if models:

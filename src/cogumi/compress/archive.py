@@ -1,16 +1,20 @@
 """Stage `archive`: a bundle packed with zstd, without loss (SPEC D6); `cogumi pack` does the same.
 
-Every file is compressed at level 10 both plainly and with a dictionary trained on all of them, and the smaller form
-is kept; the dictionary itself counts, and goes where it does not pay. What was written is unpacked once, and
-compared, before the index is written. Weights of 4 to 6 bits are close to random: they hardly get smaller.
+Every file is compressed both plainly and with a dictionary trained on all of them, and the smaller form is kept; the
+dictionary itself counts, and goes where it does not pay. What was written is unpacked once, and compared, before it
+counts. Weights of 4 to 6 bits are close to random: they hardly get smaller.
+
+A model's folder (input `model`) can be packed as well, to be kept rather than opened. With `sparse` the tensors of its
+safetensors files are also tried without their zeros, which pays for weights that were pruned (`compress/sparse.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import zstandard
@@ -27,9 +31,15 @@ from cogumi.archive import (
     Archive,
     Index,
     PackedFile,
+    Progress,
+    Told,
     in_order,
+    may_be_named,
+    quiet,
+    staged,
 )
-from cogumi.artifact import entries, write_json
+from cogumi.artifact import entries, file_names, write_json
+from cogumi.compress import sparse
 from cogumi.errors import BundleError
 from cogumi.stage import Context
 from cogumi.types import Artifact
@@ -39,54 +49,93 @@ KIND = "archive"
 
 SAMPLE, SAMPLES = 4096, 3200
 """Bytes of a sample and their number: a dictionary wants about a hundred times its size to learn from."""
+SEGMENT = 1024
+"""Bytes that a dictionary takes over in one piece; a search for the best took six times as long and won nothing."""
 TRIAL = ".trial"
 """How the form with the dictionary ends until one of the two is chosen."""
 
-Progress = Callable[[int, int], None]
-"""Is told how many bytes of how many are done."""
-
 
 class Config(BaseModel):
-    """`level`: how hard zstd tries, 1 to 22."""
+    """`level`: how hard zstd tries, 1 to 22. `sparse`: try safetensors files without their zeros, too."""
 
     model_config = ConfigDict(extra="forbid")
     level: int = Field(10, ge=1, le=22)
+    sparse: bool = False
 
 
-def pack(
-    folder: Path, names: Iterable[str], out: Path, level: int, progress: Progress = lambda done, total: None
-) -> dict[str, Any]:
+def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
     """Pack the named files of a folder into the empty folder `out` and return the figures.
 
     `{bytes, packed_bytes, ratio, dictionary_bytes, files: {name: {bytes, packed_bytes, ratio, plain_bytes,
-    with_dictionary_bytes, dictionary}}}`; `packed_bytes` in all counts the dictionary. Equal files give equal bytes.
+    with_dictionary_bytes, dictionary}}}`; `packed_bytes` in all counts the dictionary. With `sparse` also
+    `sparse: {name: {bytes, sparse_bytes, zeros, kinds, packed_bytes, zstd_alone_bytes}}`; the file that was chosen is
+    among `files`, by its own name or as `<name>.sparse`. Equal files give equal bytes.
     """
-    names = sorted(names)
-    total, done = 3 * sum((folder / name).stat().st_size for name in names), 0
+    sources = {name: folder / name for name in sorted(names)}
+    if wrong := [name for name in sources if not may_be_named(name)]:
+        raise BundleError(f"{folder / wrong[0]} cannot be packed under that name; rename it or move it elsewhere")
+    original = sum(path.stat().st_size for path in sources.values())
+    total, done = 3 * original, 0
 
     def told(count: int) -> None:
         nonlocal done
-        done += count
+        done = min(done + count, total)
         progress(done, total)
 
-    plain = {name: _packed(folder / name, out / (name + ENDING), level, None, told) for name in names}
-    dictionary = _train([folder / name for name in names], level)
-    trials: dict[str, PackedFile] = {}
-    if dictionary is not None:
-        trials = {name: _packed(folder / name, out / (name + TRIAL), level, dictionary, told) for name in names}
+    with TemporaryDirectory(prefix="cogumi-") as scratch:
+        plain = {name: _packed(path, out / (name + ENDING), config.level, None, told) for name, path in sources.items()}
+        tried = _sparse(sources, plain, Path(scratch), out, config.level) if config.sparse else {}
+        trials = _with_dictionary(sources, plain, out, config.level, told)
+    files = _choose(plain, trials, out)
+    _finish(out, files, told)
+    progress(total, total)
+    figures = _figures(Archive(out), plain, trials)
+    return figures | {"bytes": original, "ratio": ratio(original, figures["packed_bytes"])} | tried
+
+
+def _sparse(
+    sources: dict[str, Path], plain: dict[str, PackedFile], scratch: Path, out: Path, level: int
+) -> dict[str, Any]:
+    """Put each safetensors file without its zeros in the place of the file itself, where that is smaller packed."""
+    tried: dict[str, Any] = {}
+    for name in [name for name in sources if name.endswith(".safetensors")]:
+        other = name + sparse.ENDING
+        figures = sparse.encode_file(sources[name], scratch / "sparse")
+        path = (scratch / "sparse").rename(scratch / str(len(tried)))
+        packed = _packed(path, out / (other + ENDING), level, None, lambda count: None)
+        tried[name] = figures | {"packed_bytes": packed.packed_bytes, "zstd_alone_bytes": plain[name].packed_bytes}
+        loser = name if packed.packed_bytes < plain[name].packed_bytes else other
+        (out / (loser + ENDING)).unlink()
+        if loser == name:
+            del sources[name], plain[name]
+            sources[other], plain[other] = path, packed
+    return {"sparse": tried}
+
+
+def _with_dictionary(
+    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, told: Told
+) -> dict[str, PackedFile]:
+    """Every file packed with a dictionary, beside its plain form; nothing if no dictionary pays."""
+    dictionary = _train(sources.values(), level)
+    if dictionary is None:
+        return {}
+    (out / DICTIONARY).write_bytes(dictionary.as_bytes())
+    return {name: _packed(path, out / (name + TRIAL), level, dictionary, told) for name, path in sources.items()}
+
+
+def _choose(plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile], out: Path) -> dict[str, PackedFile]:
+    """The smaller form of each file; the plain one of all, if the dictionary does not save what it takes."""
     better = {name: file for name, file in trials.items() if file.packed_bytes < plain[name].packed_bytes}
     saved = sum(plain[name].packed_bytes - file.packed_bytes for name, file in better.items())
-    if dictionary is None or saved <= len(dictionary.as_bytes()):
+    if trials and saved <= (out / DICTIONARY).stat().st_size:
+        (out / DICTIONARY).unlink()
         better = {}
-    else:
-        (out / DICTIONARY).write_bytes(dictionary.as_bytes())
     for name in trials:
         if name in better:
             (out / (name + TRIAL)).replace(out / (name + ENDING))
         else:
             (out / (name + TRIAL)).unlink()
-    _finish(out, plain | better, told)
-    return _figures(Archive(out), plain, trials)
+    return dict(sorted((dict(plain) | better).items()))
 
 
 def _train(paths: Iterable[Path], level: int) -> Any:
@@ -102,12 +151,12 @@ def _train(paths: Iterable[Path], level: int) -> Any:
                 at += stride
         at -= size
     try:
-        return zstandard.train_dictionary(DICTIONARY_BYTES, samples, level=level)
+        return zstandard.train_dictionary(DICTIONARY_BYTES, samples, k=SEGMENT, d=8, level=level)
     except zstandard.ZstdError:
         return None
 
 
-def _finish(out: Path, files: Mapping[str, PackedFile], told: Callable[[int], None]) -> None:
+def _finish(out: Path, files: Mapping[str, PackedFile], told: Told) -> None:
     """Write the index, and take it back if what it describes does not unpack to the same bytes."""
     dictionary = entries(out, [DICTIONARY])[DICTIONARY] if (out / DICTIONARY).is_file() else None
     write_json(out / INDEX, Index(format=FORMAT, dictionary=dictionary, files=dict(files)).model_dump())
@@ -147,7 +196,7 @@ def ratio(before: int, after: int) -> float:
     return round(before / after, 4) if after else 1.0
 
 
-def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Callable[[int], None]) -> PackedFile:
+def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Told) -> PackedFile:
     """Write a file as frames; several threads compress them, and the result is the same for any number of threads."""
     target.parent.mkdir(parents=True, exist_ok=True)
     before, after, size = hashlib.sha256(), hashlib.sha256(), 0
@@ -174,15 +223,31 @@ def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Calla
     )
 
 
-def pack_bundle(
-    folder: Path, out: Path, config: Config, progress: Progress = lambda done, total: None
-) -> dict[str, Any]:
-    """Verify a bundle and pack it into the empty folder `out`; returns the figures of `pack`."""
-    bundle.open_bundle(folder)
-    index = json.loads((folder / bundle.INDEX).read_bytes())
-    return pack(folder, [*index["files"], bundle.INDEX], out, config.level, progress)
+def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
+    """Pack a bundle, which is verified first, or a model's folder into the empty folder `out`; figures as of `pack`."""
+    if (folder / bundle.INDEX).is_file():
+        bundle.open_bundle(folder)
+        names = [*json.loads((folder / bundle.INDEX).read_bytes())["files"], bundle.INDEX]
+    else:
+        names = file_names(folder) if folder.is_dir() else []
+        if not any(name.endswith(".safetensors") for name in names):
+            raise BundleError(f"{folder} is neither a bundle nor a model's folder; name one such as runs/tiny/bundle")
+    return pack(folder, names, out, config, progress)
+
+
+def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
+    """Unpack an archive into the new folder `out`, all of it or nothing; the number of bytes that came out."""
+    archive = Archive(folder)
+    with staged(out, folder) as part:
+        archive.extract_all(part, progress)
+        for name in archive.files:
+            if name.endswith(".safetensors" + sparse.ENDING):
+                sparse.expand_file(part / name, part / name.removesuffix(sparse.ENDING))
+                (part / name).unlink()
+        return sum((part / name).stat().st_size for name in file_names(part))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Bundle -> the same packed; metrics are the figures of `pack`."""
-    return pack_bundle(inputs["bundle"].path, out, config, lambda done, total: context.progress(done, total, {}))
+    """Bundle or model -> the same packed; metrics are the figures of `pack`."""
+    source = inputs["model"] if "model" in inputs else inputs["bundle"]
+    return pack_folder(source.path, out, config, lambda done, total: context.progress(done, total, {}))

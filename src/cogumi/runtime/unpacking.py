@@ -12,12 +12,12 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
 from cogumi import bundle
-from cogumi.archive import Archive, check_room, is_packed
+from cogumi.archive import Archive, Progress, check_room, is_packed, quiet
 from cogumi.artifact import difference
 from cogumi.errors import BundleError
 from cogumi.runtime.costs import cache_folder
@@ -29,13 +29,6 @@ FIRST = (bundle.INDEX, bundle.CALIBRATION)
 """Files that say whether this is a bundle, and what belongs together."""
 STALE = 3600.0
 """Seconds after which a file that is half unpacked is nobody's any more."""
-
-Progress = Callable[[int, int], None]
-"""Is told how many bytes of how many are unpacked."""
-
-
-def quiet(done: int, total: int) -> None:
-    """Tell nobody."""
 
 
 class Files:
