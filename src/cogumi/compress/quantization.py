@@ -43,7 +43,7 @@ from cogumi.errors import ArtifactError
 from cogumi.models.build import load, save
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
-from cogumi.train.batches import make_rows
+from cogumi.train.batches import Row, make_rows
 from cogumi.train.losses import distillation
 from cogumi.train.validation import applied, judge_answers, mean_figures
 from cogumi.types import Artifact
@@ -51,6 +51,8 @@ from cogumi.types import Artifact
 Figures: TypeAlias = Mapping[str, float]
 Modifiers: TypeAlias = Callable[[dict[str, Any]], Sequence[Modifier]]
 """llm-compressor's modifiers for a mixture, given as its `config_groups`."""
+Calibrate: TypeAlias = Callable[[Any, dict[str, Any]], None]
+"""Applies them to a model, which is left rounding its weights in its forward pass, if they are not rounded already."""
 
 
 class Quantization(BaseModel):
@@ -106,16 +108,34 @@ def round_linears(model: nn.Module, level: Mapping[str, Level], setting: Setting
         layer.weight.data = rounded(layer.weight.data, BITS[level[name]], setting.group_of(level[name]))
 
 
-def attempt(
-    folder: Path,
-    setting: Setting,
-    level: Mapping[str, Level],
-    calibrate: Callable[[Any, dict[str, Any]], None],
-    judge: Callable[[nn.Module], Figures],
-) -> Attempt:
-    """Quantize the model of `folder`: `calibrate(model, config_groups)` leaves it with rounding in its forward pass."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """Measures a model on the selection `rows` of these `domains`, also against the `original`."""
+
+    original: Any
+    rows: Sequence[Row]
+    domains: Sequence[str]
+
+    @classmethod
+    def load(cls, original: Any, examples: Path, tokenizer: HFTokenizer) -> Judge:
+        """Of the selection split of an `examples` artifact."""
+        found = read_examples(split_path(examples, "selection"))
+        rows = make_rows(found, tokenizer, original.config.max_position_embeddings)
+        domain = {example.id: example.domain for example in found}
+        return cls(original, rows, [domain[row.id] for row in rows])
+
+    def __call__(self, model: nn.Module) -> Figures:
+        """What `judge_answers` tells by domain, and the `divergence` from the original in nats per token."""
+        apply = applied(model)
+        diverged = mean_figures(apply, self.rows, distillation(self.original))["loss"]
+        return {**judge_answers(apply, self.rows, self.domains), "divergence": diverged}
+
+
+def attempt(folder: Path, setting: Setting, costs: Mapping[str, float], calibrate: Calibrate, judge: Judge) -> Attempt:
+    """Quantize the model of `folder` at one setting; `costs` are the linear maps' sensitivities."""
     model = load(folder).eval()
     names, sizes = set(model.state_dict()), {name: layer.weight.numel() for name, layer in linears(model).items()}
+    level = levels(costs, sizes, setting)
     plain = copy.deepcopy(model)
     round_linears(plain, level, setting)
     nearest = judge(plain)
@@ -132,6 +152,25 @@ def ratios(before: Figures, after: Figures) -> dict[str, float | None]:
     }
 
 
+def search(
+    config: Quantization, folder: Path, before: Figures, costs: Mapping[str, float], calibrate: Calibrate, judge: Judge
+) -> tuple[Attempt, list[dict[str, Any]]]:
+    """The first attempt that is good enough, else the one of least loss; and what is told of each."""
+    made: list[Attempt] = []
+    told: list[dict[str, Any]] = []
+    for setting in config.settings:
+        made.append(attempt(folder, setting, costs, calibrate, judge))
+        figures, left = made[-1].figures, ratios(before, made[-1].figures)
+        enough = all(ratio is None or ratio >= config.least for ratio in left.values())
+        told.append(
+            {**setting.model_dump(), "bits_per_weight": made[-1].bits, **_told(figures), **left, "enough": enough}
+        )
+        if enough:
+            return made[-1], told
+        made = [min(made, key=lambda m: m.figures["loss"])]
+    return made[0], told
+
+
 def quantize(
     config: Quantization,
     inputs: Mapping[str, Artifact],
@@ -145,40 +184,19 @@ def quantize(
     `modifiers` either round the weights themselves or leave them to be rounded: `keep_rounding` does so in the folder.
     """
     torch.set_num_threads(context.threads)
-    folder, data = inputs["model"].path, inputs["examples"].path
+    folder, examples = inputs["model"].path, inputs["examples"].path
     original, tokenizer = open_model(folder), HFTokenizer.load(folder)
     for setting in config.settings:
         check_group(original, setting.group)
-    room = original.config.max_position_embeddings
-    rows = draw_rows(data, tokenizer, room, config.draw, context.seed)
-    examples = read_examples(split_path(data, "selection"))
-    selection, domain = make_rows(examples, tokenizer, room), {example.id: example.domain for example in examples}
-
-    def judge(model: nn.Module) -> Figures:
-        apply = applied(model)
-        diverged = mean_figures(apply, selection, distillation(original))["loss"]
-        return {**judge_answers(apply, selection, [domain[row.id] for row in selection]), "divergence": diverged}
+    rows = draw_rows(examples, tokenizer, original.config.max_position_embeddings, config.draw, context.seed)
+    judge = Judge.load(original, examples, tokenizer)
 
     def calibrate(model: Any, groups: dict[str, Any]) -> None:
         calibrated(model, modifiers(groups), rows, context)
 
     before, found = judge(original), sensitivities(original, rows[: config.probe], config.settings[0].group, context)
     costs = {name: sensitivity.divergence for name, sensitivity in found.items()}
-    sizes = {name: layer.weight.numel() for name, layer in linears(original).items()}
-    tried: list[dict[str, Any]] = []
-    best: Attempt | None = None
-    for setting in config.settings:
-        made = attempt(folder, setting, levels(costs, sizes, setting), calibrate, judge)
-        left = ratios(before, made.figures)
-        enough = all(ratio is None or ratio >= config.least for ratio in left.values())
-        tried.append(
-            {**setting.model_dump(), "bits_per_weight": made.bits, **_told(made.figures), **left, "enough": enough}
-        )
-        if best is None or enough or made.figures["loss"] < best.figures["loss"]:
-            best = made
-        if enough:
-            break
-    assert best is not None  # there is at least one setting
+    best, tried = search(config, folder, before, costs, calibrate, judge)
     model = load(folder)
     model.load_state_dict(best.weights)
     if keep_rounding:
