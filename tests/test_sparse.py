@@ -156,12 +156,12 @@ def test_sizes_are_not_believed(tmp_path):
     """A header that wants more than any disk has, and a format of tomorrow."""
     header = json.dumps({"a": {"dtype": "U8", "shape": [1 << 60], "data_offsets": [0, 1 << 60]}})
     stored = {"0.values": np.empty(0, np.uint8), "0.where": np.array([0xFF, 0xFF, 0xFF, 0xFF], np.uint8)}
-    told = {"sparse": "1", "header": header, "sha256": "", "kinds": '["runs4"]'}
-    save_file(stored, tmp_path / "huge", told)
+    told = {"format": 1, "header": header, "sha256": "", "kinds": ["runs4"]}
+    save_file(stored, tmp_path / "huge", {"sparse": json.dumps(told)})
     with pytest.raises(BundleError, match="make room"):
         expand_file(tmp_path / "huge", tmp_path / "out")
-    save_file(stored, tmp_path / "new", told | {"sparse": "2"})
-    with pytest.raises(ArtifactError, match="sparse format '2'"):
+    save_file(stored, tmp_path / "new", {"sparse": json.dumps(told | {"format": 2})})
+    with pytest.raises(ArtifactError, match="sparse format 2"):
         expand_file(tmp_path / "new", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -24,7 +24,9 @@ from cogumi.archive import check_room
 from cogumi.artifact import sha256
 from cogumi.errors import ArtifactError, DataError
 
-FORMAT = "1"
+FORMAT = 1
+KEY = "sparse"
+"""Where the metadata of the file says what it is."""
 ENDING = ".sparse"
 WIDTHS = (1, 2, 4)
 """Bytes that the length of a run may take; a longer run is cut by runs of length 0."""
@@ -156,9 +158,9 @@ def encode_file(source: Path, target: Path) -> dict[str, Any]:
         sparse = encode(np.array(data[begin + tensor.begin : begin + tensor.end]), tensor.width)
         stored |= {f"{number}.values": sparse.values, f"{number}.where": sparse.where}
         kinds.append(sparse.kind)
-    told = {"sparse": FORMAT, "header": header, "sha256": sha256(source), "kinds": json.dumps(kinds)}
+    told = {"format": FORMAT, "header": header, "sha256": sha256(source), "kinds": kinds}
     part = target.with_name(target.name + ".part")
-    save_file(stored, part, told)
+    save_file(stored, part, {KEY: json.dumps(told)})  # one entry: several would come in any order
     part.replace(target)
     values = sum(len(values) for name, values in stored.items() if name.endswith(".values"))
     before = tensors[-1].end if tensors else 0
@@ -175,10 +177,10 @@ def expand_file(source: Path, target: Path) -> None:
     part = target.with_name(target.name + ".part")
     try:
         with safe_open(source, "numpy") as stored:
-            told = stored.metadata() or {}
-            if told.get("sparse") != FORMAT:
-                raise ArtifactError(f"{source} has sparse format {told.get('sparse')!r}, this cogumi reads {FORMAT}")
-            header, kinds = told["header"].encode(), json.loads(told["kinds"])
+            told = json.loads((stored.metadata() or {}).get(KEY, "{}"))
+            if told.get("format") != FORMAT:
+                raise ArtifactError(f"{source} has sparse format {told.get('format')!r}, this cogumi reads {FORMAT}")
+            header, kinds = told["header"].encode(), told["kinds"]
             tensors, digest = _layout(told["header"]), hashlib.sha256()
             check_room(target.parent, 8 + len(header) + (tensors[-1].end if tensors else 0))
             with part.open("wb") as out:
@@ -194,7 +196,7 @@ def expand_file(source: Path, target: Path) -> None:
         if digest.hexdigest() != told["sha256"]:
             raise ValueError("its SHA-256 is another")
         part.replace(target)
-    except (SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise ArtifactError(f"{source} is damaged ({error}); copy or pack it again") from error
     finally:
         part.unlink(missing_ok=True)
