@@ -116,6 +116,11 @@ def smaller(shape: ModelShape, asked: Mapping[str, int]) -> ModelShape:
     for name, width in (("hidden", result.hidden), ("feed_forward", result.feed_forward), ("heads", result.query)):
         if width % BLOCK and width != getattr(shape, "query" if name == "heads" else name):
             raise RecipeError(f"{name}: a width of {width} is not a multiple of {BLOCK} and could not be quantized")
+    if shape.kind == "qwen2" and result.query != result.hidden:
+        raise RecipeError(
+            f"llama.cpp runs a qwen2 only with as many channels as its heads are wide; {result.heads} heads of "
+            f"{result.head} are {result.query} wide, hidden is {result.hidden}: cut heads and hidden alike"
+        )
     return result
 
 
