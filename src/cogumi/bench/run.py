@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cogumi.bench import adapters, bundles, memory, speed
+from cogumi.bench import adapters, bundles, memory, packing, speed
 from cogumi.bench.measure import Row, Setup, ordinary
 from cogumi.bench.roofline import Memory, roofline
 from cogumi.bench.shapes import SHAPES, chain, make_model
@@ -25,7 +25,7 @@ ACCEPT = (0.3, 0.6, 0.75, 0.9)
 """Acceptances of the simulated drafts."""
 BUNDLES = ("q4_k_m", "iq4_xs")
 """Types of the base in the rows about bundles."""
-NAMED_ONLY = ("concurrency_16", "start", *(f"bundle_1b_{type}" for type in BUNDLES), "bundle_mobile", "soak")
+NAMED_ONLY = ("concurrency_16", "start", *(f"bundle_1b_{type}" for type in BUNDLES), "bundle_mobile", "unpack", "soak")
 """Rows that take long or have nothing to be compared with; they run only when named."""
 
 Measure = Callable[[Setup], Row]
@@ -60,6 +60,7 @@ def measures(accept: Sequence[float] = ACCEPT) -> dict[str, Measure]:
         "prefill_ahead": speed.prefill_ahead,
         "concurrency_16": partial(speed.concurrency, users=16),
         "start": memory.start,
+        "unpack": packing.unpack,
         **{f"bundle_1b_{type}": partial(bundles.bundle_1b, type=type) for type in BUNDLES},
         "bundle_mobile": bundles.bundle_mobile,
         "soak": soak,
