@@ -53,15 +53,16 @@ MAX_SUPPORT = 1 << 26
 class LlamaEngine:
     """`runtime.engine.Engine` over GGUF files.
 
-    `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait. `threads`
-    None: `default_threads`. `cache` is the type of the key-value cache: f16, q8_0 or q4_0; None: q8_0 where the model's
-    heads allow, else f16. Drafts come from `lookup` in the text itself and from a `draft` model, bridged if its
-    vocabulary differs; a request that insists gets `draft_tokens` per round, others what pays. Adapters that are not
-    answering are freed, longest unused first, while all of them take more than `adapter_memory` bytes; those added
-    later are written to the file `remember` and read from it at the next start. An engine that is dropped with nobody
-    reading from it closes by itself. `head` answers requests with examples, adapted to them, together with the adapter
-    named `shots.ADAPTER` if it is given; it must be of the base with that `base_sha256`, if that is known. `repack` is
-    `Model`'s: faster, for up to twice the memory. Raises `BundleError` if a file cannot be used.
+    `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait.
+    `threads` None: `default_threads`. `cache` is the type of the key-value cache: f16, q8_0 or q4_0; None: q8_0 where
+    the model's heads allow, else f16. Drafts come from `lookup` in the text itself and from a `draft` model, that of a
+    file or of another engine (whose weights are shared), bridged if its vocabulary differs; a request that insists
+    gets `draft_tokens` per round, others what pays. Adapters that are not answering are freed, longest unused first,
+    while all of them take more than `adapter_memory` bytes; those added later are written to the file `remember` and
+    read from it at the next start. An engine that is dropped with nobody reading from it closes by itself. `head`
+    answers requests with examples, adapted to them, together with the adapter named `shots.ADAPTER` if it is given; it
+    must be of the base with that `base_sha256`, if that is known. `repack` is `Model`'s: faster, for up to twice the
+    memory. Raises `BundleError` if a file cannot be used.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LlamaEngine:
         slots: int = 8,
         context: int = 512,
         threads: int | None = None,
-        draft: Path | None = None,
+        draft: Path | LlamaEngine | None = None,
         draft_tokens: int = 5,
         lookup: bool = True,
         adapters: Mapping[str, Source] | None = None,
@@ -87,7 +88,10 @@ class LlamaEngine:
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise BundleError("slots, context, draft_tokens, queue and threads are whole numbers of at least 1")
         self._model = Model(model, repack=repack)
-        self._draft = Model(draft, repack=repack) if draft else None
+        if isinstance(draft, LlamaEngine):
+            self._draft: Model | None = draft._model
+        else:
+            self._draft = Model(draft, repack=repack) if draft else None
         sizes_of = {"width": self._model.width, "vocabulary": self._model.tokenizer.size}
         self._head = load_head(head, **sizes_of, base_sha256=base_sha256) if head else None
         self._context = context
