@@ -40,8 +40,8 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Measure instead: honesty, routing, domains, escalation, cache, deliberation, learning, templates or "
-            "training.",
+            help="Measure instead: honesty, routing, domains, escalation, cache, deliberation, learning, templates, "
+            "compression or training.",
             show_default="grade the answers to --data",
         ),
     ] = None,
@@ -134,7 +134,7 @@ def bench(
     """Measure every feature against the same without it, in turns, and against what the memory allows.
 
     Without downloads: models of real shapes with made-up weights are written to the cache folder once. The rows
-    `soak`, `start` and `concurrency_16` run only when named.
+    `soak`, `start`, `unpack` and `concurrency_16` run only when named.
 
     Example: `cogumi bench --json bench.json --picture bench.png`, or `cogumi bench --only single_stream`
     """
