@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import torch
 from llmcompressor.modifiers import Modifier
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cogumi.artifact import sha256, write_json
@@ -92,20 +91,18 @@ def open_model(folder: Path) -> Any:
     Raises `ExportError` for one that could not be shipped as GGUF, `ArtifactError` for damaged weights.
     """
     Llama.load(folder)
-    try:
-        model = load(folder).eval()
-    except SafetensorError as error:
-        raise ArtifactError(f"{folder}: model.safetensors is cut short or damaged ({error}); copy it again") from error
+    model = load(folder).eval()
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ArtifactError(f"{folder}: {name} holds NaN or infinity; use a checkpoint from before training failed")
     return model
 
 
-def round_linears(model: nn.Module, level: Mapping[str, Level], setting: Setting) -> None:
-    """Round every linear map to its level, in place, each weight to its nearest neighbour on the grid."""
+def round_linears(model: nn.Module, level: Mapping[str, Level], setting: Setting) -> nn.Module:
+    """The model, every linear map rounded to its level in place: each weight to its nearest neighbour on the grid."""
     for name, layer in linears(model).items():
         layer.weight.data = rounded(layer.weight.data, BITS[level[name]], setting.group_of(level[name]))
+    return model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,12 +133,10 @@ def attempt(folder: Path, setting: Setting, costs: Mapping[str, float], calibrat
     model = load(folder).eval()
     names, sizes = set(model.state_dict()), {name: layer.weight.numel() for name, layer in linears(model).items()}
     level = levels(costs, sizes, setting)
-    plain = copy.deepcopy(model)
-    round_linears(plain, level, setting)
-    nearest = judge(plain)
+    plain = judge(round_linears(copy.deepcopy(model), level, setting))
     calibrate(model, config_groups(level, setting))
     weights = {name: value for name, value in model.state_dict().items() if name in names}
-    return Attempt(setting, level, bits_per_weight(level, sizes, setting), weights, judge(model), nearest)
+    return Attempt(setting, level, bits_per_weight(level, sizes, setting), weights, judge(model), plain)
 
 
 def ratios(before: Figures, after: Figures) -> dict[str, float | None]:
