@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cogumi.archive import DICTIONARY, ENDING, FRAME, INDEX, staged
-from cogumi.artifact import sha256
+from cogumi.artifact import finish, sha256
 from cogumi.bundle import EMBEDDER, EXAMPLES, VOCABULARY, write_bundle
 from cogumi.cascade.opening import open_cascade
 from cogumi.cli import pack as commands
@@ -479,6 +479,8 @@ def test_stage(plain, packed, tmp_path):
     assert content_of(tmp_path / "out") == content_of(packed)
     assert set(metrics["files"]) == {*CONTENT, "bundle.json"}
     assert told[-1] == 1
+    finish(tmp_path / "out", kind="archive", fingerprint="f", parents={}, metrics=metrics, environment={})
+    assert look(str(tmp_path / "out"))["what"] == "bundle"  # the manifest beside it does no harm
     (plain / "README.md").write_bytes(b"changed")
     try:
         with pytest.raises(BundleError, match=r"README\.md"):

@@ -138,7 +138,9 @@ class Archive:
                     told(len(content))
         except OSError as error:
             target.unlink(missing_ok=True)
-            raise BundleError(f"cannot unpack {name} to {target} ({error.strerror}); make room there") from error
+            raise BundleError(
+                f"cannot unpack {name} to {target} ({error.strerror}); make room, or use another disk"
+            ) from error
         except BaseException:
             target.unlink(missing_ok=True)
             raise

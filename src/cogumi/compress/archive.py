@@ -82,7 +82,7 @@ def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress
         done = min(done + count, total)
         progress(done, total)
 
-    with TemporaryDirectory(prefix="cogumi-") as scratch:
+    with TemporaryDirectory(dir=out) as scratch:
         plain = {name: _packed(path, out / (name + ENDING), config.level, None, told) for name, path in sources.items()}
         tried = _sparse(sources, plain, Path(scratch), out, config.level) if config.sparse else {}
         trials = _with_dictionary(sources, plain, out, config.level, told)
