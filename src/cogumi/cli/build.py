@@ -61,7 +61,7 @@ def plan(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help="A built-in recipe's name or a YAML file; or a model alone: a known name such as Llama-3.2-1B, a "
             "folder, its config.json, or a GGUF file.",
         ),

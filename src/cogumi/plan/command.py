@@ -83,8 +83,7 @@ class Answer:
         if self.sizes:
             found.append(("files", figures.FILE_COLUMNS, figures.file_table(self.sizes)))
             found.append(("memory when opened", ("", "bytes"), figures.memory_table(self.sizes)))
-            columns, rows = figures.route_table(self.sizes)
-            found.append(("routes (+ fits)", columns, rows))
+            found.append(figures.route_table(self.sizes))
         return found
 
     def remarks(self) -> list[str]:

@@ -13,7 +13,7 @@ from cogumi.environment import usable_threads
 from cogumi.errors import BundleError
 from cogumi.footprint import BF16, FP32
 from cogumi.plan.memory import bytes_per_token
-from cogumi.plan.routes import Asked, Route, refusal
+from cogumi.plan.routes import Asked, Budget, Route, refusal
 from cogumi.show import size
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FILE_COLUMNS = ("file", "bytes", "share", "packed by zstd, estimated")
 MEMORY = {
     "weights": "weights, mapped from their files",
     "repacked": "the same once more where llama.cpp repacks them",
-    "cache": "key-value cache",
+    "cache": "key-value caches",
     "buffers": "compute buffers",
     "adapters": "adapters with their caches",
     "nets": "small nets",
@@ -128,21 +128,25 @@ def memory_table(asked: Asked) -> list[list[str]]:
     return [*rows, ["all", size(route.ram)]]
 
 
-def route_table(asked: Asked) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: a row for every depth and vocabulary, a column for every type, + where all of it fits."""
+def route_table(asked: Asked) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows: a row for every depth and vocabulary, a column for every type."""
     routes = asked.table()
     types = list(dict.fromkeys(route.parts.base.type for route in routes))
     rows = []
     for (layers, ids), some in groupby(
         routes, key=lambda r: (r.parts.base.shape.layers, r.parts.base.shape.vocabulary)
     ):
-        rows.append([f"{layers} layers, {ids:,} ids", *map(_cell, some)])
-    return ["", *types], rows
+        rows.append([str(layers), f"{ids:,}", *map(_cell, some)])
+    said = ", + where it fits" if asked.budget != Budget() else ""
+    speed = " with tokens/s at most" if asked.bandwidth else ""
+    return f"routes: MB of the bundle{speed}{said}", ["layers", "ids", *types], rows
 
 
 def _cell(route: Route) -> str:
+    megabytes = route.parts.bytes / 1e6
     speed = f" {route.ceiling:.0f}/s" if route.ceiling else ""
-    return f"{size(route.parts.bytes)}{speed}{'' if route.missed else ' +'}"
+    fits = " +" if route.budget != Budget() and not route.missed else ""
+    return f"{megabytes:,.{0 if megabytes >= 100 else 1}f}{speed}{fits}"
 
 
 def lines(asked: Asked) -> list[str]:
@@ -150,7 +154,7 @@ def lines(asked: Asked) -> list[str]:
     route = asked.route()
     base, n = route.parts.base, route.parts.base.shape.parameters
     found = [f"{asked.parts.name}: {_summary(route)}; {8 * base.file.bytes / n:.2f} bits for each of {n:,} weights"]
-    if not any((asked.budget.disk, asked.budget.ram, asked.budget.tokens_per_second)):
+    if asked.budget == Budget():
         return found
     if not route.missed:
         return [*found, "it fits as it is"]

@@ -15,11 +15,11 @@ from cogumi.registry import nearest
 from cogumi.shapes import ModelShape
 
 REPACKED = ("Q4_0", "Q4_K", "IQ4_NL")
-"""Types that llama.cpp repacks on processors with AVX2; on others they are these or fewer."""
+"""Types that llama.cpp repacks on processors with AVX2; others have kernels for a few more, or none."""
 CACHES = {"f16": (2.0, 2.0), "q8_0": (34 / 32, 34 / 32), "q4_0": (18 / 32, 18 / 32)}
 """Bytes of a value among the keys and among the values of each type of cache."""
-PROGRAM = 80_000_000
-"""Python with the libraries that answering needs, as measured with the tiny recipe's bundle."""
+PROGRAM = 100_000_000
+"""Python with the libraries that answering needs, as measured with bundles of several sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +62,26 @@ class Memory:
 
 
 def memory(parts: Parts, serving: Serving) -> Memory:
-    """What a bundle takes after it has answered with all that is in it.
+    """What a bundle takes after all that is in it has answered; before, that is less.
 
-    The draft is opened twice, by itself to read questions and beside the base; without one, the base reads them. Each
-    adapter has a context of its own.
+    Each adapter has a context of its own. The draft has two, to read questions and to draft for the base; without a
+    draft, the base reads them.
     """
     base, draft = parts.base, parts.draft
     reads = draft is None and bool(parts.small)
+    models = [base, draft] if draft else [base]
     opened = [(base, reads)] + ([(draft, False), (draft, True)] if draft else [])
     tokens = serving.slots * serving.context
     caches = [tokens * serving.cache_bytes(weights.shape) for weights, _ in opened]
     buffers = [_buffers(weights.shape, serving, whole) for weights, whole in opened]
+    beside = caches[0] + _buffers(base.shape, serving, whole=False)
     files = parts.models
     return Memory(
-        weights=sum(weights.file.bytes for weights, _ in opened),
-        repacked=sum(weights.file.of_types(REPACKED) for weights, _ in opened),
+        weights=sum(weights.file.bytes for weights in models),
+        repacked=sum(weights.file.of_types(REPACKED) for weights in models),
         cache=sum(caches),
         buffers=sum(buffers),
-        adapters=sum(files[name].bytes + caches[0] + buffers[0] for name in parts.adapters),
+        adapters=sum(files[name].bytes + beside for name in parts.adapters),
         nets=sum(bytes for name, bytes in parts.files.items() if name not in files),
     )
 
