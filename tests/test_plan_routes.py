@@ -178,6 +178,37 @@ def test_the_bundle_of_a_recipe_follows_its_steps(tmp_path):
     assert 0.4 < small.files[BASE] / whole.files[BASE] < 0.9
 
 
+def test_an_adapter_is_planned_as_the_last_step_leaves_it(tmp_path):
+    qwen2(tmp_path / "mine")
+    inputs = {"examples": "data", "model": "base"}
+    steps = [
+        {"name": "data", "stage": "world"},
+        {"name": "base", "stage": "sft", "inputs": {"examples": "data"}, "config": {"init": "mine"}},
+        {
+            "name": "code",
+            "stage": "modifier",
+            "inputs": inputs | {"responses": "answers"},
+            "config": {"domain": "code"},
+        },
+        {"name": "less", "stage": "compress_adapter", "inputs": inputs | {"adapter": "code"}, "config": {"rank": 32}},
+        {"name": "base_gguf", "stage": "gguf", "inputs": {"model": "base"}},
+        {"name": "code_gguf", "stage": "gguf", "inputs": {"model": "base", "adapter": "code"}},
+        {
+            "name": "less_gguf",
+            "stage": "gguf",
+            "inputs": {"model": "base", "adapter": "less"},
+            "config": {"adapter_type": "q8_0"},
+        },
+        {"name": "answers", "stage": "respond", "inputs": inputs},
+    ]
+    steps.insert(2, steps.pop())
+    bundle = {"name": "bundle", "stage": "bundle"}
+    for adapter, expected in (("code_gguf", (30, "f32")), ("less_gguf", (32, "q8_0"))):
+        given = bundle | {"inputs": {"base": "base_gguf", "modifier_code": adapter}}
+        (found,) = parts_of({"name": "mine", "steps": [*steps, given]}, tmp_path).adapters.values()
+        assert (found.ranks["q_proj"], found.type) == expected
+
+
 BUNDLE = {"name": "bundle", "stage": "bundle", "inputs": {"base": "base_gguf"}}
 
 

@@ -83,17 +83,23 @@ def folders(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("type", TYPES)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "narrow llama", "narrow qwen2"])
+@pytest.mark.parametrize(
+    ("name", "type"),
+    [
+        *(("llama", type) for type in TYPES),
+        *(("qwen2", type) for type in ("q8_0", "q5_k_m", "q4_k_m", "q3_k_m")),
+        *((f"narrow {kind}", type) for kind in ("llama", "qwen2") for type in ("f16", "q8_0", "q4_k_m")),
+    ],
+)
 def test_a_file_has_exactly_the_planned_bytes(folders, tmp_path, name, type):
     out = tmp_path / "model.gguf"
     export_model(folders[name], out, type)
     file = planned(folders[name], type)
     assert file.bytes == out.stat().st_size
     assert file.read == weight_bytes(out)
-    assert read_model(out)[1] == type
-    shape, _, vocabulary = read_model(out)
-    assert model_file(shape, type, vocabulary).bytes == out.stat().st_size
+    shape, found, vocabulary = read_model(out)
+    assert found == type
+    assert model_file(shape, type, vocabulary) == file
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "q8_0"])

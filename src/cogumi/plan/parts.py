@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogumi import bundle
 from cogumi.errors import ArtifactError
-from cogumi.plan.training import Model, ranks_of
+from cogumi.plan.models import Model, ranks_of
 from cogumi.recipe import Recipe, Step
 from cogumi.registry import stage
 from cogumi.shapes import ModelShape

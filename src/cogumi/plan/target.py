@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogumi.errors import ArtifactError
+from cogumi.plan.models import Model
 from cogumi.plan.parts import Parts, parts_of_gguf, parts_of_model
-from cogumi.plan.training import Model
 from cogumi.recipe import Recipe, builtin_recipes, load_recipe
 from cogumi.registry import nearest
 from cogumi.shapes import KNOWN, find_shape, known

@@ -6,7 +6,6 @@ data itself, at a cautious number of bytes per token. How long a step takes is n
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,13 +14,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from cogumi.artifact import sha256
 from cogumi.errors import ArtifactError, RecipeError
 from cogumi.footprint import FP32, Footprint, Training, footprint
 from cogumi.lengths import OWN_TEMPLATE, TEMPLATE, Rows, Sizes, file_sizes, world_sizes
+from cogumi.plan.models import Model, cut, given, ranks_of
 from cogumi.recipe import Recipe, Step, explain
 from cogumi.registry import nearest, stage
-from cogumi.shapes import ModelShape, find_shape, known
+from cogumi.shapes import ModelShape
 from cogumi.show import size
 from cogumi.stage import Stage
 
@@ -30,6 +29,7 @@ ASKED = 256
 VALIDATED = 4096
 """Tokens that a pass of validation reads at once (`train.validation.TOKENS`, which this must not import)."""
 
+UNKNOWN_IDS = ("how many ids stay will say the corpus; what follows is planned as if all did",)
 COLUMNS = ("step", "method", "weights", "trained", "steps", "tokens", "peak memory", "disk")
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "tokenizer": {"examples": "examples"},
@@ -56,19 +56,6 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "report": {"data": "examples", "bundle": "bundle"},
 }
 """Stage -> the inputs it cannot do without, each with the kind of artifact it must be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What is known of a model that a step makes: `tokenizer` names its vocabulary, equal for equal ids; `own` is one
-    that the recipe trains itself; `bytewise` one over bytes. `folder` is where it lies, if it is there already.
-    """
-
-    shape: ModelShape
-    tokenizer: str
-    own: bool = False
-    bytewise: bool = True
-    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,34 +148,6 @@ def _paths(value: Any) -> Iterator[Path]:
             yield from _paths(item)
 
 
-def _given(name: str, root: Path) -> Model:
-    """The model of a folder or a Hub id; `ArtifactError` if it is neither there nor known."""
-    shape, path = find_shape(name, root), root / name / "tokenizer.json"
-    if not (root / name).is_dir():
-        return Model(shape, str(known(name)).split("-")[0])
-    if not path.is_file():
-        raise ArtifactError(f"{path.parent} has no tokenizer.json; give a full model folder")
-    document = json.loads(path.read_text("utf-8"))
-    around = json.dumps([document.get("pre_tokenizer"), document.get("decoder")])
-    return Model(shape, f"{name} ({sha256(path)[:8]})", bytewise="ByteLevel" in around, folder=str(root / name))
-
-
-def _cut(step: Step, config: Any, shape: ModelShape) -> ModelShape:
-    """What is left of a shape by the stages that cut models; how many ids `trim` leaves is known if it is told."""
-    if step.stage == "trim" and config.size:
-        return replace(shape, vocabulary=min(config.size, shape.vocabulary))
-    if step.stage == "shrink":
-        from cogumi.compress.cutting import smaller
-
-        return smaller(shape, config.asked)
-    return shape
-
-
-def ranks_of(lora: Any) -> dict[str, int]:
-    """The rank of each target of a `models.lora.LoraShape`."""
-    return {target: lora.ranks.get(target, lora.rank) for target in (*lora.targets, *lora.ranks)}
-
-
 class _Planner:
     """Goes through the steps in order, and remembers of each what later ones need."""
 
@@ -218,13 +177,13 @@ class _Planner:
             self.result.models[step.name] = model
         if step.stage == "tokenizer":
             self.vocabularies[step.name] = config.vocabulary
-        found = StepPlan(step.name, step.stage)
+        found = StepPlan(step.name, step.stage, notes=UNKNOWN_IDS if step.stage == "trim" and not config.size else ())
         if model is not None:
             rows = self._rows(step, model)
             self._check_length(step, config, model, rows)
             if step.stage == "respond":
                 found = self._answering(step, config, model, rows)
-            elif hasattr(config, "loop"):
+            elif getattr(config, "loop", None):
                 found = self._training(step, module, config, model, rows)
         self.result.steps.append(found)
 
@@ -272,9 +231,9 @@ class _Planner:
         )
         init = getattr(config, "init", None)
         if init is None:
-            return replace(base, shape=_cut(step, config, base.shape)) if base else None
+            return replace(base, shape=cut(step, config, base.shape)) if base else None
         if init != "scratch":
-            return _given(init, self.recipe.root)
+            return given(init, self.recipe.root)
         tokenizer = step.inputs.get("tokenizer", "")
         vocabulary = base.shape.vocabulary if base else self.vocabularies.get(tokenizer)
         if vocabulary is None:
