@@ -60,7 +60,7 @@ def test_the_last_change_is_the_smallest_in_every_respect(every):
 def test_the_route_named_is_the_first_that_fits(every, data):
     _, (disk, ram, seconds) = data.draw(st.sampled_from(every))
     given = asked(disk=disk, ram=ram, tokens_per_second=0.999 / seconds)
-    found = given.fitting()
+    found = given.fitting
     assert found is not None
     assert not found.missed
     assert found.parts.bytes <= disk
@@ -74,7 +74,7 @@ def test_the_route_named_is_the_first_that_fits(every, data):
 
 def test_what_costs_least_is_changed_first():
     def named(**budget):
-        return asked(**budget).fitting().changes
+        return asked(**budget).fitting.changes
 
     whole = WHOLE.bytes
     assert named(disk=whole) == ()
@@ -118,7 +118,7 @@ def test_adapters_are_made_smaller_only_where_that_makes_them_smaller():
 def test_an_impossible_ask_is_told_the_arithmetic_and_what_fits_instead():
     eight = Parts("8b", known_weights(KNOWN["Llama-3.1-8B"]))
     tight = asked(eight, disk=540_000_000)
-    assert tight.fitting() is None
+    assert tight.fitting is None
     line = refusal(tight)
     assert "540.0 MB on disk for 8.03e+09 weights are 0.54 bits each" in line
     assert "the smallest type there is has 1.56" in line

@@ -55,7 +55,7 @@ class Answer:
     @cached_property
     def refused(self) -> bool:
         """Whether no route fits the budget."""
-        return self.sizes is not None and self.sizes.fitting() is None
+        return self.sizes is not None and self.sizes.fitting is None
 
     @cached_property
     def faults(self) -> list[str]:

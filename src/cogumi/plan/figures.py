@@ -67,7 +67,7 @@ def figures(asked: Asked) -> dict[str, Any]:
     """All there is to know of sizes, JSON-able: the bundle as asked, the routes, what changes make it fit."""
     route = asked.route()
     shape = route.parts.base.shape
-    fitting = asked.fitting() if route.missed else route
+    fitting = asked.fitting if route.missed else route
     return {
         "budget": asdict(asked.budget),
         "serving": asdict(asked.serving),
@@ -159,7 +159,7 @@ def lines(asked: Asked) -> list[str]:
     if not route.missed:
         return [*found, "it fits as it is"]
     found.append(f"it does not fit: {', '.join(route.missed)}")
-    change = asked.fitting()
+    change = asked.fitting
     if change is None:
         return found
     found.append(f"changes that cost least are tried first: {ORDER}")

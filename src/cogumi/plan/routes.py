@@ -157,6 +157,7 @@ class Asked:
         """Those that the base's can be cut to."""
         return tuple(n for n in VOCABULARIES if n < self.parts.base.shape.vocabulary)
 
+    @cached_property
     def fitting(self) -> Route | None:
         """The route that fits at the least expected cost; None if none does, which the last one tells at once."""
         every = list(self.changes())
