@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
+from typer.testing import CliRunner
 
 from cogumi.artifact import sha256
+from cogumi.cli import app
 from cogumi.compress import trim
 from cogumi.compress.bpe import BPE, check, renumbering, trimmed
 from cogumi.compress.essential import cover, of_size
@@ -333,6 +335,19 @@ def test_corpus_files_count_and_files_kept_out_are_measured(folders, tmp_path):
     tokenizer = HFTokenizer.load(tmp_path / "out")
     assert len(tokenizer.encode("quick brown")) == len(HFTokenizer.load(folders["own"]).encode("quick brown"))
     assert found["lines"]["ascii"] == 1 + 1 + 1  # question, answer, the log's line
+
+
+def test_the_command_says_what_trimming_would_do(folders, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(SENTENCES[:3]), "utf-8")
+    (tmp_path / "b.txt").write_text("\n".join(SENTENCES), "utf-8")
+    asked = ["vocabulary", str(folders["llama3"]), "--corpus", str(tmp_path / "a.txt")]
+    asked += ["--measure", str(tmp_path / "b.txt"), "--size", "650", "--cover", "1"]
+    [sized, covering] = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+    assert (sized["asked"], sized["tokens"]) == (650, 650)
+    assert covering["coverage"] == 1
+    assert covering["tokens_per_word"]["after"] >= covering["tokens_per_word"]["before"]
+    assert covering["round_trip"] == {"ascii": 1.0, "unicode": 1.0}
+    assert "704 tokens" in CliRunner().invoke(app, asked).stdout
 
 
 # --- bad input

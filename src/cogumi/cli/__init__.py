@@ -52,6 +52,7 @@ app.command()(run.forget)
 app.command()(pack.pack)
 app.command()(pack.unpack)
 app.command()(build.plan)
+app.command()(build.vocabulary)
 app.command()(measure.bench)
 
 

@@ -130,3 +130,47 @@ def plan(
         raise SystemExit(1)
     if check and not json:
         show.OUT.print(f"{answer.title}, nothing in the way")
+
+
+def vocabulary(
+    model: Annotated[Path, typer.Argument(help="A model folder; of its files only the tokenizer's are read.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Text file or folder that tokens are counted in; may be repeated.")
+    ],
+    measure: Annotated[list[Path], typer.Option(help="Text file or folder to measure on, kept out of the corpus.")],
+    size: Annotated[list[int] | None, typer.Option(help="So many tokens.")] = None,
+    cover: Annotated[
+        list[float] | None,
+        typer.Option(help="What covers this share of the corpus's tokens.", show_default="the stage's"),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what the stage `trim` would make of a vocabulary: tokens per word before and after, and lines that come back.
+
+    Example: `cogumi vocabulary models/llama --corpus texts --measure kept_out --size 32768 --cover 0.995`
+    """
+    from cogumi.compress.fertility import read_texts
+    from cogumi.compress.remap import Vocabulary
+    from cogumi.compress.trim import Choice, Config, survey
+
+    whole = Vocabulary.load(model)
+    asked = [*(size or ()), *(cover or ())] or Config().covers
+    found = survey(Choice.by(whole, [], read_texts(corpus)), list(read_texts(measure)), asked)
+    if json:
+        show.emit(found)
+        return
+    rows = [
+        [
+            str(row["asked"]),
+            f"{row['tokens']:,}",
+            f"{row['coverage']:.2%}",
+            f"{row['tokens_per_word']['before']:.3f}",
+            f"{row['tokens_per_word']['after']:.3f}",
+            f"{row['tokens_per_word']['rise']:+.2%}",
+            f"{row['round_trip']['ascii']:.2%} of {row['lines']['ascii']:,}",
+            f"{row['round_trip']['unicode']:.2%} of {row['lines']['unicode']:,}",
+        ]
+        for row in found
+    ]
+    columns = ("asked", "tokens", "covers", "per word before", "after", "rise", "ASCII lines back", "other lines back")
+    show.table(f"vocabulary of {model}: {len(whole.bpe.ids):,} tokens", columns, rows)

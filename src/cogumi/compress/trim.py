@@ -173,11 +173,10 @@ def attempt(config: Config, model: Model, kept: set[int], sample: Sample, out: P
     return figures | {"problem": problem}
 
 
-def survey(
-    vocabulary: Vocabulary, choice: Choice, texts: Sequence[str], asked: Sequence[float]
-) -> list[dict[str, Any]]:
-    """What trimming to each of these sizes or covers would do to texts; no model is needed."""
+def survey(choice: Choice, texts: Sequence[str], asked: Sequence[float]) -> list[dict[str, Any]]:
+    """What trimming to each of these sizes (ints) or covers (shares) would do to texts; no model is needed."""
     rows = []
+    vocabulary = choice.vocabulary
     before = tokens_per_word(vocabulary.tokenizer, texts)
     for one in asked:
         kept = choice.of(one)
