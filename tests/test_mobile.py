@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from cogumi.bench import bundles
+from cogumi.bench.child import Visit, visit
+from cogumi.bench.shapes import SHAPES
 from cogumi.bundle import BASE, CARD, DRAFT, INDEX, open_bundle, write_bundle
 from cogumi.cascade.modes import MODES, Mode, Settings
 from cogumi.cascade.opening import open_cascade
 from cogumi.compress import pack
+from cogumi.compress.mixture import stored_tensors
 from cogumi.errors import BundleError, RequestError
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama_engine import LlamaEngine
@@ -142,3 +146,46 @@ def test_without_repacking_the_answer_is_as_good(whole):
         texts.append([token.id for token in reply.tokens])
     agreed = sum(a == b for a, b in zip(*texts, strict=True))
     assert agreed >= 8
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A whole made-up bundle and a mobile package in a small shape."""
+    small = replace(SHAPES["pico"], tied=True)
+    folder = tmp_path_factory.mktemp("made-up")
+    return [bundles.make_bundle(folder, small, "q4_k_m", draft) for draft in (small, None)]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["whole", "mobile"])
+def test_a_made_up_bundle_is_asked_all_the_way(made_up, which):
+    folder = made_up[which]
+    seen = visit(Visit(str(folder), 1, "x" * 32, 8, 128, False))
+    assert seen.tier in ("base", "modifier:code")
+    assert seen.tokens == 16  # eight by the base, eight by the modifier, whose answers are never sure
+    assert 0 < seen.anonymous_bytes < seen.resident_bytes <= seen.peak_bytes
+    opened = open_bundle(folder)
+    assert set(opened.modifiers) == set(bundles.DOMAINS)
+    assert (opened.draft is None) == bool(which)
+    index = (folder / INDEX).stat().st_mtime_ns
+    small = replace(SHAPES["pico"], tied=True)
+    assert bundles.make_bundle(folder.parent, small, "q4_k_m", None if which else small) == folder
+    assert (folder / INDEX).stat().st_mtime_ns == index
+
+
+def test_the_widest_shape_is_the_widest_that_fits():
+    limit = bundles.WHOLE.base
+    found = bundles.widest("q4_k_m", limit)
+    assert found.feed_forward == 6400
+    taken = [
+        sum(t.nbytes for t in stored_tensors(replace(found, feed_forward=found.feed_forward + more), "q4_k_m"))
+        for more in (0, 256)
+    ]
+    assert taken[0] <= limit < taken[1]
+    with pytest.raises(RequestError, match="no 1B shape of type q4_k_m fits in 1000 bytes"):
+        bundles.widest("q4_k_m", 1000)
+
+
+def test_a_cascade_holds_its_draft_once(whole):
+    cascade = open_cascade(whole, slots=1, context=128, threads=1)
+    cascade.close()
+    assert cascade.tiers.base._draft is cascade.tiers.draft._model

@@ -134,7 +134,8 @@ def bench(
     """Measure every feature against the same without it, in turns, and against what the memory allows.
 
     Without downloads: models of real shapes with made-up weights are written to the cache folder once. The rows
-    `soak`, `start`, `unpack` and `concurrency_16` run only when named.
+    `soak`, `start`, `unpack`, `concurrency_16` and those about bundles of real shapes (`bundle_1b_q4_k_m`,
+    `bundle_1b_iq4_xs`, `bundle_mobile`) run only when named.
 
     Example: `cogumi bench --json bench.json --picture bench.png`, or `cogumi bench --only single_stream`
     """
