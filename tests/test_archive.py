@@ -30,7 +30,7 @@ from cogumi.stage import Context
 from cogumi.types import Artifact, Message, Request
 from helpers_bundle import make_bundle
 
-BIG = 2 * FRAME + 5
+BIG = FRAME + 5
 PARTS = {
     name: {"base_fingerprint": "b", "tokenizer_sha256": "t"} for name in ("base.gguf", "draft.gguf", "modifiers/m.gguf")
 }
@@ -121,7 +121,7 @@ def test_the_same_bytes_come_out(plain, packed, tmp_path):
     for name, file in index["files"].items():
         assert (file["bytes"], file["sha256"]) == ((plain / name).stat().st_size, sha256(plain / name))
         assert file["packed_sha256"] == sha256(packed / (name + ENDING))
-    assert len(index["files"]["base.gguf"]["frames"]) == 3
+    assert len(index["files"]["base.gguf"]["frames"]) == 2
 
 
 def test_any_zstd_reads_a_packed_file(packed):
@@ -342,7 +342,7 @@ import os, signal, sys
 from pathlib import Path
 from cogumi.runtime.unpacking import Files
 def progress(done, total):
-    if sys.argv[3] == "die" and done > 1 << 20:
+    if sys.argv[3] == "die" and done >= 1 << 20:
         os.kill(os.getpid(), signal.SIGKILL)
 Files(Path(sys.argv[1]), sys.argv[2], progress)
 print("opened")
@@ -355,7 +355,7 @@ def child(packed, way, *words, **options):
 
 
 def limited():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, 1 << 21))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 
 
 @pytest.mark.parametrize("way", ["cached", "eager"])
@@ -503,12 +503,7 @@ def test_commands(real, tmp_path, capsys):
     commands.unpack(tmp_path / "packed", tmp_path / "back")
     assert content_of(tmp_path / "back") == content_of(whole)
     chat = ("chat", tmp_path / "packed", "--once", "What is 2 + 3?", "--json", "--threads", "1", "--unpack", "lazy")
-    assert json.loads(cogumi(*chat).stdout)["answer"]
-    refused = cogumi("unpack", tmp_path / "packed", tmp_path / "back", ok=1)
-    assert refused.stderr == f"cogumi: {tmp_path / 'back'} is there already; name another place, or remove it\n"
-
-
-def cogumi(*words, ok=0):
-    done = subprocess.run([sys.executable, "-m", "cogumi", *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == ok, done.stderr
-    return done
+    done = subprocess.run([sys.executable, "-m", "cogumi", *map(str, chat)], capture_output=True, text=True)
+    assert json.loads(done.stdout)["finish_reason"] in ("stop", "length")
+    with pytest.raises(BundleError, match="is there already"):
+        commands.unpack(tmp_path / "packed", tmp_path / "back")
