@@ -76,5 +76,9 @@ def _print(out: Path, figures: Mapping[str, Any]) -> None:
     if models:
         show.OUT.print(f"The models alone are {before / after:.3f} times smaller.")
     dictionary = figures["dictionary_bytes"]
-    told = f"takes {show.size(dictionary)}" if dictionary else "would have saved less than it takes: none is used"
-    show.OUT.print(f"The dictionary {told}.")
+    if dictionary:
+        show.OUT.print(f"The dictionary takes {show.size(dictionary)}.")
+    elif all(file["with_dictionary_bytes"] is None for file in figures["files"].values()):
+        show.OUT.print("There is too little to learn a dictionary from.")
+    else:
+        show.OUT.print("The dictionary would have saved less than it takes: none is used.")

@@ -115,7 +115,7 @@ def _sparse(
 def _with_dictionary(
     sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, told: Told
 ) -> dict[str, PackedFile]:
-    """Every file packed with a dictionary, beside its plain form; nothing if no dictionary pays."""
+    """Every file packed with a dictionary, beside its plain form; nothing if none can be learned."""
     dictionary = _train(sources.values(), level)
     if dictionary is None:
         return {}
