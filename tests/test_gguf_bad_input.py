@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cogumi.compress.gguf import Config, export_model
@@ -73,12 +78,51 @@ def test_values_beyond_f16_are_refused_there(tmp_path, copy):
     export_model(copy, tmp_path / "m.gguf", "f32")
 
 
-@pytest.mark.parametrize("keep", [0, 5, 500, 0.5, -1])
-def test_weights_cut_short_are_refused(tmp_path, copy, keep):
-    path = copy / "model.safetensors"
-    size = path.stat().st_size
-    os.truncate(path, int(size * keep) if isinstance(keep, float) else keep % size)
-    with pytest.raises(ExportError, match="cut short or damaged"):
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("one"), hidden=32, layers=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), near_end=st.integers(0, 20))
+@example(share=0.0, near_end=0)
+@example(share=0.9999999, near_end=1)
+def test_weights_cut_at_any_byte_are_refused(one_layer, share, near_end):
+    """Anywhere, and often in the header, which is a small part of the file."""
+    path = one_layer / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for size in (int(len(whole) * share), int(header * share), len(whole) - 1 - near_end):
+        path.write_bytes(whole[:size])
+        try:
+            with pytest.raises(ExportError, match=r"model\.safetensors is cut short or damaged") as caught:
+                export_model(one_layer, one_layer / "m.gguf", "q4_0")
+        finally:
+            path.write_bytes(whole)
+        assert "\n" not in str(caught.value)
+        assert not list(one_layer.glob("m.gguf*"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_changed_byte_of_the_header_is_refused_or_changes_nothing_unseen(one_layer, data):
+    """Never anything but an `ExportError`; where the header can still be read, it says what every tensor needs."""
+    path = one_layer / "model.safetensors"
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, 7 + int.from_bytes(whole[:8], "little")))
+    byte = data.draw(st.integers(0, 255).filter(lambda value: value != whole[at]))
+    path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+    with suppress(ExportError):
+        export_model(one_layer, one_layer / "m.gguf", "q8_0")
+    path.write_bytes(whole)
+    (one_layer / "m.gguf").unlink(missing_ok=True)
+    assert not list(one_layer.glob("m.gguf*"))
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path, copy):
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_weights(copy, lambda w: w.update({name: w[name].to(torch.int8)}))
+    with pytest.raises(ExportError, match=r"down_proj.weight is I8; save the model as one of F32, F16, BF16"):
         export_model(copy, tmp_path / "m.gguf")
 
 
@@ -100,20 +144,26 @@ def test_broken_json_and_missing_keys_are_named(tmp_path, copy):
         export_model(copy, tmp_path / "m.gguf")
 
 
-def test_a_full_disk_leaves_no_file(tmp_path, pico):
-    import resource
-    import signal
-
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the closest to a full disk without root
-    try:
-        with pytest.raises(OSError):
-            export_model(pico, tmp_path / "m.gguf", "f32")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    assert not list(tmp_path.glob("m.gguf*"))
+@pytest.mark.parametrize("type", ["f32", "q4_k_m"])
+def test_a_full_disk_leaves_no_file(tmp_path, pico, type):
+    """A limit on what a process may write is the closest to a full disk that needs no rights."""
+    (tmp_path / "m.gguf").write_text("an earlier file")
+    script = f"""
+import resource, signal
+from pathlib import Path
+from cogumi.compress.gguf import export_model
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    export_model(Path({str(pico)!r}), Path({str(tmp_path / "m.gguf")!r}), {type!r})
+except OSError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("refused: ")
+    assert len(done.stdout.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.gguf"]
+    assert (tmp_path / "m.gguf").read_text() == "an earlier file"
 
 
 def test_unknown_types_are_refused(tmp_path, pico):

@@ -99,7 +99,7 @@ def test_own_classifier(made, story, tmp_path):
 
 
 @needs_stories
-@pytest.mark.parametrize(("type", "head"), [("f16", None), ("q8_0", None), ("q8_0", 32)])
+@pytest.mark.parametrize(("type", "head"), [("f16", None), ("q8_0", 32), ("q4_k_m", None)])
 def test_smaller_types_read_as_well(made, story, book, type, head):
     assert made(type, head).stat().st_size < made("f32", head).stat().st_size * 0.6
     exact = [perplexity(made(), text, "f16", 512) for text in (story, book[:3000])]

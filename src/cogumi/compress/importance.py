@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.compress.calibration import Draw, draw_rows
 from cogumi.compress.layout import Llama
 from cogumi.compress.weights import IMPORTANCE, Weights
+from cogumi.errors import ExportError
 from cogumi.models.build import load, save_tensors
 from cogumi.models.text import HFTokenizer
 from cogumi.stage import Context
@@ -80,6 +81,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     rows = draw_rows(inputs["examples"].path, tokenizer, llama.context, config.calibration, context.seed)
     base = Weights.load(folder).sha256
     found = measure(load(folder), llama, rows, context.progress)
+    for name, columns in found.items():
+        if not torch.isfinite(columns).all():
+            raise ExportError(f"{folder}: the inputs of {name} are NaN or infinite; use an earlier checkpoint")
     save_tensors(found, out / IMPORTANCE, {"base_sha256": base})
     spread = [float(columns.max() / columns.mean()) for columns in found.values()]
     return {
