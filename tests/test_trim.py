@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import unicodedata
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
@@ -32,7 +34,7 @@ from helpers_gguf import DATA, MULTILINGUAL, edit, foreign_text, llama, needs_da
 from helpers_real import llama3, qwen2
 from helpers_train import context, example
 from helpers_vocabularies import real_vocabulary
-from pico import SENTENCES, make_model
+from pico import SENTENCES, make_adapter, make_model
 
 CONTEXT = context()
 
@@ -229,6 +231,27 @@ def test_logits_of_what_stays_are_the_same_bits(folders, tmp_path, name):
     if name == "llama3":
         eos = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
         assert [HFTokenizer.load(tmp_path).raw.id_to_token(i) for i in eos] == ["<|eot_id|>", "<|end_header_id|>"]
+
+
+def test_an_adapter_of_the_whole_model_fits_the_trimmed_one(folders, tmp_path):
+    model = Model.load(folders["own"])
+    kept = half(model.vocabulary, 7)
+    model.vocabulary.write(kept, tmp_path)
+    model.write(kept, tmp_path)
+    adapter = make_adapter(tmp_path / "adapter", folders["own"])
+    new, old = torch.arange(40)[None], torch.tensor(sorted(kept))[None, :40]
+    hidden = []
+    for folder, ids in ((folders["own"], old), (tmp_path, new)):
+        adapted = PeftModel.from_pretrained(load(folder), adapter)
+        hidden.append(adapted.get_base_model().model(ids).last_hidden_state)
+    torch.testing.assert_close(hidden[0], hidden[1])
+    assert not torch.allclose(hidden[0], load(folders["own"]).model(old).last_hidden_state)
+
+
+def test_a_quality_that_is_no_number_is_a_problem():
+    one, other = trim.Quality(1.0, 1.0, 0.5), trim.Quality(math.nan, math.nan, 0.0)
+    assert trim.quality_problem(trim.Config(), one, one) is None
+    assert "perplexity per byte rises by nan%" in trim.quality_problem(trim.Config(), one, other)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -141,11 +141,11 @@ def text_problem(config: Config, found: Fertility) -> str | None:
 
 
 def quality_problem(config: Config, before: Quality, after: Quality) -> str | None:
-    """Whether perplexity per byte rises above the limit; None if not."""
+    """Whether perplexity per byte rises above the limit, or is no number any more; None if not."""
     rise = exp(after.nats_per_byte - before.nats_per_byte) - 1
-    return (
-        f"perplexity per byte rises by {rise:.1%}, above {config.perplexity:.1%}" if rise > config.perplexity else None
-    )
+    if rise <= config.perplexity:
+        return None
+    return f"perplexity per byte rises by {rise:.1%}, above {config.perplexity:.1%}"
 
 
 @dataclass(frozen=True, slots=True)
