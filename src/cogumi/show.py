@@ -169,7 +169,7 @@ class ByteProgress:
         elif now - self._told >= BuildProgress.PLAIN_EVERY:
             self._told = now
             left = duration((now - self._began) / done * (total - done))
-            NOTES.print(f"{self._title}: {size(done)} of {size(total)}, {left} left", markup=False)
+            NOTES.print(f"{self._title}: {size(done)} of {size(total)}, {left} left", markup=False, soft_wrap=True)
 
 
 class BenchProgress:
