@@ -18,8 +18,10 @@ REPACKED = ("Q4_0", "Q4_K", "IQ4_NL")
 """Types that llama.cpp repacks on processors with AVX2; others have kernels for a few more, or none."""
 CACHES = {"f16": (2.0, 2.0), "q8_0": (34 / 32, 34 / 32), "q4_0": (18 / 32, 18 / 32)}
 """Bytes of a value among the keys and among the values of each type of cache."""
-PROGRAM = 100_000_000
-"""Python with the libraries that answering needs, as measured with bundles of several sizes."""
+PROGRAM = 65_000_000
+"""Python with the libraries that answering needs, as measured."""
+COPIES = 2
+"""How often small nets are there: in their session, and as they were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def memory(parts: Parts, serving: Serving) -> Memory:
         cache=sum(caches),
         buffers=sum(buffers),
         adapters=sum(files[name].bytes + beside for name in parts.adapters),
-        nets=sum(bytes for name, bytes in parts.files.items() if name not in files),
+        nets=COPIES * sum(bytes for name, bytes in parts.files.items() if name not in files),
     )
 
 
