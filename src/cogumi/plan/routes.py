@@ -197,7 +197,7 @@ def refusal(asked: Asked) -> str:
     shape = parts.base.shape
     room = {"on disk": budget.disk, "in memory": budget.ram}
     if budget.tokens_per_second and asked.bandwidth:
-        room["read for each token"] = int(asked.bandwidth / budget.tokens_per_second)
+        room["to read for each token"] = int(asked.bandwidth / budget.tokens_per_second)
     given = {where: bytes for where, bytes in room.items() if bytes is not None}
     where, bytes = min(given.items(), key=lambda item: item[1])
     bits = 8 * bytes / shape.parameters
