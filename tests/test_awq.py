@@ -28,10 +28,12 @@ from cogumi.compress.precision import (
     rounded,
     sensitivities,
 )
+from cogumi.compress.quantization import Judge, Quantization, open_model, search
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import ArtifactError, DataError, ExportError, RecipeError
 from cogumi.models.build import Shape, load
 from cogumi.models.text import HFTokenizer
+from cogumi.stage import CHECKPOINT
 from cogumi.train import sft
 from cogumi.train.batches import Row
 from cogumi.train.loop import LoopConfig
@@ -69,8 +71,9 @@ def world(tmp_path_factory):
     (root / "model").mkdir()
     loop = LoopConfig(steps=150, batch=25, lr=0.01, muon_lr=0.02, evaluate_every=150, checkpoint_every=1000)
     inputs = {"examples": artifact(root / "data"), "tokenizer": artifact(root / "tokenizer")}
-    shape = Shape(hidden=64, layers=2, heads=2, feed_forward=128)
+    shape = Shape(hidden=64, layers=1, heads=2, feed_forward=64)
     sft.run(sft.Config(shape=shape, loop=loop), inputs, root / "model", context())
+    shutil.rmtree(root / "model" / CHECKPOINT)
     return root
 
 
@@ -196,8 +199,9 @@ def test_awq_changes_weights_and_not_what_is_computed(world, done, tmp_path, kin
     was, now = logits(before), logits(after)
     assert (now - was).abs().max() < 1e-4 * was.abs().max()
     old, new = load(before).state_dict(), load(after).state_dict()
-    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm"):
-        assert not torch.allclose(old[f"model.layers.0.{name}.weight"], new[f"model.layers.0.{name}.weight"], rtol=0.01)
+    changed = [name for name in old if not torch.allclose(old[name], new[name], rtol=0.01)]
+    assert any("norm" in name for name in changed)
+    assert any("proj" in name for name in changed)
     assert not list(after.glob("*.yaml"))
 
 
@@ -219,14 +223,14 @@ def test_a_stage_tells_what_it_did(done, stage):
     folder, metrics = done[stage]
     assert metrics["model_sha256"] == sha256(folder / "model.safetensors")
     assert metrics["rows"] == 40
-    assert len(metrics["sensitivity"]) == 14
+    assert len(metrics["sensitivity"]) == 7
     assert metrics["before"]["divergence"] == pytest.approx(0, abs=1e-6)
-    assert metrics["before"]["exact"] > 0.5
+    assert metrics["before"]["exact"] > 0.3
     assert set(metrics["domains"]) == {"math", "reasoning"}
     assert metrics["quality_ratio"] == pytest.approx(np.exp(metrics["before"]["nats"] - metrics["rounded"]["nats"]))
     assert metrics["exact_ratio"] == pytest.approx(metrics["rounded"]["exact"] / metrics["before"]["exact"])
     text = (folder / "report.md").read_text()
-    assert "| 1 |" in text
+    assert "| 0 |" in text
     assert "down_proj" in text
     assert (folder / "sensitivity.png").stat().st_size > 1000
 
@@ -242,26 +246,35 @@ def test_equal_bytes_quietly_and_without_files_elsewhere(world, done, tmp_path, 
     assert capfd.readouterr() == ("", "")
 
 
-def test_gentler_settings_are_tried_until_one_is_good_enough(world, tmp_path):
-    hard, gentle = {"group": 64, "finer": 0.0, "coarser": 1.0}, {"group": 32, "finer": 1.0, "coarser": 0.0}
-    metrics = run("gptq", world, tmp_path / "two", settings=[hard, gentle], least=0.97)
-    assert [a["enough"] for a in metrics["attempts"]] == [False, True]
-    assert metrics["quality_ratio"] >= 0.97
-    assert metrics["exact_ratio"] >= 0.97
-    assert metrics["bits_per_weight"] == pytest.approx(6 + 22 / 32)
-    first = run("gptq", world, tmp_path / "one", settings=[gentle, hard], least=0.97)
-    assert len(first["attempts"]) == 1
-    assert first["model_sha256"] == metrics["model_sha256"]
+def searched(world, sizes, bits, least=0.97):
+    """A search over settings of these group sizes, where everything is rounded to the bits of its group size."""
+    folder = world / "model"
+    original = open_model(folder)
+    judge = Judge.load(original, world / "data", HFTokenizer.load(folder))
+
+    def calibrate(model, groups):
+        for layer in linears(model).values():
+            layer.weight.data = rounded(layer.weight.data, bits[groups["middle"]["weights"]["group_size"]], 32)
+
+    config = Quantization(settings=[Setting(group=size, finer=0, coarser=0) for size in sizes], least=least)
+    return search(config, folder, judge(original), dict.fromkeys(linears(original), 1.0), calibrate, judge)
 
 
-def test_the_best_is_kept_where_nothing_is_good_enough(world, tmp_path):
-    hard, harder = {"group": 64, "finer": 0.3, "coarser": 0.7}, {"group": 64, "finer": 0.0, "coarser": 1.0}
-    metrics = run("gptq", world, tmp_path, settings=[hard, harder], least=1.0)
-    nats = [a["nats"] for a in metrics["attempts"]]
-    assert len(nats) == 2
-    assert not any(a["enough"] for a in metrics["attempts"])
-    assert metrics["rounded"]["nats"] == min(nats)
-    assert metrics["quality_ratio"] < 1
+def test_gentler_settings_are_tried_until_one_is_good_enough(world):
+    bits = {64: 1, 32: 8, 16: 8}
+    best, told = searched(world, (64, 32, 16), bits)
+    assert [attempt["enough"] for attempt in told] == [False, True]
+    assert best.setting.group == 32
+    assert told[1]["quality_ratio"] >= 0.97 > min(told[0]["quality_ratio"], told[0]["exact_ratio"])
+    assert len(searched(world, (16, 64), bits)[1]) == 1
+
+
+def test_the_best_is_kept_where_nothing_is_good_enough(world):
+    best, told = searched(world, (64, 32, 16), {64: 1, 32: 3, 16: 1}, least=1.0)
+    assert len(told) == 3
+    assert not any(attempt["enough"] for attempt in told)
+    assert best.setting.group == 32
+    assert best.figures["loss"] == min(attempt["nats"] for attempt in told)
 
 
 def test_gguf_keeps_sensitive_tensors_finer(world, done, tmp_path):
@@ -292,7 +305,7 @@ def spoil(world, tmp_path, what):
         split_path(tmp_path / "world/data", "train").write_text("")
     elif what == "nan":
         edit_weights(
-            model, lambda weights: weights["model.layers.1.mlp.up_proj.weight"].view(-1)[7].fill_(float("nan"))
+            model, lambda weights: weights["model.layers.0.mlp.up_proj.weight"].view(-1)[7].fill_(float("nan"))
         )
     elif what == "cut":
         data = (model / "model.safetensors").read_bytes()
@@ -306,18 +319,17 @@ def spoil(world, tmp_path, what):
     ("what", "error", "message", "config"),
     [
         ("empty", DataError, "no rows to calibrate on", {}),
-        ("nan", ArtifactError, r"layers\.1\.mlp\.up_proj\.weight holds NaN", {}),
+        ("nan", ArtifactError, r"layers\.0\.mlp\.up_proj\.weight holds NaN", {}),
         ("cut", ArtifactError, "holds no model that can be loaded", {}),
         ("gpt2", ExportError, "GPT2LMHeadModel; supported: LlamaForCausalLM, Qwen2ForCausalLM", {}),
         ("group", RecipeError, "groups of 48 .* 64 inputs .* divides 64", {"settings": [EVEN, {"group": 48}]}),
     ],
 )
-@pytest.mark.parametrize("stage", STAGES)
-def test_bad_input_is_refused_and_leaves_nothing(world, tmp_path, stage, what, error, message, config):
+def test_bad_input_is_refused_and_leaves_nothing(world, tmp_path, what, error, message, config):
     bad = spoil(world, tmp_path, what)
     before = {path.name: sha256(path) for path in (bad / "model").iterdir()}
     with pytest.raises(error, match=message):
-        run(stage, bad, tmp_path / "out", **config)
+        run("awq", bad, tmp_path / "out", **config)
     assert not os.listdir(tmp_path / "out")
     assert before == {path.name: sha256(path) for path in (bad / "model").iterdir()}
 
