@@ -64,7 +64,7 @@ def test_the_suite(finished, monkeypatch):
     kinds = ["f32", "f32, importance", "q4_0", "q4_0, importance"]
     assert list(figures) == [f"{what}, {k}" for k in kinds for what in ("token agreement", "perplexity over torch's")]
     assert figures["token agreement, f32"].value > 0.97  # random weights: near-ties turn with the order of sums
-    assert figures["perplexity over torch's, f32"].value == pytest.approx(1, abs=1e-4)
+    assert figures["perplexity over torch's, f32"].value == pytest.approx(1, abs=2e-3)  # keys and values are f16
     assert figures["token agreement, q4_0"].value < figures["token agreement, f32"].value
     assert found.facts["answers"] == len(QUESTIONS)
     beside = fidelity.run(Task(bundle=finished / "bundle"))
