@@ -248,18 +248,25 @@ def test_the_whole_model_teaches_unless_only_answers_are_asked_for(world, tmp_pa
             temperature=temperature,
             loop=LOOP | {"steps": 3},
         )["model_sha256"]
-        for answers, temperature in ((0, 1), (0.5, 1), (1, 1), (0, 2), (1, 2))
+        for answers, temperature in ((0, 1), (1, 1), (0.5, 2), (1, 2))
     }
     assert found[1, 1] == found[1, 2]
-    assert len(set(found.values())) == 4
+    assert len(set(found.values())) == 3
 
 
 class Killed(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A run that nobody disturbed: its folder and metrics."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(world, out, layers=2, control="scratch")
+
+
 @pytest.mark.parametrize("at", [14, 35])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(world, tmp_path, at):
+def test_killed_and_started_again_it_ends_with_the_same_bytes(world, whole, tmp_path, at):
     """Once while the cut model learns, once while its control does; the fourth pass over the rows was the last."""
 
     def die(done, total, figures):
@@ -267,15 +274,14 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(world, tmp_path, a
         if done == 4 + at:
             raise Killed
 
-    whole = run(world, tmp_path / "whole", layers=2, control="scratch")
     with pytest.raises(Killed):
         run(world, tmp_path / "killed", layers=2, control="scratch", progress=die)
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     assert (tmp_path / "killed" / CHECKPOINT / "checkpoint.safetensors").exists()
     again = run(world, tmp_path / "killed", layers=2, control="scratch")
-    assert json.dumps(again) == json.dumps(whole)
+    assert json.dumps(again) == json.dumps(whole[1])
     for name in (*FOLDER, "report.md", "curves.png"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (whole[0] / name).read_bytes()
 
 
 # --- bad input
