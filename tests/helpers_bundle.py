@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from cogumi.artifact import write_json, write_text
 from cogumi.bundle import BASE, CALIBRATION, CARD, DIFFICULTY, DRAFT, ROUTER, modifier_name, open_bundle, write_bundle
 from cogumi.cascade.tiers import Tiers
-from cogumi.compress.gguf import export_adapter, export_model
+from cogumi.compress.formats.gguf import export_adapter, export_model
 from cogumi.route.calibrate import Calibrator
 from cogumi.route.gate import TIERS, Calibration, Gate, QuestionGate
 from cogumi.route.guarantee import Guarantee

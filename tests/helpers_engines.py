@@ -7,7 +7,7 @@ from tempfile import mkdtemp
 
 import numpy as np
 
-from cogumi.compress.gguf import export_adapter, export_model
+from cogumi.compress.formats.gguf import export_adapter, export_model
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Message

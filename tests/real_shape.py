@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cogumi.compress.gguf import export_model
-from cogumi.compress.layout import Llama
+from cogumi.compress.formats.gguf import export_model
+from cogumi.compress.formats.layout import Llama
 from cogumi.shapes import KNOWN, ModelShape
 
 SHARD = 5 * 10**9

@@ -21,7 +21,7 @@ from cogumi.artifact import finish, sha256
 from cogumi.bundle import EMBEDDER, EXAMPLES, VOCABULARY, write_bundle
 from cogumi.cascade.opening import open_cascade
 from cogumi.cli import pack as commands
-from cogumi.compress.archive import Config, pack, pack_folder, run, unpack
+from cogumi.compress.packing.archive import Config, pack, pack_folder, run, unpack
 from cogumi.errors import BundleError
 from cogumi.inspection import look
 from cogumi.runtime.engine import final_reply

@@ -17,9 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import helpers_real
 import pico
 from cogumi.artifact import sha256
-from cogumi.compress import awq, gguf, gptq
+from cogumi.compress.formats import gguf
 from cogumi.compress.oneshot import calibrated, equal_batches
-from cogumi.compress.precision import (
+from cogumi.compress.quantization import awq, gptq
+from cogumi.compress.quantization.precision import (
     Setting,
     bits_per_weight,
     config_groups,
@@ -28,7 +29,7 @@ from cogumi.compress.precision import (
     rounded,
     sensitivities,
 )
-from cogumi.compress.quantization import Judge, Quantization, open_model, search
+from cogumi.compress.quantization.search import Judge, Quantization, open_model, search
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import ArtifactError, DataError, ExportError, RecipeError
 from cogumi.models.build import Shape, load

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import pico
 from cogumi.artifact import sha256
-from cogumi.compress.gguf import export_adapter
+from cogumi.compress.formats.gguf import export_adapter
 from cogumi.data.examples import example_id, split_path, write_examples
 from cogumi.data.responses import Response, write_responses
 from cogumi.errors import ArtifactError, TrainingError

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from cogumi.compress.gguf import export_model
+from cogumi.compress.formats.gguf import export_model
 from cogumi.errors import BundleError
 from cogumi.runtime.bridge import TAIL, Bridge
 from cogumi.runtime.llama.context import Context, Row

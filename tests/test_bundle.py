@@ -11,7 +11,7 @@ import pytest
 
 from cogumi.artifact import finish, read_manifest
 from cogumi.bundle import open_bundle, write_bundle
-from cogumi.compress import pack
+from cogumi.compress.packing import bundle as pack
 from cogumi.errors import BundleError, ExportError, RecipeError
 from cogumi.pipeline import Inputs
 from cogumi.stage import Context

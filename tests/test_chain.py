@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pico
-from cogumi.compress.gguf import export_model
+from cogumi.compress.formats.gguf import export_model
 from cogumi.data.examples import SPLITS, split_path, write_examples
 from cogumi.errors import RecipeError
 from cogumi.evaluate import chain

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 import pico
 from cogumi.artifact import sha256
-from cogumi.compress import adapters, gguf
+from cogumi.compress import adapters
 from cogumi.compress.adapters import Config, likeness, pruned, reduced
+from cogumi.compress.formats import gguf
 from cogumi.data.examples import split_path, write_examples
 from cogumi.data.responses import Response, write_responses
 from cogumi.errors import ArtifactError, DataError, ExportError, RecipeError

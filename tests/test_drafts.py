@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cogumi.compress.gguf import export_model
+from cogumi.compress.formats.gguf import export_model
 from cogumi.errors import BundleError, RequestError
 from cogumi.runtime.bridge import Bridge
 from cogumi.runtime.engine import replies

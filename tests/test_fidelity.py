@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from cogumi.compress import fidelity
-from cogumi.compress.fidelity import Reading, read_answers
+from cogumi.compress.formats import fidelity
+from cogumi.compress.formats.fidelity import Reading, read_answers
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import CogumiError
 from cogumi.models.text import HFTokenizer

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from cogumi.artifact import sha256
-from cogumi.compress.gguf import Config, export_adapter, export_model, run
-from cogumi.compress.layout import rotary_order
-from cogumi.compress.vocabulary import Vocabulary
+from cogumi.compress.formats.gguf import Config, export_adapter, export_model, run
+from cogumi.compress.formats.layout import rotary_order
+from cogumi.compress.formats.vocabulary import Vocabulary
 from cogumi.models import build, lora
 from cogumi.models.text import HFTokenizer
 from cogumi.types import Artifact, Message, Request

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from cogumi.compress.gguf import export_adapter, export_model
+from cogumi.compress.formats.gguf import export_adapter, export_model
 from cogumi.errors import ExportError
 from helpers_gguf import F32_CACHE, edit, edit_weights, llama_logits, some_ids, torch_logits
 from pico import make_adapter, make_model

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cogumi.compress.gguf import Config, export_model
+from cogumi.compress.formats.gguf import Config, export_model
 from cogumi.errors import ExportError
 from helpers_gguf import edit, edit_weights
 from pico import make_model
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_no_file(tmp_path, pico, type):
     script = f"""
 import resource, signal
 from pathlib import Path
-from cogumi.compress.gguf import export_model
+from cogumi.compress.formats.gguf import export_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from cogumi.artifact import sha256
-from cogumi.compress.gguf import export_adapter, export_model
-from cogumi.compress.layout import Llama
+from cogumi.compress.formats.gguf import export_adapter, export_model
+from cogumi.compress.formats.layout import Llama
 from helpers_gguf import edit, edit_weights, some_ids
 from helpers_real import llama3, qwen2
 from pico import make_adapter, make_model

@@ -11,8 +11,8 @@ from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaForCausalLM
 
-from cogumi.compress.gguf import export_model
-from cogumi.compress.vocabulary import Vocabulary
+from cogumi.compress.formats.gguf import export_model
+from cogumi.compress.formats.vocabulary import Vocabulary
 from cogumi.errors import ExportError
 from cogumi.models.text import HFTokenizer
 from helpers_gguf import DATA, edit, foreign_text, llama, needs_data, public_lines

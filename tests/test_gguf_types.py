@@ -17,10 +17,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from cogumi.artifact import sha256
-from cogumi.compress.gguf import export_model
-from cogumi.compress.layout import Llama, Tensor
-from cogumi.compress.mixture import TENSOR_TYPES, stored_tensors, types_of
-from cogumi.compress.weights import Weights
+from cogumi.compress.formats.gguf import export_model
+from cogumi.compress.formats.layout import Llama, Tensor
+from cogumi.compress.formats.mixture import TENSOR_TYPES, stored_tensors, types_of
+from cogumi.compress.formats.weights import Weights
 from cogumi.errors import ExportError
 from cogumi.runtime.llama.quantize import quantize_rows
 from helpers_gguf import edit, llama, stock_quantize

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFType, GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cogumi.compress.vocabulary import Vocabulary
+from cogumi.compress.formats.vocabulary import Vocabulary
 from cogumi.errors import ExportError
 from helpers_gguf import DATA, foreign_text, llama, needs_data
 from helpers_vocabularies import llama3_document, qwen2_document

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cogumi.artifact import sha256
-from cogumi.compress import gguf, importance
-from cogumi.compress.importance import Config, measure, run
-from cogumi.compress.layout import Llama
-from cogumi.compress.weights import IMPORTANCE
+from cogumi.compress.formats import gguf, importance
+from cogumi.compress.formats.importance import Config, measure, run
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.formats.weights import IMPORTANCE
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import DataError, ExportError
 from cogumi.models.build import load

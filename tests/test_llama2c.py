@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cogumi.bench.quality import perplexity
-from cogumi.compress.llama2c import convert
+from cogumi.compress.formats.llama2c import convert
 from cogumi.errors import BundleError, DataError, ExportError
 from cogumi.runtime.engine import final_reply, replies
 from cogumi.runtime.llama.model import Model, load_tokenizer

@@ -11,8 +11,8 @@ from cogumi.bench.shapes import SHAPES
 from cogumi.bundle import BASE, CARD, DRAFT, INDEX, open_bundle, write_bundle
 from cogumi.cascade.modes import MODES, Mode, Settings
 from cogumi.cascade.opening import open_cascade
-from cogumi.compress import pack
-from cogumi.compress.mixture import stored_tensors
+from cogumi.compress.formats.mixture import stored_tensors
+from cogumi.compress.packing import bundle as pack
 from cogumi.errors import BundleError, RequestError
 from cogumi.runtime.engine import final_reply
 from cogumi.runtime.llama_engine import LlamaEngine

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cogumi.bundle import BASE, DRAFT
 from cogumi.cli import app
-from cogumi.compress.gguf import export_model
+from cogumi.compress.formats.gguf import export_model
 from cogumi.errors import CogumiError, RecipeError
 from cogumi.plan.amounts import parse_bytes, parse_rate
 from cogumi.plan.memory import Serving

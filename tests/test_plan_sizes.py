@@ -17,10 +17,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from cogumi.bench.roofline import weight_bytes
 from cogumi.bench.shapes import SHAPES, make_weights
-from cogumi.compress.gguf import export_adapter, export_model
-from cogumi.compress.layout import Llama
-from cogumi.compress.mixture import stored_tensors
-from cogumi.compress.sizes import (
+from cogumi.compress.formats.gguf import export_adapter, export_model
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.formats.mixture import stored_tensors
+from cogumi.compress.formats.sizes import (
     SPOKEN,
     ZSTD,
     adapter_file,
@@ -29,7 +29,7 @@ from cogumi.compress.sizes import (
     typical_vocabulary,
     vocabulary_bytes,
 )
-from cogumi.compress.vocabulary import Vocabulary
+from cogumi.compress.formats.vocabulary import Vocabulary
 from cogumi.errors import ExportError
 from cogumi.plan.memory import CACHES, REPACKED, Serving, memory
 from cogumi.plan.parts import Parts, Weights

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import pico
-from cogumi.compress import masks, prune
 from cogumi.compress.calibration import Draw, draw_rows
-from cogumi.compress.layout import Llama
-from cogumi.compress.phases import Gradual
-from cogumi.compress.sparsity import Mix, front, importance, least, least_of_four, part_of, scaled, score
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.pruning import masks, prune
+from cogumi.compress.pruning.phases import Gradual
+from cogumi.compress.pruning.sparsity import Mix, front, importance, least, least_of_four, part_of, scaled, score
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import ArtifactError, DataError, RecipeError, TrainingError
 from cogumi.models.build import load, save_tensors

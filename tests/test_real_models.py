@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cogumi.compress.gguf import export_adapter, export_model
+from cogumi.compress.formats.gguf import export_adapter, export_model
 from cogumi.errors import TrainingError
 from cogumi.models.build import load
 from cogumi.models.lora import LoraShape, attach, save

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import pico
 from cogumi.artifact import sha256
-from cogumi.compress import shrink
-from cogumi.compress.activity import measure, without
 from cogumi.compress.calibration import Draw, draw_rows
-from cogumi.compress.cutting import choose, smaller, strongest, strongest_heads
-from cogumi.compress.gguf import export_model
+from cogumi.compress.formats.gguf import export_model
+from cogumi.compress.shrinking import shrink
+from cogumi.compress.shrinking.activity import measure, without
+from cogumi.compress.shrinking.cutting import choose, smaller, strongest, strongest_heads
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import ArtifactError, CogumiError, RecipeError
 from cogumi.models.build import Shape, load, save

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from cogumi.compress.archive import Config, pack_folder, unpack
-from cogumi.compress.sparse import Sparse, decode, encode, encode_file, expand_file
+from cogumi.compress.packing.archive import Config, pack_folder, unpack
+from cogumi.compress.packing.sparse import Sparse, decode, encode, encode_file, expand_file
 from cogumi.errors import ArtifactError, BundleError, DataError
 
 WIDTHS = st.sampled_from([1, 2, 4, 8])

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from cogumi.artifact import sha256
 from cogumi.cli import app
-from cogumi.compress import trim
-from cogumi.compress.bpe import BPE, check, renumbering, trimmed
-from cogumi.compress.essential import cover, of_size
-from cogumi.compress.fertility import measure, read_texts, tokens_per_word
-from cogumi.compress.gguf import export_model
-from cogumi.compress.remap import Model, Vocabulary
+from cogumi.compress.formats.gguf import export_model
+from cogumi.compress.trimming import trim
+from cogumi.compress.trimming.bpe import BPE, check, renumbering, trimmed
+from cogumi.compress.trimming.essential import cover, of_size
+from cogumi.compress.trimming.fertility import measure, read_texts, tokens_per_word
+from cogumi.compress.trimming.remap import Model, Vocabulary
 from cogumi.data.examples import SPLITS, split_path, write_examples
 from cogumi.errors import ArtifactError, CogumiError, DataError, ExportError
 from cogumi.models.build import load

@@ -25,7 +25,7 @@ SUITES: dict[str, str] = {
     "learning": "cogumi.evaluate.suites.drift",
     "training": "cogumi.train.speed",
     "templates": "cogumi.evaluate.suites.templates",
-    "compression": "cogumi.compress.fidelity",
+    "compression": "cogumi.compress.formats.fidelity",
 }
 """Name -> module."""
 

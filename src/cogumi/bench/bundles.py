@@ -35,8 +35,8 @@ from cogumi.bundle import (
     modifier_name,
     write_bundle,
 )
-from cogumi.compress.layout import Llama
-from cogumi.compress.mixture import stored_tensors
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.formats.mixture import stored_tensors
 from cogumi.errors import RequestError
 from cogumi.route.calibrate import Calibrator
 from cogumi.route.critic import CriticNet, shapes

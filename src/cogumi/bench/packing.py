@@ -15,7 +15,7 @@ import numpy as np
 from cogumi.archive import Archive
 from cogumi.artifact import sha256
 from cogumi.bench.measure import Row, Setup, alternate
-from cogumi.compress.archive import Config, pack
+from cogumi.compress.packing.archive import Config, pack
 from cogumi.runtime.llama.quantize import quantize_rows
 
 GOAL = 400.0

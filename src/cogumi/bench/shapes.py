@@ -20,10 +20,10 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from cogumi.compress.gguf import writing
-from cogumi.compress.layout import Llama, Tensor
-from cogumi.compress.mixture import FILE_TYPES, TENSOR_TYPES, stored_tensors
-from cogumi.compress.vocabulary import Vocabulary
+from cogumi.compress.formats.gguf import writing
+from cogumi.compress.formats.layout import Llama, Tensor
+from cogumi.compress.formats.mixture import FILE_TYPES, TENSOR_TYPES, stored_tensors
+from cogumi.compress.formats.vocabulary import Vocabulary
 from cogumi.runtime.llama.quantize import quantize_rows
 from cogumi.shapes import KNOWN, ModelShape
 

@@ -149,9 +149,9 @@ def vocabulary(
 
     Example: `cogumi vocabulary models/llama --corpus texts --measure kept_out --size 32768 --cover 0.995`
     """
-    from cogumi.compress.fertility import read_texts
-    from cogumi.compress.remap import Vocabulary
-    from cogumi.compress.trim import Choice, Config, survey
+    from cogumi.compress.trimming.fertility import read_texts
+    from cogumi.compress.trimming.remap import Vocabulary
+    from cogumi.compress.trimming.trim import Choice, Config, survey
 
     whole = Vocabulary.load(model)
     asked = [*(size or ()), *(cover or ())] or Config().covers

@@ -29,7 +29,7 @@ def pack(
     Example: `cogumi pack runs/tiny/bundle tiny.packed`
     """
     from cogumi.archive import staged
-    from cogumi.compress.archive import Config, pack_folder
+    from cogumi.compress.packing.archive import Config, pack_folder
 
     with staged(out, folder) as part, show.ByteProgress(f"packing {folder}") as bar:
         figures = pack_folder(folder, part, Config(sparse=sparse), bar.advanced)
@@ -48,7 +48,7 @@ def unpack(
 
     Example: `cogumi unpack tiny.packed tiny`
     """
-    from cogumi.compress import archive
+    from cogumi.compress.packing import archive
 
     with show.ByteProgress(f"unpacking {packed}") as bar:
         count = archive.unpack(packed, out, bar.advanced)

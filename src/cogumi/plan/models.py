@@ -43,7 +43,7 @@ def cut(step: Step, config: Any, shape: ModelShape) -> ModelShape:
     if step.stage == "trim" and config.size:
         return replace(shape, vocabulary=min(config.size, shape.vocabulary))
     if step.stage == "shrink":
-        from cogumi.compress.cutting import smaller
+        from cogumi.compress.shrinking.cutting import smaller
 
         return smaller(shape, config.asked)
     return shape

@@ -20,7 +20,7 @@ from cogumi.registry import stage
 from cogumi.shapes import ModelShape
 
 if TYPE_CHECKING:
-    from cogumi.compress.sizes import GgufFile
+    from cogumi.compress.formats.sizes import GgufFile
 
 TYPE = "q4_k_m"
 """What a model is asked for as, where no recipe says."""
@@ -64,7 +64,7 @@ class Weights:
     @cached_property
     def file(self) -> GgufFile:
         """Its file."""
-        from cogumi.compress.sizes import model_file
+        from cogumi.compress.formats.sizes import model_file
 
         return model_file(self.shape, self.type, self.vocabulary, dict(self.types), self.importance)
 
@@ -83,13 +83,13 @@ class Adapter:
 
     def file(self, shape: ModelShape) -> GgufFile:
         """Its file, on a base of that shape."""
-        from cogumi.compress.sizes import adapter_file
+        from cogumi.compress.formats.sizes import adapter_file
 
         return adapter_file(shape, self.ranks, self.type)
 
     def reduced(self, rank: int, type: str) -> Adapter:
         """The same at another rank and type, unless that has more bits."""
-        from cogumi.compress.sizes import bits
+        from cogumi.compress.formats.sizes import bits
 
         smaller = Adapter(dict.fromkeys(self.ranks, rank), type)
         before, after = (sum(one.ranks.values()) * bits(one.type) for one in (self, smaller))
@@ -146,7 +146,7 @@ def parts_of_model(name: str, model: Model) -> Parts:
 
 def parts_of_gguf(path: Path) -> Parts:
     """The model of a GGUF file alone, as it would be planned from its shape and type."""
-    from cogumi.compress.sizes import read_model
+    from cogumi.compress.formats.sizes import read_model
 
     shape, type, vocabulary = read_model(path)
     return Parts(path.name, Weights(shape, type, vocabulary))
@@ -200,9 +200,9 @@ def _exported(steps: Mapping[str, Step], name: str, models: Mapping[str, Model])
 
 
 def _weights(model: Model, type: str) -> Weights:
-    from cogumi.compress.layout import Llama
-    from cogumi.compress.sizes import typical_vocabulary, vocabulary_bytes
-    from cogumi.compress.vocabulary import Vocabulary
+    from cogumi.compress.formats.layout import Llama
+    from cogumi.compress.formats.sizes import typical_vocabulary, vocabulary_bytes
+    from cogumi.compress.formats.vocabulary import Vocabulary
 
     shape, folder = model.shape, Path(model.folder)
     if not model.folder:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cogumi.compress.layout import Llama
+from cogumi.compress.formats.layout import Llama
 from cogumi.errors import RecipeError
 from cogumi.stage import Context
 from cogumi.train.batches import Row, collate

@@ -16,7 +16,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from pydantic import Field
 
-from cogumi.compress.quantization import Quantization, quantize
+from cogumi.compress.quantization.search import Quantization, quantize
 from cogumi.stage import Context
 from cogumi.types import Artifact
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 
 from cogumi.artifact import write_json, write_text
-from cogumi.compress.bpe import BPE, check, renumbering, settings, trimmed
-from cogumi.compress.weights import INDEX, Weights
+from cogumi.compress.formats.weights import INDEX, Weights
+from cogumi.compress.trimming.bpe import BPE, check, renumbering, settings, trimmed
 from cogumi.errors import ArtifactError, DataError
 from cogumi.models.build import save_tensors
 from cogumi.models.text import TOKENIZER_FILES, HFTokenizer

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cogumi.artifact import sha256
 from cogumi.compress.calibration import Draw, draw_rows
-from cogumi.compress.layout import Llama
-from cogumi.compress.masks import Method, Pruner, Structure, check, matrices, weights, zeros
-from cogumi.compress.phases import Candidate, Gradual, Workshop
-from cogumi.compress.prune_report import write_report
-from cogumi.compress.sparsity import PARTS, Mix, front, scaled, score
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.pruning.masks import Method, Pruner, Structure, check, matrices, weights, zeros
+from cogumi.compress.pruning.phases import Candidate, Gradual, Workshop
+from cogumi.compress.pruning.report import write_report
+from cogumi.compress.pruning.sparsity import PARTS, Mix, front, scaled, score
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import RecipeError
 from cogumi.models.build import load, save

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogumi.compress.cutting import Importance
+from cogumi.compress.shrinking.cutting import Importance
 from cogumi.shapes import ModelShape
 from cogumi.train.batches import Batch, Row, collate
 from cogumi.train.validation import applied, judge_answers, passes

@@ -20,10 +20,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import sha256
-from cogumi.compress.activity import measure
 from cogumi.compress.calibration import Draw, draw_rows
-from cogumi.compress.cutting import BLOCK, Kept, choose, cut, smaller
-from cogumi.compress.shrink_report import report
+from cogumi.compress.shrinking.activity import measure
+from cogumi.compress.shrinking.cutting import BLOCK, Kept, choose, cut, smaller
+from cogumi.compress.shrinking.report import report
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import ArtifactError
 from cogumi.models.build import load, parameters, save

@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 
-from cogumi.compress.bpe import BPE
+from cogumi.compress.trimming.bpe import BPE
 from cogumi.errors import DataError
 from cogumi.models.text import HFTokenizer
 

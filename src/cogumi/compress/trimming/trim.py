@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cogumi.compress.essential import covering, essential, of_size
-from cogumi.compress.fertility import Fertility, count, measure, read_texts, tokens_per_word
-from cogumi.compress.remap import Model, Vocabulary
+from cogumi.compress.trimming.essential import covering, essential, of_size
+from cogumi.compress.trimming.fertility import Fertility, count, measure, read_texts, tokens_per_word
+from cogumi.compress.trimming.remap import Model, Vocabulary
 from cogumi.data.examples import iterate_examples, read_examples, split_path
 from cogumi.errors import DataError
 from cogumi.models.build import load

@@ -39,7 +39,7 @@ from cogumi.archive import (
     staged,
 )
 from cogumi.artifact import entries, file_names, write_json
-from cogumi.compress import sparse
+from cogumi.compress.packing import sparse
 from cogumi.errors import BundleError
 from cogumi.stage import Context
 from cogumi.types import Artifact

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from cogumi.artifact import sha256, write_json
 from cogumi.compress.calibration import Draw, draw_rows
-from cogumi.compress.layout import Llama
-from cogumi.compress.mixture import OVERRIDES
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.formats.mixture import OVERRIDES
 from cogumi.compress.oneshot import calibrated
-from cogumi.compress.precision import (
+from cogumi.compress.quantization.precision import (
     BITS,
     Level,
     Setting,
@@ -36,7 +36,7 @@ from cogumi.compress.precision import (
     rounded,
     sensitivities,
 )
-from cogumi.compress.quantization_report import report
+from cogumi.compress.quantization.report import report
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import ArtifactError
 from cogumi.models.build import load, save

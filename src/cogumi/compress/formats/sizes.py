@@ -18,9 +18,9 @@ from typing import Any
 from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 
-from cogumi.compress.layout import KINDS, Llama, Tensor
-from cogumi.compress.mixture import FILE_TYPES, NONE, TENSOR_TYPES, stored_tensors
-from cogumi.compress.vocabulary import Vocabulary
+from cogumi.compress.formats.layout import KINDS, Llama, Tensor
+from cogumi.compress.formats.mixture import FILE_TYPES, NONE, TENSOR_TYPES, stored_tensors
+from cogumi.compress.formats.vocabulary import Vocabulary
 from cogumi.errors import ExportError
 from cogumi.shapes import ModelShape
 

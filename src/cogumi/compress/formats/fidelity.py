@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogumi.compress import importance
 from cogumi.compress.calibration import Draw
-from cogumi.compress.gguf import export_model
-from cogumi.compress.weights import IMPORTANCE
+from cogumi.compress.formats import importance
+from cogumi.compress.formats.gguf import export_model
+from cogumi.compress.formats.weights import IMPORTANCE
 from cogumi.data.examples import read_examples, split_path
 from cogumi.environment import usable_threads
 from cogumi.errors import CogumiError

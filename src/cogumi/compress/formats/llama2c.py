@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, TokenType
 
-from cogumi.compress.gguf import LARGEST, writing
-from cogumi.compress.layout import F32, Array, Llama, Tensor
-from cogumi.compress.mixture import FILE_TYPES, stored_tensors
+from cogumi.compress.formats.gguf import LARGEST, writing
+from cogumi.compress.formats.layout import F32, Array, Llama, Tensor
+from cogumi.compress.formats.mixture import FILE_TYPES, stored_tensors
 from cogumi.errors import ExportError
 from cogumi.runtime.llama.quantize import quantize_rows
 

@@ -18,8 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 
-from cogumi.compress.layout import Llama
-from cogumi.compress.masks import Pruner, held, reached
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.pruning.masks import Pruner, held, reached
 from cogumi.errors import TrainingError
 from cogumi.models.build import load, save_tensors
 from cogumi.stage import Context

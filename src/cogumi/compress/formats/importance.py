@@ -15,8 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.compress.calibration import Draw, draw_rows
-from cogumi.compress.layout import Llama
-from cogumi.compress.weights import IMPORTANCE, Weights
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.formats.weights import IMPORTANCE, Weights
 from cogumi.errors import ExportError
 from cogumi.models.build import load, save_tensors
 from cogumi.models.text import HFTokenizer

@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from cogumi.compress.importance import measure
-from cogumi.compress.layout import Llama
-from cogumi.compress.sparsity import GROUP, Mix, importance, least, least_of_four, part_of
+from cogumi.compress.formats.importance import measure
+from cogumi.compress.formats.layout import Llama
+from cogumi.compress.pruning.sparsity import GROUP, Mix, importance, least, least_of_four, part_of
 from cogumi.errors import ArtifactError, RecipeError
 from cogumi.stage import Context
 from cogumi.train.batches import Row, collate

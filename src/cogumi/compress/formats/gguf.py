@@ -20,8 +20,8 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cogumi.compress.layout import F32, Array, Llama, Tensor, read_json, rotary_order
-from cogumi.compress.mixture import (
+from cogumi.compress.formats.layout import F32, Array, Llama, Tensor, read_json, rotary_order
+from cogumi.compress.formats.mixture import (
     FILE_TYPES,
     NONE,
     OVERRIDES,
@@ -30,8 +30,8 @@ from cogumi.compress.mixture import (
     check_type,
     stored_tensors,
 )
-from cogumi.compress.vocabulary import Vocabulary
-from cogumi.compress.weights import IMPORTANCE, Weights, read_importance
+from cogumi.compress.formats.vocabulary import Vocabulary
+from cogumi.compress.formats.weights import IMPORTANCE, Weights, read_importance
 from cogumi.errors import ExportError
 from cogumi.runtime.llama.quantize import quantize_rows
 from cogumi.stage import Context

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 
-from cogumi.compress.layout import F16, F32, Q8_0, Llama, Tensor
+from cogumi.compress.formats.layout import F16, F32, Q8_0, Llama, Tensor
 from cogumi.errors import ExportError
 from cogumi.registry import nearest
 

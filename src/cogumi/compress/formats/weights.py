@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from cogumi.artifact import sha256
-from cogumi.compress.layout import Tensor, read_json
+from cogumi.compress.formats.layout import Tensor, read_json
 from cogumi.errors import ExportError
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import GPTQModifier
 from pydantic import Field
 
-from cogumi.compress.quantization import Quantization, quantize
+from cogumi.compress.quantization.search import Quantization, quantize
 from cogumi.stage import Context
 from cogumi.types import Artifact
 

@@ -1,0 +1,1 @@
+"""What is shipped: bundles, packed folders, pruned tensors without their zeros."""

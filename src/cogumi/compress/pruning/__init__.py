@@ -1,0 +1,1 @@
+"""The least important weights become zero."""

@@ -1,0 +1,1 @@
+"""Weights prepared for few bits: sensitivity, AWQ and GPTQ."""

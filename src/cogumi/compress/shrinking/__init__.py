@@ -1,0 +1,1 @@
+"""Fewer layers, heads, neurons and channels."""
