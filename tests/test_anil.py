@@ -20,11 +20,12 @@ from cogumi.artifact import sha256
 from cogumi.data.episodes import read_episodes
 from cogumi.errors import ArtifactError, DataError, TrainingError
 from cogumi.models import head as heads
+from cogumi.models.answers import exact
 from cogumi.models.build import load
 from cogumi.models.head import Head, Rates, States
-from cogumi.models.inner import adapt_weights, exact, shot, states, weights_of
+from cogumi.models.inner import adapt_weights, shot, states, weights_of
 from cogumi.models.lora import LoraShape, attach
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
 from cogumi.train import anil
 from cogumi.types import Artifact
@@ -184,8 +185,8 @@ def test_word_for_word_means_what_greedy_decoding_gives(inputs):
     with torch.no_grad():
         for _ in range(3):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        right = anil.Shot(tuple(ids), len(prompt))
-        wrong = anil.Shot((*ids[:-1], (ids[-1] + 1) % 500), len(prompt))
+        right = Row(tuple(ids), len(prompt))
+        wrong = Row((*ids[:-1], (ids[-1] + 1) % 500), len(prompt))
         seen, row = states(model, [right, wrong])
     assert exact(seen.base, seen.targets, row, 2).tolist() == [True, False]
 

@@ -33,10 +33,9 @@ from cogumi.compress.quantization.search import Judge, Quantization, open_model,
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import ArtifactError, DataError, ExportError, RecipeError
 from cogumi.models.build import Shape, load
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import CHECKPOINT
 from cogumi.train import sft
-from cogumi.train.batches import Row
 from cogumi.train.loop import LoopConfig
 from cogumi.train.losses import distillation
 from cogumi.train.validation import TOKENS, applied, mean_figures

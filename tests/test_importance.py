@@ -21,8 +21,8 @@ from cogumi.compress.formats.weights import IMPORTANCE
 from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import DataError, ExportError
 from cogumi.models.build import load
-from cogumi.models.text import HFTokenizer
-from cogumi.train.batches import Row, make_rows
+from cogumi.models.text import HFTokenizer, Row
+from cogumi.train.batches import make_rows
 from cogumi.types import Artifact
 from helpers_gguf import edit_weights
 from helpers_train import context, example

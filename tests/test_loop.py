@@ -20,9 +20,9 @@ from cogumi.artifact import sha256
 from cogumi.errors import CogumiError, TrainingError
 from cogumi.models.build import Shape, build
 from cogumi.models.lora import LoraShape, attach
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.train import speed
-from cogumi.train.batches import Row, collate
+from cogumi.train.batches import collate
 from cogumi.train.checkpoint import Progress, trained
 from cogumi.train.loop import LoopConfig, learning_rate, reason_to_stop, train
 from cogumi.train.losses import answer_loss

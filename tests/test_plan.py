@@ -106,7 +106,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from cogumi.models.lora import LoraShape, attach
 from cogumi.stage import Context
-from cogumi.train.batches import Row
+from cogumi.models.text import Row
 from cogumi.train.loop import LoopConfig, train
 from cogumi.train.losses import answer_loss
 

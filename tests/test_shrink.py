@@ -22,7 +22,7 @@ from cogumi.data.examples import split_path, write_examples
 from cogumi.errors import ArtifactError, CogumiError, RecipeError
 from cogumi.models.build import Shape, load, save
 from cogumi.models.text import HFTokenizer
-from cogumi.shapes import ModelShape
+from cogumi.shapes import ModelShape, find_shape
 from cogumi.stage import CHECKPOINT
 from cogumi.train import sft
 from cogumi.train.loop import LoopConfig
@@ -37,6 +37,10 @@ FOLDER = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_confi
 LOOP = {"steps": 20, "batch": 25, "lr": 0.005, "muon_lr": 0.02, "evaluate_every": 10, "checkpoint_every": 6}
 EIGHT = ModelShape(64, 128, 4, 8, 4, 16, 512, 64, tied=True)
 REAL = {"tied": lambda path: llama3(path, tied=True), "own head": lambda path: llama3(path, tied=False), "qwen2": qwen2}
+
+
+def opened(folder):
+    return load(folder).eval(), find_shape(folder.name, folder.parent)
 
 
 def artifact(path):
@@ -132,7 +136,7 @@ def test_a_qwen2_keeps_as_many_channels_as_its_heads_are_wide():
 
 def test_parts_that_do_nothing_go_and_nothing_changes(world):
     """One layer, one head, half of the neurons and half of the channels made idle: they are found, and not missed."""
-    model, shape = shrink.open_model(world / "model")
+    model, shape = opened(world / "model")
     core, idle = model.model, torch.arange(0, 64, 2)
     with torch.no_grad():
         core.layers[1].self_attn.o_proj.weight.zero_()
@@ -161,7 +165,7 @@ def test_parts_that_do_nothing_go_and_nothing_changes(world):
 
 
 def test_padding_does_not_count(world):
-    model, shape = shrink.open_model(world / "model")
+    model, shape = opened(world / "model")
     rows = draw_rows(world / "data", HFTokenizer.load(world / "model"), 512, Draw(rows=2), 0)
     short, long = rows[0], rows[1]
     long = type(long)((*long.ids, *long.ids), long.start)
@@ -175,7 +179,7 @@ def test_padding_does_not_count(world):
 @pytest.mark.parametrize("kind", REAL)
 def test_targets_that_are_the_present_shape_change_no_byte(world, tmp_path, kind):
     folder = REAL[kind](tmp_path / "whole")
-    model, shape = shrink.open_model(folder)
+    model, shape = opened(folder)
     (tmp_path / "saved").mkdir()
     save(model, folder, tmp_path / "saved")
     metrics = run(tmp_path, tmp_path / "out", "saved", world / "data", layers=shape.layers, hidden=shape.hidden)
@@ -205,7 +209,7 @@ def test_cut_models_run_in_transformers_and_in_llama(world, tmp_path, kind):
         metrics = run(tmp_path, out, "whole", world / "data", loop=None, **asked)
         model, said = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
         assert not any(said.values())
-        found = shrink.open_model(out)[1]
+        found = opened(out)[1]
         assert {name: getattr(found, name) for name in asked} == asked
         assert found.head == metrics["shape"]["before"]["head"]
         assert metrics["parameters"]["after"] == found.parameters == sum(p.numel() for p in model.parameters())

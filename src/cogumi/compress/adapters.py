@@ -23,9 +23,9 @@ from cogumi.errors import ArtifactError, DataError, RecipeError, TrainingError
 from cogumi.models.build import load
 from cogumi.models.factors import Adapter, Factors, read_adapter, write_adapter
 from cogumi.models.lora import save, with_adapter
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, make_rows
+from cogumi.train.batches import make_rows
 from cogumi.train.loop import LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.shared import Span

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import DataError
-from cogumi.models.text import HFTokenizer
-from cogumi.train.batches import Row, make_rows
+from cogumi.models.text import HFTokenizer, Row
+from cogumi.train.batches import make_rows
 from cogumi.types import Example
 
 

@@ -27,9 +27,10 @@ from cogumi.artifact import sha256, write_text
 from cogumi.data.episodes import Episode, read_episodes
 from cogumi.errors import ArtifactError
 from cogumi.models import head as heads
+from cogumi.models.answers import exact
 from cogumi.models.build import load
 from cogumi.models.head import Head, Rates, States
-from cogumi.models.inner import adapt_weights, exact, shot, states, weights_of
+from cogumi.models.inner import adapt_weights, shot, states, weights_of
 from cogumi.models.lora import with_adapter
 from cogumi.models.text import HFTokenizer
 from cogumi.pictures import new_figure

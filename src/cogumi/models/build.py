@@ -71,7 +71,8 @@ def locate(name: str, root: Path) -> Path:
 def load(folder: Path, quantize: Quantize = None) -> Any:
     """The causal language model of a folder, ready for training: in fp32, or with its matrices in 4 bits on a GPU.
 
-    Raises `TrainingError` for `nf4` where there is no GPU, `ArtifactError` for a folder without a model.
+    Raises `TrainingError` for `nf4` where there is no GPU, `ArtifactError` for a folder without a model and for
+    weights that are no numbers.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
@@ -92,9 +93,13 @@ def load(folder: Path, quantize: Quantize = None) -> Any:
         )
         options = {"dtype": torch.bfloat16, "quantization_config": four_bits, "device_map": {"": _local_rank()}}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{folder} holds no model that can be loaded: {str(error).splitlines()[0]}") from error
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ArtifactError(f"{folder}: {name} holds NaN or infinity; use a checkpoint from before training failed")
+    return model
 
 
 def _local_rank() -> int:

@@ -7,7 +7,6 @@ here the weights of an adapter. Both are first-order: adapted weights pass gradi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,22 +15,15 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from cogumi.errors import DataError
+from cogumi.models.answers import language_model
 from cogumi.models.head import Rates, States
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.types import Example, Message
 
 Weights = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Shot:
-    """Token ids of an example; `ids[start:]` is its answer, end token included."""
-
-    ids: tuple[int, ...]
-    start: int
-
-
-def shot(example: Example, tokenizer: HFTokenizer, context: int, before: Sequence[Example] = ()) -> Shot:
+def shot(example: Example, tokenizer: HFTokenizer, context: int, before: Sequence[Example] = ()) -> Row:
     """An example as tokens, after other examples as turns of the same conversation.
 
     `DataError` if that is longer than the model's context.
@@ -44,22 +36,17 @@ def shot(example: Example, tokenizer: HFTokenizer, context: int, before: Sequenc
             f"example {example.id} with {len(before)} examples before it has {len(ids)} tokens, the model's context "
             f"{context}; make the episodes of shorter questions or fewer examples"
         )
-    return Shot(ids, len(prompt))
-
-
-def core(model: Any) -> Any:
-    """The causal language model under an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return Row(ids, len(prompt))
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     """The weights of the adapter on the layers, by name."""
-    return {name: weight for name, weight in core(model).model.named_parameters() if "lora_" in name}
+    return {name: weight for name, weight in language_model(model).model.named_parameters() if "lora_" in name}
 
 
-def states(model: Any, shots: Sequence[Shot], weights: Weights | None = None) -> tuple[States, Tensor]:
+def states(model: Any, shots: Sequence[Row], weights: Weights | None = None) -> tuple[States, Tensor]:
     """What the head sees of every answer token, and whose it is `[n]`; with other `weights` of the layers if given."""
-    lm = core(model)
+    lm = language_model(model)
     width = max(len(s.ids) for s in shots)
     ids = torch.tensor([s.ids + (0,) * (width - len(s.ids)) for s in shots], device=lm.lm_head.weight.device)
     row = torch.tensor([r for r, s in enumerate(shots) for _ in s.ids[s.start :]], device=ids.device)
@@ -70,13 +57,7 @@ def states(model: Any, shots: Sequence[Shot], weights: Weights | None = None) ->
     return States(hidden, lm.lm_head(hidden), ids[row, place]), row
 
 
-def exact(logits: Tensor, targets: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Whether greedy decoding gives an answer word for word, that is: each of its tokens is the likeliest; `[rows]`."""
-    wrong = (logits.argmax(-1) != targets).float()
-    return torch.zeros(rows, device=logits.device).index_add(0, row, wrong) == 0
-
-
-def adapt_weights(model: Any, weights: Weights, support: Sequence[Shot], rates: Rates) -> dict[str, Tensor]:
+def adapt_weights(model: Any, weights: Weights, support: Sequence[Row], rates: Rates) -> dict[str, Tensor]:
     """Weights of the layers after gradient descent on the mean nats of a support set; first-order towards `weights`."""
     fast = {name: weight.detach() for name, weight in weights.items()}
     with torch.enable_grad():

@@ -105,3 +105,22 @@ class HFTokenizer:
     def answer(self, text: str) -> list[int]:
         """Ids of an assistant's answer, its end token included."""
         return [*self.encode(text), self.eos]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids of a prompt and its answer `ids[start:]`, its end token included; `id` is the example's."""
+
+    ids: tuple[int, ...]
+    start: int
+    id: str = ""
+
+    @property
+    def size(self) -> int:
+        """Tokens that a model reads."""
+        return len(self.ids)
+
+    @property
+    def weight(self) -> int:
+        """Tokens that a model learns: what a row counts for in a mean over rows."""
+        return len(self.ids) - self.start

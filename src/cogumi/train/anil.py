@@ -23,11 +23,12 @@ from torch.nn.functional import cross_entropy
 from cogumi.artifact import sha256
 from cogumi.data.episodes import Episode, read_episodes
 from cogumi.models import head as heads
+from cogumi.models.answers import exact
 from cogumi.models.build import load
 from cogumi.models.head import Head, Rates
-from cogumi.models.inner import Shot, adapt_weights, exact, shot, states, weights_of
+from cogumi.models.inner import adapt_weights, shot, states, weights_of
 from cogumi.models.lora import LoraShape, attach, save
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.types import Artifact
@@ -100,8 +101,8 @@ class Task:
     """An episode as tokens."""
 
     id: str
-    support: tuple[Shot, ...]
-    query: tuple[Shot, ...]
+    support: tuple[Row, ...]
+    query: tuple[Row, ...]
 
     @property
     def size(self) -> int:

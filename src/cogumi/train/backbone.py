@@ -25,11 +25,11 @@ from cogumi.errors import ArtifactError, TrainingError
 from cogumi.models.backbone import Backbone
 from cogumi.models.build import load
 from cogumi.models.factors import WEIGHTS, Adapter, Factors, read_adapter, same_layers, write_adapter
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.registry import nearest
 from cogumi.stage import Context
 from cogumi.train.backbone_report import report
-from cogumi.train.batches import Batch, Row, collate, make_rows
+from cogumi.train.batches import Batch, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.shared import Doubles, Span, clusters, cosines, explained, gram, spans, split

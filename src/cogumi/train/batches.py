@@ -10,29 +10,10 @@ import torch
 from torch import Tensor
 
 from cogumi.errors import TrainingError
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.types import Example
 
 IGNORE = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Token ids of a prompt and its answer `ids[start:]`, its end token included; `id` is the example's."""
-
-    ids: tuple[int, ...]
-    start: int
-    id: str = ""
-
-    @property
-    def size(self) -> int:
-        """Tokens that a model reads."""
-        return len(self.ids)
-
-    @property
-    def weight(self) -> int:
-        """Tokens that a model learns: what a row counts for in a mean over rows."""
-        return len(self.ids) - self.start
 
 
 @dataclass(frozen=True, slots=True)

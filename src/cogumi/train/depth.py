@@ -23,9 +23,9 @@ from cogumi.artifact import sha256
 from cogumi.data.examples import read_examples, split_path
 from cogumi.models.build import load, parameters
 from cogumi.models.depth import FILE, Routers, skipping, spans_of
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
-from cogumi.train.batches import IGNORE, Batch, Row, collate, make_rows
+from cogumi.train.batches import IGNORE, Batch, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.validation import applied, judge_answers, passes
 from cogumi.types import Artifact

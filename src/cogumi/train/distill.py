@@ -22,9 +22,9 @@ from cogumi.data.responses import read_responses
 from cogumi.errors import TrainingError
 from cogumi.models.build import Quantize, load, save
 from cogumi.models.lora import LoraShape, attach, merged
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, collate, make_rows
+from cogumi.train.batches import collate, make_rows
 from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_figures, answer_loss

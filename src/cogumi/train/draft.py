@@ -23,10 +23,10 @@ from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.data.responses import Response, read_responses
 from cogumi.models.build import Shape, build, load, locate, parameters, save
 from cogumi.models.heads import DraftModel
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
 from cogumi.train import batches
-from cogumi.train.batches import IGNORE, Batch, Row
+from cogumi.train.batches import IGNORE, Batch
 from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_logits, divergence, labelled_logits, token_nats

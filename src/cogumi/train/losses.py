@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from cogumi.models.answers import exact, language_model
 from cogumi.train.batches import IGNORE, Batch
 from cogumi.train.loop import Loss
 
@@ -26,11 +27,6 @@ def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     """Negative log-likelihood of each labelled token, `[n]`, and the row of each."""
     logits, target, row = labelled_logits(head, hidden, labels)
     return cross_entropy(logits, target, reduction="none"), row
-
-
-def language_model(model: Any) -> Any:
-    """The causal language model itself, under an adapter or not."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,4 +74,4 @@ def answer_figures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     logits, target, row = answer_logits(model, batch)
     rows = torch.zeros(len(batch.ids), device=logits.device)
     nats = rows.index_add(0, row, cross_entropy(logits, target, reduction="none").float())
-    return nats, rows.index_add(0, row, (logits.argmax(-1) != target).float()) == 0
+    return nats, exact(logits, target, row, len(rows))

@@ -20,9 +20,9 @@ from cogumi.data.responses import read_responses
 from cogumi.errors import TrainingError
 from cogumi.models.build import Quantize, load
 from cogumi.models.lora import LoraShape, attach, merged, save
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, make_rows
+from cogumi.train.batches import make_rows
 from cogumi.train.loop import LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers

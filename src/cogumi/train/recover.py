@@ -26,9 +26,9 @@ from cogumi.errors import TrainingError
 from cogumi.models.build import load, save
 from cogumi.models.lora import LoraShape, attach, merged
 from cogumi.models.lora import save as save_adapter
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
-from cogumi.train.batches import Order, Row, collate, make_rows
+from cogumi.train.batches import Order, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_figures, answer_loss, distillation
 from cogumi.train.validation import applied, judge_answers, passes

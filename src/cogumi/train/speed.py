@@ -22,9 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cogumi.environment import usable_threads
 from cogumi.errors import CogumiError
 from cogumi.models.lora import LoraShape, attach
+from cogumi.models.text import Row
 from cogumi.stage import Context
 from cogumi.suite import Figure, Findings, Task
-from cogumi.train.batches import Order, Row, collate
+from cogumi.train.batches import Order, collate
 from cogumi.train.loop import LoopConfig, train
 from cogumi.train.losses import answer_loss
 

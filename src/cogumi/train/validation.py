@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogumi.train.batches import Row, collate
+from cogumi.models.text import Row
+from cogumi.train.batches import collate
 from cogumi.train.loop import Apply, Item, Loss
 from cogumi.train.losses import answer_figures
 

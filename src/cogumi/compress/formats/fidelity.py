@@ -24,13 +24,13 @@ from cogumi.compress.formats.weights import IMPORTANCE
 from cogumi.data.examples import read_examples, split_path
 from cogumi.environment import usable_threads
 from cogumi.errors import CogumiError
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.runtime.engine import Engine, replies
 from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.runtime.torch_engine import TorchEngine
 from cogumi.stage import Context
 from cogumi.suite import Figure, Findings, Task
-from cogumi.train.batches import Row, make_rows
+from cogumi.train.batches import make_rows
 from cogumi.types import Artifact, Request
 
 TYPES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0")

@@ -19,9 +19,9 @@ from cogumi.compress.formats.layout import Llama
 from cogumi.compress.formats.weights import IMPORTANCE, Weights
 from cogumi.errors import ExportError
 from cogumi.models.build import load, save_tensors
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, collate
+from cogumi.train.batches import collate
 from cogumi.train.validation import passes
 from cogumi.types import Artifact
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 from cogumi.compress.formats.importance import measure
 from cogumi.compress.formats.layout import Llama
 from cogumi.compress.pruning.sparsity import GROUP, Mix, importance, least, least_of_four, part_of
-from cogumi.errors import ArtifactError, RecipeError
+from cogumi.errors import RecipeError
+from cogumi.models.text import Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, collate
+from cogumi.train.batches import collate
 from cogumi.train.losses import answer_loss
 from cogumi.train.validation import passes
 
@@ -169,11 +169,8 @@ def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient.masked_fill(zero.to(gradient.device), 0.0)
 
 
-def check(model: nn.Module, parts: Mapping[str, float], structure: Structure, folder: Path) -> None:
-    """`ArtifactError` for weights that are not finite, `RecipeError` for what this model cannot be pruned by."""
-    for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise ArtifactError(f"{folder}: {name} holds NaN or infinity; build that model again")
+def check(model: nn.Module, parts: Mapping[str, float], structure: Structure) -> None:
+    """`RecipeError` for what this model cannot be pruned by."""
     found = matrices(model)
     for part in parts:
         if part not in found:

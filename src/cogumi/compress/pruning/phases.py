@@ -22,8 +22,8 @@ from cogumi.compress.formats.layout import Llama
 from cogumi.compress.pruning.masks import Pruner, held, reached
 from cogumi.errors import TrainingError
 from cogumi.models.build import load, save_tensors
+from cogumi.models.text import Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers

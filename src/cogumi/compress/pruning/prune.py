@@ -119,7 +119,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.set_num_threads(context.threads)
     folder, data = inputs["model"].path, inputs["examples"].path
     tokenizer, llama, model = HFTokenizer.load(folder), Llama.load(folder), load(folder)
-    check(model, config.shares, config.structure, folder)
+    check(model, config.shares, config.structure)
     room = model.config.max_position_embeddings
     calibration = draw_rows(data, tokenizer, room, config.calibration, context.seed)
     selection = make_rows(read_examples(split_path(data, "selection")), tokenizer, room)

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from cogumi.compress.formats.layout import Llama
 from cogumi.errors import RecipeError
+from cogumi.models.text import Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, collate
+from cogumi.train.batches import collate
 from cogumi.train.losses import answer_logits, divergence
 from cogumi.train.validation import passes
 

@@ -38,11 +38,10 @@ from cogumi.compress.quantization.precision import (
 )
 from cogumi.compress.quantization.report import report
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import ArtifactError
 from cogumi.models.build import load, save
-from cogumi.models.text import HFTokenizer
+from cogumi.models.text import HFTokenizer, Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, make_rows
+from cogumi.train.batches import make_rows
 from cogumi.train.losses import distillation
 from cogumi.train.validation import applied, judge_answers, mean_figures
 from cogumi.types import Artifact
@@ -86,16 +85,9 @@ class Attempt:
 
 
 def open_model(folder: Path) -> Any:
-    """The model of a folder, in evaluation.
-
-    Raises `ExportError` for one that could not be shipped as GGUF, `ArtifactError` for damaged weights.
-    """
+    """The model of a folder, in evaluation; `ExportError` for one that could not be shipped as GGUF."""
     Llama.load(folder)
-    model = load(folder).eval()
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise ArtifactError(f"{folder}: {name} holds NaN or infinity; use a checkpoint from before training failed")
-    return model
+    return load(folder).eval()
 
 
 def round_linears(model: nn.Module, level: Mapping[str, Level], setting: Setting) -> nn.Module:

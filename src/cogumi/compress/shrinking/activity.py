@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cogumi.compress.shrinking.cutting import Importance
+from cogumi.models.text import Row
 from cogumi.shapes import ModelShape
-from cogumi.train.batches import Batch, Row, collate
+from cogumi.train.batches import Batch, collate
 from cogumi.train.validation import applied, judge_answers, passes
 
 

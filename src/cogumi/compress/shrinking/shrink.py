@@ -9,7 +9,6 @@ same rows, steps and rates, to show what cutting a trained one is worth.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +24,11 @@ from cogumi.compress.shrinking.activity import measure
 from cogumi.compress.shrinking.cutting import BLOCK, Kept, choose, cut, smaller
 from cogumi.compress.shrinking.report import report
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import ArtifactError
 from cogumi.models.build import load, parameters, save
-from cogumi.models.text import HFTokenizer
-from cogumi.shapes import ModelShape, shape_of
+from cogumi.models.text import HFTokenizer, Row
+from cogumi.shapes import ModelShape, find_shape
 from cogumi.stage import CHECKPOINT, Context
-from cogumi.train.batches import Row, make_rows
+from cogumi.train.batches import make_rows
 from cogumi.train.checkpoint import Progress
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_loss, distillation
@@ -68,19 +66,6 @@ class Config(BaseModel):
         """The figures that are named."""
         names = ("layers", "feed_forward", "heads", "kv_heads", "hidden")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-def open_model(folder: Path) -> tuple[Any, ModelShape]:
-    """The model of a folder and its shape; `ArtifactError` for another architecture and for damaged weights."""
-    try:
-        shape = shape_of(json.loads((folder / "config.json").read_text("utf-8")), str(folder))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}/config.json cannot be read ({error}); give a full model folder") from error
-    model = load(folder).eval()
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ArtifactError(f"{folder}: {name} holds NaN or infinity; use a checkpoint from before training failed")
-    return model, shape
 
 
 def shrunk(model: Any, kept: Kept, target: ModelShape) -> Any:
@@ -130,7 +115,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     """`model` and `examples` -> a smaller model folder with report.md, and curves.png if it was trained."""
     torch.set_num_threads(context.threads)
     folder, data = inputs["model"].path, inputs["examples"].path
-    whole, shape = open_model(folder)
+    shape, whole = find_shape(folder.name, folder.parent), load(folder).eval()
     target = smaller(shape, config.asked)
     tokenizer = HFTokenizer.load(folder)
     rows, selection = (

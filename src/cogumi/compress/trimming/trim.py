@@ -27,8 +27,9 @@ from cogumi.compress.trimming.remap import Model, Vocabulary
 from cogumi.data.examples import iterate_examples, read_examples, split_path
 from cogumi.errors import DataError
 from cogumi.models.build import load
+from cogumi.models.text import Row
 from cogumi.stage import Context
-from cogumi.train.batches import Row, make_rows
+from cogumi.train.batches import make_rows
 from cogumi.train.validation import applied, judge_answers
 from cogumi.types import Artifact, Example
 
