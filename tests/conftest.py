@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+os.environ.pop("COLUMNS", None)  # read once, when the console is made: tests choose their own width
 os.environ["COGUMI_CACHE"] = tempfile.mkdtemp(prefix="cogumi-cache-")
 
 LONG = ("test_tiny.py", "test_ranks.py", "test_bench.py", "test_loop.py", "test_real_models.py")

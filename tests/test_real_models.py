@@ -29,6 +29,7 @@ F32_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F3
 SMALLER = {
     "world": {"train": 6, "selection": 2, "fit": 4, "threshold": 4, "heldout": 2, "unanswerable": 2},
     "tokenizer": {"vocabulary": 400},
+    "trim": {"size": 640},
     "respond": {"rows": 60, "window": 64, "max_tokens": 2},
     "router": {"rows": 40, "epochs": 2},
     "calibrate": {"max_tokens": 2, "rows": 60},

@@ -19,7 +19,7 @@ from cogumi.compress.shrinking import shrink
 from cogumi.compress.shrinking.activity import measure, without
 from cogumi.compress.shrinking.cutting import choose, smaller, strongest, strongest_heads
 from cogumi.data.examples import split_path, write_examples
-from cogumi.errors import ArtifactError, CogumiError, RecipeError
+from cogumi.errors import ArtifactError, CogumiError, ExportError, RecipeError
 from cogumi.models.build import Shape, load, save
 from cogumi.models.text import HFTokenizer
 from cogumi.shapes import ModelShape, find_shape
@@ -314,9 +314,9 @@ def test_what_cannot_be_shrunk_is_said_in_one_line(world, tmp_path):
     supported = "is a MixtralForCausalLM; supported: LlamaForCausalLM, Qwen2ForCausalLM"
     refused(world, tmp_path, ArtifactError, supported, model=model, layers=2)
     (model / "config.json").unlink()
-    refused(world, tmp_path, ArtifactError, "config.json cannot be read", model=model, layers=2)
+    refused(world, tmp_path, ExportError, "config.json is missing; give a full model", model=model, layers=2)
     (model / "config.json").write_text("[")
-    refused(world, tmp_path, ArtifactError, "config.json cannot be read", model=model, layers=2)
+    refused(world, tmp_path, ExportError, "config.json is not JSON", model=model, layers=2)
     write_examples(split_path(tmp_path / "none", "train"), [])
     write_examples(split_path(tmp_path / "none", "selection"), [example("1", "2")])
     refused(world, tmp_path, CogumiError, "no rows to calibrate on|no examples", data=tmp_path / "none", layers=2)

@@ -20,13 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.artifact import sha256
 from cogumi.compress.calibration import Draw, draw_rows
+from cogumi.compress.formats.layout import read_json
 from cogumi.compress.shrinking.activity import measure
 from cogumi.compress.shrinking.cutting import BLOCK, Kept, choose, cut, smaller
 from cogumi.compress.shrinking.report import report
 from cogumi.data.examples import read_examples, split_path
 from cogumi.models.build import load, parameters, save
 from cogumi.models.text import HFTokenizer, Row
-from cogumi.shapes import ModelShape, find_shape
+from cogumi.shapes import ModelShape, shape_of
 from cogumi.stage import CHECKPOINT, Context
 from cogumi.train.batches import make_rows
 from cogumi.train.checkpoint import Progress
@@ -115,7 +116,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     """`model` and `examples` -> a smaller model folder with report.md, and curves.png if it was trained."""
     torch.set_num_threads(context.threads)
     folder, data = inputs["model"].path, inputs["examples"].path
-    shape, whole = find_shape(folder.name, folder.parent), load(folder).eval()
+    shape = shape_of(read_json(folder / "config.json"), str(folder))
+    whole = load(folder).eval()
     target = smaller(shape, config.asked)
     tokenizer = HFTokenizer.load(folder)
     rows, selection = (
