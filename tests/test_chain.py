@@ -52,13 +52,13 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def figures(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    config = chain.Config(steps=["before", "small", "broken"], rounds=1, prompts=4, max_tokens=8)
+    config = chain.Config(steps=["before", "broken"], beside=["small"], rounds=1, prompts=4, max_tokens=8)
     return out, chain.run(config, inputs, out, context())
 
 
 def test_every_step_is_compared_with_the_first(figures):
     _, found = figures
-    before, small, broken = found["steps"].values()
+    before, small, broken = (found["steps"][name] for name in ("before", "small", "broken"))
     assert (before["kept"], before["points_lost"], before["perplexity_kept"]) == (1, 0, 1)
     assert before["accuracy"] > 0.9
     assert small["perplexity_kept"] == pytest.approx(1, abs=0.02)
@@ -82,13 +82,15 @@ def test_sizes_are_those_of_the_files(inputs, figures):
 def test_people_get_a_table_and_a_picture(figures):
     out, _ = figures
     page = (out / "report.md").read_text()
-    assert all(f"| {name} |" in page for name in ("before", "small", "broken"))
+    assert all(f"| {name} |" in page for name in ("before", "small (beside)", "broken"))
     assert (out / chain.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_order_must_be_told_for_every_input(inputs, tmp_path):
     with pytest.raises(RecipeError, match="must name every input"):
         chain.run(chain.Config(steps=["before", "small"]), inputs, tmp_path, context())
+    with pytest.raises(RecipeError, match="must name every input"):
+        chain.run(chain.Config(steps=["before", "small", "broken"], beside=["small"]), inputs, tmp_path, context())
 
 
 def test_zeros_pack_well(tmp_path):

@@ -40,7 +40,8 @@ LEVEL = 10
 
 
 class Config(BaseModel):
-    """`steps` are the inputs in the order of the chain; the first is what all others are compared with.
+    """`steps` are the inputs in the order of the chain; the first is what all others are compared with. Those `beside`
+    it are measured too: controls, other ways.
 
     `rows` held-out questions are asked (None: all). Speed is the median of `rounds` over all steps in turn, each of
     `prompts` questions.
@@ -48,6 +49,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     steps: list[str] = Field(min_length=2)
+    beside: list[str] = []
     rows: int | None = Field(None, ge=1)
     max_tokens: int = Field(64, ge=1)
     slots: int = Field(8, ge=1)
@@ -129,14 +131,13 @@ def compare(name: str, first: Judged, judged: Judged, seed: int) -> dict[str, An
 def picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Size against quality, from step to step."""
     figure, (axes,) = new_figure(width=7)
-    axes.plot([row["packed_bytes"] for row in rows], [100 * row["kept"] for row in rows], "-o", label="right answers")
-    axes.plot(
-        [row["packed_bytes"] for row in rows],
-        [100 * row["perplexity_kept"] for row in rows],
-        "--s",
-        markersize=4,
-        label="1 / perplexity per byte",
-    )
+    chain, beside = ([row for row in rows if row["beside"] == aside] for aside in (False, True))
+    for name, style, label in (("kept", "-o", "right answers"), ("perplexity_kept", "--s", "1 / perplexity per byte")):
+        sizes, shares = [row["packed_bytes"] for row in chain], [100 * row[name] for row in chain]
+        color = axes.plot(sizes, shares, style, markersize=4, label=label)[0].get_color()
+        axes.scatter(
+            [r["packed_bytes"] for r in beside], [100 * r[name] for r in beside], facecolors="none", edgecolors=color
+        )
     for row in rows:
         axes.annotate(row["step"], (row["packed_bytes"], 100 * row["kept"]), fontsize=8, rotation=20)
     axes.axhline(97, color="0.6", linestyle=":", linewidth=1)
@@ -160,7 +161,7 @@ def page(rows: Sequence[Mapping[str, Any]], n: int) -> str:
     for row in rows:
         low, high = row["points_lost_95"]
         lines.append(
-            f"| {row['step']} | {decimal(row['bytes'])} | {decimal(row['packed_bytes'])} "
+            f"| {row['step']}{' (beside)' * row['beside']} | {decimal(row['bytes'])} | {decimal(row['packed_bytes'])} "
             f"| {row['perplexity_per_byte']:.4f} | {row['accuracy']:.1%} | {row['kept']:.1%} "
             f"| {row['points_lost']:.1f} ({low:.1f} to {high:.1f}) | {row['tokens_per_second']:.0f} |"
         )
@@ -169,11 +170,12 @@ def page(rows: Sequence[Mapping[str, Any]], n: int) -> str:
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`data` and a `gguf` artifact for each of `steps` -> report.md, a picture, and the figures of every step."""
-    if set(config.steps) != set(inputs) - {"data"}:
+    names = [*config.steps, *config.beside]
+    if sorted(names) != sorted(set(inputs) - {"data"}):
         given = ", ".join(sorted(set(inputs) - {"data"}))
-        raise RecipeError(f"'steps' must name every input but data, in the order of the chain; inputs: {given}")
+        raise RecipeError(f"'steps' must name every input but data once, in the order of the chain; inputs: {given}")
     examples = read_examples(split_path(inputs["data"].path, "heldout"))[: config.rows]
-    models = {name: inputs[name].path / MODEL for name in config.steps}
+    models = {name: inputs[name].path / MODEL for name in names}
     total = len(models) * (1 + config.rounds)
     judged: dict[str, Judged] = {}
     for name, model in models.items():
@@ -192,11 +194,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             "bytes": model.stat().st_size,
             "packed_bytes": packed_bytes(model),
             "type": inputs[name].metrics["type"],
+            "beside": name in config.beside,
         }
         rows.append({**found, **sizes, "tokens_per_second": median(rates[name])})
     picture(out / PICTURE, rows)
     write_text(out / "report.md", page(rows, len(examples)))
-    last = rows[-1]
+    last = rows[len(config.steps) - 1]
     return {
         "questions": len(examples),
         "steps": {row["step"]: row for row in rows},
