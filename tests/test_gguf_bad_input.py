@@ -39,6 +39,10 @@ def copy(tmp_path, pico) -> Path:
     [
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM; supported: LlamaForCausalLM, Qwen2ForCausalLM"),
         ({"architectures": ["Qwen2ForCausalLM"]}, "lack model.layers.0.self_attn.q_proj.bias"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 2, "num_key_value_heads": 1},
+            "2 heads of 32 are not hidden_size 128 wide",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_type is 'yarn'"),

@@ -80,6 +80,11 @@ class Llama(ModelShape):
             shape = shape_of(config, str(folder))
         except ArtifactError as error:
             raise ExportError(str(error)) from error
+        if shape.kind == "qwen2" and shape.query != shape.hidden:
+            raise ExportError(
+                f"{folder}/config.json: {shape.heads} heads of {shape.head} are not hidden_size {shape.hidden} wide; "
+                "llama.cpp loads no such Qwen2"
+            )
         rope = {"rope_theta": config.get("rope_theta", 10000.0)}
         rope |= config.get("rope_scaling") or {}
         rope |= config.get("rope_parameters") or {}
