@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from cogumi.cli import app
 from cogumi.errors import ArtifactError, RecipeError
-from cogumi.footprint import Training, footprint
-from cogumi.lengths import OWN_TEMPLATE, file_sizes, world_sizes
 from cogumi.models.build import load, parameters
 from cogumi.models.lora import LoraShape, attach
 from cogumi.plan.amounts import parse_bytes
+from cogumi.plan.footprint import Training, footprint
+from cogumi.plan.lengths import OWN_TEMPLATE, file_sizes, world_sizes
 from cogumi.plan.training import NEEDS, Hardware, plan
 from cogumi.recipe import builtin_recipes, load_recipe, parse_recipe
 from cogumi.registry import STAGES, stage

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogumi.environment import usable_threads
 from cogumi.errors import BundleError
-from cogumi.footprint import BF16, FP32
+from cogumi.plan.footprint import BF16, FP32
 from cogumi.plan.memory import bytes_per_token
 from cogumi.plan.routes import Asked, Budget, Route, refusal
 from cogumi.show import size

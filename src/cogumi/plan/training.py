@@ -1,7 +1,7 @@
 """What a recipe will take, and what is wrong with it, before anything is built (SPEC D1, the part about training).
 
-Nothing is loaded or downloaded: shapes come from `cogumi.shapes`, memory from `cogumi.footprint`, row lengths from the
-data itself, at a cautious number of bytes per token. How long a step takes is not guessed; its arithmetic is given.
+Nothing is loaded or downloaded: shapes come from `cogumi.shapes`, memory from `footprint`, row lengths from the data
+itself, at a cautious number of bytes per token. How long a step takes is not guessed; its arithmetic is given.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cogumi.errors import ArtifactError, RecipeError
-from cogumi.footprint import FP32, Footprint, Training, footprint
-from cogumi.lengths import OWN_TEMPLATE, TEMPLATE, Rows, Sizes, file_sizes, world_sizes
+from cogumi.plan.footprint import FP32, Footprint, Training, footprint
+from cogumi.plan.lengths import OWN_TEMPLATE, TEMPLATE, Rows, Sizes, file_sizes, world_sizes
 from cogumi.plan.models import Model, cut, given, ranks_of
 from cogumi.recipe import Recipe, Step, explain
 from cogumi.registry import nearest, stage
