@@ -10,13 +10,14 @@ import typer
 
 from cogumi import show
 from cogumi.cli.options import RUNS, JsonOption, RunsOption
+from cogumi.progress import BenchProgress, BuildProgress
 
 
 def _build(recipe: str, runs: Path, seed: int | None) -> dict[str, Any]:
     from cogumi.pipeline import build
     from cogumi.recipe import load_recipe
 
-    with show.BuildProgress() as progress:
+    with BuildProgress() as progress:
         return build(load_recipe(recipe), runs, seed=seed, progress=progress)
 
 
@@ -116,7 +117,7 @@ def plan(
         hardware=Hardware(of_gpu, gpus),
         length=length,
     )
-    answer = answer_to(what, options, show.BenchProgress)
+    answer = answer_to(what, options, BenchProgress)
     if json:
         show.emit(answer.document())
     elif not check:

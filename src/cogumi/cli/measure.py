@@ -12,6 +12,7 @@ import typer
 from cogumi import show
 from cogumi.cli.options import RUNS, BundleArgument, JsonOption, ThreadsOption, chosen_bundle
 from cogumi.errors import CogumiError
+from cogumi.progress import BenchProgress, SuiteProgress
 from cogumi.types import Request
 
 
@@ -106,7 +107,7 @@ def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None
     with ExitStack() as opened:
         if bundle is not None and is_packed(bundle):  # suites read files of the bundle by themselves
             bundle = opened.enter_context(closing(Files(bundle))).bundle.path
-        progress = opened.enter_context(show.SuiteProgress(name))
+        progress = opened.enter_context(SuiteProgress(name))
         found = measured.run(Task(bundle, data, out, seed, progress.advanced))
     figures = show.findings(name, found)
     if out is not None:
@@ -148,7 +149,7 @@ def bench(
         raise CogumiError(f"cogumi bench needs the package '{error.name}': pip install 'cogumi[bench]'") from error
     if picture is not None and picture.suffix not in pictures.FORMATS:
         raise CogumiError(f"{picture} is no picture; name it with one of {', '.join(pictures.FORMATS)}")
-    with show.BenchProgress() as progress:
+    with BenchProgress() as progress:
         found = run(
             progress,
             only=only or (),

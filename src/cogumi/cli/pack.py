@@ -10,6 +10,7 @@ import typer
 
 from cogumi import show
 from cogumi.cli.options import JsonOption
+from cogumi.progress import ByteProgress
 
 COLUMNS = ("file", "size", "zstd", "with dictionary", "ratio")
 
@@ -31,7 +32,7 @@ def pack(
     from cogumi.archive import staged
     from cogumi.compress.packing.archive import Config, pack_folder
 
-    with staged(out, folder) as part, show.ByteProgress(f"packing {folder}") as bar:
+    with staged(out, folder) as part, ByteProgress(f"packing {folder}") as bar:
         figures = pack_folder(folder, part, Config(sparse=sparse), bar.advanced)
     if json:
         show.emit(figures)
@@ -50,7 +51,7 @@ def unpack(
     """
     from cogumi.compress.packing import archive
 
-    with show.ByteProgress(f"unpacking {packed}") as bar:
+    with ByteProgress(f"unpacking {packed}") as bar:
         count = archive.unpack(packed, out, bar.advanced)
     if json:
         show.emit({"out": str(out), "bytes": count})

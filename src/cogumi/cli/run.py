@@ -21,6 +21,7 @@ from cogumi.cli.options import (
     chosen_bundle,
 )
 from cogumi.errors import CogumiError
+from cogumi.progress import ByteProgress
 
 
 def chat(
@@ -51,7 +52,7 @@ def chat(
     chosen.check(mode)
     shown = load_examples(examples) if examples else ()
     folder = chosen_bundle(bundle)
-    with show.ByteProgress(f"unpacking {folder}") as bar:
+    with ByteProgress(f"unpacking {folder}") as bar:
         opened = open_cascade(
             folder,
             threads=threads,
@@ -113,7 +114,7 @@ def serve(
     def load() -> api.Served:
         from cogumi.cascade.opening import open_cascade
 
-        with show.ByteProgress(f"unpacking {folder}") as bar:
+        with ByteProgress(f"unpacking {folder}") as bar:
             return open_cascade(
                 folder,
                 slots=slots,
