@@ -139,10 +139,10 @@ def vocabulary(
         list[Path], typer.Option(help="Text file or folder that tokens are counted in; may be repeated.")
     ],
     measure: Annotated[list[Path], typer.Option(help="Text file or folder to measure on, kept out of the corpus.")],
-    size: Annotated[list[int] | None, typer.Option(help="So many tokens.")] = None,
+    size: Annotated[list[int] | None, typer.Option(min=257, help="So many tokens.")] = None,
     cover: Annotated[
         list[float] | None,
-        typer.Option(help="What covers this share of the corpus's tokens.", show_default="the stage's"),
+        typer.Option(min=0, max=1, help="What covers this share of the corpus's tokens.", show_default="the stage's"),
     ] = None,
     json: JsonOption = False,
 ) -> None:

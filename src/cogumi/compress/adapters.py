@@ -8,6 +8,7 @@ short training on the questions that the adapter was made for can win back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,10 @@ from cogumi.types import Artifact, Example
 VERSION = 1
 KIND = "adapter"
 TRAINS = True
+
+
+BLOCK = 32
+"""Values in a block of q8_0 and q4_0: what a rank is filled up to."""
 
 
 class Config(BaseModel):
@@ -126,6 +131,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.set_num_threads(context.threads)
     base, adapter = inputs["model"].path, inputs["adapter"]
     before = _checked(adapter, base)
+    most = BLOCK * math.ceil(max(len(update.a) for update in before.values()) / BLOCK)
+    if config.rank > most:
+        raise RecipeError(f"rank: {config.rank} would only add zeros to {adapter.path}; its ranks fill up at {most}")
     after = {layer: pruned(reduced(update, config.rank), config.prune) for layer, update in before.items()}
     alike = likeness(before, after)
     domain = adapter.metrics.get("domain")

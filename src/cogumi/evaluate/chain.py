@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field
-from rich.filesize import decimal
 
 from cogumi.artifact import write_text
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import RecipeError
+from cogumi.errors import DataError, RecipeError
 from cogumi.evaluate.graders import grade_all
 from cogumi.evaluate.metrics import gained
 from cogumi.pictures import new_figure
@@ -123,27 +122,27 @@ def compare(name: str, first: Judged, judged: Judged, seed: int) -> dict[str, An
         "accuracy": float(judged.right.mean()),
         "kept": float(judged.right.mean() / first.right.mean()) if first.right.any() else math.nan,
         "perplexity_kept": math.exp(first.nats_per_byte - judged.nats_per_byte),
-        "points_lost": -100 * gain,
-        "points_lost_95": [-100 * high, -100 * low],
+        "points_lost": 0.0 - 100 * gain,
+        "points_lost_95": [0.0 - 100 * high, 0.0 - 100 * low],
     }
 
 
 def picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Size against quality, from step to step."""
-    figure, (axes,) = new_figure(width=7)
+    """Size against quality, from step to step; what is beside the chain as rings."""
+    figure, (axes,) = new_figure(width=8)
     chain, beside = ([row for row in rows if row["beside"] == aside] for aside in (False, True))
     for name, style, label in (("kept", "-o", "right answers"), ("perplexity_kept", "--s", "1 / perplexity per byte")):
-        sizes, shares = [row["packed_bytes"] for row in chain], [100 * row[name] for row in chain]
+        sizes, shares = [row["packed_bytes"] / 1e6 for row in chain], [100 * row[name] for row in chain]
         color = axes.plot(sizes, shares, style, markersize=4, label=label)[0].get_color()
-        axes.scatter(
-            [r["packed_bytes"] for r in beside], [100 * r[name] for r in beside], facecolors="none", edgecolors=color
-        )
-    for row in rows:
-        axes.annotate(row["step"], (row["packed_bytes"], 100 * row["kept"]), fontsize=8, rotation=20)
-    axes.axhline(97, color="0.6", linestyle=":", linewidth=1)
-    axes.set_xscale("log")
-    axes.set(xlabel="bytes of the file, packed by zstd", ylabel="kept of the first model, %")
-    axes.legend(loc="lower right")
+        sizes, shares = [row["packed_bytes"] / 1e6 for row in beside], [100 * row[name] for row in beside]
+        axes.scatter(sizes, shares, facecolors="none", edgecolors=color)
+    for i, row in enumerate(rows):  # in turn above and below, as neighbours are often near each other
+        place = (row["packed_bytes"] / 1e6, 100 * row["kept"])
+        axes.annotate(row["step"], place, (0, 8 if i % 2 else -14), textcoords="offset points", ha="center", fontsize=8)
+    axes.axhline(97, color="0.6", linestyle=":", linewidth=1, label="97%")
+    axes.margins(x=0.1, y=0.1)
+    axes.set(xlabel="MB of the file, packed by zstd", ylabel="kept of the first model, %")
+    axes.legend(loc="best", fontsize="small")
     figure.savefig(path)
 
 
@@ -161,7 +160,7 @@ def page(rows: Sequence[Mapping[str, Any]], n: int) -> str:
     for row in rows:
         low, high = row["points_lost_95"]
         lines.append(
-            f"| {row['step']}{' (beside)' * row['beside']} | {decimal(row['bytes'])} | {decimal(row['packed_bytes'])} "
+            f"| {row['step']}{' (beside)' * row['beside']} | {row['bytes']:,} | {row['packed_bytes']:,} "
             f"| {row['perplexity_per_byte']:.4f} | {row['accuracy']:.1%} | {row['kept']:.1%} "
             f"| {row['points_lost']:.1f} ({low:.1f} to {high:.1f}) | {row['tokens_per_second']:.0f} |"
         )
@@ -175,6 +174,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         given = ", ".join(sorted(set(inputs) - {"data"}))
         raise RecipeError(f"'steps' must name every input but data once, in the order of the chain; inputs: {given}")
     examples = read_examples(split_path(inputs["data"].path, "heldout"))[: config.rows]
+    if not examples:
+        raise DataError(f"{inputs['data'].path} has no held-out questions to measure a chain on; give some")
     models = {name: inputs[name].path / MODEL for name in names}
     total = len(models) * (1 + config.rounds)
     judged: dict[str, Judged] = {}

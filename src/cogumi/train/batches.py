@@ -35,7 +35,7 @@ class Batch:
 def make_rows(examples: Sequence[Example], tokenizer: HFTokenizer, context: int) -> list[Row]:
     """One row per example that fits the context. `TrainingError` if that leaves none."""
     if not examples:
-        raise TrainingError("no examples to train on; look at the metrics of the step that made them")
+        raise TrainingError("no examples to train on or to judge by; look at the metrics of the step that made them")
     rows = []
     for example in examples:
         prompt = tokenizer.chat(example.messages)

@@ -33,7 +33,9 @@ from cogumi.suite import Figure, Findings, Task
 from cogumi.train.batches import make_rows
 from cogumi.types import Artifact, Request
 
-TYPES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0")
+TYPES = ("f32", "f16", "q8_0", "q5_k_m", "q5_0", "q4_k_m", "q4_0")
+UNWEIGHED = ("f32", "f16", "q8_0")
+"""An importance matrix changes nothing there."""
 ROWS, CALIBRATION, SLOTS = 300, 512, 8
 """Held-out questions read, training questions that importance is measured on, and requests at a time."""
 
@@ -71,7 +73,7 @@ def run(task: Task) -> Findings:
     figures = []
     with tempfile.TemporaryDirectory() as made:
         weighed = _importance(base, examples, Path(made), task.seed)
-        kinds = [(type, matrix) for type in TYPES for matrix in (None, weighed)]
+        kinds = [(type, matrix) for type in TYPES for matrix in (None, weighed) if not (matrix and type in UNWEIGHED)]
         for done, (type, matrix) in enumerate(kinds):
             path = Path(made) / "model.gguf"
             export_model(base, path, type, importance=matrix, threads=usable_threads())

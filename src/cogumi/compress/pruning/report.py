@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cogumi.artifact import write_text
+from cogumi.pictures import new_figure
 
 Results: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Figures of every candidate by its name, as the stage's metrics tell them under `grid`."""
@@ -63,12 +64,7 @@ def _row(cells: Iterable[str]) -> str:
 
 def _picture(path: Path, results: Results, chosen: str, dense: Mapping[str, float]) -> None:
     """Selection perplexity against the size that is left, a line per method; the chosen one has a ring."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(width=6)
     for method in dict.fromkeys(found["method"] for found in results.values()):
         same = [found for found in results.values() if found["method"] == method]
         points = sorted((found["size"], found["pruned"]["perplexity"], found["sparsity"]) for found in same)

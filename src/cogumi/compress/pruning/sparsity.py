@@ -74,8 +74,10 @@ def least_of_four(scores: Tensor, gone: int) -> Tensor:
 def scaled(parts: Mapping[str, float], weights: Mapping[str, int], overall: float) -> dict[str, float]:
     """The parts' shares in their given ratio, so that `overall` of all the parts' `weights` go.
 
-    Raises `ValueError` if a part would lose all.
+    Raises `ValueError` if a part would lose all, or none would lose any.
     """
+    if not any(parts.values()):
+        raise ValueError("no part gives up any weight; a grid needs a share above 0")
     now = sum(share * weights[part] for part, share in parts.items()) / sum(weights[part] for part in parts)
     shares = {part: share * overall / now for part, share in parts.items()}
     for part, share in shares.items():

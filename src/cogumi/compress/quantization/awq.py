@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
 from pydantic import Field
 
 from cogumi.compress.quantization.search import Quantization, quantize
@@ -35,8 +32,10 @@ class Config(Quantization):
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`model`, `examples` -> a model folder, types.json (`gguf` takes it as `types`) and report.md."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier  # seconds: not for reading a recipe
+    from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    def modifiers(groups: dict[str, Any]) -> Sequence[Modifier]:
+    def modifiers(groups: dict[str, Any]) -> Sequence[Any]:
         return [AWQModifier(n_grid=config.grid), QuantizationModifier(config_groups=groups)]
 
     return quantize(config, inputs, out, context, modifiers, config.round)

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.quantization import GPTQModifier
 from pydantic import Field
 
 from cogumi.compress.quantization.search import Quantization, quantize
@@ -31,8 +29,9 @@ class Config(Quantization):
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`model`, `examples` -> a model folder, types.json (`gguf` takes it as `types`) and report.md."""
+    from llmcompressor.modifiers.quantization import GPTQModifier  # seconds: not for reading a recipe
 
-    def modifiers(groups: dict[str, Any]) -> Sequence[Modifier]:
+    def modifiers(groups: dict[str, Any]) -> Sequence[Any]:
         return [GPTQModifier(config_groups=groups, dampening_frac=config.damping)]
 
     return quantize(config, inputs, out, context, modifiers, keep_rounding=False)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from llmcompressor.modifiers import Modifier
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from cogumi.artifact import sha256, write_json
 from cogumi.compress.calibration import Draw, draw_rows
 from cogumi.compress.formats.layout import Llama
 from cogumi.compress.formats.mixture import OVERRIDES
-from cogumi.compress.oneshot import calibrated
 from cogumi.compress.quantization.precision import (
     BITS,
     Level,
@@ -47,7 +45,7 @@ from cogumi.train.validation import applied, judge_answers, mean_figures
 from cogumi.types import Artifact
 
 Figures: TypeAlias = Mapping[str, float]
-Modifiers: TypeAlias = Callable[[dict[str, Any]], Sequence[Modifier]]
+Modifiers: TypeAlias = Callable[[dict[str, Any]], Sequence[Any]]
 """llm-compressor's modifiers for a mixture, given as its `config_groups`."""
 Calibrate: TypeAlias = Callable[[Any, dict[str, Any]], None]
 """Applies them to a model, which is left rounding its weights in its forward pass, if they are not rounded already."""
@@ -170,6 +168,8 @@ def quantize(
 
     `modifiers` either round the weights themselves or leave them to be rounded: `keep_rounding` does so in the folder.
     """
+    from cogumi.compress.oneshot import calibrated  # and llm-compressor with it: seconds
+
     torch.set_num_threads(context.threads)
     folder, examples = inputs["model"].path, inputs["examples"].path
     original, tokenizer = open_model(folder), HFTokenizer.load(folder)

@@ -21,7 +21,8 @@ SIZES = ("layers", "hidden", "feed_forward", "heads", "kv_heads")
 def report(metrics: Mapping[str, Any], out: Path) -> None:
     """Write report.md from the stage's metrics, and curves.png if anything was trained."""
     shape, size = metrics["shape"], metrics["parameters"]
-    found = [(label, metrics[name]) for name, label in MODELS.items() if name in metrics]
+    shown = ["before", "cut", *metrics["curve"]]
+    found = [(label, metrics[name]) for name, label in MODELS.items() if name in shown]
     kept, without = metrics["layers"]["kept"], metrics["layers"]["nats_without"]
     text = [
         f"# {size['before']:,} weights cut to {size['after']:,} ({size['after'] / size['before']:.0%})",

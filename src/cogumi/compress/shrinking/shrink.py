@@ -147,7 +147,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             control = type(whole)(copy.deepcopy(small.config))
             runs["control"] = trainer.train(control, answer_loss, out, "control")
             quality["control"] = judged(control)
-    quality["after"] = judged(small)
+    quality["after"] = judged(small) if loop else quality["cut"]
     save(small, folder, out)
     metrics = {
         "shape": {"before": asdict(shape), "after": asdict(target)},

@@ -228,6 +228,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     else:
         model.copy(out)
     given, reason = Model.load(out), attempts[-1]["problem"]
+    told = {"tokens": len(given.vocabulary.bpe.ids), "bytes saved": model.bytes - given.bytes}
+    context.progress(len(attempts), len(attempts), told)
     chosen = attempts[-1] if reason is None else {}
     return {
         "rolled_back": reason is not None,
