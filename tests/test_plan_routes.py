@@ -26,6 +26,13 @@ from helpers_real import qwen2
 from pico import make_model
 
 BANDWIDTH = 18e9
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 RANKS = dict.fromkeys(KNOWN["Llama-3.2-1B"].linear, 30)
 BASE_1B = known_weights(KNOWN["Llama-3.2-1B"])
 DRAFT_1B = replace(
@@ -133,7 +140,9 @@ def test_an_impossible_ask_is_told_the_arithmetic_and_what_fits_instead():
 
 
 def test_amounts_are_read_and_nonsense_is_not():
-    assert parse_rate("50GB/s") == 50 * 10**9
+    assert parse_rate("50GB/s") == parse_rate("50gb/s") == 50 * 10**9
+    assert parse_bytes("890mb") == 890 * 10**6
+    assert parse_bytes("2gib") == 2 * 2**30
     for wrong in ("0MB", "0.1B", "-5MB", "much", "", "5 MB/s", "nanGB"):
         with pytest.raises(RecipeError):
             parse_bytes(wrong)
@@ -315,6 +324,11 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
         "no numbers above 0": good | {"num_attention_heads": 0},
         "feed_forward is 'wide', not": good | {"intermediate_size": "wide"},
         "heads cannot share 4": good | {"num_attention_heads": 6, "num_key_value_heads": 4, "head_dim": 8},
+        "rope_scaling is 'x', not an object": good | {"rope_scaling": "x"},
+        "rope_parameters is [1], not an object": good | {"rope_parameters": [1]},
+        "a rope or norm that is no number": good | {"rms_norm_eps": "small"},
+        "that is no number; copy": good | {"rope_scaling": LLAMA3 | {"factor": None}},
+        "is a 5; supported": good | {"architectures": 3, "model_type": 5},
         "hidden_act is 'gelu'": good | {"hidden_act": "gelu"},
     }
     for said, document in damaged.items():
@@ -326,3 +340,5 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
     assert cogumi(str(tmp_path)).exit_code == 0
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
     assert "no whole GGUF model" in refused(str(tmp_path / "some.gguf"))
+    assert refused(str(tmp_path / "nosuch.gguf")).startswith("there is no file")
+    assert "'lots' is no amount of bytes" in refused("tiny", "--disk", "lots")

@@ -178,6 +178,8 @@ def test_a_damaged_file_and_a_foreign_one_are_refused_in_a_line(folders, tmp_pat
         with pytest.raises(ExportError) as caught:
             read_model(tmp_path / f"{name}.gguf")
         assert "\n" not in str(caught.value)
+    with pytest.raises(ExportError, match="is an adapter, no model"):
+        read_model(tmp_path / "adapter.gguf")
     foreign = data.replace(b"llama", b"gemma")
     (tmp_path / "foreign.gguf").write_bytes(foreign)
     with pytest.raises(ExportError, match="is a gemma; supported: llama, qwen2"):

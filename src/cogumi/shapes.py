@@ -117,7 +117,8 @@ def known(name: str) -> str | None:
 
 def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
     """The shape that a `config.json` describes; `ArtifactError` if it is none of the family or lacks a figure."""
-    found = (config.get("architectures") or [config.get("model_type")])[0]
+    named = config.get("architectures")
+    found = named[0] if named and isinstance(named, list) else config.get("model_type")
     kind = ARCHITECTURES.get(str(found), str(found))
     if kind not in ARCHITECTURES.values():
         raise ArtifactError(f"{where} is a {found}; supported: {', '.join(ARCHITECTURES)}")

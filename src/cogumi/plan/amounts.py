@@ -8,12 +8,12 @@ from cogumi.errors import RecipeError
 
 
 def parse_bytes(text: str) -> int:
-    """`80GB`, `890MB`, `24 GiB` as bytes; `RecipeError` for anything else, and for nothing."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B", text.strip())
+    """`80GB`, `890MB`, `24 GiB` as bytes, in any case of letters; `RecipeError` for anything else, and for nothing."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
     if match is None:
-        raise RecipeError(f"'{text}' is no amount of memory; write it like 80GB or 24GiB")
+        raise RecipeError(f"'{text}' is no amount of bytes; write it like 80GB or 24GiB")
     number, prefix, binary = match.groups()
-    found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+    found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
     if not found:
         raise RecipeError(f"'{text}' is less than a byte; ask for more")
     return found
@@ -22,6 +22,6 @@ def parse_bytes(text: str) -> int:
 def parse_rate(text: str) -> int:
     """`50GB/s` as bytes per second; `RecipeError` for anything else."""
     amount, slash, second = text.strip().rpartition("/")
-    if not slash or second.strip() != "s":
+    if not slash or second.strip().lower() != "s":
         raise RecipeError(f"'{text}' is no bandwidth; write it like 50GB/s")
     return parse_bytes(amount)

@@ -86,8 +86,11 @@ class Llama(ModelShape):
                 "llama.cpp loads no such Qwen2"
             )
         rope = {"rope_theta": config.get("rope_theta", 10000.0)}
-        rope |= config.get("rope_scaling") or {}
-        rope |= config.get("rope_parameters") or {}
+        for name in ("rope_scaling", "rope_parameters"):
+            given = config.get(name) or {}
+            if not isinstance(given, Mapping):
+                raise ExportError(f"{folder}/config.json: {name} is {given!r}, not an object; copy it again")
+            rope |= given
         kind = rope.get("rope_type", rope.get("type", "default"))
         plain = {
             "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
@@ -103,12 +106,14 @@ class Llama(ModelShape):
         try:
             return cls(
                 **asdict(shape),
-                epsilon=config["rms_norm_eps"],
-                theta=rope["rope_theta"],
+                epsilon=float(config["rms_norm_eps"]),
+                theta=float(rope["rope_theta"]),
                 stretch=llama3_stretch(shape.head, rope) if kind == "llama3" else (),
             )
         except KeyError as error:
             raise ExportError(f"{folder}/config.json lacks {error}; save the model with save_pretrained") from error
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ExportError(f"{folder}/config.json holds a rope or norm that is no number; copy it again") from error
 
     def tensors(self) -> list[Tensor]:
         """Every tensor such a model has, in file order."""
@@ -186,8 +191,11 @@ def rotary_order(rows: Array, heads: int) -> Array:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `ExportError` if it is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing; give a full model or adapter folder") from error
     except ValueError as error:
         raise ExportError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(found, dict):
+        raise ExportError(f"{path} is no JSON object; copy it again")
+    return found

@@ -2,7 +2,7 @@
 
 A file is its keys, a line for each tensor, and the tensors, each filled up to `ALIGNMENT` bytes. The keys are written
 for real, into a file that holds nothing else; which type a tensor gets says llama.cpp's own quantizer
-(`compress.mixture`). Only a vocabulary that is not there yet is estimated.
+(`compress.formats.mixture`). Only a vocabulary that is not there yet is estimated.
 """
 
 from __future__ import annotations
@@ -123,11 +123,15 @@ def read_model(path: Path) -> tuple[Llama, str, int]:
     try:
         reader = GGUFReader(path)
         keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        if keys.get("general.type") == "adapter":
+            raise ExportError(f"{path} is an adapter, no model; give its base")
         kind = keys["general.architecture"]
         if kind not in KINDS:
             raise ExportError(f"{path} is a {kind}; supported: {', '.join(KINDS)}")
         type = next(name for name, number in FILE_TYPES.items() if number == keys["general.file_type"])
         llama = _read_shape(kind, keys, {tensor.name: tensor.n_elements for tensor in reader.tensors})
+    except FileNotFoundError as error:
+        raise ExportError(f"there is no file {path}; check the name") from error
     except (OSError, ValueError, KeyError, IndexError, StopIteration) as error:
         raise ExportError(f"{path} is no whole GGUF model ({error!r}); export or copy it again") from error
     spoken = (field for name, field in reader.fields.items() if name.startswith("tokenizer."))
