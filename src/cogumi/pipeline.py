@@ -32,6 +32,7 @@ from cogumi.stage import CHECKPOINT, Context, Stage
 from cogumi.types import Artifact
 
 REPORT_STAGE = "report"
+PAGE = "report.md"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -288,7 +289,7 @@ def _report(
         if p.step.stage == REPORT_STAGE:
             report |= manifest.metrics
             for name in manifest.files:
-                if name == "report.md" or ("/" not in name and name.endswith(".png")):
+                if name == PAGE or ("/" not in name and name.endswith(".png")):
                     shutil.copyfile(home / p.step.name / name, home / name)
     peaks = [m.environment["peak_rss_bytes"] for m in manifests]
     report |= {
@@ -298,6 +299,11 @@ def _report(
         "build_seconds": round(sum(m.seconds for m in manifests), 3),
         "peak_rss_bytes": max(peak_rss_bytes(), *peaks),
         "steps": rows,
+        "pages": [
+            str(home / p.step.name / PAGE)
+            for p, manifest in zip(plans, manifests, strict=True)
+            if PAGE in manifest.files and p.step.stage != REPORT_STAGE
+        ],
     }
     with _Named("report", home):
         artifact.write_json(home / "report.json", report)

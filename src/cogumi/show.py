@@ -122,6 +122,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     rows.append(("time of this build", duration(report["seconds"])))
     rows.append(("peak memory", size(report["peak_rss_bytes"])))
     table(f"Recipe {report['recipe']}", ["figure", "value"], rows)
+    for page in report.get("pages", ()):
+        OUT.print(f"figures: {page}", soft_wrap=True, markup=False)
 
 
 def print_evaluation(figures: Mapping[str, Any]) -> None:
@@ -171,8 +173,8 @@ def print_inspection(found: Mapping[str, Any]) -> None:
                 [s["name"], s["stage"], ", ".join(f"{r}={i}" for r, i in s.get("inputs", {}).items())] for s in value
             ]
             table("Steps", ["step", "stage", "inputs"], rows)
-        elif key == "bytes":
-            OUT.print(f"size: {size(value)}")
+        elif value and key.endswith("bytes"):
+            OUT.print(f"{key.removesuffix('bytes').replace('_', ' ')}size: {size(value)}")
         elif value:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             text = text if len(text) <= LONG else f"{len(value)} entries; --json shows them"

@@ -201,6 +201,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     picture(out / PICTURE, rows)
     write_text(out / "report.md", page(rows, len(examples)))
     last = rows[len(config.steps) - 1]
+    context.progress(total, total, {name: last[name] for name in ("kept", "perplexity_kept")})
     return {
         "questions": len(examples),
         "steps": {row["step"]: row for row in rows},

@@ -301,10 +301,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         lambda done, total: context.progress(done, total, {}),
     )
     weights, matrices = sum(np.prod(t.shape) for t in tensors), [t for t in tensors if len(t.shape) == 2]
+    bits = 8 * sum(t.nbytes for t in tensors) / int(weights)
+    context.progress(len(tensors), len(tensors), {"bits per weight": bits})
     return {
         "bytes": path.stat().st_size,
         "type": config.type,
         "types": dict(Counter(t.type.name.lower() for t in matrices)),
-        "bits_per_weight": 8 * sum(t.nbytes for t in tensors) / int(weights),
+        "bits_per_weight": bits,
         **common,
     }

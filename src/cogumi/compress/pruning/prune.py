@@ -142,6 +142,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     if config.grid:
         write_report(out, results, chosen, dense)
     best = results[chosen]
+    context.progress(1, 1, {"zeros": best["sparsity"], "exact": best["pruned"]["exact"], "before": dense["exact"]})
     return {
         "method": best["method"],
         "structure": config.structure,

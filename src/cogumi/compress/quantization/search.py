@@ -207,6 +207,8 @@ def quantize(
         "model_sha256": sha256(out / "model.safetensors"),
     }
     report(metrics, out)
+    kept = ratios(before, best.figures)["quality_ratio"]
+    context.progress(1, 1, {"bits per weight": best.bits, "quality": kept or 0.0})
     return metrics
 
 
