@@ -18,7 +18,8 @@ from cogumi.errors import CogumiError, RecipeError
 from cogumi.plan.amounts import parse_bytes, parse_rate
 from cogumi.plan.memory import Serving
 from cogumi.plan.parts import Adapter, Parts, known_weights, parts_of_recipe
-from cogumi.plan.routes import Asked, Budget, instead, refusal
+from cogumi.plan.refusal import instead, refusal
+from cogumi.plan.routes import Asked, Budget
 from cogumi.plan.training import plan
 from cogumi.recipe import load_recipe, parse_recipe
 from cogumi.shapes import KNOWN
@@ -131,9 +132,56 @@ def test_an_impossible_ask_is_told_the_arithmetic_and_what_fits_instead():
     assert "the smallest type there is has 1.56" in line
     assert re.search(r"what fits instead: Qwen2\.5-1\.5B, vocabulary of 32,768 .* q2_k", line)
     assert "\n" not in line
-    assert "1.20 bits each" in refusal(asked(eight, bandwidth=12e9, tokens_per_second=10, disk=10**9 * 3))
+    by_speed = refusal(asked(eight, bandwidth=12e9, tokens_per_second=10, disk=10**9 * 3))
+    assert "1.20 GB to read for each token, less 71.3 MB that is no weight, for 8.03e+09 weights" in by_speed
+    assert "are 1.12 bits each" in by_speed
+    absurd = refusal(asked(eight, tokens_per_second=1e9))
+    assert "18 bytes to read for each token leave no room for 8.03e+09 weights" in absurd
+    assert "0.00" not in absurd
     assert instead(asked(eight, disk=10_000)) is None
     assert "nothing of known shape fits either" in refusal(asked(eight, disk=10_000))
+
+
+ONLY = Parts("1b", BASE_1B)
+
+
+def test_what_is_no_weight_is_blamed_where_it_is_more_than_the_weights():
+    def told(serving, parts=ONLY, **budget):
+        return refusal(Asked(parts, serving, Budget(**budget), BANDWIDTH))
+
+    long = told(Serving(10_000_000), ram=8 * 10**9)
+    assert "1b: the cache of 10,000,000 tokens takes 174.08 GB, and there are 8.00 GB in memory; " in long
+    assert "ask for less --context or --cache q4_0; even with" in long
+    assert "bits" not in long
+    many = told(Serving(100_000, 100, "q4_0"), ram=8 * 10**9)
+    assert "100 times 100,000 tokens takes 92.16 GB" in many
+    assert "ask for less --context or fewer --slots; even with" in many
+    slow = told(Serving(2_000_000), tokens_per_second=1000)
+    assert "half full, takes 17.41 GB, and there are 18.0 MB to read for each token" in slow
+    nets = told(Serving(), replace(WHOLE, small={"embedder.onnx": 10**9}), disk=10**9)
+    assert re.search(r"the draft, adapters and small files take 1\.\d\d GB, and there are 1\.00 GB on disk; even", nets)
+
+
+def test_no_longer_context_is_planned_than_the_base_was_made_for(tmp_path):
+    folder = make_model(tmp_path / "mine")
+    most = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    for asked_for, planned in ((most - 1, most - 1), (most, most), (10 * most, most)):
+        words = (str(folder), "--context", str(asked_for))
+        assert json.loads(cogumi(*words, "--json").stdout)["sizes"]["serving"]["context"] == planned
+        assert ("the base was made for no more" in cogumi(*words).stdout) is (planned == most)
+
+
+def test_a_speed_that_was_asked_for_is_said_to_be_compared_with_a_ceiling():
+    speed = ("Llama-3.2-1B", "--bandwidth", "100GB/s", "--tokens-per-second")
+    fits, misses = cogumi(*speed, "1").stdout, cogumi(*speed, "200").stdout
+    assert "it fits as it is, its speed by the ceiling\n" in fits
+    assert "it does not fit" in misses
+    for shown in (fits, misses):
+        assert "the runtime reaches about half to two thirds of it" in shown
+        assert "+ where it fits, its speed by the ceiling" in " ".join(shown.split())
+    assert "it fits as it is\n" in cogumi("Llama-3.2-1B", "--disk", "9GB", "--bandwidth", "9GB/s").stdout
+    tight = cogumi("Llama-3.2-1B", "--ram", "1.2GB", "--bandwidth", "9GB/s").stdout
+    assert "in memory without repacking (open with --no-repack)" in tight
 
 
 # --- amounts ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from cogumi.errors import RecipeError
 from cogumi.plan import figures, training
 from cogumi.plan.memory import Serving
 from cogumi.plan.parts import Parts, parts_of_recipe
-from cogumi.plan.routes import Asked, Budget, refusal
+from cogumi.plan.refusal import refusal
+from cogumi.plan.routes import Asked, Budget
 from cogumi.plan.target import GGUF, look_up
 from cogumi.plan.training import Hardware, Plan
 from cogumi.recipe import Recipe
@@ -108,7 +109,8 @@ def answer_to(what: str, options: Options, progress: Callable[[], AbstractContex
     if parts is None:
         return Answer(what, found, None)
     bandwidth = options.bandwidth or (figures.measured_bandwidth() if options.budget != Budget() else None)
-    asked = Asked(parts, options.serving, options.budget, bandwidth)
+    serving = replace(options.serving, context=min(options.serving.context, parts.base.shape.context))
+    asked = Asked(parts, serving, options.budget, bandwidth)
     if Path(what).suffix != GGUF:
         return Answer(parts.name, found, asked)
     with progress() as told:

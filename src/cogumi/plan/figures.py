@@ -13,7 +13,8 @@ from cogumi.environment import usable_threads
 from cogumi.errors import BundleError
 from cogumi.plan.footprint import BF16, FP32
 from cogumi.plan.memory import bytes_per_token
-from cogumi.plan.routes import Asked, Budget, Route, refusal
+from cogumi.plan.refusal import refusal
+from cogumi.plan.routes import Asked, Budget, Route
 from cogumi.show import size
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ THREADS = 8
 """Threads that memory bandwidth is measured with at most: so many take all there is of it, and 256 MB each."""
 ORDER = "vocabulary, adapters, type of the weights, layers and neurons"
 """What routes change, from the least expected loss to the largest."""
+CEILING = (
+    "tokens/s are the ceiling that memory bandwidth sets; the runtime reaches about half to two thirds of it "
+    "(measure it: cogumi bench --only roofline)"
+)
 FILE_COLUMNS = ("file", "bytes", "share", "packed by zstd, estimated")
 MEMORY = {
     "weights": "weights, mapped from their files",
@@ -137,7 +142,8 @@ def route_table(asked: Asked) -> tuple[str, list[str], list[list[str]]]:
         routes, key=lambda r: (r.parts.base.shape.layers, r.parts.base.shape.vocabulary)
     ):
         rows.append([str(layers), f"{ids:,}", *map(_cell, some)])
-    said = ", + where it fits" if asked.budget != Budget() else ""
+    by = ", its speed by the ceiling" if asked.budget.tokens_per_second else ""
+    said = f", + where it fits{by}" if asked.budget != Budget() else ""
     speed = " with tokens/s at most" if asked.bandwidth else ""
     return f"routes: MB of the bundle{speed}{said}", ["layers", "ids", *types], rows
 
@@ -154,16 +160,25 @@ def lines(asked: Asked) -> list[str]:
     route = asked.route()
     base, n = route.parts.base, route.parts.base.shape.parameters
     found = [f"{asked.parts.name}: {_summary(route)}; {8 * base.file.bytes / n:.2f} bits for each of {n:,} weights"]
+    if asked.serving.context == route.parts.base.shape.context:
+        found.append(f"planned for a context of {asked.serving.context:,} tokens: the base was made for no more")
     if asked.budget == Budget():
         return found
     if not route.missed:
-        return [*found, "it fits as it is"]
+        by = ", its speed by the ceiling" if asked.budget.tokens_per_second else ""
+        return [*found, f"it fits as it is{by}", *_caveat(asked)]
+    found += _caveat(asked)
     found.append(f"it does not fit: {', '.join(route.missed)}")
     change = asked.fitting
     if change is None:
         return found
     found.append(f"changes that cost least are tried first: {ORDER}")
     return [*found, f"smallest change that fits: {', '.join(change.changes)}: {_summary(change)}"]
+
+
+def _caveat(asked: Asked) -> list[str]:
+    """What a speed that was asked for is compared with."""
+    return [CEILING] if asked.budget.tokens_per_second else []
 
 
 def said(measured: Mapping[str, Any]) -> str:
@@ -177,5 +192,5 @@ def said(measured: Mapping[str, Any]) -> str:
 
 def _summary(route: Route) -> str:
     speed = f", at most {route.ceiling:.1f} tokens/s" if route.ceiling else ""
-    repacked = "" if route.repack or not route.memory.repacked else " without repacking"
+    repacked = "" if route.repack or not route.memory.repacked else " without repacking (open with --no-repack)"
     return f"{size(route.parts.bytes)} on disk, {size(route.ram)} in memory{repacked}{speed}"

@@ -1,7 +1,7 @@
 """What a bundle will consist of, and how large each of its files will be (SPEC D1).
 
-Models and adapters are counted to the byte (`compress.formats.sizes`). Small nets follow from their layers; what follows from
-no shape, such as a calibration, is taken to be as large as the tiny recipe's.
+Models and adapters are counted to the byte (`compress.formats.sizes`). Small nets follow from their layers; what
+follows from no shape, such as a calibration, is taken to be as large as the tiny recipe's.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from itertools import product
 
 from cogumi.errors import RecipeError
 from cogumi.plan.memory import Memory, Serving, bytes_per_token, memory
-from cogumi.plan.parts import Parts, Weights, known_weights
-from cogumi.shapes import KNOWN, ModelShape
+from cogumi.plan.parts import Parts, Weights
+from cogumi.shapes import ModelShape
 from cogumi.show import size
 
 VOCABULARIES = (131_072, 65_536, 32_768)
@@ -28,8 +28,6 @@ KEPT = (1.0, 0.75, 0.5)
 """Shares of layers, and of the neurons of each, that shrinking may leave."""
 ADAPTERS = ((32, "q8_0"), (32, "q4_0"))
 """Rank and type of adapters that stage `compress_adapter` has made smaller, where that makes them smaller."""
-FLOOR = 1.5625
-"""Bits per weight of the smallest type there is (IQ1_S); files in it have more, for some of their tensors do."""
 BLOCK = 256
 """Neurons are left in whole blocks of the K types."""
 
@@ -189,40 +187,3 @@ def smaller_types(base: Weights) -> list[str]:
     """Those of `TYPES` that make the base's file smaller, largest first."""
     sizes = {type: replace(base, type=type, types=()).file.bytes for type in TYPES}
     return [type for type, bytes in sizes.items() if bytes < base.file.bytes]
-
-
-def refusal(asked: Asked) -> str:
-    """Why nothing fits, with the arithmetic, and what would fit instead."""
-    parts, budget = asked.parts, asked.budget
-    shape = parts.base.shape
-    room = {"on disk": budget.disk, "in memory": budget.ram}
-    if budget.tokens_per_second and asked.bandwidth:
-        room["to read for each token"] = int(asked.bandwidth / budget.tokens_per_second)
-    given = {where: bytes for where, bytes in room.items() if bytes is not None}
-    where, bytes = min(given.items(), key=lambda item: item[1])
-    bits = 8 * bytes / shape.parameters
-    least = list(asked.changes())[-1]
-    route = asked.route(least)
-    lines = [f"{parts.name}: {size(bytes)} {where} for {shape.parameters:.3g} weights are {bits:.2f} bits each"]
-    if bits < FLOOR:
-        lines[0] += f", and the smallest type there is has {FLOOR:.2f}"
-    lines.append(f"even with {', '.join(route.changes)} it is {', '.join(route.missed)}")
-    other = instead(asked)
-    lines.append(f"what fits instead: {other}" if other else "nothing of known shape fits either")
-    return "; ".join(lines)
-
-
-def instead(asked: Asked) -> str | None:
-    """The largest model of known shape that fits in the base's place, whole, and as what."""
-    for name, shape in sorted(KNOWN.items(), key=lambda item: item[1].parameters, reverse=True):
-        if shape.parameters >= asked.parts.base.shape.parameters:
-            continue
-        parts = replace(asked.parts, name=name, base=known_weights(shape), shared=False)
-        other = replace(asked, parts=parts)
-        whole = [change for change in other.changes() if change.layers == change.neurons == 1.0]
-        if other.route(whole[-1]).missed:
-            continue
-        route = next(r for change in whole if not (r := other.route(change)).missed)
-        how = ", ".join(route.changes) or f"as {route.parts.base.type}"
-        return f"{name}, {how} ({size(route.parts.bytes)} on disk, {size(route.ram)} in memory)"
-    return None
