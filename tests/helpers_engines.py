@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from cogumi.runtime.llama_engine import LlamaEngine
 from cogumi.types import Message
 from pico import make_adapter, make_model
 
+ROOT = TemporaryDirectory(prefix="cogumi-pico-")
+"""Is removed when the process ends."""
 CHAT = (Message("system", "Be short."), Message("user", "What is 48 plus 57?"))
 
 
@@ -33,7 +35,7 @@ class Pico:
 @cache
 def pico() -> Pico:
     """Make everything; about a second."""
-    root = Path(mkdtemp(prefix="cogumi-pico-"))
+    root = Path(ROOT.name)
     base = make_model(root / "base")
     draft = make_model(root / "draft", perturb=0.02)
     other = make_model(root / "other", hidden=128, vocab=400, seed=5)
