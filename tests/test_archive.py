@@ -25,7 +25,8 @@ from cogumi.compress.packing.archive import Config, pack, pack_folder, run, unpa
 from cogumi.errors import BundleError
 from cogumi.inspection import look
 from cogumi.runtime.engine import final_reply
-from cogumi.runtime.unpacking import STALE, Files
+from cogumi.runtime.unpacking import STALE, WAYS, Files
+from cogumi.show import print_inspection, size
 from cogumi.stage import Context
 from cogumi.types import Artifact, Message, Request
 from helpers_bundle import make_bundle
@@ -133,7 +134,10 @@ def test_any_zstd_reads_a_packed_file(packed):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.dictionaries(
-        st.from_regex(r"[a-z][a-z0-9._-]{0,8}(/x[a-z0-9]{0,5})?", fullmatch=True), st.binary(max_size=3000), max_size=5
+        st.from_regex(r"[a-z][a-z0-9._-]{0,8}(/x[a-z0-9]{0,5})?", fullmatch=True),
+        st.binary(max_size=3000),
+        min_size=1,
+        max_size=5,
     )
 )
 def test_any_files_come_back(tmp_path, files):
@@ -218,7 +222,7 @@ def test_every_flipped_bit_is_noticed(copy, data):
 def test_every_cut_is_noticed(copy, data):
     path = data.draw(st.sampled_from(sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)))
     good = path.read_bytes()
-    path.write_bytes(good[: data.draw(st.integers(0, len(good) - 1))])
+    path.write_bytes(good[: data.draw(st.integers(0, len(good.rstrip(b"\n")) - 1))])  # JSON may lack its last
     refuse(copy, None)
     path.unlink()
     refuse(copy, "missing|is not packed")
@@ -306,17 +310,33 @@ def test_an_index_that_is_none(copy, text):
     refuse(copy, "again")
 
 
-def test_an_archive_of_something_else(tmp_path, copy):
+def test_an_archive_of_nothing(copy):
+    edit(copy, lambda index: index.update(files={}))
+    refuse(copy, "at least 1 item")
+
+
+def test_an_archive_of_something_else(tmp_path, copy, cache):
     write(tmp_path / "in", {"README.md": b"x"})
     other = packed_of(tmp_path / "in", tmp_path / "other", ["README.md"])
-    with pytest.raises(BundleError, match="no packed bundle"):
-        Files(other)
+    for way in WAYS:
+        with pytest.raises(BundleError, match="no packed bundle"):
+            Files(other, way)
+    assert not cache.exists()
+    found = look(str(other))
+    assert (found["what"], found["bytes"], list(found["files"])) == ("packed files", 1, ["README.md"])
+    path = other / "README.md.zst"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"!")
+    with pytest.raises(BundleError, match=r"README\.md\.zst is damaged"):
+        look(str(other))
+    path.write_bytes(good)
     for name in ("README.md", "base.gguf"):  # right in itself, but not what bundle.json says
         shutil.copy(other / "README.md.zst", copy / (name + ENDING))
         entry = json.loads((other / INDEX).read_text())["files"]["README.md"]
         edit(copy, lambda index, name=name, entry=entry: index["files"].update({name: entry}))
-        with pytest.raises(BundleError, match=r"is not the file that bundle\.json lists"):
-            Files(copy)
+        for way in WAYS:
+            with pytest.raises(BundleError, match=rf"^{copy}: .*is not the file that bundle\.json lists"):
+                Files(copy, way)
     with pytest.raises(BundleError, match="unknown way"):
         Files(copy, "tomorrow")
 
@@ -335,6 +355,55 @@ def test_nothing_is_overwritten(plain, packed, tmp_path):
     (tmp_path / "empty").mkdir()
     unpack(packed, tmp_path / "empty")
     assert content_of(tmp_path / "empty") == content_of(plain)
+
+
+def test_a_place_that_cannot_be_written(plain, packed, tmp_path):
+    """Is named as it was given, and no folder above it is left behind."""
+    write(tmp_path, {"file": b"x"})
+    with pytest.raises(BundleError, match=rf"^cannot write {tmp_path}/file/out \(Not a directory\)"):
+        commands.pack(plain, tmp_path / "file" / "out")
+    with pytest.raises(BundleError, match="neither a bundle nor"):
+        commands.pack(tmp_path / "nowhere", tmp_path / "new" / "sub" / "out")
+    (tmp_path / "room").mkdir()
+    with (
+        pytest.raises(BundleError, match=rf"^cannot unpack base\.gguf to {tmp_path}/room/new/base\.gguf "),
+        file_size_limit(1 << 19),
+    ):
+        unpack(packed, tmp_path / "room" / "new")
+    assert content_of(tmp_path) == {"file": b"x"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "room"}
+    commands.pack(plain, tmp_path / "new" / "sub" / "out")
+    assert content_of(tmp_path / "new" / "sub" / "out") == content_of(packed)
+
+
+@contextlib.contextmanager
+def file_size_limit(count):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+ENDED = """
+import os, signal, sys
+from pathlib import Path
+from cogumi.archive import staged
+with staged(Path(sys.argv[1]), Path(sys.argv[2])) as part:
+    (part / "half").write_text("x")
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_what_a_killed_run_left_is_replaced(plain, packed, tmp_path):
+    done = subprocess.run([sys.executable, "-c", ENDED, str(tmp_path / "out"), str(plain)])
+    assert done.returncode == -signal.SIGTERM
+    (left,) = tmp_path.iterdir()
+    assert content_of(left) == {"half": b"x"}
+    commands.pack(plain, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content_of(tmp_path / "out") == content_of(packed)
 
 
 CHILD = """
@@ -480,7 +549,8 @@ def test_stage(plain, packed, tmp_path):
     assert set(metrics["files"]) == {*CONTENT, "bundle.json"}
     assert told[-1] == 1
     finish(tmp_path / "out", kind="archive", fingerprint="f", parents={}, metrics=metrics, environment={})
-    assert look(str(tmp_path / "out"))["what"] == "bundle"  # the manifest beside it does no harm
+    found = look(str(tmp_path / "out"))
+    assert (found["what"], found["fingerprint"]) == ("packed bundle", "f")
     (plain / "README.md").write_bytes(b"changed")
     try:
         with pytest.raises(BundleError, match=r"README\.md"):
@@ -499,7 +569,9 @@ def test_commands(real, tmp_path, capsys):
     assert "The models alone are 1." in table
     assert "The dictionary would have saved less than it takes" in table
     found = look(str(tmp_path / "packed"))
-    assert (found["what"], found["packed_bytes"]) == ("bundle", figures["packed_bytes"])
+    assert (found["what"], found["packed_bytes"]) == ("packed bundle", figures["packed_bytes"])
+    print_inspection(found)
+    assert f"packed size: {size(figures['packed_bytes'])}\n" in capsys.readouterr().out
     commands.unpack(tmp_path / "packed", tmp_path / "back")
     assert content_of(tmp_path / "back") == content_of(whole)
     chat = ("chat", tmp_path / "packed", "--once", "What is 2 + 3?", "--json", "--threads", "1", "--unpack", "lazy")

@@ -12,9 +12,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from cogumi.compress.packing.archive import Config, pack_folder, unpack
+from cogumi.artifact import finish
+from cogumi.compress.packing.archive import Config, pack_folder, run, unpack
 from cogumi.compress.packing.sparse import Sparse, decode, encode, encode_file, expand_file
 from cogumi.errors import ArtifactError, BundleError, DataError
+from cogumi.inspection import look
+from cogumi.runtime.unpacking import Files
+from cogumi.stage import Context
+from cogumi.types import Artifact
 
 WIDTHS = st.sampled_from([1, 2, 4, 8])
 
@@ -65,8 +70,8 @@ def test_the_shortest_form_is_taken():
     half[half == 0] = 0.0
     sparse = same(half.view(np.uint8), 4)
     assert (sparse.kind, len(sparse.where), len(sparse.values)) == ("mask", 1000, 4 * np.count_nonzero(half))
-    for run, kind in ((100, "runs1"), (5_000, "runs2"), (200_000, "runs4")):
-        assert same(np.repeat(np.arange(10) % 2, run).astype(np.uint8), 1).kind == kind
+    for length, kind in ((100, "runs1"), (5_000, "runs2"), (200_000, "runs4")):
+        assert same(np.repeat(np.arange(10) % 2, length).astype(np.uint8), 1).kind == kind
     assert len(same(np.zeros(80_000, np.uint8), 1).where) <= 8
 
 
@@ -182,8 +187,13 @@ def test_a_model_is_packed_without_its_zeros_where_that_pays(model, tmp_path):
     for sparse in (False, True):
         out = tmp_path / f"packed-{sparse}"
         out.mkdir()
-        figures = pack_folder(model, out, Config(sparse=sparse))
+        told = []
+        figures = pack_folder(model, out, Config(sparse=sparse), lambda done, total, told=told: told.append(done))
         assert figures["bytes"] == sum(path.stat().st_size for path in model.iterdir())
+        assert figures["bytes"] == sum(file["bytes"] for file in figures["files"].values())
+        tensors = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        assert told[-1] == 3 * figures["bytes"] + 2 * tensors * sparse
+        assert told == sorted(told)
         sizes[sparse] = figures["packed_bytes"]
         unpack(out, tmp_path / f"back-{sparse}")
         for path in model.iterdir():
@@ -208,7 +218,7 @@ def test_damage_inside_a_packed_model_leaves_nothing(model, tmp_path):
     save_file(tensors, stored / "model.safetensors.sparse", told)
     (tmp_path / "packed").mkdir()
     pack_folder(stored, tmp_path / "packed", Config())
-    with pytest.raises(ArtifactError, match="SHA-256 is another"):
+    with pytest.raises(ArtifactError, match=rf"^{tmp_path}/packed/model.*sparse\.zst is damaged .*SHA-256 is another"):
         unpack(tmp_path / "packed", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -222,3 +232,38 @@ def test_what_is_neither_bundle_nor_model(tmp_path):
     (tmp_path / "in" / ".hidden").write_text("x")
     with pytest.raises(BundleError, match="cannot be packed under that name"):
         pack_folder(tmp_path / "in", tmp_path / "out", Config())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_model_that_was_cut(model, tmp_path, sparse):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match=rf"^{path} is no safetensors file"):
+        pack_folder(model, tmp_path / "out", Config(sparse=sparse))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "nowhere"])
+def test_links_are_not_followed(model, tmp_path, target):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("secret")
+    (model / "link").symlink_to(tmp_path / target)
+    with pytest.raises(BundleError, match=rf"^{model}/link is a link"):
+        pack_folder(model, tmp_path / "out", Config())
+
+
+def test_the_record_of_a_build_is_left_out(model, tmp_path):
+    """And a packed model can be looked at, whether a stage packed it or the command, but not talked to."""
+    (model / "manifest.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    metrics = run(
+        Config(), {"model": Artifact("model", model, "f")}, tmp_path / "out", Context(0, 1, tmp_path, lambda *_: None)
+    )
+    assert "manifest.json" not in metrics["files"]
+    finish(tmp_path / "out", kind="archive", fingerprint="f", parents={}, metrics=metrics, environment={})
+    found = look(str(tmp_path / "out"))
+    assert (found["what"], found["fingerprint"]) == ("packed files", "f")
+    assert (found["bytes"], found["packed_bytes"]) == (metrics["bytes"], metrics["packed_bytes"])
+    with pytest.raises(BundleError, match=r"holds no bundle\.json: it is no packed bundle"):
+        Files(tmp_path / "out", "eager")

@@ -18,7 +18,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from cogumi.artifact import FileEntry, sha256
 from cogumi.environment import usable_threads
-from cogumi.errors import BundleError
+from cogumi.errors import BundleError, CogumiError
 
 FORMAT = 1
 INDEX = "packed.json"
@@ -71,7 +71,7 @@ class Index(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int
     dictionary: FileEntry | None
-    files: dict[str, PackedFile]
+    files: dict[str, PackedFile] = Field(min_length=1)
 
 
 def quiet(done: int, total: int) -> None:
@@ -250,22 +250,41 @@ def check_room(folder: Path, wanted: int) -> None:
 
 
 @contextmanager
-def staged(out: Path, source: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` when all went well, and is removed otherwise.
-
-    Raises `BundleError` if there is something at `out` already, if it lies in the `source` of what is to be written,
-    or if the disk does not take that.
-    """
-    if out.resolve().is_relative_to(source.resolve()):
-        raise BundleError(f"{out} lies in {source}; name a place outside")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BundleError(f"{out} is there already; name another place, or remove it")
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
+def named(path: Path, known: Path) -> Iterator[None]:
+    """Have errors name the path that a user knows instead of one that is there for a while only."""
     try:
-        yield part
-        part.replace(out)
+        yield
+    except CogumiError as error:
+        raise type(error)(str(error).replace(str(path), str(known))) from error
+
+
+@contextmanager
+def staged(out: Path, source: Path) -> Iterator[Path]:
+    """A new folder that becomes `out` when all went well, and is removed otherwise, as are folders made above it.
+
+    Its name is `<out>.part` whoever makes it, so that what a killed run left is replaced by the next. Raises
+    `BundleError` if there is something at `out` already, if it lies in the `source` of what is to be written, or if the
+    disk does not take that.
+    """
+    part = out.with_name(f"{out.name}.part")
+    try:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise BundleError(f"{out} lies in {source}; name a place outside")
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise BundleError(f"{out} is there already; name another place, or remove it")
+        missing = [folder for folder in part.parents if not folder.exists()]
+        try:
+            if part.exists():
+                shutil.rmtree(part)
+            part.mkdir(parents=True)
+            with named(part, out):
+                yield part
+            part.replace(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            for folder in missing:  # those that hold `out` now stay
+                with suppress(OSError):
+                    folder.rmdir()
     except OSError as error:
-        raise BundleError(f"cannot write {out} ({error.strerror or error}); nothing was left there") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        why = error.strerror or error
+        raise BundleError(f"cannot write {out} ({why}); make room, or name another place") from error

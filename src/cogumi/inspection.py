@@ -1,4 +1,4 @@
-"""Says what a path is (bundle, artifact, run or recipe) and what is in it, with every checksum verified."""
+"""Says what a path is (bundle, archive, artifact, run or recipe) and what is in it, with every checksum verified."""
 
 from __future__ import annotations
 
@@ -58,15 +58,28 @@ def _bundle(folder: Path) -> dict[str, Any]:
 
 
 def _packed(folder: Path) -> dict[str, Any]:
-    """What the bundle is, and what its packed form takes."""
-    from cogumi.runtime.unpacking import Files  # loads llama.cpp
+    """What was packed, a bundle or other files, and what its packed form takes."""
+    archive = Archive(folder)
+    if bundle.INDEX in archive.files:
+        from cogumi.runtime.unpacking import Files  # loads llama.cpp
 
-    with closing(Files(folder, "eager")) as files:
-        found = _bundle(files.bundle.path)
-    index = Archive(folder).index
-    packed = sum(file.packed_bytes for file in index.files.values())
-    dictionary = index.dictionary.bytes if index.dictionary else 0
-    return found | {"path": str(folder), "packed_bytes": packed + dictionary, "dictionary_bytes": dictionary}
+        with closing(Files(folder, "eager")) as unpacked:
+            found = _bundle(unpacked.bundle.path) | {"what": "packed bundle"}
+    else:
+        for name in archive.files:
+            for _ in archive.read(name):  # to its end, where checksums are compared
+                pass
+        files = {name: entry.model_dump() for name, entry in archive.files.items()}
+        found = {"what": "packed files", "bytes": sum(entry["bytes"] for entry in files.values()), "files": files}
+    built = (folder / artifact.MANIFEST).is_file()  # by stage `archive`, not by the command
+    packed = sum(file.packed_bytes for file in archive.index.files.values())
+    dictionary = archive.index.dictionary.bytes if archive.index.dictionary else 0
+    return found | {
+        "path": str(folder),
+        "fingerprint": artifact.read_manifest(folder).fingerprint if built else None,
+        "packed_bytes": packed + dictionary,
+        "dictionary_bytes": dictionary,
+    }
 
 
 def _recipe(path: str) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def pack(
 ) -> None:
     """Pack a bundle with zstd, without loss; `chat`, `serve`, `inspect` and `eval` open it as it is.
 
-    Quantized weights are close to random and hardly get smaller; the figures say what was won.
+    Quantized weights are close to random and hardly get smaller; the figures say what was won. A model's folder is
+    packed to be kept: `unpack` brings it back. The manifest.json of the build that made a folder is left out.
 
     Example: `cogumi pack runs/tiny/bundle tiny.packed`
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from cogumi import bundle
-from cogumi.archive import Archive, Progress, check_room, is_packed, quiet
+from cogumi.archive import Archive, Progress, check_room, is_packed, named, quiet
 from cogumi.artifact import difference
 from cogumi.errors import BundleError
 from cogumi.runtime.costs import cache_folder
@@ -48,7 +48,8 @@ class Files:
             return
         try:
             self._unpacked.get(FIRST)
-            self.bundle = bundle.open_bundle(self._unpacked.folder, checked=self._unpacked.archive.files)
+            with named(self._unpacked.folder, folder):
+                self.bundle = bundle.open_bundle(self._unpacked.folder, checked=self._unpacked.archive.files)
             names = self._unpacked.archive.files
             self._unpacked.get([name for name in names if not (self.lazy and _later(name))], progress)
         except BaseException:
@@ -72,6 +73,10 @@ class _Unpacked:
 
     def __init__(self, folder: Path, temporary: bool) -> None:
         self.archive, self._there, self._lock = Archive(folder), set[str](), threading.Lock()
+        if missing := [name for name in FIRST if name not in self.archive.files]:
+            raise BundleError(
+                f"{folder} holds no {missing[0]}: it is no packed bundle; see what it is: cogumi inspect {folder}"
+            )
         kept = cache_folder() / "unpacked" / self.archive.fingerprint
         self._root, self._temporary = Path(mkdtemp(prefix="cogumi-")) if temporary else kept, temporary
         self.folder, self._parts = self._root / "files", self._root / "parts"
@@ -86,8 +91,6 @@ class _Unpacked:
 
     def get(self, names: Sequence[str], progress: Progress = quiet) -> None:
         """Have these files in their places, whole and checked."""
-        if missing := [name for name in names if name not in self.archive.files]:
-            raise BundleError(f"{self.archive.folder} holds no {missing[0]}: it is no packed bundle")
         with self._lock:
             files = {name: self.archive.files[name] for name in names if name not in self._there}
             lacking = [name for name, entry in files.items() if difference(self.folder, {name: entry})]

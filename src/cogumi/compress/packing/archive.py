@@ -5,7 +5,10 @@ dictionary itself counts, and goes where it does not pay. What was written is un
 counts. Weights of 4 to 6 bits are close to random: they hardly get smaller.
 
 A model's folder (input `model`) can be packed as well, to be kept rather than opened. With `sparse` the tensors of its
-safetensors files are also tried without their zeros, which pays for weights that were pruned (`compress/sparse.py`).
+safetensors files are also tried without their zeros, which pays for weights that were pruned (`sparse.py`).
+
+The `manifest.json` that a build leaves in a folder is not packed: it is the record of that build and tells of the paths
+and the machine there, while the packed folder has checksums of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from cogumi.archive import (
     Told,
     in_order,
     may_be_named,
+    named,
     quiet,
     staged,
 )
@@ -51,6 +55,7 @@ SAMPLE, SAMPLES = 4096, 3200
 """Bytes of a sample and their number: a dictionary wants about a hundred times its size to learn from."""
 SEGMENT = 1024
 """Bytes that a dictionary takes over in one piece; a search for the best took six times as long and won nothing."""
+TENSORS = ".safetensors"
 TRIAL = ".trial"
 """How the form with the dictionary ends until one of the two is chosen."""
 
@@ -69,13 +74,15 @@ def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress
     `{bytes, packed_bytes, ratio, dictionary_bytes, files: {name: {bytes, packed_bytes, ratio, plain_bytes,
     with_dictionary_bytes, dictionary}}}`; `packed_bytes` in all counts the dictionary. With `sparse` also
     `sparse: {name: {bytes, sparse_bytes, zeros, kinds, packed_bytes, zstd_alone_bytes}}`; the file that was chosen is
-    among `files`, by its own name or as `<name>.sparse`. Equal files give equal bytes.
+    among `files`, by its own name or as `<name>.sparse`, whose `bytes` are those of the file with its zeros. Equal
+    files give equal bytes.
     """
     sources = {name: folder / name for name in sorted(names)}
     if wrong := [name for name in sources if not may_be_named(name)]:
         raise BundleError(f"{folder / wrong[0]} cannot be packed under that name; rename it or move it elsewhere")
-    original = sum(path.stat().st_size for path in sources.values())
-    total, done = 3 * original, 0
+    sizes = {name: path.stat().st_size for name, path in sources.items()}
+    tensors = sum(size for name, size in sizes.items() if config.sparse and name.endswith(TENSORS))
+    total, done = 3 * sum(sizes.values()) + 2 * tensors, 0
 
     def told(count: int) -> None:
         nonlocal done
@@ -84,31 +91,40 @@ def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress
 
     with TemporaryDirectory(dir=out) as scratch:
         plain = {name: _packed(path, out / (name + ENDING), config.level, None, told) for name, path in sources.items()}
-        tried = _sparse(sources, plain, Path(scratch), out, config.level) if config.sparse else {}
+        tried = _sparse(sources, sizes, plain, Path(scratch), out, config.level, told) if config.sparse else {}
         trials = _with_dictionary(sources, plain, out, config.level, told)
     files = _choose(plain, trials, out)
     _finish(out, files, told)
     progress(total, total)
-    figures = _figures(Archive(out), plain, trials)
-    return figures | {"bytes": original, "ratio": ratio(original, figures["packed_bytes"])} | tried
+    return _figures(Archive(out), sizes, plain, trials) | tried
 
 
 def _sparse(
-    sources: dict[str, Path], plain: dict[str, PackedFile], scratch: Path, out: Path, level: int
+    sources: dict[str, Path],
+    sizes: dict[str, int],
+    plain: dict[str, PackedFile],
+    scratch: Path,
+    out: Path,
+    level: int,
+    told: Told,
 ) -> dict[str, Any]:
-    """Put each safetensors file without its zeros in the place of the file itself, where that is smaller packed."""
+    """Put each safetensors file without its zeros in the place of the file itself, where that is smaller packed.
+
+    Tells twice the bytes of each: once for finding its zeros, once for packing the rest.
+    """
     tried: dict[str, Any] = {}
-    for name in [name for name in sources if name.endswith(".safetensors")]:
+    for name in [name for name in sources if name.endswith(TENSORS)]:
         other = name + sparse.ENDING
-        figures = sparse.encode_file(sources[name], scratch / "sparse")
+        figures = sparse.encode_file(sources[name], scratch / "sparse", told)
         path = (scratch / "sparse").rename(scratch / str(len(tried)))
-        packed = _packed(path, out / (other + ENDING), level, None, lambda count: None)
+        packed = _packed(path, out / (other + ENDING), level, None, told)
+        told(max(sizes[name] - packed.bytes, 0))
         tried[name] = figures | {"packed_bytes": packed.packed_bytes, "zstd_alone_bytes": plain[name].packed_bytes}
         loser = name if packed.packed_bytes < plain[name].packed_bytes else other
         (out / (loser + ENDING)).unlink()
         if loser == name:
             del sources[name], plain[name]
-            sources[other], plain[other] = path, packed
+            sources[other], sizes[other], plain[other] = path, sizes.pop(name), packed
     return {"sparse": tried}
 
 
@@ -170,21 +186,23 @@ def _finish(out: Path, files: Mapping[str, PackedFile], told: Told) -> None:
         raise
 
 
-def _figures(archive: Archive, plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile]) -> dict[str, Any]:
-    """What it came to."""
+def _figures(
+    archive: Archive, sizes: Mapping[str, int], plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile]
+) -> dict[str, Any]:
+    """What it came to; `sizes` are those of the files before anything was done to them."""
     index = archive.index
     rows = {
         name: {
-            "bytes": file.bytes,
+            "bytes": sizes[name],
             "packed_bytes": file.packed_bytes,
-            "ratio": ratio(file.bytes, file.packed_bytes),
+            "ratio": ratio(sizes[name], file.packed_bytes),
             "plain_bytes": plain[name].packed_bytes,
             "with_dictionary_bytes": trials[name].packed_bytes if name in trials else None,
             "dictionary": file.dictionary,
         }
         for name, file in index.files.items()
     }
-    whole = sum(file.bytes for file in index.files.values())
+    whole = sum(sizes.values())
     dictionary = index.dictionary.bytes if index.dictionary else 0
     packed = sum(file.packed_bytes for file in index.files.values()) + dictionary
     figures = {"bytes": whole, "packed_bytes": packed, "ratio": ratio(whole, packed), "dictionary_bytes": dictionary}
@@ -224,15 +242,29 @@ def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Told)
 
 
 def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
-    """Pack a bundle, which is verified first, or a model's folder into the empty folder `out`; figures as of `pack`."""
+    """Pack a bundle, which is verified first, or a model's folder into the empty folder `out`; figures as of `pack`.
+
+    Raises `BundleError` for a folder that is neither, and `DataError` for a safetensors file that is none or was cut.
+    """
     if (folder / bundle.INDEX).is_file():
         bundle.open_bundle(folder)
         names = [*json.loads((folder / bundle.INDEX).read_bytes())["files"], bundle.INDEX]
     else:
-        names = file_names(folder) if folder.is_dir() else []
-        if not any(name.endswith(".safetensors") for name in names):
-            raise BundleError(f"{folder} is neither a bundle nor a model's folder; name one such as runs/tiny/bundle")
+        names = _model_files(folder)
     return pack(folder, names, out, config, progress)
+
+
+def _model_files(folder: Path) -> list[str]:
+    """What a model's folder holds: no links, and safetensors files as long as their headers say."""
+    if links := sorted(path for path in folder.rglob("*") if path.is_symlink()):
+        raise BundleError(f"{links[0]} is a link, which may lead out of the folder; put the file itself there")
+    names = file_names(folder) if folder.is_dir() else []
+    models = [name for name in names if name.endswith(TENSORS)]
+    if not models:
+        raise BundleError(f"{folder} is neither a bundle nor a model's folder; name one such as runs/tiny/bundle")
+    for name in models:
+        sparse.check_file(folder / name)
+    return names
 
 
 def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
@@ -241,8 +273,9 @@ def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
     with staged(out, folder) as part:
         archive.extract_all(part, progress)
         for name in archive.files:
-            if name.endswith(".safetensors" + sparse.ENDING):
-                sparse.expand_file(part / name, part / name.removesuffix(sparse.ENDING))
+            if name.endswith(TENSORS + sparse.ENDING):
+                with named(part / name, archive.packed(name)):
+                    sparse.expand_file(part / name, part / name.removesuffix(sparse.ENDING))
                 (part / name).unlink()
         return sum((part / name).stat().st_size for name in file_names(part))
 

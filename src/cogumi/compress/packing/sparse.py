@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cogumi.archive import check_room
+from cogumi.archive import Told, check_room
 from cogumi.artifact import sha256
 from cogumi.errors import ArtifactError, DataError
 
@@ -136,12 +136,8 @@ def _layout(header: str) -> list[_Tensor]:
     return found
 
 
-def encode_file(source: Path, target: Path) -> dict[str, Any]:
-    """Write a safetensors file without its zeros.
-
-    Returns `{bytes, sparse_bytes, zeros, kinds}`: sizes before and after, the share of bytes that were left out as
-    zeros, and how many tensors took which form. Raises `DataError` for a file that is none.
-    """
+def _opened(source: Path) -> tuple[Bytes, str, list[_Tensor]]:
+    """A safetensors file's bytes (mapped), header and tensors; `DataError` if it is none or not all there."""
     data = np.memmap(source, np.uint8, "r") if source.stat().st_size else np.empty(0, np.uint8)
     try:
         length = int.from_bytes(data[:8].tobytes(), "little")
@@ -151,16 +147,33 @@ def encode_file(source: Path, target: Path) -> dict[str, Any]:
             raise ValueError("its length is not what its header says")
     except ValueError as error:
         raise DataError(f"{source} is no safetensors file ({error}); copy or write it again") from error
+    return data, header, tensors
+
+
+def check_file(source: Path) -> None:
+    """Raise `DataError` if this is no safetensors file, or not as long as its header says."""
+    _opened(source)
+
+
+def encode_file(source: Path, target: Path, told: Told = lambda count: None) -> dict[str, Any]:
+    """Write a safetensors file without its zeros; `told` hears of all its bytes, tensor by tensor.
+
+    Returns `{bytes, sparse_bytes, zeros, kinds}`: sizes before and after, the share of bytes that were left out as
+    zeros, and how many tensors took which form. Raises `DataError` for a file that is none.
+    """
+    data, header, tensors = _opened(source)
+    begin = 8 + len(header.encode())
+    told(begin)
     stored: dict[str, Bytes] = {}
     kinds = []
     for number, tensor in enumerate(tensors):
-        begin = 8 + length
         sparse = encode(np.array(data[begin + tensor.begin : begin + tensor.end]), tensor.width)
         stored |= {f"{number}.values": sparse.values, f"{number}.where": sparse.where}
         kinds.append(sparse.kind)
-    told = {"format": FORMAT, "header": header, "sha256": sha256(source), "kinds": kinds}
+        told(tensor.end - tensor.begin)
+    about = {"format": FORMAT, "header": header, "sha256": sha256(source), "kinds": kinds}
     part = target.with_name(target.name + ".part")
-    save_file(stored, part, {KEY: json.dumps(told)})  # one entry: several would come in any order
+    save_file(stored, part, {KEY: json.dumps(about)})  # one entry: several would come in any order
     part.replace(target)
     values = sum(len(values) for name, values in stored.items() if name.endswith(".values"))
     before = tensors[-1].end if tensors else 0
