@@ -271,6 +271,34 @@ def test_each_problem_is_told_in_a_line(tmp_path):
     assert re.search(r"there is no file .*mine\.jsonl", one(files, BASE))
 
 
+def test_the_inputs_of_stages_that_compress_are_checked(tmp_path):
+    def told(stage, inputs, **config):
+        step = {"name": "made", "stage": stage, "inputs": inputs, "config": config}
+        return problems(tmp_path, DATA, BASE, step)
+
+    whole = {"examples": "data", "model": "base"}
+    for name in ("awq", "gptq", "trim", "prune", "shrink", "importance", "recover"):
+        assert not told(name, whole)
+        for role in whole:
+            (line,) = told(name, {role: whole[role]})
+            assert f"the stage needs an input '{({*whole} - {role}).pop()}'" in line
+    assert not told("archive", {"model": "base"})
+    assert re.search("needs an input 'bundle'; given: none", told("archive", {})[0])
+    assert re.search("'bundle' is of kind model, not bundle", told("archive", {"bundle": "base"})[0])
+    chain = told("chain", {"data": "data", "whole": "base"}, steps=["whole", "small"])
+    assert re.search("'whole' is of kind model, not gguf", chain[0])
+    assert re.search("needs an input 'small'", chain[1])
+
+
+def test_what_is_not_planned_is_said():
+    steps = {step.name: step for step in plan(load_recipe("compression")).steps}
+    assert steps["pruned"].steps == 60
+    for name in ("pruned", "trimmed", "scaled", "importance", "chain"):
+        assert steps[name].notes[0].startswith("not planned: "), name
+    assert not steps["small"].notes
+    assert not steps["base"].notes
+
+
 def test_memory_beyond_the_gpu_is_a_problem_that_sharding_and_adapters_solve(tmp_path):
     big = changed(BASE, init="meta-llama/Llama-3.1-8B-Instruct", loop={"batch": 8})
     card = Hardware(memory=parse_bytes("80GB"))

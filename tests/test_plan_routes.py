@@ -269,6 +269,28 @@ def test_an_adapter_is_planned_as_the_last_step_leaves_it(tmp_path):
 BUNDLE = {"name": "bundle", "stage": "bundle", "inputs": {"base": "base_gguf"}}
 
 
+def test_models_beside_the_bundle_are_listed(tmp_path):
+    sizes = json.loads(cogumi("compression", "--json").stdout)["files_beside"]
+    assert {"small", "plain", "base_f32", "pruned_f32"} < set(sizes)
+    assert sizes["small"] < sizes["base_f32"] / 4
+    assert not {"base_gguf", "draft_gguf"} & set(sizes)
+    assert "files beside the bundle" in cogumi("compression").stdout
+    assert json.loads(cogumi("Llama-3.2-1B", "--json").stdout)["files_beside"] == {}
+
+
+def test_types_that_a_step_finds_are_said_to_be_unknown(tmp_path):
+    qwen2(tmp_path / "mine")
+    base = {"name": "base", "stage": "sft", "inputs": {"examples": "data"}, "config": {"init": "mine"}}
+    scaled = {"name": "scaled", "stage": "awq", "inputs": {"examples": "data", "model": "base"}}
+    export = {"name": "small", "stage": "gguf", "inputs": {"model": "scaled", "types": "scaled"}}
+    steps = [{"name": "data", "stage": "world"}, base, scaled, export]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"name": "mine", "steps": steps}))
+    shown = cogumi(str(path)).stdout
+    assert "small: the types of step 'scaled' are known once it ran; planned as if none were given" in shown
+    assert "files beside the bundle" in shown
+
+
 def test_the_laptop_recipe_fits_into_its_name():
     """At Q5_K_M with half of the vocabulary, as its comment says."""
     recipe = load_recipe("laptop-890mb")
@@ -297,6 +319,8 @@ def test_the_command_answers_in_figures():
     assert sum(sizes["files"].values()) == pytest.approx(32_443_890, rel=0.001)
     assert sizes["bandwidth_bytes_per_second"] > 1e8
     assert sizes["refusal"] is None
+    types = [route["type"] for route in sizes["routes"]][:7]
+    assert types.index("q8_0") < types.index("q6_k")  # as large here: rows of 128 fill no K block
     assert {"bits_per_weight", "ram_bytes", "repack", "tokens_per_second_at_most"} <= set(sizes["routes"][0])
     memory = sizes["memory"]
     assert sum(memory.values()) == sizes["asked"]["ram_bytes"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cogumi.errors import RecipeError
 from cogumi.plan import figures, training
 from cogumi.plan.memory import Serving
-from cogumi.plan.parts import Parts, parts_of_recipe
+from cogumi.plan.parts import Parts, files_beside, parts_of_recipe
 from cogumi.plan.refusal import refusal
 from cogumi.plan.routes import Asked, Budget
 from cogumi.plan.target import GGUF, look_up
@@ -21,6 +21,7 @@ from cogumi.recipe import Recipe
 
 if TYPE_CHECKING:
     from cogumi.bench.run import Progress
+    from cogumi.compress.formats.sizes import GgufFile
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, columns, rows."""
@@ -40,13 +41,14 @@ class Options:
 @dataclass(frozen=True)
 class Answer:
     """`training` is that of a recipe; `sizes` are of its bundle, or of a model alone. One of them may be
-    missing. A GGUF file is also `measured`.
+    missing. A GGUF file is also `measured`; `beside` are a recipe's models that are in no bundle, by step.
     """
 
     name: str
     training: Plan | None
     sizes: Asked | None
     measured: dict[str, Any] | None = None
+    beside: Mapping[str, GgufFile] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -74,7 +76,8 @@ class Answer:
         """All figures under plain names."""
         found: dict[str, Any] = asdict(self.training) if self.training else {"recipe": self.name, "problems": []}
         sizes = figures.figures(self.sizes) if self.sizes else None
-        return found | {"problems": self.problems, "sizes": sizes, "measured": self.measured}
+        beside = {name: file.bytes for name, file in self.beside.items()}
+        return found | {"files_beside": beside, "problems": self.problems, "sizes": sizes, "measured": self.measured}
 
     def tables(self) -> list[Table]:
         """To read."""
@@ -83,6 +86,9 @@ class Answer:
             found.append((f"recipe {self.name}", training.COLUMNS, training.table(self.training)))
         if self.sizes:
             found.append(("files", figures.FILE_COLUMNS, figures.file_table(self.sizes)))
+        if self.beside:
+            found.append(("files beside the bundle", figures.BESIDE_COLUMNS, figures.beside_table(self.beside)))
+        if self.sizes:
             found.append(("memory when opened", ("", "bytes"), figures.memory_table(self.sizes)))
             found.append(figures.route_table(self.sizes))
         return found
@@ -101,17 +107,19 @@ def answer_to(what: str, options: Options, progress: Callable[[], AbstractContex
     """
     target = look_up(what)
     found, parts = None, target if isinstance(target, Parts) else None
+    beside: dict[str, GgufFile] = {}
     if isinstance(target, Recipe):
         found = training.plan(target, options.hardware, options.length)
-        parts = parts_of_recipe(target, found.models) if not found.problems else None
+        if not found.problems:
+            parts, beside = parts_of_recipe(target, found.models), files_beside(target, found.models)
         if parts is None and options.budget != Budget() and not found.problems:
             raise RecipeError(f"recipe {target.name} makes no bundle, so nothing can be said of its size; plan a model")
     if parts is None:
-        return Answer(what, found, None)
+        return Answer(what, found, None, beside=beside)
     bandwidth = options.bandwidth or (figures.measured_bandwidth() if options.budget != Budget() else None)
     serving = replace(options.serving, context=min(options.serving.context, parts.base.shape.context))
     asked = Asked(parts, serving, options.budget, bandwidth)
     if Path(what).suffix != GGUF:
-        return Answer(parts.name, found, asked)
+        return Answer(parts.name, found, asked, beside=beside)
     with progress() as told:
         return Answer(parts.name, found, asked, figures.measured(Path(what), asked, told))

@@ -19,6 +19,7 @@ from cogumi.show import size
 
 if TYPE_CHECKING:
     from cogumi.bench.run import Progress
+    from cogumi.compress.formats.sizes import GgufFile
 
 THREADS = 8
 """Threads that memory bandwidth is measured with at most: so many take all there is of it, and 256 MB each."""
@@ -29,6 +30,7 @@ CEILING = (
     "(measure it: cogumi bench --only roofline)"
 )
 FILE_COLUMNS = ("file", "bytes", "share", "packed by zstd, estimated")
+BESIDE_COLUMNS = ("step", "bytes", "packed by zstd, estimated")
 MEMORY = {
     "weights": "weights, mapped from their files",
     "repacked": "the same once more where llama.cpp repacks them",
@@ -121,6 +123,11 @@ def file_table(asked: Asked) -> list[list[str]]:
         packed = size(parts.models[name].packed) if name in parts.models else ""
         rows.append([name, f"{bytes:,}", f"{bytes / parts.bytes:.1%}", packed])
     return [*rows, ["all", f"{parts.bytes:,}", "", size(parts.packed)]]
+
+
+def beside_table(files: Mapping[str, GgufFile]) -> list[list[str]]:
+    """A row of `BESIDE_COLUMNS` for each model that is in no bundle, by step."""
+    return [[name, f"{file.bytes:,}", size(file.packed)] for name, file in files.items()]
 
 
 def memory_table(asked: Asked) -> list[list[str]]:

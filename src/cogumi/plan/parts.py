@@ -179,6 +179,19 @@ def parts_of_recipe(recipe: Recipe, models: Mapping[str, Model]) -> Parts | None
     return Parts(recipe.name, base, draft, shared, adapters, head, small)
 
 
+def files_beside(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, GgufFile]:
+    """The models that steps of stage `gguf` write and the last bundle does not hold, by step."""
+    steps = {step.name: step for step in recipe.steps}
+    bundles = [step for step in recipe.steps if step.stage == "bundle"]
+    held = set(bundles[-1].inputs.values()) if bundles else set()
+    files = {
+        name: _exported(steps, name, models)
+        for name in steps
+        if name not in held and "adapter" not in steps[name].inputs
+    }
+    return {name: weights.file for name, weights in files.items() if weights}
+
+
 def _nets(width: int) -> dict[str, int]:
     """Difficulty head and router, on a draft of that width; fp32 behind a safetensors header."""
     layers = ((2 * width, 64), (64, 32), (32, CLASSES))

@@ -166,7 +166,9 @@ class Asked:
     def table(self) -> list[Route]:
         """Every vocabulary in every depth in every type, adapters as they are; most bits and most weights first."""
         base = self.parts.base
-        types = sorted({*TYPES, base.type}, key=lambda type: -replace(base, type=type, types=()).file.bytes)
+        types = sorted(
+            dict.fromkeys((*TYPES, base.type)), key=lambda type: -replace(base, type=type, types=()).file.bytes
+        )
         ids = (None, *self.vocabularies)
         changes = (
             Change(share, 1.0, None if type == base.type else type, None, n)

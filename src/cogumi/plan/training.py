@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cogumi.errors import ArtifactError, RecipeError
 from cogumi.plan.footprint import FP32, Footprint, Training, footprint
@@ -29,7 +29,9 @@ ASKED = 256
 VALIDATED = 4096
 """Tokens that a pass of validation reads at once (`train.validation.TOKENS`, which this must not import)."""
 
-UNKNOWN_IDS = ("how many ids stay will say the corpus; what follows is planned as if all did",)
+UNKNOWN_IDS = "how many ids stay will say the corpus; what follows is planned as if all did"
+UNPLANNED = ("trim", "prune", "shrink", "awq", "gptq", "importance", "chain")
+"""Stages that compute for long on a model without training it, of which nothing is counted here."""
 COLUMNS = ("step", "method", "weights", "trained", "steps", "tokens", "peak memory", "disk")
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "tokenizer": {"examples": "examples"},
@@ -42,6 +44,9 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "shrink": {"examples": "examples", "model": "model"},
     "recover": {"examples": "examples", "model": "model"},
     "importance": {"examples": "examples", "model": "model"},
+    "awq": {"examples": "examples", "model": "model"},
+    "gptq": {"examples": "examples", "model": "model"},
+    "chain": {"data": "examples"},
     "compress_adapter": {"examples": "examples", "model": "model", "adapter": "adapter"},
     "gguf": {"model": "model"},
     "router": {"draft_gguf": "gguf", "data": "examples"},
@@ -148,6 +153,21 @@ def _paths(value: Any) -> Iterator[Path]:
             yield from _paths(item)
 
 
+def _loop(config: Any) -> Any:
+    """How a step trains, all phases of a gradual one together; None if it does not."""
+    return getattr(config, "loop", None) or getattr(getattr(config, "gradual", None), "loop", None)
+
+
+def _notes(step: Step, config: Any) -> Iterator[str]:
+    """What is not known of a step before it has run."""
+    if step.stage in UNPLANNED:
+        yield "not planned: its time and memory"
+    if step.stage == "trim" and not config.size:
+        yield UNKNOWN_IDS
+    if step.stage == "gguf" and "types" in step.inputs:
+        yield f"the types of step '{step.inputs['types']}' are known once it ran; planned as if none were given"
+
+
 class _Planner:
     """Goes through the steps in order, and remembers of each what later ones need."""
 
@@ -177,13 +197,13 @@ class _Planner:
             self.result.models[step.name] = model
         if step.stage == "tokenizer":
             self.vocabularies[step.name] = config.vocabulary
-        found = StepPlan(step.name, step.stage, notes=UNKNOWN_IDS if step.stage == "trim" and not config.size else ())
+        found = StepPlan(step.name, step.stage, notes=tuple(_notes(step, config)))
         if model is not None:
             rows = self._rows(step, model)
             self._check_length(step, config, model, rows)
             if step.stage == "respond":
                 found = self._answering(step, config, model, rows)
-            elif getattr(config, "loop", None):
+            elif _loop(config):
                 found = self._training(step, module, config, model, rows)
         self.result.steps.append(found)
 
@@ -192,10 +212,15 @@ class _Planner:
 
     # --- what is given ---
 
-    def _check_inputs(self, step: Step, config: BaseModel) -> None:
+    def _check_inputs(self, step: Step, config: Any) -> None:
         needed = dict(NEEDS.get(step.stage, {}))
-        if step.stage == "sft" and getattr(config, "init", "") == "scratch":
+        if step.stage == "sft" and config.init == "scratch":
             needed["tokenizer"] = "tokenizer"
+        elif step.stage == "chain":
+            needed |= dict.fromkeys((*config.steps, *config.beside), "gguf")
+        elif step.stage == "archive":
+            packed = "model" if "model" in step.inputs else "bundle"
+            needed[packed] = packed
         for role, kind in needed.items():
             if role not in step.inputs:
                 self._problem(step, f"the stage needs an input '{role}'; given: {', '.join(step.inputs) or 'none'}")
@@ -254,9 +279,9 @@ class _Planner:
             )
 
     def _training(self, step: Step, module: Stage, config: Any, model: Model, rows: Rows | None) -> StepPlan:
-        shape, loop, lora = model.shape, config.loop, getattr(config, "lora", None)
+        shape, loop, lora = model.shape, _loop(config), getattr(config, "lora", None)
         if lora is None and step.stage not in ("sft", "draft"):
-            return StepPlan(step.name, step.stage, shape=shape, steps=loop.steps, notes=("memory is not planned",))
+            return StepPlan(step.name, step.stage, shape=shape, steps=loop.steps, notes=("not planned: its memory",))
         ranks: dict[str, int] | None = None
         if lora is not None:
             for target in (*lora.targets, *lora.ranks):
