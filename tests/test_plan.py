@@ -22,8 +22,9 @@ from cogumi.models.build import load, parameters
 from cogumi.models.lora import LoraShape, attach
 from cogumi.plan.amounts import parse_bytes
 from cogumi.plan.footprint import Training, footprint
+from cogumi.plan.inputs import NEEDS
 from cogumi.plan.lengths import OWN_TEMPLATE, file_sizes, world_sizes
-from cogumi.plan.training import NEEDS, Hardware, plan
+from cogumi.plan.training import Hardware, plan
 from cogumi.recipe import builtin_recipes, load_recipe, parse_recipe
 from cogumi.registry import STAGES, stage
 from cogumi.shapes import KNOWN, ModelShape, find_shape, known, shape_of

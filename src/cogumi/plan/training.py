@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from cogumi.errors import ArtifactError, RecipeError
 from cogumi.plan.footprint import FP32, Footprint, Training, footprint
+from cogumi.plan.inputs import needed
 from cogumi.plan.lengths import OWN_TEMPLATE, TEMPLATE, Rows, Sizes, file_sizes, world_sizes
 from cogumi.plan.models import Model, cut, given, ranks_of
 from cogumi.recipe import Recipe, Step, explain
@@ -33,34 +34,6 @@ UNKNOWN_IDS = "how many ids stay will say the corpus; what follows is planned as
 UNPLANNED = ("trim", "prune", "shrink", "awq", "gptq", "importance", "chain")
 """Stages that compute for long on a model without training it, of which nothing is counted here."""
 COLUMNS = ("step", "method", "weights", "trained", "steps", "tokens", "peak memory", "disk")
-NEEDS: Mapping[str, Mapping[str, str]] = {
-    "tokenizer": {"examples": "examples"},
-    "sft": {"examples": "examples"},
-    "respond": {"examples": "examples", "model": "model"},
-    "draft": {"examples": "examples", "responses": "responses", "model": "model"},
-    "modifier": {"examples": "examples", "responses": "responses", "model": "model"},
-    "trim": {"examples": "examples", "model": "model"},
-    "prune": {"examples": "examples", "model": "model"},
-    "shrink": {"examples": "examples", "model": "model"},
-    "recover": {"examples": "examples", "model": "model"},
-    "importance": {"examples": "examples", "model": "model"},
-    "awq": {"examples": "examples", "model": "model"},
-    "gptq": {"examples": "examples", "model": "model"},
-    "chain": {"data": "examples"},
-    "compress_adapter": {"examples": "examples", "model": "model", "adapter": "adapter"},
-    "gguf": {"model": "model"},
-    "router": {"draft_gguf": "gguf", "data": "examples"},
-    "calibrate": {"data": "examples", "base": "gguf", "draft": "gguf", "draft_model": "model", "router": "router"},
-    "critic": {"data": "examples", "base": "gguf"},
-    "bundle": {
-        "base": "gguf",
-        "difficulty": "model",
-        "router": "router",
-        "calibration": "calibration",
-    },
-    "report": {"data": "examples", "bundle": "bundle"},
-}
-"""Stage -> the inputs it cannot do without, each with the kind of artifact it must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,15 +186,7 @@ class _Planner:
     # --- what is given ---
 
     def _check_inputs(self, step: Step, config: Any) -> None:
-        needed = dict(NEEDS.get(step.stage, {}))
-        if step.stage == "sft" and config.init == "scratch":
-            needed["tokenizer"] = "tokenizer"
-        elif step.stage == "chain":
-            needed |= dict.fromkeys((*config.steps, *config.beside), "gguf")
-        elif step.stage == "archive":
-            packed = "model" if "model" in step.inputs else "bundle"
-            needed[packed] = packed
-        for role, kind in needed.items():
+        for role, kind in needed(step, config).items():
             if role not in step.inputs:
                 self._problem(step, f"the stage needs an input '{role}'; given: {', '.join(step.inputs) or 'none'}")
                 continue
