@@ -136,13 +136,13 @@ def picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         color = axes.plot(sizes, shares, style, markersize=4, label=label)[0].get_color()
         sizes, shares = [row["packed_bytes"] / 1e6 for row in beside], [100 * row[name] for row in beside]
         axes.scatter(sizes, shares, facecolors="none", edgecolors=color)
-    for i, row in enumerate(rows):  # in turn above and below, as neighbours are often near each other
-        place = (row["packed_bytes"] / 1e6, 100 * row["kept"])
-        axes.annotate(row["step"], place, (0, 8 if i % 2 else -14), textcoords="offset points", ha="center", fontsize=8)
+    for i, row in enumerate(rows):  # above and below in turn, as neighbours are often near each other
+        place, above = (row["packed_bytes"] / 1e6, 100 * row["kept"]), (-14, 8, -24, 18)[i % 4]
+        axes.annotate(row["step"], place, (0, above), textcoords="offset points", ha="center", fontsize=8)
     axes.axhline(97, color="0.6", linestyle=":", linewidth=1, label="97%")
     axes.margins(x=0.1, y=0.1)
     axes.set(xlabel="MB of the file, packed by zstd", ylabel="kept of the first model, %")
-    axes.legend(loc="best", fontsize="small")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small")
     figure.savefig(path)
 
 
