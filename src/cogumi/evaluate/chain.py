@@ -136,9 +136,9 @@ def picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         color = axes.plot(sizes, shares, style, markersize=4, label=label)[0].get_color()
         sizes, shares = [row["packed_bytes"] / 1e6 for row in beside], [100 * row[name] for row in beside]
         axes.scatter(sizes, shares, facecolors="none", edgecolors=color)
-    for i, row in enumerate(rows):  # above and below in turn, as neighbours are often near each other
-        place, above = (row["packed_bytes"] / 1e6, 100 * row["kept"]), (-14, 8, -24, 18)[i % 4]
-        axes.annotate(row["step"], place, (0, above), textcoords="offset points", ha="center", fontsize=8)
+    for i, row in enumerate(rows):  # right and left in turn, as neighbours are often near each other
+        place, (aside, side) = (row["packed_bytes"] / 1e6, 100 * row["kept"]), ((6, "left"), (-6, "right"))[i % 2]
+        axes.annotate(row["step"], place, (aside, 5), textcoords="offset points", ha=side, fontsize=8)
     axes.axhline(97, color="0.6", linestyle=":", linewidth=1, label="97%")
     axes.margins(x=0.1, y=0.1)
     axes.set(xlabel="MB of the file, packed by zstd", ylabel="kept of the first model, %")
