@@ -5,7 +5,9 @@ import shutil
 import tempfile
 
 os.environ.pop("COLUMNS", None)  # read once, when the console is made: tests choose their own width
-CACHE = os.environ["COGUMI_CACHE"] = tempfile.mkdtemp(prefix="cogumi-cache-")
+# Each of several workers has one of its own inside that of the process that started them, which ends last.
+_ABOVE = os.environ["COGUMI_CACHE"] if "PYTEST_XDIST_WORKER" in os.environ else None
+CACHE = os.environ["COGUMI_CACHE"] = tempfile.mkdtemp(prefix="cogumi-cache-", dir=_ABOVE)
 
 LONG = ("test_tiny.py", "test_ranks.py", "test_bench.py", "test_loop.py", "test_real_models.py")
 """Files that take longest: they are begun first, so that no process works on one alone at the end."""

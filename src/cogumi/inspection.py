@@ -70,7 +70,8 @@ def _packed(folder: Path) -> dict[str, Any]:
             for _ in archive.read(name):  # to its end, where checksums are compared
                 pass
         files = {name: entry.model_dump() for name, entry in archive.files.items()}
-        found = {"what": "packed files", "bytes": sum(entry["bytes"] for entry in files.values()), "files": files}
+        size = sum(entry["bytes"] for entry in files.values())
+        found = {"what": "packed files", "path": str(folder), "bytes": size, "files": files}
     built = (folder / artifact.MANIFEST).is_file()  # by stage `archive`, not by the command
     packed = sum(file.packed_bytes for file in archive.index.files.values())
     dictionary = archive.index.dictionary.bytes if archive.index.dictionary else 0
