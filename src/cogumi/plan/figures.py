@@ -26,7 +26,7 @@ THREADS = 8
 ORDER = "vocabulary, adapters, type of the weights, layers and neurons"
 """What routes change, from the least expected loss to the largest."""
 CEILING = (
-    "tokens/s are the ceiling that memory bandwidth sets; the runtime reaches about half to two thirds of it "
+    "tokens/s are the ceiling that memory bandwidth sets; the runtime reaches about 0.4 to 0.65 of it "
     "(measure it: cogumi bench --only roofline)"
 )
 FILE_COLUMNS = ("file", "bytes", "share", "packed by zstd, estimated")
