@@ -33,6 +33,8 @@ FORMAT = 1
 INDEX = "packed.json"
 DICTIONARY = "dictionary"
 ENDING = ".zst"
+LEVEL = 10
+"""How hard zstd tries, 1 to 22, unless told otherwise."""
 FRAME = 1 << 20
 """Bytes of a file in one frame: it stays in the processor's cache on its way, and larger ones are no smaller packed."""
 AHEAD = 8

@@ -19,6 +19,7 @@ import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field
 
+from cogumi.archive import LEVEL
 from cogumi.artifact import write_text
 from cogumi.data.examples import read_examples, split_path
 from cogumi.errors import DataError, RecipeError
@@ -34,8 +35,6 @@ VERSION = 1
 KIND = "report"
 MODEL = "model.gguf"
 PICTURE = "chain.png"
-LEVEL = 10
-"""zstd's level, as the documents have it."""
 
 
 class Config(BaseModel):

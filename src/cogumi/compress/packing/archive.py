@@ -31,6 +31,7 @@ from cogumi.archive import (
     FORMAT,
     FRAME,
     INDEX,
+    LEVEL,
     Archive,
     Index,
     PackedFile,
@@ -64,7 +65,7 @@ class Config(BaseModel):
     """`level`: how hard zstd tries, 1 to 22. `sparse`: try safetensors files without their zeros, too."""
 
     model_config = ConfigDict(extra="forbid")
-    level: int = Field(10, ge=1, le=22)
+    level: int = Field(LEVEL, ge=1, le=22)
     sparse: bool = False
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cogumi.archive import LEVEL
 from cogumi.artifact import sha256
 from cogumi.compress.calibration import Draw, draw_rows
 from cogumi.compress.formats.layout import Llama
@@ -32,9 +33,6 @@ from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "model"
-
-ZSTD_LEVEL = 10
-"""Of the size that counts: the level at which bundles are packed."""
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -109,7 +107,7 @@ def zstd_bytes(model: Any) -> int:
     """Bytes of all weights as fp32 packed by zstd: what zeros save on disk before any quantization."""
     import zstandard
 
-    packer = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
+    packer = zstandard.ZstdCompressor(level=LEVEL).compressobj()
     sizes = [len(packer.compress(w.detach().cpu().float().numpy().tobytes())) for w in model.parameters()]
     return sum(sizes) + len(packer.flush())
 
