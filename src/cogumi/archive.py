@@ -11,7 +11,6 @@ it must hold exactly as many bytes as packed.json says, and no more memory than 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,9 +22,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
-from cogumi.artifact import FileEntry, sha256
+from cogumi.artifact import FileEntry, read_index, sha256
 from cogumi.environment import usable_threads
 from cogumi.errors import BundleError, CogumiError
 
@@ -109,7 +108,17 @@ class Archive:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.index = folder, _read_index(folder)
+        self.folder, self.index = (
+            folder,
+            read_index(
+                folder / INDEX,
+                Index,
+                FORMAT,
+                "archive",
+                f"is not packed: it has no {INDEX}; pack a bundle: cogumi pack",
+                "copy or pack it",
+            ),
+        )
         root = folder.resolve()
         for name, file in self.index.files.items():
             if not may_be_named(name) or not self.packed(name).resolve().is_relative_to(root):
@@ -215,27 +224,6 @@ class Archive:
         if sha256(path) != entry.sha256:
             raise BundleError(f"{path} has changed (its SHA-256 is another); copy or pack it again")
         return zstandard.ZstdCompressionDict(path.read_bytes(), dict_type=zstandard.DICT_TYPE_FULLDICT)
-
-
-def _read_index(folder: Path) -> Index:
-    path = folder / INDEX
-    try:
-        raw = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{folder} is not packed: it has no {INDEX}; pack a bundle: cogumi pack") from None
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON; copy or pack it again") from error
-    version = raw.get("format") if isinstance(raw, dict) else None
-    if version != FORMAT:
-        raise BundleError(
-            f"{folder} has archive format {version!r}, this cogumi reads {FORMAT}; upgrade or pack it again"
-        )
-    try:
-        return Index.model_validate(raw)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise BundleError(f"{path}: {where}: {problem['msg']}; copy or pack it again") from error
 
 
 def _write(descriptor: int, content: bytes) -> None:

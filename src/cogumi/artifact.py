@@ -12,13 +12,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cogumi.errors import ArtifactError
+from cogumi.errors import ArtifactError, BundleError
 from cogumi.stage import CHECKPOINT
 from cogumi.types import Artifact
+
+M = TypeVar("M", bound=BaseModel)
 
 MANIFEST = "manifest.json"
 PENDING = "pending.json"
@@ -92,6 +94,30 @@ def file_names(folder: Path) -> list[str]:
     """Posix names of an artifact's own files, sorted: no manifest, no trace of a run under way."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(n.as_posix() for n in names if n.parts[0] not in (MANIFEST, PENDING, CHECKPOINT))
+
+
+def read_index(path: Path, model: type[M], version: int, what: str, absent: str, again: str) -> M:
+    """What describes a shipped folder, if its `format` is `version`; `BundleError` for anything else.
+
+    `what` it is a format of; what to say where it is `absent`, and how to have it `again`.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path.parent} {absent}") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON; {again} again") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != version:
+        raise BundleError(
+            f"{path.parent} has {what} format {found!r}, this cogumi reads {version}; upgrade cogumi, or {again} again"
+        )
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise BundleError(f"{path}: {where}: {problem['msg']}; {again} again") from error
 
 
 def difference(folder: Path, files: Mapping[str, FileEntry]) -> str | None:

@@ -37,7 +37,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cogumi.artifact import FileEntry, difference, entries, file_names, write_json
+from cogumi.artifact import FileEntry, difference, entries, file_names, read_index, write_json
 from cogumi.errors import BundleError
 
 FORMAT = 1
@@ -176,34 +176,20 @@ def _disagreement(files: Mapping[str, FileEntry], checked: Mapping[str, FileEntr
     return f"{wrong[0]} is not the file that {INDEX} lists" if wrong else None
 
 
-def _read_index(folder: Path) -> Index:
-    path = folder / INDEX
-    try:
-        raw = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{folder} is not a bundle: it has no {INDEX}; build one: cogumi build") from None
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON; copy or build the bundle again") from error
-    version = raw.get("format") if isinstance(raw, dict) else None
-    if version != FORMAT:
-        raise BundleError(
-            f"{folder} has bundle format {version!r}, this cogumi reads {FORMAT}; upgrade cogumi or rebuild"
-        )
-    try:
-        return Index.model_validate(raw)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise BundleError(f"{path}: {where}: {problem['msg']}; build the bundle again") from error
-
-
 def open_bundle(folder: Path, checked: Mapping[str, FileEntry] | None = None) -> Bundle:
     """Verify sizes, then bytes, then that the parts belong together; `BundleError` says what is wrong.
 
     Whoever unpacks a bundle checks every file on the way, and says in `checked` what they are: then only the index
     and the calibration are read, and the others may come later.
     """
-    index = _read_index(folder)
+    index = read_index(
+        folder / INDEX,
+        Index,
+        FORMAT,
+        "bundle",
+        f"is not a bundle: it has no {INDEX}; build one: cogumi build",
+        "copy or build the bundle",
+    )
     _check_names(folder, index)
     if problem := difference(folder, index.files) if checked is None else _disagreement(index.files, checked):
         raise BundleError(f"{folder}: {problem}; copy or build the bundle again")

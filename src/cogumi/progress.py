@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from rich.markup import escape
 from rich.progress import (
@@ -25,7 +25,22 @@ def _figures(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
-class BuildProgress:
+class _Shown:
+    """A bar that is there within a `with`, on a terminal."""
+
+    _bar: Progress
+
+    def __enter__(self) -> Self:
+        if NOTES.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if NOTES.is_terminal:
+            self._bar.stop()
+
+
+class BuildProgress(_Shown):
     """Shows a build: a bar with the time left on a terminal, otherwise a plain line now and then."""
 
     PLAIN_EVERY = 15.0  # seconds between lines of one step
@@ -44,15 +59,6 @@ class BuildProgress:
         self._task: TaskID | None = None
         self._title = self._last = ""
         self._began = self._told = 0.0
-
-    def __enter__(self) -> BuildProgress:
-        if NOTES.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if NOTES.is_terminal:
-            self._bar.stop()
 
     def started(self, step: str, stage: str, number: int, of: int, reason: str) -> None:
         """Name the step that begins and why it runs again, if it does."""
@@ -140,7 +146,7 @@ class ByteProgress:
             NOTES.print(f"{self._title}: {size(done)} of {size(total)}, {left} left", markup=False, soft_wrap=True)
 
 
-class BenchProgress:
+class BenchProgress(_Shown):
     """Shows a benchmark: a bar over all rows with the time left on a terminal, otherwise a line per row."""
 
     def __init__(self) -> None:
@@ -154,15 +160,6 @@ class BenchProgress:
         )
         self._task = self._bar.add_task("making the model", total=None)
         self._before = 0
-
-    def __enter__(self) -> BenchProgress:
-        if NOTES.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if NOTES.is_terminal:
-            self._bar.stop()
 
     def started(self, name: str, number: int, of: int) -> None:
         """Name the row that begins."""
