@@ -77,9 +77,9 @@ def make_model(folder: Path, shape: str, type: str = "q4_k_m") -> Path:
     return make_weights(folder, shape, SHAPES[shape], type)
 
 
-def make_draft(folder: Path, shape: str, accept: float) -> Path:
+def make_draft(folder: Path, shape: str, accept: float, type: str = "q4_k_m") -> Path:
     """A draft for `shape` of which a share `accept` of the drafted tokens is right."""
-    return make_weights(folder, f"draft-{accept:g}-for-{shape}", drafting_for(shape), "q4_k_m", accept)
+    return make_weights(folder, f"draft-{accept:g}-for-{shape}", drafting_for(shape), type, accept)
 
 
 def make_adapter(folder: Path, shape: str, size: int) -> Path:

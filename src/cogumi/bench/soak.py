@@ -43,7 +43,7 @@ def soak(setup: Setup) -> Row:
         slots=SLOTS,
         context=CONTEXT,
         threads=setup.threads,
-        draft=make_draft(setup.folder, shape, 0.75),
+        draft=make_draft(setup.folder, shape, 0.75, "q8_0"),  # sampled drafts are weighed by its distribution, too
         adapters={"one": adapter, "two": adapter},
     )
     requests = [_request(setup, random.Random(i)) for i in range(REQUESTS)]
