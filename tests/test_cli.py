@@ -313,7 +313,8 @@ def test_ratings_are_kept_in_the_state_folder_and_can_be_forgotten(folder, tmp_p
     with serving(folder, "--slots", "2", *options) as (_, said):
         client = openai.OpenAI(base_url=said["url"], api_key="any", max_retries=0, timeout=60)
         assert "cogumi:brief" in said["models"]
-        answer = ask(client, "What is 3 + 4?", model="cogumi", user="ann", n=2)
+        plain = {"cogumi": {"speculate": False}}
+        answer = ask(client, "What is 3 + 4?", model="cogumi", user="ann", n=2, extra_body=plain)
         assert answer.model_extra["cogumi"]["route"] == "base"  # the default mode is the settings'
         for id, user, status in (
             (answer.id, "ann", 204),
@@ -356,10 +357,12 @@ def test_serve_says_who_answered_and_how_sure(client):
     assert (raw.headers["x-cogumi-tier"], raw.headers["x-cogumi-p-correct"]) == ("base", "0.7000")
 
 
+@pytest.mark.parametrize("speculate", [False, True])  # left open, the clock would decide, and the route names it
 @pytest.mark.parametrize("model", ["cogumi:fast", "cogumi:accurate", "cogumi:base+math"])
-def test_a_stream_says_what_the_plain_answer_says(client, model):
-    whole = ask(client, "What is 3 + 4?", model=model, logprobs=True)
-    chunks = list(ask(client, "What is 3 + 4?", model=model, logprobs=True, stream=True))
+def test_a_stream_says_what_the_plain_answer_says(client, model, speculate):
+    options = {"model": model, "logprobs": True, "extra_body": {"cogumi": {"speculate": speculate}}}
+    whole = ask(client, "What is 3 + 4?", **options)
+    chunks = list(ask(client, "What is 3 + 4?", stream=True, **options))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
     assert chunks[-1].model_extra["cogumi"]["route"] == whole.model_extra["cogumi"]["route"]
     streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
