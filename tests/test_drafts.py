@@ -75,15 +75,19 @@ def test_every_source_drafts_and_is_sometimes_right():
     assert ask(engine_of("bridge", 5), looping).usage.drafted > 0
 
 
+FEW = (5, 6, 7)
+AMONG_FEW = dict.fromkeys(FEW, 30.0)  # an answer out of so few ids repeats itself, so that lookups find much
+
+
 def test_a_sampled_answer_with_n_gram_drafts_has_the_same_distribution():
-    """First token after a prompt whose lookup proposes a wrong and a right one: chi-square over many seeds."""
+    """First tokens after a prompt whose lookup proposes wrong and right ones: chi-square over many seeds."""
     engine = engine_of("ngram", 5)
-    repeat = ids(6, 10)
-    requests = [
-        Request(prompt=(*repeat, *repeat), max_tokens=2, temperature=0.4, top_p=0.5, seed=i, speculate=i % 2 == 0)
-        for i in range(1200)
-    ]
-    pairs = [tuple(t.id for t in reply.tokens) for reply in replies(engine, requests)]
+    pairs_of_few = (5, 6, 7, 5, 7, 6, 5, 5, 6, 6, 7, 7, 5)
+    asked = Request(prompt=pairs_of_few, max_tokens=3, temperature=1.0, logit_bias=AMONG_FEW)
+    requests = [replace(asked, seed=i, speculate=i % 2 == 0) for i in range(1200)]
+    answers = list(replies(engine, requests))
+    assert sum(reply.usage.drafted for reply in answers) > 200
+    pairs = [tuple(t.id for t in reply.tokens[:2]) for reply in answers]
     common = [pair for pair in set(pairs) if pairs.count(pair) >= 12]
     assert len(common) >= 4
     table = [[pairs[kind::2].count(pair) for pair in common] for kind in (0, 1)]
@@ -100,6 +104,22 @@ def test_a_seed_gives_the_same_text_whatever_pays_at_the_moment():
         assert len({ask(engine, request).text for _ in range(6)}) == 1
         assert ask(engine, request).tokens == ask(engine, replace(request, speculate=False)).tokens
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram", "bridge"])
+def test_a_seed_gives_the_same_text_with_its_prompt_in_the_cache(kind):
+    """Whoever insists on drafts gets the same random numbers for the same tokens, wherever the cache begins to help."""
+    engine, drafted = engine_of(kind, 5), 0
+    for seed in range(6):
+        prompt = (*FEW * 8, *ids(3, seed), *FEW)
+        request = Request(
+            prompt=prompt, max_tokens=40, temperature=1.0, seed=seed, speculate=True, logit_bias=AMONG_FEW
+        )
+        fresh, cached = ask(engine, request), ask(engine, request)
+        assert fresh.usage.cached_tokens < cached.usage.cached_tokens == len(prompt) - 1
+        assert fresh.tokens == cached.tokens
+        drafted += fresh.usage.drafted
+    assert drafted
 
 
 def test_bridged_sampling_is_reproducible_and_exact_in_length(bridged):

@@ -22,6 +22,8 @@ from cogumi.types import Reply, Request, Token
 REQUESTS, CLIENTS, SLOTS, CONTEXT = 200, 16, 8, 256
 CANCELLED = 0.25
 """Share of the requests that their client gives up."""
+WARM = 3.5
+"""Temperature of sampled requests: about where the chain's next word is as likely as all others together."""
 GROWTH = 16_000_000
 """Most bytes that resident memory may grow by after the first round: what fragments and levels off, but no leak."""
 
@@ -88,7 +90,7 @@ def _request(setup: Setup, rng: random.Random) -> Request:
     return Request(
         prompt=setup.passage(rng.randint(1, CONTEXT // 2)),
         max_tokens=rng.randint(1, CONTEXT // 4),
-        temperature=2.0 if rng.random() < 0.3 else 0.0,
+        temperature=WARM if rng.random() < 0.3 else 0.0,
         seed=rng.randrange(1000),
         adapter=rng.choice([None, "one", "two"]),
         speculate=rng.choice([None, True, False]),

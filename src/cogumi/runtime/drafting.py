@@ -79,7 +79,7 @@ class Speculation:
         model: dict[int, tuple[Generation, int]] = {}
         for sequence, job in writing.items():
             choice = self._forced(sequence) if job.request.speculate else choices[sequence]
-            k = min(choice.k, job.remaining - 1, most)
+            k = min(choice.k, _room(job), most)
             if k <= 0 or choice.source is None:
                 continue
             if choice.source == "model":
@@ -87,7 +87,7 @@ class Speculation:
             else:
                 drafts[sequence] = Draft("ngram", self._states[sequence].guess[:k])
         for sequence, draft in self._ask(model).items():
-            room = min(writing[sequence].remaining - 1, most)  # a bridge may say in more tokens what was drafted in k
+            room = min(_room(writing[sequence]), most)  # a bridge may say in more tokens what was drafted in k
             drafts[sequence] = Draft("model", draft.tokens[:room], draft.drawn_from)
         return drafts
 
@@ -117,7 +117,7 @@ class Speculation:
         if state is None or state.job is not job:
             lookup = Lookup([]) if self._drafting.lookup and job.request.speculate is not False else None
             state = self._states[sequence] = _State(job, self._controller.tracker(), lookup, 0, [])
-        most = min(MOST, job.remaining - 1)
+        most = min(MOST, _room(job))
         if state.lookup:
             for token in job.ids[state.known :]:
                 state.lookup.append(token)
@@ -157,6 +157,13 @@ class Speculation:
         for requests, seconds in self._drafter.steps:
             self._controller.observe_draft(requests, seconds)
         return drafts
+
+
+def _room(job: Generation) -> int:
+    """Tokens that may be drafted. The first of an answer never is: where its whole prompt is cached it could be, where
+    that is read it could not, and a seed's random numbers would be spent on something else.
+    """
+    return job.remaining - 1 if job.written else 0
 
 
 def _may_choose(job: Generation) -> bool:
