@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import resource
 import shutil
@@ -16,45 +15,16 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cogumi.archive import DICTIONARY, ENDING, FRAME, INDEX, staged
+from cogumi.archive import DICTIONARY, ENDING, FRAME, INDEX
 from cogumi.artifact import finish, sha256
-from cogumi.bundle import EMBEDDER, EXAMPLES, VOCABULARY, write_bundle
-from cogumi.cascade.opening import open_cascade
 from cogumi.cli import pack as commands
 from cogumi.compress.packing.archive import Config, pack, pack_folder, run, unpack
 from cogumi.errors import BundleError
 from cogumi.inspection import look
-from cogumi.runtime.engine import final_reply
-from cogumi.runtime.unpacking import STALE, WAYS, Files
-from cogumi.show import print_inspection, size
+from cogumi.runtime.unpacking import WAYS, Files
 from cogumi.stage import Context
-from cogumi.types import Artifact, Message, Request
-from helpers_bundle import make_bundle
-
-BIG = FRAME + 5
-PARTS = {
-    name: {"base_fingerprint": "b", "tokenizer_sha256": "t"} for name in ("base.gguf", "draft.gguf", "modifiers/m.gguf")
-}
-CONTENT = {
-    "base.gguf": random.Random(0).randbytes(BIG // 2) + bytes(BIG - BIG // 2),
-    "draft.gguf": b"",
-    "modifiers/m.gguf": random.Random(1).randbytes(5000),
-    "difficulty.safetensors": b"d",
-    "router.safetensors": b"r" * 3000,
-    "calibration.json": b'{"threshold": 0.8}',
-    "README.md": b"# A card\n" * 50,
-}
-
-
-def write(folder, content):
-    for name, value in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(value)
-    return folder
-
-
-def content_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from cogumi.types import Artifact
+from helpers_archive import CONTENT, content_of, make_packed, make_plain, write
 
 
 def packed_of(folder, out, names):
@@ -65,18 +35,12 @@ def packed_of(folder, out, names):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A bundle of made-up bytes: everything about it is right, only no model can be opened."""
-    root = tmp_path_factory.mktemp("plain")
-    write(root / "sources", CONTENT)
-    write_bundle(root / "bundle", {name: root / "sources" / name for name in CONTENT}, {"parts": PARTS})
-    return root / "bundle"
+    return make_plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
 def packed(plain):
-    with staged(plain.with_name("packed"), plain) as part:
-        pack_folder(plain, part, Config())
-    return plain.with_name("packed")
+    return make_packed(plain)
 
 
 @pytest.fixture
@@ -406,140 +370,6 @@ def test_what_a_killed_run_left_is_replaced(plain, packed, tmp_path):
     assert content_of(tmp_path / "out") == content_of(packed)
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from cogumi.runtime.unpacking import Files
-def progress(done, total):
-    if sys.argv[3] == "die" and done >= 1 << 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-Files(Path(sys.argv[1]), sys.argv[2], progress)
-print("opened")
-"""
-
-
-def child(packed, way, *words, **options):
-    command = [sys.executable, "-c", CHILD, str(packed), way, *(words or ("live",))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def limited():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
-
-
-@pytest.mark.parametrize("way", ["cached", "eager"])
-def test_a_full_disk(packed, tmp_path, cache, way, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = child(packed, way, preexec_fn=limited)
-    errors = process.communicate()[1].strip().splitlines()
-    assert errors[-1].startswith("cogumi.errors.BundleError: cannot unpack base.gguf")
-    assert "File too large" in errors[-1]
-    left = {name for name in content_of(tmp_path) if "unpacked" in name or "cogumi-" in name}
-    assert not any("base.gguf" in name or "/parts/" in name for name in left)
-    assert way == "cached" or not left
-    with contextlib.closing(Files(packed, way)) as files:  # and when there is room, it works
-        assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
-
-
-def test_killed_while_unpacking_to_the_cache(packed, cache):
-    process = child(packed, "cached", "die")
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    (left,) = cache.glob("*/parts/*")
-    assert not list(cache.glob("*/files/base.gguf"))
-    files = Files(packed)
-    assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
-    assert left.exists()  # somebody else may be at it still
-    os.utime(left, (0, left.stat().st_mtime - STALE - 1))
-    Files(packed)
-    assert not left.exists()
-
-
-def test_processes_that_unpack_at_once(packed, cache):
-    processes = [child(packed, way) for way in ("cached", "cached", "lazy")]
-    for process in processes:
-        out, errors = process.communicate()
-        assert out == "opened\n", errors
-    (place,) = cache.iterdir()
-    assert content_of(place / "files") == content_of(packed.with_name("bundle"))
-    assert not list((place / "parts").iterdir())
-
-
-def test_the_cache_is_used_again_and_repaired(packed, cache):
-    told = []
-    first = Files(packed, "cached", lambda done, total: told.append(total))
-    assert told
-    told.clear()
-    Files(packed, "cached", lambda done, total: told.append(total))
-    assert not told
-    stamp = first.bundle.base.stat().st_mtime_ns
-    assert stamp == (packed / "base.gguf.zst").stat().st_mtime_ns
-    first.bundle.base.write_bytes(CONTENT["base.gguf"][:-1] + b"!")
-    assert Files(packed).bundle.base.read_bytes() == CONTENT["base.gguf"]
-
-
-# As a cascade
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """A bundle of pico models, with an encoder that is none, and its packed form."""
-    root = tmp_path_factory.mktemp("real")
-    bundle = make_bundle(root)
-    index = json.loads((bundle / "bundle.json").read_bytes())
-    files = {name: bundle / name for name in index["files"]}
-    more = {EMBEDDER: b"no model", VOCABULARY: b"{}"}
-    more[EXAMPLES] = b'{"domain": "math", "question": "1 + 1?", "answer": "2"}\n'
-    write(root / "more", more)
-    write_bundle(root / "whole", files | {name: root / "more" / name for name in more}, {"parts": index["parts"]})
-    with staged(root / "packed", root / "whole") as part:
-        pack_folder(root / "whole", part, Config())
-    return root / "whole", root / "packed"
-
-
-def answers(folder, way=None):
-    questions = [Request(messages=(Message("user", q),), max_tokens=8, seed=1) for q in ("What is 2 + 3?", "def f")]
-    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=way)) as cascade:
-        direct = Request(prompt="def f", max_tokens=8, adapter="code")
-        return [final_reply(cascade.generate(q)).text for q in questions] + [
-            final_reply(cascade.tiers.base.generate(direct)).text
-        ]
-
-
-def test_every_way_gives_the_same_answers(real, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    whole, packed = real
-    expected = answers(whole)
-    assert answers(packed, "eager") == expected
-    assert not cache.exists()
-    assert not list(tmp_path.glob("cogumi-*"))
-    assert answers(packed, "lazy") == expected
-    later = {name for name in content_of(whole) if name not in content_of(next(cache.iterdir()) / "files")}
-    assert later == {"modifiers/math.gguf", EMBEDDER, VOCABULARY}
-    assert answers(packed) == expected
-    assert content_of(next(cache.iterdir()) / "files") == content_of(whole)
-
-
-def test_what_is_unpacked_later_fails_the_request_that_needs_it(real, tmp_path):
-    copy = Path(shutil.copytree(real[1], tmp_path / "copy"))
-    path = copy / "modifiers/code.gguf.zst"
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
-    with contextlib.closing(open_cascade(copy, slots=2, context=256, threads=1, unpack="lazy")) as cascade:
-        base = cascade.tiers.base
-        assert base.adapters == ("code", "math")
-        with pytest.raises(BundleError, match=r"code\.gguf\.zst is damaged"):
-            final_reply(base.generate(Request(prompt="x", max_tokens=3, adapter="code")))
-        assert final_reply(base.generate(Request(prompt="x", max_tokens=3, adapter="math"))).usage.completion_tokens
-
-
-def test_the_encoder_is_opened_when_it_is_first_used(real):
-    cascade = open_cascade(real[0], slots=2, context=256, threads=1)
-    with contextlib.closing(cascade), pytest.raises(BundleError, match="cannot read the tokenizer"):
-        cascade.parts.templates.near("1 + 2?")
-    with pytest.raises(BundleError, match="cannot read the tokenizer"):
-        open_cascade(real[0], slots=2, context=256, threads=1, reuse="static")
-
-
 def test_stage(plain, packed, tmp_path):
     (tmp_path / "out").mkdir()
     told = []
@@ -557,25 +387,3 @@ def test_stage(plain, packed, tmp_path):
             run(Config(), {"bundle": Artifact("bundle", plain, "f")}, tmp_path / "out", context)
     finally:
         (plain / "README.md").write_bytes(CONTENT["README.md"])
-
-
-def test_commands(real, tmp_path, capsys):
-    whole, _ = real
-    commands.pack(whole, tmp_path / "packed", json=True)
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["bytes"] == sum(map(len, content_of(whole).values()))
-    commands.pack(whole, tmp_path / "again")
-    table = capsys.readouterr().out
-    assert "The models alone are 1." in table
-    assert "The dictionary would have saved less than it takes" in table
-    found = look(str(tmp_path / "packed"))
-    assert (found["what"], found["packed_bytes"]) == ("packed bundle", figures["packed_bytes"])
-    print_inspection(found)
-    assert f"packed size: {size(figures['packed_bytes'])}\n" in capsys.readouterr().out
-    commands.unpack(tmp_path / "packed", tmp_path / "back")
-    assert content_of(tmp_path / "back") == content_of(whole)
-    chat = ("chat", tmp_path / "packed", "--once", "What is 2 + 3?", "--json", "--threads", "1", "--unpack", "lazy")
-    done = subprocess.run([sys.executable, "-m", "cogumi", *map(str, chat)], capture_output=True, text=True)
-    assert json.loads(done.stdout)["finish_reason"] in ("stop", "length")
-    with pytest.raises(BundleError, match="is there already"):
-        commands.unpack(tmp_path / "packed", tmp_path / "back")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,9 @@ from cogumi.cli.options import (
 )
 from cogumi.errors import CogumiError
 from cogumi.progress import ByteProgress
+
+if TYPE_CHECKING:
+    from cogumi.cascade.cascade import Cascade
 
 
 def chat(
@@ -43,7 +47,6 @@ def chat(
     Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
     """
     from cogumi.cascade.modes import load_settings
-    from cogumi.cascade.opening import open_cascade
     from cogumi.chat import Conversation, load_examples, talk
 
     if json and once is None:
@@ -51,17 +54,7 @@ def chat(
     chosen = load_settings(settings)
     chosen.check(mode)
     shown = load_examples(examples) if examples else ()
-    folder = chosen_bundle(bundle)
-    with ByteProgress(f"unpacking {folder}") as bar:
-        opened = open_cascade(
-            folder,
-            threads=threads,
-            repack=repack,
-            settings=chosen,
-            state=state,
-            unpack=unpack,
-            progress=bar.advanced,
-        )
+    opened = _opened(chosen_bundle(bundle), threads=threads, repack=repack, settings=chosen, state=state, unpack=unpack)
     with closing(opened) as cascade:
         conversation = Conversation(cascade, mode, chosen, shown)
         if once is None:
@@ -111,23 +104,19 @@ def serve(
     where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     show.NOTES.print(f"cogumi: loading {folder}", soft_wrap=True)
 
-    def load() -> api.Served:
-        from cogumi.cascade.opening import open_cascade
-
-        with ByteProgress(f"unpacking {folder}") as bar:
-            return open_cascade(
-                folder,
-                slots=slots,
-                context=context,
-                threads=threads,
-                repack=repack,
-                cache=cache,
-                settings=chosen,
-                state=state,
-                reuse=reuse,
-                unpack=unpack,
-                progress=bar.advanced,
-            )
+    load = partial(
+        _opened,
+        folder,
+        slots=slots,
+        context=context,
+        threads=threads,
+        cache=cache,
+        settings=chosen,
+        state=state,
+        reuse=reuse,
+        repack=repack,
+        unpack=unpack,
+    )
 
     def ready(cascade: api.Served) -> None:
         if json:
@@ -152,3 +141,11 @@ def forget(
         raise CogumiError(f"{state} holds no memory; name the folder that was given with --state")
     with closing(Memory(state / FILE)) as memory:
         show.OUT.print(f"{memory.forget(user)} turns of {user} deleted")
+
+
+def _opened(folder: Path, **options: Any) -> Cascade:
+    """A bundle as a cascade with these options of `open_cascade`, and a bar while it is unpacked."""
+    from cogumi.cascade.opening import open_cascade
+
+    with ByteProgress(f"unpacking {folder}") as bar:
+        return open_cascade(folder, progress=bar.advanced, **options)
