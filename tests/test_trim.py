@@ -24,7 +24,8 @@ from cogumi.compress.trimming import trim
 from cogumi.compress.trimming.bpe import BPE, check, renumbering, trimmed
 from cogumi.compress.trimming.essential import cover, of_size
 from cogumi.compress.trimming.fertility import measure, read_texts, tokens_per_word
-from cogumi.compress.trimming.remap import Model, Vocabulary
+from cogumi.compress.trimming.remap import Model
+from cogumi.compress.trimming.vocabulary import Vocabulary
 from cogumi.data.examples import SPLITS, split_path, write_examples
 from cogumi.errors import ArtifactError, CogumiError, DataError, ExportError
 from cogumi.models.build import load

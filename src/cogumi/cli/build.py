@@ -10,7 +10,7 @@ import typer
 
 from cogumi import show
 from cogumi.cli.options import RUNS, JsonOption, RunsOption
-from cogumi.progress import BenchProgress, BuildProgress
+from cogumi.progress import BenchProgress, BuildProgress, ByteProgress
 
 
 def _build(recipe: str, runs: Path, seed: int | None) -> dict[str, Any]:
@@ -150,13 +150,17 @@ def vocabulary(
 
     Example: `cogumi vocabulary models/llama --corpus texts --measure kept_out --size 32768 --cover 0.995`
     """
+    from cogumi.compress.trimming.choice import COVERS, Choice, survey
     from cogumi.compress.trimming.fertility import read_texts
-    from cogumi.compress.trimming.remap import Vocabulary
-    from cogumi.compress.trimming.trim import Choice, Config, survey
+    from cogumi.compress.trimming.vocabulary import Vocabulary
 
     whole = Vocabulary.load(model)
-    asked = [*(size or ()), *(cover or ())] or Config().covers
-    found = survey(Choice.by(whole, [], read_texts(corpus)), list(read_texts(measure)), asked)
+    asked = [*(size or ()), *(cover or ())] or COVERS
+    texts = list(read_texts(measure))
+    with ByteProgress("counting tokens") as bar:
+        choice = Choice.by(whole, [], read_texts(corpus, bar.advanced))
+    with ByteProgress("measuring") as bar:
+        found = survey(choice, texts, asked, bar.advanced)
     if json:
         show.emit(found)
         return

@@ -105,7 +105,7 @@ def _row(route: Route) -> dict[str, Any]:
         "base_bytes": base.file.bytes,
         "bits_per_weight": round(8 * base.file.bytes / shape.parameters, 3),
         "bundle_bytes": parts.bytes,
-        "packed_bytes_estimated": parts.packed,
+        "packed_bytes_estimated": sum(parts.packed.values()),
         "ram_bytes": route.ram,
         "repack": route.repack,
         "bytes_per_token": bytes_per_token(parts, route.serving),
@@ -118,11 +118,11 @@ def _row(route: Route) -> dict[str, Any]:
 def file_table(asked: Asked) -> list[list[str]]:
     """A row of `FILE_COLUMNS` for each file of the bundle as asked, and one for all."""
     parts = asked.parts
-    rows = []
-    for name, bytes in parts.files.items():
-        packed = size(parts.models[name].packed) if name in parts.models else ""
-        rows.append([name, f"{bytes:,}", f"{bytes / parts.bytes:.1%}", packed])
-    return [*rows, ["all", f"{parts.bytes:,}", "", size(parts.packed)]]
+    rows = [
+        [name, f"{bytes:,}", f"{bytes / parts.bytes:.1%}", size(parts.packed[name])]
+        for name, bytes in parts.files.items()
+    ]
+    return [*rows, ["all", f"{parts.bytes:,}", "", size(sum(parts.packed.values()))]]
 
 
 def beside_table(files: Mapping[str, GgufFile]) -> list[list[str]]:

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 TYPE = "q4_k_m"
 """What a model is asked for as, where no recipe says."""
 TAKEN = {
-    bundle.CALIBRATION: 290_000,
-    bundle.ESCALATION: 2_727_549,
-    bundle.CRITIC: 602_420,
-    bundle.EMBEDDER: 22_835_161,
-    bundle.VOCABULARY: 711_494,
-    bundle.EXAMPLES: 31_000,
-    bundle.CARD: 2_000,
-    bundle.INDEX: 37_000,
+    bundle.CALIBRATION: (290_000, 0.73),
+    bundle.ESCALATION: (2_727_549, 0.75),
+    bundle.CRITIC: (602_420, 0.11),
+    bundle.EMBEDDER: (22_835_161, 0.71),
+    bundle.VOCABULARY: (711_494, 0.28),
+    bundle.EXAMPLES: (31_000, 0.18),
+    bundle.CARD: (2_000, 0.48),
+    bundle.INDEX: (37_000, 0.19),
 }
-"""Bytes of files that depend on no model's shape, or hardly: those of the finished tiny recipe."""
+"""Bytes of files that depend on no model's shape, or hardly, and the share that zstd leaves: as in the tiny recipe."""
 CLASSES = 6
 """Domains that a router tells apart; one more is 132 bytes."""
 _SMALL = {
@@ -132,11 +132,14 @@ class Parts:
         """Of all files."""
         return sum(self.files.values())
 
-    @property
-    def packed(self) -> int:
-        """What zstd would leave of them: an estimate."""
-        models = self.models
-        return sum(models[name].packed if name in models else bytes for name, bytes in self.files.items())
+    @cached_property
+    def packed(self) -> dict[str, int]:
+        """Bytes that zstd would leave of every file: an estimate."""
+        from cogumi.compress.formats.sizes import ZSTD
+
+        left = dict.fromkeys(self.files, ZSTD["F32"]) | {name: share for name, (_, share) in TAKEN.items()}
+        found = {name: int(left[name] * bytes) for name, bytes in self.files.items()}
+        return found | {name: file.packed for name, file in self.models.items()}
 
 
 def parts_of_model(name: str, model: Model) -> Parts:
@@ -173,8 +176,8 @@ def parts_of_recipe(recipe: Recipe, models: Mapping[str, Model]) -> Parts | None
     if "fewshot" in roles:
         adapters[bundle.FEWSHOT] = _adapter(steps, roles["fewshot"])
     head = _config(steps[roles["head"]]).head_rank if "head" in roles else 0
-    small = {file: TAKEN[file] for role, files in _SMALL.items() if role in roles for file in files}
-    small |= {file: TAKEN[file] for file in (bundle.CARD, bundle.INDEX)} | _nets((draft or base).shape.hidden)
+    small = {file: TAKEN[file][0] for role, files in _SMALL.items() if role in roles for file in files}
+    small |= {file: TAKEN[file][0] for file in (bundle.CARD, bundle.INDEX)} | _nets((draft or base).shape.hidden)
     shared = draft is not None and models[roles["base"]].tokenizer == models[roles["draft"]].tokenizer
     return Parts(recipe.name, base, draft, shared, adapters, head, small)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from cogumi.archive import Progress, quiet
 from cogumi.errors import DataError
 from cogumi.models.text import HFTokenizer
 
@@ -46,23 +47,33 @@ class Fertility:
         }
 
 
-def read_texts(paths: Iterable[Path]) -> Iterator[str]:
+def read_texts(paths: Iterable[Path], progress: Progress = quiet) -> Iterator[str]:
     """Texts of files, and of the `SUFFIXES` files of folders, in pieces that end with a line.
 
     `DataError` for what is not there, what is no UTF-8 text, and a folder without texts.
     """
-    for path in paths:
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-        if not files:
-            raise DataError(f"{path} holds no texts ({', '.join(SUFFIXES)}); name a folder or files that do")
-        for file in files:
-            try:
-                text = file.read_bytes().decode("utf-8")
-            except FileNotFoundError as error:
-                raise DataError(f"there is no corpus file {file}; check the path") from error
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file} is no UTF-8 text ({error.reason}); convert it, or leave it out") from error
-            yield from _pieces(text)
+    sizes = {file: file.stat().st_size for path in paths for file in _files(path)}
+    done = 0
+    for file, size in sizes.items():
+        try:
+            text = file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is no UTF-8 text ({error.reason}); convert it, or leave it out") from error
+        read = 0
+        for piece in _pieces(text):
+            yield piece
+            read += len(piece)
+            progress(done + size * read // len(text), sum(sizes.values()))
+        done += size
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"there is no corpus file {path}; check the path")
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} holds no texts ({', '.join(SUFFIXES)}); name a folder or files that do")
+    return files
 
 
 def _pieces(text: str) -> Iterator[str]:

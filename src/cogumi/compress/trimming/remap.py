@@ -6,7 +6,6 @@ by their text. Ids that stay close up in their old order; rows are copied, so wh
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cogumi.artifact import write_json, write_text
+from cogumi.artifact import write_json
 from cogumi.compress.formats.weights import INDEX, Weights
-from cogumi.compress.trimming.bpe import BPE, check, renumbering, settings, trimmed
-from cogumi.errors import ArtifactError, DataError
+from cogumi.compress.trimming.bpe import renumbering
+from cogumi.compress.trimming.vocabulary import Vocabulary, read_json
+from cogumi.errors import ArtifactError
 from cogumi.models.build import save_tensors
-from cogumi.models.text import TOKENIZER_FILES, HFTokenizer
+from cogumi.models.text import TOKENIZER_FILES
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -29,49 +29,6 @@ PER_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors with a row per id."""
 _ID_FIELDS = ("_token_id", "suppress_tokens")
 """How the names of config fields that hold ids end."""
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); give a full model folder") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """A folder's tokenizer, taken apart."""
-
-    folder: Path
-    document: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    tokenizer: HFTokenizer
-    bpe: BPE
-
-    @classmethod
-    def load(cls, folder: Path) -> Vocabulary:
-        """Read the tokenizer files; `DataError` unless it is a byte-level BPE."""
-        document, config = (_json(folder / name) for name in TOKENIZER_FILES)
-        check(document, str(folder))
-        return cls(folder, document, config, HFTokenizer.load(folder), BPE.of(document))
-
-    def write(self, kept: Collection[int], out: Path) -> HFTokenizer:
-        """Write the tokenizer files with these ids only, which hold all added tokens, and read them back."""
-        new = renumbering(kept)
-        write_text(out / TOKENIZER_FILES[0], json.dumps(trimmed(self.document, new, str(self.folder))) + "\n")
-        write_json(out / TOKENIZER_FILES[1], settings(self.settings, new))
-        return HFTokenizer.load(out)
-
-    def following(self, folder: Path) -> set[int]:
-        """The ids whose tokens the tokenizer of another folder has; `DataError` unless it is this one, trimmed."""
-        theirs = BPE.of(_json(folder / TOKENIZER_FILES[0]))
-        kept = {i for token, i in self.bpe.ids.items() if token in theirs.ids}
-        added = {token["id"] for token in self.document["added_tokens"]}
-        if not added <= kept or BPE.of(trimmed(self.document, renumbering(kept), str(self.folder))) != theirs:
-            raise DataError(
-                f"{folder} has no trimmed form of the tokenizer of {self.folder}; trim without following it"
-            )
-        return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +48,7 @@ class Model:
         """
         vocabulary = Vocabulary.load(folder)
         names = [CONFIG, *(name for name in (GENERATION,) if (folder / name).exists())]
-        model = cls(vocabulary, {name: _json(folder / name) for name in names}, Weights.load(folder))
+        model = cls(vocabulary, {name: read_json(folder / name) for name in names}, Weights.load(folder))
         model._check_rows(max(vocabulary.bpe.ids.values()))
         if lost := sorted(model.named - set(vocabulary.bpe.ids.values())):
             raise ArtifactError(f"a config of {folder} names the id {lost[0]}, which the tokenizer has no token for")
@@ -145,7 +102,7 @@ class Model:
         for name, config in self.configs.items():
             write_json(out / name, with_ids(config, new))
         if len(self.weights.files) > 1:
-            write_json(out / INDEX, _json(self.folder / INDEX) | {"metadata": {"total_size": total}})
+            write_json(out / INDEX, read_json(self.folder / INDEX) | {"metadata": {"total_size": total}})
         _copy(self.folder, [TEMPLATE], out)
 
     def copy(self, out: Path) -> None:

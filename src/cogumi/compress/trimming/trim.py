@@ -10,20 +10,18 @@ An adapter of linear layers fits the trimmed model as it is: it has no rows per 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, inf
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cogumi.compress.trimming.essential import covering, essential, of_size
-from cogumi.compress.trimming.fertility import Fertility, count, measure, read_texts, tokens_per_word
-from cogumi.compress.trimming.remap import Model, Vocabulary
+from cogumi.compress.trimming.choice import COVERS, Choice
+from cogumi.compress.trimming.fertility import Fertility, measure, read_texts, tokens_per_word
+from cogumi.compress.trimming.remap import Model
 from cogumi.data.examples import iterate_examples, read_examples, split_path
 from cogumi.errors import DataError
 from cogumi.models.build import load
@@ -49,7 +47,7 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    covers: tuple[float, ...] = Field((0.995, 0.999, 0.9999), min_length=1)
+    covers: tuple[float, ...] = Field(COVERS, min_length=1)
     size: int | None = Field(None, ge=257)
     corpus: tuple[Path, ...] = ()
     measure: tuple[Path, ...] = ()
@@ -64,45 +62,6 @@ class Config(BaseModel):
         if list(value) != sorted(set(value)) or not 0 < value[0] <= value[-1] <= 1:
             raise ValueError("covers must be rising shares above 0 and up to 1")
         return value
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a choice rests on: how often each id occurs in a corpus, and the tokens that stay in any case."""
-
-    vocabulary: Vocabulary
-    counts: Mapping[int, int]
-    always: frozenset[str]
-
-    @classmethod
-    def by(
-        cls, vocabulary: Vocabulary, examples: Iterable[Example], texts: Iterable[str], named: Iterable[int] = ()
-    ) -> Choice:
-        """Count conversations, as a model reads them, and plain texts; `DataError` if all are empty.
-
-        `named` are ids that stay besides the essential ones.
-        """
-        tokenizer = vocabulary.tokenizer
-        counts: Counter[int] = count(tokenizer, texts)
-        for example in examples:
-            counts.update(tokenizer.chat(example.messages))
-            counts.update(tokenizer.answer(example.answer))
-        if not counts:
-            raise DataError("the corpus to trim by is empty; give examples with a training split, or texts")
-        return cls(vocabulary, counts, frozenset(essential(tokenizer, vocabulary.bpe, named)))
-
-    def of(self, asked: float) -> set[int]:
-        """Ids that stay where so many tokens (an int) or such a cover of the corpus (a share) is asked for."""
-        bpe = self.vocabulary.bpe
-        if isinstance(asked, int):
-            tokens = of_size(bpe, self.counts, asked, self.always)
-        else:
-            tokens = covering(bpe, self.counts, asked, self.always)
-        return {bpe.ids[token] for token in tokens}
-
-    def coverage(self, kept: set[int]) -> float:
-        """The share of the corpus's tokens whose ids stay."""
-        return sum(n for i, n in self.counts.items() if i in kept) / sum(self.counts.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +131,6 @@ def attempt(config: Config, model: Model, kept: set[int], sample: Sample, out: P
         problem = quality_problem(config, before, after)
         figures |= {"before": asdict(before), "after": asdict(after)}
     return figures | {"problem": problem}
-
-
-def survey(choice: Choice, texts: Sequence[str], asked: Sequence[float]) -> list[dict[str, Any]]:
-    """What trimming to each of these sizes (ints) or covers (shares) would do to texts; no model is needed."""
-    rows = []
-    vocabulary = choice.vocabulary
-    before = tokens_per_word(vocabulary.tokenizer, texts)
-    for one in asked:
-        kept = choice.of(one)
-        with TemporaryDirectory() as folder:
-            found = measure(before, vocabulary.write(kept, Path(folder)), texts)
-        rows.append({"asked": one, "tokens": len(kept), "coverage": choice.coverage(kept), **found.figures()})
-    return rows
 
 
 def candidates(
