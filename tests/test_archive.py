@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cogumi.archive import DICTIONARY, ENDING, FRAME, INDEX
+from cogumi.archive import DICTIONARY, ENDING, FRAME, INDEX, staged
 from cogumi.artifact import finish, sha256
 from cogumi.cli import pack as commands
 from cogumi.compress.packing.archive import Config, pack, pack_folder, run, unpack
@@ -368,6 +368,15 @@ def test_what_a_killed_run_left_is_replaced(plain, packed, tmp_path):
     commands.pack(plain, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert content_of(tmp_path / "out") == content_of(packed)
+
+
+def test_one_run_at_a_time_writes_a_place(plain, packed, tmp_path):
+    with staged(tmp_path / "out", plain) as part:
+        (part / "mine").write_text("x")
+        with pytest.raises(BundleError, match=r"^another run is writing .*/out; wait"):
+            commands.pack(plain, tmp_path / "out")
+        assert content_of(part) == {"mine": b"x"}
+    assert content_of(tmp_path / "out") == {"mine": b"x"}
 
 
 def test_stage(plain, packed, tmp_path):

@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
-from cogumi.artifact import FileEntry, read_index, sha256
+from cogumi.artifact import FileEntry, held, read_index, sha256
 from cogumi.environment import usable_threads
 from cogumi.errors import BundleError, CogumiError
 
@@ -253,8 +253,8 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
     """A new folder that becomes `out` when all went well, and is removed otherwise, as are folders made above it.
 
     Its name is `<out>.part` whoever makes it, so that what a killed run left is replaced by the next. Raises
-    `BundleError` if there is something at `out` already, if it lies in the `source` of what is to be written, or if the
-    disk does not take that.
+    `BundleError` if there is something at `out` already, or another run is at it, if it lies in the `source` of what is
+    to be written, or if the disk does not take that.
     """
     part = out.with_name(f"{out.name}.part")
     try:
@@ -264,17 +264,28 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
             raise BundleError(f"{out} is there already; name another place, or remove it")
         missing = [folder for folder in part.parents if not folder.exists()]
         try:
-            if part.exists():
-                shutil.rmtree(part)
-            part.mkdir(parents=True)
-            with named(part, out):
+            part.mkdir(parents=True, exist_ok=True)
+            with held(part), _filled(part, out):
                 yield part
-            part.replace(out)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
             for folder in missing:  # those that hold `out` now stay
                 with suppress(OSError):
                     folder.rmdir()
+    except BlockingIOError:
+        raise BundleError(f"another run is writing {out}; wait for it, or name another place") from None
     except OSError as error:
         why = error.strerror or error
         raise BundleError(f"cannot write {out} ({why}); make room, or name another place") from error
+
+
+@contextmanager
+def _filled(part: Path, out: Path) -> Iterator[None]:
+    """Empty `part` for what is to be put there, which then becomes `out`."""
+    try:
+        for left in part.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        with named(part, out):
+            yield
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

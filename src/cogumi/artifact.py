@@ -6,11 +6,13 @@ The manifest names every file with its size and SHA-256, so an artifact is whole
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -75,6 +77,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically; arrays become lists, and what is not finite null."""
     write_text(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a file or folder that is there for this process alone; the lock goes with the process, however it ends.
+
+    Raises `BlockingIOError` if another process holds it.
+    """
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 def sha256(path: Path) -> str:

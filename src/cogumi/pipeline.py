@@ -8,13 +8,12 @@ stage go on from its own checkpoint. Only a manifest, written last, makes a step
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -192,17 +191,16 @@ class _Named(AbstractContextManager[None]):
 
 @contextmanager
 def _only_build(folder: Path) -> Iterator[None]:
-    """Hold the folder for this build alone; the lock goes with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise CogumiError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
-    with lock:
+    """Make the folder, and hold it for this build alone."""
+    with ExitStack() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".lock").touch()
+            lock.enter_context(artifact.held(folder / ".lock"))
         except BlockingIOError:
             raise CogumiError(f"another build is running in {folder}; wait for it or choose another folder") from None
+        except OSError as error:
+            raise CogumiError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
         yield
 
 
