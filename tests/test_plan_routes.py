@@ -341,6 +341,17 @@ def test_a_model_alone_by_name_config_or_file(tmp_path):
         assert found["files"] == {BASE: file.stat().st_size}
 
 
+def test_types_that_a_step_left_beside_a_model_count(tmp_path):
+    folder, types = make_model(tmp_path / "mine"), {"blk.0.*": "q8_0", "token_embd.weight": "f16"}
+    (folder / "types.json").write_text(json.dumps(types))
+    file = tmp_path / "mine.gguf"
+    export_model(folder, file, "q4_k_m", types)
+    found = json.loads(cogumi(str(folder), "--json").stdout)["sizes"]
+    assert found["files"] == {BASE: file.stat().st_size}
+    (folder / "types.json").write_text('{"blk.7.*": "q8_0"}')
+    assert "types: 'blk.7.*' matches no matrix" in str(cogumi(str(folder)).exception)
+
+
 def test_a_file_is_measured_beside_its_plan(tmp_path):
     file = tmp_path / "mine.gguf"
     export_model(make_model(tmp_path / "mine"), file, "q8_0")

@@ -443,7 +443,7 @@ def cut(folder):
     [
         (cut, ExportError, "is cut short or damaged"),
         (lambda f: (f / "model.safetensors").unlink(), ExportError, "is missing"),
-        (lambda f: (f / "tokenizer.json").write_text("{"), ArtifactError, "tokenizer.json cannot be read"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), ExportError, "tokenizer.json is not JSON"),
         (
             lambda f: edit(f / "config.json", vocab_size=701),
             ArtifactError,

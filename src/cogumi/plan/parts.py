@@ -143,8 +143,14 @@ class Parts:
 
 
 def parts_of_model(name: str, model: Model) -> Parts:
-    """A model alone."""
-    return Parts(name, _weights(model, TYPE))
+    """A model alone, with the types of its matrices where stage `awq` or `gptq` left them beside it."""
+    from cogumi.compress.formats.layout import read_json
+    from cogumi.compress.formats.mixture import OVERRIDES
+
+    path, weights = Path(model.folder, OVERRIDES), _weights(model, TYPE)
+    if model.folder and path.exists():
+        weights = replace(weights, types=tuple(read_json(path).items()))
+    return Parts(name, weights)
 
 
 def parts_of_gguf(path: Path) -> Parts:

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 
 from cogumi.artifact import write_json
+from cogumi.compress.formats.layout import read_json
 from cogumi.compress.formats.weights import INDEX, Weights
 from cogumi.compress.trimming.bpe import renumbering
-from cogumi.compress.trimming.vocabulary import Vocabulary, read_json
+from cogumi.compress.trimming.vocabulary import Vocabulary
 from cogumi.errors import ArtifactError
 from cogumi.models.build import save_tensors
 from cogumi.models.text import TOKENIZER_FILES
@@ -44,7 +45,7 @@ class Model:
         """Read all but the weights' values.
 
         Raises `ArtifactError` where configs, rows and tokenizer do not fit each other, `DataError` for a tokenizer that
-        is no byte-level BPE, `ExportError` for weights that are missing or cut short.
+        is no byte-level BPE, `ExportError` for files that are missing or cut short.
         """
         vocabulary = Vocabulary.load(folder)
         names = [CONFIG, *(name for name in (GENERATION,) if (folder / name).exists())]

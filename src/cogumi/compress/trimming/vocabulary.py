@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cogumi.artifact import write_json, write_text
+from cogumi.compress.formats.layout import read_json
 from cogumi.compress.trimming.bpe import BPE, check, renumbering, settings, trimmed
-from cogumi.errors import ArtifactError, DataError
+from cogumi.errors import DataError
 from cogumi.models.text import TOKENIZER_FILES, HFTokenizer
-
-
-def read_json(path: Path) -> Any:
-    """A file of a model folder; `ArtifactError` if it cannot be read."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); give a full model folder") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +27,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Read the tokenizer files; `DataError` unless it is a byte-level BPE."""
+        """Read the tokenizer files; `ExportError` if they are damaged, `DataError` unless it is a byte-level BPE."""
         document, config = (read_json(folder / name) for name in TOKENIZER_FILES)
         check(document, str(folder))
         return cls(folder, document, config, HFTokenizer.load(folder), BPE.of(document))
