@@ -341,6 +341,15 @@ def test_a_model_alone_by_name_config_or_file(tmp_path):
         assert found["files"] == {BASE: file.stat().st_size}
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 16])
+def test_each_route_stands_in_the_table_once(layers):
+    shape = replace(KNOWN["Llama-3.2-1B"], layers=layers)
+    table = asked(Parts("x", known_weights(shape))).table()
+    routes = [(r.parts.base.shape.layers, r.parts.base.shape.vocabulary, r.parts.base.type) for r in table]
+    assert len(set(routes)) == len(routes)
+    assert routes[0] == (layers, 128_256, "q8_0")
+
+
 def test_types_that_a_step_left_beside_a_model_count(tmp_path):
     folder, types = make_model(tmp_path / "mine"), {"blk.0.*": "q8_0", "token_embd.weight": "f16"}
     (folder / "types.json").write_text(json.dumps(types))

@@ -170,9 +170,10 @@ class Asked:
             dict.fromkeys((*TYPES, base.type)), key=lambda type: -replace(base, type=type, types=()).file.bytes
         )
         ids = (None, *self.vocabularies)
+        depths = {shrunk(base.shape, share, 1.0).layers: share for share in sorted(KEPT)}  # of few layers some coincide
         changes = (
             Change(share, 1.0, None if type == base.type else type, None, n)
-            for share, n, type in product(KEPT, ids, types)
+            for share, n, type in product(reversed(depths.values()), ids, types)
         )
         return [self.route(change) for change in changes]
 
