@@ -122,6 +122,20 @@ def test_a_seed_gives_the_same_text_with_its_prompt_in_the_cache(kind):
     assert drafted
 
 
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+def test_a_seed_gives_the_same_text_where_a_crowd_leaves_less_room_for_drafts(kind, monkeypatch):
+    monkeypatch.setattr("cogumi.runtime.llama.context.MAX_LOGITS", 1)  # a batch returns the logits of 64 tokens then
+    files = pico()
+    draft = files.draft_q8 if kind == "model" else None
+    engine = LlamaEngine(files.base_q8, threads=1, draft=draft, lookup=kind == "ngram", slots=16)
+    asked = Request(prompt=FEW * 8, max_tokens=30, temperature=1.0, speculate=True, logit_bias=AMONG_FEW)
+    requests = [replace(asked, seed=i) for i in range(16)]
+    alone = [ask(engine, request) for request in requests]
+    assert [reply.tokens for reply in replies(engine, requests)] == [reply.tokens for reply in alone]
+    assert sum(reply.usage.drafted for reply in alone) > 100
+    engine.close()
+
+
 def test_bridged_sampling_is_reproducible_and_exact_in_length(bridged):
     request = Request(messages=CHAT, max_tokens=30, temperature=0.8, seed=3, speculate=True)
     one, two = ask(bridged, request), ask(bridged, request)

@@ -55,31 +55,32 @@ class Speculation:
         self._states: dict[int, _State] = {}
         self._pause = 0
 
-    def propose(self, writing: Mapping[int, Generation], outputs: int) -> dict[int, Draft]:
+    def propose(self, writing: Mapping[int, Generation], outputs: int, slots: int) -> dict[int, Draft]:
         """Drafts for those of the generations (by sequence) that should have one in this turn.
 
-        One pass of the base returns the logits of `outputs` tokens. Where steps are so short that planning them would
-        be felt, a plan without drafts stands for a few turns.
+        One pass of the base returns the logits of `outputs` tokens, for up to `slots` who write. Where steps are so
+        short that planning them would be felt, a plan without drafts stands for a few turns.
         """
         forced = any(job.request.speculate for job in writing.values())
         if not forced and (self._pause or not any(map(_may_choose, writing.values()))):
             self._pause = max(self._pause - 1, 0)
             return {}
         began = time.perf_counter()
-        drafts = self._drafts(writing, outputs // len(writing) - 1)
+        most = {s: outputs // (slots if _seeded(job) else len(writing)) - 1 for s, job in writing.items()}
+        drafts = self._drafts(writing, most)
         if not drafts:
             allowed = PLANNING * self._controller.costs.seconds(len(writing))
             self._pause = min(int((time.perf_counter() - began) / allowed), LONGEST_PAUSE)
         return drafts
 
-    def _drafts(self, writing: Mapping[int, Generation], most: int) -> dict[int, Draft]:
+    def _drafts(self, writing: Mapping[int, Generation], most: Mapping[int, int]) -> dict[int, Draft]:
         wishes = {sequence: self._wish(sequence, job) for sequence, job in writing.items()}
         choices = dict(zip(wishes, self._controller.plan(list(wishes.values())), strict=True))
         drafts: dict[int, Draft] = {}
         model: dict[int, tuple[Generation, int]] = {}
         for sequence, job in writing.items():
             choice = self._forced(sequence) if job.request.speculate else choices[sequence]
-            k = min(choice.k, _room(job), most)
+            k = min(choice.k, _room(job), most[sequence])
             if k <= 0 or choice.source is None:
                 continue
             if choice.source == "model":
@@ -87,7 +88,7 @@ class Speculation:
             else:
                 drafts[sequence] = Draft("ngram", self._states[sequence].guess[:k])
         for sequence, draft in self._ask(model).items():
-            room = min(_room(writing[sequence]), most)  # a bridge may say in more tokens what was drafted in k
+            room = min(_room(writing[sequence]), most[sequence])  # a bridge may say in more tokens what was drafted
             drafts[sequence] = Draft("model", draft.tokens[:room], draft.drawn_from)
         return drafts
 
@@ -160,14 +161,19 @@ class Speculation:
 
 
 def _room(job: Generation) -> int:
-    """Tokens that may be drafted. The first of an answer never is: where its whole prompt is cached it could be, where
-    that is read it could not, and a seed's random numbers would be spent on something else.
+    """Tokens that may be drafted; the first of an answer never is, because it could be only where its whole prompt is
+    cached, and that is not to change what a seed gives.
     """
     return job.remaining - 1 if job.written else 0
 
 
-def _may_choose(job: Generation) -> bool:
-    """Whether the controller may decide. A seed promises the same text again, and how many drafted tokens pay at the
-    moment would decide which random numbers are spent on what.
+def _seeded(job: Generation) -> bool:
+    """Whether it was promised the same text again, so that what is drafted may not depend on the moment: it decides
+    which random numbers are spent on what.
     """
-    return job.request.speculate is None and (job.generator is None or job.request.seed is None)
+    return job.generator is not None and job.request.seed is not None
+
+
+def _may_choose(job: Generation) -> bool:
+    """Whether the controller may decide."""
+    return job.request.speculate is None and not _seeded(job)

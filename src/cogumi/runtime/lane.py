@@ -180,7 +180,9 @@ class Lane:
         self._settle(rows, {}, np.stack(own))
 
     def _advance(self, writing: dict[int, Generation], reading: dict[int, Generation | Prefill]) -> None:
-        drafts = self._speculation.propose(writing, self._base.outputs) if self._speculation and writing else {}
+        drafts: dict[int, Draft] = {}
+        if self._speculation and writing:
+            drafts = self._speculation.propose(writing, self._base.outputs, self._base.sequences)
         rows = [_last(sequence, job, drafts.get(sequence)) for sequence, job in writing.items()]
         rows += self._chunks(reading, len(rows), sum(len(row.tokens) for row in rows))
         began = time.perf_counter()
