@@ -56,6 +56,7 @@ def test_one_model_reads_and_answers(mobile, cascade):
     modified = final_reply(cascade.tiers.base.generate(ask(speculate=False, adapter="code")))
     assert reply.text.startswith((alone.text, modified.text))
     assert 0 < reply.p_correct < 1
+    assert not any("draft" in f"{decision.tier} {decision.reason}" for decision in reply.decisions)
 
 
 def test_opens_in_mode_mobile_unless_the_operator_says_otherwise(mobile, whole, cascade):

@@ -1,15 +1,18 @@
 """The tiny recipe in small, end to end: one command builds it; the report has its keys; nothing is done twice."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cogumi.artifact import sha256, verify
+from cogumi.bundle import open_bundle
 from cogumi.data.world.stage import WITHOUT
-from cogumi.recipe import load_recipe
+from cogumi.recipe import builtin_recipes, load_recipe
 
 RECIPE = Path(__file__).parent / "pico.yaml"
 KEYS = {
@@ -111,3 +114,32 @@ def test_the_builtin_recipe_differs_only_in_size():
     """Whatever stage the tiny recipe uses, the small one tries; but for two that depend on nothing else."""
     apart = {"embedder", "escalation"}  # tests/test_embedder.py, tests/test_escalation.py
     assert {s.stage for s in load_recipe("tiny").steps} - apart == {s.stage for s in load_recipe(str(RECIPE)).steps}
+
+
+def test_its_draft_becomes_a_package_for_a_phone(built, tmp_path):
+    """The built-in recipe on the small draft, with less training and without its gates."""
+    recipe = yaml.safe_load(builtin_recipes()["mobile"]) | {"extends": str(RECIPE)}
+    small = {
+        "respond": {"max_tokens": 24},
+        "modifier": {"loop": {"steps": 4, "batch": 32}},
+        "calibrate": {"max_tokens": 24},
+        "report": {"max_tokens": 24, "speculation_prompts": 4},
+    }
+    for step in recipe["steps"]:
+        step["config"] = step.get("config", {}) | small.get(step["stage"], {})
+        step.pop("gates", None)
+    path = tmp_path / "mobile.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    shutil.copytree(built[0], tmp_path / "pico")
+    done = cogumi("build", str(path), "--runs", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report["modifiers"]) == {"math", "code", "tools"}
+    package = tmp_path / "pico" / "mobile_bundle"
+    assert report["bytes"].keys() == {path.name for path in package.iterdir() if path.is_file()} - {
+        "bundle.json",
+        "manifest.json",
+    } | {f"modifiers/{name}.gguf" for name in report["modifiers"]}
+    assert open_bundle(package).draft is None
+    said = cogumi("chat", str(package), "--once", "What is 3 + 4?", "--json")
+    assert json.loads(said.stdout)["tier"] in ("base", *(f"modifier:{name}" for name in report["modifiers"]))

@@ -80,7 +80,8 @@ class Path:
                 request = replace(request, speculate=False)
         if novel:
             complaint = complaint or "the question is unlike those it was calibrated on, so no answer counts as sure"
-            yield self._decide(Decision("draft", "novelty", question.perplexity, gate.novelty or 0.0, False, complaint))
+            seen, most = question.perplexity, gate.novelty or 0.0
+            yield self._decide(Decision(self._tiers.reader, "novelty", seen, most, False, complaint))
         calibrated = not novel and not request.examples
         judge = Judge(parts, self._id, self._user, question, parts.threshold(choice.mode.policy), complaint)
         attempt = yield from self._answer(request, domain, choice, judge)
@@ -215,20 +216,22 @@ class Path:
         """The question gate: whether the draft may propose tokens for the base."""
         if request.speculate is not None:
             wish = float(request.speculate)
-            return Decision("draft", "requested", wish, 1.0, request.speculate, "the request says so")
-        gate = self._parts.calibration.question
+            return Decision(self._tiers.reader, "requested", wish, 1.0, request.speculate, "the request says so")
+        gate, reader, speedup = self._parts.calibration.question, self._tiers.reader, self._tiers.drafting_speedup()
+        accepted, signal, value, threshold = False, "p_easy", question.p_easy, gate.p_easy
         if question.perplexity > gate.perplexity:
-            reason = "hard question: the draft is surprised by it; the base answers alone"
-            return Decision("draft", "perplexity", question.perplexity, gate.perplexity, False, reason)
-        if question.p_easy < gate.p_easy:
-            reason = "hard question: the base answers alone"
-            return Decision("draft", "p_easy", question.p_easy, gate.p_easy, False, reason)
-        speedup = self._tiers.drafting_speedup()
-        if speedup <= 1.0:
-            reason = "easy question, but drafting does not pay on this machine: the base answers alone"
-            return Decision("draft", "speedup", speedup, 1.0, False, reason)
-        reason = "easy question: the draft proposes tokens, the base verifies them"
-        return Decision("draft", "p_easy", question.p_easy, gate.p_easy, True, reason)
+            signal, value, threshold = "perplexity", question.perplexity, gate.perplexity
+            reason = f"hard question: the {reader} is surprised by it"
+        elif question.p_easy < gate.p_easy:
+            reason = "hard question"
+        elif speedup <= 1.0:
+            signal, value, threshold = "speedup", speedup, 1.0
+            reason = "easy question, but drafting does not pay on this machine"
+        else:
+            accepted, reason = True, "easy question"
+        if self._tiers.has_draft:
+            reason += "; the draft proposes tokens, the base verifies them" if accepted else "; the base answers alone"
+        return Decision(reader, signal, value, threshold, accepted, reason)
 
 
 def _without_complaint(request: Request) -> Request:

@@ -53,6 +53,11 @@ class Tiers:
         """Whether another model than the base reads questions."""
         return self.draft is not self.base
 
+    @property
+    def reader(self) -> str:
+        """The tier that reads questions before they are answered."""
+        return "draft" if self.has_draft else "base"
+
     def modifier_of(self, question: Question) -> str | None:
         """The modifier that a question belongs to, None for the base's own business."""
         return route(question.domains, self.base.adapters) if in_scope(question.domains, self.scope) else None
