@@ -488,8 +488,13 @@ def test_bad_asks_are_refused_and_leave_the_model_alone(folders, tmp_path, train
 def test_texts_that_are_none_are_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "odd" / "folder.txt").mkdir(parents=True)
     with pytest.raises(DataError, match=r"a\.txt is no UTF-8 text"):
         list(read_texts([tmp_path / "a.txt"]))
+    with pytest.raises(DataError, match=r"folder\.txt cannot be read \(Is a directory\)"):
+        list(read_texts([tmp_path / "odd"]))
+    with pytest.raises(DataError, match="there is no corpus file"):
+        list(read_texts([tmp_path / "nowhere"]))
     with pytest.raises(DataError, match="holds no texts"):
         list(read_texts([tmp_path / "empty"]))
     with pytest.raises(ValueError, match="rising shares"):

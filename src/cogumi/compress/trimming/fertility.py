@@ -57,6 +57,8 @@ def read_texts(paths: Iterable[Path], progress: Progress = quiet) -> Iterator[st
     for file, size in sizes.items():
         try:
             text = file.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror}); check it, or leave it out") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is no UTF-8 text ({error.reason}); convert it, or leave it out") from error
         read = 0
