@@ -56,7 +56,7 @@ def single_stream(setup: Setup) -> Row:
 
 def concurrency(setup: Setup, users: int) -> Row:
     """Requests of all users at once: tokens per second in all, against llama.cpp's server in another process."""
-    tokens, context, rounds = 64, 256, 3
+    tokens, context, rounds = 64, 256, 9
     with (
         closing(LlamaEngine(setup.model, slots=users, context=context, threads=setup.threads, cache=CACHE)) as engine,
         closing(Rival(setup.model, slots=users, context=context, threads=setup.threads)) as rival,
