@@ -135,6 +135,9 @@ def test_its_draft_becomes_a_package_for_a_phone(built, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report["modifiers"]) == {"math", "code", "tools"}
+    assert json.loads((tmp_path / "pico" / "mobile-report.json").read_text()) == report
+    for name in ("report.json", "report.md", "accuracy.png"):  # those of the cascade stay
+        assert (tmp_path / "pico" / name).read_bytes() == (built[0] / name).read_bytes()
     package = tmp_path / "pico" / "mobile_bundle"
     assert report["bytes"].keys() == {path.name for path in package.iterdir() if path.is_file()} - {
         "bundle.json",

@@ -280,13 +280,17 @@ def _help(plans: list[Plan], home: Path, context: Context) -> dict[str, Any]:
 def _report(
     recipe: Recipe, plans: list[Plan], home: Path, rows: list[dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
-    """Write `report.json`: the report step's figures at top level, its page and pictures beside it."""
+    """Write `report.json`: the report step's figures at top level, its page and pictures beside it.
+
+    A recipe that extends another leaves that one's report as it is, and writes `<recipe>-report.json`.
+    """
+    own = recipe.name == recipe.folder
     manifests = [artifact.read_manifest(home / p.step.name) for p in plans]
     report: dict[str, Any] = {}
     for p, manifest in zip(plans, manifests, strict=True):
         if p.step.stage == REPORT_STAGE:
             report |= manifest.metrics
-            for name in manifest.files:
+            for name in manifest.files if own else ():
                 if name == PAGE or ("/" not in name and name.endswith(".png")):
                     shutil.copyfile(home / p.step.name / name, home / name)
     peaks = [m.environment["peak_rss_bytes"] for m in manifests]
@@ -300,9 +304,9 @@ def _report(
         "pages": [
             str(home / p.step.name / PAGE)
             for p, manifest in zip(plans, manifests, strict=True)
-            if PAGE in manifest.files and p.step.stage != REPORT_STAGE
+            if PAGE in manifest.files and not (own and p.step.stage == REPORT_STAGE)
         ],
     }
     with _Named("report", home):
-        artifact.write_json(home / "report.json", report)
+        artifact.write_json(home / ("report.json" if own else f"{recipe.name}-report.json"), report)
     return report
