@@ -10,41 +10,32 @@ import pytest
 import cogumi
 
 ROOT = Path(cogumi.__file__).parent
-GROUND = {
-    "",
-    "archive",
-    "artifact",
-    "bundle",
-    "environment",
-    "errors",
-    "gates",
-    "pictures",
-    "ranks",
-    "recipe",
-    "registry",
-    "shapes",
-    "stage",
-    "suite",
-    "template",
-    "types",
-}
-BUILD = {"ground", "models", "runtime", "torch_engine", "route", "data", "cascade"}  # data: its file formats
+GROUND = {"core"}
+RUN = {"engine", "confidence"}
+BUILD = GROUND | RUN | {"bundle", "cascade", "grading", "data", "models", "torch"}
 BELOW = {
-    "ground": set(),
-    "models": {"ground"},
-    "runtime": {"ground"},
-    "torch_engine": {"ground", "models", "runtime"},
-    "route": {"ground"},
-    "data": {"ground", "models"},
+    # ground
+    "core": set(),
+    "bundle": {"core"},
+    # run side: no torch, nothing of the build chain
+    "confidence": {"core"},
+    "engine": {"core"},
+    "cascade": {"core", "bundle", "confidence", "engine"},
+    "serve": {"core", "bundle", "confidence", "engine", "cascade"},
+    # build side: it may open engines and cascades, to answer, judge and calibrate
+    "torch": {"core", "engine", "models"},  # engine/torch.py, the one file of `engine` that needs torch
+    "models": {"core", "engine"},
+    "grading": {"core"},
+    "data": {"core", "grading"},
     "train": BUILD,
     "compress": BUILD | {"train"},  # it trains what it has cut
-    "evaluate": BUILD,
-    "pipeline": {"ground"},  # stages come through the registry
-    "cascade": {"ground", "runtime", "route"},
-    "serve": {"ground", "runtime", "route", "cascade"},
-    "bench": {"ground", "runtime", "route", "cascade", "compress"},
-    "cli": {"ground", "runtime", "route", "cascade", "serve", "data", "compress", "evaluate", "bench", "pipeline"},
+    "evaluate": BUILD | {"train", "compress"},
+    # top
+    "pipeline": BUILD - {"torch"} | {"evaluate", "compress"},  # stages come through the registry
+    "cli": BUILD - {"torch"} | {"serve", "compress", "evaluate", "pipeline"},
+    "": {"core", "cascade", "cli"},
 }
+"""Room -> the rooms it may import. A folder that is not listed here fails the test: give it a row."""
 HEAVY = {
     "torch",
     "transformers",
@@ -65,16 +56,12 @@ def name_of(path):
 MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def layer(module):
-    parts = module.split(".")[1:3]
-    if parts == ["runtime", "engine"]:
-        return "ground"  # the protocol that everybody speaks
-    if parts == ["runtime", "torch_engine"]:
-        return "torch_engine"
-    first = parts[0] if parts else ""
-    if first in GROUND:
-        return "ground"
-    return first if first in BELOW else "cli"  # what else lies on top belongs to the command line
+def room(module):
+    """The room of a module: its package below `cogumi`, except for the torch engine; '' for the root itself."""
+    parts = module.split(".")[1:]
+    if parts[:2] == ["engine", "torch"]:
+        return "torch"
+    return parts[0] if parts and parts[0] != "__main__" else ""
 
 
 def imported(path):
@@ -90,12 +77,25 @@ def imported(path):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down_only(module):
-    mine = layer(module)
+    mine = room(module)
+    assert mine in BELOW, f"{module}: the room '{mine}' is unknown; say in BELOW what it may import"
     for target in imported(MODULES[module]):
-        if target.split(".")[0] == "cogumi" and (theirs := layer(target)) != mine:
+        if target.split(".")[0] == "cogumi" and (theirs := room(target)) != mine:
             assert theirs in BELOW[mine], f"{module} imports {target}"
         if target.split(".")[0] == "llama_cpp":
-            assert module.startswith("cogumi.runtime.llama.")
+            assert module.startswith("cogumi.engine.llama.binding.")
+
+
+def test_no_module_has_the_name_of_another():
+    names = [path.name for path in MODULES.values() if path.name != "__init__.py"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
+def test_the_root_holds_packages_only():
+    entries = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
+    files = {name for name in entries if (ROOT / name).is_file()}
+    assert files <= {"__init__.py", "__main__.py", "py.typed"}
+    assert len(entries) <= 18
 
 
 def loaded_by(modules):
@@ -108,10 +108,10 @@ def loaded_by(modules):
 
 
 def test_run_side_loads_no_build_library():
-    run_side = [m for m in MODULES if layer(m) in ("runtime", "route", "cascade", "serve")]
+    run_side = [m for m in MODULES if room(m) in ("engine", "confidence", "cascade", "serve", "bundle")]
     assert not loaded_by(run_side) & HEAVY
 
 
 def test_ground_and_command_line_start_light():
-    light = [m for m in MODULES if layer(m) in ("ground", "pipeline", "cli") and m != "cogumi.__main__"]
+    light = [m for m in MODULES if room(m) in ("core", "bundle", "pipeline", "cli") and m != "cogumi.__main__"]
     assert not loaded_by(light) & (HEAVY | {"llama_cpp", "fastapi", "uvicorn"})

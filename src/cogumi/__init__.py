@@ -1,3 +1,5 @@
 """Small local chat systems that know how sure they are: draft, base and modifiers behind one calibrated cascade."""
 
-__version__ = "0.1.0"
+from cogumi.core.version import __version__
+
+__all__ = ["__version__"]

@@ -1,1 +1,1 @@
-"""The run side's brain: one request through draft, base, gate and modifiers."""
+"""One request through draft, base, gates, modifiers and memory."""

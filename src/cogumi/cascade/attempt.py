@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cogumi.cascade.parts import Parts
+from cogumi.cascade.services import Parts
 from cogumi.cascade.tiers import Question
-from cogumi.route.gate import Check, check, with_probe
-from cogumi.route.signals import answer_signals, modifier_signals, same_text
-from cogumi.types import Decision, Reply, Request
+from cogumi.confidence.gate import Check, check, with_probe
+from cogumi.confidence.signals import answer_signals, modifier_signals, same_text
+from cogumi.core.types import Decision, Reply, Request
 
 
 @dataclass(frozen=True, slots=True)

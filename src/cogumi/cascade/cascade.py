@@ -25,13 +25,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.cascade.channel import Events, Flow, answered
-from cogumi.cascade.parts import Parts
-from cogumi.cascade.path import Path
-from cogumi.errors import BusyError, RequestError
-from cogumi.route.gate import KINDS
-from cogumi.runtime.engine import Engine, Event, Tokenizer
-from cogumi.types import Reading, Request, Score
+from cogumi.cascade.execute import Path
+from cogumi.cascade.services import Parts
+from cogumi.cascade.worker_stream import Events, Flow, answered
+from cogumi.confidence.gate import KINDS
+from cogumi.core.errors import BusyError, RequestError
+from cogumi.core.types import Reading, Request, Score
+from cogumi.engine.protocol import Engine, Event, Tokenizer
 
 NAME = "cogumi"
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from cogumi.cascade.attempt import Attempt, Judge
-from cogumi.cascade.critique import improve, question_of
 from cogumi.cascade.modes import Mode
-from cogumi.cascade.vote import gather, vote
-from cogumi.errors import ContextError
-from cogumi.route.critic import NONE
-from cogumi.types import Decision, Request, Usage
+from cogumi.cascade.self_consistency import gather, vote
+from cogumi.cascade.self_critique import improve, question_of
+from cogumi.confidence.critic_net import NONE
+from cogumi.core.errors import ContextError
+from cogumi.core.types import Decision, Request, Usage
 
 Tried: TypeAlias = Generator[Decision | None, None, tuple[Attempt, Usage]]
 """Decisions, None while work goes on, and at the end the answer to give with what was spent."""

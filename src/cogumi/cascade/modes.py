@@ -16,9 +16,9 @@ from pathlib import Path, PurePath
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cogumi.cascade.vote import FEWEST, MOST
-from cogumi.errors import CogumiError, RequestError
-from cogumi.route.policy import Policy
+from cogumi.cascade.self_consistency import FEWEST, MOST
+from cogumi.confidence.policy import Policy
+from cogumi.core.errors import CogumiError, RequestError
 
 AUTO = "auto"
 TAKEN = (AUTO, "base", "draft")

@@ -11,25 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cogumi.archive import Progress, quiet
-from cogumi.bundle import Bundle
-from cogumi.cascade.cache import AnswerCache
+from cogumi.bundle.format import Bundle
+from cogumi.bundle.packed import Progress, quiet
+from cogumi.bundle.unpack import Files
 from cogumi.cascade.cascade import Cascade
-from cogumi.cascade.critique import Critic
-from cogumi.cascade.learning import Learner
-from cogumi.cascade.memory import FILE, Memory
+from cogumi.cascade.dissatisfaction import Escalation
+from cogumi.cascade.memory.answer_cache import AnswerCache
+from cogumi.cascade.memory.learner import Learner
+from cogumi.cascade.memory.turns import FILE, Memory
 from cogumi.cascade.modes import Settings
-from cogumi.cascade.parts import Parts
-from cogumi.cascade.templates import Pair, Templates
+from cogumi.cascade.self_critique import Critic
+from cogumi.cascade.services import Parts
+from cogumi.cascade.template_bank import Pair, Templates
 from cogumi.cascade.tiers import Tiers
-from cogumi.errors import BundleError, CogumiError
-from cogumi.route.gate import KINDS, Calibration
-from cogumi.route.nets import load_head, load_net, load_scope
-from cogumi.runtime.embedder import MODEL, TOKENIZER, Embedder
-from cogumi.runtime.escalation import Escalation
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.runtime.shots import ADAPTER
-from cogumi.runtime.unpacking import Files
+from cogumi.confidence.gate import KINDS, Calibration
+from cogumi.confidence.nets import load_head, load_net, load_scope
+from cogumi.core.errors import BundleError, CogumiError
+from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
+from cogumi.engine.few_shot import ADAPTER
+from cogumi.engine.llama.engine import LlamaEngine
 
 REUSE = ("exact", "static", "verified")
 """Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
@@ -55,8 +55,8 @@ def open_cascade(
     `threads` per model and the type of their key-value `cache` (None: the engine's choice). `state` is the folder of
     what is kept between runs: session memory, what was learned, and answers to `reuse` (one of `REUSE`; these can also
     be kept in memory only). None: nothing is kept. Without `repack` the models answer slower, in up to half the memory
-    (see `runtime.llama.model.Model`). A packed bundle is unpacked in the way `unpack`, telling its `progress` (see
-    `runtime.unpacking.Files`). Raises `BundleError` for a bundle that must not be opened.
+    (see `engine.llama.binding.model.Model`). A packed bundle is unpacked in the way `unpack`, telling its `progress`
+    (see `bundle.unpack.Files`). Raises `BundleError` for a bundle that must not be opened.
     """
     with ExitStack() as opened:
         files = Files(folder, unpack, progress)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cogumi.errors import ContextError
-from cogumi.route.domains import in_scope, route
-from cogumi.route.nets import Net, sigmoid
-from cogumi.route.signals import FLOOR, answer_signals, opinion_signals, question_signals
-from cogumi.runtime.engine import Engine, Event
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.types import Reading, Reply, Request, Score
+from cogumi.confidence.domain_router import in_scope, route
+from cogumi.confidence.nets import Net, sigmoid
+from cogumi.confidence.signals import FLOOR, answer_signals, opinion_signals, question_signals
+from cogumi.core.errors import ContextError
+from cogumi.core.types import Reading, Reply, Request, Score
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import Engine, Event
 
 
 @dataclass(frozen=True, slots=True)

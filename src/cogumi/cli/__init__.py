@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from cogumi import __version__, show
-from cogumi.cli import build, measure, pack, run
-from cogumi.errors import CogumiError
+from cogumi.cli import building, console, measuring, packing, running
+from cogumi.core.errors import CogumiError
+from cogumi.core.version import __version__
 
 app = typer.Typer(
     name="cogumi",
@@ -42,18 +42,18 @@ def options(
     _debug = debug
 
 
-app.command()(build.build)
-app.command()(build.demo)
-app.command()(run.chat)
-app.command()(run.serve)
-app.command()(measure.inspect)
-app.command(name="eval")(measure.evaluate)
-app.command()(run.forget)
-app.command()(pack.pack)
-app.command()(pack.unpack)
-app.command()(build.plan)
-app.command()(build.vocabulary)
-app.command()(measure.bench)
+app.command()(building.build)
+app.command()(building.demo)
+app.command()(running.chat)
+app.command()(running.serve)
+app.command()(measuring.inspect)
+app.command(name="eval")(measuring.evaluate)
+app.command()(running.forget)
+app.command()(packing.pack)
+app.command()(packing.unpack)
+app.command()(building.plan)
+app.command()(building.vocabulary)
+app.command()(measuring.bench)
 
 
 def main() -> None:
@@ -63,5 +63,5 @@ def main() -> None:
     except (CogumiError, OSError) as error:
         if _debug:
             raise
-        show.print_error(error)
+        console.print_error(error)
         raise SystemExit(1) from None

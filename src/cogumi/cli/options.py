@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cogumi.errors import BundleError
+from cogumi.core.errors import BundleError
 
 RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option(help="Folder that builds are kept in.")]

@@ -16,8 +16,8 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cogumi.models.text import Row
-from cogumi.stage import Context
+from cogumi.core.stage import Context
+from cogumi.models.tokenization import Row
 from cogumi.train.validation import TOKENS
 
 

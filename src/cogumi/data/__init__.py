@@ -1,1 +1,1 @@
-"""Where examples come from: the embedded world, or a user's own files."""
+"""Where examples come from, how they are stored, and how they are divided."""

@@ -16,7 +16,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cogumi.artifact import write_text
+from cogumi.core.errors import DataError
+from cogumi.core.files import write_text
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Message
 from cogumi.data.examples import (
     SPLITS,
     example_id,
@@ -26,10 +29,7 @@ from cogumi.data.examples import (
     split_path,
     to_json,
 )
-from cogumi.data.families import FAMILIES, WORDS, Family
-from cogumi.errors import DataError
-from cogumi.stage import Context
-from cogumi.types import Artifact, Example, Message
+from cogumi.data.task_families import FAMILIES, WORDS, Family
 
 VERSION = 1
 KIND = "episodes"

@@ -16,20 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cogumi.errors import DataError
-from cogumi.types import Example, Message
+from cogumi.core.errors import DataError
+from cogumi.core.types import Example, Message
 
 SPLITS = ("train", "selection", "fit", "threshold", "heldout")
-
-CHECKS: Mapping[str, tuple[str, ...]] = {
-    "exact": (),
-    "numeric": (),
-    "choice": (),
-    "code": ("tests",),
-    "tool_call": (),
-    "abstain": (),
-}
-"""Kinds of `meta["check"]` and the fields each must have; `evaluate.graders` says what they mean."""
 
 
 def split_path(artifact: Path, split: str) -> Path:
@@ -66,20 +56,6 @@ def is_easy(example: Example, easy_up_to: int) -> bool:
     """Whether a question has an answer and a difficulty up to `easy_up_to`."""
     answerable = example.meta.get("check", {}).get("kind") != "abstain"
     return answerable and 1 <= example.difficulty <= easy_up_to
-
-
-def check_problem(check: Any) -> str | None:
-    """What is wrong with a `meta["check"]` value, or None if a grader can use it."""
-    if not isinstance(check, dict) or check.get("kind") not in CHECKS:
-        return f"check must be an object with a kind out of {', '.join(CHECKS)}"
-    missing = [name for name in CHECKS[check["kind"]] if name not in check]
-    if missing:
-        return f"check of kind {check['kind']} lacks {', '.join(missing)}"
-    for name in ("tests", "options"):
-        value = check.get(name, [""])
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            return f"{name} of a check must be a list of strings, not empty"
-    return None
 
 
 def to_json(example: Example) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cogumi.artifact import write_text
-from cogumi.errors import ArtifactError
+from cogumi.core.errors import ArtifactError
+from cogumi.core.files import write_text
 
 FILE = "responses.jsonl"
 

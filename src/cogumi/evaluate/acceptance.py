@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cogumi.core.errors import RecipeError
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Request
 from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
-from cogumi.errors import RecipeError
-from cogumi.runtime.engine import replies
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.stage import Context
-from cogumi.types import Artifact, Example, Request
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import replies
 
 VERSION = 1
 KIND = "measurement"

@@ -19,17 +19,17 @@ import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.archive import LEVEL
-from cogumi.artifact import write_text
+from cogumi.bundle.packed import LEVEL
+from cogumi.confidence.metrics import gained
+from cogumi.core.errors import DataError, RecipeError
+from cogumi.core.files import write_text
+from cogumi.core.pictures import new_figure
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Request
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import DataError, RecipeError
-from cogumi.evaluate.graders import grade_all
-from cogumi.evaluate.metrics import gained
-from cogumi.pictures import new_figure
-from cogumi.runtime.engine import final_reply, replies
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.stage import Context
-from cogumi.types import Artifact, Example, Request
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import final_reply, replies
+from cogumi.grading.graders import grade_all
 
 VERSION = 1
 KIND = "report"

@@ -19,22 +19,22 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.artifact import write_text
-from cogumi.bundle import open_bundle
-from cogumi.cascade.notes import without_note
+from cogumi.bundle.format import open_bundle
+from cogumi.cascade.disclaimers import without_note
 from cogumi.cascade.opening import open_cascade
+from cogumi.confidence.gate import Calibration
+from cogumi.confidence.metrics import auroc, brier, ece
+from cogumi.confidence.policy import Policy
+from cogumi.confidence.signals import answer_signals, perplexity
+from cogumi.core.files import write_text
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
-from cogumi.evaluate.graders import grade_all
-from cogumi.evaluate.metrics import auroc, brier, ece
-from cogumi.evaluate.page import page
-from cogumi.evaluate.plots import Doubles, accuracy_picture, reliability_picture, risk_picture
-from cogumi.route.gate import Calibration
-from cogumi.route.policy import Policy
-from cogumi.route.signals import answer_signals, perplexity
-from cogumi.runtime.engine import Engine, final_reply, replies
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.stage import Context
-from cogumi.types import Artifact, Example, Reply, Request
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import Engine, final_reply, replies
+from cogumi.evaluate.report_page import page
+from cogumi.grading.graders import grade_all
+from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 
 VERSION = 3
 KIND = "report"

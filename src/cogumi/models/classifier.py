@@ -1,4 +1,4 @@
-"""A small feed-forward classifier on vectors, as plain arrays: what a net in numpy needs (see `route.nets`)."""
+"""A small feed-forward classifier on vectors, as plain arrays: what a net in numpy needs (see `confidence.nets`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.errors import DataError
+from cogumi.core.errors import DataError
 
 HIDDEN = (64, 32)
 DECAY = 1.0  # found on files left out of training; at 0.001 half a point worse

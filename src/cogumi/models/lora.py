@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.artifact import write_json
-from cogumi.errors import ArtifactError, TrainingError
-from cogumi.models.build import load
-from cogumi.registry import nearest
+from cogumi.core.errors import ArtifactError, TrainingError
+from cogumi.core.files import write_json
+from cogumi.core.registry import nearest
+from cogumi.models.folders import load
 
 
 class LoraShape(BaseModel):

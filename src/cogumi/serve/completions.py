@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from cogumi.runtime.engine import Tokenizer
-from cogumi.serve.schema import Body, best_logprobs, extension, extensions, new_head, usage_object
-from cogumi.types import Reply, Request, Token, Usage
+from cogumi.core.types import Reply, Request, Token, Usage
+from cogumi.engine.protocol import Tokenizer
+from cogumi.serve.request_body import Body, best_logprobs, extension, extensions, new_head, usage_object
 
 
 def _several(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cogumi.errors import BusyError, ContextError, RequestError
+from cogumi.core.errors import BusyError, ContextError, RequestError
 
 
 class Problem(Exception):

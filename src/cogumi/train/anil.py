@@ -20,18 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cogumi.artifact import sha256
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
 from cogumi.data.episodes import Episode, read_episodes
-from cogumi.models import head as heads
-from cogumi.models.answers import exact
-from cogumi.models.build import load
-from cogumi.models.head import Head, Rates
-from cogumi.models.inner import adapt_weights, shot, states, weights_of
+from cogumi.models import head_adaptation as heads
+from cogumi.models.answer_match import exact
+from cogumi.models.folders import load
+from cogumi.models.head_adaptation import Head, Rates
+from cogumi.models.inner_loop import adapt_weights, shot, states, weights_of
 from cogumi.models.lora import LoraShape, attach, save
-from cogumi.models.text import HFTokenizer, Row
-from cogumi.stage import Context
+from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.loop import Apply, LoopConfig, train
-from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "adapter"

@@ -1,7 +1,7 @@
 """Stage `backbone`: one shared adapter and a small head per domain instead of a whole adapter per domain (SPEC C10).
 
-The shared part and the heads are found by `train.shared` from the adapters' weights alone, then trained together for a
-while, each row passing through the shared update and its own head. Shared and head in one file are an ordinary
+The shared part and the heads are found by `train.shared_update` from the adapters' weights alone, then trained together
+for a while, each row passing through the shared update and its own head. Shared and head in one file are an ordinary
 adapter: `adapter_<name>/` holds that for today's runtime, `shared/` and `head_<name>/` what has to be kept. `shared: 0`
 makes the control: heads that share nothing.
 """
@@ -18,23 +18,23 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from cogumi.artifact import sha256
+from cogumi.core.errors import ArtifactError, TrainingError
+from cogumi.core.files import sha256
+from cogumi.core.registry import nearest
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import read_responses
-from cogumi.errors import ArtifactError, TrainingError
-from cogumi.models.backbone import Backbone
-from cogumi.models.build import load
-from cogumi.models.factors import WEIGHTS, Adapter, Factors, read_adapter, same_layers, write_adapter
-from cogumi.models.text import HFTokenizer, Row
-from cogumi.registry import nearest
-from cogumi.stage import Context
+from cogumi.models.folders import load
+from cogumi.models.lora_factors import WEIGHTS, Adapter, Factors, read_adapter, same_layers, write_adapter
+from cogumi.models.shared_backbone import Backbone
+from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.backbone_report import report
 from cogumi.train.batches import Batch, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_loss
-from cogumi.train.shared import Doubles, Span, clusters, cosines, explained, gram, spans, split
+from cogumi.train.shared_update import Doubles, Span, clusters, cosines, explained, gram, spans, split
 from cogumi.train.validation import applied, judge_answers, passes
-from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "backbone"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogumi.artifact import write_text
-from cogumi.pictures import new_figure
+from cogumi.core.files import write_text
+from cogumi.core.pictures import new_figure
 
 
 def report(metrics: Mapping[str, Any], out: Path) -> None:

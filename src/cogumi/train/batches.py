@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogumi.errors import TrainingError
-from cogumi.models.text import HFTokenizer, Row
-from cogumi.types import Example
+from cogumi.core.errors import TrainingError
+from cogumi.core.types import Example
+from cogumi.models.tokenization import HFTokenizer, Row
 
 IGNORE = -100
 

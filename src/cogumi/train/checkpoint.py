@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cogumi.errors import TrainingError
-from cogumi.models.build import save_tensors
+from cogumi.core.errors import TrainingError
+from cogumi.models.folders import save_tensors
 
 FILE = "checkpoint.safetensors"
 _SAMPLE = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cogumi.pictures import new_figure
+from cogumi.core.pictures import new_figure
 
 
 def curves_picture(

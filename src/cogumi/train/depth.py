@@ -1,4 +1,4 @@
-"""Stage `depth`: routers by which easy tokens skip layers of a frozen base (SPEC C7; see `models.depth`).
+"""Stage `depth`: routers by which easy tokens skip layers of a frozen base (SPEC C7; see `models.depth_routers`).
 
 A token is easy where the full model foresees what comes next: its perplexity is the teacher. The routers learn from the
 hidden states that they will meet, those of a model whose tokens really skip. How sure a router must be is chosen on the
@@ -19,16 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from cogumi.artifact import sha256
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
-from cogumi.models.build import load, parameters
-from cogumi.models.depth import FILE, Routers, skipping, spans_of
-from cogumi.models.text import HFTokenizer, Row
-from cogumi.stage import Context
+from cogumi.models.depth_routers import FILE, Routers, skipping, spans_of
+from cogumi.models.folders import load, parameters
+from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import IGNORE, Batch, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.validation import applied, judge_answers, passes
-from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "depth"

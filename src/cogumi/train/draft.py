@@ -18,20 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from cogumi.artifact import sha256
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.data.responses import Response, read_responses
-from cogumi.models.build import Shape, build, load, locate, parameters, save
-from cogumi.models.heads import DraftModel
-from cogumi.models.text import HFTokenizer, Row
-from cogumi.stage import Context
+from cogumi.models.draft_heads import DraftModel
+from cogumi.models.folders import Shape, build, load, locate, parameters, save
+from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train import batches
 from cogumi.train.batches import IGNORE, Batch
 from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_logits, divergence, labelled_logits, token_nats
 from cogumi.train.validation import applied, mean_figures, passes
-from cogumi.types import Artifact, Example
 
 VERSION = 1
 KIND = "model"

@@ -19,8 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from cogumi.errors import TrainingError
-from cogumi.stage import CHECKPOINT, Context
+from cogumi.core.errors import TrainingError
+from cogumi.core.stage import CHECKPOINT, Context
 from cogumi.train.batches import Order, collate
 from cogumi.train.checkpoint import Checkpoint, Progress, identity, restore, trained
 from cogumi.train.muon import Muon

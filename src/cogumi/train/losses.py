@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from cogumi.models.answers import exact, language_model
+from cogumi.models.answer_match import exact, language_model
 from cogumi.train.batches import IGNORE, Batch
 from cogumi.train.loop import Loss
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.artifact import sha256
+from cogumi.core.errors import TrainingError
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import TrainingError
-from cogumi.models.build import load, save
+from cogumi.models.folders import load, save
 from cogumi.models.lora import merged, with_adapter
-from cogumi.models.text import HFTokenizer
-from cogumi.stage import Context
+from cogumi.models.tokenization import HFTokenizer
 from cogumi.train.batches import make_rows
 from cogumi.train.validation import applied, judge_answers
-from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "model"

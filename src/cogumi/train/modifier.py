@@ -14,19 +14,19 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from cogumi.artifact import sha256
+from cogumi.core.errors import TrainingError
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import read_responses
-from cogumi.errors import TrainingError
-from cogumi.models.build import Quantize, load
+from cogumi.models.folders import Quantize, load
 from cogumi.models.lora import LoraShape, attach, merged, save
-from cogumi.models.text import HFTokenizer, Row
-from cogumi.stage import Context
+from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import make_rows
 from cogumi.train.loop import LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers
-from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "adapter"

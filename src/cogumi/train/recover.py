@@ -20,19 +20,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from cogumi.artifact import sha256
+from cogumi.core.errors import TrainingError
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import TrainingError
-from cogumi.models.build import load, save
+from cogumi.models.folders import load, save
 from cogumi.models.lora import LoraShape, attach, merged
 from cogumi.models.lora import save as save_adapter
-from cogumi.models.text import HFTokenizer, Row
-from cogumi.stage import Context
+from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import Order, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_figures, answer_loss, distillation
 from cogumi.train.validation import applied, judge_answers, passes
-from cogumi.types import Artifact
 
 VERSION = 1
 KIND = "model"

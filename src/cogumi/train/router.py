@@ -1,7 +1,7 @@
 """Stage `router`: the domain router (SPEC F5), a net in -> 64 -> 32 -> classes on the draft's hidden states.
 
-Its classes are the domains of the training split, whether or not a modifier comes of them: at run time what
-has no modifier is the base's business (`route.domains`), and so is what the router knows nothing about: a question
+Its classes are the domains of the training split, whether or not a modifier comes of them: at run time what has no
+modifier is the base's business (`confidence.domain_router`), and so is what the router knows nothing about: a question
 whose highest probability stays below `scope`. That cut is set on the selection split at a stated rate of false alarms
 and travels in the net's file.
 """
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.cascade.tiers import router_input
+from cogumi.confidence.domain_router import confidences, scope_for
+from cogumi.confidence.nets import Net
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Request
 from cogumi.data.examples import read_examples, split_path
+from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.models.classifier import fit_classifier
-from cogumi.route.domains import confidences, scope_for
-from cogumi.route.nets import Net
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.stage import Context
-from cogumi.types import Artifact, Example, Request
 
 VERSION = 2
 KIND = "router"

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.artifact import sha256
+from cogumi.core.errors import TrainingError
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import TrainingError
-from cogumi.models.build import Quantize, Shape, build, load, locate, parameters, save
+from cogumi.models.folders import Quantize, Shape, build, load, locate, parameters, save
 from cogumi.models.lora import LoraShape, attach, merged
-from cogumi.models.text import HFTokenizer
-from cogumi.stage import Context
+from cogumi.models.tokenization import HFTokenizer
 from cogumi.train.batches import make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers
-from cogumi.types import Artifact, Example
 
 VERSION = 1
 KIND = "model"

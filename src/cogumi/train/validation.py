@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogumi.models.text import Row
+from cogumi.models.tokenization import Row
 from cogumi.train.batches import collate
 from cogumi.train.loop import Apply, Item, Loss
 from cogumi.train.losses import answer_figures

@@ -1,4 +1,4 @@
-"""What the dialogues of `data.followups` are about: questions in several wordings, answers, and what may come next.
+"""The topics of synthetic dialogues: questions in several wordings, answers, and what may come next.
 
 A block of `topics.txt` holds the set and the subject; then, each on a line and separated by ` / `, questions that ask
 the same, answers, what may come next, and what the answer claims with a rival of it. `{a|b}` is a choice, `$name` a

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cogumi.types import ABSTENTION
+from cogumi.core.types import ABSTENTION
 
 NAMES = (
     "Tom", "Ann", "Bob", "Eve", "Sam", "Mia", "Leo", "Ida", "Max", "Zoe", "Ben", "Amy", "Dan", "Kim", "Roy", "Sue",
@@ -32,7 +32,7 @@ COLORS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question, its reference answer and its check (see `evaluate.graders`)."""
+    """A question, its reference answer and its check (see `grading.graders`)."""
 
     question: str
     answer: str

@@ -20,21 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.cascade.cascade import Cascade
-from cogumi.cascade.critique import Critic, improve
-from cogumi.cascade.notes import without_note
+from cogumi.cascade.disclaimers import without_note
 from cogumi.cascade.opening import open_cascade
-from cogumi.cascade.vote import SAMPLING, Sampling, finish, vote
+from cogumi.cascade.self_consistency import SAMPLING, Sampling, finish, vote
+from cogumi.cascade.self_critique import Critic, improve
+from cogumi.confidence.critic_net import FILE, load_critic, look
+from cogumi.confidence.metrics import auroc, gained
+from cogumi.confidence.vote import final_answer
+from cogumi.core.errors import CogumiError
+from cogumi.core.pictures import new_figure
+from cogumi.core.types import Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import CogumiError
-from cogumi.evaluate.critic import error_type, question_of
-from cogumi.evaluate.graders import grade_all
-from cogumi.evaluate.metrics import auroc, gained
-from cogumi.pictures import new_figure
-from cogumi.route.critic import FILE, load_critic, look
-from cogumi.route.vote import final_answer
-from cogumi.runtime.engine import Engine, replies
-from cogumi.suite import Figure, Findings, Task
-from cogumi.types import Example, Reply, Request
+from cogumi.engine.protocol import Engine, replies
+from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.grading.graders import grade_all
+from cogumi.train.critic import error_type, question_of
 
 HARD = 3
 """Difficulty from which a question is hard."""

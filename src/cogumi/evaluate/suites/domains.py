@@ -21,21 +21,21 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.bundle import open_bundle
+from cogumi.bundle.format import open_bundle
 from cogumi.cascade.tiers import router_input
-from cogumi.data.world.stage import fresh
-from cogumi.errors import CogumiError, ContextError
-from cogumi.evaluate.suites.embedder import cached_embedder
-from cogumi.evaluate.suites.kinds import READERS, Sources, read_kind
-from cogumi.evaluate.suites.vectors import embed_all
+from cogumi.confidence.domain_router import PRELOAD, confidences, preload, scope_for
+from cogumi.confidence.nets import Net, load_net, load_scope
+from cogumi.core.errors import CogumiError, ContextError
+from cogumi.core.types import Example, Message, Request
+from cogumi.data.world.questions import fresh
+from cogumi.engine.embedder import Embedder
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.evaluate.suites.minilm import cached_embedder
+from cogumi.evaluate.suites.public_datasets import READERS, Sources, read_kind
+from cogumi.evaluate.suites.question_router import question_features
+from cogumi.evaluate.suites.sentence_vectors import embed_all
 from cogumi.models.classifier import fit_classifier
-from cogumi.route.domains import PRELOAD, confidences, preload, scope_for
-from cogumi.route.nets import Net, load_net, load_scope
-from cogumi.route.question import question_features
-from cogumi.runtime.embedder import Embedder
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.suite import Figure, Findings, Task
-from cogumi.types import Example, Message, Request
 
 Doubles = NDArray[np.float64]
 Item = TypeVar("Item")

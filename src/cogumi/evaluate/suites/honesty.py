@@ -20,23 +20,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.bundle import open_bundle
-from cogumi.cascade.notes import LOW_CONFIDENCE
+from cogumi.bundle.format import open_bundle
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.tiers import Tiers
-from cogumi.data.load import load
-from cogumi.data.world.stage import WITHOUT, fresh
-from cogumi.errors import CogumiError
-from cogumi.evaluate.answers import Asking, Row, ask, base_rows, familiar, policy_answers, probabilities
-from cogumi.evaluate.calibrate import fit_base
-from cogumi.evaluate.metrics import aurc, auroc, brier, ece
-from cogumi.evaluate.plots import histogram_picture, reliability_picture, risk_coverage_picture
-from cogumi.route.gate import Calibration
-from cogumi.route.guarantee import Limit, guarantee, sequence
-from cogumi.route.policy import Answers, Policy
-from cogumi.route.signals import perplexity
-from cogumi.suite import Figure, Findings, Task
-from cogumi.types import Example, Message
+from cogumi.confidence.gate import Calibration
+from cogumi.confidence.guarantee import Limit, guarantee, sequence
+from cogumi.confidence.metrics import aurc, auroc, brier, ece
+from cogumi.confidence.policy import Answers, Policy
+from cogumi.confidence.signals import perplexity
+from cogumi.core.errors import CogumiError
+from cogumi.core.types import Example, Message
+from cogumi.data.sources.question_files import load
+from cogumi.data.world.questions import WITHOUT, fresh
+from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.train.calibrate import fit_base
+from cogumi.train.confidence_plots import histogram_picture, reliability_picture, risk_coverage_picture
+from cogumi.train.tier_answers import Asking, Row, ask, base_rows, familiar, policy_answers, probabilities
 
 PER_CELL = 900
 BALANCED = 157

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.errors import CogumiError, DataError
-from cogumi.evaluate.metrics import auroc
-from cogumi.evaluate.suites.embedder import cached_embedder
-from cogumi.evaluate.suites.fit_question import fit_question
-from cogumi.evaluate.suites.vectors import embed_all
-from cogumi.pictures import new_figure
-from cogumi.route.question import forecast, parts, question_input
-from cogumi.runtime.embedder import Embedder
-from cogumi.suite import Figure, Findings, Task
+from cogumi.confidence.metrics import auroc
+from cogumi.core.errors import CogumiError, DataError
+from cogumi.core.pictures import new_figure
+from cogumi.engine.embedder import Embedder
+from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.evaluate.suites.fit_question_router import fit_question
+from cogumi.evaluate.suites.minilm import cached_embedder
+from cogumi.evaluate.suites.question_router import forecast, parts, question_input
+from cogumi.evaluate.suites.sentence_vectors import embed_all
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -15,18 +15,18 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.bundle import open_bundle
+from cogumi.bundle.format import open_bundle
 from cogumi.cascade.opening import open_cascade
-from cogumi.cascade.templates import Pair, Templates
+from cogumi.cascade.template_bank import Pair, Templates
+from cogumi.confidence.metrics import gained
+from cogumi.confidence.nearest_examples import SHAPES
+from cogumi.core.errors import CogumiError, ContextError
+from cogumi.core.types import Example, Request
 from cogumi.data.examples import read_examples, split_path
-from cogumi.errors import CogumiError, ContextError
-from cogumi.evaluate.graders import grade_all
-from cogumi.evaluate.metrics import gained
-from cogumi.route.templates import SHAPES
-from cogumi.runtime.engine import Engine, replies
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.suite import Figure, Findings, Task
-from cogumi.types import Example, Request
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import Engine, replies
+from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.grading.graders import grade_all
 
 ROWS = 300
 """Held-out questions asked, at most."""

@@ -1,0 +1,128 @@
+"""Noticing that the user is unhappy with the answer before (SPEC F7): a small LSTM, run by ONNX Runtime.
+
+What the net reads of a turn are ids of words and, for each word, a mark: who says it and whether the others said it
+too. Everything it needs beside its weights is in the model's metadata.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.core.errors import BundleError
+from cogumi.core.types import Message
+
+FILE = "escalation.onnx"
+FORMAT = "cogumi-escalation-2"
+"""What a model's metadata calls itself; grows with `encode`, to which the net's weights belong."""
+
+MARKS = 13
+"""Padding, then for question, answer and follow-up four marks each: said by neither, one, the other or both others."""
+
+UNKNOWN = 1
+"""The id of what is in no vocabulary; 0 is padding, and words are counted from 2."""
+
+_WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
+_CHARACTERS = 600
+_LETTERS = 24
+_LENGTHS = ((16, 8), (12, 28), (48, 16))
+"""Tokens read at the beginning and at the end of question, answer and follow-up."""
+
+
+def last_turn(messages: Sequence[Message]) -> tuple[str, str, str] | None:
+    """Question, answer and follow-up; None unless the user speaks last, says something, and an answer stands before."""
+    talk = [message for message in messages if message.role in ("user", "assistant")]
+    if len(talk) < 2 or talk[-1].role != "user" or talk[-2].role != "assistant" or not talk[-1].content.strip():
+        return None
+    question = next((message.content for message in reversed(talk[:-2]) if message.role == "user"), "")
+    return question, talk[-2].content, talk[-1].content
+
+
+def encode(turn: tuple[str, str, str], words: Mapping[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Word ids and marks [tokens] of a turn: the follow-up first (one token at least), then answer and question."""
+    said = [_tokens(text, first, last) for text, (first, last) in zip(turn, _LENGTHS, strict=True)]
+    said[2] = said[2] or [""]
+    known = [set(tokens) for tokens in said]
+    ids: list[int] = []
+    marks: list[int] = []
+    for who in (2, 1, 0):
+        one, other = (known[k] for k in range(3) if k != who)
+        for token in said[who]:
+            pieces = _pieces(token, words)
+            ids += pieces
+            marks += [1 + 4 * who + (token in one) + 2 * (token in other)] * len(pieces)
+    return np.array(ids, dtype=np.int64), np.array(marks, dtype=np.int64)
+
+
+def _tokens(text: str, first: int, last: int) -> list[str]:
+    """Words, numbers and signs in lower case without accents; of a long text the beginning and the end."""
+    if len(text) > 2 * _CHARACTERS:
+        text = text[:_CHARACTERS] + " " + text[-_CHARACTERS:]
+    if not text.isascii():
+        text = "".join(map(_plain, unicodedata.normalize("NFKD", text.replace("’", "'"))))
+    found = _WORD.findall(text.lower())
+    return found if len(found) <= first + last else found[:first] + found[-last:]
+
+
+def _plain(character: str) -> str:
+    """No accents; a picture is its name, as in "thumbs down sign"."""
+    if character.isascii():
+        return character
+    if unicodedata.category(character) == "So":
+        return f" {unicodedata.name(character, '')} "
+    return "" if unicodedata.combining(character) else character
+
+
+def _pieces(token: str, words: Mapping[str, int]) -> list[int]:
+    """The token's id, or those of the longest pieces it falls into."""
+    token = "0" if token.isdigit() else token[:_LETTERS]
+    ids, start = [], 0
+    while start < len(token):
+        end = next((e for e in range(len(token), start, -1) if token[start:e] in words), None)
+        ids += [words[token[start:end]]] if end else []
+        start = end or start + 1
+    return ids or [UNKNOWN]
+
+
+def describe(words: Sequence[str], threshold: float, sure: float) -> dict[str, str]:
+    """The metadata of a model: its format, its vocabulary (ids from `UNKNOWN` + 1 on), its thresholds."""
+    return {"format": FORMAT, "words": "\n".join(words), "threshold": repr(threshold), "sure": repr(sure)}
+
+
+def numbered(words: Sequence[str]) -> dict[str, int]:
+    """Words to their ids."""
+    return {word: row for row, word in enumerate(words, start=UNKNOWN + 1)}
+
+
+class Escalation:
+    """The net in a file, on one thread; several threads may call it. Raises `BundleError` if the file holds none.
+
+    From P `threshold` on it is right most often; from `sure` on few who are content are taken for dissatisfied.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from cogumi.engine.onnx import open_session
+
+        self._session = open_session(path)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if metadata.get("format") != FORMAT:
+            found = metadata.get("format", "none")
+            raise BundleError(f"{path} is no {FORMAT} model (its format: {found}); build the bundle again")
+        try:
+            self.threshold, self.sure = float(metadata["threshold"]), float(metadata["sure"])
+            self._words = numbered(metadata["words"].split("\n"))
+        except (KeyError, ValueError) as error:
+            raise BundleError(f"{path} lacks its {error}; build the bundle again") from error
+
+    def dissatisfied(self, messages: Sequence[Message]) -> float:
+        """P(the last user message is unhappy with the answer before it); 0.0 where no answer stands before it."""
+        turn = last_turn(messages)
+        if turn is None:
+            return 0.0
+        ids, marks = encode(turn, self._words)
+        return float(self._session.run(None, {"ids": ids[None], "marks": marks[None]})[0][0])

@@ -1,0 +1,89 @@
+"""Says what a path is (bundle, archive, artifact, run or recipe) and what is in it, with every checksum verified."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from cogumi.bundle.format import INDEX, open_bundle
+from cogumi.bundle.packed import Archive, is_packed
+from cogumi.core import artifact
+from cogumi.core.errors import ArtifactError
+from cogumi.pipeline.recipe import builtin_recipes, load_recipe
+
+REPORT = "report.json"
+
+
+def look(path: str) -> dict[str, Any]:
+    """A description under the key `what` and those of its kind.
+
+    Raises the error of what is damaged, or `ArtifactError` if there is nothing here that we know.
+    """
+    folder = Path(path)
+    if is_packed(folder):
+        return _packed(folder)
+    if (folder / INDEX).is_file():
+        return _bundle(folder)
+    if (folder / artifact.MANIFEST).is_file():
+        artifact.verify(folder)
+        manifest = artifact.read_manifest(folder)
+        return {"what": "artifact", "path": path} | manifest.model_dump(exclude={"format"})
+    if (folder / REPORT).is_file():
+        report: dict[str, Any] = json.loads((folder / REPORT).read_bytes())
+        return {"what": "run", "path": path} | report
+    if folder.suffix in (".yaml", ".yml") or path in builtin_recipes():
+        return _recipe(path)
+    raise ArtifactError(
+        f"{path} is no bundle, artifact, run or recipe; name a folder such as runs/tiny/bundle, "
+        f"a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
+    )
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    opened = open_bundle(folder)
+    index = json.loads((folder / INDEX).read_bytes())
+    built = (folder / artifact.MANIFEST).is_file()  # a copied bundle may come without its manifest
+    return {
+        "what": "bundle",
+        "path": str(folder),
+        "fingerprint": artifact.read_manifest(folder).fingerprint if built else None,
+        "bytes": sum(entry["bytes"] for entry in index["files"].values()),
+        "modifiers": list(opened.modifiers),
+        "files": index["files"],
+        "parts": index["parts"],
+        "description": opened.description,
+        "calibration": opened.calibration,
+    }
+
+
+def _packed(folder: Path) -> dict[str, Any]:
+    """What was packed, a bundle or other files, and what its packed form takes."""
+    archive = Archive(folder)
+    if INDEX in archive.files:
+        from cogumi.bundle.unpack import Files
+
+        with closing(Files(folder, "eager")) as unpacked:
+            found = _bundle(unpacked.bundle.path) | {"what": "packed bundle"}
+    else:
+        for name in archive.files:
+            for _ in archive.read(name):  # to its end, where checksums are compared
+                pass
+        files = {name: entry.model_dump() for name, entry in archive.files.items()}
+        size = sum(entry["bytes"] for entry in files.values())
+        found = {"what": "packed files", "path": str(folder), "bytes": size, "files": files}
+    built = (folder / artifact.MANIFEST).is_file()  # by stage `archive`, not by the command
+    packed = sum(file.packed_bytes for file in archive.index.files.values())
+    dictionary = archive.index.dictionary.bytes if archive.index.dictionary else 0
+    return found | {
+        "path": str(folder),
+        "fingerprint": artifact.read_manifest(folder).fingerprint if built else None,
+        "packed_bytes": packed + dictionary,
+        "dictionary_bytes": dictionary,
+    }
+
+
+def _recipe(path: str) -> dict[str, Any]:
+    recipe = load_recipe(path)
+    return {"what": "recipe", "path": path} | recipe.model_dump(mode="json", exclude_defaults=True)

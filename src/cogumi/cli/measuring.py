@@ -1,0 +1,167 @@
+"""Commands that look and measure: `inspect`, `eval`, `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cogumi.cli import console
+from cogumi.cli.options import RUNS, BundleArgument, JsonOption, ThreadsOption, chosen_bundle
+from cogumi.cli.progress import BenchProgress, SuiteProgress
+from cogumi.core.errors import CogumiError
+from cogumi.core.types import Request
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A bundle, an artifact, a run's folder, or a recipe.")],
+    json: JsonOption = False,
+) -> None:
+    """Say what something is: sizes, fingerprints, figures. Checksums are verified on the way.
+
+    Example: `cogumi inspect runs/tiny/bundle`
+    """
+    from cogumi.cli.inspection import look
+
+    found = look(path)
+    if json:
+        console.emit(found)
+    else:
+        console.print_inspection(found)
+
+
+def evaluate(
+    bundle: BundleArgument = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Questions: JSONL in Alpaca or messages form; with --suite what that one wants.")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure instead: honesty, routing, domains, escalation, cache, deliberation, learning, templates, "
+            "compression or training.",
+            show_default="grade the answers to --data",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --suite: folder for its pictures and figures.")] = None,
+    seed: Annotated[int, typer.Option(help="With --suite: seed of what it draws.")] = 0,
+    tier: Annotated[str, typer.Option(help="cascade, base, draft or modifier:NAME.")] = "cascade",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Ask a bundle the questions of a file and grade the answers, or measure one of the suites.
+
+    Example: `cogumi eval runs/tiny/bundle --data questions.jsonl --tier base --limit 200`, or
+    `cogumi eval --suite honesty --out honesty`
+    """
+    if suite is not None:
+        _measure(suite, bundle, data, out, seed, json)
+        return
+    if data is None:
+        raise CogumiError("name the questions with --data FILE, or a --suite")
+    from cogumi.cascade.opening import open_cascade
+    from cogumi.data.sources.question_files import load
+    from cogumi.evaluate.accuracy import measure
+
+    examples, rejected = load(data)
+    examples = examples[:limit]
+    with closing(open_cascade(chosen_bundle(bundle), threads=threads)) as cascade:
+        model = _model(tier, cascade.models)
+        resolved = [cascade.resolve(model, Request(messages=example.messages)) for example in examples]
+        figures = measure(resolved[0][0], [request for _, request in resolved], examples)
+    figures |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected]}
+    if json:
+        console.emit(figures)
+    else:
+        console.print_evaluation(figures)
+
+
+def _model(tier: str, models: Sequence[str]) -> str:
+    """The model name of a tier; `CogumiError` lists the tiers there are."""
+    names = {"cascade": "cogumi"}
+    for model in models:
+        name = model.removeprefix("cogumi:")
+        if name in ("base", "draft"):
+            names[name] = model
+        elif name.startswith("base+"):
+            names[name.replace("base+", "modifier:")] = model
+    if tier not in names:
+        raise CogumiError(f"this bundle has no tier {tier!r}; it has: {', '.join(names)}")
+    return names[tier]
+
+
+def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None, seed: int, json: bool) -> None:
+    """Run a suite and print its table; with `out` the figures are kept beside the pictures."""
+    from cogumi.bundle.packed import is_packed
+    from cogumi.bundle.unpack import Files
+    from cogumi.core.files import write_json
+    from cogumi.evaluate.suite import Task, suite
+
+    measured = suite(name)
+    if bundle is None and any(RUNS.glob("*/bundle/bundle.json")):
+        bundle = chosen_bundle(None)
+    with ExitStack() as opened:
+        if bundle is not None and is_packed(bundle):  # suites read files of the bundle by themselves
+            bundle = opened.enter_context(closing(Files(bundle))).bundle.path
+        progress = opened.enter_context(SuiteProgress(name))
+        found = measured.run(Task(bundle, data, out, seed, progress.advanced))
+    figures = console.findings(name, found)
+    if out is not None:
+        write_json(out / f"{name}.json", figures)
+    if json:
+        console.emit(figures)
+    else:
+        console.print_findings(figures)
+
+
+def bench(
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Measure only the row of this name; may be repeated.")] = None,
+    shape: Annotated[str, typer.Option(help="Made-up model: pico, draft, 1b (0.7 GB) or 8b (4.9 GB).")] = "1b",
+    model: Annotated[Path | None, typer.Option(help="A GGUF file of your own instead.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --model: a text to measure perplexity on.")] = None,
+    accept: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="Acceptance of a simulated draft; may be repeated.", show_default="four"),
+    ] = None,
+    threads: ThreadsOption = None,
+    minutes: Annotated[float, typer.Option(min=0, help="How long the row `soak` runs.")] = 1.0,
+    picture: Annotated[Path | None, typer.Option(help="Draw the figures to this file, such as bench.png.")] = None,
+) -> None:
+    """Measure every feature against the same without it, in turns, and against what the memory allows.
+
+    Without downloads: models of real shapes with made-up weights are written to the cache folder once. The rows
+    `soak`, `start`, `unpack`, `concurrency_16` and those about bundles of real shapes (`bundle_1b_q4_k_m`,
+    `bundle_1b_iq4_xs`, `bundle_mobile`) run only when named.
+
+    Example: `cogumi bench --json bench.json --picture bench.png`, or `cogumi bench --only single_stream`
+    """
+    from cogumi.core.files import write_json
+
+    try:
+        from cogumi.evaluate.bench import picture as pictures
+        from cogumi.evaluate.bench.run import ACCEPT, run
+    except ModuleNotFoundError as error:
+        raise CogumiError(f"cogumi bench needs the package '{error.name}': pip install 'cogumi[bench]'") from error
+    if picture is not None and picture.suffix not in pictures.FORMATS:
+        raise CogumiError(f"{picture} is no picture; name it with one of {', '.join(pictures.FORMATS)}")
+    with BenchProgress() as progress:
+        found = run(
+            progress,
+            only=only or (),
+            shape=shape,
+            model=model,
+            accept=accept or ACCEPT,
+            threads=threads,
+            text=text,
+            minutes=minutes,
+        )
+    if json is not None:
+        write_json(json, found)
+    if picture is not None:
+        pictures.draw(picture, found)
+    console.print_bench(found)

@@ -1,0 +1,153 @@
+"""Commands that run a bundle: `chat`, `serve`, `forget`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cogumi.cli import console
+from cogumi.cli.options import (
+    BundleArgument,
+    JsonOption,
+    ModeOption,
+    RepackOption,
+    SettingsOption,
+    StateOption,
+    ThreadsOption,
+    UnpackOption,
+    chosen_bundle,
+)
+from cogumi.cli.progress import ByteProgress
+from cogumi.core.errors import CogumiError
+
+if TYPE_CHECKING:
+    from cogumi.cascade.cascade import Cascade
+
+
+def chat(
+    bundle: BundleArgument = None,
+    mode: ModeOption = None,
+    once: Annotated[str | None, typer.Option(help="Answer this one question and end.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help='Worked examples to answer after: a JSON line {"question", "answer"} for each.')
+    ] = None,
+    settings: SettingsOption = None,
+    state: StateOption = None,
+    threads: ThreadsOption = None,
+    repack: RepackOption = True,
+    unpack: UnpackOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Talk to a bundle; under each answer stand the tier that gave it, P(correct) and why.
+
+    Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
+    """
+    from cogumi.cascade.modes import load_settings
+    from cogumi.cli.chat import Conversation, load_examples, talk
+
+    if json and once is None:
+        raise CogumiError('--json prints one answer: give its question with --once "..."')
+    chosen = load_settings(settings)
+    chosen.check(mode)
+    shown = load_examples(examples) if examples else ()
+    opened = _opened(chosen_bundle(bundle), threads=threads, repack=repack, settings=chosen, state=state, unpack=unpack)
+    with closing(opened) as cascade:
+        conversation = Conversation(cascade, mode, chosen, shown)
+        if once is None:
+            talk(conversation)
+        elif json:
+            from cogumi.serve.request_body import extension
+
+            reply = conversation.say(once)
+            console.emit(
+                {"question": once, "answer": reply.text, "finish_reason": reply.finish_reason} | extension(reply)
+            )
+        else:
+            console.print_reasons(conversation.say(once, console.stream))
+
+
+def serve(
+    bundle: BundleArgument = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
+    context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 512,
+    threads: ThreadsOption = None,
+    repack: RepackOption = True,
+    unpack: UnpackOption = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where it fits")
+    ] = None,
+    settings: SettingsOption = None,
+    state: StateOption = None,
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            help="Give sure answers again: to the same question (`exact`), to near ones (`static`), or only where "
+            "near ones have proven to be the same (`verified`).",
+            show_default="never",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Serve a bundle to any OpenAI client, at http://HOST:PORT/v1; any API key is accepted.
+
+    Example: `cogumi serve runs/tiny/bundle --port 8000`
+    """
+    from cogumi.cascade.modes import load_settings
+    from cogumi.serve import app
+
+    folder, chosen = chosen_bundle(bundle), load_settings(settings)
+    listener = app.bind(host, port)
+    where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    console.NOTES.print(f"cogumi: loading {folder}", soft_wrap=True)
+
+    load = partial(
+        _opened,
+        folder,
+        slots=slots,
+        context=context,
+        threads=threads,
+        cache=cache,
+        settings=chosen,
+        state=state,
+        reuse=reuse,
+        repack=repack,
+        unpack=unpack,
+    )
+
+    def ready(cascade: app.Served) -> None:
+        if json:
+            console.emit({"url": f"{where}/v1", "bundle": str(folder), "models": list(cascade.models)})
+        else:
+            console.print_serving(where, cascade.models)
+
+    app.serve(load, listener, ready)
+
+
+def forget(
+    user: Annotated[str, typer.Argument(help="The user as requests name them; `local` is the terminal's.")],
+    state: Annotated[Path, typer.Option(help="The folder that --state named.")],
+) -> None:
+    """Delete what is remembered of a user: questions, answers, ratings.
+
+    Example: `cogumi forget alice --state state`
+    """
+    from cogumi.cascade.memory.turns import FILE, Memory
+
+    if not (state / FILE).is_file():
+        raise CogumiError(f"{state} holds no memory; name the folder that was given with --state")
+    with closing(Memory(state / FILE)) as memory:
+        console.OUT.print(f"{memory.forget(user)} turns of {user} deleted")
+
+
+def _opened(folder: Path, **options: Any) -> Cascade:
+    """A bundle as a cascade with these options of `open_cascade`, and a bar while it is unpacked."""
+    from cogumi.cascade.opening import open_cascade
+
+    with ByteProgress(f"unpacking {folder}") as bar:
+        return open_cascade(folder, progress=bar.advanced, **options)

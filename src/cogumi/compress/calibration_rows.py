@@ -1,0 +1,57 @@
+"""Calibration rows: what compression looks at to see which weights matter (SPEC D4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cogumi.core.errors import DataError
+from cogumi.core.types import Example
+from cogumi.data.examples import read_examples, split_path
+from cogumi.models.tokenization import HFTokenizer, Row
+from cogumi.train.batches import make_rows
+
+
+class Draw(BaseModel):
+    """How many training questions are drawn, and which shares of them are easy, medium and hard."""
+
+    model_config = ConfigDict(extra="forbid")
+    rows: int = Field(2048, ge=1)
+    easy: float = Field(0.3, ge=0)
+    medium: float = Field(0.5, ge=0)
+    hard: float = Field(0.2, ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Draw:
+        if abs(self.easy + self.medium + self.hard - 1) > 1e-6:
+            raise ValueError(f"easy, medium and hard are {self.easy}, {self.medium}, {self.hard}; they must sum to 1")
+        return self
+
+
+def group(example: Example) -> str:
+    """Difficulty 1 and 2 are easy, 4 and 5 hard; 3, and where nobody said, is medium."""
+    return {1: "easy", 2: "easy", 4: "hard", 5: "hard"}.get(example.difficulty, "medium")
+
+
+def draw_rows(examples: Path, tokenizer: HFTokenizer, context: int, draw: Draw, seed: int) -> list[Row]:
+    """Rows of the training split of an `examples` artifact, drawn at random in the shares of `draw`.
+
+    A group with too few questions gives all it has, and the rest comes from the others. `DataError` where nothing
+    can be drawn, `TrainingError` where no row fits the context.
+    """
+    path = split_path(examples, "train")
+    found = read_examples(path)
+    if not found:
+        raise DataError(f"{path} has no rows to calibrate on; give examples with a training split")
+    shuffled = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+    wanted = {name: round(draw.rows * getattr(draw, name)) for name in ("easy", "medium", "hard")}
+    chosen: list[Example] = []
+    others: list[Example] = []
+    for example in shuffled:
+        name = group(example)
+        (chosen if wanted[name] > 0 else others).append(example)
+        wanted[name] -= 1
+    chosen = [*chosen, *others][: draw.rows]
+    return make_rows(chosen, tokenizer, context)

@@ -1,0 +1,168 @@
+"""Stage `compress_adapter`: a LoRA adapter in fewer values (SPEC D7).
+
+The truncated SVD of each update b @ a keeps the most of it at any rank (Eckart and Young 1936). Rank 32 fills the
+blocks of q8_0 and q4_0, in which stage `gguf` then writes both factors (`adapter_type`); zeros fill up an adapter of a
+lower rank. Pruning zeroes single values, which only an archive (zstd) turns into fewer bytes. What either costs, a
+short training on the questions that the adapter was made for can win back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.core.errors import ArtifactError, DataError, RecipeError, TrainingError
+from cogumi.core.files import sha256
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example
+from cogumi.data.examples import read_examples, split_path
+from cogumi.data.responses import read_responses
+from cogumi.models.folders import load
+from cogumi.models.lora import save, with_adapter
+from cogumi.models.lora_factors import Adapter, Factors, read_adapter, write_adapter
+from cogumi.models.tokenization import HFTokenizer, Row
+from cogumi.train.batches import make_rows
+from cogumi.train.loop import LoopConfig, train
+from cogumi.train.losses import answer_loss
+from cogumi.train.shared_update import Span
+from cogumi.train.validation import applied, judge_answers
+
+VERSION = 1
+KIND = "adapter"
+TRAINS = True
+
+
+BLOCK = 32
+"""Values in a block of q8_0 and q4_0: what a rank is filled up to."""
+
+
+class Config(BaseModel):
+    """`rank` of every update, and the share of values to `prune` after that. With `loop`, the values that are left are
+    trained on the questions that the base failed (input `responses`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    rank: int = Field(32, ge=1)
+    prune: float = Field(0.0, ge=0, lt=1)
+    loop: LoopConfig | None = None
+
+
+def reduced(update: Factors, rank: int) -> Factors:
+    """The nearest update of that rank, its singular values shared evenly among both factors; zeros fill it up."""
+    span = Span.of([update])
+    return span.factors(span.cores[0], rank)
+
+
+def pruned(update: Factors, share: float) -> Factors:
+    """A `share` of all values of both factors set to 0: those without which the update changes least, one by one.
+
+    Without a[i, j] the update changes by |a[i, j]| times the length of b's column i, and the other way round.
+    """
+    a, b = update.a, update.b
+    cost_a, cost_b = a.abs() * b.norm(dim=0)[:, None], b.abs() * a.norm(dim=1)
+    order = torch.cat([cost_a.flatten(), cost_b.flatten()]).argsort(stable=True)
+    kept = torch.ones(len(order))
+    kept[order[: round(share * len(order))]] = 0
+    return Factors(a * kept[: a.numel()].view_as(a), b * kept[a.numel() :].view_as(b))
+
+
+def likeness(before: Adapter, after: Adapter) -> float:
+    """1 - |W - W'|^2 / |W|^2 over all updates W: 1 where nothing changed."""
+    lost = whole = 0.0
+    for layer, update in before.items():
+        was, now = Span.of([update, after[layer]]).cores
+        lost += float((was - now).square().sum())
+        whole += float(was.square().sum())
+    if not whole:
+        raise ArtifactError("the adapter changes no weight: there is nothing to compress; train it first")
+    return 1 - lost / whole
+
+
+def _checked(adapter: Artifact, base: Path) -> Adapter:
+    """The adapter's updates. `ArtifactError` if it is of another base, or holds NaN or infinity."""
+    trained_on = adapter.metrics.get("base_sha256")
+    if trained_on and trained_on != sha256(base / "model.safetensors"):
+        raise ArtifactError(f"the adapter {adapter.path} was trained on another base than {base}; give its own")
+    updates = read_adapter(adapter.path)
+    for layer, update in updates.items():
+        if not (update.a.isfinite().all() and update.b.isfinite().all()):
+            raise ArtifactError(f"{adapter.path}: {layer} holds NaN or infinity; train the adapter again")
+    return updates
+
+
+def _own(examples: list[Example], domain: str | None) -> list[Example]:
+    """Those of the adapter's domain; all, if it has none."""
+    return [e for e in examples if domain in (None, e.domain)]
+
+
+def _heal(
+    config: LoopConfig, model: Any, inputs: Mapping[str, Artifact], own: list[Row], out: Path, context: Context
+) -> int:
+    """Train the adapter's values that are not 0 on the questions that the base failed; returns the steps."""
+    responses = read_responses(inputs["responses"].path)
+    asked = _own(read_examples(split_path(inputs["examples"].path, "train")), inputs["adapter"].metrics.get("domain"))
+    failed = [e for e in asked if e.id in responses and not responses[e.id].correct]
+    if not failed:
+        raise TrainingError("the base failed no question of the adapter's domain: leave out 'loop'")
+    left = {parameter: parameter != 0 for name, parameter in model.named_parameters() if "lora_" in name}
+    for parameter in model.parameters():
+        parameter.requires_grad = parameter in left
+
+    @torch.no_grad()
+    def hold_zeros() -> None:
+        for parameter, kept in left.items():
+            parameter.mul_(kept.to(parameter.device))
+
+    rows = make_rows(failed, HFTokenizer.load(inputs["model"].path), model.config.max_position_embeddings)
+    judge = partial(judge_answers, rows=own)
+    return train(model, rows, answer_loss, config, out, context, judge, after_step=hold_zeros).step
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`adapter`, the `model` it was trained on and `examples`; for `loop` also `responses` -> a PEFT folder."""
+    if config.loop and "responses" not in inputs:
+        raise RecipeError("'loop' trains on what the base failed; give its answers as the input `responses`")
+    torch.set_num_threads(context.threads)
+    base, adapter = inputs["model"].path, inputs["adapter"]
+    before = _checked(adapter, base)
+    most = BLOCK * math.ceil(max(len(update.a) for update in before.values()) / BLOCK)
+    if config.rank > most:
+        raise RecipeError(f"rank: {config.rank} would only add zeros to {adapter.path}; its ranks fill up at {most}")
+    after = {layer: pruned(reduced(update, config.rank), config.prune) for layer, update in before.items()}
+    alike = likeness(before, after)
+    domain = adapter.metrics.get("domain")
+    selection = _own(read_examples(split_path(inputs["examples"].path, "selection")), domain)
+    if not selection:
+        raise DataError(f"no selection question of domain '{domain}': nothing would say what compression costs")
+    model = load(base)
+    own = make_rows(selection, HFTokenizer.load(base), model.config.max_position_embeddings)
+    figures = {"base": judge_answers(applied(model), own)}
+    figures["before"] = judge_answers(applied(with_adapter(model, adapter.path)), own)
+    write_adapter(after, adapter.path, out)
+    model = with_adapter(load(base), out)
+    figures["compressed"] = judge_answers(applied(model), own)
+    steps = _heal(config.loop, model, inputs, own, out, context) if config.loop else 0
+    if steps:
+        save(model, out)
+        figures["healed"] = judge_answers(applied(model), own)
+    values = [value for update in read_adapter(out).values() for value in (update.a, update.b)]
+    gain = {name: figures[name]["exact"] - figures["base"]["exact"] for name in list(figures)[1:]}
+    return {
+        **({"domain": domain} if domain else {}),
+        "rank": config.rank,
+        "parameters": sum(value.numel() for value in values),
+        "zeros": sum(int((value == 0).sum()) for value in values),
+        "parameters_before": sum(u.a.numel() + u.b.numel() for u in before.values()),
+        "likeness": alike,
+        "steps": steps,
+        "selection": figures,
+        "gain": gain,
+        "gain_kept": list(gain.values())[-1] / gain["before"] if gain["before"] > 0 else None,
+        "base_sha256": sha256(base / "model.safetensors"),
+    }

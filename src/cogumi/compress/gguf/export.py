@@ -1,0 +1,312 @@
+"""Stage `gguf`: Llama and Qwen2 Hugging Face folders and PEFT LoRA adapters as GGUF files (SPEC D5).
+
+Tensors go from safetensors through llama.cpp's quantizer into the file a block of rows at a time: no file in between,
+memory holds one tensor in its final type, and files are replaced whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
+from cogumi.compress.gguf.layout import F32, Array, Llama, Tensor, read_json, rotary_order
+from cogumi.compress.gguf.type_mixture import (
+    FILE_TYPES,
+    NONE,
+    OVERRIDES,
+    TENSOR_TYPES,
+    check_overrides,
+    check_type,
+    stored_tensors,
+)
+from cogumi.compress.gguf.weights import IMPORTANCE, Weights, read_importance
+from cogumi.core.errors import ExportError
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+from cogumi.engine.llama.binding.quantize import quantize_rows
+
+VERSION = 2
+KIND = "gguf"
+
+BLOCK = 1 << 24
+"""Values that a thread reads and quantizes at a time."""
+LARGEST = 65504.0
+"""The largest f16: what the scale of a quantized block, whatever its type, can hold."""
+
+_ADAPTER_OPTIONS = (
+    "use_dora",
+    "use_rslora",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "lora_bias",
+)
+_LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+class Config(BaseModel):
+    """`type` of the weights of a model, `adapter_type` of an adapter's, named as llama.cpp names them.
+
+    `types` gives matrices a type of their own, by patterns of their GGUF names (`blk.0.*`); the first that matches
+    counts. `part` is the folder inside the adapter's step, where that made several (`adapter_code` of `backbone`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    type: str = "q8_0"
+    adapter_type: str = "f32"
+    types: dict[str, str] = Field(default_factory=dict)
+    part: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            check_type(value)
+        except ExportError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("adapter_type")
+    @classmethod
+    def _known_of_adapters(cls, value: str) -> str:
+        try:
+            check_adapter_type(value)
+        except ExportError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("types")
+    @classmethod
+    def _known_each(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            check_overrides(value)
+        except ExportError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+
+def export_model(
+    folder: Path,
+    out: Path,
+    type: str = "q8_0",
+    types: Mapping[str, str] = NONE,
+    importance: Path | None = None,
+    threads: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Write model and tokenizer of a Hugging Face folder to `out` as a file of `type`, atomically.
+
+    `types` and `importance` (a file of stage `importance`) are as in `stored_tensors`. Returns the tensors as stored.
+    Raises `ExportError` for anything llama.cpp would run differently from torch, and for damaged weights.
+    """
+    llama = Llama.load(folder)
+    tensors = stored_tensors(llama, type, types, importance is not None)
+    vocabulary, weights = Vocabulary.load(folder), Weights.load(folder)
+    columns = read_importance(importance, tensors, weights) if importance else {}
+    writer = GGUFWriter(None, llama.kind)
+    writer.add_type(GGUFType.MODEL)
+    writer.add_file_type(FILE_TYPES[type])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    llama.write(writer)
+    vocabulary.write(writer, llama.vocabulary)
+    _check(weights, tensors, frozenset({"lm_head.weight"} if llama.tied else ()))
+    with writing(writer, tensors, out), ThreadPoolExecutor(threads) as pool:
+        for done, tensor in enumerate(tensors):
+            writer.write_tensor_data(_encoded(weights, tensor, columns.get(tensor.name), pool))
+            progress(done + 1, len(tensors))
+    return tensors
+
+
+def export_adapter(folder: Path, base: Path, out: Path, type: str = "f32") -> None:
+    """Write the PEFT LoRA adapter in `folder`, trained on the model folder `base`, to `out`, atomically.
+
+    A factor whose rows do not fill the blocks of `type` is kept in f16: B's, unless the rank is a multiple of 32.
+    Raises `ExportError` for a target without a GGUF name and for kinds of LoRA that llama.cpp does not know.
+    """
+    check_adapter_type(type)
+    config = read_json(folder / "adapter_config.json")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ExportError(f"{folder} is a {kind} adapter; supported: LORA")
+    for option in _ADAPTER_OPTIONS:
+        if config.get(option):
+            raise ExportError(
+                f"{folder}/adapter_config.json sets {option}, which llama.cpp does not know; train without"
+            )
+    llama = Llama.load(base)
+    writer = GGUFWriter(None, llama.kind)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_file_type(FILE_TYPES[type])
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
+    weights = Weights.load(folder, "adapter_model.safetensors")
+    tensors = [t.stored(TENSOR_TYPES[type]) for t in _adapter_tensors(weights, folder, llama, config)]
+    _check(weights, tensors, frozenset())
+    with writing(writer, tensors, out):
+        for tensor in tensors:
+            values = _read(weights, tensor, 0, tensor.shape[0])
+            writer.write_tensor_data(quantize_rows(values, tensor.type.name))
+
+
+def check_adapter_type(type: str) -> None:
+    """`ExportError` unless all tensors of a file can be of that type."""
+    if type not in FILE_TYPES or type not in TENSOR_TYPES:
+        known = ", ".join(t for t in FILE_TYPES if t in TENSOR_TYPES)
+        raise ExportError(f"an adapter cannot be of type {type!r}; known: {known}")
+
+
+def _adapter_tensors(weights: Weights, folder: Path, llama: Llama, config: Mapping[str, Any]) -> list[Tensor]:
+    """A [rank, in] and B [out, rank] of every adapted projection; B's rows are ordered as the base's.
+
+    llama.cpp knows one alpha for all: where a projection has its own, B carries the difference.
+    """
+    ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
+    alphas = config.get("alpha_pattern") or {}
+    found: dict[str, set[str]] = {}
+    for key in weights.shapes:
+        match = _LORA.fullmatch(key)
+        if match is None:
+            raise ExportError(f"{folder}: no GGUF name for adapter tensor {key}; adapt linear layers only")
+        found.setdefault(f"{match['module']}.weight", set()).add(match["side"])
+    names = {source.split(".")[-2] for source in found}
+    if foreign := sorted(set(alphas) - names):
+        raise ExportError(
+            f"{folder}/adapter_config.json: alpha_pattern names '{foreign[0]}'; supported are plain layer names"
+        )
+    targets = {t.source: t for t in llama.tensors() if len(t.shape) == 2}
+    for source, sides in found.items():
+        if source not in targets:
+            raise ExportError(f"{folder}: adapter target {source} is no projection of its base; retrain without it")
+        if sides != {"A", "B"}:
+            raise ExportError(f"{folder}: adapter target {source} lacks lora_{min({'A', 'B'} - sides)}")
+    tensors = []
+    for target in (t for t in targets.values() if t.source in found):
+        prefix = f"base_model.model.{target.source.removesuffix('.weight')}"
+        rank = weights.shapes[f"{prefix}.lora_A.weight"][0]
+        if rank not in ranks:
+            raise ExportError(f"{folder}: {prefix} has rank {rank}, adapter_config.json says {sorted(ranks)}")
+        rows, columns = target.shape
+        tensors.append(Tensor(f"{prefix}.lora_A.weight", f"{target.name}.lora_a", (rank, columns)))
+        factor = alphas.get(prefix.rsplit(".", 1)[-1], config["lora_alpha"]) / config["lora_alpha"]
+        b = Tensor(f"{prefix}.lora_B.weight", f"{target.name}.lora_b", (rows, rank), target.heads, factor=factor)
+        tensors.append(b)
+    return tensors
+
+
+def _read(weights: Weights, tensor: Tensor, start: int, stop: int) -> Array:
+    """Read, check and reorder rows `start` to `stop`, which are whole heads where there are heads."""
+    values: Array = weights.rows(tensor.source, start, stop)
+    if tensor.factor != 1:
+        values = values * np.float32(tensor.factor)
+    largest = np.abs(values).max(initial=0)  # NaN if any is
+    if not np.isfinite(largest):
+        raise ExportError(f"{tensor.source} holds NaN or infinity; training has diverged, use an earlier checkpoint")
+    if tensor.type != F32 and largest > LARGEST:
+        raise ExportError(f"{tensor.source} holds values too large for {tensor.type.name.lower()}; export as f32")
+    heads = tensor.heads * (stop - start) // tensor.shape[0]
+    return np.ascontiguousarray(rotary_order(values, heads) if heads else values)
+
+
+def _encoded(
+    weights: Weights, tensor: Tensor, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor
+) -> Array:
+    """The tensor's values as stored; threads share its rows."""
+    if tensor.values:
+        return np.array(tensor.values, np.float32)
+    if len(tensor.shape) == 1:
+        return _read(weights, tensor, 0, tensor.shape[0])
+    rows, width = tensor.shape
+    head = rows // tensor.heads if tensor.heads else 1
+    step = max(BLOCK // (width * head), 1) * head
+    out = np.empty((rows, tensor.nbytes // rows), np.uint8)
+
+    def encode(start: int) -> None:
+        stop = min(start + step, rows)
+        values = _read(weights, tensor, start, stop)
+        out[start:stop] = quantize_rows(values, tensor.type.name, importance)
+
+    for _ in pool.map(encode, range(0, rows, step)):
+        pass
+    return out
+
+
+def _check(weights: Weights, tensors: list[Tensor], unused: frozenset[str]) -> None:
+    """`ExportError` unless the files hold exactly these tensors, in these shapes."""
+    tensors = [tensor for tensor in tensors if not tensor.values]
+    for tensor in tensors:
+        if tensor.source not in weights.shapes:
+            raise ExportError(f"the weights lack {tensor.source}; save the whole model again")
+        shape = weights.shapes[tensor.source]
+        if shape != tensor.shape:
+            raise ExportError(f"{tensor.source} has shape {shape}, config.json asks for {tensor.shape}")
+    unknown = set(weights.shapes) - unused - {tensor.source for tensor in tensors}
+    if unknown:
+        raise ExportError(
+            f"the weights hold {min(unknown)}, which such a model does not have; GGUF has no place for it"
+        )
+
+
+@contextmanager
+def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterator[None]:
+    """Write the writer's keys and the tensors' places; the body then writes each tensor's data, in their order.
+
+    `out` is there whole after the body, or untouched if it fails. Until then all goes to a file whose name is fixed,
+    so that what a killed run left is overwritten by the next.
+    """
+    for tensor in tensors:
+        tensor.announce(writer)
+    part = out.with_name(f"{out.name}.part")
+    try:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        yield
+        writer.close()
+        os.replace(part, out)
+    finally:
+        writer.close()
+        part.unlink(missing_ok=True)
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`model` -> model.gguf, by `importance` and with the `types` of stage `awq` or `gptq` if given; or `adapter` and
+    the `model` it was trained on -> adapter.gguf.
+    """
+    base = inputs["model"].path
+    common = {"base_fingerprint": Weights.load(base).sha256, "tokenizer_sha256": Vocabulary.load(base).sha256}
+    if "adapter" in inputs:
+        path = out / "adapter.gguf"
+        export_adapter(inputs["adapter"].path / config.part, base, path, config.adapter_type)
+        return {"bytes": path.stat().st_size, "type": config.adapter_type, **common}
+    path = out / "model.gguf"
+    given = read_json(inputs["types"].path / OVERRIDES) if "types" in inputs else {}
+    tensors = export_model(
+        base,
+        path,
+        config.type,
+        {**config.types, **given, **config.types},  # the config's come first, and count where both speak
+        inputs["importance"].path / IMPORTANCE if "importance" in inputs else None,
+        context.threads,
+        lambda done, total: context.progress(done, total, {}),
+    )
+    weights, matrices = sum(np.prod(t.shape) for t in tensors), [t for t in tensors if len(t.shape) == 2]
+    bits = 8 * sum(t.nbytes for t in tensors) / int(weights)
+    context.progress(len(tensors), len(tensors), {"bits per weight": bits})
+    return {
+        "bytes": path.stat().st_size,
+        "type": config.type,
+        "types": dict(Counter(t.type.name.lower() for t in matrices)),
+        "bits_per_weight": bits,
+        **common,
+    }

@@ -1,0 +1,222 @@
+"""How large a GGUF file will be, to the byte, before there are any weights (SPEC D1).
+
+A file is its keys, a line for each tensor, and the tensors, each filled up to `ALIGNMENT` bytes. The keys are written
+for real, into a file that holds nothing else; which type a tensor gets says llama.cpp's own quantizer
+(`compress.gguf.type_mixture`). Only a vocabulary that is not there yet is estimated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES
+
+from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
+from cogumi.compress.gguf.layout import KINDS, Llama, Tensor
+from cogumi.compress.gguf.type_mixture import FILE_TYPES, NONE, TENSOR_TYPES, stored_tensors
+from cogumi.core.errors import ExportError
+from cogumi.core.shapes import ModelShape
+
+ALIGNMENT = 32
+"""Every tensor of a GGUF file begins at a multiple of this."""
+PROBE = 32
+"""Rows of the vocabulary that types and keys are asked for with: neither depends on it, so one answer does for all."""
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+ZSTD = {"F32": 0.93, "F16": 0.92, "Q8_0": 0.96, "Q4_0": 0.96, "Q4_K": 0.98, "Q2_K": 0.96, "IQ4_NL": 0.98}
+"""Share that zstd (level 10) leaves of weights drawn from a normal distribution; of other types it leaves all."""
+ZSTD_TEXT = 0.4
+"""Share that it leaves of the keys, which are mostly the vocabulary's text."""
+FIXED = 4 + 8
+"""Bytes of an id in a vocabulary beside its text: its kind, and the text's length. A merge has the length only."""
+SPOKEN = {"llama": (8.33, 2.189, 10.58), "qwen2": (9.03, 0.998, 10.03), "own": (3.87, 0.745, 5.59)}
+"""Vocabularies measured: bytes of an id's text, merges per id, bytes of a merge (Llama 3, Qwen2, the tiny recipe's)."""
+TEMPLATE = 3000
+"""Bytes of a known model's chat template and of what else there is beside ids and merges."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """A GGUF file: `keys` bytes of all that is no weight, and its tensors in the types they are kept in."""
+
+    keys: int
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return _filled(self.keys) + sum(_filled(tensor.nbytes) for tensor in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        """How many weights it holds."""
+        return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def packed(self) -> int:
+        """Bytes that zstd would leave of it, from what it leaves of random weights: an estimate."""
+        left = sum(ZSTD.get(tensor.type.name, 1.0) * tensor.nbytes for tensor in self.tensors)
+        return int(left + ZSTD_TEXT * self.keys)
+
+    @property
+    def read(self) -> int:
+        """Bytes that one token reads: all weights but the embedding, of which it is one row (unless it is the head)."""
+        read = [tensor.nbytes for tensor in self._multiplied]
+        embedding = [t.nbytes // t.shape[0] for t in self.tensors if t.name == EMBEDDING]
+        return sum(read) + (sum(embedding) if len(read) < len(self.tensors) else 0)
+
+    def of_types(self, types: Collection[str]) -> int:
+        """Bytes of the weights, but for an embedding that is not the head too, as far as they are of these types."""
+        return sum(tensor.nbytes for tensor in self._multiplied if tensor.type.name in types)
+
+    @property
+    def _multiplied(self) -> list[Tensor]:
+        own_head = any(tensor.name == HEAD for tensor in self.tensors)
+        return [tensor for tensor in self.tensors if not own_head or tensor.name != EMBEDDING]
+
+
+def model_file(
+    shape: ModelShape, type: str, vocabulary: int, types: Mapping[str, str] = NONE, importance: bool = False
+) -> GgufFile:
+    """The file that stage `gguf` makes of a model of this shape, with `vocabulary` bytes of tokenizer keys.
+
+    `type`, `types` and `importance` are as in `mixture.stored_tensors`, and raise what they raise there.
+    """
+    llama = replace(_llama(shape), vocabulary=PROBE)
+    tensors = _tensors(llama, type, tuple(types.items()), importance)
+    ends = (EMBEDDING, HEAD)
+    known = (replace(t, shape=(shape.vocabulary, t.shape[1])) if t.name in ends else t for t in tensors)
+    return GgufFile(_keys(llama) + vocabulary, tuple(known))
+
+
+def adapter_file(shape: ModelShape, ranks: Mapping[str, int], type: str = "f32") -> GgufFile:
+    """The file of a LoRA on this shape: A [rank, in] and B [out, rank] of every target, by rank."""
+    return _adapter(replace(_llama(shape), vocabulary=PROBE), tuple(ranks.items()), type)
+
+
+def bits(type: str) -> float:
+    """Bits per weight of a tensor of that type."""
+    weights, bytes = GGML_QUANT_SIZES[TENSOR_TYPES[type]]
+    return float(8 * bytes / weights)
+
+
+def vocabulary_bytes(vocabulary: Vocabulary, rows: int) -> int:
+    """Bytes of the tokenizer's keys in a file with `rows` ids."""
+    nothing = _written("llama", lambda writer: None, ())
+    return _written("llama", lambda writer: vocabulary.write(writer, rows), ()) - nothing
+
+
+def typical_vocabulary(family: str, rows: int) -> int:
+    """The same estimated, for `rows` ids of a vocabulary like that of a family in `SPOKEN`."""
+    text, merges, merge = SPOKEN[family]
+    return int(rows * (FIXED + text + merges * (8 + merge))) + TEMPLATE
+
+
+def read_model(path: Path) -> tuple[Llama, str, int]:
+    """Shape, type and bytes of tokenizer keys of a model's GGUF file; `ExportError` if it is none of the supported."""
+    try:
+        reader = GGUFReader(path)
+        keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        if keys.get("general.type") == "adapter":
+            raise ExportError(f"{path} is an adapter, no model; give its base")
+        kind = keys["general.architecture"]
+        if kind not in KINDS:
+            raise ExportError(f"{path} is a {kind}; supported: {', '.join(KINDS)}")
+        type = next(name for name, number in FILE_TYPES.items() if number == keys["general.file_type"])
+        llama = _read_shape(kind, keys, {tensor.name: tensor.n_elements for tensor in reader.tensors})
+    except FileNotFoundError as error:
+        raise ExportError(f"there is no file {path}; check the name") from error
+    except (OSError, ValueError, KeyError, IndexError, StopIteration) as error:
+        raise ExportError(f"{path} is no whole GGUF model ({error!r}); export or copy it again") from error
+    spoken = (field for name, field in reader.fields.items() if name.startswith("tokenizer."))
+    return llama, type, sum(int(part.nbytes) for field in spoken for part in field.parts)
+
+
+def _read_shape(kind: str, keys: Mapping[str, Any], tensors: Mapping[str, int]) -> Llama:
+    def key(name: str) -> Any:
+        return keys[f"{kind}.{name}"]
+
+    heads, hidden = key("attention.head_count"), key("embedding_length")
+    return Llama(
+        hidden=hidden,
+        feed_forward=key("feed_forward_length"),
+        layers=key("block_count"),
+        heads=heads,
+        kv_heads=key("attention.head_count_kv"),
+        head=keys.get(f"{kind}.attention.key_length", hidden // heads),
+        vocabulary=int(tensors[EMBEDDING]) // hidden,
+        context=key("context_length"),
+        tied=HEAD not in tensors,
+        kind=kind,
+        epsilon=key("attention.layer_norm_rms_epsilon"),
+        theta=key("rope.freq_base"),
+        stretch=(1.0,) * int(tensors.get("rope_freqs.weight", 0)),
+    )
+
+
+def _filled(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def _llama(shape: ModelShape) -> Llama:
+    """A shape with the figures that no size depends on."""
+    return shape if isinstance(shape, Llama) else Llama(**asdict(shape), epsilon=1e-5, theta=10_000.0)
+
+
+@lru_cache(maxsize=256)
+def _tensors(llama: Llama, type: str, types: tuple[tuple[str, str], ...], importance: bool) -> tuple[Tensor, ...]:
+    return tuple(stored_tensors(llama, type, dict(types), importance))
+
+
+@lru_cache(maxsize=256)
+def _adapter(llama: Llama, ranks: tuple[tuple[str, int], ...], type: str) -> GgufFile:
+    stored, rank_of = TENSOR_TYPES[type], dict(ranks)
+    tensors = []
+    for weight in llama.tensors():
+        rank = rank_of.get(weight.source.split(".")[-2]) if len(weight.shape) == 2 else None
+        if rank:
+            rows, columns = weight.shape
+            tensors.append(Tensor("", f"{weight.name}.lora_a", (rank, columns)).stored(stored))
+            tensors.append(Tensor("", f"{weight.name}.lora_b", (rows, rank)).stored(stored))
+
+    def keys(writer: GGUFWriter) -> None:
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_file_type(LlamaFileType.ALL_F32)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, 1.0)
+
+    return GgufFile(_written(llama.kind, keys, tensors), tuple(tensors))
+
+
+@lru_cache(maxsize=256)
+def _keys(llama: Llama) -> int:
+    """Bytes of a model's keys, but for those of its tokenizer, and of the lines of its tensors."""
+
+    def keys(writer: GGUFWriter) -> None:
+        writer.add_type(GGUFType.MODEL)
+        writer.add_file_type(LlamaFileType.ALL_F32)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        llama.write(writer)
+
+    return _written(llama.kind, keys, llama.tensors())
+
+
+def _written(kind: str, keys: Callable[[GGUFWriter], None], tensors: Sequence[Tensor]) -> int:
+    """Bytes of a file with these keys and lines, without the tensors' data."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "keys.gguf"
+        writer = GGUFWriter(path, kind)
+        keys(writer)
+        for tensor in tensors:
+            tensor.announce(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return path.stat().st_size

@@ -1,0 +1,216 @@
+"""What llama.cpp must be told of a byte-level BPE tokenizer so that it makes the same ids (SPEC D5).
+
+llama.cpp does not read pre-tokenizers, it knows some by name (`tokenizer.ggml.pre`). A name that nearly fits
+is exact on most text and wrong on the rest, so whatever is not known to be exact is refused. One exception: Qwen2's NFC
+is let pass, so ids differ where a text holds a letter and its accent apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from cogumi.core.errors import ExportError
+
+
+def _split(digits: str) -> str:
+    """A pre-tokenizer that cuts texts by a pattern first, as `_describe` says it."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = {"Regex": words + digits + rest}
+    return f"Split(pattern={pattern!r}, behavior='Isolated', invert=False) + ByteLevel(use_regex=False)"
+
+
+LLAMA3, QWEN2 = "llama-bpe", "qwen2"
+PRE_TOKENIZERS = {
+    "ByteLevel": "gpt-2",
+    "Digits(individual_digits=True) + ByteLevel": "smollm",
+    _split(r"\p{N}{1,3}"): LLAMA3,
+    _split(r"\p{N}"): QWEN2,
+}
+"""What a pre-tokenizer is, as `_describe` says it -> llama.cpp's name for the same."""
+
+_PLAIN = {"type", "trim_offsets"}  # says nothing about ids
+_DEFAULTS = {"add_prefix_space": False, "use_regex": True}
+_BPE_OPTIONS = (
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+)
+_MATCH_OPTIONS = ("lstrip", "rstrip", "single_word")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A tokenizer in llama.cpp's terms: `control` ids are special, `defined` ids plain added tokens."""
+
+    pre: str
+    tokens: Mapping[int, str]
+    merges: tuple[str, ...]
+    control: frozenset[int]
+    defined: frozenset[int]
+    bos: int | None
+    eos: int
+    pad: int | None
+    add_bos: bool
+    add_eos: bool
+    template: str | None
+
+    @classmethod
+    def load(cls, folder: Path) -> Vocabulary:
+        """Read a folder's tokenizer files; `ExportError` if llama.cpp could not do the same."""
+        text, settings = _read(folder / "tokenizer.json"), json.loads(_read(folder / "tokenizer_config.json"))
+        document = json.loads(text)
+        model, added = document["model"], document["added_tokens"]
+        _check(folder, document)
+        ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+        bos, eos, pad = (_special(folder, settings, ids, name) for name in ("bos_token", "eos_token", "pad_token"))
+        if eos is None:
+            raise ExportError(f"{folder}/tokenizer_config.json names no eos_token; without one an answer never ends")
+        add_bos, add_eos = _frame(folder, text, bos, eos)
+        return cls(
+            pre=_pre_tokenizer(folder, document["pre_tokenizer"]),
+            tokens={number: token for token, number in ids.items()},
+            merges=tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]),
+            control=frozenset(token["id"] for token in added if token["special"]),
+            defined=frozenset(token["id"] for token in added if not token["special"]),
+            bos=bos,
+            eos=eos,
+            pad=pad,
+            add_bos=bos is not None and _said(settings, "add_bos_token", add_bos),
+            add_eos=_said(settings, "add_eos_token", add_eos),
+            template=_template(folder, settings),
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Equal for two tokenizers exactly when they turn every text into the same ids."""
+        said = [
+            self.pre,
+            sorted(self.tokens.items()),
+            self.merges,
+            sorted(self.control),
+            sorted(self.defined),
+        ]
+        return hashlib.sha256(json.dumps(said, separators=(",", ":")).encode()).hexdigest()
+
+    def write(self, writer: GGUFWriter, rows: int) -> None:
+        """Add the `tokenizer.*` keys; `rows` of the embedding that no token uses become unused tokens."""
+        if max(self.tokens) >= rows:
+            raise ExportError(
+                f"the tokenizer's highest id is {max(self.tokens)}, but config.json says vocab_size {rows}; "
+                "use the tokenizer this model was trained with"
+            )
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list([self.tokens.get(i, f"[PAD{i}]") for i in range(rows)])
+        writer.add_token_types([self._type(i) for i in range(rows)])
+        writer.add_token_merges(list(self.merges))
+        if self.bos is not None:
+            writer.add_bos_token_id(self.bos)
+        writer.add_eos_token_id(self.eos)
+        if self.pad is not None:
+            writer.add_pad_token_id(self.pad)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
+
+    def _type(self, number: int) -> TokenType:
+        if number in self.control:
+            return TokenType.CONTROL
+        if number in self.defined:
+            return TokenType.USER_DEFINED
+        return TokenType.NORMAL if number in self.tokens else TokenType.UNUSED
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing; give a full model folder, tokenizer included") from error
+
+
+def _check(folder: Path, document: Mapping[str, Any]) -> None:
+    """Refuse what changes ids in a way llama.cpp's gpt2 tokenizer does not know."""
+    model = document["model"]
+    if model["type"] != "BPE":
+        raise ExportError(f"{folder}: the tokenizer model is {model['type']}; supported is BPE over bytes")
+    if document["normalizer"] not in (None, {"type": "NFC"}):
+        raise ExportError(
+            f"{folder}: the tokenizer normalizes text ({document['normalizer']['type']}); llama.cpp would not"
+        )
+    for option in _BPE_OPTIONS:
+        if model.get(option):
+            raise ExportError(f"{folder}: the tokenizer's BPE sets {option}, which llama.cpp does not know")
+    if model.get("ignore_merges") and _pre_tokenizer(folder, document["pre_tokenizer"]) != LLAMA3:
+        raise ExportError(f"{folder}: the tokenizer's BPE sets ignore_merges, which llama.cpp knows of Llama 3's only")
+    lost = sorted(set(ByteLevel.alphabet()) - set(model["vocab"]))
+    if lost:
+        raise ExportError(f"{folder}: the vocabulary lacks {len(lost)} of the 256 bytes; train it with all of them")
+    if not model["merges"]:
+        raise ExportError(f"{folder}: the tokenizer has no merges; llama.cpp needs at least one")
+    for token in document["added_tokens"]:
+        for option in _MATCH_OPTIONS:
+            if token[option]:
+                raise ExportError(f"{folder}: token {token['content']!r} sets {option}, which llama.cpp does not know")
+
+
+def _pre_tokenizer(folder: Path, node: Mapping[str, Any] | None) -> str:
+    parts = [] if node is None else node["pretokenizers"] if node["type"] == "Sequence" else [node]
+    found = " + ".join(_describe(part) for part in parts)
+    if found not in PRE_TOKENIZERS:
+        supported = " or ".join([*PRE_TOKENIZERS][:2])
+        raise ExportError(
+            f"{folder}: the pre-tokenizer is {found or 'none'}; supported: {supported}, and those of Llama 3 and Qwen2"
+        )
+    return PRE_TOKENIZERS[found]
+
+
+def _describe(part: Mapping[str, Any]) -> str:
+    options = {key: value for key, value in part.items() if key not in _PLAIN and value != _DEFAULTS.get(key)}
+    said = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{part['type']}({said})" if said else str(part["type"])
+
+
+def _special(folder: Path, settings: Mapping[str, Any], ids: Mapping[str, int], name: str) -> int | None:
+    value = settings.get(name)
+    text = value["content"] if isinstance(value, dict) else value
+    if text is not None and text not in ids:
+        raise ExportError(f"{folder}: {name} {text!r} of tokenizer_config.json is not in tokenizer.json")
+    return None if text is None else ids[text]
+
+
+def _frame(folder: Path, text: str, bos: int | None, eos: int) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before and eos behind a text."""
+    raw = Tokenizer.from_str(text)
+    bare, framed = (raw.encode("a", add_special_tokens=special).ids for special in (False, True))
+    for add_bos in (False, True):
+        for add_eos in (False, True):
+            if [bos] * add_bos + bare + [eos] * add_eos == framed:
+                return add_bos, add_eos
+    raise ExportError(f"{folder}: the tokenizer's post-processor adds more than bos and eos; llama.cpp cannot")
+
+
+def _said(settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    """The settings overrule the post-processor; null says nothing."""
+    value = settings.get(name)
+    return default if value is None else bool(value)
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template, from its own file (newer folders) or the settings."""
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ExportError(f"{folder}/tokenizer_config.json holds several chat templates; keep one, as a string")
+    return template

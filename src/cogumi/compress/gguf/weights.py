@@ -1,0 +1,115 @@
+"""The weights of a Hugging Face folder, read a few rows at a time from one safetensors file or from several (SPEC D5);
+and how much their columns matter, if that was measured.
+
+A file is opened anew for every read and its mapping dropped afterwards, so that memory never holds more of a checkpoint
+than what is being looked at, however large it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from cogumi.compress.gguf.layout import Tensor, read_json
+from cogumi.core.errors import ExportError
+from cogumi.core.files import sha256
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+IMPORTANCE = "importance.safetensors"
+"""The file of stage `importance`."""
+_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where each tensor lies and its shape; `files` are all files, in order of their names."""
+
+    files: tuple[Path, ...]
+    places: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def load(cls, folder: Path, name: str = ONE) -> Weights:
+        """Look into the safetensors file `name` of a folder, or into the shards that its index names.
+
+        Raises `ExportError` for files that are missing, cut short, of other numbers than floats, or that do not hold
+        what the index says.
+        """
+        index = folder / INDEX
+        if name != ONE or (folder / name).exists() or not index.exists():
+            return cls._look([folder / name])
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict) or not all(Path(str(file)).name == file for file in placed.values()):
+            raise ExportError(f"{index} has no weight_map of file names; copy the checkpoint again")
+        found = cls._look([folder / str(file) for file in sorted(set(placed.values()))])
+        for tensor, file in placed.items():
+            if found.places.get(tensor) != folder / file:
+                raise ExportError(f"{folder / file} lacks {tensor}, which {index.name} says it holds; copy it again")
+        return found
+
+    @classmethod
+    def _look(cls, files: list[Path]) -> Weights:
+        places: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            with _opened(path) as file:
+                for tensor in file.keys():  # noqa: SIM118
+                    part = file.get_slice(tensor)
+                    if part.get_dtype() not in _DTYPES:
+                        known = ", ".join(_DTYPES)
+                        raise ExportError(f"{path}: {tensor} is {part.get_dtype()}; save the model as one of {known}")
+                    places[tensor], shapes[tensor] = path, tuple(part.get_shape())
+        return cls(tuple(files), places, shapes)
+
+    def rows(self, tensor: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start` to `stop` of a tensor as f32."""
+        with _opened(self.places[tensor]) as file:
+            values: NDArray[np.float32] = file.get_slice(tensor)[start:stop].float().numpy()
+            return values
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the one file, or one over the hashes of all."""
+        if len(self.files) == 1:
+            return sha256(self.files[0])
+        lines = (f"{path.name} {sha256(path)}\n" for path in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, read through torch because numpy has no bfloat16."""
+    try:
+        file = safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing; give a full model or adapter folder") from error
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} is cut short or damaged ({error}); copy it again") from error
+    with file:
+        yield file
+
+
+def read_importance(path: Path, tensors: Sequence[Tensor], weights: Weights) -> dict[str, NDArray[np.float32]]:
+    """Columns' importance by GGUF name; `ExportError` unless it was measured on these weights, on every layer."""
+    try:
+        with safe_open(path, framework="np") as file:
+            measured = (file.metadata() or {}).get("base_sha256")
+            found: dict[str, NDArray[np.float32]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} is missing or damaged ({error}); run stage 'importance' again") from error
+    if measured != weights.sha256:
+        raise ExportError(f"{path} was measured on another model; run stage 'importance' on the one to export")
+    for tensor in tensors:
+        if tensor.name in found or (len(tensor.shape) == 2 and tensor.name.startswith("blk.")):
+            columns = found.get(tensor.name, np.empty(0, np.float32))
+            if columns.shape != tensor.shape[1:] or not np.isfinite(columns).all():
+                raise ExportError(f"{path}: {tensor.name} is missing or damaged; run stage 'importance' again")
+    return found

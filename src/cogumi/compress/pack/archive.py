@@ -1,0 +1,289 @@
+"""Stage `archive`: a bundle packed with zstd, without loss (SPEC D6); `cogumi pack` does the same.
+
+Every file is compressed both plainly and with a dictionary trained on all of them, and the smaller form is kept; the
+dictionary itself counts, and goes where it does not pay. What was written is unpacked once, and compared, before it
+counts. Weights of 4 to 6 bits are close to random: they hardly get smaller.
+
+A model's folder (input `model`) can be packed as well, to be kept rather than opened. With `sparse` the tensors of its
+safetensors files are also tried without their zeros, which pays for weights that were pruned (`sparse.py`).
+
+The `manifest.json` that a build leaves in a folder is not packed: it is the record of that build and tells of the paths
+and the machine there, while the packed folder has checksums of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import zstandard
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.bundle.format import INDEX as BUNDLE_INDEX
+from cogumi.bundle.format import open_bundle
+from cogumi.bundle.packed import (
+    DICTIONARY,
+    DICTIONARY_BYTES,
+    ENDING,
+    FORMAT,
+    FRAME,
+    INDEX,
+    LEVEL,
+    Archive,
+    Index,
+    PackedFile,
+    Progress,
+    Told,
+    in_order,
+    may_be_named,
+    named,
+    quiet,
+    staged,
+)
+from cogumi.compress.pack import sparse
+from cogumi.core.artifact import file_names
+from cogumi.core.errors import BundleError
+from cogumi.core.files import entries, write_json
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+
+VERSION = 1
+KIND = "archive"
+
+SAMPLE, SAMPLES = 4096, 3200
+"""Bytes of a sample and their number: a dictionary wants about a hundred times its size to learn from."""
+SEGMENT = 1024
+"""Bytes that a dictionary takes over in one piece; a search for the best took six times as long and won nothing."""
+TENSORS = ".safetensors"
+TRIAL = ".trial"
+"""How the form with the dictionary ends until one of the two is chosen."""
+
+
+class Config(BaseModel):
+    """`level`: how hard zstd tries, 1 to 22. `sparse`: try safetensors files without their zeros, too."""
+
+    model_config = ConfigDict(extra="forbid")
+    level: int = Field(LEVEL, ge=1, le=22)
+    sparse: bool = False
+
+
+def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
+    """Pack the named files of a folder into the empty folder `out` and return the figures.
+
+    `{bytes, packed_bytes, ratio, dictionary_bytes, files: {name: {bytes, packed_bytes, ratio, plain_bytes,
+    with_dictionary_bytes, dictionary}}}`; `packed_bytes` in all counts the dictionary. With `sparse` also
+    `sparse: {name: {bytes, sparse_bytes, zeros, kinds, packed_bytes, zstd_alone_bytes}}`; the file that was chosen is
+    among `files`, by its own name or as `<name>.sparse`, whose `bytes` are those of the file with its zeros. Equal
+    files give equal bytes.
+    """
+    sources = {name: folder / name for name in sorted(names)}
+    if wrong := [name for name in sources if not may_be_named(name)]:
+        raise BundleError(f"{folder / wrong[0]} cannot be packed under that name; rename it or move it elsewhere")
+    sizes = {name: path.stat().st_size for name, path in sources.items()}
+    tensors = sum(size for name, size in sizes.items() if config.sparse and name.endswith(TENSORS))
+    total, done = 3 * sum(sizes.values()) + 2 * tensors, 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        progress(done, total)
+
+    with TemporaryDirectory(dir=out) as scratch:
+        plain = {name: _packed(path, out / (name + ENDING), config.level, None, told) for name, path in sources.items()}
+        tried = _sparse(sources, sizes, plain, Path(scratch), out, config.level, told) if config.sparse else {}
+        trials = _with_dictionary(sources, plain, out, config.level, told)
+    files = _choose(plain, trials, out)
+    _finish(out, files, told)
+    progress(total, total)
+    return _figures(Archive(out), sizes, plain, trials) | tried
+
+
+def _sparse(
+    sources: dict[str, Path],
+    sizes: dict[str, int],
+    plain: dict[str, PackedFile],
+    scratch: Path,
+    out: Path,
+    level: int,
+    told: Told,
+) -> dict[str, Any]:
+    """Put each safetensors file without its zeros in the place of the file itself, where that is smaller packed.
+
+    Tells twice the bytes of each: once for finding its zeros, once for packing the rest.
+    """
+    tried: dict[str, Any] = {}
+    for name in [name for name in sources if name.endswith(TENSORS)]:
+        other = name + sparse.ENDING
+        figures = sparse.encode_file(sources[name], scratch / "sparse", told)
+        path = (scratch / "sparse").rename(scratch / str(len(tried)))
+        packed = _packed(path, out / (other + ENDING), level, None, told)
+        told(max(sizes[name] - packed.bytes, 0))
+        tried[name] = figures | {"packed_bytes": packed.packed_bytes, "zstd_alone_bytes": plain[name].packed_bytes}
+        loser = name if packed.packed_bytes < plain[name].packed_bytes else other
+        (out / (loser + ENDING)).unlink()
+        if loser == name:
+            del sources[name], plain[name]
+            sources[other], sizes[other], plain[other] = path, sizes.pop(name), packed
+    return {"sparse": tried}
+
+
+def _with_dictionary(
+    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, told: Told
+) -> dict[str, PackedFile]:
+    """Every file packed with a dictionary, beside its plain form; nothing if none can be learned."""
+    dictionary = _train(sources.values(), level)
+    if dictionary is None:
+        return {}
+    (out / DICTIONARY).write_bytes(dictionary.as_bytes())
+    return {name: _packed(path, out / (name + TRIAL), level, dictionary, told) for name, path in sources.items()}
+
+
+def _choose(plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile], out: Path) -> dict[str, PackedFile]:
+    """The smaller form of each file; the plain one of all, if the dictionary does not save what it takes."""
+    better = {name: file for name, file in trials.items() if file.packed_bytes < plain[name].packed_bytes}
+    saved = sum(plain[name].packed_bytes - file.packed_bytes for name, file in better.items())
+    if trials and saved <= (out / DICTIONARY).stat().st_size:
+        (out / DICTIONARY).unlink()
+        better = {}
+    for name in trials:
+        if name in better:
+            (out / (name + TRIAL)).replace(out / (name + ENDING))
+        else:
+            (out / (name + TRIAL)).unlink()
+    return dict(sorted((dict(plain) | better).items()))
+
+
+def _train(paths: Iterable[Path], level: int) -> Any:
+    """A dictionary learned from samples that lie evenly over all files; None if that is too little to learn from."""
+    sizes = {path: path.stat().st_size for path in paths}
+    stride, at = max(sum(sizes.values()) // SAMPLES, SAMPLE), 0
+    samples: list[bytes | bytearray | memoryview[int]] = []
+    for path, size in sizes.items():
+        with path.open("rb") as file:
+            while at < size:
+                file.seek(at)
+                samples.append(file.read(SAMPLE))
+                at += stride
+        at -= size
+    try:
+        return zstandard.train_dictionary(DICTIONARY_BYTES, samples, k=SEGMENT, d=8, level=level)
+    except zstandard.ZstdError:
+        return None
+
+
+def _finish(out: Path, files: Mapping[str, PackedFile], told: Told) -> None:
+    """Write the index, and take it back if what it describes does not unpack to the same bytes."""
+    dictionary = entries(out, [DICTIONARY])[DICTIONARY] if (out / DICTIONARY).is_file() else None
+    write_json(out / INDEX, Index(format=FORMAT, dictionary=dictionary, files=dict(files)).model_dump())
+    try:
+        archive = Archive(out)
+        for name in files:
+            for content in archive.read(name):
+                told(len(content))
+    except BundleError:
+        (out / INDEX).unlink()
+        raise
+
+
+def _figures(
+    archive: Archive, sizes: Mapping[str, int], plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile]
+) -> dict[str, Any]:
+    """What it came to; `sizes` are those of the files before anything was done to them."""
+    index = archive.index
+    rows = {
+        name: {
+            "bytes": sizes[name],
+            "packed_bytes": file.packed_bytes,
+            "ratio": ratio(sizes[name], file.packed_bytes),
+            "plain_bytes": plain[name].packed_bytes,
+            "with_dictionary_bytes": trials[name].packed_bytes if name in trials else None,
+            "dictionary": file.dictionary,
+        }
+        for name, file in index.files.items()
+    }
+    whole = sum(sizes.values())
+    dictionary = index.dictionary.bytes if index.dictionary else 0
+    packed = sum(file.packed_bytes for file in index.files.values()) + dictionary
+    figures = {"bytes": whole, "packed_bytes": packed, "ratio": ratio(whole, packed), "dictionary_bytes": dictionary}
+    return figures | {"files": rows}
+
+
+def ratio(before: int, after: int) -> float:
+    """How many times smaller it has become."""
+    return round(before / after, 4) if after else 1.0
+
+
+def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Told) -> PackedFile:
+    """Write a file as frames; several threads compress them, and the result is the same for any number of threads."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    before, after, size = hashlib.sha256(), hashlib.sha256(), 0
+    lengths = []
+
+    def frame(content: bytes) -> tuple[bytes, bytes]:
+        return content, zstandard.ZstdCompressor(level=level, dict_data=dictionary).compress(content)
+
+    with source.open("rb") as read, target.open("wb") as write:
+        for content, packed in in_order(frame, iter(lambda: read.read(FRAME), b"")):
+            before.update(content)
+            after.update(packed)
+            write.write(packed)
+            lengths.append(len(packed))
+            size += len(content)
+            told(len(content))
+    return PackedFile(
+        bytes=size,
+        sha256=before.hexdigest(),
+        packed_bytes=sum(lengths),
+        packed_sha256=after.hexdigest(),
+        frames=lengths,
+        dictionary=dictionary is not None,
+    )
+
+
+def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
+    """Pack a bundle, which is verified first, or a model's folder into the empty folder `out`; figures as of `pack`.
+
+    Raises `BundleError` for a folder that is neither, and `DataError` for a safetensors file that is none or was cut.
+    """
+    if (folder / BUNDLE_INDEX).is_file():
+        open_bundle(folder)
+        names = [*json.loads((folder / BUNDLE_INDEX).read_bytes())["files"], BUNDLE_INDEX]
+    else:
+        names = _model_files(folder)
+    return pack(folder, names, out, config, progress)
+
+
+def _model_files(folder: Path) -> list[str]:
+    """What a model's folder holds: no links, and safetensors files as long as their headers say."""
+    if links := sorted(path for path in folder.rglob("*") if path.is_symlink()):
+        raise BundleError(f"{links[0]} is a link, which may lead out of the folder; put the file itself there")
+    names = file_names(folder) if folder.is_dir() else []
+    models = [name for name in names if name.endswith(TENSORS)]
+    if not models:
+        raise BundleError(f"{folder} is neither a bundle nor a model's folder; name one such as runs/tiny/bundle")
+    for name in models:
+        sparse.check_file(folder / name)
+    return names
+
+
+def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
+    """Unpack an archive into the new folder `out`, all of it or nothing; the number of bytes that came out."""
+    archive = Archive(folder)
+    with staged(out, folder) as part:
+        archive.extract_all(part, progress)
+        for name in archive.files:
+            if name.endswith(TENSORS + sparse.ENDING):
+                with named(part / name, archive.packed(name)):
+                    sparse.expand_file(part / name, part / name.removesuffix(sparse.ENDING))
+                (part / name).unlink()
+        return sum((part / name).stat().st_size for name in file_names(part))
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """Bundle or model -> the same packed; metrics are the figures of `pack`."""
+    source = inputs["model"] if "model" in inputs else inputs["bundle"]
+    return pack_folder(source.path, out, config, lambda done, total: context.progress(done, total, {}))

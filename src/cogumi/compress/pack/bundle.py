@@ -1,0 +1,163 @@
+"""Stage `bundle`: put the exported parts of a cascade into one verified folder with a model card.
+
+Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty` and
+`router` (safetensors), and `calibration`; if wanted `escalation`, `critic`, `embedder`, `head` and `fewshot`, and
+`examples` (questions, some of which are shown to the base before hard ones). Without `draft` it is a mobile package
+(see `cogumi.bundle.format`): the draft of a larger cascade is given as `base`, with modifiers that were trained on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.bundle.format import (
+    BASE,
+    CALIBRATION,
+    CARD,
+    CRITIC,
+    DIFFICULTY,
+    DRAFT,
+    EMBEDDER,
+    ESCALATION,
+    EXAMPLES,
+    FEWSHOT,
+    HEAD,
+    ROUTER,
+    VOCABULARY,
+    Part,
+    modifier_name,
+    open_bundle,
+    write_bundle,
+)
+from cogumi.core.errors import ExportError, RecipeError
+from cogumi.core.files import write_text
+from cogumi.core.registry import nearest
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+from cogumi.data.examples import iterate_examples
+
+VERSION = 2
+KIND = "bundle"
+
+MODIFIER = "modifier_"
+SOURCES = {
+    "base": ("model.gguf", BASE, "answers first"),
+    "difficulty": (DIFFICULTY, DIFFICULTY, "how hard a question looks to the draft"),
+    "router": (ROUTER, ROUTER, "which domain a question is from"),
+    "calibration": (CALIBRATION, CALIBRATION, "from signals to P(correct), with the threshold"),
+}
+"""Role -> (file in the input's folder, its name in the bundle, what it does)."""
+OPTIONAL = {
+    "draft": ("model.gguf", DRAFT, "reads the question, and drafts for the base when that pays"),
+    "escalation": (ESCALATION, ESCALATION, "notices that a user is not satisfied with an answer"),
+    "critic": (CRITIC, CRITIC, "scores an answer and names what is wrong with it"),
+    "embedder": (EMBEDDER, EMBEDDER, "embeds sentences, for the semantic cache"),
+    "head": (HEAD, HEAD, "the base's output head, adapted to the examples of a request"),
+    "fewshot": ("adapter.gguf", FEWSHOT, "answers together with the adapted head"),
+    "examples": ("train.jsonl", EXAMPLES, "questions with answers, shown to the base before hard ones"),
+}
+"""The same for what need not be there."""
+
+
+class Config(BaseModel):
+    """`title` heads the model card; `examples` of each domain are kept of the input of that name."""
+
+    model_config = ConfigDict(extra="forbid")
+    title: str = "A Cogumi cascade"
+    examples: int = Field(40, ge=1)
+
+
+def _source(role: str) -> tuple[str, str, str]:
+    if role.startswith(MODIFIER) and role != MODIFIER:
+        domain = role.removeprefix(MODIFIER)
+        what = f"answers {domain} questions that the base is unsure of"
+        return "adapter.gguf", modifier_name(domain), what
+    known = SOURCES | OPTIONAL
+    if role not in known:
+        hint = nearest(role, [*known, MODIFIER + "<domain>"])
+        raise RecipeError(f"stage 'bundle' has no input '{role}'; {hint}")
+    return known[role]
+
+
+def _write_examples(source: Path, target: Path, count: int) -> None:
+    """The first `count` questions of each domain that have an answer, with it: one JSON object a line."""
+    kept: Counter[str] = Counter()
+    lines = []
+    for example in iterate_examples(source):
+        answerable = example.meta.get("check", {}).get("kind") != "abstain"
+        if answerable and len(example.messages) == 1 and kept[example.domain] < count:
+            kept[example.domain] += 1
+            row = {"domain": example.domain, "question": example.messages[0].content, "answer": example.answer}
+            lines.append(json.dumps(row, ensure_ascii=False))
+    write_text(target, "\n".join(lines) + "\n")
+
+
+def _part(role: str, artifact: Artifact) -> dict[str, Any]:
+    """What a GGUF artifact says it belongs to."""
+    names = Part.model_fields
+    if missing := [name for name in names if name not in artifact.metrics]:
+        raise ExportError(f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf'")
+    return {name: artifact.metrics[name] for name in names}
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    """The numbers among a step's metrics, as one line of text."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in numbers.items())
+
+
+def model_card(title: str, inputs: Mapping[str, Artifact], sizes: Mapping[str, int]) -> str:
+    """README.md of a bundle: its parts, what they measured when they were made, and where they come from."""
+    rows = []
+    for role, artifact in inputs.items():
+        _, name, what = _source(role)
+        made_by = f"`{artifact.fingerprint[:12]}`"
+        rows.append(f"| `{name}` | {what} | {sizes[name]:,} | {_figures(artifact.metrics)} | {made_by} |")
+    return f"""# {title}
+
+Chat with it: `cogumi chat <this folder>`; serve it: `cogumi serve <this folder>`.
+
+| part | what it does | bytes | figures of the step that made it | its fingerprint |
+|---|---|---:|---|---|
+{chr(10).join(rows)}
+
+P(correct) holds for questions like those it was calibrated on, and for no others.
+"""
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """Parts -> a bundle in `out`, opened once to be sure."""
+    files: dict[str, Path] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for role in [*SOURCES, *(role for role in inputs if role not in SOURCES)]:
+        source, name, _ = _source(role)
+        files[name] = inputs[role].path / source
+        if not files[name].is_file():
+            raise ExportError(f"input '{role}' ({inputs[role].path}) holds no {source}; check the recipe")
+        if name.endswith(".gguf"):
+            parts[name] = _part(role, inputs[role])
+        if role == "examples":
+            _write_examples(files[name], out / name, config.examples)
+            files[name] = out / name
+        if role == "embedder":
+            files[VOCABULARY] = inputs[role].path / VOCABULARY
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    card = out / CARD
+    write_text(card, model_card(config.title, inputs, sizes))
+    description = {
+        "title": config.title,
+        "parts": parts,
+        "seed": context.seed,
+        "provenance": {role: artifact.fingerprint for role, artifact in inputs.items()},
+        "measured": {role: artifact.metrics for role, artifact in inputs.items()},
+    }
+    write_bundle(out, {**files, CARD: card}, description)
+    open_bundle(out)
+    sizes[CARD] = card.stat().st_size
+    return {"bytes": sizes, "total_bytes": sum(sizes.values())}

@@ -1,0 +1,156 @@
+"""Byte-level BPE as `tokenizer.json` says it: which tokens need which, and the same tokenizer with fewer (SPEC A11).
+
+BPE (Sennrich et al., 1508.07909) joins, of all neighbours in a word that some merge knows, those of the earliest merge,
+until none is known. What happens inside a stretch that ends as one token is what happens to that stretch alone, so a
+token has one derivation, and what comes up in it are its merge parents. Where a set of tokens is closed under merge
+parents, and of the merges those stay whose sides and result do, every word whose tokens all stay is cut as before.
+Any other word is cut otherwise, mostly into more tokens, at worst into its bytes: no text is ever lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+from tokenizers.pre_tokenizers import ByteLevel
+
+from cogumi.core.errors import DataError
+
+Document: TypeAlias = Mapping[str, Any]
+"""A parsed `tokenizer.json`."""
+
+_CHANGES_MERGES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+
+
+def check(document: Document, where: str) -> None:
+    """`DataError` naming what it is, unless the document is a byte-level BPE whose ids can be given anew."""
+    try:
+        model, added = document["model"], document["added_tokens"]
+        kind, vocab, splits = model["type"], model["vocab"], json.dumps(document["pre_tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: tokenizer.json lacks {error}; save the tokenizer with save_pretrained") from error
+    if kind != "BPE":
+        raise DataError(f"{where}: the tokenizer is {_FAMILIES.get(kind, kind)}; only byte-level BPE can be trimmed")
+    if model.get("byte_fallback") or "<0x0A>" in vocab:
+        raise DataError(f"{where}: the tokenizer is SentencePiece's BPE; only byte-level BPE can be trimmed")
+    if option := next((name for name in _CHANGES_MERGES if model.get(name)), None):
+        raise DataError(f"{where}: the tokenizer's BPE sets {option}; only byte-level BPE without it can be trimmed")
+    lost = set(ByteLevel.alphabet()) - set(vocab)
+    if lost or '"ByteLevel"' not in splits:
+        what = f"lacks {len(lost)} of the 256 bytes" if lost else "does not cut texts into bytes (no ByteLevel)"
+        raise DataError(f"{where}: the tokenizer {what}; only byte-level BPE can be trimmed")
+    numbers = [*vocab.values(), *(token["id"] for token in added if token["content"] not in vocab)]
+    if len(set(numbers)) < len(numbers):
+        raise DataError(f"{where}: two tokens of tokenizer.json share an id; save the tokenizer again")
+    try:
+        trimmed(document, {i: i for i in numbers}, where)
+    except KeyError as error:
+        raise DataError(f"{where}: tokenizer.json speaks of an id or a field {error} that it does not have") from error
+
+
+_FAMILIES = {
+    "Unigram": "SentencePiece's Unigram",
+    "WordPiece": "WordPiece (BERT's)",
+    "WordLevel": "WordLevel (whole words)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BPE:
+    """`ids` of all tokens, added ones too, and `merges`: a pair's place in the order in which pairs are joined."""
+
+    ids: Mapping[str, int]
+    merges: Mapping[tuple[str, str], int]
+
+    @classmethod
+    def of(cls, document: Document) -> BPE:
+        """What a document that passed `check` says."""
+        model = document["model"]
+        added = {token["content"]: token["id"] for token in document["added_tokens"]}
+        return cls({**model["vocab"], **added}, {pair: i for i, pair in enumerate(map(_pair, model["merges"]))})
+
+    def parents(self, token: str) -> tuple[str, ...]:
+        """The two tokens that a token is joined of at last; none for a byte, and for one that merges never make."""
+        parts = list(token)
+        while len(parts) > 2:
+            places = [self.merges.get(pair, len(self.merges)) for pair in pairwise(parts)]
+            first = min(places)
+            if first == len(self.merges):
+                return ()
+            at = places.index(first)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        return tuple(parts) if len(parts) == 2 and (parts[0], parts[1]) in self.merges else ()
+
+    def missing(self, token: str, kept: Collection[str]) -> set[str]:
+        """What must join a set that is closed under merge parents so that `token` is in it and it is closed again."""
+        new: set[str] = set()
+        waiting = [token]
+        while waiting:
+            one = waiting.pop()
+            if one not in kept and one not in new:
+                new.add(one)
+                waiting += self.parents(one)
+        return new
+
+    def closed(self, tokens: Iterable[str]) -> set[str]:
+        """These tokens and all their merge parents."""
+        kept: set[str] = set()
+        for token in tokens:
+            kept |= self.missing(token, kept)
+        return kept
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def renumbering(kept: Iterable[int]) -> dict[int, int]:
+    """Old id -> new id, in the old order and without holes."""
+    return {old: new for new, old in enumerate(sorted(kept))}
+
+
+def trimmed(document: Document, new: Mapping[int, int], where: str) -> dict[str, Any]:
+    """The document with the tokens whose ids are in `new`, under their new ids; all added tokens must be there."""
+    model = document["model"]
+    vocab = {token: new[i] for token, i in model["vocab"].items() if i in new}
+    merges = [merge for merge in model["merges"] if vocab.keys() >= {*(pair := _pair(merge)), "".join(pair)}]
+    found = {
+        **document,
+        "added_tokens": [token | {"id": new[token["id"]]} for token in document["added_tokens"]],
+        "post_processor": _renumbered(document.get("post_processor"), new, where),
+        "model": {**model, "vocab": vocab, "merges": merges},
+    }
+    if found.get("padding"):
+        found["padding"] = found["padding"] | {"pad_id": new[found["padding"]["pad_id"]]}
+    return found
+
+
+def _renumbered(processor: Document | None, new: Mapping[int, int], where: str) -> dict[str, Any] | None:
+    """A post-processor with the ids of its special tokens replaced."""
+    if processor is None:
+        return None
+    match processor["type"]:
+        case "ByteLevel":
+            return dict(processor)
+        case "Sequence":
+            return {**processor, "processors": [_renumbered(p, new, where) for p in processor["processors"]]}
+        case "TemplateProcessing":
+            special = processor["special_tokens"]
+            ids = {name: value | {"ids": [new[i] for i in value["ids"]]} for name, value in special.items()}
+            return {**processor, "special_tokens": ids}
+        case "RobertaProcessing" | "BertProcessing":
+            return {**processor} | {end: [processor[end][0], new[processor[end][1]]] for end in ("sep", "cls")}
+        case kind:
+            raise DataError(f"{where}: the tokenizer's post-processor {kind} is not known; its ids cannot be replaced")
+
+
+def settings(config: Document, new: Mapping[int, int]) -> dict[str, Any]:
+    """A `tokenizer_config.json` with its ids replaced; texts and chat template are as they were."""
+    if "added_tokens_decoder" not in config:
+        return dict(config)
+    decoder = config["added_tokens_decoder"]
+    return {**config, "added_tokens_decoder": {str(new[int(i)]): token for i, token in decoder.items()}}

@@ -1,0 +1,172 @@
+"""The answer gates: from an answer's signals to P(correct), and what counts as sure (SPEC F1 to F4, F10).
+
+Gate kinds: `calibrated` accepts where P(correct) reaches the guaranteed threshold of the policy, `searched` where it
+reaches the one with the best accuracy for its cost, `perplexity` where the answer's perplexity is low enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.confidence.calibrators import Calibrator
+from cogumi.confidence.guarantee import Guarantee
+from cogumi.confidence.nets import Net
+from cogumi.confidence.policy import Policy
+from cogumi.confidence.signals import perplexity
+from cogumi.core.errors import BundleError, RequestError
+
+KINDS = ("calibrated", "searched", "perplexity")
+TIERS = ("draft", "base", "modifier", "direct")
+"""Whose answers have a gate; `direct` is the modifier's where the base was not asked before it."""
+FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """P(correct) = calibrator(net(signals in the order of `names`))."""
+
+    names: tuple[str, ...]
+    net: Net
+    calibrator: Calibrator
+
+    def p_correct(self, signals: Mapping[str, float]) -> float:
+        """Calibrated probability that the answer with these signals is correct."""
+        return float(self.p_all([signals])[0])
+
+    def p_all(self, rows: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
+        """The same for many rows [n]."""
+        return self.calibrator(self.net.logits(matrix(rows, self.names))[:, 0])
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that `from_json` turns into the same gate."""
+        return {
+            "names": list(self.names),
+            "net": self.net.to_json(),
+            "calibrator": self.calibrator.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Gate:
+        """Inverse of `to_json`."""
+        return cls(tuple(value["names"]), Net.from_json(value["net"]), Calibrator.from_json(value["calibrator"]))
+
+
+def matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> NDArray[np.float64]:
+    """Signals as an array [rows, names]."""
+    return np.array([[row[name] for name in names] for row in rows], dtype=np.float64).reshape(-1, len(names))
+
+
+def with_probe(signals: Mapping[str, float], probe: Net | None, hidden: Sequence[float]) -> Mapping[str, float]:
+    """The base's signals with the probe's logit, if there is a probe."""
+    return {**signals, "probe": float(probe.logits(hidden)[0])} if probe else signals
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionGate:
+    """A question is easy if the draft reads it without surprise and its difficulty head agrees (SPEC F1).
+
+    A prompt of which the base's perplexity lies above `base_perplexity` surprises it. Beyond the draft's perplexity
+    `novelty` (None: no bound) a question is unlike those that the gates were calibrated on, so that no P(correct)
+    means anything: no answer to it counts as sure.
+    """
+
+    perplexity: float
+    p_easy: float
+    novelty: float | None = None
+    base_perplexity: float = math.inf
+
+    def easy(self, perplexity: float, p_easy: float) -> bool:
+        """Whether the draft finds a question easy."""
+        return perplexity <= self.perplexity and p_easy >= self.p_easy
+
+    def novel(self, perplexity: float) -> bool:
+        """Whether a question of this perplexity is outside of what was calibrated."""
+        return self.novelty is not None and perplexity > self.novelty
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """calibration.json: the gates of the `TIERS` there are, and thresholds by the name of a policy.
+
+    `probe` (None: none) reads the base's hidden state behind its answer, its logit is a signal of the base's gate.
+    An answer's perplexity up to `perplexity` is accepted by the gate kind of that name.
+    """
+
+    question: QuestionGate
+    gates: Mapping[str, Gate]
+    probe: Net | None
+    perplexity: float
+    guarantees: Mapping[str, Guarantee]
+    searched: Mapping[str, float]
+
+    def threshold(self, kind: str, policy: Policy) -> float:
+        """The smallest P(correct) that is accepted; infinite for a policy that was never calibrated."""
+        name = policy.name
+        if kind == "searched":
+            return self.searched.get(name, math.inf)
+        return self.guarantees[name].threshold if name in self.guarantees else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that `from_json` turns into the same calibration."""
+        question = {name: None if value == math.inf else value for name, value in asdict(self.question).items()}
+        return {
+            "format": FORMAT,
+            "question": question,
+            "gates": {name: gate.to_json() for name, gate in self.gates.items()},
+            "probe": self.probe.to_json() if self.probe else None,
+            "perplexity": self.perplexity,
+            "guarantees": {name: g.to_json() for name, g in self.guarantees.items()},
+            "searched": dict(self.searched),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Calibration:
+        """Inverse of `to_json`. Raises `BundleError` if the value is no calibration of this version."""
+        if value.get("format") != FORMAT:
+            raise BundleError(
+                f"calibration.json has format {value.get('format')}, this version reads {FORMAT}; build again"
+            )
+        try:
+            question = dict(value["question"])
+            for name in ("perplexity", "base_perplexity"):
+                question[name] = math.inf if question[name] is None else question[name]
+            return cls(
+                QuestionGate(**question),
+                {name: Gate.from_json(value["gates"][name]) for name in TIERS if name in value["gates"]},
+                Net.from_json(value["probe"]) if value["probe"] else None,
+                float(value["perplexity"]),
+                {name: Guarantee.from_json(g) for name, g in value["guarantees"].items()},
+                {name: float(t) for name, t in value["searched"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"calibration.json is incomplete ({error!r}); build the bundle again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One gate's judgement of one answer: `value` of `signal` against `threshold`."""
+
+    p: float
+    signal: str
+    value: float
+    threshold: float
+    accepted: bool
+
+
+def check(kind: str, p: float, signals: Mapping[str, float], threshold: float) -> Check:
+    """Judge an answer by gate `kind`; `threshold` is the highest perplexity for that kind, else the lowest P(correct).
+
+    Raises `RequestError` for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise RequestError(f"unknown gate '{kind}': choose one of {', '.join(KINDS)}")
+    if kind == "perplexity":
+        value = perplexity(signals)
+        return Check(p, "perplexity", value, threshold, value <= threshold)
+    return Check(p, "p_correct", p, threshold, p >= threshold)

@@ -1,0 +1,91 @@
+"""Signals of an answer and of a question, all from passes that ran anyway (SPEC F1, F2).
+
+Pure functions from records to named numbers. Calibration and the cascade call the same ones, so a gate sees
+at run time what it was fitted on. Every value is finite, whatever the answer (an empty one included).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+
+import numpy as np
+
+from cogumi.core.types import ABSTENTION, Reading, Reply, Score
+
+FLOOR = 20.0  # nats: surprises beyond this carry no more information, and keep -inf out of the gates
+_EMPTY = (-FLOOR, FLOOR, 0.0)  # an answer without tokens counts as one token of which the model knew nothing
+
+
+def abstains(text: str) -> bool:
+    """Whether a text is the abstention sentence, apart from case, spacing, quotes and the final stop."""
+    return _plain(text) == _plain(ABSTENTION)
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two answers say the same, apart from case, spacing, quotes and the final stop."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
+    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".!").strip(" \"'`")
+
+
+def answer_signals(reply: Reply) -> dict[str, float]:
+    """Signals of one generated answer; log-probabilities, entropies and margins in nats."""
+    rows = [(t.logprob, t.entropy, t.margin) for t in reply.tokens] or [_EMPTY]
+    logprob, entropy, margin = np.clip(np.nan_to_num(np.array(rows, dtype=np.float64)), -FLOOR, FLOOR).T
+    q10, q25 = np.quantile(logprob, (0.10, 0.25))
+    return {
+        "mean_logprob": float(logprob.mean()),
+        "min_logprob": float(logprob.min()),
+        "q10_logprob": float(q10),
+        "q25_logprob": float(q25),
+        "first_logprob": float(logprob[0]),
+        "mean_entropy": float(entropy.mean()),
+        "max_entropy": float(entropy.max()),
+        "min_margin": float(margin.min()),
+        "mean_margin": float(margin.mean()),
+        "log_length": math.log1p(len(reply.tokens)),
+        "cut": float(reply.finish_reason == "length"),
+        "abstains": float(abstains(reply.text)),
+    }
+
+
+def perplexity(signals: Mapping[str, float]) -> float:
+    """Perplexity of an answer, from its `answer_signals`."""
+    return math.exp(-signals["mean_logprob"])
+
+
+def question_signals(reading: Reading, p_easy: float, domains: Mapping[str, float], text: str) -> dict[str, float]:
+    """Signals of a question `text`: how the draft read it (nats), what its heads say, length and digits."""
+    surprise = np.minimum(np.array(reading.surprise or (0.0,)), FLOOR)
+    return {
+        "question_nats": min(reading.score.nats / max(reading.score.tokens, 1), FLOOR),
+        "question_max_nats": float(surprise.max()),
+        "question_log_length": math.log1p(len(reading.surprise)),
+        "question_log_digits": math.log1p(sum(c.isdigit() for c in text)),
+        "p_easy": p_easy,
+        **{f"domain_{name}": p for name, p in domains.items()},
+    }
+
+
+def opinion_signals(score: Score, own: Mapping[str, float]) -> dict[str, float]:
+    """What the draft makes of the base's answer, and how far it disagrees with the base's `own` signals; nats."""
+    nats = min(score.nats / max(score.tokens, 1), FLOOR)
+    return {"draft_nats": nats, "draft_gap": nats + own["mean_logprob"]}
+
+
+def modifier_signals(
+    modifier: Mapping[str, float], base: Mapping[str, float], base_p: float, agree: bool
+) -> dict[str, float]:
+    """Signals of a modifier's answer (question included) beside those of the base's answer before it."""
+    return {
+        **modifier,
+        **{f"base_{name}": base[name] for name in ("mean_logprob", "min_logprob", "log_length", "abstains")},
+        "base_p": base_p,
+        "agrees_with_base": float(agree),
+    }

@@ -1,0 +1,87 @@
+"""Two small tables, name -> where it lives; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, cast
+
+from cogumi.core.errors import RecipeError
+from cogumi.core.stage import Stage
+
+STAGES: dict[str, str] = {
+    "world": "cogumi.data.world.questions",
+    "files": "cogumi.data.sources.files",
+    "tokenizer": "cogumi.data.train_tokenizer",
+    "sft": "cogumi.train.sft",
+    "respond": "cogumi.train.respond",
+    "draft": "cogumi.train.draft",
+    "distill": "cogumi.train.distill",
+    "merge": "cogumi.train.merge",
+    "acceptance": "cogumi.evaluate.acceptance",
+    "depth": "cogumi.train.depth",
+    "depth_report": "cogumi.evaluate.depth_report",
+    "modifier": "cogumi.train.modifier",
+    "prune": "cogumi.compress.prune.prune",
+    "shrink": "cogumi.compress.shrink.shrink",
+    "trim": "cogumi.compress.trim.trim",
+    "importance": "cogumi.compress.gguf.importance",
+    "gguf": "cogumi.compress.gguf.export",
+    "awq": "cogumi.compress.quantize.awq",
+    "gptq": "cogumi.compress.quantize.gptq",
+    "router": "cogumi.train.router",
+    "calibrate": "cogumi.train.calibrate",
+    "bundle": "cogumi.compress.pack.bundle",
+    "report": "cogumi.evaluate.report",
+    "embedder": "cogumi.train.sentence_encoder",
+    "escalation": "cogumi.train.followup_classifier",
+    "critic": "cogumi.train.critic",
+    "fewshot": "cogumi.evaluate.few_shot_gain",
+    "anil": "cogumi.train.anil",
+    "episodes": "cogumi.data.episodes",
+    "recover": "cogumi.train.recover",
+    "paths": "cogumi.train.solution_paths",
+    "chain": "cogumi.evaluate.chain",
+    "backbone": "cogumi.train.backbone",
+    "archive": "cogumi.compress.pack.archive",
+    "compress_adapter": "cogumi.compress.compress_adapter",
+}
+
+ENGINES: dict[str, str] = {
+    "llama": "cogumi.engine.llama.engine:LlamaEngine",
+    "torch": "cogumi.engine.torch:TorchEngine",
+    "remote": "cogumi.engine.remote:RemoteEngine",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that ends an error message: the known name closest to `name`, or all if none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"
+
+
+def _import(module: str, wanted_by: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "cogumi":
+            raise
+        raise RecipeError(f"{wanted_by} needs the package '{error.name}': pip install 'cogumi[build]'") from error
+
+
+def stage(name: str) -> Stage:
+    """The stage module of that name; `RecipeError` names the nearest if there is none."""
+    if name not in STAGES:
+        raise RecipeError(f"unknown stage '{name}'; {nearest(name, STAGES)}")
+    return cast(Stage, _import(STAGES[name], f"stage '{name}'"))
+
+
+def engine(name: str) -> type[Any]:
+    """The engine class of that name; `RecipeError` names the nearest if there is none."""
+    if name not in ENGINES:
+        raise RecipeError(f"unknown engine '{name}'; {nearest(name, ENGINES)}")
+    module, attribute = ENGINES[name].split(":")
+    return cast(type[Any], getattr(_import(module, f"engine '{name}'"), attribute))

@@ -1,0 +1,219 @@
+"""The nouns of the system: small frozen records that every part speaks in. Standard library only.
+
+Log-probabilities are natural logarithms (nats); ids are token ids of the tier's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ABSTENTION = "I don't know."
+"""The one sentence by which every tier says that a question has no answer it can give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question with its reference answer. `difficulty` runs from 1 (easy) to 5; 0 where nobody said.
+
+    `meta["check"]` names the grader and its arguments (see `grading.graders`).
+    """
+
+    id: str
+    domain: str
+    difficulty: int
+    messages: tuple[Message, ...]
+    answer: str
+    source: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of an engine: `messages` (rendered by the chat template) or a raw `prompt`.
+
+    `logit_bias` (id -> value added to its logit) and the penalties follow OpenAI's API: `presence_penalty` is taken
+    once from the logit of every id generated so far, `frequency_penalty` as often as it was. `grammar` is GBNF text,
+    `json_schema` a JSON text; an answer then cannot leave them. `echo` asks for the prompt's log-probabilities.
+    `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an answer
+    below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned,
+    `id` so that the answer can be rated later; `files` names what the question is about (`main.py`). `hidden` asks
+    for the hidden state behind the answer. `progressive` streams the draft's answer at once and revises it.
+    `examples` are (question, answer) pairs to answer after the manner of; `adapt`: True adapts the model's head to them
+    (an engine without such a head refuses), False shows them in the prompt, None adapts if there is a head. Scores and
+    readings always see them in the prompt.
+    """
+
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int = 0
+    echo: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    grammar: str | None = None
+    json_schema: str | None = None
+    adapter: str | None = None
+    speculate: bool | None = None
+    mode: str | None = None
+    abstain: bool = False
+    user: str | None = None
+    session: str | None = None
+    id: str | None = None
+    files: tuple[str, ...] = ()
+    hidden: bool = False
+    progressive: bool = False
+    examples: tuple[tuple[str, str], ...] = ()
+    adapt: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token with the signals of the pass that made it.
+
+    `margin` is the log-probability gap between the two best tokens, `entropy` in nats, `top` the best alternatives
+    `(id, logprob)` when asked for. All are taken from the unscaled model distribution (temperature 1), so that they
+    mean the same whatever the sampling. `text` may be empty while a multi-byte character is incomplete.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    entropy: float
+    margin: float
+    draft_agreed: bool | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens spent; every attempt of a cascade counts. `drafted`/`accepted` count speculation."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Why the cascade did what it did; shown to the user."""
+
+    tier: str
+    signal: str
+    value: float
+    threshold: float
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """Replaces everything streamed so far by `text`."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The end of every generation: the whole text with what it cost and why it is what it is.
+
+    `finish_reason` is stop, length or cancelled. From a cascade, `tier` names who answered, `p_correct` is calibrated
+    and `route` is the path taken (see `cascade.cascade`). `prompt`, if the request says `echo`, holds every token of
+    the prompt but the first, which nothing predicts. `hidden`, if the request says `hidden`, is the state after the
+    final norm from which the answer's last token was chosen.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str
+    usage: Usage
+    signals: Mapping[str, float] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
+    tier: str = ""
+    route: str = ""
+    p_correct: float | None = None
+    prompt: tuple[Token, ...] = ()
+    hidden: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Summed negative log-likelihood of a text: `nats` over `tokens` tokens and `bytes` UTF-8 bytes."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token); comparable only under one tokenizer."""
+        return math.exp(self.nats / max(self.tokens, 1))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable across tokenizers."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one pass over a prompt tells: its score, and hidden states after the final norm.
+
+    `surprise` holds nats for each prompt token but the first; `last` is the last position's hidden state, `mean` the
+    average over positions (both of the model's width).
+    """
+
+    score: Score
+    surprise: tuple[float, ...]
+    last: tuple[float, ...]
+    mean: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A grader's judgement of one output; `score` in [0, 1]."""
+
+    example_id: str
+    output: str
+    correct: bool
+    score: float
+    grader: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished folder on disk, described by its manifest."""
+
+    kind: str
+    path: Path
+    fingerprint: str
+    parents: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)

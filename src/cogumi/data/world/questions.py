@@ -1,0 +1,155 @@
+"""Stage `world`: the five disjoint sets of questions that a recipe trains, tunes, calibrates and judges itself on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.core.errors import DataError
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Message
+from cogumi.data.examples import SPLITS, example_id, normalised_question, split_of, split_path, write_examples
+from cogumi.data.world import DIFFICULTIES, DOMAINS, UNANSWERABLE, make
+from cogumi.data.world.task import Task
+
+VERSION = 2
+KIND = "examples"
+
+UNANSWERABLE_FILE = "unanswerable.jsonl"
+"""Held-out questions without an answer, those of the unseen kinds among them."""
+
+# Where a question may ever appear: a function of its text, so that no two sets can share one.
+_SHARES = {"train": 60, "selection": 5, "fit": 12, "threshold": 12, "heldout": 11}
+_TRIES = 2_000
+WITHOUT = 3
+"""A bound on how many unanswerable questions are answered with confidence needs some hundreds of them."""
+
+
+class Config(BaseModel):
+    """Questions per cell (a domain at one difficulty) in each set; each known kind of unanswerable is one more cell, of
+    which all sets but training hold `WITHOUT` times as many.
+
+    Training takes fewer where a cell holds no more. Kinds that are `unseen` appear only in the held-out file
+    `unanswerable.jsonl`, which holds `unanswerable` questions of each kind.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    train: int = Field(800, ge=1)
+    train_by_domain: dict[str, int] = Field(default_factory=dict, description="instead of `train`, where named")
+    selection: int = Field(20, ge=1)
+    fit: int = Field(70, ge=1)
+    threshold: int = Field(70, ge=1)
+    heldout: int = Field(70, ge=1)
+    unanswerable: int = Field(200, ge=1)
+    unseen: tuple[str, ...] = ("invented_thing",)
+
+
+def _example(task: Task, domain: str, difficulty: int, kind: str | None) -> Example:
+    messages = (Message("user", task.question),)
+    meta: dict[str, Any] = {"check": dict(task.check)}
+    if kind:
+        meta["unanswerable"] = kind
+    return Example(example_id(domain, messages), domain, difficulty, messages, task.answer, "world", meta)
+
+
+def draw(
+    cell: str, counts: Mapping[str, int], make_task: Callable[[random.Random], Task], seed: int
+) -> dict[str, list[Task]]:
+    """Distinct questions of one cell for every set; `DataError` if the cell holds too few."""
+    rng = random.Random(f"{seed}/{cell}")
+    drawn: dict[str, list[Task]] = {name: [] for name in counts}
+    seen: set[str] = set()
+    missing, tries = sum(counts.values()), 0
+    while missing:
+        task = make_task(rng)
+        question = normalised_question((Message("user", task.question),))
+        name = split_of(question, _SHARES, seed)
+        tries += 1
+        if question not in seen and len(drawn[name]) < counts[name]:
+            seen.add(question)
+            drawn[name].append(task)
+            missing, tries = missing - 1, 0
+        elif tries > _TRIES and all(len(drawn[n]) == counts[n] for n in counts if n != "train"):
+            break
+        elif tries > _TRIES:
+            short = {n: counts[n] - len(drawn[n]) for n in counts if len(drawn[n]) < counts[n]}
+            raise DataError(f"the world has too few different questions in {cell}: {short} are missing; ask for fewer")
+    return drawn
+
+
+def fresh(
+    per_cell: int, seed: int, progress: Callable[[int, int, Mapping[str, float]], None], split: str = "heldout"
+) -> list[Example]:
+    """Up to `per_cell` distinct questions of each cell that belong to a split of `seed`, the unanswerable kinds too.
+
+    A cell that holds fewer gives what was found of them. Each has its cell's name as `source`.
+    """
+    makers: dict[str, tuple[str, int, str | None, Callable[[random.Random], Task]]] = {
+        kind: (domain, 0, kind, make_task) for kind, (domain, make_task) in UNANSWERABLE.items()
+    }
+    makers |= {f"{domain}/{k}": (domain, k, None, partial(make, domain, k)) for domain in DOMAINS for k in DIFFICULTIES}
+    found: list[Example] = []
+    for done, (cell, (domain, difficulty, kind, make_task)) in enumerate(makers.items()):
+        rng = random.Random(f"{seed}/fresh/{cell}")
+        seen: set[str] = set()
+        tries = 0
+        while len(seen) < per_cell and tries < _TRIES:
+            task = make_task(rng)
+            question = normalised_question((Message("user", task.question),))
+            tries += 1
+            if question not in seen and split_of(question, _SHARES, seed) == split:
+                seen.add(question)
+                found.append(replace(_example(task, domain, difficulty, kind), source=cell))
+                tries = 0
+        progress(done + 1, len(makers), {})
+    return found
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """Nothing -> `<split>.jsonl` for every set, and `unanswerable.jsonl`."""
+    unknown = sorted(set(config.unseen) - set(UNANSWERABLE))
+    if unknown:
+        raise DataError(f"unseen kinds {unknown} do not exist; choose from {sorted(UNANSWERABLE)}")
+    counts = {name: int(getattr(config, name)) for name in SPLITS}
+    sets: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    unknown = sorted(set(config.train_by_domain) - set(DOMAINS))
+    if unknown:
+        raise DataError(f"train_by_domain names {unknown}; choose from {sorted(DOMAINS)}")
+    cells = [(domain, difficulty) for domain in DOMAINS for difficulty in DIFFICULTIES]
+    for done, (domain, difficulty) in enumerate(cells):
+        tasks = draw(
+            f"{domain}/{difficulty}",
+            counts,
+            partial(make, domain, difficulty),
+            context.seed,
+        )
+        for name in SPLITS:
+            sets[name] += [_example(task, domain, difficulty, None) for task in tasks[name]]
+        context.progress(done + 1, len(cells) + len(UNANSWERABLE), {})
+    without: list[Example] = []
+    for done, (kind, (domain, make_task)) in enumerate(UNANSWERABLE.items()):
+        unseen = kind in config.unseen
+        wanted = {name: n if name == "train" else WITHOUT * n for name, n in counts.items()}
+        known = dict.fromkeys(SPLITS, 0) if unseen else wanted
+        tasks = draw(kind, {**known, "heldout": known["heldout"] + config.unanswerable}, make_task, context.seed)
+        without += [_example(t, domain, 0, kind) for t in tasks["heldout"][: config.unanswerable]]
+        tasks["heldout"] = tasks["heldout"][config.unanswerable :]
+        for name in SPLITS:
+            sets[name] += [_example(task, domain, 0, kind) for task in tasks[name]]
+        context.progress(len(cells) + done + 1, len(cells) + len(UNANSWERABLE), {})
+    for name in SPLITS:
+        random.Random(f"{context.seed}/{name}").shuffle(sets[name])
+        write_examples(split_path(out, name), sets[name])
+    write_examples(out / UNANSWERABLE_FILE, without)
+    return {
+        "rows": {**{name: len(rows) for name, rows in sets.items()}, "unanswerable": len(without)},
+        "domains": list(DOMAINS),
+        "unanswerable_kinds": sorted(UNANSWERABLE),
+        "unseen_kinds": list(config.unseen),
+    }

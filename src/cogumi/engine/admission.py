@@ -1,0 +1,54 @@
+"""What engines refuse before any work, besides sampling values without a meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from cogumi.core.errors import ContextError, RequestError
+from cogumi.core.types import Request
+from cogumi.engine.few_shot import in_context
+from cogumi.engine.protocol import Tokenizer
+from cogumi.engine.sampling import check
+
+
+def admitted(request: Request, tokenizer: Tokenizer, adapters: Collection[str], context: int) -> list[int]:
+    """Prompt ids of a request that an engine with a context of so many tokens can answer.
+
+    Raises `ContextError`, or `RequestError` for anything else.
+    """
+    check(request)
+    prompt = prompt_of(request, tokenizer, adapters)
+    if len(prompt) + request.max_tokens > context:
+        raise ContextError(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context holds "
+            f"{context}; shorten the prompt or ask for fewer tokens"
+        )
+    if beyond := [token for token in request.logit_bias if token >= tokenizer.size]:
+        raise RequestError(f"logit_bias names token {beyond[0]}; the vocabulary ends at {tokenizer.size - 1}")
+    return prompt
+
+
+def prompt_of(request: Request, tokenizer: Tokenizer, adapters: Collection[str]) -> list[int]:
+    """Prompt ids of a request, its examples in context.
+
+    `RequestError` for an unknown adapter, an empty prompt, ids that are none, or a head that should be adapted.
+    """
+    check_adapter(request, adapters)
+    prompt = tokenizer.render(in_context(request))
+    if not prompt:
+        raise RequestError("the prompt is empty; give at least one token")
+    if not all(0 <= token < tokenizer.size for token in prompt):
+        raise RequestError(f"the prompt holds an id outside the vocabulary of {tokenizer.size}")
+    return prompt
+
+
+def check_adapter(request: Request, adapters: Collection[str]) -> None:
+    """Raise `RequestError` if the adapter that a request names is none of these."""
+    if request.adapter is not None and request.adapter not in adapters:
+        raise RequestError(f"unknown adapter {request.adapter!r}; known: {', '.join(adapters) or 'none'}")
+
+
+def check_length(tokens: int, context: int) -> None:
+    """Raise `ContextError` if a text of so many tokens does not fit the context."""
+    if tokens > context:
+        raise ContextError(f"the text has {tokens} tokens, but the context holds {context}; shorten it")

@@ -1,0 +1,1 @@
+"""The llama.cpp engine: continuous batching, one context per adapter, speculative decoding."""

@@ -1,0 +1,154 @@
+"""One key-value cache with one preallocated batch; belongs to one thread."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from llama_cpp import llama_cpp as c
+from numpy.typing import NDArray
+
+from cogumi.core.errors import BundleError, RequestError
+from cogumi.engine.llama.binding.backend import complaints, computed, reason
+from cogumi.engine.llama.binding.model import Model, cache_types
+
+MAX_LOGITS = 1 << 24
+"""Most logits one batch may return (64 MiB of floats), so that a large vocabulary does not eat the memory."""
+
+
+class Row(NamedTuple):
+    """A run of tokens of one sequence from position `start` on; the last `outputs` of them return logits."""
+
+    sequence: int
+    tokens: Sequence[int]
+    start: int
+    outputs: int = 0
+
+
+class Context:
+    """A key-value cache for `sequences` sequences of up to `length` tokens each; its adapter is for life.
+
+    What a request computes must not depend on its neighbours nor on how its tokens were cut into batches.
+    Hence a stream of its own in the cache for each sequence, and values in bf16 beside keys in f16: on CPUs the
+    unequal types keep llama.cpp on its one attention kernel that works query by query. Measured at Q8_0: all
+    logits bit-identical; with equal types, prompt chunks of 64 and contexts of 512 change them by whole units.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sequences: int,
+        length: int,
+        batch: int,
+        threads: int,
+        cache: str = "f16",
+        adapter: Any = None,
+    ) -> None:
+        self.batch, self.length, self._threads = batch, length, threads
+        self.outputs = max(min(batch, MAX_LOGITS // model.tokenizer.size), min(batch, 64), sequences)
+        params = c.llama_context_default_params()
+        params.n_ctx = sequences * length
+        params.n_batch = params.n_ubatch = batch
+        params.n_seq_max = sequences
+        params.n_outputs_max = params.n_outputs_max_per_seq = self.outputs
+        params.n_threads = params.n_threads_batch = threads
+        params.pooling_type = c.LLAMA_POOLING_TYPE_NONE
+        params.kv_unified = False
+        params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k, params.type_v = cache_types(cache)
+        self._vocab, self._width, self.sequences = model.tokenizer.size, model.width, sequences
+        complaints.clear()
+        self._weights = model.weights
+        self._context = c.llama_init_from_model(model.weights.pointer, params)
+        if not self._context:
+            raise BundleError(f"no context for {model.path.name} ({reason()}); lower the slots or the context")
+        if adapter is not None:
+            scales = (ctypes.c_float * 1)(1.0)
+            c.llama_set_adapters_lora(self._context, (c.llama_adapter_lora_p_ctypes * 1)(adapter), 1, scales)
+        self._memory = c.llama_get_memory(self._context)
+        self._hidden = False
+        self._views: dict[int, NDArray[np.float32]] = {}
+        self._allocate(batch)
+
+    def _allocate(self, batch: int) -> None:
+        """Arrays that the batch structure points into for ever; filling them is the only work per step."""
+        self._token, self._position, self._sequence = (np.zeros(batch, np.int32) for _ in range(3))
+        self._wanted = np.zeros(batch, np.int8)
+        self._ones = np.ones(batch, np.int32)
+        int_p = ctypes.POINTER(ctypes.c_int32)
+        first = self._sequence.ctypes.data
+        self._sequence_p = (int_p * batch)(*(ctypes.cast(first + 4 * i, int_p) for i in range(batch)))
+        self._batch = c.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(int_p),
+            embd=None,
+            pos=self._position.ctypes.data_as(int_p),
+            n_seq_id=self._ones.ctypes.data_as(int_p),
+            seq_id=self._sequence_p,
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Run one batch; returns the logits (outputs, vocabulary) in the order of `rows`.
+
+        The array is llama.cpp's own memory: it is valid until the next call only.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        wanted: list[int] = []
+        for sequence, run, start, outputs in rows:
+            n = len(run)
+            tokens += run
+            positions += range(start, start + n)
+            sequences += [sequence] * n
+            wanted += [0] * (n - outputs) + [1] * outputs
+        n, outputs = len(tokens), sum(wanted)
+        if not 0 < n <= self.batch or outputs > self.outputs:
+            raise RequestError(f"a batch of {n} tokens and {outputs} outputs exceeds {self.batch} and {self.outputs}")
+        self._token[:n] = tokens
+        self._position[:n] = positions
+        self._sequence[:n] = sequences
+        self._wanted[:n] = wanted
+        self._batch.n_tokens = n
+        status = computed(self._threads, lambda: c.llama_decode(self._context, self._batch))
+        if status:
+            raise RequestError(f"llama.cpp could not run a batch of {n} tokens (status {status}: {reason()})")
+        return self._view(c.llama_get_logits(self._context), self._vocab)[:outputs]
+
+    def hidden(self) -> NDArray[np.float32]:
+        """Hidden states (outputs, width) after the final norm of the last batch, if they were wanted."""
+        return self._view(c.llama_get_embeddings(self._context), self._width)
+
+    def want_hidden(self, wanted: bool) -> None:
+        """Also return hidden states from now on; every token of a batch must then be an output."""
+        if wanted != self._hidden:
+            c.llama_set_embeddings(self._context, wanted)
+            self._hidden = wanted
+
+    def _view(self, pointer: Any, columns: int) -> NDArray[np.float32]:
+        address = ctypes.addressof(pointer.contents)
+        view = self._views.get(address)
+        if view is None or view.shape[1] != columns:
+            if len(self._views) > 8:
+                self._views.clear()
+            view = np.ctypeslib.as_array(pointer, (self.outputs, columns))
+            self._views[address] = view
+        return view
+
+    def trim(self, sequence: int, length: int) -> None:
+        """Forget all of a sequence from position `length` on."""
+        c.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        c.llama_memory_clear(self._memory, False)
+
+    def close(self) -> None:
+        """Free the cache."""
+        if self._context:
+            c.llama_free(self._context)
+            self._context = None

@@ -1,0 +1,103 @@
+"""A GGUF file mapped into memory, with its tokenizer and adapters."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as c
+from llama_cpp._ggml import libggml as ggml
+
+from cogumi.core.errors import BundleError
+from cogumi.engine.llama.binding.backend import complaints, reason
+from cogumi.engine.llama.binding.tokenizer import Tokenizer, Weights
+
+_GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
+
+
+class Model:
+    """A GGUF file mapped into memory. Raises `BundleError` if llama.cpp cannot use the file.
+
+    `repack`: llama.cpp keeps a second copy of the weights of some types (Q4_0, Q4_K, Q8_0, ..) in the order in which
+    this processor multiplies fastest. Without, the mapped file is all there is, and the system may drop its pages.
+    """
+
+    def __init__(self, path: Path, *, vocabulary_only: bool = False, repack: bool = True) -> None:
+        if not path.is_file():
+            raise BundleError(f"{path} does not exist; build or copy the model first")
+        complaints.clear()
+        params = c.llama_model_default_params()
+        params.vocab_only = vocabulary_only
+        params.use_extra_bufts = repack
+        pointer = c.llama_model_load_from_file(os.fsencode(path), params)
+        if not pointer:
+            raise BundleError(f"{path} is not a whole GGUF model ({reason()}); export or copy it again")
+        self.path = path
+        self.weights = Weights(pointer)
+        self.tokenizer = Tokenizer(self.weights, path)
+        self.width = int(c.llama_model_n_embd(pointer))
+        self.bytes = int(c.llama_model_size(pointer))
+
+    def load_adapter(self, path: Path) -> Any:
+        """Load a LoRA GGUF for contexts of this model; it lives as long as the model.
+
+        With f32 or f16 factors of a rank divisible by 4, llama.cpp sums the products of one token and of several in
+        different orders (about 1e-5); with any other rank, and with q8_0 or q4_0 factors of rank 32, the adapter keeps
+        results free of the batch, bit for bit.
+        """
+        if not path.is_file():
+            raise BundleError(f"adapter {path} does not exist; build or copy it first")
+        complaints.clear()
+        adapter = c.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
+        if not adapter:
+            raise BundleError(f"{path} is no adapter for {self.path.name} ({reason()}); use one trained on it")
+        return adapter
+
+    def free_adapter(self, adapter: Any) -> None:
+        """Free a loaded adapter; no context may use it any more."""
+        c.llama_adapter_lora_free(adapter)
+
+    def cache_bytes(self, cache: str) -> int:
+        """Bytes that one token takes in a key-value cache of that type (SPEC D8)."""
+        model = self.weights.pointer
+        key, value = (self._head(name) * int(c.llama_model_n_head_kv(model)) for name in ("key", "value"))
+        row = ggml.ggml_row_size
+        row.restype = ctypes.c_size_t
+        of_key, of_value = cache_types(cache)
+        one = row(of_key, ctypes.c_int64(key)) + row(of_value, ctypes.c_int64(value))
+        return int(c.llama_model_n_layer(model)) * int(one)
+
+    def can_hold(self, cache: str) -> bool:
+        """Whether the heads can be cut into the blocks of that cache type."""
+        heads = (self._head(name) for name in ("key", "value"))
+        return not any(n % ggml.ggml_blck_size(kind) for n, kind in zip(heads, cache_types(cache), strict=True))
+
+    def _head(self, name: str) -> int:
+        """Width of one attention head's keys or values."""
+        model, buffer = self.weights.pointer, ctypes.create_string_buffer(64)
+        known = c.llama_model_meta_val_str
+        if known(model, b"general.architecture", buffer, len(buffer)) >= 0:
+            key = buffer.value.decode() + f".attention.{name}_length"
+            if known(model, key.encode(), buffer, len(buffer)) >= 0:
+                return int(buffer.value)
+        return self.width // int(c.llama_model_n_head(model))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer inside a GGUF file, without its weights. Raises `BundleError` if there is none."""
+    return Model(path, vocabulary_only=True).tokenizer
+
+
+def cache_types(name: str) -> tuple[int, int]:
+    """llama.cpp's types of keys and values for a cache type of ours; `RequestError` if there is none."""
+    on_cpu = not c.llama_supports_gpu_offload()
+    types = {
+        "f16": (c.GGML_TYPE_F16, _GGML_TYPE_BF16 if on_cpu else c.GGML_TYPE_F16),
+        "q8_0": (c.GGML_TYPE_Q8_0, c.GGML_TYPE_Q8_0),
+        "q4_0": (c.GGML_TYPE_Q4_0, c.GGML_TYPE_Q4_0),
+    }
+    if name not in types:
+        raise BundleError(f"unknown cache type {name!r}; use one of {', '.join(types)}")
+    return types[name]

@@ -1,0 +1,1 @@
+"""Speculative decoding: where drafts come from, what is accepted, and when drafting pays."""

@@ -1,0 +1,36 @@
+"""ONNX Runtime on the CPU: the only way in which a trained net with recurrence or attention runs without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cogumi.core.errors import BundleError
+
+
+def open_session(path: Path, threads: int = 1) -> Any:
+    """An `onnxruntime.InferenceSession` of a model file; its `run` may be called from several threads.
+
+    Raises `BundleError` if the file is missing or no model that this version can run.
+    """
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: they are raised anyway
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (
+        native.Fail,
+        native.InvalidArgument,
+        native.InvalidGraph,
+        native.InvalidProtobuf,
+        native.NoModel,
+        native.NoSuchFile,
+        native.NotImplemented,
+        native.RuntimeException,
+    ) as error:
+        reason = str(error).splitlines()[0].rpartition(" : ")[2]
+        raise BundleError(f"cannot run the model {path}: {reason}; build the bundle again") from error

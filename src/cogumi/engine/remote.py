@@ -1,0 +1,241 @@
+"""The engine over any OpenAI-compatible server, vLLM for many GPUs among them (SPEC E5).
+
+One event loop in a thread of its own holds every request, at most `workers` of them at a time on the wire.
+Messages go to the server's chat completions, raw prompts to its completions; both are streamed, and closing the
+iterator closes the stream, so that the server frees its slot. What servers do not tell: hidden states (readings have
+none), more than the few best tokens (`Token.entropy` is the least that these allow), and what cannot be answered
+before it is asked (so `ContextError` and `BusyError` come with the first event).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import openai
+from numpy.typing import NDArray
+
+from cogumi.core.errors import BusyError, ContextError, RequestError
+from cogumi.core.types import Reading, Reply, Request, Score, Usage
+from cogumi.engine.admission import check_adapter, prompt_of
+from cogumi.engine.events import Events, Outcome
+from cogumi.engine.few_shot import in_context
+from cogumi.engine.llama.binding.model import load_tokenizer
+from cogumi.engine.openai_protocol import BEST, Answer, Entry, Vocabulary, body_of, entries
+from cogumi.engine.protocol import Event, Tokenizer
+from cogumi.engine.sampling import check
+
+T = TypeVar("T")
+
+LONGEST_REASON = 300
+"""Characters of a server's own words in an error."""
+KEYS = ("COGUMI_REMOTE_KEY", "OPENAI_API_KEY")
+"""Environment variables that may hold the server's key, the first that is set."""
+
+
+class RemoteEngine:
+    """`engine.protocol.Engine` over the server at `url` (with its `/v1`), as its model named `model`.
+
+    `tokenizer` is a GGUF file with the model's vocabulary: token ids, scores and readings need it. `adapters` are
+    model names on that server. `timeout` is the longest silence borne, in seconds. `extra` goes into the body of
+    every request for text as it is.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        tokenizer: Path | None = None,
+        adapters: Mapping[str, str] | None = None,
+        key: str | None = None,
+        timeout: float = 60.0,
+        workers: int = 8,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._url, self._model, self._timeout = url, model, timeout
+        self._adapters, self._extra = dict(adapters or {}), dict(extra or {})
+        self._tokenizer = load_tokenizer(tokenizer) if tokenizer else None
+        self._vocabulary = Vocabulary(self._tokenizer)
+        known = key or next((value for name in KEYS if (value := os.environ.get(name))), "none")
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=known, timeout=timeout)
+        self._places = asyncio.Semaphore(workers)
+        self._door = threading.Lock()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="remote", daemon=True)
+        self._thread.start()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the file that was given; raises `RequestError` if none was."""
+        if self._tokenizer is None:
+            raise RequestError(f"{self._url} does not tell its vocabulary; give a GGUF file of it as tokenizer")
+        return self._tokenizer
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names a request may give as `adapter`."""
+        return tuple(self._adapters)
+
+    def check(self, request: Request) -> None:
+        """Raise what `generate` would refuse before anything is sent."""
+        self._body(request)
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Answer a request; see `Engine.generate`. What only the server can refuse is raised by the first event."""
+        body = self._body(request)
+        echoed = self._prompt(request) if request.echo else []
+        answer, events = Answer(request, self._vocabulary), cast(SimpleQueue[Outcome], SimpleQueue())
+        task = self._submit(self._answered(body, answer, events, echoed))
+        task.add_done_callback(lambda done: events.put(_outcome(done, answer)))
+        return Events(events.get, task.cancel)
+
+    def score(self, request: Request, answer: str) -> Score:
+        """Negative log-likelihood of `answer` and its end token after the request's prompt."""
+        prompt = self._prompt(request)
+        ids = [*prompt, *self.tokenizer.encode(answer), self.tokenizer.eos]
+        told = self._wait(self._echoed(ids, self._named(request), 1))
+        nats = -sum(entry.logprob or 0.0 for entry in told[len(prompt) :])
+        return Score(nats, len(ids) - len(prompt), len(answer.encode("utf-8")))
+
+    def read(self, request: Request) -> Reading:
+        """Score of the prompt; a server keeps its hidden states to itself, so `last` and `mean` are empty."""
+        ids = self._prompt(request)
+        told = self._wait(self._echoed(ids, self._named(request), 1))
+        surprise = tuple(-(entry.logprob or 0.0) for entry in told[1:])
+        size = sum(len(self.tokenizer.piece(i)) for i in ids[1:])
+        return Reading(Score(sum(surprise), len(surprise), size), surprise, (), ())
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The server's embeddings (texts, width); an empty text, which servers refuse, is a row of zeros."""
+        full = [i for i, text in enumerate(texts) if text]
+        known = self._wait(self._embedded([texts[i] for i in full] or ["a"]))
+        rows = np.zeros((len(texts), known.shape[1]), np.float32)
+        rows[full] = known[: len(full)]
+        return rows
+
+    def close(self) -> None:
+        """End all requests as cancelled and hang up."""
+        with self._door:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start something on the loop; server's errors become ours."""
+        with self._door:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(self._in_our_words(work), self._loop)
+        work.close()
+        raise RequestError("this engine is closed: open it again")
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._submit(work).result()
+        except CancelledError as error:
+            raise RequestError("the engine was closed meanwhile: open it again") from error
+
+    async def _hang_up(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
+
+    async def _in_our_words(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work` once there is a place on the wire; raises `RequestError` where the server fails."""
+        try:
+            async with self._places:
+                return await work
+        except openai.APIError as error:
+            raise self._error(error) from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            what = f"{self._url} sent what OpenAI's API does not know ({error!r}); check that it is such a server"
+            raise RequestError(what) from error
+        finally:
+            work.close()  # where no place was had
+
+    async def _answered(
+        self, body: dict[str, Any], answer: Answer, events: SimpleQueue[Outcome], echoed: list[int]
+    ) -> Reply:
+        """Stream one answer into `events`, the prompt's log-probabilities first read where they are wanted."""
+        if echoed:
+            told = await self._echoed(echoed, body["model"], max(BEST, answer.request.logprobs))
+            answer.echo(told[1:], echoed[1:])
+        if not answer.request.max_tokens:
+            return replace(answer.reply("length"), usage=Usage(len(echoed)))
+        create: Any = self._client.chat.completions.create if "messages" in body else self._client.completions.create
+        async with await create(**body) as stream:
+            async for chunk in stream:
+                for token in answer.take(chunk.to_dict()):
+                    events.put(token)
+        return answer.reply()
+
+    async def _echoed(self, ids: list[int], model: str, best: int) -> list[Entry]:
+        """The server's entry for each of `ids`. One token is generated too: not every server can do without."""
+        completion = await self._client.completions.create(
+            model=model, prompt=ids, max_tokens=1, temperature=0, echo=True, logprobs=best, extra_body=self._extra
+        )
+        told = entries(completion.to_dict()["choices"][0].get("logprobs"))
+        if len(told) != len(ids) + 1 or any(entry.logprob is None for entry in told[1:]):
+            what = f"it told {len(told)} tokens with log-probabilities for a prompt of {len(ids)} and one more"
+            raise RequestError(f"{self._url} does not echo whole prompts ({what}); score with another engine")
+        return told[:-1]
+
+    async def _embedded(self, texts: list[str]) -> NDArray[np.float32]:
+        answer = await self._client.embeddings.create(model=self._model, input=texts)
+        rows = np.array([one.embedding for one in sorted(answer.data, key=lambda one: one.index)], np.float32)
+        if rows.ndim != 2 or len(rows) != len(texts):
+            raise RequestError(f"{self._url} does not give one vector per text; use a server that pools embeddings")
+        return rows
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        check(request)
+        return body_of(in_context(request), self._named(request)) | {"extra_body": self._extra}
+
+    def _named(self, request: Request) -> str:
+        """The server's model for a request."""
+        check_adapter(request, self._adapters)
+        return self._adapters[request.adapter] if request.adapter is not None else self._model
+
+    def _prompt(self, request: Request) -> list[int]:
+        return prompt_of(request, self.tokenizer, self._adapters)
+
+    def _error(self, error: openai.APIError) -> RequestError:
+        """The error of ours that a failure of the server or of the way to it stands for."""
+        if isinstance(error, openai.APITimeoutError):
+            return RequestError(f"{self._url} was silent for {self._timeout:g} s; ask again, or raise the timeout")
+        if isinstance(error, openai.APIConnectionError):
+            why = error.__cause__ or error
+            return RequestError(f"no connection to {self._url} ({why}); start that server, or correct the address")
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        what = f"{self._url} says: {' '.join(str(said or error.message).split())[:LONGEST_REASON]}"
+        status = error.status_code if isinstance(error, openai.APIStatusError) else None
+        if error.code == "context_length_exceeded" or "maximum context length" in what:
+            return ContextError(what)
+        if status in (429, 503):
+            return BusyError(what)
+        if status in (401, 403):
+            return RequestError(f"{what}; set the key in {' or '.join(KEYS)}")
+        return RequestError(what)
+
+
+def _outcome(task: Future[Reply], answer: Answer) -> Reply | Exception:
+    """How a task ended."""
+    if task.cancelled():
+        return answer.reply("cancelled")
+    error = task.exception()
+    return cast(Exception, error) if error else task.result()

@@ -1,0 +1,194 @@
+"""From logits to tokens and signals: pure numpy, row by row; a row means the same alone and in a batch.
+
+First come the rules of a request: bias, penalties, grammar. Greedy is temperature 0: the lowest id among the
+largest logits. Sampling is temperature, then nucleus (top-p, Holtzman et al. 2020), then one uniform number
+of the request's own generator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.core.errors import RequestError
+from cogumi.core.types import Request
+
+Floats = NDArray[np.floating]
+Signals: TypeAlias = tuple[float, float, float]
+"""Log-probability of the chosen token, entropy, and gap of the two best log-probabilities, in nats."""
+MAX_LOGPROBS = 20
+MAX_STOPS = 64
+_TYPES: dict[str, tuple[type, ...]] = {
+    "max_tokens": (int,),
+    "logprobs": (int,),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "presence_penalty": (int, float),
+    "frequency_penalty": (int, float),
+    "seed": (int, type(None)),
+    "stop": (tuple,),
+    "logit_bias": (Mapping,),
+    "grammar": (str, type(None)),
+    "json_schema": (str, type(None)),
+}
+MAX_BIAS, MAX_PENALTY, MAX_TEMPERATURE = 100.0, 2.0, 100.0
+
+
+def check(request: Request) -> None:
+    """Raise `RequestError` for sampling values that have no meaning."""
+    for name, kinds in _TYPES.items():
+        value = getattr(request, name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise RequestError(f"{name} is {value!r}; give {' or '.join(kind.__name__ for kind in kinds)}")
+    if not all(isinstance(stop, str) for stop in request.stop) or len(request.stop) > MAX_STOPS:
+        raise RequestError(f"stop must be a tuple of at most {MAX_STOPS} strings")
+    if request.max_tokens < (0 if request.echo and not request.hidden else 1):
+        raise RequestError(f"max_tokens is {request.max_tokens}; ask for at least 1 token, or for 0 with echo")
+    if not 0 <= request.temperature <= MAX_TEMPERATURE:
+        raise RequestError(f"temperature is {request.temperature}; give 0 (greedy) up to {MAX_TEMPERATURE:g}")
+    if not 0 < request.top_p <= 1:
+        raise RequestError(f"top_p is {request.top_p}; give a number above 0 and up to 1")
+    if not 0 <= request.logprobs <= MAX_LOGPROBS:
+        raise RequestError(f"logprobs is {request.logprobs}; give 0 to {MAX_LOGPROBS}")
+    if request.seed is not None and request.seed < 0:
+        raise RequestError(f"seed is {request.seed}; give a number from 0 up")
+    if not all(request.stop):
+        raise RequestError("a stop string is empty; give at least one character")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not abs(penalty := getattr(request, name)) <= MAX_PENALTY:
+            raise RequestError(f"{name} is {penalty}; give a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}")
+    for token, bias in request.logit_bias.items():
+        numbers = isinstance(token, int) and isinstance(bias, (int, float)) and bool not in (type(token), type(bias))
+        if not numbers or token < 0 or not abs(bias) <= MAX_BIAS:
+            raise RequestError(f"logit_bias of token {token!r} is {bias!r}; give ids from 0 up and -100 to 100")
+    if request.grammar is not None and request.json_schema is not None:
+        raise RequestError("a request has both a grammar and a JSON schema; give one of them")
+
+
+class Grammar(Protocol):
+    """What may follow the tokens accepted so far."""
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        """Set what may not come next to minus infinity, in place; `RequestError` if nothing is left."""
+
+    def accept(self, token: int) -> None:
+        """Go on by one token; `RequestError` if it is not allowed."""
+
+
+class Rules:
+    """What one request lays over the model's logits: bias, penalties of what was generated so far, a grammar."""
+
+    def __init__(self, request: Request, grammar: Grammar | None) -> None:
+        self._bias = request.logit_bias
+        self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
+        self._generated: Counter[int] = Counter()
+        self._grammar = grammar
+
+    @staticmethod
+    def of(request: Request, grammar: Grammar | None = None) -> Rules | None:
+        """The rules of a request, None if it has none."""
+        asked = request.logit_bias or request.presence_penalty or request.frequency_penalty or grammar
+        return Rules(request, grammar) if asked else None
+
+    def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A new row (V,): what the request's next token is drawn from."""
+        row = self._shifted(logits)
+        if self._grammar:
+            self._grammar.mask(row)
+        return row
+
+    def best(self, logits: NDArray[np.float32]) -> int:
+        """The greedy choice from one row (V,); asks the grammar about one token where that is enough."""
+        row = self._shifted(logits)
+        token = int(row.argmax())
+        if self._grammar and not self._grammar.allows(token):
+            self._grammar.mask(row)
+            token = int(row.argmax())
+        return token
+
+    def accept(self, token: int) -> None:
+        """One more generated token."""
+        self._generated[token] += 1
+        if self._grammar:
+            self._grammar.accept(token)
+
+    def _shifted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        row = logits.copy()
+        for token, bias in self._bias.items():
+            row[token] += bias
+        if self._presence or self._frequency:
+            for token, n in self._generated.items():
+                row[token] -= self._presence + n * self._frequency
+        return row
+
+
+def probabilities(logits: Floats, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
+    """The distribution (V,) that a request samples from, given one row of logits (V,).
+
+    Top-p keeps the smallest set of best tokens whose mass reaches `top_p` (ties: lower id), never empty.
+    """
+    if temperature == 0:
+        one_hot = np.zeros(logits.shape[-1])
+        one_hot[logits.argmax()] = 1.0
+        return one_hot
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max()
+    p = np.exp(shifted / temperature)
+    p /= p.sum()
+    if top_p < 1:
+        order = np.argsort(-p, kind="stable")
+        reached = np.searchsorted(np.cumsum(p[order]), top_p)
+        p[order[reached + 1 :]] = 0.0
+        p /= p.sum()
+    return p
+
+
+def draw(p: NDArray[np.float64], generator: np.random.Generator) -> int:
+    """One id from the distribution `p` (V,), by inversion: spends exactly one uniform number."""
+    mass = np.cumsum(p)
+    return int(min(np.searchsorted(mass, generator.random() * mass[-1], side="right"), np.flatnonzero(p)[-1]))
+
+
+def signals(logits: NDArray[np.float32], chosen: NDArray[np.integer]) -> list[Signals]:
+    """What each row of logits (n, V) says about its chosen id (n,), at temperature 1."""
+    rows = np.arange(len(logits))
+    best = logits.argmax(axis=1)
+    shifted = logits - logits[rows, best][:, None]
+    weight = np.exp(shifted)
+    total = weight.sum(axis=1)
+    log_total = np.log(total)
+    logprob = shifted[rows, chosen] - log_total
+    entropy = log_total - np.einsum("nv,nv->n", weight, shifted) / total
+    shifted[rows, best] = -np.inf
+    margin = -shifted.max(axis=1)
+    return list(zip(logprob.tolist(), entropy.tolist(), margin.tolist(), strict=True))
+
+
+def logprobs_of(logits: NDArray[np.float32], ids: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Log-probability of one id per row: logits (n, V), ids (n,) -> (n,)."""
+    top = logits.max(axis=1)
+    log_total = np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    logprobs: NDArray[np.float32] = logits[np.arange(len(logits)), ids] - top - log_total
+    return logprobs
+
+
+def top_logprobs(logits: NDArray[np.float32], n: int) -> tuple[tuple[int, float], ...]:
+    """The `n` best (id, logprob) of one row of logits (V,), best first, ties to the lower id."""
+    if n == 0:
+        return ()
+    top = logits.max()
+    log_total = np.log(np.exp(logits - top).sum())
+    if n < len(logits):
+        bound = np.partition(logits, -n)[-n]
+        candidates = np.flatnonzero(logits >= bound)
+    else:
+        candidates = np.arange(len(logits))
+    best = candidates[np.argsort(-logits[candidates], kind="stable")[:n]]
+    return tuple((int(i), float(logits[i] - top - log_total)) for i in best)

@@ -1,0 +1,225 @@
+"""The engine of build time: transformers in fp32, for thousands of short answers (SPEC E4).
+
+`generate` only queues. The first reader runs everything that waits for the same adapter, sorted by prompt
+length, in left-padded batches with one forward pass per token; finished rows leave the batch. An echoed prompt
+takes a pass of its own. Tokens may skip layers (`models.depth_routers`, SPEC C7).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+
+from cogumi.core.errors import BundleError, RequestError
+from cogumi.core.types import Reading, Request, Score
+from cogumi.engine.admission import admitted, check_length, prompt_of
+from cogumi.engine.events import Events, Outcome
+from cogumi.engine.generation import Generation
+from cogumi.engine.protocol import Event
+from cogumi.engine.sampling import Rules, draw, logprobs_of, probabilities, signals, top_logprobs
+from cogumi.models.depth_routers import Depth, Spans, install, new_cache
+from cogumi.models.folders import load
+from cogumi.models.tokenization import HFTokenizer
+
+ROWS = 256
+"""Answers per batch: beyond this, memory grows and speed does not."""
+
+
+class TorchEngine:
+    """`engine.protocol.Engine` over a Hugging Face folder and PEFT adapter folders; drafts nothing.
+
+    `context` defaults to what the model was made for. Raises `BundleError` if a folder cannot be used.
+    A token that `depth` lets skip layers keeps its hidden state there and costs nothing: no attention, no feed-forward,
+    no keys and values for later tokens. `spans` are the layers about which `depth` is asked (None: each by itself).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapters: Mapping[str, Path] | None = None,
+        context: int | None = None,
+        depth: Depth | None = None,
+        spans: Spans | None = None,
+    ) -> None:
+        self._tokenizer = HFTokenizer.load(folder)
+        self._pieces = [self._tokenizer.piece(i) for i in range(self._tokenizer.size)]
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = _load(folder, adapters or {}).to(self._device)
+        self._names = tuple(adapters or {})
+        self._context = context or int(self._model.config.max_position_embeddings)
+        self._decoder: Any = self._model.get_decoder()
+        if depth:
+            install(self._decoder, depth, spans)
+        self._waiting: list[Generation] = []
+        self._lock = threading.Lock()
+
+    @property
+    def tokenizer(self) -> HFTokenizer:
+        """The folder's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names a request may give as `adapter`."""
+        return self._names
+
+    def check(self, request: Request) -> None:
+        """Raise what `generate` would refuse before any work."""
+        self._admitted(request)
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Answer a request; see `Engine.generate`."""
+        generation = self._admitted(request)
+        with self._lock:
+            self._waiting.append(generation)
+        return Events(lambda: self._receive(generation), generation.cancel)
+
+    def score(self, request: Request, answer: str) -> Score:
+        """Negative log-likelihood of `answer` and its end token after the request's prompt."""
+        prompt = self._prompt(request)
+        ids = [*prompt, *self._tokenizer.answer(answer)]
+        logits, _ = self._forward(ids, request.adapter)
+        nats = -logprobs_of(logits[len(prompt) - 1 : -1], np.array(ids[len(prompt) :])).sum(dtype=np.float64)
+        return Score(float(nats), len(ids) - len(prompt), len(answer.encode("utf-8")))
+
+    def read(self, request: Request) -> Reading:
+        """Score and hidden states of the prompt."""
+        ids = self._prompt(request)
+        logits, hidden = self._forward(ids, request.adapter)
+        surprise = tuple((-logprobs_of(logits[:-1], np.array(ids[1:], np.int64))).tolist())
+        size = sum(len(self._pieces[i]) for i in ids[1:])
+        score = Score(sum(surprise), len(surprise), size)
+        return Reading(score, surprise, tuple(hidden[-1].tolist()), tuple(hidden.mean(axis=0).tolist()))
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Mean hidden states (texts, width) of the base; an empty text is a row of zeros."""
+        rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            if text:
+                row[:] = self._forward(self._tokenizer.encode(text), None)[1].mean(axis=0)
+        return rows
+
+    def close(self) -> None:
+        """End waiting requests as cancelled."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for generation in waiting:
+            generation.end("cancelled")
+
+    def _admitted(self, request: Request) -> Generation:
+        prompt = admitted(request, self._tokenizer, self._names, self._context)
+        return Generation(request, prompt, self._rules(request))
+
+    def _prompt(self, request: Request) -> list[int]:
+        return prompt_of(request, self._tokenizer, self._names)
+
+    def _rules(self, request: Request) -> Rules | None:
+        if request.grammar is not None or request.json_schema is not None:
+            raise RequestError("this engine keeps to no grammar or JSON schema; use the llama engine for that")
+        return Rules.of(request)
+
+    def _select(self, adapter: str | None) -> None:
+        if adapter:
+            self._model.base_model.enable_adapter_layers()
+            self._model.set_adapter(adapter)
+        elif self._names:
+            self._model.base_model.disable_adapter_layers()
+
+    def _forward(self, ids: list[int], adapter: str | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits (n, V) and hidden states after the final norm (n, width) at every position."""
+        check_length(len(ids), self._context)
+        with self._lock:
+            self._select(adapter)
+            return self._pass(ids)
+
+    @torch.inference_mode()
+    def _pass(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        hidden = self._decoder(torch.tensor([ids], device=self._device), use_cache=False).last_hidden_state
+        logits = self._model.get_output_embeddings()(hidden)
+        return logits[0].cpu().numpy(), hidden[0].cpu().numpy()
+
+    def _receive(self, generation: Generation) -> Outcome:
+        with self._lock:
+            if not generation.ended:
+                self._answer(generation.request.adapter)
+        return generation.events.get()
+
+    def _answer(self, adapter: str | None) -> None:
+        """Run all that wait for an adapter to their ends."""
+        mine = [g for g in self._waiting if g.request.adapter == adapter]
+        self._waiting = [g for g in self._waiting if g.request.adapter != adapter]
+        self._select(adapter)
+        for generation in mine:
+            if generation.cancelled:
+                generation.end("cancelled")
+        mine = sorted((g for g in mine if not g.ended), key=lambda g: len(g.ids))
+        for generation in mine:
+            if generation.request.echo:
+                generation.echo([self._pieces[i] for i in generation.ids[1:]], self._pass(generation.ids)[0])
+            if not generation.remaining:
+                generation.end("length")
+        mine = [g for g in mine if not g.ended]
+        for start in range(0, len(mine), ROWS):
+            self._run(mine[start : start + ROWS])
+        for generation in mine:
+            if generation.request.hidden:
+                generation.tell(tuple(self._pass(generation.ids[:-1])[1][-1].tolist()))
+
+    @torch.inference_mode()
+    def _run(self, batch: list[Generation]) -> None:
+        width = max(len(g.ids) for g in batch)
+        ids = torch.tensor([[0] * (width - len(g.ids)) + g.ids for g in batch], device=self._device)
+        mask = torch.tensor([[0] * (width - len(g.ids)) + [1] * len(g.ids) for g in batch], device=self._device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = new_cache(self._decoder)
+        while batch:
+            out = self._model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            tokens = self._emit(batch, out.logits[:, -1].cpu().numpy())
+            alive = [i for i, generation in enumerate(batch) if not generation.ended]
+            if len(alive) < len(batch):
+                batch = [batch[i] for i in alive]
+                keep = torch.tensor(alive, dtype=torch.long, device=self._device)
+                cache.batch_select_indices(keep)
+                mask, positions, tokens = mask[keep], positions[keep], tokens[alive]
+            ids = torch.from_numpy(tokens).to(self._device)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+
+    def _emit(self, batch: list[Generation], logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Choose and hand out the next token of every row."""
+        tokens: NDArray[np.int64] = logits.argmax(axis=1)
+        for i, generation in enumerate(batch):
+            request, rules = generation.request, generation.rules
+            row = rules.apply(logits[i]) if rules else logits[i]
+            if generation.generator is not None:
+                tokens[i] = draw(probabilities(row, request.temperature, request.top_p), generation.generator)
+            elif rules:
+                tokens[i] = row.argmax()
+            if rules:
+                rules.accept(int(tokens[i]))
+        told = signals(logits, tokens)
+        for i, (generation, token) in enumerate(zip(batch, tokens.tolist(), strict=True)):
+            top = top_logprobs(logits[i], generation.request.logprobs)
+            generation.emit(token, self._pieces[token], token == self._tokenizer.eos, told[i], None, top)
+        return tokens
+
+
+def _load(folder: Path, adapters: Mapping[str, Path]) -> Any:
+    model = load(folder)
+    try:
+        for name, path in adapters.items():
+            if isinstance(model, PeftModel):
+                model.load_adapter(path, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, path, adapter_name=name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BundleError(f"an adapter of {folder} cannot be loaded: {error}") from error
+    return model.eval()

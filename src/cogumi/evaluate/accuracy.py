@@ -1,0 +1,43 @@
+"""Asks an engine a list of questions, grades the answers and counts: the figures of `cogumi eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cogumi.cascade.disclaimers import without_note
+from cogumi.core.types import Example, Reply, Request
+from cogumi.engine.protocol import Engine, replies
+from cogumi.grading.graders import grade_all
+
+
+def accepted(reply: Reply) -> bool | None:
+    """Whether a cascade stood by its answer; None from an engine that does not judge its own answers."""
+    return reply.decisions[-1].accepted if reply.decisions else None
+
+
+def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]) -> dict[str, Any]:
+    """Accuracy `{domain: {difficulty: [correct, n]}}`, coverage, and the error among accepted answers.
+
+    The last two are None where nothing judges the answers (or none was accepted).
+    """
+    answers = list(replies(engine, requests))
+    verdicts = grade_all(
+        [(example, without_note(answer.text)) for example, answer in zip(examples, answers, strict=True)]
+    )
+    cells: dict[str, dict[str, list[int]]] = {}
+    kept: list[bool] = []
+    for example, answer, verdict in zip(examples, answers, verdicts, strict=True):
+        cell = cells.setdefault(example.domain, {}).setdefault(str(example.difficulty), [0, 0])
+        cell[0] += verdict.correct
+        cell[1] += 1
+        if accepted(answer):
+            kept.append(verdict.correct)
+    judged = any(accepted(answer) is not None for answer in answers)
+    return {
+        "n": len(examples),
+        "correct": sum(verdict.correct for verdict in verdicts),
+        "accuracy": cells,
+        "coverage": len(kept) / len(examples) if judged else None,
+        "accepted_error": 1 - sum(kept) / len(kept) if kept else None,
+    }

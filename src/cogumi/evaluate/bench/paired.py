@@ -1,0 +1,118 @@
+"""How the benchmark measures: two ways of doing the same, in turns, and the median of their paired ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.core.errors import RequestError
+from cogumi.core.types import Reply, Request
+from cogumi.engine.llama.binding.tokenizer import Tokenizer
+from cogumi.engine.protocol import Engine, final_reply
+
+ROUNDS = 5
+"""Pairs of measurements per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure: `ratio` = `value` / `baseline` (median of paired ratios), both in `unit`; None where it failed.
+
+    `conditions` says how it was measured: the `spread` of the ratios, the `goal` and whether it is `met`; or the
+    `error`.
+    """
+
+    name: str
+    ratio: float | None
+    value: float | None
+    baseline: float | None
+    unit: str
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all rows share. `words` are ordinary ids of `model`, for a made-up `shape` in the order of its chain.
+
+    `shape` is None for a user's own file. `text` is a text to measure perplexity on, `tick` is told the share done.
+    """
+
+    model: Path
+    shape: str | None
+    folder: Path
+    threads: int
+    words: NDArray[np.int64]
+    text: str | None = None
+    minutes: float = 1.0
+    tick: Callable[[float], None] = lambda share: None
+    _passages: count[int] = field(default_factory=count)
+
+    def passage(self, n: int) -> tuple[int, ...]:
+        """`n` ids in chain order that begin where no other passage began, so that no cache knows them."""
+        start = next(self._passages) * 7919 % len(self.words)  # a prime: all starting points in turn
+        return tuple(self.words[(start + np.arange(n)) % len(self.words)].tolist())
+
+    def made(self) -> str:
+        """The shape; `RequestError` for a user's own file, for which there are no made-up drafts and adapters."""
+        if self.shape is None:
+            raise RequestError("this row needs a made-up model; run it without --model")
+        return self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Paired measurements of two ways."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the paired ratios."""
+        return median(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+
+    def row(self, name: str, unit: str, *, least: float | None = None, most: float | None = None, **told: Any) -> Row:
+        """Medians; the range of the paired ratios is the `spread`, `least` or `most` the goal of their median."""
+        ratios = sorted(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+        conditions: dict[str, Any] = {"spread": [round(ratios[0], 4), round(ratios[-1], 4)], "rounds": len(ratios)}
+        if least is not None:
+            conditions |= {"goal": f">= {least:g}", "met": self.ratio >= least}
+        if most is not None:
+            conditions |= {"goal": f"<= {most:g}", "met": self.ratio <= most}
+        return Row(name, self.ratio, median(self.ours), median(self.theirs), unit, conditions | told)
+
+
+def alternate(
+    ours: Callable[[], float], theirs: Callable[[], float], tick: Callable[[float], None], rounds: int = ROUNDS
+) -> Pairs:
+    """Measure A B, B A, A B, ..: whatever drifts slowly hits both alike."""
+    pairs = Pairs([], [])
+    for i in range(rounds):
+        sides = [(ours, pairs.ours), (theirs, pairs.theirs)]
+        for measure, found in sides if i % 2 == 0 else reversed(sides):
+            found.append(measure())
+        tick((i + 1) / rounds)
+    return pairs
+
+
+def answer(engine: Engine, request: Request) -> Reply:
+    """The reply to a request that is alone in the engine."""
+    return final_reply(engine.generate(request))
+
+
+def decode_rate(reply: Reply) -> float:
+    """Tokens per second after the first token."""
+    return (len(reply.tokens) - 1) / (reply.signals["seconds"] - reply.signals["first_token_seconds"])
+
+
+def ordinary(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """All ids that stand for text, shuffled: prompts for a model whose words mean something."""
+    ids = [i for i in range(tokenizer.size) if tokenizer.piece(i) and not tokenizer.ends(i)]
+    return np.random.default_rng(0).permutation(np.array(ids))

@@ -1,0 +1,73 @@
+"""The row about packed bundles: how fast their files are there to be opened (SPEC D6)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from cogumi.bundle.packed import Archive
+from cogumi.compress.pack.archive import Config, pack
+from cogumi.core.files import sha256
+from cogumi.engine.llama.binding.quantize import quantize_rows
+from cogumi.evaluate.bench.paired import Row, Setup, alternate
+
+GOAL = 400.0
+"""Least megabytes per second of what comes out, checksums included."""
+ROUNDS = 3
+DRAWN = (8192, 1024)
+"""Weights that are drawn and quantized; a file repeats them at distances at which no frame sees another."""
+
+
+def unpack(setup: Setup) -> Row:
+    """Megabytes per second from a packed model to its file, both checksums included.
+
+    Against copying the file as it is and checking that. The blocks of a made-up model repeat, so weights of its size
+    are drawn instead: only random ones take as long as trained ones. `cpu` is the processor time of one megabyte,
+    which other work on the machine does not change.
+    """
+    with TemporaryDirectory(dir=setup.folder) as folder:
+        scratch = Path(folder)
+        source = setup.model if setup.shape is None else _weights(scratch / "model.gguf", setup.model.stat().st_size)
+        (scratch / "packed").mkdir()
+        figures = pack(source.parent, [source.name], scratch / "packed", Config())
+        archive, megabytes = Archive(scratch / "packed"), source.stat().st_size / 1e6
+        cpu = []
+
+        def unpacked() -> float:
+            began, times = time.perf_counter(), os.times()
+            archive.extract(source.name, scratch / "out")
+            seconds, spent = time.perf_counter() - began, os.times()
+            cpu.append(1e3 * (spent.user + spent.system - times.user - times.system) / megabytes)
+            (scratch / "out").unlink()
+            return megabytes / seconds
+
+        def copied() -> float:
+            began = time.perf_counter()
+            shutil.copyfile(source, scratch / "out")
+            sha256(scratch / "out")
+            seconds = time.perf_counter() - began
+            (scratch / "out").unlink()
+            return megabytes / seconds
+
+        row = alternate(unpacked, copied, setup.tick, ROUNDS).row(
+            "unpack", "MB/s", cpu=f"{median(cpu):.2f} ms", smaller=figures["ratio"], baseline="a copy, checked"
+        )
+    assert row.value is not None
+    return replace(row, conditions=row.conditions | {"goal": f">= {GOAL:g} MB/s", "met": row.value >= GOAL})
+
+
+def _weights(path: Path, size: int) -> Path:
+    """A file of about `size` bytes as Q4_K_M mixes them: two thirds of the weights in Q4_K, the others in Q6_K."""
+    drawn = np.random.default_rng(0).standard_normal(DRAWN, np.float32)
+    few, more = (quantize_rows(drawn, type).tobytes() for type in ("Q4_K", "Q6_K"))
+    with path.open("wb") as file:
+        while file.tell() < size:
+            file.write((few + few + more)[: size - file.tell()])
+    return path

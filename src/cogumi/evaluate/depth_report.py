@@ -1,0 +1,222 @@
+"""Stage `depth_report`: what skipping layers saves and what it costs (SPEC C7, Mixture of Depths).
+
+The torch engine with the routers against the same engine without them. Speed: single stream, both engines in turn on
+each prompt of one run, seconds per token after the first, the best of a few times, so that what else the machine does
+counts little. Quality: held-out questions, answered greedily by both. The curve over other bars is measured on the
+selection split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.confidence.metrics import gained
+from cogumi.core.files import write_text
+from cogumi.core.pictures import new_figure
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Reply, Request
+from cogumi.data.examples import read_examples, split_path
+from cogumi.engine.protocol import final_reply, replies
+from cogumi.engine.torch import TorchEngine
+from cogumi.grading.graders import grade_all
+from cogumi.models.depth_routers import FILE, Routers
+
+VERSION = 1
+KIND = "report"
+PICTURE = "depth.png"
+
+
+class Config(BaseModel):
+    """`rows` held-out questions are asked (None: all), `prompts` of them for speed, `repeats` times each.
+
+    Each point of the curve takes `curve_prompts` selection questions, at the bar where a share out of `shares` skips.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    rows: int | None = Field(None, ge=1)
+    prompts: int = Field(100, ge=1)
+    curve_prompts: int = Field(30, ge=1)
+    repeats: int = Field(5, ge=1)
+    shares: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
+    max_tokens: int = Field(64, ge=1)
+
+
+@dataclass(slots=True)
+class Count:
+    """`Depth` of routers that counts decisions, each for a span: `[asked, skipped]` for prompts and while decoding."""
+
+    routers: Routers
+    prompt: tuple[int, int] = (0, 0)
+    decoding: tuple[int, int] = (0, 0)
+
+    def __call__(self, first: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Which tokens take the span."""
+        taken = self.routers.takes(first, hidden)
+        asked, skipped = taken.numel(), taken.numel() - int(taken.sum())
+        if taken.shape[1] == 1:
+            self.decoding = self.decoding[0] + asked, self.decoding[1] + skipped
+        else:
+            self.prompt = self.prompt[0] + asked, self.prompt[1] + skipped
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """Seconds per decoded token and of whole answers, plain and skipping; shares of decisions that say skip."""
+
+    decode: tuple[float, float]
+    answers: tuple[float, float]
+    skipped: float
+    skipped_prompt: float
+
+    @property
+    def speedup(self) -> float:
+        """Of decoding."""
+        return self.decode[0] / self.decode[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The engine without routers and the one whose routers `count` asks."""
+
+    plain: TorchEngine
+    skipping: TorchEngine
+    count: Count
+
+    def race(self, requests: Sequence[Request], repeats: int) -> Race:
+        """Both answer each request alone, in turn, some times over; the best time of each counts."""
+        engines = (self.plain, self.skipping)
+        self.count.prompt = self.count.decoding = (0, 0)
+        answers, decode, tokens = [0.0, 0.0], [0.0, 0.0], [0, 0]
+        for request in requests:
+            runs = [[final_reply(engine.generate(request)) for engine in engines] for _ in range(repeats)]
+            for k in (0, 1):
+                times = [(run[k].signals["seconds"], run[k].signals["first_token_seconds"]) for run in runs]
+                answers[k] += min(whole for whole, _ in times)
+                decode[k] += min(whole - first for whole, first in times)
+                tokens[k] += len(runs[0][k].tokens) - 1
+        shares = [skipped / max(asked, 1) for asked, skipped in (self.count.decoding, self.count.prompt)]
+        return Race((decode[0] / max(tokens[0], 1), decode[1] / max(tokens[1], 1)), (answers[0], answers[1]), *shares)
+
+    def quality(self, examples: Sequence[Example], requests: Sequence[Request], seed: int) -> dict[str, Any]:
+        """Accuracy of both, points lost with the bounds of 95% (paired bootstrap), and how alike the answers are."""
+        before, after = (list(replies(engine, requests, len(requests))) for engine in (self.plain, self.skipping))
+        right = [
+            np.array([v.correct for v in grade_all([(e, a.text) for e, a in zip(examples, found, strict=True)])], float)
+            for found in (before, after)
+        ]
+        gain, low, high = gained(right[0], right[1], seed)
+        return {
+            "n": len(examples),
+            "accuracy": float(right[0].mean()),
+            "accuracy_skipping": float(right[1].mean()),
+            "points_lost": -100 * gain,
+            "points_lost_95": [-100 * high, -100 * low],
+            "token_agreement": agreement(before, after),
+            "same_answers": float(np.mean([a.text == b.text for a, b in zip(before, after, strict=True)])),
+        }
+
+
+def agreement(one: Sequence[Reply], two: Sequence[Reply]) -> float:
+    """Share of answer tokens that are the same at the same place; what one answer has more of counts as different."""
+    same = sum(a.id == b.id for x, y in zip(one, two, strict=True) for a, b in zip(x.tokens, y.tokens, strict=False))
+    return same / sum(max(len(x.tokens), len(y.tokens)) for x, y in zip(one, two, strict=True))
+
+
+def picture(path: Path, curve: Sequence[Mapping[str, float]], bar: float) -> None:
+    """Speed against quality over bars, on the selection split; the chosen bar is marked."""
+    figure, axes = new_figure(1)
+    axes[0].plot([c["speedup"] for c in curve], [100 * c["exact"] for c in curve], marker="o")
+    for point in curve:
+        axes[0].annotate(f"{point['share']:.0%}", (point["speedup"], 100 * point["exact"]))
+    chosen = [point for point in curve if point["bar"] == bar]
+    axes[0].plot(
+        [c["speedup"] for c in chosen], [100 * c["exact"] for c in chosen], "*", markersize=14, label="chosen bar"
+    )
+    axes[0].set(xlabel="decode speed against no skipping", ylabel="selection answers given word for word, %")
+    axes[0].legend(loc="lower left")
+    figure.savefig(path)
+
+
+def page(figures: Mapping[str, Any]) -> str:
+    """report.md."""
+    low, high = figures["points_lost_95"]
+    layers = ", ".join(str(layer) for span in figures["spans"] for layer in span)
+    lines = [
+        "# Skipping layers",
+        "",
+        f"Layers {layers} (from 0) of {figures['layers']} may be skipped. Held-out questions; the bar was chosen on",
+        "the selection split. Speed in one run, both engines in turn, one answer at a time.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| decode speed against no skipping | {figures['speedup']:.2f}x |",
+        f"| whole answers, prompts included | {figures['answer_speedup']:.2f}x |",
+        f"| milliseconds per token, without and with | {figures['ms_plain']:.2f}, {figures['ms_skipping']:.2f} |",
+        f"| decoded tokens that skip these layers | {figures['skipped']:.1%} |",
+        f"| prompt tokens that skip them | {figures['skipped_prompt']:.1%} |",
+        f"| token-layers skipped while decoding | {figures['token_layers_skipped']:.1%} |",
+        f"| accuracy without and with ({figures['n']} questions) "
+        f"| {figures['accuracy']:.1%}, {figures['accuracy_skipping']:.1%} |",
+        f"| points lost (95%: paired bootstrap) | {figures['points_lost']:.2f} ({low:.2f} to {high:.2f}) |",
+        f"| answer tokens alike | {figures['token_agreement']:.1%} |",
+        "",
+        f"![speed against quality]({PICTURE})",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`examples`, `model` (the base) and `depth` (its routers) -> report.md and a picture."""
+    torch.set_num_threads(context.threads)
+    base, data, depth = (inputs[name] for name in ("model", "examples", "depth"))
+    routers = Routers.load(depth.path / FILE, base.path)
+    bar, count = routers.bar, Count(routers)
+    selection = read_examples(split_path(data.path, "selection"))[: config.curve_prompts]
+    heldout = read_examples(split_path(data.path, "heldout"))[: config.rows]
+    with (
+        closing(TorchEngine(base.path)) as plain,
+        closing(TorchEngine(base.path, depth=count, spans=routers.spans)) as skipping,
+    ):
+        pair = Pair(plain, skipping, count)
+        curve = []
+        tried = [row for row in depth.metrics["tried"] if row["share"] in (*config.shares, depth.metrics["skipped"])]
+        for row in tried:
+            routers.bar = row["bar"]
+            curve.append({**row, "speedup": pair.race(_asking(selection, config), config.repeats).speedup})
+            context.progress(len(curve), len(tried) + 2, {"speedup": curve[-1]["speedup"]})
+        routers.bar = bar
+        speed = pair.race(_asking(heldout[: config.prompts], config), config.repeats)
+        context.progress(len(tried) + 1, len(tried) + 2, {"speedup": speed.speedup})
+        found = pair.quality(heldout, _asking(heldout, config), context.seed)
+        context.progress(len(tried) + 2, len(tried) + 2, {"points lost": found["points_lost"]})
+    layers = json.loads((base.path / "config.json").read_text("utf-8"))["num_hidden_layers"]
+    figures = {
+        "spans": routers.spans,
+        "layers": layers,
+        "speedup": speed.speedup,
+        "answer_speedup": speed.answers[0] / speed.answers[1],
+        "ms_plain": 1e3 * speed.decode[0],
+        "ms_skipping": 1e3 * speed.decode[1],
+        "skipped": speed.skipped,
+        "skipped_prompt": speed.skipped_prompt,
+        "token_layers_skipped": speed.skipped * sum(map(len, routers.spans)) / layers,
+        **found,
+        "curve": curve,
+    }
+    write_text(out / "report.md", page(figures))
+    picture(out / PICTURE, curve, bar)
+    return figures
+
+
+def _asking(examples: Sequence[Example], config: Config) -> list[Request]:
+    return [Request(messages=e.messages, max_tokens=config.max_tokens) for e in examples]

@@ -1,0 +1,103 @@
+"""report.md: the figures of a build for people, from the same numbers as report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cogumi.core.amounts import share
+
+Cells = Mapping[str, Mapping[str, Sequence[int]]]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [_row(head), _row("---" for _ in head), *(_row(row) for row in rows), ""]
+
+
+def _accuracy(accuracy: Mapping[str, Cells]) -> list[str]:
+    domains = sorted({domain for cells in accuracy.values() for domain in cells})
+    levels = sorted({level for cells in accuracy.values() for row in cells.values() for level in row})
+    rows = []
+    for tier, cells in accuracy.items():
+        by_domain = [share(cells.get(domain, {}).values()) for domain in domains]
+        by_level = [share(pair for row in cells.values() for at, pair in row.items() if at == k) for k in levels]
+        rows.append([tier, share(pair for row in cells.values() for pair in row.values()), *by_domain, *by_level])
+    return _table(["tier", "all", *domains, *(f"level {k}" for k in levels)], rows)
+
+
+def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
+    kinds = [
+        [f"- {kind}{' (never seen before)' * (kind in refused['unseen_kinds'])}", f"{k} of {n}"]
+        for kind, (k, n) in sorted(refused["kinds"].items())
+    ]
+    rows = [
+        ["answers judged", f"{gate['n']}"],
+        ["calibration error (ECE, ten bins)", f"{gate['ece']:.3f}"],
+        ["Brier score", f"{gate['brier']:.3f}"],
+        ["AUROC of P(correct)", f"{gate['auroc']:.3f}"],
+        ["AUROC of perplexity alone", f"{gate['auroc_perplexity']:.3f}"],
+        ["AUROC of length alone", f"{gate['auroc_length']:.3f}"],
+        ["accepted with confidence", f"{gate['coverage']:.1%} ({gate['accepted']})"],
+        [f"wrong among accepted (promised: at most {gate['bound']:.0%})", f"{gate['accepted_error']:.1%}"],
+        ["unanswerable, yet answered with confidence", f"{refused['confident']} of {refused['n']}"],
+        *kinds,
+    ]
+    return [
+        "## Does it know what it knows?",
+        "",
+        *_table(["figure", "value"], rows),
+        f"The promise holds with {gate['confidence']:.0%} confidence. {gate['assumption']}",
+        "",
+        "![reliability](reliability.png) ![risk and coverage](risk.png)",
+        "",
+    ]
+
+
+def _modifiers(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for name, m in found.items():
+        control = f"{m['control']:.1%}" if "control" in m else "-"
+        rows.append([name, f"{m['before']:.1%}", f"{m['after']:.1%}", control, f"{m['n']}"])
+    return [
+        "## Did the modifiers help?",
+        "",
+        "On their domain's questions that have an answer. Control: an adapter of the same shape and steps, trained on",
+        "random questions of the domain.",
+        "",
+        *_table(["domain", "base", "modifier", "control", "questions"], rows),
+    ]
+
+
+def _speculation(found: Mapping[str, Any]) -> list[str]:
+    rows = [
+        ["drafted tokens accepted", f"{found['acceptance']:.1%}"],
+        ["answers equal to plain ones, bit for bit", f"{found['identical']} of {found['n']}"],
+        ["speed against plain", f"{found['speedup']:.2f}x"],
+    ]
+    return ["## Speculation, forced on for easy questions", "", *_table(["figure", "value"], rows)]
+
+
+def page(figures: Mapping[str, Any]) -> str:
+    """The report stage's metrics as one page of Markdown; its pictures lie beside it."""
+    lines = [
+        "# What this build came to",
+        "",
+        "Counted on held-out questions that no earlier step has read. Level 0: questions without an answer,",
+        "where only saying so is right. The modifier row covers the domains that have one.",
+        "",
+        *_accuracy(figures["accuracy"]),
+        "![accuracy by level](accuracy.png)",
+        "",
+        *_honesty(figures["gate"], figures["unanswerable"]),
+        *_modifiers(figures["modifiers"]),
+        *_speculation(figures["speculation"]),
+        "## Routes and sizes",
+        "",
+        *_table(["route", "share"], [[route, f"{part:.1%}"] for route, part in figures["routes"].items()]),
+        *_table(["file", "bytes"], [[name, f"{count:,}"] for name, count in figures["bytes"].items()]),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,89 @@
+"""Suites: named sets of measurements for `cogumi eval --suite`, each a module with `run(task) -> Findings`.
+
+A suite counts everything it reports in the run that reports it. Adding one is a file and a row of `SUITES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from cogumi.core.errors import CogumiError
+from cogumi.core.registry import nearest
+
+SUITES: dict[str, str] = {
+    "honesty": "cogumi.evaluate.suites.honesty",
+    "routing": "cogumi.evaluate.suites.routing",
+    "domains": "cogumi.evaluate.suites.domains",
+    "escalation": "cogumi.evaluate.suites.escalation",
+    "cache": "cogumi.evaluate.suites.cache",
+    "deliberation": "cogumi.evaluate.suites.deliberation",
+    "learning": "cogumi.evaluate.suites.learning",
+    "training": "cogumi.evaluate.suites.training",
+    "templates": "cogumi.evaluate.suites.templates",
+    "compression": "cogumi.evaluate.suites.compression",
+}
+"""Name -> module."""
+
+_RELATIONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a suite is given: a bundle's folder, the user's data, and a folder for pictures (each None if not named).
+
+    `progress(done, total, figures)` may be called at any rate.
+    """
+
+    bundle: Path | None = None
+    data: Path | None = None
+    out: Path | None = None
+    seed: int = 0
+    progress: Callable[[int, int, Mapping[str, float]], None] = lambda done, total, figures: None
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of a suite's table. `goal` reads like ">= 0.85"; `low` and `high` bound 95% where they were measured."""
+
+    name: str
+    value: float | None
+    goal: str = ""
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached; None without a goal or a value."""
+        if not self.goal or self.value is None:
+            return None
+        relation, bound = self.goal.split()
+        return bool(_RELATIONS[relation](self.value, float(bound)))
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """A suite's table, what it rests on (`facts`: rows, seconds, assumptions) and the pictures it drew."""
+
+    figures: Sequence[Figure]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Sequence[Path] = ()
+
+
+class Suite(Protocol):
+    """A suite's module."""
+
+    def run(self, task: Task) -> Findings:
+        """Measure. Raises `CogumiError` with what to name where `task` lacks something the suite needs."""
+
+
+def suite(name: str) -> Suite:
+    """The suite of that name; `CogumiError` names the nearest if there is none."""
+    if name not in SUITES:
+        raise CogumiError(f"unknown suite '{name}'; {nearest(name, SUITES)}")
+    return cast(Suite, importlib.import_module(SUITES[name]))

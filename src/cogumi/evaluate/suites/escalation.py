@@ -1,0 +1,223 @@
+"""Suite `escalation`: how well a dissatisfied follow-up is noticed (SPEC F7), on our dialogues and on rated ones.
+
+Clean follow-ups are our held-out templates, written with care; none was met in training. On dialogues rated by people
+(`evaluate.suites.rated_dialogues`) the bundle's net is judged as it is, and a net of the same form that learned from
+half of the dialogues. Both are judged on the other half; thresholds, too, are chosen on the first. Bounds of 95% by a
+bootstrap over dialogues, or over templates (Efron 1979), since turns of one dialogue are no independent draws.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+import timeit
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cogumi.cascade.dissatisfaction import FILE, MARKS, Escalation, describe, encode, last_turn, numbered
+from cogumi.confidence.metrics import auroc
+from cogumi.core.errors import CogumiError
+from cogumi.core.pictures import new_figure
+from cogumi.core.types import Message
+from cogumi.data.followups.dialogues import draw
+from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.evaluate.suites.rated_dialogues import RatedTurn, halves, read_rated
+from cogumi.models.encoder import DEFAULT, load_encoder
+from cogumi.models.followup_lstm import HIDDEN, WIDTH, FollowUpNet, best_threshold, export, fit, word_vectors
+
+Doubles = NDArray[np.float64]
+Truths = NDArray[np.bool_]
+
+ROWS = 2000
+"""Clean follow-ups."""
+
+RESAMPLES = 500
+DROPOUT, EPOCHS, RATE = 0.3, 4, 6e-3
+"""Of the net that learns from rated dialogues; epochs and rate were chosen on a part of the learning half."""
+
+CUT_SHARE = 0.2
+"""Of the learning half's dialogues these choose the threshold and are not learned."""
+
+_COMPLAINT = re.compile(
+    r"\b(no|not|nope|wrong|incorrect|again|instead|actually|mistake|useless|unfortunately|said|meant|rather|never|why|"
+    r"bad|different|another|anything else|sure|change|don't|doesn't|can't)\b"
+)
+_REFUSAL = re.compile(
+    r"\b(sorry|unfortunately|apolog\w+|unable|cannot|can't|could not|couldn't|afraid|no \w+ (found|match\w*))\b"
+)
+
+
+def run(task: Task) -> Findings:
+    """Judge the bundle's `escalation.onnx`. Raises `CogumiError` if there is none, `DataError` for unusable data."""
+    path = (task.bundle or Path()) / FILE
+    if task.bundle is None or not path.is_file():
+        raise CogumiError(f"the suite needs a bundle with {FILE}; name one whose recipe has the stage 'escalation'")
+    net = Escalation(path)
+    figures = [*_clean(net, task.seed), Figure("size, MB", path.stat().st_size / 1e6, "<= 3")]
+    turn = draw("heldout", 2, task.seed)[1].messages
+    seconds = timeit.repeat(lambda: net.dissatisfied(turn), number=20, repeat=20)
+    long = (Message("user", "why? " * 20_000), Message("assistant", "so. " * 20_000), Message("user", "no! " * 20_000))
+    worst = timeit.repeat(lambda: net.dissatisfied(long), number=1, repeat=10)
+    figures.append(Figure("time per turn, ms", 1e3 * statistics.median(seconds) / 20, "< 3"))
+    figures.append(Figure("time per turn of the longest texts, ms", 1e3 * statistics.median(worst), "< 3"))
+    if task.data is None:
+        return Findings(figures, {"rated dialogues": "none: name a file or folder of them as data"})
+    rated, facts, pictures = _rated(net, task.data, task)
+    return Findings([*figures, *rated], facts, pictures)
+
+
+def _clean(net: Escalation, seed: int) -> list[Figure]:
+    figures: list[Figure] = []
+    for name, hurried, goal in (("clean follow-ups", False, ">= 0.94"), ("the same, written in a hurry", True, "")):
+        dialogues = draw("heldout", ROWS, seed, hurried=hurried)
+        p = np.array([net.dissatisfied(d.messages) for d in dialogues])
+        unhappy = np.array([d.dissatisfied for d in dialogues])
+        right = (p >= net.threshold) == unhappy
+        templates = np.unique([d.template for d in dialogues], return_inverse=True)[1]
+        low, high = bounds(templates, partial(_share, right), seed)
+        kinds = np.array([d.kind for d in dialogues])
+        shares = sorted((float(np.mean(right[kinds == kind])), str(kind)) for kind in np.unique(kinds))
+        weakest = ", ".join(f"{kind} {share:.2f}" for share, kind in shares[:3])
+        note = f"accuracy; {templates.max() + 1} templates, none of them in training; weakest kinds: {weakest}"
+        figures.append(Figure(name, float(np.mean(right)), goal, low, high, note))
+        if not hurried:
+            acted = p >= net.sure
+            figures.append(
+                Figure("acted on, of the dissatisfied", float(acted[unhappy].mean()), note="where it is sure")
+            )
+            figures.append(Figure("acted on, of the others", float(acted[~unhappy].mean()), "<= 0.05"))
+    return figures
+
+
+def _share(right: Truths, rows: NDArray[np.int64]) -> float:
+    return float(np.mean(right[rows]))
+
+
+def _rated(net: Escalation, data: Path, task: Task) -> tuple[list[Figure], dict[str, object], list[Path]]:
+    rated = read_rated(data)
+    learning, judged = halves(rated, 0.5, task.seed)
+    facts: dict[str, object] = {
+        "dialogues": rated.dialogues,
+        "rated turns": len(rated.turns),
+        "malformed lines": rated.malformed,
+        "user turns without rating or answer before": rated.left_out,
+        "turns learned": len(learning),
+        "turns judged": len(judged),
+        "dissatisfied among them": float(np.mean([turn.dissatisfied for turn in judged])),
+    }
+    scores: dict[str, Callable[[RatedTurn], float]] = {
+        "net of the bundle": lambda turn: net.dissatisfied(turn.messages),
+        "keywords": keywords,
+        "majority": lambda turn: 0.0,
+    }
+    with tempfile.TemporaryDirectory() as place:
+        learners, cutters = _learners(learning, task.seed)
+        labels = {turn.dissatisfied for turn in learners}
+        if len(labels) == 2:
+            fitted = learn(learners, Path(place) / FILE, task)
+            scores = {
+                "net that learned from rated dialogues": lambda turn: fitted.dissatisfied(turn.messages),
+                **scores,
+            }
+        else:
+            facts["no net learned"] = "the learning half has turns of one kind only"
+        figures, curves = [], {}
+        for name, score in scores.items():
+            found, p = _figures(name, score, cutters or learners, judged, task.seed)
+            figures += found
+            curves[name] = p
+    unhappy = np.array([turn.dissatisfied for turn in judged])
+    picture = task.out / "escalation.png" if task.out else None
+    if picture:
+        _picture(picture, unhappy, curves)
+    return figures, facts, [picture] if picture else []
+
+
+def _learners(turns: Sequence[RatedTurn], seed: int) -> tuple[list[RatedTurn], list[RatedTurn]]:
+    """Turns to learn from and, of other dialogues, turns to choose a threshold on."""
+    numbers = sorted({turn.dialogue for turn in turns})
+    chosen = set(np.random.default_rng(seed).permutation(numbers)[: round(CUT_SHARE * len(numbers))].tolist())
+    return [t for t in turns if t.dialogue not in chosen], [t for t in turns if t.dialogue in chosen]
+
+
+def _figures(
+    name: str,
+    score: Callable[[RatedTurn], float],
+    cutters: Sequence[RatedTurn],
+    judged: Sequence[RatedTurn],
+    seed: int,
+) -> tuple[list[Figure], Doubles]:
+    """AUROC and F1 of the dissatisfied turn, and the scores [judged]."""
+    truth, groups = np.array([t.dissatisfied for t in judged]), np.array([t.dialogue for t in judged])
+    p = np.array([score(turn) for turn in judged])
+    cut = best_threshold(np.array([score(t) for t in cutters]), np.array([t.dissatisfied for t in cutters]), f1)
+    called = p >= cut if np.ptp(p) else np.zeros(len(p), dtype=bool)
+    low, high = bounds(groups, lambda rows: auroc(p[rows], truth[rows]), seed)
+    low_f1, high_f1 = bounds(groups, lambda rows: f1(truth[rows], called[rows]), seed)
+    note = f"unseen dialogues; F1's threshold {cut:.3f} from the learning half"
+    return [
+        Figure(f"AUROC, {name}", auroc(p, truth), "", low, high),
+        Figure(f"F1, {name}", f1(truth, called), "", low_f1, high_f1, note),
+    ], p
+
+
+def _picture(path: Path, truth: Truths, curves: Mapping[str, Doubles]) -> None:
+    """ROC curves of scores [rows]."""
+    figure, axes = new_figure(1)
+    for name, p in curves.items():
+        cuts = np.unique(np.quantile(np.append(p, np.inf), np.linspace(0, 1, 401), method="nearest"))[::-1]
+        caught = [float(np.mean(p[truth] >= cut)) for cut in cuts]
+        false = [float(np.mean(p[~truth] >= cut)) for cut in cuts]
+        axes[0].plot(false, caught, label=f"{name}: {auroc(p, truth):.3f}")
+    axes[0].set(xlabel="share of other turns called dissatisfied", ylabel="share of dissatisfied turns noticed")
+    axes[0].legend(loc="lower right", title="AUROC")
+    figure.savefig(path)
+
+
+def learn(turns: Sequence[RatedTurn], path: Path, task: Task) -> Escalation:
+    """A net of the bundle's form that learned which rated turns are dissatisfied, exported to `path` and opened."""
+    encoder, tokenizer = load_encoder(DEFAULT, Path())
+    words, table, scale = word_vectors(encoder, tokenizer, WIDTH)
+    with torch.random.fork_rng():
+        torch.manual_seed(task.seed)
+        net = FollowUpNet(table, scale, MARKS, HIDDEN, DROPOUT)
+    numbers = numbered(words)
+    read = [(last_turn(turn.messages), turn.dissatisfied) for turn in turns]
+    rows = [encode(turn, numbers) for turn, _ in read if turn]
+    labels = np.array([unhappy for turn, unhappy in read if turn], dtype=np.float32)
+
+    def progress(done: int, total: int, loss: float) -> None:
+        task.progress(done, total, {"loss": loss})
+
+    fit(net, rows, labels, epochs=EPOCHS, lr=RATE, seed=task.seed, progress=progress)
+    export(net, path, describe(words, 0.5, 0.5))
+    return Escalation(path)
+
+
+def keywords(turn: RatedTurn) -> float:
+    """The baseline: words of complaint in the user's turn, and of refusal in the answer before, per turn."""
+    said, answer = turn.messages[-1].content.lower(), turn.messages[-2].content.lower()
+    return len(_COMPLAINT.findall(said)) + 1.5 * bool(_REFUSAL.search(answer))
+
+
+def f1(truth: Truths, called: Truths) -> float:
+    """Harmonic mean of precision and recall; 0 where nothing is called rightly."""
+    right = float(np.sum(truth & called))
+    return 2 * right / (float(truth.sum()) + float(called.sum())) if right else 0.0
+
+
+def bounds(groups: NDArray[np.int64], figure: Callable[[NDArray[np.int64]], float], seed: int) -> tuple[float, float]:
+    """Bounds of 95% of figure(row numbers) by drawing groups [rows] with replacement."""
+    rng = np.random.default_rng(seed)
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    draws = (rng.integers(len(members), size=len(members)) for _ in range(RESAMPLES))
+    values = [figure(np.concatenate([members[i] for i in chosen])) for chosen in draws]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)

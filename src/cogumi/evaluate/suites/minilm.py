@@ -1,0 +1,28 @@
+"""The sentence encoder that suites measure with: exported once per machine."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from cogumi.core.environment import cache_folder
+from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
+from cogumi.models.encoder import DEFAULT, export_encoder, load_encoder
+
+
+def cached_embedder() -> Embedder:
+    """all-MiniLM-L6-v2 in int8, exported into the user's cache folder by the first call (ten seconds).
+
+    Raises `RecipeError` if the model is not installed.
+    """
+    folder = cache_folder() / f"{DEFAULT}-int8"
+    if not (folder / MODEL).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            made = Path(place) / "made"
+            made.mkdir()
+            export_encoder(*load_encoder(DEFAULT, Path()), made / MODEL, made / TOKENIZER, int8=True)
+            with suppress(OSError):  # somebody else was faster
+                made.rename(folder)
+    return Embedder(folder)

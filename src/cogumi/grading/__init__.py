@@ -1,0 +1,1 @@
+"""Judging outputs against references: graders, and the sandbox that runs generated code."""

@@ -1,0 +1,182 @@
+"""Judging an output against its example (SPEC B3). `example.meta["check"]["kind"]` names the grader:
+
+exact      the output equals `answer` (letter case, white space, outer quotes and a final full stop aside)
+numeric    the last number in the output equals `value` (default: the last number in `answer`)
+choice     the option meant (a letter, or the text of one of `options`) is the one that `answer` means
+code       the output, as python, passes every assert in `tests`, in the sandbox
+tool_call  the output is the JSON of `call` (default: of `answer`): {"tool", "args"} or a list of them; the
+           order of keys is free
+abstain    the output is the sentence `types.ABSTENTION`
+
+Without a check the grader is `exact`. No output makes a grader raise; a check nobody understands does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, NoReturn
+
+from cogumi.core.errors import DataError
+from cogumi.core.types import ABSTENTION, Example, Verdict
+from cogumi.grading.checks import check_problem
+from cogumi.grading.sandbox import Outcome, run_all
+
+Judgement = tuple[bool, str]
+"""Whether the output is right, and why not (or what was seen)."""
+
+_FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}\b)?"
+)
+_NOT_WORD = re.compile(r"[\W_]+")
+_LETTER = (
+    re.compile(r"^\W*([A-Z])\W*$"),
+    re.compile(r"\banswer\b(?:\s+is)?\s*:?\s*[(*\"']*([A-Z])\b(?!['’]|\s+[a-z])"),
+    re.compile(r"^\W*([A-Z])[).:]"),
+)
+
+
+def normalise(text: str) -> str:
+    """Text without letter case, surplus white space, Unicode variants, outer quotes and closing full stop."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
+    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".!").strip(" \"'`")
+
+
+def strip_fences(output: str) -> str:
+    """The content of the first markdown code fence, or the whole output if there is none."""
+    found = _FENCE.search(output)
+    return found.group(1) if found else output
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last decimal number in a text; commas between thousands are understood."""
+    found = _NUMBER.findall(text.replace("\u2212", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def chosen(text: str, options: Sequence[str]) -> int | None:
+    """Index of the option a text means: its own text, a letter, or the only option it mentions."""
+    wanted = [normalise(option) for option in options]
+    if normalise(text) in wanted:
+        return wanted.index(normalise(text))
+    for pattern in _LETTER:
+        if found := pattern.findall(text):
+            index = ord(found[-1]) - ord("A")
+            return index if not options or index < len(options) else None
+    said = _words(text)
+    mentioned = [i for i, option in enumerate(options) if _words(option).strip() and _words(option) in said]
+    return mentioned[0] if len(mentioned) == 1 else None
+
+
+def _words(text: str) -> str:
+    """The words of a text between single spaces, one at each end: containment is then by whole words."""
+    return f" {_NOT_WORD.sub(' ', normalise(text)).strip()} "
+
+
+def same_json(left: Any, right: Any) -> bool:
+    """JSON equality: key order is free, 1 equals 1.0, but true is not 1."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same_json(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same_json, left, right))
+    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
+
+
+def _exact(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
+    return normalise(output) == normalise(example.answer), f"expected: {example.answer}"
+
+
+def _numeric(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
+    wanted = last_number(str(check.get("value", example.answer)))
+    if wanted is None:
+        raise DataError(f"example {example.id}: its numeric check has no number; give it a value or a number as answer")
+    found = last_number(output)
+    return found == wanted, f"expected {wanted}, found {'no number' if found is None else found}"
+
+
+def _choice(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
+    options = check.get("options", [])
+    wanted = chosen(example.answer, options)
+    if wanted is None:
+        raise DataError(f"example {example.id}: its answer is none of the options; give the letter or the text of one")
+    found = chosen(output, options)
+    return (
+        found == wanted,
+        f"expected {example.answer}, found {'no choice' if found is None else chr(ord('A') + found)}",
+    )
+
+
+def _tool_call(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
+    try:
+        wanted = check["call"] if "call" in check else json.loads(example.answer)
+    except ValueError as error:
+        raise DataError(f"example {example.id}: its answer must be the JSON of a tool call ({error})") from error
+    try:
+        found = json.loads(strip_fences(output), parse_constant=_refuse)
+        return same_json(_as_list(found), _as_list(wanted)), f"expected {json.dumps(wanted)}"
+    except (ValueError, RecursionError) as error:
+        return False, f"not JSON: {error}"
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _as_list(calls: Any) -> list[Any]:
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _abstain(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
+    return normalise(output) == normalise(ABSTENTION), "the question has no answer; expected an abstention"
+
+
+_GRADERS: dict[str, Callable[[Example, Mapping[str, Any], str], Judgement]] = {
+    "exact": _exact,
+    "numeric": _numeric,
+    "choice": _choice,
+    "tool_call": _tool_call,
+    "abstain": _abstain,
+}
+
+
+def _check(example: Example) -> Mapping[str, Any]:
+    check: Mapping[str, Any] = example.meta.get("check", {"kind": "exact"})
+    if problem := check_problem(check):
+        raise DataError(f"example {example.id}: {problem}")
+    return check
+
+
+def _program(check: Mapping[str, Any], output: str) -> str:
+    return "\n".join([strip_fences(output), *check["tests"]])
+
+
+def _verdict(example: Example, output: str, kind: str, correct: bool, reason: str) -> Verdict:
+    return Verdict(example.id, output, correct, float(correct), kind, "" if correct else reason)
+
+
+def grade_all(pairs: Sequence[tuple[Example, str]]) -> list[Verdict]:
+    """Judge many `(example, output)`; code runs in a few sandbox processes, an equal program only once."""
+    checks = [_check(example) for example, _ in pairs]
+    programs = [
+        _program(check, output) if check["kind"] == "code" else None
+        for check, (_, output) in zip(checks, pairs, strict=True)
+    ]
+    distinct = list(dict.fromkeys(program for program in programs if program is not None))
+    outcomes: dict[str, Outcome] = dict(zip(distinct, run_all(distinct), strict=True))
+    verdicts = []
+    for (example, output), check, program in zip(pairs, checks, programs, strict=True):
+        if program is not None:
+            judged = outcomes[program].ok, outcomes[program].reason
+        else:
+            judged = _GRADERS[check["kind"]](example, check, output)
+        verdicts.append(_verdict(example, output, check["kind"], *judged))
+    return verdicts
+
+
+def grade(example: Example, output: str) -> Verdict:
+    """Judge one output. Many are cheaper through `grade_all`."""
+    return grade_all([(example, output)])[0]

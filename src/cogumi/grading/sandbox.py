@@ -1,0 +1,104 @@
+"""Running untrusted python programs (SPEC B4, first form): few processes, one forked child per program.
+
+`grading.sandbox_child` is what runs inside; it says what each layer of isolation does. A program succeeds if it runs
+to its end without an exception: leaving early by `sys.exit` or `os._exit` is a failure. Which layers were in
+force is told by `Outcome.isolation`; limits and the audit hook always are. Limit of this form: a program is
+judged by the interpreter it runs in, so one that deliberately searches that interpreter's memory could forge
+its own success; it cannot reach another program or the machine that way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cogumi.core.errors import CogumiError
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_PROGRAMS_PER_PROCESS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use. CPU time decides, and only sleepers reach the wall: verdicts must not hang on load."""
+
+    cpu_seconds: int = 1
+    wall_seconds: float = 60.0
+    memory_bytes: int = 256 << 20
+    file_bytes: int = 1 << 20
+    files: int = 64
+    output_bytes: int = 16 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a program: `output` is the end of what it printed, `reason` why it is not `ok`."""
+
+    ok: bool
+    output: str
+    reason: str
+    isolation: tuple[str, ...]
+
+
+def run(program: str, limits: Limits | None = None) -> Outcome:
+    """Run one program. Many are far cheaper through `run_all`."""
+    return run_all([program], limits)[0]
+
+
+def run_all(programs: Sequence[str], limits: Limits | None = None) -> list[Outcome]:
+    """Run programs, each in a child of its own, and return their outcomes in order."""
+    limits = limits or Limits()
+    # Two processes per core: one works while the other waits for its child.
+    workers = max(1, min(2 * (os.cpu_count() or 1), len(programs) // 16))
+    size = min(_PROGRAMS_PER_PROCESS, max(1, -(-len(programs) // workers)))
+    groups = [programs[start : start + size] for start in range(0, len(programs), size)]
+    with ThreadPoolExecutor(workers) as pool:
+        return [outcome for group in pool.map(lambda g: _run_group(g, limits), groups) for outcome in group]
+
+
+def _run_group(programs: Sequence[str], limits: Limits) -> list[Outcome]:
+    """Outcomes of one group. If its process dies, the program it was at fails and the rest goes on."""
+    outcomes: list[Outcome] = []
+    while len(outcomes) < len(programs):
+        reported = _run_process(programs[len(outcomes) :], limits)
+        outcomes += reported
+        if not reported or len(outcomes) < len(programs):
+            outcomes.append(Outcome(False, "", "the sandbox process died while running it", ()))
+    return outcomes
+
+
+def _run_process(programs: Sequence[str], limits: Limits) -> list[Outcome]:
+    """Outcomes of the programs that one sandbox process, begun in an empty folder, got through."""
+    plan = {"programs": list(programs), "limits": asdict(limits)}
+    # Isolated mode but for -E: a fixed hash seed makes the order of sets, and so every verdict, reproducible.
+    command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD)]
+    with tempfile.TemporaryDirectory(prefix="cogumi-sandbox-") as empty:
+        process = subprocess.Popen(
+            command,
+            cwd=empty,
+            env={"PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        with process:
+            try:
+                allowed = 30 + len(programs) * (limits.wall_seconds + 1)
+                results, errors = process.communicate(json.dumps(plan).encode(), timeout=allowed)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                results, errors = process.communicate()
+    lines = results.split(b"\n")[:-1]
+    if not lines:
+        complaint = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise CogumiError(f"the code sandbox does not start ({complaint[0]}): run code checks on Linux or macOS")
+    isolation = tuple(json.loads(lines[0]))
+    return [Outcome(isolation=isolation, **json.loads(line)) for line in lines[1:]]

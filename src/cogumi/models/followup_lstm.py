@@ -1,0 +1,267 @@
+"""The net that notices a dissatisfied follow-up (SPEC F7): word vectors of a sentence encoder, an LSTM, one logit.
+
+The word vectors are the encoder's own (its input embeddings, by principal components, as 8-bit integers) and stay as
+they are, so a word that training never showed still lies near its synonyms. Hochreiter and Schmidhuber 1997 (LSTM).
+The ONNX graph is written node by node: no exporter, and the same net gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cogumi.models.encoder import Encoder
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Word ids and marks [tokens] of one turn, as `cascade.dissatisfaction.encode` makes them."""
+
+Figure = Callable[[NDArray[np.bool_], NDArray[np.bool_]], float]
+"""A figure of merit of what is positive and what was called so."""
+
+WIDTH, HIDDEN = 72, 96
+"""The usual sizes of word vectors and LSTM: with MiniLM's vocabulary the file stays below 3 MB."""
+
+PADDING = 0
+OPSET, IR = 17, 8
+"""Versions of the graph: what ONNX Runtime has read since 2022."""
+
+
+def word_vectors(encoder: Encoder, tokenizer: Any, width: int) -> tuple[list[str], Tensor, Tensor]:
+    """A vocabulary with its vectors: words, int8 [2 + words, width], scales [width]; rows 0 and 1 are nothing (padding
+    and what is in no vocabulary), and `width` is the encoder's at most.
+
+    Marks of word pieces are dropped, special tokens left out; of tokens with the same letters the first one stays.
+    """
+    vectors: Tensor = encoder.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    tokens: dict[str, int] = tokenizer.get_vocab()
+    rows: dict[str, int] = {}
+    for token, row in sorted(tokens.items(), key=lambda item: item[1]):
+        word = token.lower().removeprefix("##").lstrip("▁Ġ")
+        if word and not (token[0] in "[<" and token[-1] in "]>" and len(token) > 2):
+            rows.setdefault(word, row)
+    x = vectors[list(rows.values())].double()
+    x = x - x.mean(dim=0)
+    _, axes = torch.linalg.eigh(x.T @ x)
+    x = x @ axes.flip(1)[:, :width]
+    step = x.abs().amax(dim=0) / 127
+    table = torch.cat([torch.zeros(2, x.shape[1]), (x / step).round()]).to(torch.int8)
+    return list(rows), table, (step / x.std()).float()
+
+
+class FollowUpNet(nn.Module):
+    """`table` int8 [words, width] with its `scale` [width]; `marks` kinds of marks; `hidden` units of the LSTM.
+
+    The LSTM reads the follow-up. The logit comes of the mean and the maximum of its states; of the mean direction of
+    the words of question, answer and follow-up, and how close these are (which words count there is learned); and of
+    a weight of each word by who says it (Cheng et al. 2016, wide and deep).
+    """
+
+    table: Tensor
+    scale: Tensor
+
+    def __init__(self, table: Tensor, scale: Tensor, marks: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.register_buffer("scale", scale)
+        width = len(scale)
+        self.marks = nn.Embedding(marks, 8)
+        self.weight = nn.Linear(width, 1)
+        self.lstm = nn.LSTM(width + 8, hidden, batch_first=True)
+        self.head = nn.Linear(2 * hidden + 3 * width + 2, 1)
+        self.wide = nn.Embedding(len(table), 3)
+        nn.init.zeros_(self.wide.weight)
+        self.dropout = dropout
+
+    def forward(self, ids: Tensor, marks: Tensor) -> Tensor:
+        """Ids and marks [rows, tokens], the follow-up first, padded with 0 at the end -> logits [rows]."""
+        known = torch.ones(ids.shape)
+        if self.training:  # words are left out, so that no single one decides
+            known = (torch.rand(ids.shape) >= self.dropout).float()
+        x = self.table[ids] * self.scale * known[..., None]
+        speaker = torch.stack([(marks - 1) // 4 == who for who in range(3)], dim=-1).float()  # [rows, tokens, 3]
+        counts = speaker.sum(dim=1).clamp(min=1)
+        length = int(counts[:, 2].max())
+        said = speaker[:, :length, 2:]
+        states, _ = self.lstm(torch.cat([x, self.marks(marks)], dim=-1)[:, :length])
+        mean = (states * said).sum(dim=1) / counts[:, 2:]
+        top = (states * said - (1 - said)).amax(dim=1)  # states lie in (-1, 1)
+        weighted = x * torch.sigmoid(self.weight(x))
+        units = nn.functional.normalize(speaker.transpose(1, 2) @ weighted, dim=-1)  # [rows, 3, width]
+        near = (units[:, :2] * units[:, 2:]).sum(dim=-1)
+        read = torch.cat([mean, top, units.flatten(1), near], dim=-1)
+        wide = (self.wide(ids) * speaker * known[..., None]).sum(dim=1) / counts.sqrt()
+        logits: Tensor = self.head(nn.functional.dropout(read, self.dropout, self.training))[:, 0] + wide.sum(dim=-1)
+        return logits
+
+
+def fit(
+    net: FollowUpNet,
+    rows: Sequence[Row],
+    targets: NDArray[np.float32],
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+    batch: int = 64,
+    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+) -> None:
+    """Train on probabilities [rows] by cross-entropy (AdamW, one cycle); the same seed gives the same net.
+
+    Rows of like length share a batch; `progress` is told batches done and in all, and the last loss.
+    """
+    order = np.random.default_rng(seed)
+    lengths = [int((marks > net.marks.num_embeddings - 5).sum()) for _, marks in rows]  # of the follow-ups
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+    total, done = epochs * -(-len(rows) // batch), 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net.train()
+        for _ in range(epochs):
+            for chosen in batches(lengths, batch, order):
+                ids, marks = pad([rows[i] for i in chosen])
+                loss = nn.functional.binary_cross_entropy_with_logits(
+                    net(ids, marks), torch.from_numpy(targets[chosen])
+                )
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                done += 1
+                progress(done, total, loss.item())
+    net.eval()
+
+
+def batches(lengths: Sequence[int], batch: int, order: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Every row once: shuffled, then by length within pools of 32 batches, then the batches shuffled."""
+    shuffled = order.permutation(len(lengths))
+    pools = [shuffled[i : i + 32 * batch] for i in range(0, len(shuffled), 32 * batch)]
+    found = []
+    for pool in pools:
+        pool = pool[np.argsort([lengths[i] for i in pool], kind="stable")]
+        found += [pool[i : i + batch] for i in range(0, len(pool), batch)]
+    return [found[i] for i in order.permutation(len(found))]
+
+
+def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Ids and marks [rows, longest], 0 behind the end."""
+    ids, marks = (nn.utils.rnn.pad_sequence([torch.from_numpy(r[k]) for r in rows], True, PADDING) for k in (0, 1))
+    return ids, marks
+
+
+def best_threshold(p: NDArray[np.float64], positive: NDArray[np.bool_], figure: Figure) -> float:
+    """The value of `p` [rows] from which on to call a row positive, by the greatest figure(positive, called)."""
+    cuts = np.unique(np.quantile(p, np.linspace(0, 1, 201)))
+    return float(max(cuts, key=lambda cut: figure(positive, p >= cut)))
+
+
+def export(net: FollowUpNet, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the net as ONNX: `ids` and `marks` int64 [1, tokens] -> `p` [1], the probability."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    lstm = dict(net.lstm.named_parameters())
+    hidden = net.lstm.hidden_size
+
+    def gates(name: str) -> NDArray[np.float32]:  # torch orders the gates i f g o, ONNX i o f g
+        i, f, g, o = lstm[name].detach().numpy().reshape(4, hidden, -1)
+        return np.concatenate([i, o, f, g])
+
+    constants: dict[str, NDArray[Any]] = {
+        "table": net.table.numpy(),
+        "scale": net.scale.numpy(),
+        "mark_table": net.marks.weight.detach().numpy(),
+        "wide_table": net.wide.weight.detach().numpy(),
+        "w": gates("weight_ih_l0")[None],
+        "r": gates("weight_hh_l0")[None],
+        "b": np.concatenate([gates("bias_ih_l0"), gates("bias_hh_l0")]).reshape(1, -1),
+        "weight_w": net.weight.weight.detach().numpy().T,
+        "weight_b": net.weight.bias.detach().numpy(),
+        "head_w": net.head.weight.detach().numpy().T,
+        "head_b": net.head.bias.detach().numpy(),
+        "speakers": np.arange(3, dtype=np.int64),
+        "one": np.array(1, dtype=np.int64),
+        "four": np.array(4, dtype=np.int64),
+        "unit": np.array(1, dtype=np.float32),
+        "tiny": np.array(1e-12, dtype=np.float32),
+        "flat": np.array([1, -1], dtype=np.int64),
+        **{f"at{i}": np.array([i], dtype=np.int64) for i in range(4)},
+    }
+    tokens = [helper.make_tensor_value_info(name, TensorProto.INT64, [1, "tokens"]) for name in ("ids", "marks")]
+    result = [helper.make_tensor_value_info("p", TensorProto.FLOAT, [1])]
+    initializers = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(_nodes(hidden), "follow-up", tokens, result, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
+    helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _nodes(hidden: int) -> list[Any]:
+    """The graph of `FollowUpNet.forward` for one row; what stands left of an arrow is read."""
+    from onnx import TensorProto, helper
+
+    def node(kind: str, names: str, **attributes: Any) -> Any:
+        inputs, outputs = (side.split() for side in names.split("->"))
+        return helper.make_node(kind, inputs, outputs, **attributes)
+
+    return [
+        node("Gather", "table ids -> rows"),
+        node("Cast", "rows -> floats", to=TensorProto.FLOAT),
+        node("Mul", "floats scale -> x"),
+        # who speaks: [1, tokens, 3], and how much
+        node("Sub", "marks one -> from_zero"),
+        node("Div", "from_zero four -> who"),
+        node("Unsqueeze", "who at2 -> who_column"),
+        node("Equal", "who_column speakers -> is_speaker"),
+        node("Cast", "is_speaker -> speaker", to=TensorProto.FLOAT),
+        node("ReduceSum", "speaker at1 -> found", keepdims=0),
+        node("Max", "found unit -> counts"),
+        node("Slice", "counts at2 at3 at1 -> length"),
+        node("Cast", "length -> length_column", to=TensorProto.INT64),
+        node("Squeeze", "length_column at0 -> end"),
+        # the LSTM over the follow-up
+        node("Gather", "mark_table marks -> m"),
+        node("Concat", "x m -> read", axis=2),
+        node("Slice", "read at0 end at1 -> follow_up"),
+        node("Transpose", "follow_up -> steps", perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["steps", "w", "r", "b"], ["by_direction"], hidden_size=hidden),
+        node("Squeeze", "by_direction at1 -> states"),
+        node("ReduceMean", "states -> mean", axes=[0], keepdims=0),
+        node("ReduceMax", "states -> top", axes=[0], keepdims=0),
+        # directions of the three, and how close they are
+        node("MatMul", "x weight_w -> weight_x"),
+        node("Add", "weight_x weight_b -> weight_z"),
+        node("Sigmoid", "weight_z -> weight"),
+        node("Mul", "x weight -> weighted"),
+        node("Transpose", "speaker -> by_speaker", perm=[0, 2, 1]),
+        node("MatMul", "by_speaker weighted -> sums"),
+        node("ReduceL2", "sums -> norms", axes=[2], keepdims=1),
+        node("Max", "norms tiny -> lengths"),
+        node("Div", "sums lengths -> units"),
+        node("Slice", "units at0 at2 at1 -> others"),
+        node("Slice", "units at2 at3 at1 -> own"),
+        node("Mul", "others own -> products"),
+        node("ReduceSum", "products at2 -> near", keepdims=0),
+        node("Reshape", "units flat -> directions"),
+        node("Concat", "mean top directions near -> features", axis=1),
+        node("MatMul", "features head_w -> product"),
+        node("Add", "product head_b -> deep"),
+        # words by who says them
+        node("Gather", "wide_table ids -> word_weights"),
+        node("Mul", "word_weights speaker -> weights"),
+        node("ReduceSum", "weights at1 -> totals", keepdims=0),
+        node("Sqrt", "counts -> roots"),
+        node("Div", "totals roots -> shares"),
+        node("ReduceSum", "shares at1 -> wide", keepdims=1),
+        node("Add", "deep wide -> logit"),
+        node("Sigmoid", "logit -> column"),
+        node("Squeeze", "column at1 -> p"),
+    ]

@@ -1,0 +1,1 @@
+"""Recipes, their plan, and the build that runs them."""

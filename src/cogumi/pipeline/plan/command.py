@@ -1,0 +1,125 @@
+"""What `cogumi plan` answers: what training takes, what the bundle will be, and whether that fits (SPEC D1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogumi.core.errors import RecipeError
+from cogumi.pipeline.plan import figures, training_cost
+from cogumi.pipeline.plan.bundle_files import Parts, files_beside, parts_of_recipe
+from cogumi.pipeline.plan.bundle_memory import Serving
+from cogumi.pipeline.plan.refusal import refusal
+from cogumi.pipeline.plan.routes import Asked, Budget
+from cogumi.pipeline.plan.target import GGUF, look_up
+from cogumi.pipeline.plan.training_cost import Hardware, Plan
+from cogumi.pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cogumi.compress.gguf.file_sizes import GgufFile
+    from cogumi.evaluate.bench.run import Progress
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""Title, columns, rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is asked beside the recipe; `bandwidth` None: this machine's is measured if a budget is given."""
+
+    budget: Budget = field(default_factory=Budget)
+    serving: Serving = field(default_factory=Serving)
+    bandwidth: int | None = None
+    hardware: Hardware = field(default_factory=Hardware)
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`training` is that of a recipe; `sizes` are of its bundle, or of a model alone. One of them may be
+    missing. A GGUF file is also `measured`; `beside` are a recipe's models that are in no bundle, by step.
+    """
+
+    name: str
+    training: Plan | None
+    sizes: Asked | None
+    measured: dict[str, Any] | None = None
+    beside: Mapping[str, GgufFile] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What it is about, in a few words."""
+        return f"recipe {self.name}: {len(self.training.steps)} steps" if self.training else f"model {self.name}"
+
+    @cached_property
+    def refused(self) -> bool:
+        """Whether no route fits the budget."""
+        return self.sizes is not None and self.sizes.fitting is None
+
+    @cached_property
+    def faults(self) -> list[str]:
+        """What cannot be built as it stands, or made to fit, a line each."""
+        found = list(self.training.problems) if self.training else []
+        return [*found, refusal(self.sizes)] if self.sizes and self.refused else found
+
+    @property
+    def problems(self) -> list[str]:
+        """The same with what does not fit as it stands."""
+        missed = self.sizes.route().missed if self.sizes and not self.refused else ()
+        return [*self.faults, f"{self.name} does not fit: {', '.join(missed)}"] if missed else self.faults
+
+    def document(self) -> dict[str, Any]:
+        """All figures under plain names."""
+        found: dict[str, Any] = asdict(self.training) if self.training else {"recipe": self.name, "problems": []}
+        sizes = figures.figures(self.sizes) if self.sizes else None
+        beside = {name: file.bytes for name, file in self.beside.items()}
+        return found | {"files_beside": beside, "problems": self.problems, "sizes": sizes, "measured": self.measured}
+
+    def tables(self) -> list[Table]:
+        """To read."""
+        found: list[Table] = []
+        if self.training:
+            found.append((f"recipe {self.name}", training_cost.COLUMNS, training_cost.table(self.training)))
+        if self.sizes:
+            found.append(("files", figures.FILE_COLUMNS, figures.file_table(self.sizes)))
+        if self.beside:
+            found.append(("files beside the bundle", figures.BESIDE_COLUMNS, figures.beside_table(self.beside)))
+        if self.sizes:
+            found.append(("memory when opened", ("", "bytes"), figures.memory_table(self.sizes)))
+            found.append(figures.route_table(self.sizes))
+        return found
+
+    def remarks(self) -> list[str]:
+        """Lines below the tables."""
+        found = training_cost.remarks(self.training) if self.training else []
+        found += figures.lines(self.sizes) if self.sizes else []
+        return [*found, figures.said(self.measured)] if self.measured else found
+
+
+def answer_to(what: str, options: Options, progress: Callable[[], AbstractContextManager[Progress]]) -> Answer:
+    """Look at a recipe or a model; a GGUF file is also run, telling its `progress`.
+
+    Raises what `target.look_up` does, and `RecipeError` for a budget of a recipe without a bundle.
+    """
+    target = look_up(what)
+    found, parts = None, target if isinstance(target, Parts) else None
+    beside: dict[str, GgufFile] = {}
+    if isinstance(target, Recipe):
+        found = training_cost.plan(target, options.hardware, options.length)
+        if not found.problems:
+            parts, beside = parts_of_recipe(target, found.models), files_beside(target, found.models)
+        if parts is None and options.budget != Budget() and not found.problems:
+            raise RecipeError(f"recipe {target.name} makes no bundle, so nothing can be said of its size; plan a model")
+    if parts is None:
+        return Answer(what, found, None, beside=beside)
+    bandwidth = options.bandwidth or (figures.measured_bandwidth() if options.budget != Budget() else None)
+    serving = replace(options.serving, context=min(options.serving.context, parts.base.shape.context))
+    asked = Asked(parts, serving, options.budget, bandwidth)
+    if Path(what).suffix != GGUF:
+        return Answer(parts.name, found, asked, beside=beside)
+    with progress() as told:
+        return Answer(parts.name, found, asked, figures.measured(Path(what), asked, told))

@@ -1,0 +1,35 @@
+"""What a plan is asked about: a recipe, or a model alone (SPEC D1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cogumi.core.errors import ArtifactError
+from cogumi.core.registry import nearest
+from cogumi.core.shapes import KNOWN, find_shape, known
+from cogumi.pipeline.plan.bundle_files import Parts, parts_of_gguf, parts_of_model
+from cogumi.pipeline.plan.model_shapes import Model
+from cogumi.pipeline.recipe import Recipe, builtin_recipes, load_recipe
+
+CONFIG, GGUF = "config.json", ".gguf"
+
+
+def look_up(name: str) -> Recipe | Parts:
+    """A recipe by its built-in name or YAML file; else a model by a known name, a folder, its config.json or a GGUF.
+
+    Raises `RecipeError` or `ArtifactError`, with the nearest names, for what is none of these.
+    """
+    path = Path(name)
+    if name in builtin_recipes() or path.suffix in (".yaml", ".yml"):
+        return load_recipe(name)
+    if path.suffix == GGUF:
+        return parts_of_gguf(path)
+    folder = path.parent if path.name == CONFIG else path
+    if (folder / CONFIG).exists():
+        shape = find_shape(str(folder), Path())
+        return parts_of_model(folder.resolve().name, Model(shape, name, folder=str(folder)))
+    short = known(name)
+    if short is None:
+        hint = nearest(name.rsplit("/", 1)[-1], [*builtin_recipes(), *KNOWN])
+        raise ArtifactError(f"'{name}' is no recipe, no folder with a {CONFIG} and no model of known shape; {hint}")
+    return parts_of_model(short, Model(KNOWN[short], short))

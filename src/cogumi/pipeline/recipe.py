@@ -1,0 +1,237 @@
+"""A recipe: the list of steps that makes a cascade, read from YAML.
+
+A wrong one is refused before anything runs. Errors are one line that names the place and, for an unknown
+name, the nearest known one.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from cogumi.core.errors import RecipeError
+from cogumi.core.registry import nearest
+
+LOGS = "logs"
+"""The folder beside the steps' folders where training writes what TensorBoard shows."""
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class GateSpec(BaseModel):
+    """A bound on one metric, given by its dotted path.
+
+    With `relative_to` the bound multiplies the same metric of that earlier step.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+    relative_to: str | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> GateSpec:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"gate on '{self.metric}': give either at_least or at_most")
+        return self
+
+
+class Step(BaseModel):
+    """One run of a stage; `inputs` maps the stage's roles to earlier steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: FolderName
+    stage: str
+    inputs: dict[str, str] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    gates: list[GateSpec] = Field(default_factory=list)
+
+
+class Recipe(BaseModel):
+    """Steps in the order they run. `root` is where relative paths in their configs start.
+
+    One that `extends` another (a built-in name, or a file beside it) goes on after its steps, in the same folder and
+    with its seed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: FolderName
+    description: str = ""
+    seed: int = 0
+    extends: str | None = None
+    steps: list[Step] = Field(min_length=1)
+    _root: Path = PrivateAttr(default_factory=Path.cwd)
+    _folder: str | None = PrivateAttr(None)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the recipe's file; the working folder for a built-in recipe."""
+        return self._root
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that its steps are built in."""
+        return self._folder or self.name
+
+    @model_validator(mode="after")
+    def _only_earlier_steps(self) -> Recipe:
+        earlier: list[str] = []
+        for step in self.steps:
+            if step.name in earlier:
+                raise ValueError(f"step '{step.name}': there are two steps of this name")
+            if step.name == LOGS:
+                raise ValueError(f"step '{step.name}': the folder of training curves has this name; choose another")
+            for role, name in step.inputs.items():
+                if name not in earlier:
+                    hint = nearest(name, earlier)
+                    raise ValueError(f"step '{step.name}': input '{role}' is not an earlier step: '{name}'; {hint}")
+            for gate in step.gates:
+                if gate.relative_to is not None and gate.relative_to not in earlier:
+                    hint = nearest(gate.relative_to, earlier)
+                    raise ValueError(
+                        f"step '{step.name}': gate on '{gate.metric}': relative_to is not an earlier step: "
+                        f"'{gate.relative_to}'; {hint}"
+                    )
+            earlier.append(step.name)
+        return self
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    """The problem to tell: a misspelt key rather than the key that is missing because of it."""
+    return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem pydantic found in `model`, in one line; for an unknown key with the nearest known."""
+    first = _first(error)
+    *path, last = first["loc"] or ("",)
+    prefix = "".join(f"{part}: " for part in [".".join(map(str, path))] if part)
+    if first["type"] == "extra_forbidden":
+        for part in path:
+            field = model.model_fields.get(str(part))
+            model = next(_models(field.annotation), model) if field else model
+        return f"{prefix}unknown key '{last}'; {nearest(str(last), model.model_fields)}"
+    if first["type"] == "missing":
+        return f"{prefix}the key '{last}' is missing"
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    given = f" (not {first['input']!r})" if isinstance(first["input"], (str, int, float)) else ""
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}{given}"
+
+
+def _place(error: ValidationError, data: dict[str, Any]) -> tuple[str, ValidationError]:
+    """Name the step an error lies in, and drop that part of its path."""
+    loc: tuple[Any, ...] = _first(error)["loc"]
+    if len(loc) < 3 or loc[0] != "steps":
+        return "", error
+    step = data["steps"][loc[1]]
+    name = step.get("name") if isinstance(step, dict) else None
+    try:
+        Step.model_validate(step)
+    except ValidationError as inner:
+        return f", step '{name}'" if name else f", step {loc[1] + 1}", inner
+    return "", error
+
+
+def _refuse_duplicates(node: yaml.Node | None, seen: set[int]) -> None:
+    """YAML lets the last of two equal keys win in silence; here that is an error."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in keys:
+                line = key.start_mark.line + 1
+                raise RecipeError(f"line {line}: the key '{name}' stands twice; keep one of them")
+            keys.add(name)
+            _refuse_duplicates(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item, seen)
+
+
+def parse_recipe(text: str, where: str, root: Path, above: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors, `above` are the recipes that extend it."""
+    try:
+        _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), set())
+        data = yaml.safe_load(text)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {where}, {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"recipe {where}{line}: not YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise RecipeError(f"recipe {where}: nested too deeply to be a recipe") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {where}: a recipe has the keys {', '.join(Recipe.model_fields)}; see recipes/")
+    below = _extended(data, where, root, above)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        place, inner = _place(error, data)
+        raise RecipeError(f"recipe {where}{place}: {explain(inner, Step if place else Recipe)}") from error
+    recipe._root = root
+    recipe._folder = below.folder if below else None
+    return recipe
+
+
+def _extended(data: dict[str, Any], where: str, root: Path, above: tuple[str, ...]) -> Recipe | None:
+    """Put the steps of the recipe that `data` extends before its own."""
+    name, steps = data.get("extends"), data.get("steps")
+    if not isinstance(name, str) or not isinstance(steps, list):
+        return None
+    if where in above:
+        raise RecipeError(f"recipe {where} extends itself; name another")
+    below = load_recipe(name if name in builtin_recipes() else root / name, (*above, where))
+    if "seed" in data:
+        raise RecipeError(f"recipe {where}: the seed is that of '{name}', which it extends; leave it out")
+    data["seed"] = below.seed
+    data["steps"] = [step.model_dump() for step in below.steps] + steps
+    return below
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name -> YAML text of the recipes that come with the package."""
+    folder = importlib.resources.files("cogumi") / "recipes"
+    if not folder.is_dir():
+        return {}
+    files = [f for f in folder.iterdir() if f.name.endswith(".yaml")]
+    return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files}
+
+
+def load_recipe(source: str | Path, above: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe from a `.yaml` file, or a built-in one by its bare name; `RecipeError` if it is wrong."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+        builtin = builtin_recipes()
+        if path.name not in builtin:
+            raise RecipeError(f"no built-in recipe is called '{path.name}'; {nearest(path.name, builtin)}")
+        return parse_recipe(builtin[path.name], path.name, Path.cwd(), above)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe file {path}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+    return parse_recipe(text, path.name, path.resolve().parent, above)

@@ -1,1 +1,0 @@
-"""Numbers in, decisions out: signals, gates, calibration, the guarantee. Pure, numpy only."""

@@ -1,1 +1,0 @@
-"""Engines: what turns a request into tokens. Imports nothing of the build chain."""

@@ -1,0 +1,170 @@
+"""OpenAI's chat completions: the body checked and turned into `Request`s, replies into JSON objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from cogumi.cascade.disclaimers import without_note
+from cogumi.core.types import Message, Reply, Request, Token, Usage
+from cogumi.engine.protocol import Tokenizer
+from cogumi.serve.request_body import Body, best_logprobs, extension, extensions, new_head, usage_object
+
+
+def _joined(content: Any) -> Any:
+    """The text of a list of text parts; anything that is not text is refused."""
+    if not isinstance(content, list):
+        return content
+    texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) < len(content):
+        raise ValueError('this version supports only parts of the form {"type": "text", "text": "..."}')
+    return "\n".join(texts)
+
+
+class ChatMessage(BaseModel):
+    """One message: a text, or text parts (joined by newlines). Keys such as `name` change nothing."""
+
+    role: Literal["developer", "system", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined)]
+
+    def plain(self) -> Message:
+        """The message as engines take it: `developer` is today's name for `system`, our own notes are left out."""
+        if self.role == "assistant":
+            return Message(self.role, without_note(self.content))
+        return Message("system" if self.role == "developer" else self.role, self.content)
+
+
+class JsonSchema(BaseModel):
+    """The schema that an answer must keep to. It is always kept to, whatever `strict` says."""
+
+    name: str
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Free text, any JSON object, or JSON of one schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _needs_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs json_schema: {name, schema}")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema as JSON text, None for free text."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_)
+        return json.dumps({"type": "object"}) if self.type == "json_object" else None
+
+
+class ChatRequest(Body):
+    """Body of `POST /v1/chat/completions`."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+    }
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_tool_calls(cls, body: Any) -> Any:
+        messages = body.get("messages") if isinstance(body, dict) else None
+        for message in messages if isinstance(messages, list) else []:
+            if isinstance(message, dict) and (message.get("tool_calls") or message.get("role") in ("tool", "function")):
+                raise ValueError("tool calls in messages are not supported by this version of cogumi")
+        return body
+
+    @model_validator(mode="after")
+    def _needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    def requests(self) -> list[Request]:
+        """One engine request per choice."""
+        return self.choices(
+            messages=tuple(message.plain() for message in self.messages),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            logprobs=self.top_logprobs,
+            json_schema=self.response_format.schema_text if self.response_format else None,
+        )
+
+
+class ChatShape:
+    """`schema.Shape` of chat completions."""
+
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.include_usage, self.wants_tokens = body.include_usage, bool(body.logprobs)
+        self.head = new_head("chatcmpl", body.model)
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        """`logprobs.content` of generated tokens (the end token left out), None unless asked for."""
+        if not self.wants_tokens:
+            return None
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            piece = self.tokenizer.piece(token)
+            return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+        content = []
+        for token in tokens:
+            if token.id != self.tokenizer.eos:
+                logprob, top = best_logprobs(token)
+                content.append(entry(token.id, logprob) | {"top_logprobs": [entry(*one) for one in top]})
+        return {"content": content, "refusal": None}
+
+    def completion(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """The whole answer."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": reply.text, "refusal": None},
+                "logprobs": self.logprobs(reply.tokens),
+                "finish_reason": reply.finish_reason,
+            }
+            for index, reply in enumerate(replies)
+        ]
+        usage = sum((reply.usage for reply in replies), Usage())
+        own = {"object": "chat.completion", "choices": choices, "usage": usage_object(usage)}
+        return self.head | own | {"cogumi": extensions(replies)}
+
+    def chunks(
+        self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
+    ) -> list[dict[str, Any]]:
+        """The role first, then text and tokens, then the end, which carries `cogumi`."""
+        chunks = [self._chunk(index, {"role": "assistant", "content": ""})] if first else []
+        if text or (tokens and self.wants_tokens):
+            chunks.append(self._chunk(index, {"content": text}, self.logprobs(tokens) if tokens else None))
+        if reply:
+            chunks.append(self._chunk(index, {}, None, reply.finish_reason) | {"cogumi": extension(reply)})
+        return chunks
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The chunk without choices."""
+        return self.head | {"object": "chat.completion.chunk", "choices": [], "usage": usage_object(usage)}
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, str], logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = self.head | {"object": "chat.completion.chunk", "choices": [choice]}
+        return chunk | ({"usage": None} if self.include_usage else {})

@@ -1,0 +1,63 @@
+"""Embeddings by OpenAI's interface, and the tokenizer by the one that lm-evaluation-harness asks servers for."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, model_validator
+
+from cogumi.engine.protocol import Tokenizer
+from cogumi.serve.completions import Texts
+
+
+class EmbeddingRequest(BaseModel):
+    """Body of `POST /v1/embeddings`. Ids stand for the text they decode to."""
+
+    model: str
+    input: Texts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+    @model_validator(mode="after")
+    def _refuse_dimensions(self) -> EmbeddingRequest:
+        if self.dimensions is not None:
+            raise ValueError("dimensions is not supported: a vector has the model's width; leave it out")
+        return self
+
+    def texts(self, tokenizer: Tokenizer) -> list[str]:
+        """The texts to embed, in order."""
+        return [one if isinstance(one, str) else tokenizer.decode(one) for one in self.input]
+
+    def answer(self, rows: NDArray[np.float32], tokens: int) -> dict[str, Any]:
+        """The response for rows (texts, width) of texts of that many tokens together."""
+        if self.encoding_format == "base64":
+            vectors: list[Any] = [base64.b64encode(row.astype("<f4").tobytes()).decode("ascii") for row in rows]
+        else:
+            vectors = rows.tolist()
+        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "model": self.model, "data": data, "usage": usage}
+
+
+class TokenizeRequest(BaseModel):
+    """Body of `POST /tokenize`. Special tokens may be written out.
+
+    `add_special_tokens` changes nothing: completions put nothing before a prompt either.
+    """
+
+    prompt: str
+    model: str | None = None
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The ids of the prompt."""
+        return tokenizer.encode(self.prompt, special=True)
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of `POST /detokenize`."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+    model: str | None = None

@@ -1,0 +1,216 @@
+"""What chat and completions share on the wire: the keys of a request's body, and the parts of an answer.
+
+Keys that change nothing here (`metadata`, unknown ones) are accepted; what a client asks for and this version
+cannot do (tools, say) is refused by name, never silently dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from cogumi.core.types import Reply, Request, Token, Usage
+from cogumi.core.version import __version__
+from cogumi.engine.few_shot import MOST
+
+
+class StreamOptions(BaseModel):
+    """Only `include_usage` means something here."""
+
+    include_usage: bool = False
+
+
+class WorkedExample(BaseModel):
+    """A question with the answer that is wanted to it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: Annotated[str, Field(min_length=1)]
+    answer: Annotated[str, Field(min_length=1)]
+
+
+class CogumiOptions(BaseModel):
+    """Our own options, under the request's key `cogumi`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: str | None = None
+    modifier: str | None = None
+    speculate: bool | None = None
+    abstain: bool = False
+    session: str | None = None
+    files: Annotated[list[str], Field(max_length=100)] = []
+    progressive: bool = False
+    examples: Annotated[list[WorkedExample], Field(min_length=1, max_length=MOST)] | None = None
+    adapt: bool | None = None
+
+
+def _listed(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class Body(BaseModel):
+    """The keys of a request for text, whatever its prompt looks like.
+
+    `unsupported` names what this version cannot do: each key with the values (besides null) that ask for nothing.
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    seed: int | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_listed)] = None
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    cogumi: CogumiOptions = CogumiOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            raise ValueError("the body must be a JSON object (send it with content-type: application/json)")
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the body holds half of a surrogate pair; send whole characters") from error
+        for key, harmless in cls.unsupported.items():
+            value = body.get(key)
+            if value is not None and value not in harmless:
+                raise ValueError(f"{key} is not supported by this version of cogumi; leave it out")
+        return body
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def choices(self, **own: Any) -> list[Request]:
+        """One engine request per choice, with the fields of `own`; with a `seed`, choice i draws from `seed + i`.
+
+        What the body leaves open keeps the default of `Request`.
+        """
+        asked: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "logit_bias": self.logit_bias,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+        } | own
+        return [
+            Request(
+                stop=tuple(self.stop or ()),
+                seed=None if self.seed is None else self.seed + index,
+                adapter=self.cogumi.modifier,
+                speculate=self.cogumi.speculate,
+                mode=self.cogumi.mode,
+                abstain=self.cogumi.abstain,
+                user=self.user,
+                session=self.cogumi.session,
+                files=tuple(self.cogumi.files),
+                progressive=self.cogumi.progressive,
+                examples=tuple((one.question, one.answer) for one in self.cogumi.examples or ()),
+                adapt=self.cogumi.adapt,
+                **{key: value for key, value in asked.items() if value is not None},
+            )
+            for index in range(self.n or 1)
+        ]
+
+
+class Feedback(BaseModel):
+    """Body of `POST /v1/feedback`: whether the answer of that `id` was right, by the user it was given to."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: Annotated[str, Field(min_length=1, max_length=200)]
+    right: bool
+    user: str | None = None
+
+
+class Shape(Protocol):
+    """Builds the JSON objects of one answer; every chunk of a stream carries the same id, time and model."""
+
+    head: dict[str, Any]
+    """What every object begins with."""
+    include_usage: bool
+    """Whether a stream ends with `usage_chunk`."""
+    wants_tokens: bool
+    """Whether a token without text is worth a chunk."""
+
+    def completion(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """The whole answer, from the reply of every choice."""
+
+    def chunks(
+        self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
+    ) -> list[dict[str, Any]]:
+        """What one event adds to the stream of choice `index`; `reply` ends the choice."""
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The chunk without choices that ends a stream asked to `include_usage`."""
+
+
+def new_head(prefix: str, model: str) -> dict[str, Any]:
+    """What every object of one answer begins with; `created` in Unix seconds."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"cogumi-{__version__}",
+    }
+
+
+def answer_id(completion: str, index: int) -> str:
+    """The id under which a choice can be rated: that of the whole for the first one."""
+    return f"{completion}-{index}" if index else completion
+
+
+def model_object(name: str, created: int) -> dict[str, Any]:
+    """One entry of the model list; `created` in Unix seconds."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "cogumi"}
+
+
+def extension(reply: Reply) -> dict[str, Any]:
+    """The `cogumi` object: who answered, how sure it is, and why. `tier` is empty where one tier was asked directly."""
+    return {
+        "tier": reply.tier,
+        "route": reply.route,
+        "p_correct": reply.p_correct,
+        "decisions": [asdict(decision) for decision in reply.decisions],
+        "signals": dict(reply.signals),
+        "usage": asdict(reply.usage),
+    }
+
+
+def extensions(replies: Sequence[Reply]) -> dict[str, Any]:
+    """The `cogumi` object of a whole answer: that of the first choice; with several, `choices` holds all."""
+    ours = extension(replies[0])
+    return ours | ({"choices": [extension(reply) for reply in replies]} if len(replies) > 1 else {})
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def best_logprobs(token: Token) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The token's log-probability and those of the best ids: the same float in both, which clients test for."""
+    return dict(token.top).get(token.id, token.logprob), token.top

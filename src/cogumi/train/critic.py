@@ -1,0 +1,317 @@
+"""Stage `critic`: the net that scores answers and names their errors (SPEC F14), learned from graded answers.
+
+The shipped base and its modifiers answer training questions, greedily and sampled, so that the critic sees better and
+worse answers to the same question; graders say which are right. Its epochs are chosen on answers to the selection
+split, and its probabilities calibrated on them (Platt). What kind an error is follows from the grader's verdict, the
+check and the text by the rules of `error_type`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from cogumi.cascade.self_consistency import SAMPLING, Sampling
+from cogumi.confidence import calibrators
+from cogumi.confidence.calibrators import Calibrator
+from cogumi.confidence.critic_net import BUCKETS, CLASSES, FILE, NONE, CriticNet, Seen, correct_logit, look, shapes
+from cogumi.confidence.metrics import auroc
+from cogumi.confidence.signals import abstains
+from cogumi.core.errors import DataError
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Reply, Request
+from cogumi.data.examples import read_examples, split_path
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import Engine, replies
+from cogumi.grading.graders import grade_all, last_number, strip_fences
+from cogumi.train.tier_answers import Asking
+
+VERSION = 2
+KIND = "critic"
+MODIFIER = "modifier_"
+
+
+class Config(BaseModel):
+    """`rows` questions of the training split are answered, `selection` of the selection split; embeddings are `width`
+    wide, layers `hidden`; training hides a share `unknown` of the words.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    rows: int = Field(4000, ge=1)
+    selection: int = Field(600, ge=1)
+    width: int = Field(16, ge=1)
+    hidden: int = Field(64, ge=1)
+    epochs: int = Field(15, ge=1)
+    batch: int = Field(128, ge=1)
+    lr: float = Field(5e-3, gt=0)
+    unknown: float = Field(0.1, ge=0, lt=1)
+    max_tokens: int = Field(64, ge=1)
+    slots: int = Field(16, ge=1)
+    context: int = Field(256, ge=16)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer with what the grader made of it; `error` is one of `confidence.critic_net.CLASSES`."""
+
+    example: Example
+    reply: Reply
+    error: str
+
+    @property
+    def seen(self) -> Seen:
+        """The critic's view."""
+        return look(question_of(self.example), self.reply)
+
+
+def question_of(example: Example) -> str:
+    """The text of the last user message."""
+    return next((m.content for m in reversed(example.messages) if m.role == "user"), "")
+
+
+def error_type(example: Example, reply: Reply, correct: bool) -> str:
+    """The error of an answer in the taxonomy of SPEC B3, or "none". The first rule that fits decides:
+
+    cut, empty, or an abstention where there is an answer -> incomplete; an answer where there is none ->
+    hallucination; unreadable (code that does not parse, no number, no JSON) -> format; then by check: a wrong number is
+    a calculation error, code that fails its tests a code logic error, a tool call with fewer calls or arguments than
+    wanted incomplete, and one with words that the question does not have a hallucination; so is a text made of words
+    that the question does not have where the right one is made of such that it has. All others are logic errors.
+    """
+    text, check = reply.text, example.meta.get("check", {"kind": "exact"})
+    kind, question = check["kind"], question_of(example).casefold()
+    if correct:
+        return NONE
+    if kind == "abstain":
+        return "hallucination"
+    if reply.finish_reason == "length" or not text.strip() or abstains(text):
+        return "incomplete"
+    if kind == "numeric":
+        return "format" if last_number(text) is None else "calculation"
+    if kind == "code":
+        return "code logic" if _parses(strip_fences(text)) else "format"
+    if kind == "tool_call":
+        return _call_error(text, example.answer if "call" not in check else json.dumps(check["call"]), question)
+    invented = example.answer.casefold() in question and text.strip(" .\"'").casefold() not in question
+    return "hallucination" if invented else "logic"
+
+
+def _parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _call_error(text: str, wanted: str, question: str) -> str:
+    try:
+        found, right = (_leaves(json.loads(t)) for t in (strip_fences(text), wanted))
+    except (ValueError, RecursionError):
+        return "format"
+    if len(found) < len(right):
+        return "incomplete"
+    return "hallucination" if any(value.casefold() not in question for value in found) else "logic"
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return [leaf for item in inner for leaf in _leaves(item)]
+    return [str(value)]
+
+
+def judged_answers(
+    engine: Engine, examples: Sequence[Example], asking: Asking, seed: int, sampling: Sampling = SAMPLING
+) -> list[Judged]:
+    """A greedy and a sampled answer to each example: the base's, and those of its domain's modifier if there is one."""
+    jobs: list[tuple[Example, Request]] = []
+    for adapter in (None, *engine.adapters):
+        for i, example in enumerate(examples):
+            if adapter in (None, example.domain):
+                limit = asking.max_tokens
+                greedy = Request(messages=example.messages, max_tokens=limit, adapter=adapter, speculate=False)
+                sampled = sampling.requests(replace(greedy, seed=seed + i), 1)
+                jobs += [(example, request) for request in (greedy, *sampled)]
+    found = []
+    for reply in replies(engine, [request for _, request in jobs], asking.window):
+        found.append(reply)
+        if len(found) % 100 == 0:
+            asking.progress(len(found), len(jobs), {})
+    verdicts = grade_all([(example, reply.text) for (example, _), reply in zip(jobs, found, strict=True)])
+    return [
+        Judged(example, reply, error_type(example, reply, verdict.correct))
+        for (example, _), reply, verdict in zip(jobs, found, verdicts, strict=True)
+    ]
+
+
+class Reader(nn.Module):
+    """`confidence.critic_net.CriticNet` with gradients: the same weights under the same names."""
+
+    embedding: Tensor
+    known: Tensor
+    feature_mean: Tensor
+    feature_scale: Tensor
+    summary_mean: Tensor
+    summary_scale: Tensor
+    token_weight: Tensor
+    token_bias: Tensor
+    attention: Tensor
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+    def __init__(self, config: Config, rows: Sequence[Seen]) -> None:
+        super().__init__()
+        self.unknown = config.unknown
+        for name, shape in shapes(config.width, config.hidden).items():
+            bound = shape[0] ** -0.5 if name.endswith("weight") or name == "attention" else 0.0
+            self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+        for name, values in (
+            ("feature", np.concatenate([row.features for row in rows])),
+            ("summary", np.array([row.summary for row in rows])),
+        ):
+            for part, moment in (("mean", values.mean(axis=0)), ("scale", np.maximum(values.std(axis=0), 1e-3))):
+                setattr(self, f"{name}_{part}", nn.Parameter(torch.from_numpy(moment), requires_grad=False))
+        known = np.zeros(BUCKETS, np.float32)
+        known[np.concatenate([bucket for row in rows for bucket in (row.question, row.words)])] = 1.0
+        self.known = nn.Parameter(torch.from_numpy(known), requires_grad=False)
+
+    def _embed(self, buckets: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [rows, words, width] and which words are there [rows, words, 1]: not padding (-1), not hidden for
+        training, not new; all others are zero.
+        """
+        seen = (buckets >= 0) & (self.known[buckets.clamp(min=0)] > 0)
+        if self.training:
+            seen = seen & (torch.rand(buckets.shape) >= self.unknown)
+        there = seen[..., None].float()
+        return self.embedding[buckets.clamp(min=0)] * there, there
+
+    def forward(self, question: Tensor, words: Tensor, features: Tensor, summary: Tensor) -> Tensor:
+        """Buckets [rows, m] and [rows, n] padded with -1, features [rows, n, F], summary [rows, S] -> logits."""
+        rows, there = self._embed(question)
+        asked = rows.sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        around = nn.functional.pad(self._embed(words)[0], (0, 0, 1, 1))
+        given = (features - self.feature_mean) / self.feature_scale
+        rest = asked[:, None].expand(-1, words.shape[1], -1)
+        x = torch.cat([given, around[:, 1:-1], around[:, :-2], around[:, 2:], rest], dim=2)
+        h = torch.relu(x @ self.token_weight + self.token_bias)
+        weights = (h @ self.attention).masked_fill(words < 0, -torch.inf).softmax(dim=1)
+        pooled = (weights[..., None] * h).sum(dim=1)
+        told = (summary - self.summary_mean) / self.summary_scale
+        u = torch.relu(torch.cat([pooled, asked, told], dim=1) @ self.hidden_weight + self.hidden_bias)
+        logits: Tensor = u @ self.out_weight + self.out_bias
+        return logits
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """A copy as arrays."""
+        return {name: value.detach().numpy().copy() for name, value in self.named_parameters()}
+
+
+def _batch(rows: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def padded(arrays: Sequence[NDArray[Any]], filling: float) -> Tensor:
+        return pad_sequence([torch.from_numpy(a) for a in arrays], batch_first=True, padding_value=filling)
+
+    return (
+        padded([r.question for r in rows], -1),
+        padded([r.words for r in rows], -1),
+        padded([r.features for r in rows], 0.0),
+        torch.from_numpy(np.array([r.summary for r in rows])),
+    )
+
+
+def train(rows: Sequence[Judged], chosen_on: Sequence[Judged], config: Config, seed: int) -> CriticNet:
+    """The critic of the epoch with the lowest loss on `chosen_on`, calibrated there."""
+    torch.manual_seed(seed)
+    seen, target = [r.seen for r in rows], _classes(rows)
+    others, wanted = [r.seen for r in chosen_on], _classes(chosen_on)
+    net = Reader(config, seen)
+    steps = config.epochs * -(-len(seen) // config.batch)
+    learned = [p for p in net.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=steps)
+    best, lowest, test = net.weights(), math.inf, _batch(others)
+    for _ in range(config.epochs):
+        net.train()
+        order = torch.randperm(len(seen))
+        for start in range(0, len(seen), config.batch):
+            index = order[start : start + config.batch]
+            loss = nn.functional.cross_entropy(net(*_batch([seen[int(i)] for i in index])), target[index])
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            schedule.step()
+        net.eval()
+        with torch.no_grad():
+            now = float(nn.functional.cross_entropy(net(*test), wanted))
+        if now < lowest:
+            best, lowest = net.weights(), now
+    raw = CriticNet(best, Calibrator("none"))
+    z = np.array([correct_logit(raw.logits(one)[0]) for one in others])
+    return CriticNet(best, calibrators.fit("platt", z, wanted.numpy() == 0))
+
+
+def _classes(rows: Sequence[Judged]) -> Tensor:
+    return torch.tensor([CLASSES.index(row.error) for row in rows])
+
+
+def figures(net: CriticNet, rows: Sequence[Judged]) -> dict[str, Any]:
+    """How well the critic ranks answers by being correct, and how often it names the error of a wrong one."""
+    opinions = [net.judge(row.seen) for row in rows]
+    named = [opinion.error == row.error for opinion, row in zip(opinions, rows, strict=True) if row.error != NONE]
+    return {
+        "n": len(rows),
+        "wrong": len(named),
+        "auroc": auroc([opinion.p_correct for opinion in opinions], [row.error == NONE for row in rows]),
+        "error_accuracy": float(np.mean(named)) if named else None,
+    }
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`data` (examples), `base` (model.gguf), any `modifier_<domain>` (adapter.gguf) -> critic.safetensors.
+
+    The figures are of the answers to the selection split, on which the epoch was chosen.
+    """
+    torch.set_num_threads(1)  # sums over so little data come out in another order each time on several
+    folder = inputs["data"].path
+    splits = [
+        read_examples(split_path(folder, name))[:rows]
+        for name, rows in (("train", config.rows), ("selection", config.selection))
+    ]
+    adapters = {
+        role.removeprefix(MODIFIER): artifact.path / "adapter.gguf"
+        for role, artifact in inputs.items()
+        if role.startswith(MODIFIER)
+    }
+    model = inputs["base"].path / "model.gguf"
+    engine = LlamaEngine(model, adapters=adapters, lookup=False, slots=config.slots, context=config.context)
+    asking = Asking(config.max_tokens, 2 * config.slots, context.progress)
+    try:
+        judged, chosen_on = (judged_answers(engine, split, asking, context.seed) for split in splits)
+    finally:
+        engine.close()
+    if not judged or not chosen_on:
+        raise DataError("a critic needs questions in the splits 'train' and 'selection'; one is empty")
+    net = train(judged, chosen_on, config, context.seed)
+    net.save(out / FILE)
+    errors = Counter(row.error for row in judged)
+    return {
+        "rows": len(judged),
+        "errors": {name: errors[name] for name in CLASSES},
+        **figures(net, chosen_on),
+        "bytes": (out / FILE).stat().st_size,
+    }

@@ -1,0 +1,242 @@
+"""Stage `paths`: several distinct correct solutions of each hard training question (SPEC C12), for voting and training.
+
+A model answers each question again and again, by turns at several temperatures and, where there are some, with several
+adapters; a checker keeps what is right, and of what is the same solution in other words the most frequent form is kept.
+Two programs are the same if only layout, comments or the names of their variables differ; two tool calls if their JSON
+is equal; any other two answers if their text is, but for letter case, white space and outer punctuation. Programs that
+pass their tests must also agree with the reference answer on new inputs (`grading.differential_tests`): a few asserts
+let through so many wrong ones that most "distinct solutions" would be mistakes.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.core.errors import DataError
+from cogumi.core.registry import engine, nearest
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example, Reply, Request
+from cogumi.data.examples import read_examples, split_path
+from cogumi.data.solutions import Paths, write_paths
+from cogumi.engine.protocol import replies
+from cogumi.grading.differential_tests import probe
+from cogumi.grading.graders import grade_all, normalise, strip_fences
+from cogumi.grading.sandbox import run_all
+
+VERSION = 1
+KIND = "paths"
+_ROLE = "adapter_"
+
+
+class Config(BaseModel):
+    """Asked are answerable questions from difficulty `hard_from` on (of `domains`, if named), at most `rows`.
+
+    A question is asked up to `samples` times, `per_round` at once, until it has `paths`. Sample k has temperature
+    `temperatures[k % n]`. A program is compared with the reference answer on `probes` inputs; 0 believes the tests.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    hard_from: int = Field(4, ge=0, le=5)
+    domains: tuple[str, ...] = ()
+    rows: int | None = Field(None, ge=1)
+    paths: int = Field(5, ge=1)
+    samples: int = Field(16, ge=1)
+    per_round: int = Field(4, ge=1)
+    temperatures: tuple[float, ...] = Field((0.7, 1.0), min_length=1)
+    probes: int = Field(40, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(64, ge=1)
+    window: int = Field(512, ge=1, description="answers in flight")
+
+
+class _Renamed(ast.NodeTransformer):
+    """Names that a program binds itself become numbers, in the order in which they appear; docstrings go."""
+
+    def __init__(self, bound: set[str]) -> None:
+        self.bound = bound
+        self.names: dict[str, str] = {}
+
+    def _name(self, name: str) -> str:
+        return self.names.setdefault(name, f"_{len(self.names)}") if name in self.bound else name
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Name(self._name(node.id), node.ctx)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        return ast.arg(self._name(node.arg))
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+
+def program_form(code: str) -> str:
+    """What a python program is apart from layout, comments, docstrings and names of variables.
+
+    Raises `SyntaxError` or `ValueError` for what is no program.
+    """
+    tree = ast.parse(code)
+    bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+    return ast.dump(_Renamed(bound).visit(tree))
+
+
+def form(example: Example, output: str) -> str:
+    """What makes an answer the same path as another: see the module."""
+    kind = example.meta.get("check", {}).get("kind", "exact")
+    try:
+        if kind == "code":
+            with warnings.catch_warnings():  # what a model writes may be doubtful python
+                warnings.simplefilter("ignore", SyntaxWarning)
+                return program_form(strip_fences(output))
+        if kind == "tool_call":
+            return json.dumps(json.loads(strip_fences(output)), sort_keys=True)
+    except (SyntaxError, ValueError, RecursionError):
+        pass  # then it is nothing but text
+    return normalise(output)
+
+
+@dataclass(slots=True)
+class Found:
+    """What a question's samples came to: how often each form was said, and the first text of each correct one."""
+
+    example: Example
+    said: Counter[str] = field(default_factory=Counter)
+    texts: dict[str, str] = field(default_factory=dict)
+    overturned: int = 0
+
+    @property
+    def correct(self) -> int:
+        """Samples that were right."""
+        return sum(self.said[key] for key in self.texts)
+
+    def add(self, text: str, correct: bool) -> None:
+        """Take note of one sample."""
+        key = form(self.example, text)
+        self.said[key] += 1
+        if correct:
+            self.texts.setdefault(key, text)
+
+    def paths(self, most: int) -> tuple[str, ...]:
+        """The correct texts, most frequent form first."""
+        return tuple(self.texts[key] for key, _ in self.said.most_common() if key in self.texts)[:most]
+
+    @property
+    def voted(self) -> bool:
+        """Whether the form said most often is a correct one."""
+        return self.said.most_common(1)[0][0] in self.texts
+
+
+def request(example: Example, sample: int, adapters: Sequence[str], config: Config, seed: int) -> Request:
+    """The k-th sample of a question: its own seed, temperatures and adapters by turns."""
+    digest = hashlib.sha256(f"{seed}/{example.id}/{sample}".encode()).digest()
+    return Request(
+        messages=example.messages,
+        max_tokens=config.max_tokens,
+        temperature=config.temperatures[sample % len(config.temperatures)],
+        top_p=config.top_p,
+        seed=int.from_bytes(digest[:4], "big"),
+        adapter=adapters[sample // len(config.temperatures) % len(adapters)] if adapters else None,
+    )
+
+
+def hard_questions(examples: Sequence[Example], config: Config) -> list[Example]:
+    """What will be asked. Raises `DataError` for an unknown domain, or if nothing is left."""
+    domains = sorted({e.domain for e in examples})
+    for name in config.domains:
+        if name not in domains:
+            raise DataError(f"no training question of domain '{name}'; {nearest(name, domains)}")
+    found = [
+        e
+        for e in examples
+        if e.difficulty >= config.hard_from
+        and e.domain in (config.domains or domains)
+        and e.meta.get("check", {}).get("kind") != "abstain"
+    ][: config.rows]
+    if not found:
+        raise DataError(f"no training question has difficulty {config.hard_from} or more; lower hard_from")
+    return found
+
+
+def _ask(model: Any, found: Sequence[Found], config: Config, context: Context) -> None:
+    """Sample in rounds; a question with enough paths is asked no more."""
+    for first in range(0, config.samples, config.per_round):
+        numbers = range(first, min(first + config.per_round, config.samples))
+        waiting = [(row, k) for row in found if len(row.texts) < config.paths for k in numbers]
+        requests = [request(row.example, k, model.adapters, config, context.seed) for row, k in waiting]
+        answers = list(_counted(replies(model, requests, config.window), len(requests), context))
+        pairs = [(row.example, answer.text) for (row, _), answer in zip(waiting, answers, strict=True)]
+        passed = [verdict.correct for verdict in grade_all(pairs)]
+        right = agreeing(pairs, passed, config.probes)
+        for (row, _), answer, tested, agreed in zip(waiting, answers, passed, right, strict=True):
+            row.add(answer.text, agreed and answer.finish_reason == "stop")
+            row.overturned += tested and not agreed
+
+
+def agreeing(pairs: Sequence[tuple[Example, str]], passed: Sequence[bool], probes: int) -> list[bool]:
+    """Which of the passed outputs still stand when programs are compared with the reference on new inputs."""
+    programs: dict[int, str] = {}
+    for i, ((example, output), good) in enumerate(zip(pairs, passed, strict=True)):
+        if good and probes and example.meta.get("check", {}).get("kind") == "code":
+            program = probe(example, output, probes)
+            if program:
+                programs[i] = program
+    distinct = list(dict.fromkeys(programs.values()))
+    stands = dict(zip(distinct, (outcome.ok for outcome in run_all(distinct)), strict=True))
+    return [good and (i not in programs or stands[programs[i]]) for i, good in enumerate(passed)]
+
+
+def _counted(answers: Iterator[Reply], total: int, context: Context) -> Iterator[Reply]:
+    for done, answer in enumerate(answers, 1):
+        if done % 100 == 0 or done == total:
+            context.progress(done, total, {})
+        yield answer
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`examples`, `model` and any number of `adapter_<name>` (PEFT folders) -> paths.jsonl."""
+    torch.set_num_threads(context.threads)
+    asked = hard_questions(read_examples(split_path(inputs["examples"].path, "train")), config)
+    adapters = {role.removeprefix(_ROLE): a.path for role, a in inputs.items() if role.startswith(_ROLE)}
+    found = [Found(example) for example in asked]
+    model = engine("torch")(inputs["model"].path, adapters=adapters)
+    try:
+        _ask(model, found, config, context)
+    finally:
+        model.close()
+    kept = [Paths(row.example.id, row.example.messages[-1].content, row.paths(config.paths)) for row in found]
+    write_paths(out, [row for row in kept if row.paths])
+    by_domain = {name: [row for row in found if row.example.domain == name] for name in {e.domain for e in asked}}
+    return {
+        **_figures(found, config),
+        "by_domain": {name: _figures(rows, config) for name, rows in sorted(by_domain.items())},
+    }
+
+
+def _figures(found: Sequence[Found], config: Config) -> dict[str, float]:
+    """Shares: of samples, `acceptance` those that were right and `overturned` those that only passed their tests;
+    `distinctness`, forms per right sample; `voted`, questions whose most frequent form is right. `with_<n>` counts
+    questions with so many paths.
+    """
+    samples, correct = sum(row.said.total() for row in found), sum(row.correct for row in found)
+    counts = [len(row.paths(config.paths)) for row in found]
+    return {
+        "asked": len(found),
+        "samples": samples,
+        "acceptance": correct / samples,
+        "overturned": sum(row.overturned for row in found) / samples,
+        "paths": sum(counts),
+        "distinctness": sum(len(row.texts) for row in found) / max(correct, 1),
+        **{f"with_{n}": sum(count >= n for count in counts) for n in (1, 2, 3, 5)},
+        "voted": sum(row.voted for row in found) / len(found),
+    }

@@ -1,0 +1,177 @@
+"""What all tiers answer to a list of questions, graded: the rows that calibration and the honesty suite count.
+
+The draft and the base answer every question, the modifier of its routed domain those that have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.cascade.tiers import Question, Tiers
+from cogumi.confidence.gate import Calibration, Gate, with_probe
+from cogumi.confidence.nets import Net
+from cogumi.confidence.policy import Answers, Policy
+from cogumi.confidence.signals import abstains, answer_signals, modifier_signals, same_text
+from cogumi.core.types import Example, Reply, Request
+from cogumi.engine.protocol import replies
+from cogumi.grading.graders import grade_all
+
+Doubles = NDArray[np.float64]
+Progress = Callable[[int, int, Mapping[str, float]], None]
+T = TypeVar("T")
+
+COLUMNS = ("draft", "base", "modifier", "direct")
+"""The order of `Answers`' columns; a policy uses those of its tiers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A tier's graded reply to one row, with its signals (the probe's not yet among the base's)."""
+
+    reply: Reply
+    correct: bool
+    signals: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example with what the draft made of it, what each tier answered, and how it surprised the base."""
+
+    example: Example
+    question: Question
+    surprise: float
+    draft: Answer
+    base: Answer
+    modifier: Answer | None
+
+    @property
+    def direct_signals(self) -> dict[str, float]:
+        """What the gate of modifiers sees that answer without the base before them."""
+        assert self.modifier is not None
+        return {**self.modifier.signals, **self.question.signals}
+
+    def modifier_signals(self, base_p: float) -> dict[str, float]:
+        """What the modifiers' gate sees after the base; only for rows with a modifier's answer."""
+        assert self.modifier is not None
+        agree = same_text(self.modifier.reply.text, self.base.reply.text)
+        return modifier_signals(self.direct_signals, self.base.signals, base_p, agree)
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How questions are asked: tokens to answer, requests in flight, and what to tell about progress."""
+
+    max_tokens: int
+    window: int
+    progress: Progress = lambda done, total, figures: None
+
+
+def ask(tiers: Tiers, examples: Sequence[Example], asking: Asking) -> list[Row]:
+    """Let every tier answer, greedily and without speculation, and grade all answers."""
+    requests = [Request(messages=e.messages, max_tokens=asking.max_tokens, speculate=False) for e in examples]
+    n = len(requests)
+    count = _Count(asking.progress, 3 * n)
+    with ThreadPoolExecutor(asking.window // 2) as pool:
+        readings = count.seen(pool.map(tiers.draft.read, requests))
+        questions = [tiers.judge(request, reading) for request, reading in zip(requests, readings, strict=True)]
+        routed = [tiers.modifier_of(question) for question in questions]
+        order = sorted((i for i, domain in enumerate(routed) if domain), key=lambda i: (routed[i], i))
+        count.total += len(order)
+        drafts = list(count.seen(replies(tiers.draft, requests, asking.window)))
+        surprises = list(pool.map(tiers.surprise, requests))
+        hidden = (replace(request, hidden=True) for request in requests)
+        bases = list(count.seen(replies(tiers.base, hidden, asking.window)))
+        signals = list(pool.map(tiers.base_signals, requests, bases, questions))
+    adapted = (replace(requests[i], adapter=routed[i]) for i in order)
+    modified = list(count.seen(replies(tiers.base, adapted, asking.window)))
+    subjects = [*examples, *examples, *(examples[i] for i in order)]
+    given = [*drafts, *bases, *modified]
+    correct = [v.correct for v in grade_all([(e, a.text) for e, a in zip(subjects, given, strict=True)])]
+    others = {
+        i: Answer(reply, right, answer_signals(reply))
+        for i, reply, right in zip(order, modified, correct[2 * n :], strict=True)
+    }
+    return [
+        Row(
+            examples[i],
+            questions[i],
+            surprises[i],
+            Answer(drafts[i], correct[i], {**answer_signals(drafts[i]), **questions[i].signals}),
+            Answer(bases[i], correct[n + i], signals[i]),
+            others.get(i),
+        )
+        for i in range(n)
+    ]
+
+
+class _Count:
+    """Tells how far the asking is."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def seen(self, items: Iterable[T]) -> Iterable[T]:
+        for item in items:
+            self.done += 1
+            if self.done % 100 == 0:
+                self.progress(self.done, self.total, {})
+            yield item
+
+
+def hidden(rows: Sequence[Row]) -> Doubles:
+    """The hidden states behind the base's answers [n, width]."""
+    return np.array([r.base.reply.hidden for r in rows])
+
+
+def base_rows(rows: Sequence[Row], probe: Net | None) -> list[Mapping[str, float]]:
+    """What the base's gate sees, the probe's logit included."""
+    return [with_probe(r.base.signals, probe, r.base.reply.hidden) for r in rows]
+
+
+def asked(rows: Sequence[Row]) -> NDArray[np.intp]:
+    """The rows with a modifier's answer."""
+    return np.array([i for i, r in enumerate(rows) if r.modifier], dtype=np.intp)
+
+
+def probabilities(rows: Sequence[Row], gates: Mapping[str, Gate], probe: Net | None) -> Doubles:
+    """P(correct) by the gate of each column [n, 4]; NaN where a tier has no gate or no answer."""
+    p = np.full((len(rows), len(COLUMNS)), np.nan)
+    if rows and "draft" in gates:
+        p[:, 0] = gates["draft"].p_all([r.draft.signals for r in rows])
+    if rows:
+        p[:, 1] = gates["base"].p_all(base_rows(rows, probe))
+    index = asked(rows)
+    if len(index) and "modifier" in gates:
+        p[index, 2] = gates["modifier"].p_all([rows[i].modifier_signals(float(p[i, 1])) for i in index])
+    if len(index) and "direct" in gates:
+        p[index, 3] = gates["direct"].p_all([rows[i].direct_signals for i in index])
+    return p
+
+
+def policy_answers(
+    rows: Sequence[Row], p: Doubles, policy: Policy, surprising: float, cost: Mapping[str, float]
+) -> Answers:
+    """What a policy's tiers answered to these rows; `cost` is that of one token of `draft` and of `base`."""
+    used = np.full(p.shape, np.nan)
+    facts = np.zeros((*p.shape, 3))
+    for i, row in enumerate(rows):
+        answers = (row.draft, row.base, row.modifier, row.modifier)
+        has_modifier = row.modifier is not None and not np.isnan(p[i, 2])
+        for tier in policy.order(has_modifier, row.surprise > surprising):
+            at = COLUMNS.index(tier)
+            if (answer := answers[at]) is not None:
+                used[i, at] = p[i, at]
+                price = cost["draft" if tier == "draft" else "base"]
+                facts[i, at] = answer.correct, not abstains(answer.reply.text), price * len(answer.reply.tokens)
+    return Answers(used, facts[..., 0] > 0, facts[..., 1] > 0, facts[..., 2])
+
+
+def familiar(rows: Sequence[Row], calibration: Calibration) -> NDArray[np.bool_]:
+    """Which questions are like those that were calibrated [n]."""
+    return np.array([not calibration.question.novel(r.question.perplexity) for r in rows], dtype=bool)

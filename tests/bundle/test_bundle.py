@@ -1,0 +1,251 @@
+"""Bundles: opened only when every byte is there, is right, and belongs to the rest."""
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from cogumi.bundle.format import open_bundle, write_bundle
+from cogumi.compress.pack import bundle as pack
+from cogumi.core.artifact import finish, read_manifest
+from cogumi.core.errors import BundleError, ExportError, RecipeError
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+from cogumi.pipeline.build import Inputs
+
+BASE, OTHER, WORDS = "b" * 64, "c" * 64, "d" * 64
+PARTS = {
+    "base.gguf": {"base_fingerprint": BASE, "tokenizer_sha256": WORDS},
+    "draft.gguf": {"base_fingerprint": OTHER, "tokenizer_sha256": WORDS},
+    "modifiers/math.gguf": {"base_fingerprint": BASE, "tokenizer_sha256": WORDS},
+}
+FILES = {
+    **{name: f"GGUF {name}".encode() for name in PARTS},
+    "difficulty.safetensors": b"d",
+    "router.safetensors": b"r",
+    "calibration.json": b'{"threshold": 0.8}',
+    "README.md": b"# A card\n",
+}
+
+
+def sources(folder, files=FILES):
+    paths = {}
+    for i, (name, content) in enumerate(files.items()):
+        paths[name] = folder / f"source-{i}"
+        paths[name].write_bytes(content)
+    return paths
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_bundle(tmp_path / "out", sources(tmp_path), {"parts": PARTS, "title": "Small", "figures": {"ece": 0.02}})
+    return tmp_path / "out"
+
+
+def edit(folder, change):
+    """Change bundle.json as someone could who also puts the checksums right."""
+    index = json.loads((folder / "bundle.json").read_text())
+    change(index)
+    (folder / "bundle.json").write_text(json.dumps(index))
+
+
+def refuse(folder, match):
+    with pytest.raises(BundleError, match=match) as caught:
+        open_bundle(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_opens_what_was_written(folder):
+    bundle = open_bundle(folder)
+    assert bundle.base.read_bytes() == FILES["base.gguf"]
+    assert bundle.draft == folder / "draft.gguf"
+    assert bundle.modifiers == {"math": folder / "modifiers/math.gguf"}
+    assert (bundle.difficulty.name, bundle.router.name) == ("difficulty.safetensors", "router.safetensors")
+    assert bundle.calibration == {"threshold": 0.8}
+    assert bundle.description == {"title": "Small", "figures": {"ece": 0.02}}
+    moved = folder.with_name("elsewhere")
+    shutil.move(folder, moved)
+    assert open_bundle(moved).base == moved / "base.gguf"
+
+
+def test_every_flipped_byte_is_refused(folder):
+    chance = random.Random(1)
+    for name in FILES:
+        path = folder / name
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        good = path.read_bytes()
+        path.write_bytes(content)
+        refuse(folder, f"{name} has changed")
+        path.write_bytes(good)
+    open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_short_and_unlisted_files(folder, name):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1])
+    refuse(folder, f"{name} has {len(content) - 1} bytes instead of {len(content)}")
+    (folder / name).unlink()
+    refuse(folder, f"{name} is missing")
+    (folder / name).write_bytes(content)
+    edit(folder, lambda index: index["files"].pop(name))
+    refuse(folder, name)
+
+
+def test_extra_file(folder):
+    (folder / "modifiers/law.gguf").write_bytes(b"GGUF")
+    refuse(folder, r"modifiers/law\.gguf is in the folder but not in bundle\.json")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "modifiers/../../secret.gguf"])
+def test_path_that_leaves_the_folder(folder, name):
+    (folder.parent / "secret").write_bytes(b"x")
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    edit(folder, lambda index: index["files"].update({name: entry}))
+    refuse(folder, "leaves the folder")
+
+
+def test_link_that_leaves_the_folder(folder):
+    (folder / "base.gguf").unlink()
+    (folder.parent / "base.gguf").write_bytes(FILES["base.gguf"])
+    (folder / "base.gguf").symlink_to(folder.parent / "base.gguf")
+    refuse(folder, r"'base\.gguf' leaves the folder")
+
+
+def test_file_that_the_format_does_not_know(folder):
+    (folder / "weights.pkl").write_bytes(b"x")
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    edit(folder, lambda index: index["files"].update({"weights.pkl": entry}))
+    refuse(folder, r"'weights\.pkl' is no file of this format")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_unknown_format_version(folder, version):
+    edit(folder, lambda index: index.update(format=version))
+    refuse(folder, "has bundle format .*upgrade")
+
+
+def test_modifier_of_another_base(folder):
+    edit(folder, lambda index: index["parts"]["modifiers/math.gguf"].update(base_fingerprint=OTHER))
+    refuse(folder, "the modifier 'math' was trained on another base")
+
+
+def test_another_tokenizer(folder):
+    """A draft may have one: it is bridged (E3)."""
+    edit(folder, lambda index: index["parts"]["draft.gguf"].update(tokenizer_sha256=OTHER))
+    open_bundle(folder)
+    edit(folder, lambda index: index["parts"]["modifiers/math.gguf"].update(tokenizer_sha256=OTHER))
+    refuse(folder, "modifiers/math.gguf has another tokenizer")
+
+
+def test_parts_that_say_nothing(folder):
+    edit(folder, lambda index: index["parts"].pop("draft.gguf"))
+    refuse(folder, r"what each GGUF file belongs to.*draft\.gguf")
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", '{"format": 1}', '{"format": 1, "parts": 3}', "[" * 100_000])
+def test_index_that_is_none(folder, text):
+    (folder / "bundle.json").write_text(text)
+    refuse(folder, "again|upgrade")
+    (folder / "bundle.json").unlink()
+    refuse(folder, "is not a bundle")
+    refuse(folder / "base.gguf", "is not a bundle")
+
+
+def test_foreign_parts_are_not_even_written(tmp_path):
+    foreign = {**PARTS, "modifiers/math.gguf": {"base_fingerprint": OTHER, "tokenizer_sha256": WORDS}}
+    with pytest.raises(BundleError, match="another base"):
+        write_bundle(tmp_path / "out", sources(tmp_path), {"parts": foreign})
+    assert not (tmp_path / "out/bundle.json").exists()
+
+
+def test_opens_fast(tmp_path):
+    big = {**FILES, "base.gguf": random.Random(0).randbytes(8_000_000)}
+    write_bundle(tmp_path / "out", sources(tmp_path, big), {"parts": PARTS})
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        open_bundle(tmp_path / "out")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.2
+
+
+# Stage `bundle`
+
+
+def inputs(folder, *, adapter_base=BASE):
+    def made(role, name, **metrics):
+        (folder / role).mkdir()
+        content = b'{"threshold": 0.5}' if name.endswith(".json") else f"{role} {name}".encode()
+        (folder / role / name).write_bytes(content)
+        return finish(folder / role, kind="x", fingerprint=role * 9, parents={}, metrics=metrics, environment={})
+
+    def gguf(role, name, base):
+        return made(role, name, base_fingerprint=base, tokenizer_sha256=WORDS, bytes=1234)
+
+    return Inputs(
+        base=gguf("base", "model.gguf", BASE),
+        draft=gguf("draft", "model.gguf", OTHER),
+        modifier_math=gguf("modifier_math", "adapter.gguf", adapter_base),
+        difficulty=made("difficulty", "difficulty.safetensors"),
+        router=made("router", "router.safetensors", accuracy=0.987654),
+        calibration=made("calibration", "calibration.json", gate={"ece": 0.03}),
+    )
+
+
+CONTEXT = Context(3, 1, Path(), lambda done, total, figures: None)
+
+
+def test_stage_packs_a_bundle_that_opens(tmp_path):
+    given = inputs(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = pack.run(pack.Config(title="Small"), given, out, CONTEXT)
+    finish(out, kind="bundle", fingerprint="f", parents={}, metrics=metrics, environment={})
+    bundle = open_bundle(out)  # the manifest beside it does no harm
+    assert bundle.modifiers["math"].read_bytes() == b"modifier_math adapter.gguf"
+    assert bundle.calibration == {"threshold": 0.5}
+    assert bundle.description["provenance"]["base"] == "base" * 9
+    assert bundle.description["measured"]["calibration"] == {"gate": {"ece": 0.03}}
+    assert metrics["bytes"]["base.gguf"] == len(b"base model.gguf")
+    assert set(metrics["bytes"]) == set(read_manifest(out).files) - {"bundle.json"}
+    assert metrics["total_bytes"] == sum(metrics["bytes"].values())
+    card = (out / "README.md").read_text()
+    assert card.startswith("# Small\n")
+    assert "answers math questions" in card
+    assert "accuracy 0.9877" in card
+
+
+def test_stage_writes_equal_bytes(tmp_path):
+    given = inputs(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        pack.run(pack.Config(), given, tmp_path / name, CONTEXT)
+    assert (tmp_path / "one/bundle.json").read_bytes() == (tmp_path / "two/bundle.json").read_bytes()
+
+
+def test_stage_refuses_what_does_not_belong(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BundleError, match="the modifier 'math' was trained on another base"):
+        pack.run(pack.Config(), inputs(tmp_path, adapter_base=OTHER), tmp_path / "out", CONTEXT)
+
+
+def test_stage_names_bad_inputs(tmp_path):
+    given = inputs(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(RecipeError, match="has no input 'roter'; did you mean 'router'"):
+        pack.run(pack.Config(), Inputs({**given, "roter": given["router"]}), out, CONTEXT)
+    with pytest.raises(RecipeError, match="needs an input 'router'"):
+        pack.run(pack.Config(), Inputs({k: v for k, v in given.items() if k != "router"}), out, CONTEXT)
+    with pytest.raises(ExportError, match=r"input 'router' .* holds no router\.safetensors"):
+        pack.run(pack.Config(), Inputs({**given, "router": given["difficulty"]}), out, CONTEXT)
+    silent = Artifact("x", given["base"].path, "f")
+    with pytest.raises(ExportError, match="input 'base' has no metric 'base_fingerprint'"):
+        pack.run(pack.Config(), Inputs({**given, "base": silent}), out, CONTEXT)

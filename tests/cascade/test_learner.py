@@ -1,0 +1,218 @@
+"""The learner over a memory: candidates, promotion, rollback, and what is kept on disk (SPEC F16, F17)."""
+
+import json
+import math
+import multiprocessing
+import time
+import warnings
+from contextlib import closing
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogumi.cascade.memory import learner as learner_module
+from cogumi.cascade.memory.learner import FILE, Learned, Learner, vote_of
+from cogumi.cascade.memory.turns import Memory, Turn
+from cogumi.confidence.nets import sigmoid
+from cogumi.confidence.recalibration import Layer, Vote
+from cogumi.core.errors import StateError
+from support.votes import CANARIES, PROMISE, votes_of
+
+
+def turn(id, user="ann", **changes):
+    fields = {"p_correct": 0.8, "signals": {"domain_math": 1.0}, "outcome": None, "route": "base"} | changes
+    return Turn(
+        id,
+        user,
+        "",
+        time.time(),
+        f"q {id}",
+        "a",
+        "math",
+        "base",
+        fields["route"],
+        "fast",
+        fields["p_correct"],
+        fields["signals"],
+        fields["outcome"],
+    )
+
+
+@pytest.fixture
+def memory(tmp_path):
+    with closing(Memory(tmp_path / "memory.db")) as opened:
+        yield opened
+
+
+def test_a_fresh_learner_changes_nothing(memory, tmp_path):
+    learner = Learner(memory, tmp_path, [PROMISE])
+    for p in (0.0, 0.123456789, 1.0):
+        assert learner.p_correct("t", "ann", p, {"domain_math": 1.0}) == p
+    assert learner.state()["layer"] is None
+    assert math.isnan(learner.p_correct("t", "ann", math.nan, {}))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.binary(max_size=200) | st.sampled_from([b"{}", b"null", b'{"format": 2}', b'{"layer": {"offset": 1e999}}']))
+def test_a_damaged_file_is_set_aside(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("learned")
+    with closing(Memory(folder / "memory.db")) as memory:
+        (folder / FILE).write_bytes(content)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            learner = Learner(memory, folder, [PROMISE])
+            assert learner.p_correct("t", "ann", 0.7, {}) == 0.7
+        if content != b"{}":  # the one of these that is a state
+            assert [str(w.message).count("set aside") for w in said] == [1]
+            assert (folder / f"{FILE}.unreadable").read_bytes() == content
+
+
+def test_a_state_survives_the_file(memory, tmp_path):
+    layer = Layer(-0.5, 0.1, {"domain_math": (-0.3, 0.0)}, certified=True)
+    state = Learned(layer=layer, promoted=1.0, tests=3).told("promoted", {}, gain=0.02)
+    learner = Learner(memory, tmp_path, [PROMISE])
+    learner._save(state)
+    other = Learner(memory, tmp_path, [PROMISE])
+    assert other.state() == learner.state() == state.model_dump(mode="json")
+    assert other.p_correct("t", "", 0.8, {"domain_math": 1.0}) < 0.8
+
+
+def test_what_another_process_learned_is_taken_over(memory, tmp_path):
+    one, other = (Learner(memory, tmp_path, [PROMISE]) for _ in range(2))
+    one._save(Learned(layer=Layer(-1.0)))
+    assert other.p_correct("t", "", 0.8, {}) == one.p_correct("t", "", 0.8, {}) < 0.7
+    (tmp_path / FILE).unlink()
+    assert other.p_correct("t", "", 0.8, {}) == 0.8
+
+
+def test_a_candidate_serves_the_canary_only(memory, tmp_path):
+    learner = Learner(memory, tmp_path, [PROMISE])
+    learner._save(Learned(canary=Layer(-1.0)))
+    changed = [i for i in range(40) if learner.p_correct(f"turn-{i}", "", 0.8, {}) != 0.8]
+    assert changed == CANARIES
+
+
+def test_a_folder_that_cannot_be_written_is_refused(memory, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StateError, match="can be written"):
+        Learner(memory, tmp_path / "file", [PROMISE])
+
+
+def test_what_judges_no_answer_is_no_vote():
+    assert vote_of(turn("t", outcome=True)).right
+    assert vote_of(turn("t")) is None
+    assert vote_of(turn("t", outcome=True, p_correct=None)) is None
+    assert vote_of(turn("t", outcome=False, route="abstained")) is None
+
+
+def live(memory, learner, rng, n, shift, name="t"):
+    """`n` rated questions of 50 users."""
+    for i in range(n):
+        z = rng.normal(1.0, 1.6)
+        p, signals = float(sigmoid(z)), {"domain_math": 1.0}
+        learner.p_correct(f"{name}{i}", f"u{i % 50}", p, signals)
+        memory.remember(turn(f"{name}{i}", f"u{i % 50}", p_correct=p, signals=signals))
+        learner.rated(memory.rate(f"{name}{i}", f"u{i % 50}", bool(rng.random() < sigmoid(z + shift))))
+
+
+def events(learner):
+    return [event["event"] for event in learner.state()["history"]]
+
+
+def test_promotion_and_rollback(memory, tmp_path, monkeypatch):
+    """Small numbers, same rules: a drift is learned, and unlearned once it is over."""
+    for name, value in {"CHECK": 50, "EVERY": 200, "ENOUGH": 60}.items():
+        monkeypatch.setattr(learner_module, name, value)
+    learner = Learner(memory, tmp_path, [PROMISE], need=300)
+    rng = np.random.default_rng(0)
+    live(memory, learner, rng, 4_000, -2.0, "bad")
+    assert events(learner)[:2] == ["canary", "promoted"]
+    assert learner.p_correct("x", "", 0.8, {"domain_math": 1.0}) < 0.6
+    live(memory, learner, rng, 600, 0.0, "good")
+    assert "rolled back" in events(learner)
+    assert learner.state()["layer"] is None
+    again = Learner(memory, tmp_path, [PROMISE])  # the history outlives the process
+    assert events(again) == events(learner)
+
+
+def test_an_attacker_neither_withdraws_a_layer_nor_hides_its_harm(memory, tmp_path):
+    """The votes of one who began to vote against everybody after the last fit are known before they decide."""
+    learner = Learner(memory, tmp_path, [])
+    layer = Layer(-1.5)
+    rng = np.random.default_rng(7)
+
+    def look(votes):
+        learner._known = {(v.user, v.id): (2.0, v) for v in votes}
+        learner._save(Learned(layer=layer, promoted=1.0))
+        return learner._watched(learner._state, layer).layer
+
+    worse = votes_of(rng, 3_000, shift=(-1.5, -1.5))
+    villain = [Vote(f"v{i}", "villain", f"v{i}", 0.9, {}, True) for i in range(2_000)]
+    assert look(worse) == layer
+    assert look([*worse, *villain]) == layer
+    good = votes_of(rng, 300)
+    helper = [Vote(f"v{i}", "villain", f"v{i}", 0.9, {}, False) for i in range(2_000)]
+    assert look([*worse, *good]) is None
+    assert look([*worse, *[v for pair in zip(good, helper[:300], strict=True) for v in pair]]) is None
+
+
+def test_too_few_votes_and_votes_of_too_few_teach_nothing(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "CHECK", 50)
+    monkeypatch.setattr(learner_module, "EVERY", 50)
+    learner = Learner(memory, tmp_path, [PROMISE], need=300)
+    for i in range(900):
+        memory.remember(turn(f"t{i}", "villain"))
+        learner.rated(memory.rate(f"t{i}", "villain", False))
+    assert events(learner) == []
+
+
+def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
+    learner = Learner(memory, tmp_path, [PROMISE])
+    for user, right in (("ann", False), ("bob", False), ("cy", True)):
+        for i in range(60):
+            memory.remember(turn(f"t{i}", user, p_correct=0.7))
+            learner.rated(memory.rate(f"t{i}", user, right))
+    signals = {"domain_math": 1.0}
+    assert learner.p_correct("x", "ann", 0.7, signals) == 0.7
+    for user in ("ann", "cy"):
+        memory.choose_personal(user, True)
+    learner = Learner(memory, tmp_path, [PROMISE])
+    assert learner.p_correct("x", "ann", 0.7, signals) < 0.6
+    assert 0.7 < learner.p_correct("x", "cy", 0.85, signals) < 0.9  # raised, but not over the promise's threshold
+    assert learner.p_correct("x", "bob", 0.7, signals) == 0.7
+    assert learner.forget("ann") == 60
+    assert learner.p_correct("x", "ann", 0.7, signals) == 0.7
+
+
+def hold_lock(folder, ready, done):
+    with closing(Memory(folder / "memory.db")) as memory, Learner(memory, folder, [PROMISE])._alone() as alone:
+        ready.put(alone)
+        done.get(timeout=30)
+
+
+def test_one_process_learns_at_a_time(memory, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Queue(), context.Queue()
+    learner = Learner(memory, tmp_path, [PROMISE])
+    process = context.Process(target=hold_lock, args=(tmp_path, ready, done))
+    process.start()
+    assert ready.get(timeout=30)
+    with learner._alone() as alone:
+        assert not alone
+    process.kill()
+    process.join()
+    with learner._alone() as alone:
+        assert alone  # the lock died with its holder
+
+
+def test_a_closed_memory_spoils_no_answer(tmp_path):
+    memory = Memory(tmp_path / "memory.db")
+    learner = Learner(memory, tmp_path, [PROMISE])
+    memory.close()
+    assert learner.p_correct("t", "ann", 0.7, {}) == 0.7
+
+
+def test_a_state_is_json(memory, tmp_path):
+    assert json.loads(json.dumps(Learner(memory, tmp_path, []).state()))["format"] == 1

@@ -1,0 +1,469 @@
+"""The command line, run as a real process; the bundle it serves and asks is made of pico models."""
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_note
+from cogumi.cascade.opening import open_cascade
+from cogumi.cli.chat import Conversation
+from cogumi.cli.console import print_report
+from cogumi.core.types import ABSTENTION
+from support.bundle import make_bundle
+from support.serve import raw, running, send_and_hang_up, until
+
+COGUMI = [sys.executable, "-m", "cogumi"]
+
+
+def cogumi(*words, cwd=None, stdin="", ok=0):
+    """Run a command to its end and check its exit code; one thread, as other tests may be running."""
+    if words[0] in ("chat", "eval"):
+        words += ("--threads", "1")
+    done = subprocess.run(
+        [*COGUMI, *map(str, words)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == ok, done.stderr
+    return done
+
+
+def one_line(done):
+    """An error is one line on standard error and nothing on standard output."""
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("cogumi: ")
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a recipe over a user's own file, three of whose rows are broken."""
+    folder = tmp_path_factory.mktemp("home")
+    rows = [json.dumps({"instruction": f"What is {i} plus 1?", "output": str(i + 1)}) for i in range(400)]
+    rows[3:3] = ["{broken", '{"instruction": "no answer"}', "[1]"]
+    (folder / "mine.jsonl").write_text("\n".join(rows))
+    (folder / "mine.yaml").write_text(
+        "name: mine\nsteps:\n  - {name: rows, stage: files, config: {files: {math: [mine.jsonl]}}}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(home):
+    cogumi("build", "mine.yaml", cwd=home)
+    return home
+
+
+def test_help_teaches():
+    assert "cogumi demo" in cogumi("--help").stdout
+    for command in ("build", "demo", "chat", "serve", "inspect", "eval"):
+        assert f"Example: cogumi {command}" in cogumi(command, "--help").stdout
+    assert cogumi("--version").stdout.startswith("cogumi 0.")
+    assert "No such command" in cogumi("bulid", ok=2).stderr
+
+
+def test_nothing_heavy_is_imported_for_help():
+    heavy = "torch transformers sklearn matplotlib llama_cpp fastapi"
+    code = f"import sys, cogumi.cli, cogumi.cli.chat; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_build_shows_each_step_and_then_the_figures(home):
+    first = cogumi("build", "mine.yaml", cwd=home)
+    assert "[1/1] rows (files)" in first.stderr
+    assert "peak memory" in first.stdout
+    again = cogumi("build", "mine.yaml", "--json", cwd=home)
+    report = json.loads(again.stdout)
+    assert (report["recipe"], report["steps"][0]["skipped"]) == ("mine", True)
+    assert "unchanged" in again.stderr
+    other = cogumi("build", "mine.yaml", "--seed", "7", "--runs", "others", "--json", cwd=home)
+    assert json.loads(other.stdout)["fingerprint"] != report["fingerprint"]
+
+
+def test_on_a_terminal_a_build_has_a_bar(home):
+    leader, follower = pty.openpty()
+    done = subprocess.run(
+        [*COGUMI, "build", "mine.yaml", "--runs", "fresh"], cwd=home, stdout=subprocess.PIPE, stderr=follower
+    )
+    os.close(follower)
+    assert done.returncode == 0
+    assert "✓" in os.read(leader, 100_000).decode()
+
+
+def test_inspect_tells_what_things_are(built):
+    step = json.loads(cogumi("inspect", "runs/mine/rows", "--json", cwd=built).stdout)
+    assert (step["what"], step["kind"]) == ("artifact", "examples")
+    assert step["files"]["train.jsonl"]["bytes"] > 0
+    assert "train.jsonl" in cogumi("inspect", "runs/mine/rows", cwd=built).stdout
+    assert json.loads(cogumi("inspect", "mine.yaml", "--json", cwd=built).stdout)["steps"][0]["stage"] == "files"
+    assert "rows" in cogumi("inspect", "mine.yaml", cwd=built).stdout
+    assert json.loads(cogumi("inspect", "runs/mine", "--json", cwd=built).stdout)["recipe"] == "mine"
+
+
+def test_inspect_finds_one_flipped_byte(built, tmp_path):
+    folder = tmp_path / "rows"
+    subprocess.run(["cp", "-r", built / "runs/mine/rows", folder], check=True)
+    data = bytearray((folder / "train.jsonl").read_bytes())
+    data[100] ^= 1
+    (folder / "train.jsonl").write_bytes(data)
+    assert "train.jsonl" in one_line(cogumi("inspect", folder, ok=1))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["build", "tinny"], "tinny"),
+        (["build", "nowhere.yaml"], "nowhere.yaml"),
+        (["build", "typo.yaml"], "did you mean 'files'"),
+        (["chat", "empty"], "bundle.json"),
+        (["chat"], "cogumi build"),
+        (["chat", "--json"], "--once"),
+        (["serve", "empty", "--port", "0"], "bundle.json"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["eval", "empty", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["eval", "empty", "--data", "mine.jsonl"], "bundle.json"),
+    ],
+)
+def test_an_error_is_one_line(home, words, named):
+    (home / "empty").mkdir(exist_ok=True)
+    (home / "typo.yaml").write_text("name: x\nsteps:\n  - {name: a, stage: filse}\n")
+    done = cogumi(*words, cwd=home, ok=1)
+    if words[0] == "serve":  # it says first what it is loading
+        assert done.stderr.splitlines()[-1].startswith("cogumi: ")
+        assert named in done.stderr
+    else:
+        assert named in one_line(done)
+
+
+def test_debug_shows_where_an_error_comes_from(home):
+    assert "Traceback" in cogumi("--debug", "inspect", "nowhere", cwd=home, ok=1).stderr
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(home):
+    (home / "empty").mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = one_line(cogumi("serve", "empty", "--port", port, cwd=home, ok=1))
+    assert str(port) in line
+    assert "--port" in line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(scope="module")
+def cascade(folder):
+    with contextlib.closing(open_cascade(folder, slots=2, threads=1)) as cascade:
+        yield cascade
+
+
+@contextlib.contextmanager
+def serving(folder, *words):
+    """`cogumi serve` in a process of its own; yields it and what it says when it is ready."""
+    command = [*COGUMI, "serve", folder, "--port", "0", "--json", "--threads", "1", *words]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if line == "}\n":
+                break
+        yield process, json.loads(said)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def client(folder):
+    with serving(folder, "--slots", "2") as (_, said):
+        yield openai.OpenAI(base_url=said["url"], api_key="any", max_retries=0, timeout=60)
+
+
+def ask(client, text, model="cogumi:fast", **options):
+    options = {"max_tokens": 12} | options
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
+
+
+def test_chat_answers_after_the_examples_of_a_file(folder, tmp_path):
+    file = tmp_path / "examples.jsonl"
+    file.write_text('{"question": "What is 1 + 1?", "answer": "two"}\n\n{"question": "2 + 2?", "answer": "four"}\n')
+    answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--examples", file, "--json").stdout)
+    assert (answer["tier"], answer["p_correct"]) == ("base+examples", None)
+    assert next(d for d in answer["decisions"] if d["signal"] == "examples")["value"] == 2
+    for text, why in (("", "holds no example"), ('{"question": "q"}', "line 1 is no example"), ("\nx", "line 2 is no")):
+        file.write_text(text)
+        refused = cogumi("chat", folder, "--once", "x", "--examples", file, ok=1)
+        assert why in refused.stderr
+    file.write_bytes(b"\xff\xfe")
+    assert "is not UTF-8" in cogumi("chat", folder, "--once", "x", "--examples", file, ok=1).stderr
+    file.unlink()
+    assert "cannot be read: No such file" in cogumi("chat", folder, "--once", "x", "--examples", file, ok=1).stderr
+
+
+def test_chat_once_tells_tier_confidence_and_reasons(folder):
+    shown = cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?").stdout
+    assert "base · P(correct) 70%" in shown
+    assert "meets the threshold 0.50" in shown
+    answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--json").stdout)
+    assert (answer["route"], answer["question"]) == ("low_confidence", "What is 3 + 4?")
+    assert answer["answer"].endswith(LOW_CONFIDENCE)
+    assert [d["tier"] for d in answer["decisions"]][:3] == ["draft", "base", "modifier:code"]
+
+
+def test_chat_obeys_commands_and_survives_errors(folder, tmp_path):
+    (tmp_path / "runs" / "pico").mkdir(parents=True)
+    (tmp_path / "runs" / "pico" / "bundle").symlink_to(folder)
+    lines = [
+        "/help",
+        "/mode nope",
+        "/mode fast",
+        "Hello?",
+        "/wrong",
+        "long " * 600,
+        "/new",
+        "/nope",
+        "Hello?",
+        "/quit",
+        "unread",
+    ]
+    done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
+    assert done.stdout.count("P(correct)") == 2
+    assert "unknown mode 'nope'" in done.stdout
+    assert "--state" in done.stdout  # nothing is remembered, so nothing can be rated
+    assert "no command /nope" in done.stdout
+    assert done.stderr.startswith("cogumi: ")
+    assert "context" in done.stderr
+    assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends with the input
+
+
+def test_a_conversation_remembers_turns_without_notes(cascade):
+    conversation = Conversation(cascade)
+    first = conversation.say("What is 3 + 4?")
+    pieces = []
+    second = conversation.say("And 5?", pieces.append)
+    assert first.text.endswith(LOW_CONFIDENCE)
+    assert "".join(pieces) == second.text
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+    assert [m.role for m in conversation.messages] == ["user", "assistant"] * 2
+    assert not any(LOW_CONFIDENCE in m.content for m in conversation.messages)
+
+
+def test_a_flipped_byte_keeps_a_bundle_shut(folder, tmp_path):
+    broken = tmp_path / "bundle"
+    subprocess.run(["cp", "-r", folder, broken], check=True)
+    data = bytearray((broken / "base.gguf").read_bytes())
+    data[-1] ^= 1
+    (broken / "base.gguf").write_bytes(data)
+    for words in (["chat", broken, "--once", "x"], ["inspect", broken]):
+        assert "base.gguf" in one_line(cogumi(*words, ok=1))
+    assert "base.gguf" in cogumi("serve", broken, "--port", "0", ok=1).stderr
+
+
+def test_inspect_a_bundle(folder):
+    found = json.loads(cogumi("inspect", folder, "--json").stdout)
+    assert (found["what"], found["modifiers"]) == ("bundle", ["code", "math"])
+    assert found["bytes"] == sum(path.stat().st_size for path in folder.rglob("*.*") if path.name != "bundle.json")
+    assert "modifiers/code.gguf" in cogumi("inspect", folder).stdout
+
+
+def test_eval_grades_the_users_questions(folder, tmp_path):
+    said = json.loads(cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?", "--json").stdout)["answer"]
+    rows = [{"instruction": "What is 3 + 4?", "output": said, "domain": "math", "difficulty": 1}]
+    rows += [{"instruction": f"What is {i} + 4?", "output": "no such answer", "domain": "math"} for i in range(3)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{broken\n" + "\n".join(map(json.dumps, rows)))
+    base = json.loads(cogumi("eval", folder, "--data", data, "--tier", "base", "--json").stdout)
+    assert base["accuracy"] == {"math": {"1": [1, 1], "0": [0, 3]}}
+    assert (base["coverage"], base["accepted_error"]) == (None, None)
+    assert len(base["rejected"]) == 1
+    whole = json.loads(cogumi("eval", folder, "--data", data, "--limit", "2", "--json").stdout)
+    assert (whole["n"], whole["coverage"]) == (2, 0.0)  # the usual mode accepts nothing in this bundle
+    assert "50.0%" in cogumi("eval", folder, "--data", data, "--limit", "2").stdout
+    for tier in ("draft", "modifier:math"):
+        cogumi("eval", folder, "--data", data, "--tier", tier)
+    assert "modifier:code" in one_line(cogumi("eval", folder, "--data", data, "--tier", "best", ok=1))
+
+
+def test_a_suite_needs_what_it_says(tmp_path):
+    assert "did you mean 'honesty'?" in one_line(cogumi("eval", "--suite", "honest", cwd=tmp_path, ok=1))
+    assert "the suite 'honesty' judges a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
+    assert "--data FILE, or a --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
+
+
+def test_ratings_are_kept_in_the_state_folder_and_can_be_forgotten(folder, tmp_path):
+    state, settings = tmp_path / "state", tmp_path / "settings.yaml"
+    settings.write_text("modes: {brief: {}}\ndefault: brief\n")
+    options = ("--state", state, "--settings", settings, "--reuse", "exact")
+    with serving(folder, "--slots", "2", *options) as (_, said):
+        client = openai.OpenAI(base_url=said["url"], api_key="any", max_retries=0, timeout=60)
+        assert "cogumi:brief" in said["models"]
+        plain = {"cogumi": {"speculate": False}}
+        answer = ask(client, "What is 3 + 4?", model="cogumi", user="ann", n=2, extra_body=plain)
+        assert answer.model_extra["cogumi"]["route"] == "base"  # the default mode is the settings'
+        for id, user, status in (
+            (answer.id, "ann", 204),
+            (f"{answer.id}-1", "ann", 204),
+            (answer.id, "bob", 404),
+            ("never given", "ann", 404),
+            ("", "ann", 400),
+        ):
+            body = json.dumps({"id": id, "user": user, "right": False})
+            assert raw(int(said["url"].split(":")[2].split("/")[0]), "POST", "/v1/feedback", body)[0] == status
+    assert "2 turns of ann deleted" in cogumi("forget", "ann", "--state", state).stdout
+    assert "0 turns of ann deleted" in cogumi("forget", "ann", "--state", state).stdout
+    assert "holds no memory" in one_line(cogumi("forget", "ann", "--state", tmp_path, ok=1))
+    said = cogumi("chat", folder, "--state", state, stdin="What is 3 + 4?\n/right\n").stdout
+    assert "noted" in said
+    assert "unknown way to reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
+
+
+def test_serve_answers_under_every_name(client):
+    names = [model.id for model in client.models.list()]
+    assert {
+        "cogumi",
+        "cogumi:fast",
+        "cogumi:accurate",
+        "cogumi:base",
+        "cogumi:draft",
+        "cogumi:base+code",
+    } <= {*names}
+    for name in names:
+        assert ask(client, "What is 3 + 4?", model=name).usage.completion_tokens >= 1
+
+
+def test_serve_says_who_answered_and_how_sure(client):
+    raw = client.chat.completions.with_raw_response.create(
+        model="cogumi:fast", messages=[{"role": "user", "content": "What is 3 + 4?"}], max_tokens=12
+    )
+    ours = raw.parse().model_extra["cogumi"]
+    assert (ours["tier"], ours["p_correct"]) == ("base", pytest.approx(0.7))
+    assert ours["decisions"][-1]["accepted"]
+    assert (raw.headers["x-cogumi-tier"], raw.headers["x-cogumi-p-correct"]) == ("base", "0.7000")
+
+
+@pytest.mark.parametrize("speculate", [False, True])  # left open, the clock would decide, and the route names it
+@pytest.mark.parametrize("model", ["cogumi:fast", "cogumi:accurate", "cogumi:base+math"])
+def test_a_stream_says_what_the_plain_answer_says(client, model, speculate):
+    options = {"model": model, "logprobs": True, "extra_body": {"cogumi": {"speculate": speculate}}}
+    whole = ask(client, "What is 3 + 4?", **options)
+    chunks = list(ask(client, "What is 3 + 4?", stream=True, **options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert chunks[-1].model_extra["cogumi"]["route"] == whole.model_extra["cogumi"]["route"]
+    streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
+    assert [e.token for e in streamed] == [e.token for e in whole.choices[0].logprobs.content]
+    assert "".join(e.token for e in streamed) == without_note(whole.choices[0].message.content)
+
+
+def test_an_unsure_answer_can_be_withheld(client):
+    options = {"model": "cogumi", "extra_body": {"cogumi": {"abstain": True}}}
+    assert ask(client, "What is 3 + 4?", **options).choices[0].message.content == ABSTENTION
+    chunks = list(ask(client, "What is 3 + 4?", stream=True, **options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == ABSTENTION
+
+
+def test_examples_of_a_request_reach_the_base_and_make_no_answer_sure(client):
+    examples = [{"question": "What is 1 + 1?", "answer": "two"}]
+    ours = {"cogumi": {"examples": examples}}
+    given = ask(client, "What is 3 + 4?", extra_body=ours)
+    alone = ask(client, "What is 3 + 4?")
+    assert (given.model_extra["cogumi"]["tier"], given.model_extra["cogumi"]["p_correct"]) == ("base+examples", None)
+    assert given.usage.prompt_tokens > alone.usage.prompt_tokens
+    for wrong, why in (
+        ({"examples": examples, "adapt": True}, "no head"),
+        ({"adapt": True}, "give examples"),
+        ({"examples": [{"question": "long " * 600, "answer": "a"}]}, "shorten"),
+        ({"examples": [{"question": "q", "answer": " "}]}, "example 0 has an empty"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=why):
+            ask(client, "x", extra_body={"cogumi": wrong})
+    with pytest.raises(openai.BadRequestError, match="give messages"):
+        client.completions.create(model="cogumi:base", prompt="x", extra_body=ours)
+
+
+def test_serve_refuses_what_it_cannot_answer(client):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(client, "long " * 600, stream=stream)
+        assert refused.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match="unknown adapter"):
+            ask(client, "x", stream=stream, extra_body={"cogumi": {"modifier": "cooking"}})
+        with pytest.raises(openai.BadRequestError, match="unknown mode"):
+            ask(client, "x", model="cogumi", stream=stream, extra_body={"cogumi": {"mode": "best"}})
+    with pytest.raises(openai.NotFoundError):
+        ask(client, "x", model="gpt-4o")
+
+
+def test_many_clients_at_once_get_their_own_answers(client):
+    questions = [f"What is {i} + 4?" for i in range(12)]
+    alone = [ask(client, q).choices[0].message.content for q in questions]
+    with ThreadPoolExecutor(12) as threads:
+        together = list(threads.map(lambda q: ask(client, q).choices[0].message.content, questions))
+    assert together == alone
+
+
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+def test_a_client_that_hangs_up_frees_its_slot(folder, mode):
+    """Twelve abandoned answers on two slots would take the time of six, were they not cancelled."""
+    cascade = open_cascade(folder, slots=2, threads=1)
+    base = cascade.tiers.base
+    body = {"model": f"cogumi:{mode}", "stream": True, "max_tokens": 480}
+    body["messages"] = [{"role": "user", "content": "What is 3 + 4?"}]
+    with running(lambda: cascade) as port:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", timeout=60)
+        until(lambda: raw(port, "GET", "/ready")[0] == 200)
+        began = time.perf_counter()
+        whole = ask(client, "What is 3 + 4?", model=body["model"], max_tokens=480)
+        one = time.perf_counter() - began
+        assert whole.choices[0].finish_reason == "length"
+        began = time.perf_counter()
+        for _ in range(12):
+            send_and_hang_up(port, body, lambda: base.free_slots < 2)
+        until(lambda: base.free_slots == 2, seconds=60)
+        assert time.perf_counter() - began < 3 * one
+        assert ask(client, "What is 3 + 4?").usage.completion_tokens == 12
+
+
+def test_ctrl_c_ends_serving_cleanly(folder):
+    with serving(folder) as (process, said):
+        process.send_signal(signal.SIGINT)
+        _, noted = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in noted
+    assert said["models"][0] == "cogumi"
+
+
+def test_the_results_table_holds_the_figures(capsys):
+    cells = {"math": {"1": [9, 10], "4": [1, 10]}, "code": {"1": [10, 10], "4": [0, 10]}}
+    gate = {"auroc": 0.912, "auroc_perplexity": 0.85, "ece": 0.031, "coverage": 0.5, "accepted_error": 0.04}
+    report = {
+        "recipe": "tiny",
+        "seconds": 200.0,
+        "peak_rss_bytes": 1_500_000_000,
+        "accuracy": {"base": cells},
+        "gate": gate | {"bound": 0.05},
+        "unanswerable": {"confident": 3, "n": 500},
+        "modifiers": {"math": {"before": 0.5, "after": 0.75, "n": 20}},
+        "speculation": {"acceptance": 0.8, "speedup": 0.9, "identical": 200, "n": 200},
+        "routes": {"base": 0.5},
+        "bytes": {"base.gguf": 1_234_567},
+    }
+    print_report(report)
+    shown = capsys.readouterr().out
+    for figure in ("95.0%", "5.0%", "0.912", "4.0%", "3 of 500", "75.0%", "0.90x", "1.2 MB", "3 min 20 s", "1.50 GB"):
+        assert figure in shown

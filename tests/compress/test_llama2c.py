@@ -1,0 +1,265 @@
+"""llama2.c checkpoints as GGUF: the known story comes back, with heads of any width, and foreign files are refused."""
+
+import math
+import struct
+from contextlib import closing
+from itertools import pairwise
+
+import llama_cpp
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from cogumi.core.errors import BundleError, DataError, ExportError
+from cogumi.core.types import Request
+from cogumi.engine.llama.binding.model import Model, load_tokenizer
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import final_reply, replies
+from cogumi.evaluate.bench.cache_quality import perplexity
+from support.gguf import DATA, MULTILINGUAL, llama
+from support.llama2c import convert
+
+FOLDER = DATA / "stories260k"
+CHECKPOINT, VOCABULARY = FOLDER / "stories260K.bin", FOLDER / "tok512.bin"
+needs_stories = pytest.mark.skipif(not CHECKPOINT.is_file(), reason=f"no {CHECKPOINT} (set COGUMI_TEST_DATA)")
+F32_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+BOS, EOS = 1, 2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Give a function that converts the checkpoint once per type and head size."""
+    folder, done = tmp_path_factory.mktemp("stories"), {}
+
+    def make(type="f32", head=None):
+        if (type, head) not in done:
+            done[type, head] = folder / f"{type}-{head}.gguf"
+            convert(CHECKPOINT, VOCABULARY, done[type, head], type, head)
+        return done[type, head]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def story():
+    """What run.c writes at temperature 0 in 256 steps, as its documentation shows it."""
+    document = (FOLDER / "stories260K.md").read_text(encoding="utf-8")
+    return document.split("-t 0.0\n")[1].split("```")[0].rstrip("\n")
+
+
+@pytest.fixture(scope="module")
+def stories(made, story):
+    """The known story and 8 that the model makes up: about 3,000 tokens of what it was trained on."""
+    with closing(LlamaEngine(made(), slots=8, lookup=False, cache="f16")) as engine:
+        asked = [Request(prompt=(BOS,), max_tokens=500, temperature=1.0, seed=seed) for seed in range(8)]
+        return "\n".join([story, *(reply.text.strip() for reply in replies(engine, asked))])
+
+
+def greedy(path):
+    with closing(LlamaEngine(path, slots=1, lookup=False, cache="f16")) as engine:
+        return final_reply(engine.generate(Request(prompt=(BOS,), max_tokens=256))).text.removeprefix(" ")
+
+
+@pytest.fixture(scope="module")
+def book():
+    return (DATA / "corpus_text" / "11.txt").read_text(encoding="utf-8", errors="replace")[2000:22000]
+
+
+def logits(path, ids):
+    model = llama(path, logits_all=True, **F32_CACHE)
+    model.eval(list(ids))
+    return np.array(model.scores[: len(ids)])
+
+
+@needs_stories
+def test_known_story_comes_back(made, story):
+    assert greedy(made()) == story
+
+
+@needs_stories
+@pytest.mark.parametrize("head", [16, 32, 64])
+def test_wider_heads_change_nothing(made, story, head):
+    ids = [BOS, *load_tokenizer(made()).encode(story)]
+    narrow, wide = logits(made(), ids), logits(made(head=head), ids)
+    assert np.abs(narrow - wide).max() < 1e-4  # of logits up to 20
+    assert greedy(made(head=head)) == story
+
+
+@needs_stories
+def test_own_classifier(made, story, tmp_path):
+    width, *rest = struct.unpack("<7i", CHECKPOINT.read_bytes()[:28])
+    rows, body = rest[4], np.fromfile(CHECKPOINT, "<f4", offset=28)
+    header = struct.pack("<7i", width, *rest[:4], -rows, rest[5])
+    doubled = np.concatenate([body, 2 * body[: rows * width]])
+    (tmp_path / "own.bin").write_bytes(header + doubled.tobytes())
+    convert(tmp_path / "own.bin", VOCABULARY, tmp_path / "own.gguf")
+    ids = [BOS, *load_tokenizer(made()).encode(story)[:50]]
+    np.testing.assert_allclose(logits(tmp_path / "own.gguf", ids), 2 * logits(made(), ids), atol=1e-4)
+
+
+@needs_stories
+@pytest.mark.parametrize(("type", "head"), [("f16", None), ("q8_0", 32), ("q4_k_m", None)])
+def test_smaller_types_read_as_well(made, story, book, type, head):
+    assert made(type, head).stat().st_size < made("f32", head).stat().st_size * 0.6
+    exact = [perplexity(made(), text, "f16", 512) for text in (story, book[:3000])]
+    assert 1.1 < exact[0] < 3 < exact[1] < 512  # its own greedy words, and a book it never saw
+    for text, expected in zip((story, book[:3000]), exact, strict=True):
+        assert perplexity(made(type, head), text, "f16", 512) == pytest.approx(expected, rel=0.02)
+
+
+@needs_stories
+@pytest.mark.parametrize("context", [64, 512])
+def test_perplexity_counts_every_token_once(made, story, context):
+    ids = load_tokenizer(made()).encode(story)
+    nats = []
+    for start in range(0, len(ids) - 1, context - 1):
+        run = ids[start : start + context]
+        rows = logits(made(), run)[:-1].astype(np.float64)
+        nats += (np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(run) - 1), run[1:]]).tolist()
+    assert len(nats) == len(ids) - 1
+    assert perplexity(made(), story, "f16", context) == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
+
+
+@needs_stories
+def test_what_a_smaller_cache_costs(made, stories):
+    """Heads of 8 have few values over which errors could cancel, so q4_0 costs this model far more than larger ones."""
+    assert len(load_tokenizer(made()).encode(stories)) > 2000
+    f16, q8_0, q4_0 = (perplexity(made(head=32), stories, cache, 512) for cache in ("f16", "q8_0", "q4_0"))
+    assert f16 == pytest.approx(perplexity(made(), stories, "f16", 512), rel=1e-3)
+    assert f16 == pytest.approx(4, abs=0.5)  # it was trained to 1.30 nats
+    assert q8_0 == pytest.approx(f16, rel=0.01)
+    assert 1.2 < q4_0 / f16 < 3
+    with pytest.raises(BundleError):
+        perplexity(made(), stories, "q4_0", 512)
+
+
+@needs_stories
+def test_perplexity_needs_a_text(made):
+    with pytest.raises(DataError, match="two tokens"):
+        perplexity(made(), "", "f16", 512)
+
+
+@needs_stories
+def test_special_tokens(made):
+    tokenizer = load_tokenizer(made())
+    assert tokenizer.size == 512
+    assert [tokenizer.piece(i) for i in (0, BOS, EOS)] == [b"", b"", b""]
+    assert [tokenizer.piece(3 + byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
+    assert {i for i in range(512) if tokenizer.ends(i)} == {BOS, EOS}  # run.c stops where the next story begins
+    model = llama(made(), vocab_only=True)
+    assert (model.token_bos(), model.token_eos()) == (BOS, EOS)
+    assert model.tokenize(b"a", add_bos=True)[0] == BOS
+
+
+def pieces_of(path):
+    data, start, pieces = path.read_bytes(), 4, []
+    while start < len(data):
+        score, length = struct.unpack_from("<fi", data, start)
+        start += 8 + length
+        pieces.append((data[start - length : start].decode(), score))
+    return pieces
+
+
+def encode_like_run_c(text, pieces):
+    """Follow `encode` of run.c: characters or their bytes, then the best-scored neighbours merged until none is."""
+    known = {piece: i for i, (piece, _) in enumerate(pieces)}
+    ids = [known[" "]] if text else []
+    for character in text:
+        ids += [known[character]] if character in known else [3 + byte for byte in character.encode()]
+    while True:
+        joined = [known.get(pieces[a][0] + pieces[b][0]) for a, b in pairwise(ids)]
+        best = max((i for i, id in enumerate(joined) if id is not None), key=lambda i: pieces[joined[i]][1], default=-1)
+        if best < 0:
+            return ids
+        ids[best : best + 2] = [joined[best]]
+
+
+@needs_stories
+def test_tokens_of_run_c(made, story, book):
+    tokenizer, pieces = load_tokenizer(made()), pieces_of(VOCABULARY)
+    for text in (story, *book.splitlines(), *MULTILINGUAL, "", " ", "  two  spaces ", "<s> </s> <0x41>\t\n"):
+        ids = tokenizer.encode(text)
+        assert ids == encode_like_run_c(text, pieces)
+        assert tokenizer.decode(ids) == (f" {text}" if text else "")
+
+    # run.c ends at a NUL; "▁" is how SentencePiece writes a space, so llama.cpp reads it as one
+    characters = st.sampled_from("  the and Lily's. \"\n!<s>é") | st.characters(exclude_characters="\0▁", codec="utf-8")
+
+    @given(st.text(characters))
+    @example("<s>\n</s>\n<unk>")
+    def same(text):
+        assert tokenizer.encode(text) == encode_like_run_c(text, pieces)
+
+    same()
+
+
+@needs_stories
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-4], "cut short or foreign"),
+        (lambda data: data + b"\0", "cut short or foreign"),
+        (lambda data: data[:20], "cut short"),
+        (lambda data: b"24ka" + data[4:], "later version"),
+        (lambda data: b"GGUF" + data[4:], "header makes no sense|cut short or foreign"),
+        (lambda data: bytes(28) + data[28:], "header makes no sense"),
+        (lambda data: data[:5000] + struct.pack("<f", math.nan) + data[5004:], "NaN"),
+    ],
+)
+def test_bad_checkpoints_are_refused(change, message, tmp_path):
+    (tmp_path / "bad.bin").write_bytes(change(CHECKPOINT.read_bytes()))
+    refused(message, tmp_path, checkpoint=tmp_path / "bad.bin")
+
+
+@needs_stories
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-1],
+        lambda data: data + data[-9:],
+        lambda data: data[:2000],
+        lambda data: b"",
+        lambda data: data.replace(b"<0x41>", b"<0x4x>"),
+        lambda data: data[:-1] + b"\xff",
+        lambda data: data[:8] + struct.pack("<i", -50) + data[12:],
+    ],
+)
+def test_bad_vocabularies_are_refused(change, tmp_path):
+    (tmp_path / "bad.bin").write_bytes(change(VOCABULARY.read_bytes()))
+    refused("no llama2.c tokenizer", tmp_path, vocabulary=tmp_path / "bad.bin")
+
+
+@needs_stories
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head": 12}, "multiple of 8"),
+        ({"head": 4}, "multiple of 8"),
+        ({"head": -8}, "multiple of 8"),
+        ({"type": "q4"}, "unknown type 'q4'; known: f32, f16, q4_0"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(arguments, message, tmp_path):
+    refused(message, tmp_path, **arguments)
+
+
+def test_missing_files_are_named(tmp_path):
+    refused("nowhere.bin is missing", tmp_path, checkpoint=tmp_path / "nowhere.bin")
+
+
+def refused(message, folder, checkpoint=CHECKPOINT, vocabulary=VOCABULARY, **arguments):
+    before = sorted(folder.iterdir())
+    with pytest.raises(ExportError, match=message) as caught:
+        convert(checkpoint, vocabulary, folder / "out.gguf", **arguments)
+    assert "\n" not in str(caught.value)
+    assert sorted(folder.iterdir()) == before
+
+
+@needs_stories
+def test_failure_keeps_the_old_file(made, tmp_path):
+    (tmp_path / "out.gguf").write_bytes(made().read_bytes())
+    data = CHECKPOINT.read_bytes()
+    (tmp_path / "bad.bin").write_bytes(data[:5000] + struct.pack("<f", math.inf) + data[5004:])
+    refused("infinity", tmp_path, checkpoint=tmp_path / "bad.bin")
+    assert Model(tmp_path / "out.gguf").tokenizer.size == 512

@@ -1,0 +1,275 @@
+"""Self-consistency: answers taken out of texts, counted, and sampled side by side from a real engine."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogumi.cascade.self_consistency import Sampling, finish, gather, vote
+from cogumi.confidence.vote import Answer, dbscan, final_answer, grouped, tally
+from cogumi.core.errors import RequestError
+from cogumi.core.types import Message, Request
+from cogumi.engine.llama.engine import LlamaEngine
+from support.engines import pico
+
+QUESTION = Request(messages=(Message("user", "Is it so?"),), max_tokens=12, seed=5)
+YES_OR_NO = 'root ::= "yes" | "no"'
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("42", " 42. ", "42.0", "+42", "The answer is 42", "6 * 7 = 42.", "$42", "42 apples", "Answer: **42**"),
+        ("1,000", "1e3", "First 500. Then twice as much, so 1000 in all.", "\\boxed{1000}", "Let us see.\n#### 1000"),
+        ("-0", "0", "0.00"),
+        ("\u22125", "-5", "x = -5"),
+        ("B", "(B)", "B) the second", "The answer is B."),
+        ("Paris", "paris.", ' "PARIS" ', "Answer: Paris"),
+        ("I don't know.", "i don\u2019t know"),
+        (
+            '{"tool":"f","args":{"a":1}}',
+            '[{"args": {"a": 1.0}, "tool": "f"}]',
+            '```json\n{"tool":"f","args":{"a":1}}\n```',
+        ),
+        ("def f(x):\n    return x*2", "```python\ndef f(x):  # twice\n\n  return x * 2\n```"),
+    ],
+)
+def test_equal_answers_are_equal(texts):
+    assert len({final_answer(text) for text in texts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("42", "43"),
+        ("5", "-5"),
+        ("10:30", "30"),
+        ("3/4", "4"),
+        ("Vienna in 1815", "Paris in 1815"),
+        ("12345678901234567890123456789012", "12345678901234567890123456789013"),
+        ('{"a": true}', '{"a": 1}'),
+        ('{"a": "1"}', '{"a": 1}'),
+        ("def f(x):\n    return x * 2", "def f(x):\n    return x * 3"),
+        ("def f(x):\n  if x:\n    a()\n  b()", "def f(x):\n  if x:\n    a()\n    b()"),
+        ("A", "B"),
+        ("yes", "no"),
+    ],
+)
+def test_other_answers_are_not(one, other):
+    assert final_answer(one) != final_answer(other)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n\t"])
+def test_who_says_nothing_has_no_answer(text):
+    assert final_answer(text) is None
+
+
+@given(st.text())
+def test_no_text_makes_it_raise(text):
+    answer = final_answer(text)
+    assert (answer is None) == (not text.strip())
+    assert final_answer(text + " \n") == answer or answer.kind == "code"  # a space may end an unfinished string there
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a",
+        "1 ",
+        "(",
+        "[",
+        "def f(",
+        "answer: ",
+        "answer    ",
+        "\n",
+        "```",
+        "\\boxed{",
+        "9",
+        "1e",
+        '{"a":',
+        "\x00",
+        "import x\n'",
+        "\ud800",
+    ],
+)
+def test_long_texts_take_no_time(unit):
+    began = time.perf_counter()
+    final_answer((unit * 100_000)[:100_000])
+    assert time.perf_counter() - began < 5
+
+
+answers = st.one_of(st.none(), st.sampled_from([Answer("text", c) for c in "abcd"] + [Answer("number", "1")]))
+ballots = st.lists(st.tuples(answers, st.floats(1, 100, allow_nan=False)), min_size=1, max_size=10)
+
+
+@given(ballots, st.randoms())
+def test_the_order_of_paths_does_not_matter(rows, random):
+    def outcome(rows):
+        counted = tally([a for a, _ in rows], [p for _, p in rows])
+        return counted.agreement, None if counted.winner is None else rows[counted.winner]
+
+    shuffled = random.sample(rows, len(rows))
+    assert outcome(rows) == outcome(shuffled)
+
+
+@given(ballots)
+def test_the_share_is_that_of_the_largest_group(rows):
+    voted = [a for a, _ in rows]
+    counted = tally(voted, [p for _, p in rows])
+    largest = max((voted.count(a) for a in voted if a), default=0)
+    assert counted.agreement == largest / len(rows)
+    assert 0 <= counted.agreement <= 1
+    if counted.winner is not None:
+        assert voted.count(voted[counted.winner]) == largest
+        assert rows[counted.winner][1] == min(p for a, p in rows if a == voted[counted.winner])
+    else:
+        assert largest == 0 or (largest == 1 < len(rows))
+
+
+def test_a_tie_goes_to_the_lowest_perplexity():
+    a, b = Answer("text", "a"), Answer("text", "b")
+    assert tally([a, b, a, b, None], [3.0, 2.0, 4.0, 5.0, 1.0]).winner == 1
+    assert tally([a, b, a, b, None], [3.0, 3.5, 2.0, 5.0, 1.0]).winner == 2
+
+
+def test_where_no_two_agree_nobody_wins():
+    assert tally([Answer("text", c) for c in "abcde"], [1.0] * 5).winner is None
+    assert tally([None] * 5, [1.0] * 5) == tally([None], [1.0])
+    assert tally([Answer("text", "a"), None, None], [1.0] * 3).winner is None
+
+
+def unit_rows(seed, n):
+    rows = np.random.default_rng(seed).normal(size=(n, 3))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12), st.floats(0.01, 1.0))
+def test_clusters_are_those_of_the_definition(seed, n, eps):
+    rows = unit_rows(seed, n)
+    labels = dbscan(rows, eps)
+    order = np.random.default_rng(seed).permutation(n)
+    again = dbscan(rows[order], eps)
+    near = 1 - rows @ rows.T <= eps
+    for i in range(n):
+        for j in range(n):
+            assert (again[i] == again[j]) == (labels[order[i]] == labels[order[j]])
+            if near[i, j]:
+                assert labels[i] == labels[j]  # with two rows to a cluster, every row that is near another is a core
+    for label in set(labels):
+        inside = [i for i in range(n) if labels[i] == label]
+        assert len(inside) == 1 or all(near[i, [j for j in inside if j != i]].any() for i in inside)
+
+
+def test_rows_at_the_border_join_their_nearest_core():
+    angles = np.radians([0, 20, 40, 60, 180])
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert dbscan(rows, eps=0.061, least=3) == [1, 1, 1, 1, 4]
+
+
+def test_only_free_texts_are_grouped_by_meaning():
+    meaning = {"yes": (1, 0), "yes it is": (0.9, 0.1), "no": (0, 1)}
+
+    def embed(texts):
+        return np.array([meaning[text] for text in texts], np.float32)
+
+    said = [Answer("text", "yes it is"), Answer("text", "no"), None, Answer("text", "yes"), Answer("number", "1")]
+    assert grouped(said, embed) == [Answer("text", "yes"), said[1], None, Answer("text", "yes"), said[4]]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = LlamaEngine(pico().base_q8, slots=4, context=128, threads=1, lookup=False)
+    yield made
+    made.close()
+
+
+def test_paths_vote_over_a_real_engine(engine):
+    request = replace(QUESTION, grammar=YES_OR_NO)
+    found = finish(vote(engine, request, paths=7, sampling=Sampling(temperature=50.0)))
+    said = [reply.text for reply in found.replies]
+    assert set(said) == {"yes", "no"}
+    assert found.text == max(set(said), key=said.count) == found.winner.text
+    assert found.agreement == said.count(found.text) / 7
+    assert found.usage.completion_tokens == sum(len(reply.tokens) for reply in found.replies)
+    again = finish(vote(engine, request, paths=7, sampling=Sampling(temperature=50.0)))
+    assert [reply.text for reply in again.replies] == said
+
+
+def test_each_path_and_each_request_has_its_own_seed():
+    seeds = {r.seed for seed in range(50) for r in Sampling().requests(replace(QUESTION, seed=seed), 10)}
+    assert len(seeds) == 500
+    assert {r.seed for r in Sampling().requests(replace(QUESTION, seed=None), 3)} == {None}
+
+
+class Watched:
+    """A generation that remembers whether it was closed."""
+
+    def __init__(self, events):
+        self.events, self.closed = events, False
+
+    def __iter__(self):
+        return self.events
+
+    def close(self):
+        self.closed = True
+        self.events.close()
+
+
+class Watch:
+    """An engine that remembers what it was asked."""
+
+    def __init__(self, engine):
+        self.engine, self.begun = engine, []
+
+    def generate(self, request):
+        self.begun.append(Watched(self.engine.generate(request)))
+        return self.begun[-1]
+
+
+def test_all_paths_share_one_batch(engine):
+    """Every path is submitted before the first is read."""
+    watch = Watch(engine)
+    work = gather(watch, Sampling().requests(QUESTION, 4))
+    assert next(work) is None
+    assert len(watch.begun) == 4
+    assert len(finish(work)) == 4
+
+
+def test_closing_cancels_every_path(engine):
+    watch = Watch(engine)
+    work = vote(watch, replace(QUESTION, max_tokens=60, logit_bias={engine.tokenizer.eos: -100.0}), paths=4)
+    next(work)
+    assert not any(events.closed for events in watch.begun)
+    work.close()
+    assert [events.closed for events in watch.begun] == [True] * 4
+
+
+def test_cut_and_empty_answers_have_no_vote(engine):
+    cut = finish(vote(engine, replace(QUESTION, max_tokens=2, logit_bias={engine.tokenizer.eos: -100.0})))
+    empty = finish(vote(engine, replace(QUESTION, logit_bias={engine.tokenizer.eos: 100.0})))
+    for found in (cut, empty):
+        assert (found.winner, found.text, found.agreement, len(found.replies)) == (None, None, 0.0, 5)
+
+
+def test_cancelled_paths_have_no_vote():
+    engine = LlamaEngine(pico().base_q8, slots=2, context=128, threads=1, lookup=False)
+    work = vote(engine, replace(QUESTION, max_tokens=100, logit_bias={engine.tokenizer.eos: -100.0}))
+    next(work)
+    engine.close()
+    found = finish(work)
+    assert (found.winner, found.agreement) == (None, 0.0)
+    assert {reply.finish_reason for reply in found.replies} <= {"cancelled", "length"}
+
+
+@pytest.mark.parametrize("paths", [0, 2, 11])
+def test_three_to_ten_paths(engine, paths):
+    with pytest.raises(RequestError, match="3 to 10"):
+        finish(vote(engine, QUESTION, paths=paths))
+
+
+def test_what_the_engine_refuses_is_raised(engine):
+    with pytest.raises(RequestError, match="context"):
+        finish(vote(engine, replace(QUESTION, max_tokens=1000)))

@@ -1,0 +1,308 @@
+"""A user's files become examples: nothing usable is lost, nothing broken silent, no question in two sets."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogumi.core.errors import DataError
+from cogumi.core.stage import Context
+from cogumi.core.types import Example, Message
+from cogumi.data.examples import (
+    SPLITS,
+    example_id,
+    normalised_question,
+    read_examples,
+    split_of,
+    split_path,
+    write_examples,
+)
+from cogumi.data.sources import files
+from cogumi.data.sources.question_files import Rejected, iterate, load
+
+DATA = Path(os.environ.get("COGUMI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+TEXT = st.text(alphabet=st.characters(codec="utf-8"))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+ROLES = st.sampled_from(["system", "user", "assistant"])
+MESSAGES = st.lists(st.builds(Message, ROLES, TEXT), max_size=4).map(tuple)
+EXAMPLES = st.builds(
+    Example, TEXT, TEXT, st.integers(0, 5), MESSAGES, TEXT, TEXT, st.dictionaries(TEXT, JSON, max_size=3)
+)
+ALPACA = {"instruction": "Say hi", "input": "", "output": "hi"}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+    ]
+}
+
+
+def context(root, seed=0):
+    return Context(seed, 1, root, lambda done, total, figures: None)
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@given(st.lists(EXAMPLES, max_size=5))
+def test_examples_come_back_as_they_were_written(folder, examples):
+    path = folder / "examples.jsonl"
+    assert write_examples(path, examples) == len(examples)
+    assert read_examples(path) == examples
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = split_path(tmp_path, "train")
+    good = Example("1", "d", 1, (Message("user", "q"),), "a")
+    write_examples(path, [good])
+    with pytest.raises(UnicodeEncodeError):
+        write_examples(path, [good, Example("2", "d", 1, (), "\ud800")])
+    assert read_examples(path) == [good]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_split_is_refused_by_file_and_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    write_examples(path, [Example("1", "d", 1, (), "a")])
+    with open(path, "a") as file:
+        file.write('{"id": 1}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl:2"):
+        read_examples(path)
+    with pytest.raises(DataError, match="does not exist"):
+        read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="no split 'test'"):
+        split_path(tmp_path, "test")
+
+
+def test_ids_are_stable_and_differ_by_content():
+    question = (Message("user", "q"),)
+    assert example_id("d", question) == "381c2d14675b14c8"
+    others = [
+        ("e", question),
+        ("d", (Message("system", "q"),)),
+        ("d", (Message("user", "q "),)),
+        ("d", question * 2),
+    ]
+    assert len({example_id(*other) for other in others} | {example_id("d", question)}) == 5
+
+
+def test_both_forms_are_read(tmp_path):
+    rows = [
+        ALPACA,
+        {"instruction": "Add", "input": "1 2", "response": "3", "domain": "math", "difficulty": 2},
+        {**CHAT, "check": {"kind": "numeric"}},
+    ]
+    examples, rejected = load(write(tmp_path / "a.jsonl", *rows), domain="mine")
+    assert not rejected
+    assert [e.messages[-1].content for e in examples] == ["Say hi", "Add\n\n1 2", "2+2?"]
+    assert [e.answer for e in examples] == ["hi", "3", "4"]
+    assert [e.domain for e in examples] == ["mine", "math", "mine"]
+    assert [e.difficulty for e in examples] == [0, 2, 0]
+    assert [e.source for e in examples] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
+    assert examples[2].messages[0] == Message("system", "Be brief.")
+    assert examples[2].meta == {"check": {"kind": "numeric"}}
+    array = tmp_path / "a.json"
+    array.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows, indent=2).encode())
+    as_array, rejected = load(array, domain="mine")
+    assert not rejected
+    assert [e.id for e in as_array] == [e.id for e in examples]
+    assert [e.source for e in as_array] == ["a.json:2", "a.json:7", "a.json:14"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"instruction": "a", \n', "not JSON"),
+        ("nonsense\n", "not JSON"),
+        ("[" * 100_000 + "\n", "recursion"),
+        ("9" * 5_000 + "\n", "digits"),
+        ("3\n", "a row must be a JSON object"),
+        ({"question": "a"}, "neither 'messages' nor 'instruction'"),
+        ({"instruction": "a"}, "output is missing"),
+        ({"instruction": "a", "output": " "}, "output is empty"),
+        ({"instruction": 3, "output": "a"}, "instruction is missing or not a text"),
+        ({"instruction": "a", "input": 3, "output": "a"}, "input is missing or not a text"),
+        ({**ALPACA, "output": "\ud800"}, "surrogate"),
+        ({**ALPACA, "domain": ""}, "domain must"),
+        ({**ALPACA, "difficulty": 6}, "difficulty must"),
+        ({**ALPACA, "difficulty": True}, "difficulty must"),
+        ({**ALPACA, "check": {"kind": "magic"}}, "check must"),
+        ({**ALPACA, "check": {"kind": "code"}}, "lacks tests"),
+        ({"messages": []}, "must end with"),
+        ({"messages": CHAT["messages"][:2]}, "must end with"),
+        ({"messages": CHAT["messages"][2:]}, "must end with"),
+        ({"messages": "hi"}, "must be a list"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is none of"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "role .* is none of"),
+        ({"messages": [CHAT["messages"][1], {"role": "assistant", "content": None}]}, "content is missing"),
+    ],
+)
+def test_a_broken_row_is_listed_with_its_reason_and_the_load_goes_on(tmp_path, row, reason):
+    path = write(tmp_path / "a.jsonl", ALPACA, "\n", row, CHAT)
+    examples, rejected = load(path)
+    assert len(examples) == 2
+    (only,) = rejected
+    assert (only.file, only.line) == (str(path), 3)
+    assert str(only).startswith(f"{path}:3: ")
+    assert re.search(reason, only.reason)
+
+
+def test_bytes_that_are_not_text_are_listed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(ALPACA).encode() + b'\n{"instruction": "\xff", "output": "a"}\n')
+    assert "not UTF-8" in load(path)[1][0].reason
+
+
+@given(st.lists(st.one_of(st.just(json.dumps(ALPACA).encode()), st.binary(max_size=40)), max_size=6))
+def test_garbage_never_aborts_a_load_and_is_always_counted(folder, lines):
+    lines = [json.dumps(CHAT).encode(), *(line.replace(b"\n", b"?").replace(b"\r", b"?") for line in lines)]
+    path = folder / "garbage.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    examples, rejected = load(path)
+    good = lines.count(json.dumps(ALPACA).encode()) + 1
+    assert len(examples) == good
+    assert len(rejected) == sum(1 for line in lines if line.strip()) - good
+
+
+@given(st.lists(st.tuples(TEXT, TEXT), max_size=6), st.sampled_from([None, 0, 3]), st.booleans())
+def test_an_array_of_any_text_is_read_whole(folder, pairs, indent, ascii_only):
+    rows = [{"instruction": f"x{a}", "output": f"y{b}"} for a, b in pairs]
+    path = folder / "array.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    got = list(iterate(path))
+    assert [(e.messages[0].content, e.answer) for e in got] == [(r["instruction"], r["output"]) for r in rows]
+
+
+@given(st.binary(max_size=60))
+def test_an_array_with_garbage_in_it_never_aborts(folder, garbage):
+    path = folder / "broken.json"
+    path.write_bytes(b"[" + json.dumps(CHAT).encode() + b"," + garbage + b",]")
+    rows = list(iterate(path))
+    assert isinstance(rows[0], Example)
+    assert any(isinstance(row, Rejected) for row in rows[1:])
+
+
+def test_a_broken_element_does_not_spoil_its_neighbours(tmp_path):
+    good = json.dumps(ALPACA)
+    path = tmp_path / "a.json"
+    path.write_text(f'[\n{good},\n{{"instruction": [1}},\n{good},\n,\n{good}}}\n,{good}')
+    rows = list(iterate(path))
+    assert [(type(row), row.line) for row in rows if isinstance(row, Rejected)] == [
+        (Rejected, line) for line in (3, 5, 6, 7)
+    ]
+    assert len([row for row in rows if isinstance(row, Example)]) == 3
+
+
+def test_an_array_longer_than_a_chunk_is_cut_at_the_right_places(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogumi.data.sources.question_files._CHUNK", 7)
+    rows = [{"instruction": f'"{i}\\\\" ]}},é\n', "output": "\\" * i + "x"} for i in range(40)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert [e.answer for e in load(path)[0]] == [row["output"] for row in rows]
+
+
+def test_input_without_a_usable_row_is_an_error_that_says_so(tmp_path):
+    for text, message in (
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("[]", "is empty"),
+        ("x\ny\n", "2 were rejected"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(write(tmp_path / "a.jsonl", text))
+    with pytest.raises(DataError, match="cannot be read"):
+        load(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        load(tmp_path)
+
+
+@given(st.lists(TEXT, max_size=30), st.integers(0, 3))
+def test_a_question_has_one_set_however_it_is_written(questions, seed):
+    shares = dict.fromkeys(SPLITS, 1)
+    for question in questions:
+        one, other = (Message("user", question),), (Message("user", f"  {question}\n"),)
+        name = split_of(normalised_question(one), shares, seed)
+        assert name in SPLITS
+        assert split_of(normalised_question(other), shares, seed) == name
+
+
+def test_the_stage_makes_five_disjoint_sets(tmp_path):
+    rows = [{"instruction": f"Question {i % 400}", "output": str(i)} for i in range(600)]
+    shouted = [{"instruction": f"QUESTION  {i}", "output": "!"} for i in range(400)]
+    write(tmp_path / "a.jsonl", *rows, "broken\n")
+    write(tmp_path / "b.jsonl", *shouted)
+    out = tmp_path / "out"
+    out.mkdir()
+    config = files.Config(files={"one": ["a.jsonl"], "two": ["b.jsonl"]})
+    metrics = files.run(config, {}, out, context(tmp_path))
+    sets = {name: read_examples(split_path(out, name)) for name in SPLITS}
+    assert metrics["rows"] == {name: len(rows) for name, rows in sets.items()}
+    assert metrics["domains"] == {"one": 600, "two": 400}
+    assert sum(metrics["rows"].values()) == 1000
+    questions = [{normalised_question(e.messages) for e in rows} for rows in sets.values()]
+    assert sum(map(len, questions)) == len(set.union(*questions)) == 400
+    assert metrics["rejected"] == 1
+    (listed,) = [json.loads(line) for line in (out / files.REJECTED_FILE).read_text().splitlines()]
+    assert (listed["line"], listed["file"]) == (601, str(tmp_path / "a.jsonl"))
+    again = tmp_path / "again"
+    again.mkdir()
+    files.run(config, {}, again, context(tmp_path))
+    assert all(split_path(out, n).read_bytes() == split_path(again, n).read_bytes() for n in SPLITS)
+    files.run(config, {}, again, context(tmp_path, seed=1))
+    assert split_path(out, "train").read_bytes() != split_path(again, "train").read_bytes()
+
+
+def test_the_stage_says_when_there_is_too_little(tmp_path):
+    write(tmp_path / "a.jsonl", ALPACA)
+    write(tmp_path / "b.jsonl", "broken\n")
+    with pytest.raises(DataError, match="1 usable rows leave nothing for"):
+        files.run(files.Config(files={"one": ["a.jsonl"]}), {}, tmp_path, context(tmp_path))
+    with pytest.raises(DataError, match="no usable row; 1 were rejected"):
+        files.run(files.Config(files={"one": ["b.jsonl"]}), {}, tmp_path, context(tmp_path))
+    assert '"line": 1' in (tmp_path / files.REJECTED_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "usable", "rejected"),
+    [
+        ("alpaca_subset/claude_t45.json", 5301, 4),
+        ("alpaca_subset/dolly_3k.json", 2996, 0),
+        ("gpteacher/codegen-instruct.json", 4535, 0),
+        ("codealpaca/code_alpaca_2k.json", 2015, 2),
+        ("llamafactory_demo/alpaca_en_demo.json", 999, 0),
+    ],
+)
+def test_real_files_lose_no_row(name, usable, rejected):
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is missing: set COGUMI_TEST_DATA to the folder of public data")
+    rows = list(iterate(path))
+    assert len(rows) == len(json.loads(path.read_text()))
+    assert sum(isinstance(row, Example) for row in rows) == usable
+    assert sum(isinstance(row, Rejected) for row in rows) == rejected
+
+
+def test_a_real_file_that_is_cut_off_is_listed_to_its_last_line():
+    path = DATA / "multihop_reading" / "musique_test.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is missing: set COGUMI_TEST_DATA to the folder of public data")
+    rows = list(iterate(path))
+    assert len(rows) == len(path.read_bytes().splitlines())
+    assert "not JSON" in rows[-1].reason
+    assert all("neither" in row.reason for row in rows[:-1])

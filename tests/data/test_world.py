@@ -1,0 +1,131 @@
+"""The embedded world: seeded, disjoint, and every reference answer passes its own check."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogumi.core.errors import DataError
+from cogumi.core.stage import Context
+from cogumi.core.types import ABSTENTION, Example, Message
+from cogumi.data.examples import SPLITS, normalised_question, read_examples, split_path
+from cogumi.data.world import DIFFICULTIES, DOMAINS, UNANSWERABLE, make
+from cogumi.data.world import questions as world_stage
+from cogumi.grading.graders import grade, grade_all
+
+SMALL = {"train": 30, "selection": 3, "fit": 5, "threshold": 5, "heldout": 5, "unanswerable": 10}
+
+
+def context(seed=7):
+    return Context(seed, 1, Path(), lambda done, total, figures: None)
+
+
+def run(out, seed=7, **config):
+    out.mkdir()
+    return world_stage.run(world_stage.Config(**{**SMALL, **config}), {}, out, context(seed))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world") / "data"
+    return out, run(out)
+
+
+def everything(out):
+    return {name: read_examples(split_path(out, name)) for name in SPLITS}
+
+
+def test_every_reference_answer_is_right_and_every_other_text_is_wrong():
+    rng = random.Random(3)
+    examples = []
+    for domain in DOMAINS:
+        for difficulty in DIFFICULTIES:
+            for _ in range(4):
+                task = make(domain, difficulty, rng)
+                message = Message("user", task.question)
+                examples.append(
+                    Example("x", domain, difficulty, (message,), task.answer, "", {"check": dict(task.check)})
+                )
+    assert all(v.correct for v in grade_all([(e, e.answer) for e in examples]))
+    assert not any(v.correct for v in grade_all([(e, "pudding") for e in examples]))
+    assert not any(v.correct for v in grade_all([(e, ABSTENTION) for e in examples]))
+
+
+@given(st.sampled_from(sorted(UNANSWERABLE)), st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_only_an_abstention_answers_the_unanswerable(kind, seed):
+    domain, make_task = UNANSWERABLE[kind]
+    task = make_task(random.Random(seed))
+    example = Example("x", domain, 0, (Message("user", task.question),), task.answer, "", {"check": dict(task.check)})
+    assert grade(example, "i don't know").correct
+    assert not grade(example, "Paris").correct
+
+
+@given(st.sampled_from(sorted(DOMAINS)), st.sampled_from(DIFFICULTIES), st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_a_generator_state_gives_one_question(domain, difficulty, seed):
+    assert make(domain, difficulty, random.Random(seed)) == make(domain, difficulty, random.Random(seed))
+
+
+def test_sets_are_disjoint_and_exact(world):
+    out, metrics = world
+    sets = everything(out)
+    cells = len(DOMAINS) * len(DIFFICULTIES) + 2  # two known kinds of unanswerable
+    more = {n: 0 if n == "train" else 2 * (world_stage.WITHOUT - 1) for n in SPLITS}
+    assert metrics["rows"] == {**{n: SMALL[n] * (cells + more[n]) for n in SPLITS}, "unanswerable": 30}
+    questions = [normalised_question(e.messages) for rows in sets.values() for e in rows]
+    questions += [normalised_question(e.messages) for e in read_examples(out / "unanswerable.jsonl")]
+    assert len(set(questions)) == len(questions)
+
+
+def test_the_unseen_kind_appears_nowhere_but_in_its_own_file(world):
+    out, _ = world
+    assert not any(e.meta.get("unanswerable") == "invented_thing" for rows in everything(out).values() for e in rows)
+    kinds = [e.meta["unanswerable"] for e in read_examples(out / "unanswerable.jsonl")]
+    assert kinds.count("invented_thing") == 10
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(world, tmp_path):
+    out, _ = world
+    run(tmp_path / "again")
+    run(tmp_path / "other", seed=8)
+    for name in SPLITS:
+        first = split_path(out, name).read_bytes()
+        assert split_path(tmp_path / "again", name).read_bytes() == first
+        assert split_path(tmp_path / "other", name).read_bytes() != first
+
+
+def test_training_takes_what_a_small_cell_holds_but_other_sets_are_exact_or_refused(tmp_path):
+    metrics = run(tmp_path / "much", train=1000)
+    assert metrics["rows"]["train"] < 1000 * 32
+    assert metrics["rows"]["heldout"] == SMALL["heldout"] * (30 + 2 * world_stage.WITHOUT)
+    with pytest.raises(DataError, match=r"too few different questions in .*heldout"):
+        run(tmp_path / "too-much", heldout=5000)
+
+
+def test_fresh_questions_are_new_and_of_the_held_out_part(world):
+    out, _ = world
+    found = world_stage.fresh(12, 7, lambda done, total, figures: None)
+    questions = [normalised_question(e.messages) for e in found]
+    assert len(set(questions)) == len(questions) == 12 * 33
+    read = {
+        normalised_question(e.messages) for n in SPLITS if n != "heldout" for e in read_examples(split_path(out, n))
+    }
+    assert not read & set(questions)
+    assert {e.source for e in found} == {*(f"{d}/{k}" for d in DOMAINS for k in DIFFICULTIES), *UNANSWERABLE}
+    assert found == world_stage.fresh(12, 7, lambda done, total, figures: None)
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"unseen kinds \['sphinx'\] do not exist"):
+        run(tmp_path / "a", unseen=("sphinx",))
+    with pytest.raises(DataError, match="train_by_domain names"):
+        run(tmp_path / "b", train_by_domain={"maths": 3})
+
+
+def test_rows_are_plain_json(world):
+    row = json.loads(split_path(world[0], "train").read_text().splitlines()[0])
+    assert {"id", "domain", "difficulty", "messages", "answer", "meta"} <= set(row)

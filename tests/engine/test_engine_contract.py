@@ -1,0 +1,507 @@
+"""What every engine promises (runtime.engine.Engine): the same pico model in both libraries, and through two servers.
+
+`served` is RemoteEngine over `cogumi serve` in another process, `foreign` the same over llama-cpp-python's server.
+"""
+
+import json
+import math
+import threading
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import openai
+import pytest
+
+from cogumi.core.errors import ContextError, RequestError
+from cogumi.core.types import Message, Reply, Request, Token
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import final_reply, replies
+from cogumi.engine.remote import RemoteEngine
+from cogumi.engine.torch import TorchEngine
+from support.bundle import make_bundle
+from support.engines import pico
+from support.remote import CONTEXT, NEUTRAL, llama_cpp_server, our_server
+
+ASK = Request(messages=(Message("system", "Be short."), Message("user", "What is 48 plus 57?")), max_tokens=30)
+
+REMOTE = {
+    "refuses beforehand": "only the server knows its context and vocabulary, so its refusal comes with the first event",
+    "full entropy": "servers tell a few best tokens, which give a lower bound of the entropy",
+    "end token": "chat completions tell no log-probability of the end token, so it is no Token",
+    "hidden states": "no server tells them",
+    "grammars": "OpenAI's API knows no grammars",
+}
+GAPS = {
+    "llama": {},
+    "torch": {"schemas": "refused with its reason", "grammars": "refused with its reason"},
+    "served": REMOTE,
+    "foreign": REMOTE
+    | {
+        "exact tokens": "its streams lose parts of characters, and then tell the last token twice",
+        "usage": "its streams count no tokens",
+        "echo": "it takes no prompt as ids, and pairs an echoed token with the wrong position's distribution",
+        "embeddings": "it serves either text or embeddings",
+        "status": "it answers 200 before it looks at the request, then breaks off without a reason",
+        "schemas": "its response_format knows no json_schema",
+        "penalties": "it also counts the prompt's tokens",
+    },
+}
+
+
+def engines(*needs):
+    """Runs a test on every engine that can do what it needs; the others are skipped with their reason."""
+
+    def marks(kind):
+        lacking = [GAPS[kind][need] for need in needs if need in GAPS[kind]]
+        return [pytest.mark.skip(reason="; ".join(lacking))] if lacking else []
+
+    assert set(needs) <= {need for gaps in GAPS.values() for need in gaps}
+    return pytest.mark.parametrize("engine", [pytest.param(kind, marks=marks(kind)) for kind in GAPS], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Starts the server of a kind when it is first asked for; yields a function to its address and model file."""
+    with ExitStack() as running:
+        started = {}
+
+        def server(kind):
+            if kind not in started:
+                folder = tmp_path_factory.mktemp(kind)
+                if kind == "served":
+                    bundle = make_bundle(folder)
+                    started[kind] = running.enter_context(our_server(bundle, folder)), bundle / "base.gguf"
+                else:
+                    file = pico().base_f32
+                    address = llama_cpp_server(file, pico().adapter_gguf, folder)
+                    started[kind] = running.enter_context(address), file
+            return started[kind]
+
+        yield server
+
+
+@pytest.fixture(scope="module")
+def opened(servers):
+    """A function that opens an engine of a kind, once; a `fresh` one is the test's own."""
+    with ExitStack() as open_engines:
+        known = {}
+
+        def make(kind):
+            files = pico()
+            if kind == "torch":
+                return TorchEngine(files.base, adapters={"a": files.adapter}, context=CONTEXT)
+            if kind == "llama":
+                return LlamaEngine(files.base_q8, adapters={"a": files.adapter_gguf}, context=CONTEXT, threads=1)
+            url, file = servers(kind)
+            names = ("cogumi:base", "cogumi:base+code") if kind == "served" else ("base", "base+a")
+            extra = NEUTRAL if kind == "foreign" else None
+            return RemoteEngine(url, names[0], tokenizer=file, adapters={"a": names[1]}, extra=extra)
+
+        def engine(kind, fresh=False):
+            if fresh or kind not in known:
+                made = make(kind)
+                open_engines.callback(made.close)
+                if fresh:
+                    return made
+                known[kind] = made
+            return known[kind]
+
+        yield engine
+
+
+@pytest.fixture
+def engine(request, opened):
+    return opened(request.param)
+
+
+@engines("usage", "exact tokens")
+def test_usage_counts(engine):
+    reply = final_reply(engine.generate(ASK))
+    assert reply.usage.prompt_tokens == len(engine.tokenizer.render(ASK))
+    assert reply.usage.completion_tokens == len(reply.tokens) == ASK.max_tokens
+
+
+@engines()
+def test_tokens_then_one_reply(engine):
+    events = list(engine.generate(ASK))
+    reply = events[-1]
+    assert isinstance(reply, Reply)
+    assert all(isinstance(event, Token) for event in events[:-1])
+    assert reply.tokens == tuple(events[:-1])
+    assert reply.text == "".join(token.text for token in reply.tokens)
+    assert reply.finish_reason == "length"
+    assert reply.signals["seconds"] >= reply.signals["first_token_seconds"] > 0
+
+
+@engines("exact tokens")
+def test_signals_of_greedy_tokens(engine):
+    for token in final_reply(engine.generate(replace(ASK, logprobs=4, speculate=False))).tokens:
+        ids, logprobs = zip(*token.top, strict=True)
+        assert len(ids) == 4
+        assert ids[0] == token.id
+        assert list(logprobs) == sorted(logprobs, reverse=True)
+        assert token.logprob == pytest.approx(logprobs[0], abs=1e-4)
+        assert token.margin == pytest.approx(logprobs[0] - logprobs[1], abs=1e-4)
+        assert 0 < token.entropy <= math.log(engine.tokenizer.size)
+        assert token.draft_agreed is None
+    assert final_reply(engine.generate(ASK)).tokens[0].top == ()
+
+
+@engines()
+def test_sampling_repeats_with_its_seed(engine):
+    wild = replace(ASK, temperature=1.0, top_p=0.9)
+    texts = [final_reply(engine.generate(replace(wild, seed=seed))).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len({final_reply(engine.generate(wild)).text for _ in range(3)}) == 3
+
+
+@engines("end token")
+def test_the_end_token_ends_and_is_no_text(engine):
+    wild = [replace(ASK, temperature=2.0, seed=seed, max_tokens=100) for seed in range(40)]
+    stopped = [reply for reply in replies(engine, wild) if reply.finish_reason == "stop"]
+    assert stopped
+    for reply in stopped:
+        ends = [token.id == engine.tokenizer.eos for token in reply.tokens]
+        assert ends == [False] * (len(ends) - 1) + [True]
+        assert "<|" not in reply.text
+
+
+@engines("exact tokens")
+def test_stop_strings_end_before_themselves_across_tokens(engine):
+    whole = final_reply(engine.generate(ASK)).text
+    for start in range(0, len(whole) - 3, 3):
+        stop = whole[start : start + 3]
+        events = list(engine.generate(replace(ASK, stop=("never said", stop))))
+        assert events[-1].text == whole[: whole.index(stop)]
+        assert events[-1].finish_reason == "stop"
+        assert "".join(event.text for event in events[:-1]) == events[-1].text
+
+
+@engines()
+def test_what_has_no_meaning_is_refused_by_the_call(engine):
+    for wrong in (
+        replace(ASK, temperature=-1.0),
+        replace(ASK, adapter="nobody"),
+        replace(ASK, messages=(Message("user", "x"),), max_tokens=0),
+        replace(ASK, frequency_penalty=3.0),
+        Request(prompt=()),
+    ):
+        with pytest.raises(RequestError):
+            engine.generate(wrong)
+    with pytest.raises(RequestError, match="nobody"):
+        engine.read(replace(ASK, adapter="nobody"))
+
+
+LONG = (7,) * (CONTEXT - 6)
+MISFITS = (
+    (replace(ASK, max_tokens=250), ContextError),
+    (Request(prompt=LONG, max_tokens=7), ContextError),
+    (Request(prompt=(5, 99_999)), RequestError),
+    (replace(ASK, logit_bias={99_999: 1.0}), RequestError),
+)
+
+
+@engines("refuses beforehand")
+def test_what_cannot_be_answered_is_refused_by_the_call(engine):
+    for wrong, error in (*MISFITS, (Request(prompt=(5, -1)), RequestError)):
+        with pytest.raises(error):
+            engine.generate(wrong)
+
+
+@engines("status", "echo")
+def test_what_does_not_fit_is_refused(engine):
+    for wrong, error in MISFITS:
+        with pytest.raises(error):
+            final_reply(engine.generate(wrong))
+    assert final_reply(engine.generate(Request(prompt=LONG, max_tokens=6))).usage.completion_tokens == 6
+    with pytest.raises(ContextError):
+        engine.read(Request(prompt=(7,) * (CONTEXT + 1)))
+    with pytest.raises(ContextError):
+        engine.score(Request(prompt=LONG), "a long answer that does not fit")
+
+
+@engines()
+def test_adapters_change_answers_and_leave_no_trace(engine):
+    assert engine.adapters == ("a",)
+    plain, adapted, again = replies(engine, [ASK, replace(ASK, adapter="a"), ASK])
+    assert [t.id for t in plain.tokens] == [t.id for t in again.tokens]
+    assert [t.logprob for t in plain.tokens] == pytest.approx([t.logprob for t in again.tokens], abs=1e-5)
+    assert plain.text != adapted.text
+
+
+@engines("echo")
+def test_adapters_change_scores(engine):
+    assert engine.score(ASK, "yes") != engine.score(replace(ASK, adapter="a"), "yes")
+
+
+@engines()
+def test_examples_are_earlier_turns_where_no_head_can_be_adapted(engine):
+    shown = replace(ASK, examples=(("What is 1 plus 1?", "two"), ("What is 2 plus 2?", "four")), max_tokens=12)
+    turns = [
+        Message(role, text) for pair in shown.examples for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    turned = replace(shown, examples=(), messages=(ASK.messages[0], *turns, ASK.messages[1]))
+    said = final_reply(engine.generate(shown)).text
+    assert said == final_reply(engine.generate(replace(shown, adapt=False))).text
+    assert said == final_reply(engine.generate(turned)).text != final_reply(engine.generate(ASK)).text[: len(said)]
+    for wrong in (replace(shown, adapt=True), replace(shown, examples=(("a", ""),)), replace(ASK, adapt=True)):
+        with pytest.raises(RequestError):
+            engine.generate(wrong)
+
+
+@engines()
+def test_bias_forbids_and_forces(engine):
+    forced = engine.tokenizer.encode("b")[0]
+    reply = final_reply(engine.generate(replace(ASK, logit_bias={forced: 100.0}, max_tokens=8)))
+    assert reply.text == "b" * 8
+    assert reply.tokens[0].logprob < -1  # signals are of the model, not of the bias
+
+
+@engines("exact tokens", "penalties")
+def test_penalties_keep_from_repeating(engine):
+    plain = final_reply(engine.generate(ASK)).tokens
+    assert len({token.id for token in plain}) < len(plain)
+    for penalty in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
+        ids = [token.id for token in final_reply(engine.generate(replace(ASK, **penalty))).tokens]
+        assert len(set(ids)) > len({token.id for token in plain})
+        again = final_reply(engine.generate(replace(ASK, **penalty, temperature=1.0, seed=1)))
+        assert again.text == final_reply(engine.generate(replace(ASK, **penalty, temperature=1.0, seed=1))).text
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [48, 57]}}, "required": ["n"], "additionalProperties": False}
+
+
+@engines("schemas")
+def test_an_answer_keeps_to_its_schema(engine):
+    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
+        reply = final_reply(engine.generate(replace(ASK, json_schema=json.dumps(SCHEMA), max_tokens=60, **sampling)))
+        if reply.finish_reason == "stop":
+            assert json.loads(reply.text)["n"] in (48, 57)
+        assert reply.text.startswith("{")
+
+
+GRAMMATICAL = replace(ASK, grammar='root ::= "yes" | "no"')
+
+
+@engines("grammars")
+def test_an_answer_keeps_to_its_grammar(engine):
+    assert final_reply(engine.generate(GRAMMATICAL)).text in ("yes", "no")
+
+
+@pytest.mark.parametrize("engine", [kind for kind in GAPS if "grammars" in GAPS[kind]], indirect=True)
+def test_a_grammar_that_cannot_be_kept_to_is_refused(engine):
+    with pytest.raises(RequestError, match="grammar"):
+        engine.generate(GRAMMATICAL)
+
+
+@engines("echo")
+def test_an_echoed_prompt_is_its_reading(engine):
+    for ask in (ASK, Request(prompt="Tom is taller than Ann.", max_tokens=5), Request(prompt=(7,), max_tokens=5)):
+        reply = final_reply(engine.generate(replace(ask, echo=True, logprobs=2)))
+        reading = engine.read(ask)
+        assert [token.id for token in reply.prompt] == engine.tokenizer.render(ask)[1:]
+        assert [-token.logprob for token in reply.prompt] == pytest.approx(reading.surprise, abs=1e-3)
+        assert all(token.margin >= 0 and len(token.top) == 2 for token in reply.prompt)
+        assert reply.text == final_reply(engine.generate(ask)).text
+    assert final_reply(engine.generate(ASK)).prompt == ()
+
+
+@engines("echo")
+def test_a_prompt_can_be_echoed_alone(engine):
+    """One token, one chunk and several chunks; beside somebody who writes."""
+    writer = engine.generate(ASK)
+    for prompt in ((7,), tuple(range(5, 25)), LONG):
+        asked = Request(prompt=prompt, max_tokens=0, echo=True, logprobs=2)
+        (reply,) = engine.generate(asked)
+        assert (reply.text, reply.tokens, reply.finish_reason) == ("", (), "length")
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(prompt), 0)
+        more = final_reply(engine.generate(replace(asked, max_tokens=1)))
+        assert [t.logprob for t in reply.prompt] == pytest.approx([t.logprob for t in more.prompt], abs=1e-5)
+        assert [t.id for t in reply.prompt] == list(prompt[1:])
+    assert final_reply(writer).text == final_reply(engine.generate(ASK)).text
+    for wrong in (replace(asked, echo=False), replace(asked, hidden=True)):
+        with pytest.raises(RequestError, match="max_tokens"):
+            engine.generate(wrong)
+
+
+@engines("echo")
+def test_score_is_the_log_probability_of_the_answer(engine):
+    """Sum over greedy steps: the score of each prefix of ids differs by the token's own log-probability."""
+    prompt = engine.tokenizer.render(ASK)
+    tokens = final_reply(engine.generate(replace(ASK, max_tokens=5))).tokens
+    ids = tuple(prompt) + tuple(token.id for token in tokens)
+    reading = engine.read(Request(prompt=ids))
+    assert reading.surprise[-5:] == pytest.approx([-token.logprob for token in tokens], abs=0.02)
+    answer = engine.score(ASK, "It is 105.")
+    assert answer.bytes == 10
+    assert answer.tokens == len(engine.tokenizer.encode("It is 105.")) + 1
+    whole = (*prompt, *engine.tokenizer.encode("It is 105."), engine.tokenizer.eos)
+    assert answer.nats == pytest.approx(sum(engine.read(Request(prompt=whole)).surprise[-answer.tokens :]), rel=1e-4)
+    assert engine.score(ASK, "").tokens == 1
+
+
+@engines("echo")
+def test_reading(engine):
+    reading = engine.read(Request(prompt="Tom is taller than Ann."))
+    ids = engine.tokenizer.encode("Tom is taller than Ann.")
+    assert len(reading.surprise) == reading.score.tokens == len(ids) - 1
+    assert reading.score.nats == pytest.approx(sum(reading.surprise))
+    assert reading.score.bytes == len(engine.tokenizer.decode(ids[1:]).encode())
+    assert engine.read(Request(prompt=(7,))).surprise == ()
+
+
+@engines("embeddings")
+def test_embedding(engine):
+    rows = engine.embed(["Ann", "Tom is taller than Ann.", "", "Ann"])
+    assert rows.shape == (4, 64)
+    assert np.array_equal(rows[0], rows[3])
+    assert rows[1].any()
+    assert not rows[2].any()
+    assert engine.embed([]).shape == (0, 64)
+
+
+@engines("hidden states")
+def test_hidden_states(engine):
+    reading = engine.read(Request(prompt="Tom is taller than Ann."))
+    assert len(reading.last) == len(reading.mean) == 64
+    assert engine.embed(["Tom is taller than Ann."])[0] == pytest.approx(np.array(reading.mean), abs=1e-3)
+
+
+@engines("hidden states")
+def test_the_hidden_state_behind_an_answer(engine):
+    for ask in (ASK, replace(ASK, stop=("a",)), replace(ASK, adapter="a", temperature=1.0, seed=1)):
+        reply = final_reply(engine.generate(replace(ask, hidden=True)))
+        said = [token.id for token in reply.tokens]
+        ids = (*engine.tokenizer.render(ask), *said[:-1])
+        assert reply.hidden == pytest.approx(engine.read(Request(prompt=ids, adapter=ask.adapter)).last, abs=0.02)
+        assert said == [token.id for token in final_reply(engine.generate(ask)).tokens]
+    assert final_reply(engine.generate(ASK)).hidden == ()
+
+
+@engines()
+def test_a_closed_iterator_is_over_and_others_go_on(engine):
+    streams = [engine.generate(ASK) for _ in range(6)]
+    next(streams[0])
+    for stream in streams[:5]:
+        stream.close()
+        assert list(stream) == []
+    assert final_reply(streams[5]).text == final_reply(engine.generate(ASK)).text
+
+
+@engines()
+def test_many_threads_get_their_own_answers(engine):
+    wishes = [Request(prompt=f"{n} plus {n}", max_tokens=12) for n in range(16)]
+    alone = [final_reply(engine.generate(wish)).text for wish in wishes]
+    crowd = [""] * len(wishes)
+
+    def ask(i):
+        crowd[i] = final_reply(engine.generate(wishes[i])).text
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(wishes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert crowd == alone
+
+
+@pytest.mark.parametrize("kind", GAPS)
+def test_close_ends_what_waits(kind, opened):
+    engine = opened(kind, fresh=True)
+    streams = [engine.generate(replace(ASK, max_tokens=200)) for _ in range(30)]
+    engine.close()
+    reasons = [final_reply(stream).finish_reason for stream in streams]
+    assert "cancelled" in reasons
+    engine.close()
+
+
+def test_the_engines_agree(opened):
+    """The same model in two libraries, both in fp32 (SPEC E7: scores within 1%)."""
+    files, other = pico(), opened("torch")
+    llama = LlamaEngine(files.base_f32, adapters={"a": files.adapter_gguf}, context=CONTEXT, threads=1, cache="f16")
+    for adapter in (None, "a"):
+        ask = replace(ASK, adapter=adapter)
+        assert llama.tokenizer.render(ask) == other.tokenizer.render(ask)
+        for answer in ("It is 105.", "naïve 日本語 🙂", ""):
+            one, two = llama.score(ask, answer), other.score(ask, answer)
+            assert (one.tokens, one.bytes) == (two.tokens, two.bytes)
+            assert one.nats == pytest.approx(two.nats, rel=0.01)
+        one, two = llama.read(ask), other.read(ask)
+        assert one.score.bytes == two.score.bytes
+        assert one.surprise == pytest.approx(two.surprise, abs=0.05)
+        assert one.last == pytest.approx(two.last, abs=0.05)
+        assert one.mean == pytest.approx(two.mean, abs=0.05)
+        one, two = (final_reply(engine.generate(replace(ask, max_tokens=8))) for engine in (llama, other))
+        assert [token.id for token in one.tokens] == [token.id for token in two.tokens]
+        assert [t.entropy for t in one.tokens] == pytest.approx([t.entropy for t in two.tokens], abs=0.05)
+    llama.close()
+
+
+def test_our_server_answers_as_its_model_does(opened, servers):
+    _, file = servers("served")
+    near, far = LlamaEngine(file, context=CONTEXT, threads=1), opened("served")
+    for ask in (ASK, Request(prompt="Tom is", max_tokens=20), replace(ASK, temperature=1.0, seed=5)):
+        one, two = (final_reply(engine.generate(replace(ask, logprobs=3))) for engine in (near, far))
+        ended = len(one.tokens) - (one.tokens[-1].id == near.tokenizer.eos and bool(ask.messages))
+        assert [(t.id, t.text, t.top) for t in one.tokens[:ended]] == [(t.id, t.text, t.top) for t in two.tokens]
+        assert (one.text, one.finish_reason) == (two.text, two.finish_reason)
+        assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (
+            two.usage.prompt_tokens,
+            two.usage.completion_tokens,
+        )
+        bounds = [(t.entropy, 0.999 * u.entropy) for t, u in zip(one.tokens, two.tokens, strict=False)]
+        assert all(exact >= bound > 0 for exact, bound in bounds)
+    one, two = near.read(ASK), far.read(ASK)
+    assert one.score == two.score
+    assert one.surprise == two.surprise
+    assert near.score(ASK, "It is 105.") == far.score(ASK, "It is 105.")
+    near.close()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_lm_eval_finds_what_is_greedy(opened, servers, more):
+    """lm-evaluation-harness asks for prompt and continuation as one echoed prompt, and compares floats."""
+    url, file = servers("served")
+    near, client = LlamaEngine(file, context=CONTEXT, threads=1), openai.OpenAI(base_url=url, api_key="any")
+    prompt = near.tokenizer.encode("Tom is taller than Ann.")
+    best = [token.id for token in final_reply(near.generate(Request(prompt=tuple(prompt), max_tokens=4))).tokens]
+    for continuation, greedy in ((best, True), ([*best[:3], best[3] + 1], False), ([best[0] + 1, *best[1:]], False)):
+        answer = client.completions.create(
+            model="cogumi:base",
+            prompt=[[*prompt, *continuation]],
+            temperature=0,
+            max_tokens=more,
+            logprobs=1,
+            seed=1234,
+            echo=True,
+        )
+        assert answer.usage.completion_tokens == more
+        told, end = answer.choices[0].logprobs, len(prompt) + len(continuation)
+        values, tops = told.token_logprobs[len(prompt) : end], told.top_logprobs[len(prompt) : end]
+        assert len(values) == len(continuation) == len(told.tokens) - len(prompt) - more
+        assert all(value == max(top.values()) for value, top in zip(values, tops, strict=True)) == greedy
+        exact = near.read(Request(prompt=(*prompt, *continuation))).surprise[-4:]
+        assert [-value for value in values] == pytest.approx(exact, abs=1e-4)
+    near.close()
+
+
+def test_a_prompt_alone_is_streamed_back(servers):
+    client = openai.OpenAI(base_url=servers("served")[0], api_key="any")
+    stream = client.completions.create(model="cogumi:base", prompt="Tom is", max_tokens=0, echo=True, stream=True)
+    choices = [chunk.choices[0] for chunk in stream]
+    assert "".join(choice.text for choice in choices) == "Tom is"
+    assert choices[-1].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="set echo"):
+        client.completions.create(model="cogumi:base", prompt="Tom is", max_tokens=0)
+
+
+def test_a_foreign_server_answers_as_its_model_does(opened):
+    """As far as its streams tell: text of whole characters, and log-probabilities up to the first lost one."""
+    near = LlamaEngine(pico().base_f32, context=CONTEXT, threads=1, cache="f16")
+    far, ask = opened("foreign"), Request(prompt="Tom is", max_tokens=1, logprobs=1)
+    for text in ("Tom is", "hello there", "What is 48 plus 57?", "Ann", "def add(a, b):"):
+        one, two = (final_reply(engine.generate(replace(ask, prompt=text))).tokens[0] for engine in (near, far))
+        assert one.logprob == pytest.approx(two.logprob, abs=0.05)
+        assert two.id in (one.id, -1)
+    near.close()

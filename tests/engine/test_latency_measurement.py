@@ -1,0 +1,119 @@
+"""A cost curve is measured once per machine and model, and a cache that is no good is no harm."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from cogumi.core.environment import cache_folder
+from cogumi.engine.llama.speculative.latency_measurement import (
+    GPU,
+    LAPTOP_8_CORES,
+    file_key,
+    machine_key,
+    measured_costs,
+    on_paper,
+)
+from cogumi.engine.llama.speculative.latency_model import Costs
+
+KEY = {"cpu": "one", "processors": 2}
+FIRST, SECOND = Costs(0.001, (0.01, 0.1 + 0.2, 0.5)), Costs(0.002, (0.02, 0.03))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COGUMI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def never():
+    raise AssertionError("measured again")
+
+
+def test_measured_once_and_exactly_the_same_afterwards(cache):
+    assert measured_costs(lambda: FIRST, KEY) == FIRST
+    assert measured_costs(never, dict(reversed(KEY.items()))) == FIRST
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+
+
+def test_another_machine_or_model_is_measured_for_itself(cache):
+    measured_costs(lambda: FIRST, KEY)
+    assert measured_costs(lambda: SECOND, {**KEY, "processors": 4}) == SECOND
+    assert measured_costs(never, KEY) == FIRST
+
+
+DAMAGES = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "no text": lambda text: "\x00\udcff",
+    "another key": lambda text: text.replace('"one"', '"two"'),
+    "zero": lambda text: json.dumps({**json.loads(text), "verify": [0.0, 0.1]}),
+    "negative": lambda text: json.dumps({**json.loads(text), "draft": -1.0}),
+    "not a number": lambda text: json.dumps({**json.loads(text), "draft": float("nan")}),
+    "nothing measured": lambda text: json.dumps({**json.loads(text), "verify": []}),
+    "no object": lambda text: "[1, 2]",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_file_is_measured_again_and_replaced(cache, damage):
+    measured_costs(lambda: FIRST, KEY)
+    (path,) = cache.iterdir()
+    path.write_bytes(DAMAGES[damage](path.read_text()).encode("utf-8", "surrogateescape"))
+    assert measured_costs(lambda: SECOND, KEY) == SECOND
+    assert measured_costs(never, KEY) == SECOND
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("COGUMI_CACHE", str(tmp_path / "file"))
+    assert measured_costs(lambda: FIRST, KEY) == FIRST
+    assert measured_costs(lambda: SECOND, KEY) == SECOND
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_no_error(cache):
+    cache.mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+    assert measured_costs(lambda: FIRST, KEY) == FIRST
+    assert measured_costs(lambda: SECOND, KEY) == SECOND
+
+
+def test_an_error_of_the_measurement_is_not_swallowed(cache):
+    def broken():
+        raise OSError("the engine is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        measured_costs(broken, KEY)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.uname().sysname == "Darwin", reason="the XDG folder is of Linux")
+def test_the_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("COGUMI_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "cogumi"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "cogumi"
+
+
+def test_keys_tell_machines_and_files_apart(tmp_path):
+    assert set(machine_key()) == {"cpu", "processors", "llama-cpp-python"}
+    assert machine_key()["cpu"]
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"one")
+    before = file_key(model)
+    assert (before["name"], before["bytes"]) == ("model.gguf", 3)
+    model.write_bytes(b"two")
+    os.utime(model, ns=(1, before["mtime_ns"] + 1))
+    assert file_key(model) != before
+
+
+def test_on_paper_drafting_pays_more_the_more_is_accepted():
+    for costs in (LAPTOP_8_CORES, GPU):
+        assert len(costs.verify) == 16
+        rows = on_paper(costs)
+        assert [row.acceptance for row in rows] == [0.3, 0.6, 0.75, 0.9]
+        assert [row.k for row in rows] == sorted(row.k for row in rows)
+        assert 1 < rows[0].speedup < rows[-1].speedup
+    assert {(row.k, row.speedup) for row in on_paper(Costs(0.01, (0.01, 0.02)))} == {(0, 1.0)}

@@ -1,0 +1,112 @@
+"""What the llama engine does not read twice, and what it reads ahead (SPEC E1, E6)."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from cogumi.core.errors import ContextError
+from cogumi.core.types import Request
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import final_reply
+from support.engines import CHAT, ask, ids, opened, pico, plain
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with closing(opened()) as engine:
+        yield engine
+
+
+def test_a_conversation_is_read_once(engine):
+    first = Request(prompt=ids(200, 1), max_tokens=20)
+    reply = ask(engine, first)
+    assert reply.usage.cached_tokens <= 1
+    follow = Request(prompt=(*first.prompt, *(t.id for t in reply.tokens), *ids(30, 2)), max_tokens=20)
+    warm = ask(engine, follow)
+    assert warm.usage.cached_tokens == 219  # the last token of an answer has not been read yet
+    again = ask(engine, follow)
+    assert again.usage.cached_tokens == 249  # one token must be read to have its logits
+    cold = LlamaEngine(pico().base_q8, threads=1, slots=1, lookup=False)
+    assert plain(ask(cold, follow)) == plain(warm) == plain(again)
+    cold.close()
+
+
+def test_adapters_never_share_a_cache(engine):
+    request = Request(prompt=ids(100, 3), max_tokens=12)
+    ask(engine, request)
+    adapted = ask(engine, replace(request, adapter="a"))
+    assert adapted.usage.cached_tokens <= 1
+    assert plain(ask(engine, replace(request, adapter="a"))) == plain(adapted)
+
+
+def test_cancelled_and_measured_texts_leave_usable_caches(engine):
+    request = Request(prompt=ids(150, 4), max_tokens=100)
+    whole = ask(engine, request)
+    stream = engine.generate(replace(request, prompt=(*request.prompt, 7)))
+    next(stream)
+    stream.close()
+    score = engine.score(request, "It is 105.")
+    assert engine.score(request, "It is 105.") == score
+    assert plain(ask(engine, request)) == plain(whole)
+
+
+def test_strangers_do_not_push_out_a_conversation(engine):
+    talk = Request(prompt=ids(120, 5), max_tokens=5)
+    ask(engine, talk)
+    for seed in range(3):
+        ask(engine, Request(prompt=ids(60, 50 + seed), max_tokens=3))
+    assert ask(engine, talk).usage.cached_tokens == 119
+
+
+def test_prefill_reads_while_the_user_types(engine):
+    text = "Tom is taller than Ann. Ann is taller than Bob. "
+    assert engine.prefill("s", text).result(20) == len(engine.tokenizer.encode(text))
+    sent = Request(prompt=text + "Who is the tallest?", max_tokens=8, session="s")
+    reply = ask(engine, sent)
+    assert reply.usage.cached_tokens >= len(engine.tokenizer.encode(text)) - 2
+    edited = text.replace("Bob", "Eve")
+    engine.prefill("s", edited).result(20)
+    warm = ask(engine, Request(prompt=edited, max_tokens=3))
+    assert warm.usage.cached_tokens == len(engine.tokenizer.encode(edited)) - 1
+    with pytest.raises(ContextError):
+        engine.prefill("s", text * 100)
+    chat = Request(messages=CHAT)
+    assert engine.prefill("s", chat).result(20) == len(engine.tokenizer.render(chat))
+
+
+def test_a_new_text_of_a_session_takes_the_place_of_the_old():
+    engine = LlamaEngine(pico().base_q8, threads=1, slots=1, context=4096, lookup=False)
+    busy = engine.generate(Request(prompt="Tom", max_tokens=60))
+    futures = [engine.prefill("s", Request(prompt=ids(2000, 6)[:n])) for n in range(500, 2001, 500)]
+    cached = [future.result(30) for future in futures]
+    assert cached[-1] == 2000
+    assert cached[0] < 500  # was waiting and had not begun
+    final_reply(busy)
+    assert engine.free_slots == 1
+    engine.close()
+
+
+def test_who_reads_ahead_waits_for_those_who_ask():
+    engine = LlamaEngine(pico().base_q8, threads=1, slots=2, context=1024, lookup=False)
+    ahead = [engine.prefill(f"s{i}", Request(prompt=ids(1000, i))) for i in range(60)]
+    ask(engine, Request(prompt=ids(5, 99), max_tokens=2))
+    assert not ahead[-1].done()
+    assert not ahead[-1].cancel()
+    assert ahead[-1].result(60) == 1000
+    engine.close()
+
+
+def test_many_threads_read_ahead_for_the_same_sessions(engine):
+    """Whatever takes the place of what, every reading ends, and the last text of a session is read."""
+
+    def type_(session):
+        futures = [engine.prefill(session, "Tom is taller than Ann. " * n) for n in range(1, 12)]
+        return [future.result(30) for future in futures]
+
+    with ThreadPoolExecutor(8) as threads:
+        told = list(threads.map(type_, [f"s{i % 2}" for i in range(16)]))
+    assert all(len(cached) == 11 for cached in told)
+    whole = len(engine.tokenizer.encode("Tom is taller than Ann. " * 11))
+    assert whole in {cached[-1] for cached in told}

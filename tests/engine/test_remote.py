@@ -1,0 +1,397 @@
+"""RemoteEngine where the server or the way to it fails; what works is in test_engine_contract.py."""
+
+import contextlib
+import json
+import math
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogumi.core.errors import BusyError, ContextError, RequestError
+from cogumi.core.registry import engine as registered
+from cogumi.core.types import Message, Request, Token
+from cogumi.engine.openai_protocol import entries, entropy_bound
+from cogumi.engine.protocol import final_reply
+from cogumi.engine.remote import RemoteEngine
+from support.engines import pico
+from support.remote import free_port
+from support.serve import Scripted, running, until
+
+ASK = Request(messages=(Message("user", "echo abc"),))
+RAW = Request(prompt="echo abc")
+
+
+@contextlib.contextmanager
+def scripted(behave):
+    """A server that does `behave(handler, body)` with every POST; yields its address and the bodies it got."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            bodies.append(self.body | {"path": self.path, "key": self.headers["authorization"]})
+            behave(self)
+
+        def log_message(self, *words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", bodies
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+@contextlib.contextmanager
+def engine_at(url, **options):
+    with contextlib.closing(RemoteEngine(url, "m", **{"timeout": 5.0} | options)) as engine:
+        yield engine
+
+
+def begin(handler, kind="text/event-stream"):
+    handler.send_response(200)
+    handler.send_header("content-type", kind)
+    handler.end_headers()
+
+
+def send(handler, value):
+    handler.wfile.write(f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode())
+    handler.wfile.flush()
+
+
+def chunk(text, finish=None, logprobs=None):
+    return {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": finish}]}
+
+
+def refusal(status, message="no", code=None):
+    def behave(handler):
+        body = json.dumps({"error": {"message": message, "code": code, "type": "x", "param": None}}).encode()
+        handler.send_response(status)
+        handler.send_header("content-type", "application/json")
+        handler.send_header("content-length", str(len(body)))
+        handler.send_header("x-should-retry", "false")
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    ("behave", "error", "said"),
+    [
+        (refusal(400, "too long", "context_length_exceeded"), ContextError, "too long"),
+        (refusal(400, "This model's maximum context length is 5 tokens"), ContextError, "5 tokens"),
+        (refusal(400, "bad\n\nseed"), RequestError, "bad seed"),
+        (refusal(404, "no such model"), RequestError, "no such model"),
+        (refusal(401, "who?"), RequestError, "COGUMI_REMOTE_KEY"),
+        (refusal(429, "full"), BusyError, "full"),
+        (refusal(503, "loading"), BusyError, "loading"),
+        (refusal(500, "defect"), RequestError, "defect"),
+    ],
+)
+@pytest.mark.parametrize("ask", [ASK, RAW])
+def test_a_status_becomes_the_error_it_stands_for(behave, error, said, ask):
+    with scripted(behave) as (url, bodies), engine_at(url) as engine:
+        with pytest.raises(RequestError, match=said) as raised:
+            final_reply(engine.generate(ask))
+        assert type(raised.value) is error
+        assert "\n" not in str(raised.value)
+        assert len(bodies) == 1
+        with pytest.raises(error):
+            engine.embed(["a"])
+
+
+def stops_short(handler):
+    begin(handler)
+    send(handler, chunk("ab"))
+
+
+def stops_empty(handler):
+    begin(handler)
+    send(handler, "[DONE]")
+
+
+def resets(handler):
+    begin(handler)
+    send(handler, chunk("ab"))
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    handler.connection.shutdown(socket.SHUT_RD)
+    handler.connection.close()
+
+
+def complains(handler):
+    begin(handler)
+    send(handler, chunk("ab"))
+    send(handler, {"error": {"message": "the context is full", "code": "context_length_exceeded"}})
+    send(handler, "[DONE]")
+
+
+def filters(handler):
+    begin(handler)
+    send(handler, chunk("ab", "content_filter"))
+    send(handler, "[DONE]")
+
+
+def babbles(handler):
+    begin(handler)
+    send(handler, "{not json")
+
+
+def misshapes(handler):
+    begin(handler)
+    send(handler, {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [{"token": 5}]}}]})
+
+
+def page(handler):
+    begin(handler, "text/html")
+    handler.wfile.write(b"<html>hello</html>")
+
+
+@pytest.mark.parametrize(
+    ("behave", "error", "said"),
+    [
+        (stops_short, RequestError, "broke off"),
+        (stops_empty, RequestError, "broke off"),
+        (page, RequestError, "broke off"),
+        (resets, RequestError, "no connection|broke off"),
+        (complains, ContextError, "context is full"),
+        (filters, RequestError, "content_filter"),
+        (babbles, RequestError, "does not know"),
+        (misshapes, RequestError, "does not know"),
+    ],
+)
+def test_an_answer_that_fails_on_its_way_is_an_error(behave, error, said):
+    with scripted(behave) as (url, _), engine_at(url) as engine:
+        events = engine.generate(ASK)
+        with pytest.raises(error, match=said):
+            final_reply(events)
+        assert list(events) == []
+
+
+def test_nobody_there():
+    with engine_at(f"http://127.0.0.1:{free_port()}/v1") as engine:
+        for call in (lambda: final_reply(engine.generate(ASK)), lambda: engine.embed(["a"])):
+            with pytest.raises(RequestError, match="no connection"):
+                call()
+
+
+def test_silence_ends_at_the_timeout():
+    over = threading.Event()
+
+    def waits(handler):
+        begin(handler)
+        send(handler, chunk("ab"))
+        over.wait(20)
+
+    with scripted(waits) as (url, _), engine_at(url, timeout=0.3) as engine:
+        began = time.monotonic()
+        with pytest.raises(RequestError, match="silent"):
+            final_reply(engine.generate(ASK))
+        assert time.monotonic() - began < 5
+        over.set()
+
+
+def test_text_without_log_probabilities_is_a_token_that_knows_nothing_else():
+    def plain(handler):
+        begin(handler)
+        for one in (chunk("ab"), chunk(""), chunk("c", "stop"), "[DONE]"):
+            send(handler, one)
+
+    with scripted(plain) as (url, _), engine_at(url) as engine:
+        reply = final_reply(engine.generate(ASK))
+    assert (reply.text, reply.finish_reason, reply.usage.completion_tokens) == ("abc", "stop", 2)
+    assert all(token.id == -1 and math.isnan(token.logprob + token.entropy + token.margin) for token in reply.tokens)
+
+
+def test_what_the_server_is_told(monkeypatch):
+    def plain(handler):
+        begin(handler)
+        send(handler, chunk("a", "length"))
+
+    monkeypatch.setenv("OPENAI_API_KEY", "second")
+    monkeypatch.setenv("COGUMI_REMOTE_KEY", "first")
+    ask = Request(
+        messages=(Message("system", "s"), Message("user", "u")),
+        max_tokens=7,
+        temperature=0.5,
+        top_p=0.9,
+        stop=("x",),
+        seed=0,
+        logprobs=9,
+        logit_bias={3: -1.5},
+        presence_penalty=0.5,
+        json_schema='{"type": "object"}',
+        adapter="law",
+        user="me",
+    )
+    with scripted(plain) as (url, bodies), engine_at(url, adapters={"law": "m-law"}, extra={"top_k": 0}) as engine:
+        final_reply(engine.generate(ask))
+        final_reply(engine.generate(Request(prompt=(1, 2))))
+    schema = {"name": "answer", "schema": {"type": "object"}, "strict": True}
+    assert bodies[0] == {
+        "path": "/v1/chat/completions",
+        "key": "Bearer first",
+        "model": "m-law",
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop": ["x"],
+        "seed": 0,
+        "logprobs": True,
+        "top_logprobs": 9,
+        "logit_bias": {"3": -1.5},
+        "presence_penalty": 0.5,
+        "response_format": {"type": "json_schema", "json_schema": schema},
+        "user": "me",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "top_k": 0,
+    }
+    assert (bodies[1]["path"], bodies[1]["prompt"], bodies[1]["logprobs"]) == ("/v1/completions", [1, 2], 5)
+    assert not {"seed", "stop", "logit_bias", "presence_penalty", "messages"} & bodies[1].keys()
+
+
+def test_what_openai_has_no_words_for_is_refused_by_the_call():
+    with scripted(stops_short) as (url, bodies), engine_at(url) as engine:
+        for wrong, said in (
+            (Request(prompt="a", grammar="root ::= [0-9]"), "grammar"),
+            (Request(prompt="a", json_schema="{}"), "messages"),
+            (Request(messages=ASK.messages, json_schema="{"), "not JSON"),
+            (Request(prompt="a", echo=True), "GGUF"),
+        ):
+            with pytest.raises(RequestError, match=said):
+                engine.generate(wrong)
+        for call in (lambda: engine.tokenizer, lambda: engine.read(RAW), lambda: engine.score(RAW, "x")):
+            with pytest.raises(RequestError, match="GGUF"):
+                call()
+        assert bodies == []
+
+
+@pytest.mark.parametrize("told", [3, 4])
+def test_an_echo_that_leaves_out_tokens_is_not_believed(told):
+    """One entry for each token of the prompt and one more is what makes sure which belongs to which."""
+
+    def echoes(handler):
+        logprobs = {"tokens": ["a"] * told, "token_logprobs": [None] + [-1.0] * (told - 1), "top_logprobs": None}
+        begin(handler, "application/json")
+        handler.wfile.write(json.dumps({"choices": [{"index": 0, "text": "", "logprobs": logprobs}]}).encode())
+
+    with scripted(echoes) as (url, bodies), engine_at(url, tokenizer=pico().base_q8) as engine:
+        ask = Request(prompt=(10, 11, 12))
+        if told == 4:
+            assert engine.read(ask).surprise == (1.0, 1.0)
+        else:
+            with pytest.raises(RequestError, match="echo"):
+                engine.read(ask)
+    assert (bodies[0]["prompt"], bodies[0]["max_tokens"], bodies[0]["echo"]) == ([10, 11, 12], 1, True)
+
+
+def test_embeddings_that_are_no_vectors_are_refused():
+    def each_token(handler):
+        begin(handler, "application/json")
+        rows = {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [[1.0], [2.0]]}]}
+        handler.wfile.write(json.dumps(rows).encode())
+
+    with scripted(each_token) as (url, _), engine_at(url) as engine, pytest.raises(RequestError, match="vector"):
+        engine.embed(["a"])
+
+
+@pytest.fixture
+def slow():
+    """Our server over a scripted engine; yields it and the server's address."""
+    engine, ready = Scripted(), threading.Event()
+    with running(lambda: engine, on_ready=lambda _: ready.set()) as port:
+        assert ready.wait(10)
+        yield engine, f"http://127.0.0.1:{port}/v1"
+
+
+@pytest.mark.parametrize("question", ["slow", "think a"])
+@pytest.mark.parametrize("how", ["close", "drop", "engine"])
+def test_closing_frees_the_servers_slot(slow, question, how):
+    """Also where nothing has been answered yet."""
+    scripted_engine, url = slow
+    with contextlib.closing(RemoteEngine(url, "cogumi", timeout=20)) as engine:
+        events = engine.generate(Request(messages=(Message("user", question),)))
+        until(lambda: scripted_engine.running == 1)
+        if question == "slow":
+            assert isinstance(next(events), Token)
+        if how == "close":
+            events.close()
+            assert list(events) == []
+        elif how == "drop":
+            del events
+        else:
+            engine.close()
+            assert final_reply(events).finish_reason == "cancelled"
+        until(lambda: scripted_engine.running == 0, seconds=3)
+
+
+def test_no_more_than_the_workers_are_on_the_wire_and_all_are_answered(slow):
+    scripted_engine, url = slow
+    with contextlib.closing(RemoteEngine(url, "cogumi", workers=2, timeout=20)) as engine:
+        streams = [engine.generate(Request(messages=(Message("user", "think a"),))) for _ in range(5)]
+        most = 0
+        while len(scripted_engine.requests) < 5:
+            most = max(most, scripted_engine.running)
+            time.sleep(0.01)
+        assert most <= 2
+        assert [final_reply(stream).text for stream in streams] == ["a"] * 5
+
+
+def test_a_closed_engine_says_so():
+    engine = registered("remote")("http://127.0.0.1:1/v1", "m")
+    engine.close()
+    engine.close()
+    for call in (lambda: engine.generate(ASK), lambda: engine.embed(["a"])):
+        with pytest.raises(RequestError, match="closed"):
+            call()
+
+
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=30), st.integers(1, 30))
+@settings(deadline=None)
+def test_the_entropy_of_the_best_few_is_a_lower_bound(logits, k):
+    row = np.array(logits)
+    logprobs = np.sort(row - np.log(np.exp(row - row.max()).sum()) - row.max())[::-1]
+    exact = float(-(np.exp(logprobs) * logprobs).sum())
+    bound = entropy_bound(logprobs[:k].tolist())
+    assert bound <= exact + 1e-6
+    if k >= len(logits):
+        assert bound == pytest.approx(exact, abs=1e-6)
+    elif k > 1:
+        assert bound >= entropy_bound(logprobs[: k - 1].tolist()) - 1e-6
+
+
+def test_entries_of_both_shapes():
+    chat = {
+        "content": [
+            {
+                "token": "x",
+                "bytes": [195],
+                "logprob": -1.0,
+                "top_logprobs": [
+                    {"token": "a", "bytes": None, "logprob": -2.0},
+                    {"token": "x", "bytes": [195], "logprob": -1.0},
+                ],
+            }
+        ]
+    }
+    legacy = {
+        "tokens": ["bytes:\\xc3", "é"],
+        "token_logprobs": [None, -1.0],
+        "top_logprobs": [None, {"é": -1.0, "bytes:\\xc3\\xa9": -3.0}],
+    }
+    assert entries(chat) == [(b"\xc3", -1.0, ((b"\xc3", -1.0), (b"a", -2.0)))]
+    assert entries(legacy) == [(b"\xc3", None, ()), ("é".encode(), -1.0, (("é".encode(), -1.0), ("é".encode(), -3.0)))]
+    assert entries(None) == entries({}) == entries({"content": None, "refusal": None}) == []

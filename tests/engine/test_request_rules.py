@@ -1,0 +1,266 @@
+"""What a request lays over the model in the llama engine: bias, penalties, grammars, schemas (SPEC E1)."""
+
+import json
+import time
+from contextlib import closing, suppress
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogumi.core.errors import RequestError
+from cogumi.core.types import Message, Request
+from cogumi.engine.json_schema import LONGEST, NOT_KEPT, check_grammar, check_schema
+from cogumi.engine.llama.binding.grammar import Grammar
+from cogumi.engine.llama.binding.model import Model
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import final_reply
+from support.engines import CHAT, ask, opened, pico, plain
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with closing(opened()) as engine:
+        yield engine
+
+
+def test_bias_forces_and_forbids(engine):
+    request = Request(messages=CHAT, max_tokens=6)
+    usual = ask(engine, request).tokens[0].id
+    assert ask(engine, replace(request, logit_bias={usual: -100.0})).tokens[0].id != usual
+    forced = ask(engine, replace(request, logit_bias={77: 100.0}))
+    assert [token.id for token in forced.tokens] == [77] * 6
+    with pytest.raises(RequestError, match="vocabulary ends at 511"):
+        engine.generate(replace(request, logit_bias={512: 1.0}))
+
+
+def test_penalties_stop_repetition(engine):
+    stuck = Request(messages=CHAT, max_tokens=30, logit_bias={77: 6.0, 78: 5.9})
+    counts = [len({t.id for t in ask(engine, replace(stuck, frequency_penalty=p)).tokens}) for p in (0.0, 2.0)]
+    assert counts[0] < counts[1]
+
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "day": {"enum": list("123456789")}},
+        "required": ["city", "day"],
+    }
+)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_answer_keeps_to_its_schema(engine, temperature, speculate):
+    for seed in range(8):
+        request = Request(
+            messages=CHAT, max_tokens=200, json_schema=SCHEMA, temperature=temperature, seed=seed, speculate=speculate
+        )
+        reply = ask(engine, request)
+        assert reply.finish_reason == "stop"
+        answer = json.loads(reply.text)
+        assert answer["city"] in ("Paris", "Rome")
+        assert answer["day"] in list("123456789")
+
+
+def test_a_grammar_is_the_same_with_drafts(engine):
+    request = Request(messages=CHAT, max_tokens=60, grammar='root ::= [a-z ]+ ("." | "!")', logit_bias={40: 3.0})
+    one, two = (ask(engine, replace(request, speculate=x, frequency_penalty=0.5)) for x in (False, True))
+    assert plain(one) == plain(two)
+    assert two.usage.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"grammar": "root ::= ("}, "cannot be used"),
+        ({"grammar": ""}, "cannot be used"),
+        ({"grammar": 'root ::= root "a"'}, "left recursion"),
+        ({"json_schema": "nonsense"}, "JSON schema"),
+        ({"json_schema": '{"type": "wrong"}'}, "wrong"),
+        ({"grammar": 'root ::= "a"', "json_schema": "{}"}, "one of them"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e9}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"frequency_penalty": 9.0}, "frequency_penalty"),
+        ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias"),
+        ({"logit_bias": {-3: 1.0}}, "logit_bias"),
+        ({"seed": -1}, "seed"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused_by_the_call(engine, wrong, says):
+    with pytest.raises(RequestError, match=says):
+        engine.generate(replace(Request(messages=CHAT), **wrong))
+
+
+def test_a_grammar_that_leaves_no_token_fails_its_request_only(engine, monkeypatch):
+    other = engine.generate(Request(messages=CHAT, max_tokens=100))
+
+    def nothing_left(self, logits):
+        raise RequestError("the grammar allows no token of this vocabulary here; loosen it")
+
+    monkeypatch.setattr(Grammar, "mask", nothing_left)
+    stuck = engine.generate(Request(messages=CHAT, max_tokens=9, grammar='root ::= "a"', logit_bias={77: 50.0}))
+    with pytest.raises(RequestError, match="allows no token"):
+        final_reply(stuck)
+    assert final_reply(other).finish_reason in ("stop", "length")
+
+
+def test_what_a_grammar_forbids_cannot_be_accepted():
+    """llama.cpp would end the process."""
+    tokenizer = Model(pico().base_q8).tokenizer
+    grammar = Grammar(tokenizer, 'root ::= "no"')
+    for token in (tokenizer.eos, 77, tokenizer.encode("o")[0]):
+        assert not grammar.allows(token)
+        with pytest.raises(RequestError, match="does not allow"):
+            grammar.accept(token)
+    for token in tokenizer.encode("no"):
+        grammar.accept(token)
+    row = np.zeros(tokenizer.size, np.float32)
+    grammar.mask(row)
+    assert np.flatnonzero(row == 0).tolist() == [tokenizer.eos]
+    grammar.accept(tokenizer.eos)
+
+
+@pytest.mark.parametrize("keyword", sorted(NOT_KEPT))
+def test_what_no_grammar_keeps_to_is_refused_by_name(keyword):
+    inner = {"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {keyword: {}}]}}}
+    with pytest.raises(RequestError, match=keyword):
+        check_schema(json.dumps(inner))
+    check_schema(json.dumps({"properties": {keyword: {"enum": [{keyword: 1}]}}}))  # a name, and a constant
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 20000},
+        {"type": "string", "minLength": 3, "maxLength": 2},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 0},
+        {"type": "array", "items": {"type": "integer"}, "maxItems": 20000},
+        {"type": "array", "minItems": 2},
+        {"type": "object", "required": ["a"]},
+        {"type": "object", "properties": {"": {"type": "integer"}}},
+        {"type": "object", "properties": {"a": True}},
+        {"anyOf": [{"type": "string"}], "minLength": 3},
+        {"type": ["string", "null"], "minLength": 3},
+        {"type": "string", "format": "email"},
+        {"type": "string", "pattern": "^]$"},
+    ],
+)
+def test_schemas_that_would_be_broken_or_break_the_parser_are_refused(engine, schema):
+    with pytest.raises(RequestError, match="cannot be held to"):
+        engine.generate(Request(messages=CHAT, json_schema=json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    ("schema", "favoured", "answer"),
+    [
+        ({"type": "string", "maxLength": 500}, "b", "b" * 500),
+        ({"type": "string", "minLength": 990, "maxLength": LONGEST}, "b", "b" * LONGEST),
+        ({"type": "array", "items": {"const": 7}, "minItems": 1, "maxItems": 500}, ",", [7] * 500),
+    ],
+)
+def test_long_strings_and_lists_keep_to_their_lengths(schema, favoured, answer):
+    """Each of their characters and items is a group within a group."""
+    long = LlamaEngine(pico().base_q8, threads=1, slots=1, context=1100, lookup=False)
+    bias = {long.tokenizer.encode(favoured)[0]: 100.0, long.tokenizer.encode(" ")[0]: -100.0}
+    reply = ask(long, Request(prompt="x", max_tokens=1090, json_schema=json.dumps(schema), logit_bias=bias))
+    assert json.loads(reply.text) == answer
+    long.close()
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'root ::= "a" "' + "(" * 200 + '"',
+        'root ::= "a" [(b(((]{1,3} # ((((({9,3}' + "(" * 2000,
+        "root ::= " + "(" * 1000 + '"a"' + ")" * 1000,
+        "root ::= " + '("a" ' * 1000 + ")?" * 1000 + ' "a"',
+        'root ::= "a"{1,1000}',
+        'root ::= "a" (("b"){20}){100}',
+        'root ::= "a" "\\"" "b"{3}',
+        'root ::= ("a" "b"?){2,60}',
+    ],
+)
+def test_grammars_that_only_look_dangerous_are_kept_to(engine, grammar):
+    assert ask(engine, Request(messages=CHAT, max_tokens=20, grammar=grammar)).text.startswith("a")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "says"),
+    [
+        ('root ::= (("a"?){20}){10}', "may all be empty"),
+        ('root ::= (("a"?){50}){50}', "may all be empty"),
+        ('root ::= ("a"?){1000}', "may all be empty"),
+        ('root ::= "a"*{60}', "may all be empty"),
+        ('root ::= ("a" | ""){60}', "may all be empty"),
+        ('root ::= ("a" | ){60}', "may all be empty"),
+        ("root ::= " + '"a"? ' * 60, "may all be empty"),
+        ("root ::= " + '("a"? "b"?) ' * 30, "may all be empty"),
+        ('root ::= "a"{5,2}', "backwards"),
+        ('root ::= "a"{ 0005 , 0002 }', "backwards"),
+        ('root ::= "a"{1,99999}', "more than 1000 times"),
+        ('root ::= "a"{' + "9" * 5000 + "}", "more than 1000 times"),
+        ("root ::= " + "(" * 1600 + '"a"' + ")" * 1600, "nests"),
+        ("root ::= [" * 12_000, "characters"),
+    ],
+)
+def test_a_grammar_that_would_hang_or_crash_is_refused_at_once(grammar, says):
+    began = time.perf_counter()
+    with pytest.raises(RequestError, match=says):
+        check_grammar(grammar)
+    assert time.perf_counter() - began < 1
+
+
+@given(st.text(alphabet='ab"[]{}()|?*+\\,059 :=#\n.-', max_size=200))
+@settings(deadline=None)
+def test_any_text_is_checked(text):
+    with suppress(RequestError):
+        check_grammar("root ::= " + text)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= " + "(" * 20000 + '"a"' + ")" * 20000,
+        'root ::= "a"{5,2}',
+        'root ::= "a"{1,99999}',
+        "root ::= " + " | ".join(['"a"'] * 50_000),
+        'root ::= "a"\0x',
+        'root ::= "\ud800"',
+    ],
+)
+def test_grammars_that_would_break_the_parser_are_refused(engine, grammar):
+    with pytest.raises(RequestError):
+        engine.generate(Request(messages=CHAT, grammar=grammar))
+
+
+def test_strings_of_a_schema_hold_no_raw_control_characters(engine):
+    newline = engine.tokenizer.encode("\n")[0]
+    request = Request(messages=CHAT, max_tokens=40, json_schema='{"type": "string", "maxLength": 8}')
+    reply = ask(engine, replace(request, logit_bias={newline: 100.0}))
+    assert isinstance(json.loads(reply.text), str)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 2.5},
+        {"logprobs": 1.5},
+        {"stop": (1,)},
+        {"stop": "abc"},
+        {"logit_bias": {1.5: 1.0}},
+        {"temperature": "hot"},
+        {"seed": 1.5},
+        {"messages": (Message("user", "\ud800"),)},
+        {"json_schema": "[" * 100_000},
+    ],
+)
+def test_wrong_types_are_refused_by_the_call(engine, wrong):
+    with pytest.raises(RequestError):
+        engine.generate(replace(Request(messages=CHAT), **wrong))
+    assert ask(engine, Request(messages=CHAT, max_tokens=2)).text

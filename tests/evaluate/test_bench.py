@@ -1,0 +1,228 @@
+"""The benchmark: its made-up models are what they claim to be, and its document is what was promised."""
+
+import json
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from cogumi.core.errors import RequestError
+from cogumi.core.types import Request
+from cogumi.engine.llama.binding.model import Model
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import final_reply
+from cogumi.evaluate.bench import memory_use, speed
+from cogumi.evaluate.bench.made_models import SHAPES, chain, make_adapter, make_draft, make_model
+from cogumi.evaluate.bench.paired import Setup, alternate
+from cogumi.evaluate.bench.roofline import Memory, weight_bytes
+from cogumi.evaluate.bench.run import NAMED_ONLY, chosen, measures, run
+from cogumi.evaluate.bench.soak import soak
+from support.gguf import stock_quantize
+
+ORDER = chain(SHAPES["pico"].vocabulary).tolist()
+PROMISED = {
+    *("single_stream", "roofline", "concurrency_8", "ngram", "kv_q4_0", "adapter_warm", "adapter_cold"),
+    *("speculation_0.3", "speculation_0.6", "speculation_0.75", "speculation_0.9", "prefill_ahead"),
+}
+
+
+class Quiet:
+    """Progress that remembers what it was told."""
+
+    def __init__(self):
+        self.names, self.shares = [], []
+
+    def started(self, name, number, of):
+        self.names.append(name)
+
+    def advanced(self, share):
+        self.shares.append(share)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture
+def cache(folder, monkeypatch):
+    monkeypatch.setenv("COGUMI_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def setup(cache):
+    model = make_model(cache / "shapes", "pico")
+    return Setup(model, "pico", cache / "shapes", threads=1, words=np.array(ORDER), minutes=0)
+
+
+def walk(engine, start, n, **how):
+    request = Request(prompt=tuple(ORDER[start : start + 4]), max_tokens=n, **how)
+    return final_reply(engine.generate(request))
+
+
+def test_a_made_up_model_walks_its_chain(folder):
+    with closing(LlamaEngine(make_model(folder, "pico"), threads=1)) as engine:
+        reply = walk(engine, 10, 100)
+        assert [token.id for token in reply.tokens] == ORDER[14:114]
+        assert min(token.margin for token in reply.tokens) > 10
+        assert engine.tokenizer.decode(engine.tokenizer.encode("Any text, ä €!")) == "Any text, ä €!"
+        assert engine.tokenizer.eos not in ORDER
+
+
+@pytest.mark.parametrize("accept", [0.0, 0.3, 0.75, 1.0])
+def test_a_draft_is_right_as_often_as_asked(folder, accept):
+    draft = make_draft(folder, "pico", accept)
+    assert Model(draft).tokenizer.same_vocabulary(Model(make_model(folder, "pico")).tokenizer)
+    with closing(LlamaEngine(draft, threads=1)) as engine:
+        running = [engine.generate(Request(prompt=(token,), max_tokens=1)) for token in ORDER]
+        said = [final_reply(events).tokens[0].id for events in running]
+    right = np.mean(np.array(said) == np.roll(ORDER, -1))
+    assert right == pytest.approx(accept, abs=0.001)
+
+
+def test_the_types_of_the_tensors_are_those_that_llama_cpp_chooses(folder, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tall", replace(SHAPES["pico"], layers=16, vocabulary=512))
+    mixed = folder / "mixed.gguf"
+    stock_quantize(make_model(folder, "tall", "f16"), mixed, "q4_k_m")
+    made, chosen_there = (
+        {tensor.name: tensor.tensor_type for tensor in GGUFReader(path).tensors}
+        for path in (make_model(folder, "tall"), mixed)
+    )
+    assert made == chosen_there
+
+
+def test_weights_read_per_token_leave_out_the_embedding(folder):
+    path = make_model(folder, "pico")
+    tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
+    embedding = tensors.pop("token_embd.weight")
+    assert weight_bytes(path) == sum(tensors.values()) + embedding // SHAPES["pico"].vocabulary
+
+
+def test_an_adapter_fits_its_shape_and_changes_only_the_logits(folder):
+    path = make_adapter(folder, "pico", 100_000)
+    assert 60_000 < path.stat().st_size < 140_000
+    with closing(LlamaEngine(make_model(folder, "pico"), threads=1, adapters={"a": path})) as engine:
+        plain, adapted = walk(engine, 0, 20), walk(engine, 0, 20, adapter="a")
+    assert [t.id for t in adapted.tokens] == [t.id for t in plain.tokens]
+    assert [t.margin for t in adapted.tokens] != [t.margin for t in plain.tokens]
+
+
+def test_files_are_made_once_and_whole(folder):
+    path = make_model(folder, "pico")
+    before = path.stat().st_mtime_ns
+    assert make_model(folder, "pico").stat().st_mtime_ns == before
+    assert not list(folder.glob("*.part"))
+
+
+def test_alternating_hides_what_drifts():
+    """A clock that slows by the same share at each look: equal things stay nearly equal, a real ratio is found."""
+    speeds = iter(100 * 0.9**i for i in range(40))
+    pairs = alternate(lambda: 2 * next(speeds), lambda: next(speeds), lambda share: None, 10)
+    assert pairs.ratio == pytest.approx(2, rel=0.02)
+    row = pairs.row("x", "unit", least=1.9)
+    assert row.conditions["met"]
+    assert row.conditions["spread"][0] < 2 < row.conditions["spread"][1]
+
+
+def test_bandwidth_is_that_of_a_memory():
+    with closing(Memory(1)) as arrays:
+        assert 1e8 < arrays.bandwidth() < 1e13
+
+
+def test_every_promised_row_is_there_and_long_ones_run_only_when_named():
+    assert set(measures()) >= PROMISED
+    assert set(chosen((), (0.3, 0.6, 0.75, 0.9))) == set(measures()) - set(NAMED_ONLY)
+    assert list(chosen(["soak", "ngram"], (0.5,))) == ["ngram", "soak"]
+    assert list(chosen(["speculation_0.5"], (0.5,))) == ["speculation_0.5"]
+
+
+def test_an_unknown_row_names_the_nearest():
+    with pytest.raises(RequestError, match="did you mean 'single_stream'"):
+        chosen(["single_steam"], (0.5,))
+
+
+def test_drafts_are_accepted_as_simulated(setup):
+    row = speed.speculation(setup, 0.9)
+    assert row.conditions["kept_of_drafted"] == pytest.approx(sum(0.9**i for i in range(1, 6)) / 5, abs=0.2)
+    assert row.ratio > 0
+
+
+def test_lookup_finds_the_copied_passage(setup):
+    row = speed.ngram(setup)
+    assert row.conditions["kept_of_drafted"] > 0.5
+
+
+def test_a_quantized_cache_is_smaller(setup):
+    row = memory_use.kv_cache(setup, "q4_0", 0.29)
+    assert row.ratio == pytest.approx(18 / 64, abs=0.1)  # a block of q4_0 has 18 bytes for 32 values, of f16 64
+    assert row.conditions["computed_bytes_per_token"] == [288, 1024]
+
+
+def test_a_minute_of_everything_leaves_every_answer_equal(setup):
+    """200 requests a round from 16 clients: cancels, adapters, drafts, lengths, sampling."""
+    row = soak(replace(setup, minutes=1))
+    assert row.ratio == 1
+    assert row.baseline > 100
+    assert row.conditions["slots_free"] == "8 of 8"
+
+
+def test_a_users_own_file_has_no_made_up_drafts(cache):
+    progress = Quiet()
+    model = make_model(cache / "shapes", "pico")
+    found = run(progress, only=["speculation_0.3", "prefill_ahead"], model=model, threads=1)
+    failed, measured = found["rows"]
+    assert failed["ratio"] is None
+    assert "without --model" in failed["conditions"]["error"]
+    assert measured["ratio"] < 0.5
+    assert progress.names == ["speculation_0.3", "prefill_ahead"]
+    assert progress.shares[-1] == 1
+
+
+def test_the_command_writes_a_document_and_a_picture(cache, tmp_path):
+    words = ["--shape", "pico", "--only", "single_stream", "--only", "adapter_warm", "--only", "adapter_cold"]
+    files = ["--json", tmp_path / "out.json", "--picture", tmp_path / "out.png"]
+    command = [sys.executable, "-m", "cogumi", "bench", *words, *files]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "single_stream" in done.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found) >= {"machine", "bandwidth_gb_s", "rows"}
+    assert [row["name"] for row in found["rows"]] == ["single_stream", "adapter_warm", "adapter_cold"]
+    for row in found["rows"]:
+        assert set(row) == {"name", "ratio", "value", "baseline", "unit", "conditions"}
+        assert row["ratio"] > 0
+        assert row["conditions"]["spread"][0] <= row["ratio"] <= row["conditions"]["spread"][1]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "roofine"], "did you mean 'roofline'?"),
+        (["--shape", "pica"], "did you mean 'pico'?"),
+        (["--picture", "x.doc"], ".png"),
+        (["--model", "missing.gguf"], "does not exist"),
+        (["--text", "x.txt"], "--model"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(cache, words, said):
+    done = subprocess.run([sys.executable, "-m", "cogumi", "bench", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_llama_cpp_server_answers_the_same(setup):
+    pytest.importorskip("xllamacpp")
+    from cogumi.evaluate.bench.llama_server import Rival
+
+    with closing(Rival(setup.model, slots=2, context=64, threads=1)) as rival:
+        assert rival.complete([ORDER[:4], ORDER[50:60]], 8) == [ORDER[4:12], ORDER[60:68]]
+        assert rival.processor_seconds() > 0
+    with pytest.raises(RequestError, match="cannot open"):
+        Rival(setup.folder / "missing.gguf", slots=1, context=64, threads=1)

@@ -1,0 +1,149 @@
+"""The tiny recipe in small, end to end: one command builds it; the report has its keys; nothing is done twice."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cogumi.bundle.format import open_bundle
+from cogumi.core.artifact import verify
+from cogumi.core.files import sha256
+from cogumi.data.world.questions import WITHOUT
+from cogumi.pipeline.recipe import builtin_recipes, load_recipe
+
+RECIPE = Path(__file__).parent / "pico.yaml"
+KEYS = {
+    "recipe",
+    "fingerprint",
+    "seconds",
+    "peak_rss_bytes",
+    "steps",
+    "accuracy",
+    "modifiers",
+    "speculation",
+    "gate",
+    "routes",
+    "unanswerable",
+    "bytes",
+    "showcase",
+}
+
+
+def cogumi(*words, **options):
+    return subprocess.run([sys.executable, "-m", "cogumi", *words], capture_output=True, text=True, **options)
+
+
+def build(runs):
+    done = cogumi("build", str(RECIPE), "--runs", str(runs), "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return runs / "pico", build(runs)
+
+
+def weights(home):
+    return {
+        p.relative_to(home).as_posix(): sha256(p)
+        for p in sorted(home.rglob("*"))
+        if p.suffix in (".safetensors", ".gguf")
+    }
+
+
+def test_the_report_has_its_keys_and_its_figures_agree(built):
+    home, report = built
+    assert report.keys() >= KEYS
+    assert json.loads((home / "report.json").read_text()) == report
+    assert set(report["accuracy"]) == {"draft", "base", "modifier", "cascade"}
+    heldout = sum(n for cells in report["accuracy"]["cascade"].values() for _, n in cells.values())
+    assert heldout == report["gate"]["n"] == 8 * (30 + 2 * WITHOUT)
+    assert sum(report["routes"].values()) == pytest.approx(1)
+    assert set(report["modifiers"]["math"]) == {"before", "after", "gain", "lost_elsewhere", "control", "n"}
+    assert report["unanswerable"]["n"] == sum(n for _, n in report["unanswerable"]["kinds"].values()) == 30
+    assert report["speculation"]["identical"] == report["speculation"]["n"] == 20  # exact at Q8_0
+    assert 0 < report["speculation"]["acceptance"] < 1
+    assert {s["name"] for s in report["steps"]} == {s.name for s in load_recipe(str(RECIPE)).steps}
+
+
+def test_the_page_shows_its_pictures(built):
+    home, _ = built
+    page = (home / "report.md").read_text()
+    for name in ("accuracy.png", "reliability.png", "risk.png"):
+        assert f"({name})" in page
+        assert (home / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_build_does_nothing_and_says_the_same(built):
+    home, first = built
+    before = weights(home)
+    second = build(home.parent)
+    assert all(step["skipped"] for step in second["steps"])
+    assert second["fingerprint"] == first["fingerprint"]
+    assert second["seconds"] < first["seconds"] / 3
+    assert weights(home) == before
+
+
+def test_the_same_recipe_elsewhere_gives_the_same_weights(built, tmp_path):
+    """Also after being killed: the loop's own test kills mid-step, this one between and inside any step."""
+    home, _ = built
+    for seconds in (4, 9, 14):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cogumi", "build", str(RECIPE), "--runs", str(tmp_path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    build(tmp_path)
+    assert weights(tmp_path / "pico") == weights(home)
+    assert len(weights(home)) > 10
+    for manifest in (tmp_path / "pico").rglob("manifest.json"):
+        verify(manifest.parent)
+
+
+def test_the_builtin_recipe_differs_only_in_size():
+    """Whatever stage the tiny recipe uses, the small one tries; but for two that depend on nothing else."""
+    apart = {"embedder", "escalation"}  # tests/test_embedder.py, tests/test_escalation.py
+    assert {s.stage for s in load_recipe("tiny").steps} - apart == {s.stage for s in load_recipe(str(RECIPE)).steps}
+
+
+def test_its_draft_becomes_a_package_for_a_phone(built, tmp_path):
+    """The built-in recipe on the small draft, with less training and without its gates."""
+    recipe = yaml.safe_load(builtin_recipes()["mobile"]) | {"extends": str(RECIPE)}
+    small = {
+        "respond": {"max_tokens": 24},
+        "modifier": {"loop": {"steps": 4, "batch": 32}},
+        "calibrate": {"max_tokens": 24},
+        "report": {"max_tokens": 24, "speculation_prompts": 4},
+    }
+    for step in recipe["steps"]:
+        step["config"] = step.get("config", {}) | small.get(step["stage"], {})
+        step.pop("gates", None)
+    path = tmp_path / "mobile.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    shutil.copytree(built[0], tmp_path / "pico")
+    done = cogumi("build", str(path), "--runs", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report["modifiers"]) == {"math", "code", "tools"}
+    assert json.loads((tmp_path / "pico" / "mobile-report.json").read_text()) == report
+    for name in ("report.json", "report.md", "accuracy.png"):  # those of the cascade stay
+        assert (tmp_path / "pico" / name).read_bytes() == (built[0] / name).read_bytes()
+    package = tmp_path / "pico" / "mobile_bundle"
+    assert report["bytes"].keys() == {path.name for path in package.iterdir() if path.is_file()} - {
+        "bundle.json",
+        "manifest.json",
+    } | {f"modifiers/{name}.gguf" for name in report["modifiers"]}
+    assert open_bundle(package).draft is None
+    said = cogumi("chat", str(package), "--once", "What is 3 + 4?", "--json")
+    assert json.loads(said.stdout)["tier"] in ("base", *(f"modifier:{name}" for name in report["modifiers"]))

@@ -1,0 +1,89 @@
+"""A small real stage for pipeline tests, and a command that builds a recipe of it in a process of its own."""
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from safetensors.numpy import save_file
+
+from cogumi.core import registry
+from cogumi.core.errors import CogumiError, TrainingError
+from cogumi.core.files import sha256, write_json
+from cogumi.pipeline.build import Silent, build
+from cogumi.pipeline.recipe import load_recipe
+
+VERSION = 1
+KIND = "toy"
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    rate: float = 0.5
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    steps: int = 4
+    delay: float = 0.0
+    score: float = 0.5
+    writer: str = "bytes"
+    fail: bool = False
+    inner: Inner = Inner()
+    source: Path | None = None
+
+
+def run(config, inputs, out, context):
+    """A chain of hashes, checkpointed at every link, written out as several files in several pieces."""
+    saved = out / "checkpoint" / "links.json"
+    links = json.loads(saved.read_text()) if saved.exists() else []
+    resumed = len(links)
+    start = "".join(sha256(i.path / "weights-0.bin") for i in inputs.values()) + str(context.seed)
+    for step in range(len(links), config.steps):
+        links.append(hashlib.sha256((links[-1] if links else start).encode()).hexdigest())
+        write_json(saved, links)
+        context.progress(step + 1, config.steps, {"resumed": resumed})
+        time.sleep(config.delay)
+    if config.fail:
+        raise TrainingError("the loss is not a number; lower the learning rate")
+    for i, link in enumerate(links):
+        with (out / f"weights-{i}.bin").open("wb") as file:
+            for _ in range(4):
+                file.write(bytes.fromhex(link) * 500)
+                file.flush()
+                time.sleep(config.delay / 4)
+    if config.writer == "full":
+        Path("/dev/full").write_bytes(b"x" * 10_000)
+    if config.writer == "safetensors":
+        save_file({"w": np.zeros(50_000, np.float32)}, out / "weights.safetensors")
+    if config.source is not None:
+        (out / "copy.txt").write_bytes((context.root / config.source).read_bytes())
+    (out / "nested").mkdir(exist_ok=True)
+    (out / "nested" / "notes.txt").write_text(links[-1])
+    (out / "report.md").write_text("# What was measured\n")
+    (out / "curve.png").write_bytes(b"\x89PNG")
+    return {"score": config.score, "by": {"math": np.float32(0.25)}, "missing": float("nan")}
+
+
+class Lines(Silent):
+    """One line per event, so that a test can see where the process stands."""
+
+    def started(self, step, stage, number, of, reason):
+        print("started", step, reason, flush=True)
+
+    def advanced(self, done, total, figures):
+        print("advanced", done, int(figures["resumed"]), flush=True)
+
+    def finished(self, seconds, skipped, metrics):
+        print("finished", skipped, flush=True)
+
+
+if __name__ == "__main__":
+    registry.STAGES["toy"] = "helpers_toy"
+    try:
+        build(load_recipe(sys.argv[1]), Path(sys.argv[2]), progress=Lines())
+    except CogumiError as error:
+        sys.exit(f"error: {error}")

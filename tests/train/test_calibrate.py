@@ -1,0 +1,160 @@
+"""The stages `router` and `calibrate` on real pico models, and the cascade that comes of what they write."""
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+
+from cogumi.cascade.cascade import Cascade
+from cogumi.cascade.modes import MODES
+from cogumi.cascade.services import Parts
+from cogumi.confidence.gate import Calibration
+from cogumi.confidence.nets import load_net
+from cogumi.confidence.policy import Policy
+from cogumi.confidence.signals import abstains
+from cogumi.core.errors import DataError
+from cogumi.core.stage import Context
+from cogumi.core.types import ABSTENTION, Artifact, Example, Message, Request
+from cogumi.data.examples import SPLITS, split_path, write_examples
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import replies
+from cogumi.grading.graders import grade_all
+from cogumi.train import calibrate, router
+from support.bundle import make_bundle
+
+ROWS = 60
+SIZE = {"slots": 4, "context": 96}
+
+
+def question(draw, domain):
+    a, b = draw.randint(0, 99), draw.randint(0, 99)
+    return f"What is {a} + {b}?" if domain == "math" else f"def add_{a}(x): return x + {b}"
+
+
+def write_splits(folder, base):
+    """Made-up questions; a random model is 'right' where its own answer was made the reference."""
+    draw = random.Random(0)
+    for split in SPLITS:
+        domains = [draw.choice(["math", "code"]) for _ in range(ROWS)]
+        asked = [(Message("user", question(draw, domain)),) for domain in domains]
+        answers = [r.text for r in replies(base, [Request(messages=m, max_tokens=6) for m in asked])]
+        examples = []
+        for i, (domain, messages, answer) in enumerate(zip(domains, asked, answers, strict=True)):
+            kind = "abstain" if i % 10 == 9 else "exact"
+            right = kind == "exact" and draw.random() < (0.9 if domain == "code" else 0.4)
+            reference = answer if right else "no model says this"
+            meta = {"check": {"kind": kind}}
+            wanted = ABSTENTION if kind == "abstain" else reference
+            examples.append(Example(f"{split}-{i}", domain, 1 + i % 5, messages, wanted, "test", meta))
+        write_examples(split_path(folder, split), examples)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """Roles of both stages over pico models (a modifier for math only), the router not yet made."""
+    root = tmp_path_factory.mktemp("calibrate")
+    make_bundle(root / "made")
+    found = {}
+    for role, source, name in (
+        ("base", "base.gguf", "model.gguf"),
+        ("draft", "draft.gguf", "model.gguf"),
+        ("modifier_math", "math.gguf", "adapter.gguf"),
+        ("draft_model", "difficulty.safetensors", "difficulty.safetensors"),
+    ):
+        (root / role).mkdir()
+        shutil.copy(root / "made" / source, root / role / name)
+        found[role] = Artifact(role, root / role, role)
+    (root / "data").mkdir()
+    base = LlamaEngine(root / "base" / "model.gguf", threads=1, **SIZE)
+    write_splits(root / "data", base)
+    base.close()
+    return {**found, "data": Artifact("examples", root / "data", "data")}
+
+
+def context(root, seen=None):
+    return Context(3, 1, root, lambda done, total, figures: seen.append((done, total)) if seen is not None else None)
+
+
+@pytest.fixture(scope="module")
+def routed(artifacts, tmp_path_factory):
+    """All roles, with the router that its stage trained, and that stage's figures."""
+    out, seen = tmp_path_factory.mktemp("router"), []
+    inputs = {"draft_gguf": artifacts["draft"], "data": artifacts["data"]}
+    figures = router.run(router.Config(context=SIZE["context"]), inputs, out, context(out, seen))
+    assert seen[-1] == (2 * ROWS, 2 * ROWS)
+    return {**artifacts, "router": Artifact("router", out, "router")}, figures
+
+
+def test_the_router_stage_learns_domains_from_the_drafts_states(routed):
+    inputs, figures = routed
+    assert figures["classes"] == ["code", "math"]
+    assert figures["accuracy"] >= 0.95  # sums and functions look different even to a random model
+    assert set(figures["by_domain"]) == {"code", "math"}
+    assert load_net(inputs["router"].path / "router.safetensors").classes == ("code", "math")
+
+
+def test_a_router_needs_two_domains(artifacts, tmp_path):
+    with pytest.raises(DataError, match="two domains"):
+        router.train([[0.0], [1.0]], ["math", "math"], 1, 0)
+
+
+def test_the_cascade_does_what_calibration_counted(routed, tmp_path):
+    """The promise is about a policy; the cascade that runs must be that policy, answer for answer."""
+    inputs, _ = routed
+    config = calibrate.Config(e=0.6, unanswerable=0.99, max_tokens=6, **SIZE)
+    figures = calibrate.run(config, inputs, tmp_path, context(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "calibration.json",
+        "reliability.png",
+        "histogram.png",
+        "frontier.png",
+    }
+    assert figures["rows"] == {"fit": ROWS, "selection": ROWS, "threshold": ROWS}
+    calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
+    examples = calibrate.read_examples(split_path(inputs["data"].path, "threshold"))
+    with calibrate.ExitStack() as opened:
+        tiers = calibrate.open_tiers(inputs, config, opened)
+        cascade = Cascade(Parts(tiers, calibration), workers=4)
+        for mode in ("fast", "balanced", "turbo", "mobile"):
+            promise = figures["guarantee"][MODES[mode].policy.name]
+            assert math.isfinite(promise["threshold"])
+            requests = [Request(messages=e.messages, max_tokens=6, mode=mode) for e in examples]
+            answers = list(replies(cascade, requests))
+            confident = [r for r in answers if r.route in ("draft", "base", "base+draft", "modifier")]
+            assert len(confident) == promise["accepted"] > 0
+            verdicts = grade_all([(e, r.text) for e, r in zip(examples, answers, strict=True) if r in confident])
+            assert sum(not v.correct for v in verdicts) == promise["wrong"]
+            assert not any(abstains(r.text) for r in confident)
+
+
+def test_equal_inputs_give_equal_bytes(routed, tmp_path):
+    inputs, _ = routed
+    config = calibrate.Config(rows=30, max_tokens=6, **SIZE)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        calibrate.run(config, inputs, tmp_path / name, context(tmp_path))
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert one == two
+
+
+def test_when_nothing_can_be_promised_that_is_said(routed, tmp_path):
+    inputs, _ = routed
+    figures = calibrate.run(calibrate.Config(max_tokens=6, **SIZE), inputs, tmp_path, context(tmp_path))
+    promise = figures["guarantee"]["base"]
+    assert (promise["threshold"], promise["coverage"], promise["accepted_error"]) == (None, 0.0, None)
+    calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
+    assert calibration.threshold("calibrated", Policy()) == math.inf
+
+
+def test_an_empty_split_is_named(routed, tmp_path):
+    inputs, _ = routed
+    (tmp_path / "data").mkdir()
+    for split in SPLITS:
+        source = split_path(inputs["data"].path, split)
+        target = split_path(tmp_path / "data", split)
+        target.write_text("" if split == "selection" else source.read_text())
+    empty = {**inputs, "data": Artifact("examples", tmp_path / "data", "data")}
+    with pytest.raises(DataError, match="'selection' is empty"):
+        calibrate.run(calibrate.Config(**SIZE), empty, tmp_path, context(tmp_path))
