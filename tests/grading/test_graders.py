@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.core.errors import DataError
+from cogumi.core.text import normalise, strip_fences
 from cogumi.core.types import ABSTENTION, Example, Message
-from cogumi.grading.graders import grade, grade_all, last_number, normalise, same_json, strip_fences
+from cogumi.grading.graders import grade, grade_all, last_number, same_json
 
 DATA = Path(os.environ.get("COGUMI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 OPTIONS = ["a cat", "a dog", "none of these"]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from cogumi.cascade.execute import Path
 from cogumi.cascade.services import Parts
-from cogumi.cascade.worker_stream import Events, Flow, answered
+from cogumi.cascade.worker_stream import Flow, answered, start
 from cogumi.confidence.gate import KINDS
 from cogumi.core.errors import BusyError, RequestError
 from cogumi.core.types import Reading, Request, Score
@@ -102,7 +102,7 @@ class Cascade:
             self.check(request)
             if not self._room.acquire(blocking=False):
                 raise BusyError("too many requests are waiting already; try again in a moment")
-            return Events(flow, self._pool, self._closed.is_set, self._room.release)
+            return start(flow, self._pool, self._closed.is_set, self._room.release)
 
     def check(self, request: Request) -> None:
         """Raise what the base would only say once a worker has come to the request."""

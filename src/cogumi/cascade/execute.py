@@ -159,7 +159,7 @@ class Path:
         return self._tiers.surprise(request) if self._tiers.has_draft else question.perplexity
 
     def _filled_up(self, request: Request) -> Request:
-        """With near examples of the bank before the given ones, to as many as suit a domain, if they fit (SPEC F18)."""
+        """With near examples of the bank before the given ones, to as many as suit a domain, if they fit."""
         if not self._parts.templates:
             return request
         filled = replace(request, examples=self._parts.templates.filled_up(question_of(request), request.examples))

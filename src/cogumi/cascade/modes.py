@@ -30,8 +30,8 @@ FAILED_BEFORE = "accurate"
 class Mode(BaseModel):
     """The tiers that may answer (see `Policy`), and what is tried for a hard question to which no answer was sure.
 
-    `votes` sampled answers vote (F13), the critic may have an answer written again (`critique` rounds, F14), and the
-    base may see up to so many `examples` that suit the question (F1, F18).
+    `votes` sampled answers vote, the critic may have an answer written again (`critique` rounds), and the
+    base may see up to so many `examples` that suit the question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.confidence.nets import load_head, load_net, load_scope
 from cogumi.core.errors import BundleError, CogumiError
 from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
-from cogumi.engine.few_shot import ADAPTER
+from cogumi.engine.few_shot import ADAPTER, read_pairs
 from cogumi.engine.llama.engine import LlamaEngine
 
 REUSE = ("exact", "static", "verified")
@@ -145,9 +144,8 @@ def _examples(path: Path) -> dict[str, list[Pair]]:
     """The examples of a bundle by domain. Raises `BundleError` if a line is none."""
     found: dict[str, list[Pair]] = defaultdict(list)
     try:
-        for line in path.read_text("utf-8").strip("\n").split("\n"):
-            row = json.loads(line)
-            found[row["domain"]].append((str(row["question"]), str(row["answer"])))
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} holds a line that is no example ({error!r}); build the bundle again") from error
+        for domain, question, answer in read_pairs(path):
+            found[domain].append((question, answer))
+    except CogumiError as error:
+        raise BundleError(f"{error}; build the bundle again") from error
     return found

@@ -13,7 +13,7 @@ from cogumi.confidence.signals import answer_signals, perplexity
 from cogumi.confidence.vote import Embed, final_answer, grouped, tally
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Reply, Request, Usage
-from cogumi.engine.protocol import Engine, Event
+from cogumi.engine.protocol import Engine, Event, missing_reply
 
 T = TypeVar("T")
 FEWEST, MOST = 3, 10
@@ -99,7 +99,7 @@ def gather(engine: Engine, requests: Sequence[Request]) -> Generator[None, None,
                     break
                 yield None
             else:
-                raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
+                raise missing_reply()
         return found
 
 

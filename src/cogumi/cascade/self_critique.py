@@ -9,6 +9,7 @@ from pathlib import Path
 from cogumi.cascade.self_consistency import SAMPLING, Sampling, gather, spent
 from cogumi.confidence.critic_net import NONE, load_critic, look, passage
 from cogumi.core.errors import RequestError
+from cogumi.core.text import last_user_message
 from cogumi.core.types import Message, Reply, Request, Usage
 from cogumi.engine.protocol import Engine
 
@@ -97,7 +98,7 @@ def question_of(request: Request) -> str:
     """What the critic takes for the question: the last user message, or the raw prompt's text."""
     if isinstance(request.prompt, str):
         return request.prompt
-    return next((m.content for m in reversed(request.messages) if m.role == "user"), "")
+    return last_user_message(request.messages)
 
 
 def told(request: Request, reply: Reply, critique: Critique) -> Request:

@@ -25,6 +25,7 @@ from cogumi.cascade.tiers import Tiers
 from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.confidence.policy import Policy
 from cogumi.core.errors import RequestError, StateError
+from cogumi.core.text import last_user_message
 from cogumi.core.types import Decision, Message, Reply, Request, Usage
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ class Parts:
         memory = self.memory
         if not memory:
             return
-        question = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
+        question = last_user_message(request.messages)
         turn = Turn(
             id=id,
             user=request.user or "",

@@ -14,6 +14,7 @@ from cogumi.confidence.domain_router import in_scope, route
 from cogumi.confidence.nets import Net, sigmoid
 from cogumi.confidence.signals import FLOOR, answer_signals, opinion_signals, question_signals
 from cogumi.core.errors import ContextError
+from cogumi.core.text import last_user_message
 from cogumi.core.types import Reading, Reply, Request, Score
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, Event
@@ -70,7 +71,7 @@ class Tiers:
         """What difficulty head and router make of the draft's reading of a request."""
         p_easy = float(sigmoid(self.difficulty.logits(reading.last)[0]))
         domains = self.router.probabilities(router_input(reading))
-        text = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
+        text = last_user_message(request.messages)
         signals = question_signals(reading, p_easy, domains, text)
         return Question(signals, reading.score.perplexity, p_easy, domains)
 
@@ -81,12 +82,12 @@ class Tiers:
         return self.base.generate(replace(request, adapter=None if tier == "base" else tier))
 
     def read_ahead(self, request: Request, domain: str, name: str) -> None:
-        """Have a domain's modifier loaded and the prompt read by it while the base answers (SPEC F6)."""
+        """Have a domain's modifier loaded and the prompt read by it while the base answers."""
         if isinstance(self.base, LlamaEngine):
             self.base.prefill(name, replace(request, adapter=domain))
 
     def surprise(self, request: Request) -> float:
-        """The base's perplexity of a request's prompt, read before anything is generated (SPEC F1, second form)."""
+        """The base's perplexity of a request's prompt, read before anything is generated."""
         return self.base.read(request).score.perplexity
 
     def base_signals(self, request: Request, reply: Reply, question: Question) -> dict[str, float]:

@@ -10,7 +10,8 @@ from contextlib import closing
 from typing import TypeAlias, cast
 
 from cogumi.core.types import Reply, Usage
-from cogumi.engine.protocol import Event
+from cogumi.engine.events import Events, Outcome
+from cogumi.engine.protocol import Event, missing_reply
 
 Flow: TypeAlias = Generator[Event | None, None, Reply]
 """Events of one request, None where work goes on without one (so that a cancel is noticed), and the final
@@ -25,7 +26,7 @@ def answered(events: Iterator[Event], *, live: bool) -> Flow:
             if isinstance(event, Reply):
                 return event
             yield event if live else None
-    raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
+    raise missing_reply()
 
 
 class _Channel:
@@ -56,34 +57,21 @@ def _drive(flow: Flow, channel: _Channel, stopped: Callable[[], bool]) -> None:
         channel.events.put(None)
 
 
-class Events:
-    """The consumer's end: submits `flow` to `pool` at once and yields its events, the reply last.
+def start(flow: Flow, pool: Executor, stopped: Callable[[], bool], ended: Callable[[], object]) -> Events:
+    """Submit `flow` to `pool` at once; the result yields its events, the reply last, or raises what the flow raises.
 
-    Closing or dropping it cancels the flow; `stopped` (asked between events) ends it with a cancelled reply.
-    What the flow raises is raised here. `ended` is called once the flow is over, whatever became of it.
+    Closing or dropping the result cancels the flow; `stopped` (asked between events) ends it with a cancelled reply.
+    `ended` is called once the flow is over, however it ended.
     """
+    channel = _Channel()
+    future = pool.submit(_drive, flow, channel, stopped)
+    future.add_done_callback(lambda _: ended())
 
-    def __init__(self, flow: Flow, pool: Executor, stopped: Callable[[], bool], ended: Callable[[], object]) -> None:
-        self._done = False
-        self._channel = _Channel()
-        self._future = pool.submit(_drive, flow, self._channel, stopped)
-        self._future.add_done_callback(lambda _: ended())
+    def receive() -> Outcome:
+        event = channel.events.get()
+        if event is not None:
+            return event
+        error = future.exception()
+        return error if isinstance(error, Exception) else missing_reply()
 
-    def __iter__(self) -> Events:
-        return self
-
-    def __next__(self) -> Event:
-        event = None if self._done else self._channel.events.get()
-        if event is None:
-            if not self._done:
-                self._done = True
-                self._future.result()
-            raise StopIteration
-        return event
-
-    def close(self) -> None:
-        """Cancel the flow if it still runs."""
-        self._done = True
-        self._channel.gone.set()
-
-    __del__ = close
+    return Events(receive, channel.gone.set)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from cogumi.cascade.modes import AUTO, Settings
 from cogumi.cli import console
 from cogumi.core.errors import CogumiError, RequestError
 from cogumi.core.types import Message, Reply, Request
-from cogumi.engine.protocol import Engine
+from cogumi.engine.few_shot import read_pairs
+from cogumi.engine.protocol import Engine, missing_reply
 from cogumi.engine.stream_text import further
 
 USER = "local"
@@ -77,30 +77,15 @@ class Conversation:
             if isinstance(event, Reply):
                 self.messages = (*asked, Message("assistant", without_note(event.text)))
                 return event
-        raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
+        raise missing_reply()
 
 
 def load_examples(path: Path) -> tuple[tuple[str, str], ...]:
-    """Worked examples, one JSON object {"question", "answer"} a line; `CogumiError` names a line that is none."""
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except OSError as error:
-        raise CogumiError(f"{path} cannot be read: {error.strerror}; name a file of examples") from error
-    except UnicodeDecodeError as error:
-        raise CogumiError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            found.append((str(row["question"]), str(row["answer"])))
-        except (ValueError, KeyError, TypeError) as error:
-            what = 'is no example; write {"question": "...", "answer": "..."}'
-            raise CogumiError(f"{path}: line {number} {what}") from error
+    """Worked examples out of a file (see `read_pairs`); `CogumiError` if it holds none."""
+    found = tuple((question, answer) for _, question, answer in read_pairs(path))
     if not found:
         raise CogumiError(f"{path} holds no example; write one JSON object a line")
-    return tuple(found)
+    return found
 
 
 def talk(conversation: Conversation) -> None:

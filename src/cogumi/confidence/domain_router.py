@@ -66,7 +66,7 @@ def with_history(
 
 
 def preload(domains: Mapping[str, float], modifiers: Collection[str], tokens: int) -> str | None:
-    """The modifier to load already after `tokens` tokens of the question (SPEC F6); None while that is a guess."""
+    """The modifier to load already after `tokens` tokens of the question; None while that is a guess."""
     bar = next((bar for least, bar in reversed(PRELOAD) if tokens >= least), None)
     name = route(domains, modifiers)
     return name if name is not None and bar is not None and domains[name] >= bar else None

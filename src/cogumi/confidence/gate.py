@@ -69,7 +69,7 @@ def with_probe(signals: Mapping[str, float], probe: Net | None, hidden: Sequence
 
 @dataclass(frozen=True, slots=True)
 class QuestionGate:
-    """A question is easy if the draft reads it without surprise and its difficulty head agrees (SPEC F1).
+    """A question is easy if the draft reads it without surprise and its difficulty head agrees.
 
     A prompt of which the base's perplexity lies above `base_perplexity` surprises it. Beyond the draft's perplexity
     `novelty` (None: no bound) a question is unlike those that the gates were calibrated on, so that no P(correct)

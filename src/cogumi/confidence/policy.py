@@ -17,9 +17,9 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`draft`: the draft's own answer may stand (lossy, F19). `modifier`: that of the question's domain may follow.
+    """`draft`: the draft's own answer may stand (lossy). `modifier`: that of the question's domain may follow.
 
-    `straight`: it answers first where the question surprises the base (F1, second form).
+    `straight`: it answers first where the question surprises the base.
     """
 
     draft: bool = False

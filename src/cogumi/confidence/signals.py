@@ -7,12 +7,11 @@ at run time what it was fitted on. Every value is finite, whatever the answer (a
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
 
+from cogumi.core.text import normalise
 from cogumi.core.types import ABSTENTION, Reading, Reply, Score
 
 FLOOR = 20.0  # nats: surprises beyond this carry no more information, and keep -inf out of the gates
@@ -21,17 +20,12 @@ _EMPTY = (-FLOOR, FLOOR, 0.0)  # an answer without tokens counts as one token of
 
 def abstains(text: str) -> bool:
     """Whether a text is the abstention sentence, apart from case, spacing, quotes and the final stop."""
-    return _plain(text) == _plain(ABSTENTION)
+    return normalise(text) == normalise(ABSTENTION)
 
 
 def same_text(one: str, other: str) -> bool:
     """Whether two answers say the same, apart from case, spacing, quotes and the final stop."""
-    return _plain(one) == _plain(other)
-
-
-def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
-    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".!").strip(" \"'`")
+    return normalise(one) == normalise(other)
 
 
 def answer_signals(reply: Reply) -> dict[str, float]:

@@ -11,7 +11,6 @@ import io
 import json
 import re
 import tokenize
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.confidence.signals import abstains
+from cogumi.core.text import FENCE, NUMBER, normalise
 
 EPS = 0.3
 """Cosine distance within which two free texts say the same."""
@@ -28,16 +28,14 @@ EPS = 0.3
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts to rows [n, width]."""
 
-_NUMBER = r"(?:(?<![\w.)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}\b)?"
 _UNIT = r"\s*(?:%|[^\W\d]+(?:\s+[^\W\d]+){0,2})?\W*$"
-_ONLY_NUMBER = re.compile(rf"[\s$€£*(\"'`]*({_NUMBER}){_UNIT}")
-_LAST_NUMBER = re.compile(rf"(?<![\w.,:/])({_NUMBER}){_UNIT}")
+_ONLY_NUMBER = re.compile(rf"[\s$€£*(\"'`]*({NUMBER}){_UNIT}")
+_LAST_NUMBER = re.compile(rf"(?<![\w.,:/])({NUMBER}){_UNIT}")
 _MARKED = re.compile(
     r"(?:\banswer(?:\s+is)?\s*[:=]|\banswer\s+is\b|^####)[ \t*]*(\S[^\n]*)|\\boxed\{([^{}\n]+)\}", re.I | re.M
 )
 _EQUALS = re.compile(r"=|\b(?:is|are|equals|makes|gives)\b", re.IGNORECASE)
 _CHOICE = re.compile(r"\W*([A-Z])(?:\W*$|[).:]\s)")
-_FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 _CODE = re.compile(r"^(?:def|class|import|from|async def|@\w+)\b", re.M)
 _REASONED = re.compile(r"[.!?]\s|\n")
 _LONGEST = 200  # characters of a line in which a number or a letter can be the answer
@@ -64,7 +62,7 @@ def final_answer(text: str) -> Answer | None:
         return None
     if abstains(text):
         return Answer("abstain", "")
-    fence = _FENCE.search(text)
+    fence = FENCE.search(text)
     body = fence.group(1) if fence else text
     call = _json(body)
     if call is not None:
@@ -74,7 +72,7 @@ def final_answer(text: str) -> Answer | None:
     marked = [first or second for first, second in _MARKED.findall(text)]
     line = (marked[-1] if marked else text.strip().splitlines()[-1]).strip()
     return (_short(line, bool(marked) or bool(_REASONED.search(text.strip()))) if len(line) <= _LONGEST else None) or (
-        Answer("text", _plain(line if marked else text))
+        Answer("text", normalise(line if marked else text))
     )
 
 
@@ -114,11 +112,6 @@ def _code(text: str) -> str:
     except (tokenize.TokenError, SyntaxError):  # IndentationError is one
         return re.sub(r"\s+", " ", text).strip()
     return " ".join(_LAYOUT.get(t.type, t.string) for t in tokens if t.type not in _IGNORED).strip()
-
-
-def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
-    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".!").strip(" \"'`")
 
 
 def dbscan(rows: NDArray[Any], eps: float = EPS, least: int = 2) -> list[int]:

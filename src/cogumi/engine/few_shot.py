@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from cogumi.core.errors import RequestError
+from cogumi.core.errors import CogumiError, RequestError
 from cogumi.core.types import Message, Request
 
 MOST = 10
@@ -49,3 +51,25 @@ def worked(request: Request, example: tuple[str, str]) -> tuple[Request, str]:
     question, answer = example
     instructions = tuple(message for message in request.messages if message.role == "system")
     return Request(messages=(*instructions, Message("user", question))), answer
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Domain ("" where a line names none), question and answer of each line of a JSON-lines file; empty lines pass.
+
+    Raises `CogumiError` with the number of a line that is none.
+    """
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except OSError as error:
+        raise CogumiError(f"{path} cannot be read: {error.strerror}; name a file of examples") from error
+    except UnicodeDecodeError as error:
+        raise CogumiError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            yield str(row.get("domain", "")), str(row["question"]), str(row["answer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = 'is no example; write {"question": "...", "answer": "..."}'
+            raise CogumiError(f"{path}: line {number} {what}") from error

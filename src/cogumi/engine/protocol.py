@@ -77,12 +77,17 @@ class Engine(Protocol):
         """Free everything; waiting requests end as cancelled."""
 
 
+def missing_reply() -> RuntimeError:
+    """The error for a generation that ended without its `Reply`, which no engine may do."""
+    return RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
+
+
 def final_reply(events: Iterator[Event]) -> Reply:
     """Drain a generation and return its `Reply`."""
     last = deque(events, maxlen=1)
     reply = last[0] if last else None
     if not isinstance(reply, Reply):
-        raise RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
+        raise missing_reply()
     return reply
 
 

@@ -11,8 +11,8 @@ import ast
 import random
 from collections.abc import Sequence
 
+from cogumi.core.text import strip_fences
 from cogumi.core.types import Example
-from cogumi.grading.graders import strip_fences
 
 _PROGRAM = """
 import copy

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
 from cogumi.core.errors import DataError
+from cogumi.core.text import NUMBER, normalise, strip_fences
 from cogumi.core.types import ABSTENTION, Example, Verdict
 from cogumi.grading.checks import check_problem
 from cogumi.grading.sandbox import Outcome, run_all
@@ -28,28 +28,13 @@ from cogumi.grading.sandbox import Outcome, run_all
 Judgement = tuple[bool, str]
 """Whether the output is right, and why not (or what was seen)."""
 
-_FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}\b)?"
-)
+_NUMBER = re.compile(NUMBER)
 _NOT_WORD = re.compile(r"[\W_]+")
 _LETTER = (
     re.compile(r"^\W*([A-Z])\W*$"),
     re.compile(r"\banswer\b(?:\s+is)?\s*:?\s*[(*\"']*([A-Z])\b(?!['’]|\s+[a-z])"),
     re.compile(r"^\W*([A-Z])[).:]"),
 )
-
-
-def normalise(text: str) -> str:
-    """Text without letter case, surplus white space, Unicode variants, outer quotes and closing full stop."""
-    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
-    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".!").strip(" \"'`")
-
-
-def strip_fences(output: str) -> str:
-    """The content of the first markdown code fence, or the whole output if there is none."""
-    found = _FENCE.search(output)
-    return found.group(1) if found else output
 
 
 def last_number(text: str) -> Decimal | None:

@@ -40,7 +40,7 @@ VERSION = 1
 KIND = "backbone"
 TRAINS = True
 MANY = 15
-"""Domains above which a shared backbone is worth its trouble (SPEC C10)."""
+"""Domains above which a shared backbone is worth its trouble."""
 _ROLE = "adapter_"
 
 

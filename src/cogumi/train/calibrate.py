@@ -55,7 +55,7 @@ NOVEL = 0.005
 HARD_PASSED = 0.01
 """Share of hard questions that the draft may take for easy ones."""
 SEARCH = tuple(round(0.70 + 0.02 * i, 2) for i in range(11))
-"""Thresholds tried for the best accuracy at its cost (SPEC F10)."""
+"""Thresholds tried for the best accuracy at its cost."""
 FILE = "calibration.json"
 
 Doubles = NDArray[np.float64]
@@ -174,8 +174,8 @@ def fit_gates(rows: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, Fitte
 def compare_benefit(rows: Mapping[str, list[Row]], gates: Mapping[str, Gate], probe: Net | None, seed: int) -> Any:
     """Two ways to rank who should be asked a modifier: the base is wrong, or the modifier would put it right.
 
-    For each, the mean accuracy over all shares of questions that are handed on, highest ranked first (SPEC F2;
-    arXiv 2604.14251). None where no modifier answered.
+    For each, the mean accuracy over all shares of questions that are handed on, highest ranked first
+    (arXiv 2604.14251). None where no modifier answered.
     """
     parts = {name: [split[i] for i in asked(split)] for name, split in rows.items()}
     if not all(parts.values()):
@@ -207,7 +207,7 @@ def compare_benefit(rows: Mapping[str, list[Row]], gates: Mapping[str, Gate], pr
 
 
 def search(answers: Answers) -> tuple[float, list[tuple[float, float, float]]]:
-    """The threshold of `SEARCH` with the best accuracy x 1/cost, and every (threshold, accuracy, cost) (SPEC F10)."""
+    """The threshold of `SEARCH` with the best accuracy x 1/cost, and every (threshold, accuracy, cost)."""
     tried = [(t, *answers.outcome(t)) for t in SEARCH]
     return max(tried, key=lambda row: row[1] / row[2] if row[2] else 0.0)[0], tried
 

@@ -32,11 +32,12 @@ from cogumi.confidence.metrics import auroc
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
+from cogumi.core.text import last_user_message, strip_fences
 from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, replies
-from cogumi.grading.graders import grade_all, last_number, strip_fences
+from cogumi.grading.graders import grade_all, last_number
 from cogumi.train.tier_answers import Asking
 
 VERSION = 2
@@ -79,11 +80,11 @@ class Judged:
 
 def question_of(example: Example) -> str:
     """The text of the last user message."""
-    return next((m.content for m in reversed(example.messages) if m.role == "user"), "")
+    return last_user_message(example.messages)
 
 
 def error_type(example: Example, reply: Reply, correct: bool) -> str:
-    """The error of an answer in the taxonomy of SPEC B3, or "none". The first rule that fits decides:
+    """The error of an answer in the taxonomy of failures, or "none". The first rule that fits decides:
 
     cut, empty, or an abstention where there is an answer -> incomplete; an answer where there is none ->
     hallucination; unreadable (code that does not parse, no number, no JSON) -> format; then by check: a wrong number is

@@ -42,7 +42,7 @@ _VALIDATE_EVERY = 16  # one in so many training questions judges the draft inste
 
 
 class Config(BaseModel):
-    """Questions up to difficulty `easy_up_to` with an answer are easy. Loss weights as in SPEC C5.
+    """Questions up to difficulty `easy_up_to` with an answer are easy.
 
     `distill` learns the base's whole distribution over each token of its response (T = 1) instead of the token.
     """

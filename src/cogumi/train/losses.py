@@ -30,7 +30,7 @@ def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """`labelled_logits` of the answer tokens; prompts are read, never learned (C1)."""
+    """`labelled_logits` of the answer tokens; prompts are read, never learned."""
     core = language_model(model)
     return labelled_logits(core.lm_head, core.model(input_ids=batch.ids).last_hidden_state, batch.labels)
 

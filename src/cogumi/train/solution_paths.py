@@ -26,12 +26,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.core.errors import DataError
 from cogumi.core.registry import engine, nearest
 from cogumi.core.stage import Context
+from cogumi.core.text import normalise, strip_fences
 from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.solutions import Paths, write_paths
 from cogumi.engine.protocol import replies
 from cogumi.grading.differential_tests import probe
-from cogumi.grading.graders import grade_all, normalise, strip_fences
+from cogumi.grading.graders import grade_all
 from cogumi.grading.sandbox import run_all
 
 VERSION = 1

@@ -244,7 +244,7 @@ class Memory:
             return int(db.execute("SELECT count(*) FROM turns WHERE rated_at >= ?", (since,)).fetchone()[0])
 
     def personal(self, user: str) -> bool:
-        """Whether this user has asked for personal routing (SPEC F17)."""
+        """Whether this user has asked for personal routing."""
         return bool(self._of(user, "SELECT 1 FROM personal WHERE user = ?"))
 
     def choose_personal(self, user: str, wish: bool) -> None:

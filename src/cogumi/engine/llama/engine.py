@@ -177,7 +177,7 @@ class LlamaEngine:
         return Events(generation.events.get, lambda: self._scheduler.cancel(generation))  # keeps the engine open
 
     def prefill(self, session: str, text: str | Request) -> Future[int]:
-        """Read a prompt into the cache before it is sent (SPEC E6); the result is the number of tokens cached.
+        """Read a prompt into the cache before it is sent; the result is the number of tokens cached.
 
         `text` is what there is of the prompt so far. A later text of the same session, or a request of it, takes the
         place of one that is still being read; what they have in common is not read again.

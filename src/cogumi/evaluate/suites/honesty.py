@@ -202,7 +202,7 @@ def _kept_out(pool: Pool, judged: Index, seed: int) -> list[Figure]:
 
 
 def _promise(pool: Pool, judged: Index, draw: np.random.Generator) -> list[Figure]:
-    """The guaranteed threshold tested again and again: chosen on some rows, judged on all others (SPEC F4)."""
+    """The guaranteed threshold tested again and again: chosen on some rows, judged on all others."""
     promise = pool.calibration.guarantees.get(POLICY.name)
     everybody = pool.where(lambda e: e.source not in pool.unseen)
     if promise is None or len(everybody) < 2 * (ORDER_ROWS + THRESHOLD_ROWS):

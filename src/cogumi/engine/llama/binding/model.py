@@ -60,7 +60,7 @@ class Model:
         c.llama_adapter_lora_free(adapter)
 
     def cache_bytes(self, cache: str) -> int:
-        """Bytes that one token takes in a key-value cache of that type (SPEC D8)."""
+        """Bytes that one token takes in a key-value cache of that type."""
         model = self.weights.pointer
         key, value = (self._head(name) * int(c.llama_model_n_head_kv(model)) for name in ("key", "value"))
         row = ggml.ggml_row_size

@@ -52,7 +52,7 @@ class _Translation:
 
 
 class Drafter:
-    """Proposes tokens of the base's vocabulary, through a `bridge` where the draft has another (SPEC E3).
+    """Proposes tokens of the base's vocabulary, through a `bridge` where the draft has another.
 
     The cache is brought up to date only when a draft is wanted, so that a draft that stays off costs nothing.
     """

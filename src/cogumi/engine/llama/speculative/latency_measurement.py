@@ -32,7 +32,7 @@ QUICK = 0.005
 
 
 def pass_seconds(model: Model, most: int, threads: int) -> tuple[float, ...]:
-    """Seconds of passes over 1, 2, .. `most` tokens of one sequence, each the fastest of a few (SPEC E2).
+    """Seconds of passes over 1, 2, .. `most` tokens of one sequence, each the fastest of a few.
 
     Slow passes are timed at 1, 2, 4, 8, .. tokens only, with straight lines between them.
     """
