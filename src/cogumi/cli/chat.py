@@ -15,7 +15,7 @@ from cogumi.core.errors import CogumiError, RequestError
 from cogumi.core.types import Message, Reply, Request
 from cogumi.engine.few_shot import read_pairs
 from cogumi.engine.protocol import Engine, missing_reply
-from cogumi.engine.stream_text import further
+from cogumi.engine.stream_text import text_delta
 
 USER = "local"
 """Whose memory a chat in the terminal has."""
@@ -71,7 +71,7 @@ class Conversation:
         so_far, self.id = "", uuid.uuid4().hex
         request = Request(messages=asked, mode=self.mode, user=USER, id=self.id, examples=self.examples)
         for event in self.engine.generate(request):
-            piece, so_far = further(so_far, event)
+            piece, so_far = text_delta(so_far, event)
             if piece:
                 write(piece)
             if isinstance(event, Reply):

@@ -26,6 +26,7 @@ from cogumi.core.errors import CogumiError
 
 if TYPE_CHECKING:
     from cogumi.cascade.cascade import Cascade
+    from cogumi.serve.engine_host import ServedEngine
 
 
 def chat(
@@ -60,7 +61,7 @@ def chat(
         if once is None:
             talk(conversation)
         elif json:
-            from cogumi.serve.request_body import extension
+            from cogumi.engine.reply_extension import extension
 
             reply = conversation.say(once)
             console.emit(
@@ -120,11 +121,11 @@ def serve(
         unpack=unpack,
     )
 
-    def ready(cascade: app.Served) -> None:
+    def ready(engine: ServedEngine) -> None:
         if json:
-            console.emit({"url": f"{where}/v1", "bundle": str(folder), "models": list(cascade.models)})
+            console.emit({"url": f"{where}/v1", "bundle": str(folder), "models": list(engine.models)})
         else:
-            console.print_serving(where, cascade.models)
+            console.print_serving(where, engine.models)
 
     app.serve(load, listener, ready)
 

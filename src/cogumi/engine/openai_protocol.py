@@ -1,4 +1,4 @@
-"""OpenAI's interface from the client's side: requests in its words, and its chunks read as tokens (SPEC E5)."""
+"""OpenAI's API from the client's side: requests as bodies, streamed chunks as tokens (SPEC E5)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cogumi.core.errors import RequestError
-from cogumi.core.types import Reply, Request, Token, Usage
+from cogumi.core.types import Decision, Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
+from cogumi.engine.reply_extension import ReplyExtension, read_extension
 
 BEST = 5
-"""Best tokens asked for with every token: the most that OpenAI's own completions give."""
+"""Best tokens requested with every token: the most that OpenAI's own completions give."""
 _BYTES = re.compile(r"\\x([0-9a-fA-F]{2})")
 
 
-def body_of(request: Request, model: str) -> dict[str, Any]:
-    """A request in OpenAI's words: to chat if it has `messages`, else to completions.
+def to_body(request: Request, model: str) -> dict[str, Any]:
+    """The body of a request: for chat completions if it has `messages`, else for completions.
 
-    Raises `RequestError` for what these words do not know.
+    Raises `RequestError` for what OpenAI's API cannot express.
     """
     if request.grammar is not None:
-        raise RequestError("OpenAI's API knows no grammars; give a JSON schema, or use the llama engine")
+        raise RequestError("OpenAI's API has no grammars; give a JSON schema, or use the llama engine")
     best = max(BEST, request.logprobs)
-    asked = {
+    optional = {
         "stop": list(request.stop) or None,
         "seed": request.seed,
         "logit_bias": {str(token): bias for token, bias in request.logit_bias.items()} or None,
@@ -42,12 +43,12 @@ def body_of(request: Request, model: str) -> dict[str, Any]:
         "top_p": request.top_p,
         "stream": True,
         "stream_options": {"include_usage": True},
-    } | {key: value for key, value in asked.items() if value is not None}
+    } | {key: value for key, value in optional.items() if value is not None}
     if request.prompt is not None:
         if not request.prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if request.json_schema is not None:
-            raise RequestError("OpenAI's API knows JSON schemas in chats only; give messages, not a prompt")
+            raise RequestError("OpenAI's API has JSON schemas in chats only; give messages, not a prompt")
         prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
         return body | {"prompt": prompt, "logprobs": best}
     messages = [{"role": message.role, "content": message.content} for message in request.messages]
@@ -62,7 +63,7 @@ def body_of(request: Request, model: str) -> dict[str, Any]:
 
 
 class Entry(NamedTuple):
-    """One token as a server tells of it: bytes, log-probability (None: not told), and the best, best first."""
+    """One token of a server's `logprobs`: bytes, log-probability (None: not given), and the best tokens, best first."""
 
     piece: bytes
     logprob: float | None
@@ -70,25 +71,25 @@ class Entry(NamedTuple):
 
 
 def entries(logprobs: Mapping[str, Any] | None) -> list[Entry]:
-    """The tokens of a choice's `logprobs`, in the shape of chat (`content`) or of completions (`tokens`)."""
+    """The tokens of a choice's `logprobs`, in the format of chat (`content`) or of completions (`tokens`)."""
     if not logprobs:
         return []
     if "content" in logprobs:
         return [
-            Entry(_bytes(told), told["logprob"], _best((_bytes(one), one["logprob"]) for one in told["top_logprobs"]))
-            for told in logprobs["content"] or ()
+            Entry(_bytes(one), one["logprob"], _best((_bytes(top), top["logprob"]) for top in one["top_logprobs"]))
+            for one in logprobs["content"] or ()
         ]
     texts = logprobs.get("tokens") or []
     tops = logprobs.get("top_logprobs") or [None] * len(texts)
-    told = zip(texts, logprobs["token_logprobs"], tops, strict=True)
+    rows = zip(texts, logprobs["token_logprobs"], tops, strict=True)
     return [
         Entry(_piece(text), logprob, _best((_piece(one), value) for one, value in (top or {}).items()))
-        for text, logprob, top in told
+        for text, logprob, top in rows
     ]
 
 
-def _bytes(told: Mapping[str, Any]) -> bytes:
-    return _piece(told["token"]) if told.get("bytes") is None else bytes(told["bytes"])
+def _bytes(entry: Mapping[str, Any]) -> bytes:
+    return _piece(entry["token"]) if entry.get("bytes") is None else bytes(entry["bytes"])
 
 
 def _piece(text: str) -> bytes:
@@ -103,9 +104,9 @@ def _best(pairs: Any) -> tuple[tuple[bytes, float], ...]:
 
 
 def entropy_bound(best: Sequence[float]) -> float:
-    """The least entropy, in nats, of a distribution with these log-probabilities: the rest counts as one outcome.
+    """A lower bound of the entropy, in nats, of a distribution with these log-probabilities.
 
-    NaN where nothing is known.
+    The rest counts as one outcome. NaN without any log-probability.
     """
     if not best:
         return math.nan
@@ -116,7 +117,7 @@ def entropy_bound(best: Sequence[float]) -> float:
 
 
 class Vocabulary:
-    """Ids of tokens by their bytes; -1 for what has no bytes of its own, and everywhere without a tokenizer."""
+    """Ids of tokens by their bytes; -1 for tokens without bytes, and for all tokens if there is no tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         ids = reversed(range(tokenizer.size)) if tokenizer else ()
@@ -128,7 +129,7 @@ class Vocabulary:
         return self._ids.get(piece, -1)
 
     def token(self, entry: Entry, text: str, alternatives: int) -> Token:
-        """The token of an entry; what the server does not tell is NaN, `entropy` is a lower bound."""
+        """The token of an entry; what the server does not give is NaN, `entropy` is a lower bound."""
         values = [logprob for _, logprob in entry.best]
         return Token(
             id=self.id(entry.piece),
@@ -140,26 +141,27 @@ class Vocabulary:
         )
 
 
-class Answer:
-    """An answer as its chunks come in. Where the server counts no tokens, only those that came are counted."""
+class StreamedAnswer:
+    """An answer, put together from the chunks of its stream. Tokens are counted here if the server gives no usage."""
 
     def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
         self.request, self._vocabulary = request, vocabulary
         self._prompt: tuple[Token, ...] = ()
         self._usage: Usage | None = None
+        self._extension: ReplyExtension | None = None
         self._tokens: list[Token] = []
         self._finish: str | None = None
         self._began = time.perf_counter()
         self._first = 0.0
 
-    def echo(self, told: Sequence[Entry], ids: Sequence[int]) -> None:
-        """Take note of the prompt's tokens."""
-        texts = [entry.piece.decode("utf-8", "replace") for entry in told]
-        tokens = (self._vocabulary.token(*pair, self.request.logprobs) for pair in zip(told, texts, strict=True))
+    def add_prompt(self, echoed: Sequence[Entry], ids: Sequence[int]) -> None:
+        """Add the prompt's tokens, as the server echoed them."""
+        texts = [entry.piece.decode("utf-8", "replace") for entry in echoed]
+        tokens = (self._vocabulary.token(*pair, self.request.logprobs) for pair in zip(echoed, texts, strict=True))
         self._prompt = tuple(replace(token, id=i) for token, i in zip(tokens, ids, strict=True))
 
-    def take(self, chunk: Mapping[str, Any]) -> list[Token]:
-        """The tokens of one more chunk. Text that comes without log-probabilities is one token without id."""
+    def add(self, chunk: Mapping[str, Any]) -> list[Token | Decision]:
+        """Add a chunk; its events. Text that comes without log-probabilities is one token without id."""
         if usage := chunk.get("usage"):
             details = usage.get("prompt_tokens_details") or {}
             cached = details.get("cached_tokens") or 0
@@ -167,31 +169,48 @@ class Answer:
         new: list[Token] = []
         for choice in chunk.get("choices") or ():
             text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
-            told = entries(choice.get("logprobs"))
-            if text and not told:
-                told = [Entry(b"", None, ())]
-            for entry, share in zip(told, _shares(text, told), strict=True):
+            listed = entries(choice.get("logprobs"))
+            if text and not listed:
+                listed = [Entry(b"", None, ())]
+            for entry, share in zip(listed, _shares(text, listed), strict=True):
                 new.append(self._vocabulary.token(entry, share, self.request.logprobs))
             self._finish = choice.get("finish_reason") or self._finish
         if new and not self._tokens:
             self._first = time.perf_counter() - self._began
         self._tokens += new
-        return new
+        return [*new, *self._decisions(chunk)]
+
+    def _decisions(self, chunk: Mapping[str, Any]) -> tuple[Decision, ...]:
+        """Read the `cogumi` object, which the last chunk of a choice carries if the server is one of ours."""
+        if "cogumi" not in chunk or (extension := read_extension(chunk["cogumi"])) is None:
+            return ()
+        self._extension = extension
+        return extension.decisions
 
     def reply(self, reason: str | None = None) -> Reply:
-        """The end, for `reason` or the server's own; raises `RequestError` if it gave none that is an end."""
+        """The end, for `reason` or the server's own; raises `RequestError` if the answer is not whole."""
         reason = reason or self._finish
         if reason is None:
             raise RequestError("the server broke off in the middle of its answer; see its log, then ask again")
         if reason not in ("stop", "length", "cancelled"):
             raise RequestError(f"the server ended its answer with {reason!r}, which is no whole answer")
-        usage = self._usage or Usage(0, len(self._tokens))
-        signals = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
-        text = "".join(token.text for token in self._tokens)
-        return Reply(text, tuple(self._tokens), reason, usage, signals, prompt=self._prompt)
+        seen = self._extension or ReplyExtension()
+        timing = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
+        return Reply(
+            text="".join(token.text for token in self._tokens),
+            tokens=tuple(self._tokens),
+            finish_reason=reason,
+            usage=seen.usage or self._usage or Usage(0, len(self._tokens)),
+            signals=seen.signals | timing,
+            decisions=seen.decisions,
+            tier=seen.tier,
+            route=seen.route,
+            p_correct=seen.p_correct,
+            prompt=self._prompt,
+        )
 
 
-def _shares(text: str, told: Sequence[Entry]) -> list[str]:
-    """How the text of a chunk falls to its tokens: as they read, or all to the last where that is not the same."""
-    own = [entry.piece.decode("utf-8", "replace") for entry in told]
-    return own if "".join(own) == text or not told else [*[""] * (len(told) - 1), text]
+def _shares(text: str, listed: Sequence[Entry]) -> list[str]:
+    """The text of each token of a chunk: its own bytes, or all text at the last token where these differ from it."""
+    own = [entry.piece.decode("utf-8", "replace") for entry in listed]
+    return own if "".join(own) == text or not listed else [*[""] * (len(listed) - 1), text]

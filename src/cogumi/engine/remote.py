@@ -1,10 +1,13 @@
 """The engine over any OpenAI-compatible server, vLLM for many GPUs among them (SPEC E5).
 
-One event loop in a thread of its own holds every request, at most `workers` of them at a time on the wire.
+One event loop in a thread of its own holds every request; at most `workers` of them are sent at the same time.
 Messages go to the server's chat completions, raw prompts to its completions; both are streamed, and closing the
-iterator closes the stream, so that the server frees its slot. What servers do not tell: hidden states (readings have
-none), more than the few best tokens (`Token.entropy` is the least that these allow), and what cannot be answered
-before it is asked (so `ContextError` and `BusyError` come with the first event).
+iterator closes the stream, so that the server frees its slot. Servers give no hidden states (readings have none) and
+only a few best tokens (`Token.entropy` is a lower bound from these), and whether a request can be answered is only
+known once it is sent (so `ContextError` and `BusyError` come with the first event).
+
+From a cascade that cogumi serves, replies have its tier, route, decisions, signals and P(correct), as if it were local;
+`seconds` and `first_token_seconds` among the signals are measured here.
 """
 
 from __future__ import annotations
@@ -29,14 +32,14 @@ from cogumi.engine.admission import check_adapter, prompt_of
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.few_shot import in_context
 from cogumi.engine.llama.binding.model import load_tokenizer
-from cogumi.engine.openai_protocol import BEST, Answer, Entry, Vocabulary, body_of, entries
+from cogumi.engine.openai_protocol import BEST, Entry, StreamedAnswer, Vocabulary, entries, to_body
 from cogumi.engine.protocol import Event, Tokenizer
 from cogumi.engine.sampling import check
 
 T = TypeVar("T")
 
 LONGEST_REASON = 300
-"""Characters of a server's own words in an error."""
+"""Characters of a server's message that an error quotes."""
 KEYS = ("COGUMI_REMOTE_KEY", "OPENAI_API_KEY")
 """Environment variables that may hold the server's key, the first that is set."""
 
@@ -45,8 +48,8 @@ class RemoteEngine:
     """`engine.protocol.Engine` over the server at `url` (with its `/v1`), as its model named `model`.
 
     `tokenizer` is a GGUF file with the model's vocabulary: token ids, scores and readings need it. `adapters` are
-    model names on that server. `timeout` is the longest silence borne, in seconds. `extra` goes into the body of
-    every request for text as it is.
+    model names on that server. `timeout` is the longest wait for the next piece of a response, in seconds. `extra` is
+    added to the body of every request for text.
     """
 
     def __init__(
@@ -67,8 +70,8 @@ class RemoteEngine:
         self._vocabulary = Vocabulary(self._tokenizer)
         known = key or next((value for name in KEYS if (value := os.environ.get(name))), "none")
         self._client = openai.AsyncOpenAI(base_url=url, api_key=known, timeout=timeout)
-        self._places = asyncio.Semaphore(workers)
-        self._door = threading.Lock()
+        self._slots = asyncio.Semaphore(workers)
+        self._lock = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="remote", daemon=True)
@@ -76,9 +79,9 @@ class RemoteEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the file that was given; raises `RequestError` if none was."""
+        """The tokenizer of the given file; raises `RequestError` if there is none."""
         if self._tokenizer is None:
-            raise RequestError(f"{self._url} does not tell its vocabulary; give a GGUF file of it as tokenizer")
+            raise RequestError(f"{self._url} does not say its vocabulary; give a GGUF file of it as tokenizer")
         return self._tokenizer
 
     @property
@@ -93,9 +96,9 @@ class RemoteEngine:
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; see `Engine.generate`. What only the server can refuse is raised by the first event."""
         body = self._body(request)
-        echoed = self._prompt(request) if request.echo else []
-        answer, events = Answer(request, self._vocabulary), cast(SimpleQueue[Outcome], SimpleQueue())
-        task = self._submit(self._answered(body, answer, events, echoed))
+        prompt = self._prompt(request) if request.echo else []
+        answer, events = StreamedAnswer(request, self._vocabulary), cast(SimpleQueue[Outcome], SimpleQueue())
+        task = self._submit(self._answered(body, answer, events, prompt))
         task.add_done_callback(lambda done: events.put(_outcome(done, answer)))
         return Events(events.get, task.cancel)
 
@@ -103,15 +106,15 @@ class RemoteEngine:
         """Negative log-likelihood of `answer` and its end token after the request's prompt."""
         prompt = self._prompt(request)
         ids = [*prompt, *self.tokenizer.encode(answer), self.tokenizer.eos]
-        told = self._wait(self._echoed(ids, self._named(request), 1))
-        nats = -sum(entry.logprob or 0.0 for entry in told[len(prompt) :])
+        echoed = self._wait(self._echoed(ids, self._named(request), 1))
+        nats = -sum(entry.logprob or 0.0 for entry in echoed[len(prompt) :])
         return Score(nats, len(ids) - len(prompt), len(answer.encode("utf-8")))
 
     def read(self, request: Request) -> Reading:
-        """Score of the prompt; a server keeps its hidden states to itself, so `last` and `mean` are empty."""
+        """Score of the prompt; servers give no hidden states, so `last` and `mean` are empty."""
         ids = self._prompt(request)
-        told = self._wait(self._echoed(ids, self._named(request), 1))
-        surprise = tuple(-(entry.logprob or 0.0) for entry in told[1:])
+        echoed = self._wait(self._echoed(ids, self._named(request), 1))
+        surprise = tuple(-(entry.logprob or 0.0) for entry in echoed[1:])
         size = sum(len(self.tokenizer.piece(i)) for i in ids[1:])
         return Reading(Score(sum(surprise), len(surprise), size), surprise, (), ())
 
@@ -124,21 +127,21 @@ class RemoteEngine:
         return rows
 
     def close(self) -> None:
-        """End all requests as cancelled and hang up."""
-        with self._door:
+        """End all requests as cancelled and disconnect."""
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
-        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._disconnect(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start something on the loop; server's errors become ours."""
-        with self._door:
+        """Start `work` on the loop; the server's errors become `RequestError`s."""
+        with self._lock:
             if not self._closed:
-                return asyncio.run_coroutine_threadsafe(self._in_our_words(work), self._loop)
+                return asyncio.run_coroutine_threadsafe(self._with_own_errors(work), self._loop)
         work.close()
         raise RequestError("this engine is closed: open it again")
 
@@ -148,17 +151,17 @@ class RemoteEngine:
         except CancelledError as error:
             raise RequestError("the engine was closed meanwhile: open it again") from error
 
-    async def _hang_up(self) -> None:
+    async def _disconnect(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.close()
 
-    async def _in_our_words(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work` once there is a place on the wire; raises `RequestError` where the server fails."""
+    async def _with_own_errors(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work` once a slot is free; raises `RequestError` where the server fails."""
         try:
-            async with self._places:
+            async with self._slots:
                 return await work
         except openai.APIError as error:
             raise self._error(error) from error
@@ -166,22 +169,22 @@ class RemoteEngine:
             what = f"{self._url} sent what OpenAI's API does not know ({error!r}); check that it is such a server"
             raise RequestError(what) from error
         finally:
-            work.close()  # where no place was had
+            work.close()  # where it was cancelled before there was a slot
 
     async def _answered(
-        self, body: dict[str, Any], answer: Answer, events: SimpleQueue[Outcome], echoed: list[int]
+        self, body: dict[str, Any], answer: StreamedAnswer, events: SimpleQueue[Outcome], prompt: list[int]
     ) -> Reply:
-        """Stream one answer into `events`, the prompt's log-probabilities first read where they are wanted."""
-        if echoed:
-            told = await self._echoed(echoed, body["model"], max(BEST, answer.request.logprobs))
-            answer.echo(told[1:], echoed[1:])
+        """Stream one answer into `events`; `prompt` (empty: not wanted) is echoed before, for its log-probabilities."""
+        if prompt:
+            echoed = await self._echoed(prompt, body["model"], max(BEST, answer.request.logprobs))
+            answer.add_prompt(echoed[1:], prompt[1:])
         if not answer.request.max_tokens:
-            return replace(answer.reply("length"), usage=Usage(len(echoed)))
+            return replace(answer.reply("length"), usage=Usage(len(prompt)))
         create: Any = self._client.chat.completions.create if "messages" in body else self._client.completions.create
         async with await create(**body) as stream:
             async for chunk in stream:
-                for token in answer.take(chunk.to_dict()):
-                    events.put(token)
+                for event in answer.add(chunk.to_dict()):
+                    events.put(event)
         return answer.reply()
 
     async def _echoed(self, ids: list[int], model: str, best: int) -> list[Entry]:
@@ -189,11 +192,11 @@ class RemoteEngine:
         completion = await self._client.completions.create(
             model=model, prompt=ids, max_tokens=1, temperature=0, echo=True, logprobs=best, extra_body=self._extra
         )
-        told = entries(completion.to_dict()["choices"][0].get("logprobs"))
-        if len(told) != len(ids) + 1 or any(entry.logprob is None for entry in told[1:]):
-            what = f"it told {len(told)} tokens with log-probabilities for a prompt of {len(ids)} and one more"
+        echoed = entries(completion.to_dict()["choices"][0].get("logprobs"))
+        if len(echoed) != len(ids) + 1 or any(entry.logprob is None for entry in echoed[1:]):
+            what = f"it gave {len(echoed)} tokens with log-probabilities for a prompt of {len(ids)} and one more"
             raise RequestError(f"{self._url} does not echo whole prompts ({what}); score with another engine")
-        return told[:-1]
+        return echoed[:-1]
 
     async def _embedded(self, texts: list[str]) -> NDArray[np.float32]:
         answer = await self._client.embeddings.create(model=self._model, input=texts)
@@ -204,7 +207,7 @@ class RemoteEngine:
 
     def _body(self, request: Request) -> dict[str, Any]:
         check(request)
-        return body_of(in_context(request), self._named(request)) | {"extra_body": self._extra}
+        return to_body(in_context(request), self._named(request)) | {"extra_body": self._extra}
 
     def _named(self, request: Request) -> str:
         """The server's model for a request."""
@@ -215,7 +218,7 @@ class RemoteEngine:
         return prompt_of(request, self.tokenizer, self._adapters)
 
     def _error(self, error: openai.APIError) -> RequestError:
-        """The error of ours that a failure of the server or of the way to it stands for."""
+        """Map a failure of the server or of the connection to a `RequestError`."""
         if isinstance(error, openai.APITimeoutError):
             return RequestError(f"{self._url} was silent for {self._timeout:g} s; ask again, or raise the timeout")
         if isinstance(error, openai.APIConnectionError):
@@ -233,7 +236,7 @@ class RemoteEngine:
         return RequestError(what)
 
 
-def _outcome(task: Future[Reply], answer: Answer) -> Reply | Exception:
+def _outcome(task: Future[Reply], answer: StreamedAnswer) -> Reply | Exception:
     """How a task ended."""
     if task.cancelled():
         return answer.reply("cancelled")

@@ -1,4 +1,4 @@
-"""What to write on a screen or a wire for each event of an engine, given that written text cannot be taken back."""
+"""The text that each event of an engine adds to a screen or a stream, from which nothing can be taken back."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from cogumi.core.types import Reply, Revision, Token
 from cogumi.engine.protocol import Event
 
 
-def further(so_far: str, event: Event) -> tuple[str, str]:
-    """What to write after `so_far` for this event, and the answer's text as it then stands.
+def text_delta(so_far: str, event: Event) -> tuple[str, str]:
+    """The text to append after `so_far` for this event, and the answer's whole text after it.
 
-    A revision that goes on from it adds its rest (a low-confidence note);
-    any other follows as a paragraph of its own.
+    A revision that begins with `so_far` appends its rest (a low-confidence note); any other follows as a paragraph of
+    its own.
     """
     if isinstance(event, Token):
         return event.text, so_far + event.text

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: the body checked and turned into `Request`s, replies into JSON objects."""
+"""OpenAI's chat completions: the body checked and turned into `Request`s, replies turned into JSON objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from cogumi.cascade.disclaimers import without_note
 from cogumi.core.types import Message, Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
-from cogumi.serve.request_body import Body, best_logprobs, extension, extensions, new_head, usage_object
+from cogumi.engine.reply_extension import extension
+from cogumi.serve.request_body import Body, best_logprobs, extensions, new_head, usage_object
 
 
 def _joined(content: Any) -> Any:
@@ -31,14 +32,14 @@ class ChatMessage(BaseModel):
     content: Annotated[str, BeforeValidator(_joined)]
 
     def plain(self) -> Message:
-        """The message as engines take it: `developer` is today's name for `system`, our own notes are left out."""
+        """The message as engines take it: `developer` means `system`, disclaimers of earlier answers are removed."""
         if self.role == "assistant":
             return Message(self.role, without_note(self.content))
         return Message("system" if self.role == "developer" else self.role, self.content)
 
 
 class JsonSchema(BaseModel):
-    """The schema that an answer must keep to. It is always kept to, whatever `strict` says."""
+    """The schema that the answer follows. It is always enforced, whatever `strict` says."""
 
     name: str
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
@@ -108,8 +109,8 @@ class ChatRequest(Body):
         )
 
 
-class ChatShape:
-    """`schema.Shape` of chat completions."""
+class ChatResponseBuilder:
+    """`ResponseBuilder` of chat completions."""
 
     def __init__(self, body: ChatRequest, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

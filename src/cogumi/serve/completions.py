@@ -1,7 +1,7 @@
-"""OpenAI's legacy completions: raw prompts, as lm-evaluation-harness scores log-likelihoods with them.
+"""OpenAI's legacy completions: raw prompts, with which lm-evaluation-harness scores log-likelihoods.
 
-One tier answers: that of the model's name, and the base where the name is that of the cascade, since a raw prompt
-is no conversation that its draft could judge.
+One tier answers: the one that the model's name says, or the base where the name is that of the cascade, since the
+draft judges conversations only, not raw prompts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cogumi.core.types import Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
-from cogumi.serve.request_body import Body, best_logprobs, extension, extensions, new_head, usage_object
+from cogumi.engine.reply_extension import extension
+from cogumi.serve.request_body import Body, best_logprobs, extensions, new_head, usage_object
 
 
 def _several(value: Any) -> Any:
-    """A list of prompts, each a text or its ids, from any of the forms that OpenAI's API takes."""
+    """A list of prompts, each a text or its ids, from any form that OpenAI's API accepts."""
 
     def is_ids(one: Any) -> bool:
         return isinstance(one, list) and bool(one) and all(type(i) is int and i >= 0 for i in one)
@@ -50,7 +51,7 @@ class CompletionRequest(Body):
     echo: bool | None = None
 
     @model_validator(mode="after")
-    def _refuse_nothing_and_streamed_echo(self) -> CompletionRequest:
+    def _check_echo(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens 0 asks for nothing; set echo to read the prompt, or ask for at least 1 token")
         if self.stream and self.echo and self.logprobs is not None:
@@ -65,8 +66,8 @@ class CompletionRequest(Body):
         return [request for requests in several for request in requests]
 
 
-class CompletionShape:
-    """`schema.Shape` of legacy completions."""
+class CompletionResponseBuilder:
+    """`ResponseBuilder` of legacy completions."""
 
     def __init__(self, body: CompletionRequest, requests: Sequence[Request], tokenizer: Tokenizer) -> None:
         self.body, self.requests, self.tokenizer = body, requests, tokenizer
@@ -112,7 +113,7 @@ class CompletionShape:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt or ())
 
     def echoed(self, index: int) -> str:
-        """What stands before a choice's own text."""
+        """The prompt's text if the response repeats it before a choice, else empty."""
         return self.prompt_text(index) if self.body.echo else ""
 
     def _chunk(self, index: int, text: str, logprobs: Any, finish_reason: str | None = None) -> dict[str, Any]:
@@ -120,20 +121,20 @@ class CompletionShape:
         return self.head | {"choices": [choice]} | ({"usage": None} if self.include_usage else {})
 
     def _whole_logprobs(self, index: int, reply: Reply) -> dict[str, Any] | None:
-        """The answer's tokens; with `echo` the prompt's before them, the first of which nothing predicts."""
+        """The answer's tokens; with `echo` the prompt's before them, the first of which has no prediction."""
         if not self.body.echo:
             return self._logprobs(reply.tokens, len(self.prompt_text(index)))
         first = self.tokenizer.render(self.requests[index])[0]
         unpredicted = Token(first, "", 0.0, 0.0, 0.0)
-        told = self._logprobs((unpredicted, *reply.prompt, *reply.tokens), 0)
-        if told is not None:
-            told["token_logprobs"][0] = told["top_logprobs"][0] = None
-        return told
+        listed = self._logprobs((unpredicted, *reply.prompt, *reply.tokens), 0)
+        if listed is not None:
+            listed["token_logprobs"][0] = listed["top_logprobs"][0] = None
+        return listed
 
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
         """The legacy object, from character `offset` on; None unless asked for.
 
-        One entry per token, the end token included. Where two of the best tokens read alike, the better one stands.
+        One entry per token, the end token included. Of two best tokens with the same text, the better one is kept.
         """
         if not self.wants_tokens:
             return None

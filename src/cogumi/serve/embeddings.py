@@ -1,13 +1,13 @@
-"""Embeddings by OpenAI's interface, and the tokenizer by the one that lm-evaluation-harness asks servers for."""
+"""OpenAI's embeddings: the body checked, and vectors turned into the response."""
 
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 
 from cogumi.engine.protocol import Tokenizer
 from cogumi.serve.completions import Texts
@@ -40,24 +40,3 @@ class EmbeddingRequest(BaseModel):
         data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "model": self.model, "data": data, "usage": usage}
-
-
-class TokenizeRequest(BaseModel):
-    """Body of `POST /tokenize`. Special tokens may be written out.
-
-    `add_special_tokens` changes nothing: completions put nothing before a prompt either.
-    """
-
-    prompt: str
-    model: str | None = None
-
-    def ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The ids of the prompt."""
-        return tokenizer.encode(self.prompt, special=True)
-
-
-class DetokenizeRequest(BaseModel):
-    """Body of `POST /detokenize`."""
-
-    tokens: list[Annotated[int, Field(ge=0)]]
-    model: str | None = None

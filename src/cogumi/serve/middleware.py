@@ -1,99 +1,73 @@
-"""What lies between the routes and the socket: request ids, a limit on bodies, and clients that hang up."""
+"""ASGI middleware around every route and every application mounted on the server: request ids, limit on bodies."""
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cogumi.serve.problem import Problem
 
-T = TypeVar("T")
-
-GONE = Response(status_code=499)
-"""Sent to nobody: the client hung up before its answer."""
+REQUEST_ID = "x-request-id"
+"""Response header with the id of the request."""
 
 
-def refusal(problem: Problem) -> JSONResponse:
-    """The response that says so."""
-    return JSONResponse(problem.body, problem.status, headers=problem.headers)
+def request_id(scope: Scope) -> str:
+    """The id of an HTTP request: the `request_id` of its state, made at the first call.
+
+    An application that wraps this one may have set it; its id is then kept.
+    """
+    return str(scope.setdefault("state", {}).setdefault("request_id", f"req_{uuid.uuid4().hex}"))
 
 
-class Edge:
-    """Outermost layer: gives every response an `x-request-id` and refuses bodies above `limit` bytes."""
+class RequestIds:
+    """Gives every HTTP response the header `x-request-id`, unless an application further in has set it."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on, its body read whole first."""
+        """Handle one connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = f"req_{uuid.uuid4().hex}".encode()
+        header = (REQUEST_ID.encode(), request_id(scope).encode())
 
-        async def stamped(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                headers = list(message.get("headers", ()))
+                if all(name.lower() != header[0] for name, _ in headers):
+                    message["headers"] = [*headers, header]
             await send(message)
 
+        await self.app(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuses HTTP requests whose body is larger than `max_bytes`; reads each body whole before it is passed on."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         body, more = bytearray(), True
-        while more and len(body) <= self.limit:
+        while more and len(body) <= self.max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        if len(body) > self.limit:
-            what = f"the request body is larger than {self.limit} bytes; send a shorter conversation"
-            await refusal(Problem(413, what))(scope, receive, stamped)
+        if len(body) > self.max_bytes:
+            what = f"the request body is larger than {self.max_bytes} bytes; send a shorter conversation"
+            await Problem(413, what).response(scope, receive, send)
             return
-        whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        unread = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def replayed() -> Message:
-            return whole.pop() if whole else await receive()
+        async def receive_again() -> Message:
+            return unread.pop() if unread else await receive()
 
-        await self.app(scope, replayed, stamped)
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None if the client hangs up first (`work` is then cancelled)."""
-    task = asyncio.ensure_future(work)
-    hangup = asyncio.ensure_future(_hangup(request))
-    try:
-        await asyncio.wait((task, hangup), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        hangup.cancel()
-        await asyncio.gather(task, hangup, return_exceptions=True)
-
-
-async def _hangup(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class Stream(StreamingResponse):
-    """A stream that closes its source however it ends, so that a client that goes away frees its slot."""
-
-    def __init__(self, first: str, lines: AsyncGenerator[str]) -> None:
-        async def body() -> AsyncGenerator[str]:
-            yield first
-            async for line in lines:
-                yield line
-
-        super().__init__(body(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._lines = lines
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._lines.aclose()
+        await self.app(scope, receive_again, send)

@@ -1,14 +1,16 @@
-"""Refusals as an OpenAI client sees them: a true status, OpenAI's body, and whether asking again can help."""
+"""Refused requests as an OpenAI client sees them: HTTP status, OpenAI's error body, and whether a retry can help."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 from cogumi.core.errors import BusyError, ContextError, RequestError
 
 
 class Problem(Exception):
-    """A refusal as the client sees it: HTTP `status` and the body's message, type, code and param."""
+    """A refused request: HTTP `status`, and message, type, code and param of the error body."""
 
     def __init__(
         self,
@@ -37,14 +39,19 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What tells a client whether asking again can help."""
+        """Headers that say whether a retry can help."""
         if not self.retry:
             return {"x-should-retry": "false"}
         return {"retry-after": "1"} if self.status in (429, 503) else {}
 
+    @property
+    def response(self) -> JSONResponse:
+        """The HTTP response."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
 
 def problem_of(error: RequestError) -> Problem:
-    """The refusal that stands for an engine's error."""
+    """Map an engine's error to the response for it."""
     if isinstance(error, ContextError):
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, BusyError):
@@ -53,5 +60,5 @@ def problem_of(error: RequestError) -> Problem:
 
 
 def internal_error() -> Problem:
-    """The refusal that stands for a defect of ours; its traceback goes to the log only."""
+    """The response to a defect of the server; the traceback goes to the log only."""
     return Problem(500, "internal error; the server's log has the details", code="internal_error", retry=True)

@@ -1,6 +1,6 @@
-"""What chat and completions share on the wire: the keys of a request's body, and the parts of an answer.
+"""What chat and completions share: the keys of a request's body, and the parts of a response.
 
-Keys that change nothing here (`metadata`, unknown ones) are accepted; what a client asks for and this version
+Keys without an effect here (`metadata`, unknown ones) are accepted; what a client asks for and this version
 cannot do (tools, say) is refused by name, never silently dropped.
 """
 
@@ -10,7 +10,6 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -18,16 +17,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from cogumi.core.types import Reply, Request, Token, Usage
 from cogumi.core.version import __version__
 from cogumi.engine.few_shot import MOST
+from cogumi.engine.reply_extension import extension
 
 
 class StreamOptions(BaseModel):
-    """Only `include_usage` means something here."""
+    """OpenAI's `stream_options`; only `include_usage` has an effect."""
 
     include_usage: bool = False
 
 
 class WorkedExample(BaseModel):
-    """A question with the answer that is wanted to it."""
+    """A question with its answer, for few-shot prompting."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +36,7 @@ class WorkedExample(BaseModel):
 
 
 class CogumiOptions(BaseModel):
-    """Our own options, under the request's key `cogumi`."""
+    """Options beyond OpenAI's API, under the request's key `cogumi`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,7 +58,7 @@ def _listed(stop: Any) -> Any:
 class Body(BaseModel):
     """The keys of a request for text, whatever its prompt looks like.
 
-    `unsupported` names what this version cannot do: each key with the values (besides null) that ask for nothing.
+    `unsupported` names what this version cannot do: each key with the values (besides null) that are harmless.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -141,18 +141,18 @@ class Feedback(BaseModel):
     user: str | None = None
 
 
-class Shape(Protocol):
-    """Builds the JSON objects of one answer; every chunk of a stream carries the same id, time and model."""
+class ResponseBuilder(Protocol):
+    """Builds the JSON objects of one response; every chunk of a stream carries the same id, time and model."""
 
     head: dict[str, Any]
-    """What every object begins with."""
+    """The keys that every object begins with."""
     include_usage: bool
     """Whether a stream ends with `usage_chunk`."""
     wants_tokens: bool
-    """Whether a token without text is worth a chunk."""
+    """Whether a token without text gets a chunk of its own."""
 
     def completion(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        """The whole answer, from the reply of every choice."""
+        """The whole response, from the reply of every choice."""
 
     def chunks(
         self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
@@ -160,11 +160,11 @@ class Shape(Protocol):
         """What one event adds to the stream of choice `index`; `reply` ends the choice."""
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The chunk without choices that ends a stream asked to `include_usage`."""
+        """The chunk without choices that ends a stream with `include_usage`."""
 
 
 def new_head(prefix: str, model: str) -> dict[str, Any]:
-    """What every object of one answer begins with; `created` in Unix seconds."""
+    """The keys that every object of one response begins with; `created` in Unix seconds."""
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -174,7 +174,7 @@ def new_head(prefix: str, model: str) -> dict[str, Any]:
 
 
 def answer_id(completion: str, index: int) -> str:
-    """The id under which a choice can be rated: that of the whole for the first one."""
+    """The id under which a choice can be rated: for the first one that of the whole response."""
     return f"{completion}-{index}" if index else completion
 
 
@@ -183,22 +183,10 @@ def model_object(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "cogumi"}
 
 
-def extension(reply: Reply) -> dict[str, Any]:
-    """The `cogumi` object: who answered, how sure it is, and why. `tier` is empty where one tier was asked directly."""
-    return {
-        "tier": reply.tier,
-        "route": reply.route,
-        "p_correct": reply.p_correct,
-        "decisions": [asdict(decision) for decision in reply.decisions],
-        "signals": dict(reply.signals),
-        "usage": asdict(reply.usage),
-    }
-
-
 def extensions(replies: Sequence[Reply]) -> dict[str, Any]:
-    """The `cogumi` object of a whole answer: that of the first choice; with several, `choices` holds all."""
-    ours = extension(replies[0])
-    return ours | ({"choices": [extension(reply) for reply in replies]} if len(replies) > 1 else {})
+    """The `cogumi` object of a whole response: that of the first choice; with several, `choices` holds all."""
+    first = extension(replies[0])
+    return first | ({"choices": [extension(reply) for reply in replies]} if len(replies) > 1 else {})
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

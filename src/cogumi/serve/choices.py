@@ -1,0 +1,168 @@
+"""Runs the choices of one HTTP request in worker threads and brings their events into the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from cogumi.core.errors import RequestError
+from cogumi.core.types import Decision, Reply, Request
+from cogumi.engine.events import Outcome
+from cogumi.engine.protocol import Engine, Event, missing_reply
+from cogumi.serve.answer_hooks import Answered, AnswerHook
+from cogumi.serve.problem import Problem, internal_error, problem_of
+
+log = logging.getLogger(__name__)
+
+ChoiceEvents: TypeAlias = AsyncGenerator[tuple[int, Event] | None]
+"""Events of all choices, each with the index of its choice; None where none came for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request for text: what its choices have in common; `on_answer` gets each finished one."""
+
+    request_id: str
+    model: str
+    streamed: bool
+    on_answer: AnswerHook
+
+
+class _Choice:
+    """One engine request of a call. `run` works in a thread of its own, `cancel` may be called from any other."""
+
+    def __init__(self, call: Call, engine: Engine, request: Request, post: Callable[[Outcome], None]) -> None:
+        self._call, self._engine, self._request, self._post = call, engine, request, post
+        self._events: Iterator[Event] | None = None
+        self._cancelled = threading.Event()
+        self._began = time.perf_counter()
+        self._first: float | None = None
+
+    def run(self) -> None:
+        """Post every event, the reply or the error last, then report the answer."""
+        try:
+            end: Outcome = self._generate()
+        except Exception as error:
+            end = error
+        seconds = self._elapsed()
+        try:
+            self._post(end)  # before the hooks, so that no client waits for them
+        finally:
+            self._report(end, seconds)
+
+    def cancel(self) -> None:
+        """Stop the work, if it still runs."""
+        self._cancelled.set()
+        if self._events is not None:
+            _close(self._events)
+
+    def _generate(self) -> Reply:
+        self._events = events = self._engine.generate(self._request)
+        try:
+            while not self._cancelled.is_set() and (event := next(events, None)) is not None:
+                if self._first is None and not isinstance(event, Decision):
+                    self._first = self._elapsed()
+                if isinstance(event, Reply):
+                    return event
+                self._post(event)
+        finally:
+            _close(events)
+        raise missing_reply()
+
+    def _report(self, end: Outcome, seconds: float) -> None:
+        reply = end if isinstance(end, Reply) else None
+        whole = reply is not None and reply.finish_reason != "cancelled"
+        cancelled = not whole and (reply is not None or self._cancelled.is_set())
+        error = end if isinstance(end, Exception) and not cancelled else None
+        call = self._call
+        call.on_answer(
+            Answered(
+                call.request_id,
+                call.model,
+                self._request,
+                call.streamed,
+                reply,
+                seconds,
+                self._first,
+                cancelled,
+                error,
+            )
+        )
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began
+
+
+async def run_choices(
+    call: Call, engine: Engine, requests: Sequence[Request], threads: Executor, keep_alive_seconds: float
+) -> ChoiceEvents:
+    """Run `requests` side by side; yield `(index, event)` as they come.
+
+    Yields None after each `keep_alive_seconds` without an event. Closing the generator cancels what still runs.
+    Raises `Problem`: an engine's refusal, or 500 for its defect.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[tuple[int, Outcome]] = asyncio.Queue()
+
+    def post(index: int, outcome: Outcome) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, (index, outcome))
+
+    choices = [_Choice(call, engine, request, partial(post, index)) for index, request in enumerate(requests)]
+    for choice in choices:
+        threads.submit(choice.run)
+    running = len(choices)
+    try:
+        while running:
+            try:
+                async with asyncio.timeout(keep_alive_seconds):
+                    index, outcome = await queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(outcome, Exception):
+                raise _problem(outcome) from outcome
+            if isinstance(outcome, Reply):
+                running -= 1
+                if outcome.finish_reason == "cancelled":
+                    raise Problem(503, "the server is shutting down; ask again", code="closing", retry=True)
+            yield index, outcome
+    finally:
+        for choice in choices:
+            choice.cancel()
+
+
+async def collect(events: ChoiceEvents) -> list[Reply]:
+    """Wait for the reply of every choice, in order of choice."""
+    replies: dict[int, Reply] = {}
+    async with contextlib.aclosing(events):
+        async for item in events:
+            if item is not None and isinstance(item[1], Reply):
+                replies[item[0]] = item[1]
+    return [replies[index] for index in sorted(replies)]
+
+
+@runtime_checkable
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def _close(events: Iterator[Event]) -> None:
+    """Cancel a generation, from any thread; one that cannot be closed while it works stops at its next event."""
+    if isinstance(events, _Closable):
+        with contextlib.suppress(ValueError):  # "generator already executing"
+            events.close()
+
+
+def _problem(error: Exception) -> Problem:
+    if isinstance(error, RequestError):
+        return problem_of(error)
+    log.error("the engine failed", exc_info=error)
+    return internal_error()

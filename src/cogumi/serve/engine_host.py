@@ -1,0 +1,120 @@
+"""The engine behind the server: loaded in a thread while the application runs, and closed when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from cogumi.core.types import Request
+from cogumi.engine.protocol import Engine, Tokenizer
+from cogumi.serve.problem import Problem
+
+MAX_REQUESTS = 128
+"""Generations held at the same time, a thread each; how many of them run is up to the engine."""
+
+
+class ServedEngine(Engine, Protocol):
+    """An engine that answers under several model names, as a cascade does."""
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Every name a client may ask for."""
+
+    def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:
+        """The engine behind one of `models`, and the request as that engine takes it."""
+
+    def feedback(self, id: str, user: str | None, right: bool) -> None:
+        """Record whether an answer was right."""
+
+
+class EngineHost:
+    """What the routes share: the engine once it is loaded, and the threads that wait for it.
+
+    The application's lifespan opens the host. A mounted application has no lifespan of its own (ASGI servers tell only
+    the outermost one that they start and stop): there the first request that needs the engine opens the host, and the
+    end of the event loop closes it.
+    """
+
+    threads: ThreadPoolExecutor
+    """Where blocking work for requests runs; exists once the host is open."""
+
+    def __init__(
+        self,
+        load: Callable[[], ServedEngine],
+        on_ready: Callable[[ServedEngine], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._load, self._on_ready, self._on_failure = load, on_ready, on_failure
+        self._loading: asyncio.Future[ServedEngine] | None = None
+        self._holder: asyncio.Task[None] | None = None
+        self._engine: ServedEngine | None = None
+        self._failure: BaseException | None = None
+        self.created = int(time.time())
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncGenerator[None]:
+        """Load the engine; close it at the end. Inside of another `open` this does nothing."""
+        if self._loading is not None:
+            yield
+            return
+        self._failure = None
+        self.threads = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="request")
+        self._loading = asyncio.get_running_loop().run_in_executor(self.threads, self._load)
+        self._loading.add_done_callback(self._loaded)
+        try:
+            yield
+        finally:
+            await asyncio.wait([self._loading])
+            self._close()
+
+    @property
+    def engine(self) -> ServedEngine:
+        """The loaded engine; raises `Problem` 503 until it is there."""
+        if self._engine is not None:
+            return self._engine
+        if self._loading is None and self._holder is None:
+            self._holder = asyncio.get_running_loop().create_task(self._hold())
+        why = f"the bundle could not be opened: {self._failure}" if self._failure else "the bundle is still loading"
+        raise Problem(503, why, code="not_ready", retry=self._failure is None)
+
+    def serving(self, model: str) -> ServedEngine:
+        """The engine if it answers under the name `model`; raises `Problem` 404 with the names it has."""
+        if model not in self.engine.models:
+            what = f"the model {model!r} does not exist; there are: {', '.join(self.engine.models)}"
+            raise Problem(404, what, code="model_not_found", param="model")
+        return self.engine
+
+    def resolved(self, model: str) -> Engine:
+        """The engine behind the name `model`."""
+        return self.serving(model).resolve(model, Request())[0]
+
+    def tokenizer(self, model: str | None) -> Tokenizer:
+        """The tokenizer of a model, of the base if none is named."""
+        return self.resolved(model).tokenizer if model else self.engine.tokenizer
+
+    async def _hold(self) -> None:
+        """Keep the host open until the event loop ends, which cancels this task."""
+        try:
+            async with self.open():
+                await asyncio.Event().wait()
+        finally:
+            self._holder = None
+
+    def _loaded(self, loading: asyncio.Future[ServedEngine]) -> None:
+        if error := loading.exception():
+            self._failure = error
+            self._on_failure(error)
+        else:
+            self._engine = loading.result()
+            self._on_ready(self._engine)
+
+    def _close(self) -> None:
+        """Free the engine; requests that still run end as cancelled."""
+        engine, self._engine, self._loading = self._engine, None, None
+        if engine is not None:
+            engine.close()
+        self.threads.shutdown(cancel_futures=True)

@@ -1,0 +1,30 @@
+"""The tokenizer over HTTP, by the interface that lm-evaluation-harness asks servers for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from cogumi.engine.protocol import Tokenizer
+
+
+class TokenizeRequest(BaseModel):
+    """Body of `POST /tokenize`. Special tokens may be written out.
+
+    `add_special_tokens` changes nothing: completions put nothing before a prompt either.
+    """
+
+    prompt: str
+    model: str | None = None
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The ids of the prompt."""
+        return tokenizer.encode(self.prompt, special=True)
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of `POST /detokenize`."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+    model: str | None = None
