@@ -70,7 +70,7 @@ class Scripted:
             if word == "break":
                 raise ZeroDivisionError("a defect")
             if word == "slow":
-                for _ in range(500):
+                for _ in range(3000):
                     time.sleep(0.02)
                     yield self._token("z")
             if word == "think":
@@ -107,11 +107,16 @@ class Scripted:
         self.closed = True
 
 
-@contextlib.contextmanager
 def running(load, **options):
-    """Serve on a free port in a thread; yields the base address."""
+    """Serve an engine on a free port in a thread; yields the port."""
+    return serving(create_app(load, **options))
+
+
+@contextlib.contextmanager
+def serving(app):
+    """Serve an ASGI application on a free port in a thread; yields the port."""
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(load, **options), log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -139,10 +144,10 @@ def until(condition, seconds=10.0):
         time.sleep(0.01)
 
 
-def send_and_hang_up(port, body, under_way):
-    """Send a chat request and close the connection once `under_way()` holds, whatever has come by then."""
+def send_and_hang_up(port, body, under_way, path="/v1/chat/completions"):
+    """Send a request and close the connection once `under_way()` holds, whatever has come by then."""
     payload = json.dumps(body).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(f"{head}content-length: {len(payload)}\r\n\r\n".encode() + payload)
         until(under_way)

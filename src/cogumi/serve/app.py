@@ -19,8 +19,8 @@ from cogumi.core.version import __version__
 from cogumi.serve.answer_hooks import AnswerHook, AnswerHooks
 from cogumi.serve.engine_host import EngineHost, ServedEngine
 from cogumi.serve.error_handlers import add_error_handlers
-from cogumi.serve.middleware import BodyLimit, RequestIds
 from cogumi.serve.http_routes import feedback_routes, reading_routes, status_routes, text_routes
+from cogumi.serve.middleware import BodyLimit, RequestIds
 
 
 def create_app(

@@ -52,11 +52,11 @@ class _Choice:
             end: Outcome = self._generate()
         except Exception as error:
             end = error
-        seconds = self._elapsed()
+        answered = self._answered(end)  # before the end is posted, which makes the call cancel all its choices
         try:
             self._post(end)  # before the hooks, so that no client waits for them
         finally:
-            self._report(end, seconds)
+            self._call.on_answer(answered)
 
     def cancel(self) -> None:
         """Stop the work, if it still runs."""
@@ -77,24 +77,20 @@ class _Choice:
             _close(events)
         raise missing_reply()
 
-    def _report(self, end: Outcome, seconds: float) -> None:
+    def _answered(self, end: Outcome) -> Answered:
         reply = end if isinstance(end, Reply) else None
         whole = reply is not None and reply.finish_reason != "cancelled"
         cancelled = not whole and (reply is not None or self._cancelled.is_set())
-        error = end if isinstance(end, Exception) and not cancelled else None
-        call = self._call
-        call.on_answer(
-            Answered(
-                call.request_id,
-                call.model,
-                self._request,
-                call.streamed,
-                reply,
-                seconds,
-                self._first,
-                cancelled,
-                error,
-            )
+        return Answered(
+            request_id=self._call.request_id,
+            model=self._call.model,
+            request=self._request,
+            streamed=self._call.streamed,
+            reply=reply,
+            seconds=self._elapsed(),
+            first_token_seconds=self._first,
+            cancelled=cancelled,
+            error=end if isinstance(end, Exception) and not cancelled else None,
         )
 
     def _elapsed(self) -> float:
