@@ -120,6 +120,22 @@ def test_an_engine_that_ends_without_a_reply(client, engine, seen, monkeypatch):
     assert "without a Reply" in str(one(seen).error)
 
 
+def test_an_engine_that_panics(client, engine, seen, monkeypatch):
+    """Native libraries raise what is no `Exception`; a client must not wait for ever then."""
+
+    class Panic(BaseException):
+        pass
+
+    def generate(request):
+        engine.requests.append(request)
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(engine, "generate", generate)
+    with pytest.raises(openai.InternalServerError, match="internal error"):
+        ask(client, "x")
+    assert "index out of bounds" in str(one(seen).error)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_client_that_disconnects(port, engine, seen, stream, n):

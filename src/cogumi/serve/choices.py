@@ -50,8 +50,8 @@ class _Choice:
         """Post every event, the reply or the error last, then report the answer."""
         try:
             end: Outcome = self._generate()
-        except Exception as error:
-            end = error
+        except BaseException as failure:  # panics of native libraries are no `Exception`
+            end = failure if isinstance(failure, Exception) else RuntimeError(f"the engine broke down: {failure!r}")
         answered = self._answered(end)  # before the end is posted, which makes the call cancel all its choices
         try:
             self._post(end)  # before the hooks, so that no client waits for them
@@ -112,10 +112,10 @@ async def run_choices(
         loop.call_soon_threadsafe(queue.put_nowait, (index, outcome))
 
     choices = [_Choice(call, engine, request, partial(post, index)) for index, request in enumerate(requests)]
-    for choice in choices:
-        threads.submit(choice.run)
     running = len(choices)
     try:
+        for choice in choices:
+            threads.submit(choice.run)
         while running:
             try:
                 async with asyncio.timeout(keep_alive_seconds):
