@@ -20,8 +20,8 @@ class Answered:
     `request` what the engine was given (its `id` is the id under which the choice can be rated). `seconds` and
     `first_token_seconds` run from the time at which the server took the request on; the latter ends with the first
     event that carries text, and is None where none came. `cancelled` if the client disconnected or the server closed
-    before the engine had finished, `error` if the engine refused or failed. `reply` is the engine's last word: None after an error,
-    and after a cancellation for which the engine gave no partial reply.
+    before the engine had finished, `error` if the engine refused or failed. `reply` is None after an error, and after
+    a cancellation for which the engine gave no partial reply.
     """
 
     request_id: str
