@@ -340,7 +340,7 @@ def test_closing_frees_the_servers_slot(slow, question, how):
         else:
             engine.close()
             assert final_reply(events).finish_reason == "cancelled"
-        until(lambda: scripted_engine.running == 0)
+        until(lambda: scripted_engine.running == 0, seconds=3)
 
 
 def test_no_more_than_the_workers_are_on_the_wire_and_all_are_answered(slow):

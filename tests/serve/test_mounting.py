@@ -192,7 +192,7 @@ def test_a_disconnect_under_a_prefix_frees_the_slot(stream):
         until_ready(port, "/llm")
         body = CHAT | {"stream": stream, "messages": [{"role": "user", "content": "slow"}]}
         send_and_hang_up(port, body, lambda: engine.running == 1, "/llm/v1/chat/completions")
-        until(lambda: engine.running == 0)  # the script alone would run for a minute
+        until(lambda: engine.running == 0)
 
 
 def test_a_mounted_server_that_cannot_load_says_why():

@@ -70,7 +70,7 @@ class Scripted:
             if word == "break":
                 raise ZeroDivisionError("a defect")
             if word == "slow":
-                for _ in range(3000):
+                for _ in range(500):
                     time.sleep(0.02)
                     yield self._token("z")
             if word == "think":

@@ -88,8 +88,8 @@ def entries(logprobs: Mapping[str, Any] | None) -> list[Entry]:
     ]
 
 
-def _bytes(entry: Mapping[str, Any]) -> bytes:
-    return _piece(entry["token"]) if entry.get("bytes") is None else bytes(entry["bytes"])
+def _bytes(told: Mapping[str, Any]) -> bytes:
+    return _piece(told["token"]) if told.get("bytes") is None else bytes(told["bytes"])
 
 
 def _piece(text: str) -> bytes:

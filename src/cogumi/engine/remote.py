@@ -106,8 +106,8 @@ class RemoteEngine:
         """Negative log-likelihood of `answer` and its end token after the request's prompt."""
         prompt = self._prompt(request)
         ids = [*prompt, *self.tokenizer.encode(answer), self.tokenizer.eos]
-        echoed = self._wait(self._echoed(ids, self._named(request), 1))
-        nats = -sum(entry.logprob or 0.0 for entry in echoed[len(prompt) :])
+        told = self._wait(self._echoed(ids, self._named(request), 1))
+        nats = -sum(entry.logprob or 0.0 for entry in told[len(prompt) :])
         return Score(nats, len(ids) - len(prompt), len(answer.encode("utf-8")))
 
     def read(self, request: Request) -> Reading:

@@ -1,4 +1,4 @@
-"""The text that each event of an engine adds to a screen or a stream, from which nothing can be taken back."""
+"""The text to append to an output stream for each engine event; written text cannot be retracted."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from cogumi.engine.protocol import Event
 
 
 def text_delta(so_far: str, event: Event) -> tuple[str, str]:
-    """The text to append after `so_far` for this event, and the answer's whole text after it.
+    """The text to append after `so_far` for an event, and the answer's current text.
 
-    A revision that begins with `so_far` appends its rest (a low-confidence note); any other follows as a paragraph of
-    its own.
+    A revision that starts with `so_far` (for example one with a low-confidence note) appends its rest; any other
+    revision is appended as a new paragraph.
     """
     if isinstance(event, Token):
         return event.text, so_far + event.text
     if isinstance(event, Revision | Reply):
-        goes_on = event.text.startswith(so_far)
-        return event.text.removeprefix(so_far) if goes_on else f"\n\n{event.text}", event.text
+        continues = event.text.startswith(so_far)
+        return event.text.removeprefix(so_far) if continues else f"\n\n{event.text}", event.text
     return "", so_far
