@@ -6,19 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE, NOTES, ending_of, without_note
 from cogumi.cascade.memory.answer_cache import AnswerCache
 from cogumi.cascade.memory.turns import Memory
 from cogumi.cascade.modes import Mode, Settings
-from cogumi.cascade.services import Parts
 from cogumi.cascade.template_bank import Templates
 from cogumi.confidence.gate import QuestionGate
 from cogumi.confidence.signals import FLOOR
 from cogumi.core.errors import ContextError, RequestError
 from cogumi.core.types import ABSTENTION, Decision, Message, Reply, Request, Revision, Token, Usage
 from cogumi.engine.protocol import final_reply
-from support.bundle import calibrated, make_bundle, open_tiers
+from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
 
@@ -33,7 +31,7 @@ def tiers(tmp_path_factory):
 
 def cascade(tiers, question=EASY, threshold=0.8, draft=0.3, base=0.3, modifier=0.3, **parts):
     gates = {"draft": draft, "base": base, "modifier": modifier, "direct": modifier}
-    return Cascade(Parts(tiers, calibrated(gates, threshold, question), **parts), workers=2)
+    return cascade_of(tiers, calibrated(gates, threshold, question), **parts)
 
 
 def ask(*texts, **values):

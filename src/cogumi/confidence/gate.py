@@ -105,8 +105,19 @@ class Calibration:
     guarantees: Mapping[str, Guarantee]
     searched: Mapping[str, float]
 
+    @property
+    def has_modifiers(self) -> bool:
+        """Whether answers of modifiers were calibrated."""
+        return "modifier" in self.gates
+
     def threshold(self, kind: str, policy: Policy) -> float:
-        """The smallest P(correct) that is accepted; infinite for a policy that was never calibrated."""
+        """What the gate of a `kind` compares an answer with (see `check`).
+
+        The highest perplexity for that kind, else the lowest P(correct); infinite for a policy that was never
+        calibrated.
+        """
+        if kind == "perplexity":
+            return self.perplexity
         name = policy.name
         if kind == "searched":
             return self.searched.get(name, math.inf)

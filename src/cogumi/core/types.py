@@ -146,9 +146,9 @@ class Reply:
 
     `finish_reason` is stop, length or cancelled. From a cascade, `tier` names who answered, `p_correct` is calibrated,
     `route` is the path taken (see `cascade.cascade`) and `accepted` says that the cascade stands by this answer: the
-    guarantee covers it. A bare engine judges nothing and accepts nothing. `prompt`, if the request says `echo`, holds every token of
-    the prompt but the first, which nothing predicts. `hidden`, if the request says `hidden`, is the state after the
-    final norm from which the answer's last token was chosen.
+    guarantee covers it. A bare engine judges nothing and accepts nothing. `prompt`, if the request says `echo`, holds
+    every token of the prompt but the first, which nothing predicts. `hidden`, if the request says so, is the state
+    after the final norm from which the answer's last token was chosen.
     """
 
     text: str
@@ -160,9 +160,9 @@ class Reply:
     tier: str = ""
     route: str = ""
     p_correct: float | None = None
-    accepted: bool = False
     prompt: tuple[Token, ...] = ()
     hidden: tuple[float, ...] = ()
+    accepted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

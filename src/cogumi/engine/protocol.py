@@ -140,7 +140,9 @@ class ExtensibleEngine(Engine, Protocol):
 def lacking(engine: Engine, wanted: Capability) -> RequestError:
     """The error for a request that needs what an engine does not have."""
     has = ", ".join(sorted(engine.capabilities)) or "none"
-    return RequestError(f"{type(engine).__name__} has no {wanted}; ask another engine (capabilities of this one: {has})")
+    return RequestError(
+        f"{type(engine).__name__} has no {wanted}; ask another engine (capabilities of this one: {has})"
+    )
 
 
 def missing_reply() -> RuntimeError:
