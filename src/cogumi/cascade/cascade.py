@@ -27,10 +27,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.cascade.decide import usable
 from cogumi.cascade.execute import RequestFlow
 from cogumi.cascade.services import Services
 from cogumi.cascade.worker_stream import Flow, answered, start
 from cogumi.confidence.gate import KINDS
+from cogumi.confidence.guarantee import Guarantee
 from cogumi.core.errors import BusyError, RequestError
 from cogumi.core.types import Reading, Request, Score
 from cogumi.engine.protocol import Capabilities, Capability, Engine, Event, Tokenizer
@@ -73,6 +75,12 @@ class Cascade:
     def missing(self) -> tuple[str, ...]:
         """One line for each thing that this cascade does without because its engines cannot do it."""
         return self.tiers.missing(self.calibration)
+
+    @property
+    def promise(self) -> Guarantee:
+        """What calibration promised for the tiers of the default mode. Raises `BundleError` if it promised nothing."""
+        mode = self.services.settings.mode(self.services.settings.default)
+        return self.calibration.promise(usable(mode, self.tiers.has_draft, self.calibration).policy)
 
     @property
     def models(self) -> tuple[str, ...]:

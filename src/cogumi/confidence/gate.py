@@ -110,6 +110,12 @@ class Calibration:
         """Whether answers of modifiers were calibrated."""
         return "modifier" in self.gates
 
+    def promise(self, policy: Policy) -> Guarantee:
+        """The promise for a policy. Raises `BundleError` for one that was never calibrated."""
+        if policy.name not in self.guarantees:
+            raise BundleError(f"calibration.json promises nothing for the tiers {policy.name}; build the bundle again")
+        return self.guarantees[policy.name]
+
     def threshold(self, kind: str, policy: Policy) -> float:
         """What the gate of a `kind` compares an answer with (see `check`).
 
