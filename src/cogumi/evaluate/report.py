@@ -117,7 +117,7 @@ def base_probabilities(base: Asked, cascade: Asked) -> tuple[Asked, Doubles]:
     of_base = ("base", "p_correct")
     found = [next((d.value for d in r.decisions if (d.tier, d.signal) == of_base), None) for r in cascade.replies]
     at = [i for i, p in enumerate(found) if p is not None]
-    judged = Asked(*([values[i] for i in at] for values in (base.examples, base.replies, base.correct)))
+    judged = Asked([base.examples[i] for i in at], [base.replies[i] for i in at], [base.correct[i] for i in at])
     return judged, np.array([found[i] for i in at], dtype=np.float64)
 
 
