@@ -59,6 +59,9 @@ def open_cascade(
     `unpack`, telling its `progress` (see `bundle.unpack.Files`). Raises `BundleError` for a bundle that must not be
     opened.
     """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {what}: name the folder of a bundle, or build one: cogumi build")
     with ExitStack() as opened:
         files = Files(folder, unpack, progress)
         opened.callback(files.close)
