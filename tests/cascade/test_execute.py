@@ -14,11 +14,13 @@ from cogumi.cascade.template_bank import Templates
 from cogumi.confidence.gate import QuestionGate
 from cogumi.confidence.signals import FLOOR
 from cogumi.core.errors import ContextError, RequestError
-from cogumi.core.types import ABSTENTION, Decision, Message, Reply, Request, Revision, Token, Usage
+from cogumi.core.types import ABSTENTION, Decision, Example, Message, Reply, Request, Revision, Token, Usage
 from cogumi.engine.protocol import final_reply
+from cogumi.evaluate.accuracy import measure
 from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
+EXAMPLE = Example("1", "code", 1, (), "no model says this", "test", {"check": {"kind": "exact"}})
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +243,40 @@ def test_a_reused_answer_that_is_called_wrong_is_not_given_again(tiers, tmp_path
     final_reply(whole.generate(ask("What is 2 + 3?", said, "wrong", user="bob", stop=stop)))
     assert routes((7, "bob"), (8, "ann")) == ["base", "cache"]
     memory.close()
+
+
+def test_an_abstention_is_told_as_one_and_never_accepted(tiers):
+    forced = ask(grammar='root ::= "I don\'t know."', max_tokens=30, mode="fast")
+    reply = final_reply(cascade(tiers, base=0.9).generate(forced))
+    assert (reply.text, reply.route, reply.accepted) == (ABSTENTION, "abstained", False)
+    judged, told = reply.decisions[-2:]
+    assert (judged.signal, judged.accepted, judged.reason) == (
+        "p_correct",
+        True,
+        "its abstention stands (p_correct 0.90, threshold 0.80)",
+    )
+    assert (told.signal, told.value, told.threshold, told.accepted) == ("abstains", 1.0, 0.0, False)
+    assert told.reason == "base says that it does not know"
+    unsure = final_reply(cascade(tiers, base=0.3).generate(forced))
+    assert "misses the threshold" in unsure.decisions[-2].reason
+    assert unsure.decisions[-1] == replace(told, value=1.0)
+
+
+def test_the_cascade_stands_by_an_answer_on_accepted_routes_only(tiers):
+    cache = AnswerCache(None, None)
+    stop = (answer(tiers, "base", ask())[2:4],)
+    whole = cascade(tiers, base=0.9, draft=0.9, cache=cache)
+    base, again, draft, adapter = (
+        final_reply(whole.generate(request))
+        for request in (ask(stop=stop), ask(stop=stop), ask(mode="turbo"), ask(adapter="code"))
+    )
+    found = {reply.route: reply.accepted for reply in (base, again, draft, adapter)}
+    assert found == {"base": True, "cache": True, "draft": True, "modifier": False}
+    unsure = final_reply(cascade(tiers, modifier=0.9).generate(ask(mode="fast")))
+    assert (unsure.route, unsure.accepted) == ("low_confidence", False)
+    assert final_reply(cascade(tiers, modifier=0.9).generate(ask())).accepted
+    doubted = cascade(tiers, base=0.9, escalation=Unhappy())
+    assert not final_reply(doubted.generate(ask("a", "b", "wrong"))).accepted
+    figures = measure(whole, [ask(stop=stop), ask(mode="turbo")], [EXAMPLE, EXAMPLE])
+    assert (figures["coverage"], figures["accepted_error"]) == (1.0, 1.0)
+    assert measure(tiers.base, [ask()], [EXAMPLE])["coverage"] is None
