@@ -161,7 +161,7 @@ def test_what_is_no_weight_is_blamed_where_it_is_more_than_the_weights():
     assert "ask for less --context or fewer --slots; even with" in many
     slow = told(Serving(2_000_000), tokens_per_second=1000)
     assert "half full, takes 17.41 GB, and there are 18.0 MB to read for each token" in slow
-    nets = told(Serving(), replace(WHOLE, small={"embedder.onnx": 10**9}), disk=10**9)
+    nets = told(Serving(), replace(WHOLE, small={"embedder.onnx": FileSize(10**9)}), disk=10**9)
     assert re.search(r"the draft, adapters and small files take 1\.\d\d GB, and there are 1\.00 GB on disk; even", nets)
 
 

@@ -109,8 +109,8 @@ def test_the_inputs_of_stages_that_compress_are_checked(tmp_path):
     assert re.search("needs an input 'bundle'; given: none", told("archive", {})[0])
     assert re.search("'bundle' is of kind model, not bundle", told("archive", {"bundle": "base"})[0])
     chain = told("chain", {"data": "data", "whole": "base"}, steps=["whole", "small"])
-    assert re.search("'whole' is of kind model, not gguf", chain[0])
-    assert re.search("needs an input 'small'", chain[1])
+    assert re.search("needs an input 'small'", chain[0])
+    assert re.search("'whole' is of kind model, not gguf", chain[1])
 
 
 def test_what_is_not_planned_is_said():

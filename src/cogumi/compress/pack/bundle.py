@@ -42,7 +42,7 @@ from cogumi.core.errors import ExportError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import AdapterFacts, FileFacts, FileSize, ModelFacts
 from cogumi.core.files import write_text
-from cogumi.core.stage import Context
+from cogumi.core.stage import Context, matches
 from cogumi.core.types import Artifact
 from cogumi.data.examples import iterate_examples
 
@@ -50,6 +50,7 @@ VERSION = 2
 KIND = "bundle"
 
 MODIFIER = "modifier_"
+MODIFIERS = MODIFIER + "*"
 INPUTS = {"base": "gguf", "difficulty": "model", "router": "router", "calibration": "calibration"}
 OPTIONAL = {
     "draft": "gguf",
@@ -59,7 +60,7 @@ OPTIONAL = {
     "head": "adapter",
     "fewshot": "gguf",
     "examples": "examples",
-    f"{MODIFIER}*": "gguf",
+    MODIFIERS: "gguf",
 }
 SOURCES = {
     "base": ("model.gguf", BASE, "answers first"),
@@ -90,7 +91,7 @@ class Config(BaseModel):
 
 
 def _source(role: str) -> tuple[str, str, str]:
-    if role.startswith(MODIFIER) and role != MODIFIER:
+    if matches(role, MODIFIERS):
         domain = role.removeprefix(MODIFIER)
         what = f"answers {domain} questions that the base is unsure of"
         return "adapter.gguf", modifier_name(domain), what
@@ -150,7 +151,7 @@ def estimate(config: Config, given: Given) -> Estimate:
         return Estimate()
     of_base, of_draft = given.find("base", ModelFacts), given.find("draft", ModelFacts)
     shared = of_base is not None and of_draft is not None and of_base.tokenizer == of_draft.tokenizer
-    adapters = {role: given.find(role, Adapter) for role in given.inputs if role.startswith(MODIFIER)}
+    adapters = {role: given.find(role, Adapter) for role in given.inputs if matches(role, MODIFIERS)}
     adapters |= {"fewshot": given.find("fewshot", Adapter)} if "fewshot" in given.inputs else {}
     nets = {role: given.find(role, FileFacts) for role in (*BESIDE, *READERS) if role in given.inputs}
     unknown = [role for role, found in {**adapters, **nets}.items() if found is None]
