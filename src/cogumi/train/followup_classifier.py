@@ -27,7 +27,8 @@ from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.followups.dialogues import Dialogue, Set, draw
 from cogumi.models.encoder import DEFAULT, Encoder, load_encoder
-from cogumi.models.followup_lstm import HIDDEN, WIDTH, FollowUpNet, batches, best_threshold, export, fit, word_vectors
+from cogumi.models.followup_lstm import HIDDEN, WIDTH, FollowUpNet, export, word_vectors
+from cogumi.train.fit_followup_net import batches, best_threshold, fit
 
 VERSION = 2
 KIND = "escalation"

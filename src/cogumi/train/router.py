@@ -25,7 +25,7 @@ from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.models.classifier import fit_classifier
+from cogumi.train.fit_classifier import fit_classifier
 
 VERSION = 2
 KIND = "router"
