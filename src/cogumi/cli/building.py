@@ -104,10 +104,10 @@ def plan(
     `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`
     """
     from cogumi.core.amounts import parse_bytes, parse_rate
+    from cogumi.core.estimate import Hardware
     from cogumi.pipeline.plan.bundle_memory import Serving
     from cogumi.pipeline.plan.command import Options, answer_to
     from cogumi.pipeline.plan.routes import Budget
-    from cogumi.pipeline.plan.training_cost import Hardware
 
     of_disk, of_ram, of_gpu = (parse_bytes(text) if text is not None else None for text in (disk, ram, gpu_memory))
     options = Options(

@@ -37,6 +37,8 @@ from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability
 
 VERSION = 3
 KIND = "report"
+INPUTS = {"data": "examples", "bundle": "bundle"}
+OPTIONAL = {"control_*": "gguf"}
 CONTROL = "control_"
 
 _WANTED = (
