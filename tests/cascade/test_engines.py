@@ -154,7 +154,7 @@ def test_a_cascade_that_is_closed_says_so_whatever_it_is_asked(folder):
         lambda: cascade.score(ask(), "five"),
         lambda: cascade.read(ask()),
         lambda: cascade.embed(["a"]),
-        lambda: cascade.feedback("id", "ann", True),
+        lambda: cascade.feedback("id", True, "ann"),
         lambda: cascade.check(ask()),
     ):
         with pytest.raises(RequestError, match=r"^this cascade is closed: open it again$"):

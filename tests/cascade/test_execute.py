@@ -146,13 +146,13 @@ def test_only_the_user_who_got_an_answer_can_rate_it(tiers, tmp_path):
     turn = memory.recent("ann")[0]
     assert (turn.id, turn.session, turn.answer, turn.outcome) == ("one", "s", without_note(reply.text), None)
     with pytest.raises(RequestError):
-        whole.feedback("one", "bob", True)
+        whole.feedback("one", True, "bob")
     with pytest.raises(RequestError):
-        whole.feedback("two", "ann", True)
-    whole.feedback("one", "ann", True)
+        whole.feedback("two", True, "ann")
+    whole.feedback("one", True, "ann")
     assert memory.recent("ann")[0].outcome is True
     with pytest.raises(RequestError, match="--state"):
-        cascade(tiers).feedback("one", "ann", True)
+        cascade(tiers).feedback("one", True, "ann")
     memory.close()
 
 
@@ -235,9 +235,9 @@ def test_a_reused_answer_that_is_called_wrong_is_not_given_again(tiers, tmp_path
 
     assert routes((0, "ann"), (1, "ann"), (2, "bob"), (3, "bob")) == ["base", "cache", "base", "cache"]
     assert {turn.id: turn.route for turn in memory.recent("ann")} == {"ann0": "base", "ann1": "cache"}
-    whole.feedback("ann1", "ann", False)  # the one that was given again
+    whole.feedback("ann1", False, "ann")  # the one that was given again
     assert routes((4, "ann"), (5, "bob")) == ["base", "cache"]
-    whole.feedback("ann4", "ann", True)
+    whole.feedback("ann4", True, "ann")
     assert routes((6, "ann")) == ["cache"]
     said = final_reply(whole.generate(ask(user="bob", stop=stop))).text
     final_reply(whole.generate(ask("What is 2 + 3?", said, "wrong", user="bob", stop=stop)))

@@ -15,14 +15,14 @@ from cogumi.core.types import Message, Reply, Request
 from cogumi.engine.protocol import Engine, Event, missing_reply
 from cogumi.engine.stream_text import further
 
-Question: TypeAlias = str | Message | Mapping[str, str] | Sequence[Message | Mapping[str, str]]
+Input: TypeAlias = str | Message | Mapping[str, str] | Sequence[Message | Mapping[str, str]]
 """A user's message as text, or a conversation: `Message`s or mappings with `role` and `content`."""
 
 OPTIONS = tuple(field.name for field in fields(Request) if field.name not in ("messages", "prompt"))
 ROLES = ("system", "user", "assistant")
 
 
-def as_request(question: Question | Request, options: Mapping[str, Any]) -> Request:
+def as_request(question: Input | Request, options: Mapping[str, Any]) -> Request:
     """A request for `question` with `options` (fields of `Request`) and an id of its own if none is given.
 
     Raises `RequestError` for an unknown option, an empty conversation, or a message that is not one.
@@ -37,7 +37,7 @@ def as_request(question: Question | Request, options: Mapping[str, Any]) -> Requ
     return request if request.id else replace(request, id=uuid.uuid4().hex)
 
 
-def _messages(question: Question) -> tuple[Message, ...]:
+def _messages(question: Input) -> tuple[Message, ...]:
     if isinstance(question, str):
         return (Message("user", question),)
     if isinstance(question, (Message, Mapping)):

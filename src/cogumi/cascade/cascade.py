@@ -23,10 +23,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.cascade.asking import Conversation, Input, Stream, as_request
 from cogumi.cascade.decide import usable
 from cogumi.cascade.execute import RequestFlow
 from cogumi.cascade.services import Services
@@ -34,8 +36,8 @@ from cogumi.cascade.worker_stream import Flow, answered, start
 from cogumi.confidence.gate import KINDS
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.core.errors import BusyError, RequestError
-from cogumi.core.types import Reading, Request, Score
-from cogumi.engine.protocol import Capabilities, Capability, Engine, Event, Tokenizer
+from cogumi.core.types import Reading, Reply, Request, Score
+from cogumi.engine.protocol import Capabilities, Capability, Engine, Event, Tokenizer, final_reply
 
 NAME = "cogumi"
 
@@ -102,10 +104,22 @@ class Cascade:
             return self.tiers.base, replace(request, adapter=tail.partition("+")[2] or request.adapter)
         return self, request
 
-    def score(self, request: Request, answer: str) -> Score:
+    def ask(self, question: Input | Request, **options: Any) -> Reply:
+        """Answer a question; `options` are fields of `Request` (see `asking.as_request`)."""
+        return final_reply(self.generate(as_request(question, options)))
+
+    def stream(self, question: Input | Request, **options: Any) -> Stream:
+        """Answer a question piece by piece; options as for `ask`."""
+        return Stream(self.generate(as_request(question, options)))
+
+    def chat(self, **options: Any) -> Conversation:
+        """A conversation in which every question is asked with these options."""
+        return Conversation(self, **options)
+
+    def score(self, request: Input | Request, answer: str) -> Score:
         """The base's (or the asked adapter's) score of an answer."""
         self._check_open()
-        return self.tiers.base.score(request, answer)
+        return self.tiers.base.score(as_request(request, {}), answer)
 
     def read(self, request: Request) -> Reading:
         """The base's reading of a prompt."""
@@ -133,8 +147,8 @@ class Cascade:
         self._check_open()
         self.tiers.base.check(request)
 
-    def feedback(self, id: str, user: str | None, right: bool) -> None:
-        """Take note of whether an answer was right. Raises `RequestError` if this user has no such answer."""
+    def feedback(self, id: str, right: bool, user: str | None = None) -> None:
+        """Record whether the answer of that id was right. Raises `RequestError` if this user has no such answer."""
         self._check_open()
         self.services.history.rated(id, user or "", right)
 
@@ -145,6 +159,12 @@ class Cascade:
         self._pool.shutdown(wait=True)
         self.services.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise RequestError("this cascade is closed: open it again")
@@ -152,4 +172,4 @@ class Cascade:
     def _direct(self, request: Request) -> Flow:
         tier = f"modifier:{request.adapter}" if request.adapter else "base"
         reply = yield from answered(self.tiers.answer(request, request.adapter or "base"), live=True)
-        return replace(reply, tier=tier, route=tier.partition(":")[0])
+        return replace(reply, tier=tier, route=tier.partition(":")[0], id=request.id or "")

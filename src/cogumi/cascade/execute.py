@@ -64,7 +64,7 @@ class RequestFlow:
         judge = Judge(services, self._id, self._user, situation.question, plan, self._decisions)
         attempt = yield from self._answer(replace(request, speculate=plan.speculate), plan, judge)
         if attempt is None:
-            return Reply("", (), "cancelled", self._usage)
+            return Reply("", (), "cancelled", self._usage, id=self._id)
         reply = yield from self._give(attempt, plan)
         gate_p = attempt.gate_p if plan.calibrated else None
         history.remember(self._id, self._asked, reply, plan.domain, plan.mode, gate_p)
@@ -182,6 +182,7 @@ class RequestFlow:
             route=ending.route,
             p_correct=chosen.check.p if plan.calibrated else None,
             accepted=ending.accepted,
+            id=self._id,
         )
 
 

@@ -86,7 +86,7 @@ class History:
         reason = "the same question was answered before" if hit.exact else f"answered before: {hit.question!r}"
         reused = Decision("cache", "similarity", hit.similarity, 1.0, True, reason)
         self._keep_request(id, request)
-        return replace(hit.reply, route="cache", usage=Usage(), decisions=(*hit.reply.decisions, reused))
+        return replace(hit.reply, route="cache", usage=Usage(), decisions=(*hit.reply.decisions, reused), id=id)
 
     def keep(self, id: str, request: Request, reply: Reply) -> None:
         """Let an accepted answer be given again."""

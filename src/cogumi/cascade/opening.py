@@ -35,7 +35,7 @@ REUSE = ("exact", "static", "verified")
 
 
 def open_cascade(
-    folder: Path,
+    folder: str | Path,
     *,
     slots: int = 8,
     context: int = 512,
@@ -43,7 +43,7 @@ def open_cascade(
     cache: str | None = None,
     gate: str = KINDS[0],
     settings: Settings | None = None,
-    state: Path | None = None,
+    state: str | Path | None = None,
     reuse: str | None = None,
     repack: bool = True,
     unpack: str | None = None,
@@ -59,6 +59,7 @@ def open_cascade(
     `unpack`, telling its `progress` (see `bundle.unpack.Files`). Raises `BundleError` for a bundle that must not be
     opened.
     """
+    folder, state = Path(folder), Path(state) if state else None
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise BundleError(f"{folder} {what}: name the folder of a bundle, or build one: cogumi build")

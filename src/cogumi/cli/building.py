@@ -46,14 +46,14 @@ def demo(runs: RunsOption = RUNS) -> None:
     Example: `cogumi demo` (some ten minutes the first time, seconds after that).
     """
     from cogumi.cascade.opening import open_cascade
-    from cogumi.cli.chat import Conversation
+    from cogumi.cli.chat import answer
 
     report = _build("tiny", runs, None)
     bundle = runs / report["recipe"] / "bundle"
     with closing(open_cascade(bundle)) as cascade:
         for row in report["showcase"]:
             console.print_question(row["question"], row["why"])
-            console.print_reasons(Conversation(cascade).say(row["question"], console.stream))
+            console.print_reasons(answer(cascade.chat(), row["question"]))
     console.print_report(report)
     console.print_next(bundle)
 

@@ -49,7 +49,7 @@ class Served(Engine, Protocol):
     def resolve(self, model: str, request: EngineRequest) -> tuple[Engine, EngineRequest]:
         """The engine behind one of `models`, and the request as that engine takes it."""
 
-    def feedback(self, id: str, user: str | None, right: bool) -> None:
+    def feedback(self, id: str, right: bool, user: str | None = None) -> None:
         """Take note of whether an answer was right."""
 
 
@@ -225,7 +225,7 @@ def _add_feedback_route(app: FastAPI, home: _Home) -> None:
         """An answer was right or wrong; its id is that of the completion, with `-1` and so on for further choices."""
         rate = home.cascade.feedback
         try:
-            await asyncio.get_running_loop().run_in_executor(home.threads, rate, body.id, body.user, body.right)
+            await asyncio.get_running_loop().run_in_executor(home.threads, rate, body.id, body.right, body.user)
         except RequestError as error:
             raise Problem(404, str(error), code="answer_not_found", param="id") from error
 
