@@ -167,7 +167,7 @@ def test_what_is_unpacked_later_fails_the_request_that_needs_it(real, tmp_path):
 def test_the_encoder_is_opened_when_it_is_first_used(real):
     cascade = open_cascade(real[0], slots=2, context=256, threads=1)
     with contextlib.closing(cascade), pytest.raises(BundleError, match="cannot read the tokenizer"):
-        cascade.parts.templates.near("1 + 2?")
+        cascade.services.templates.near("1 + 2?")
     with pytest.raises(BundleError, match="cannot read the tokenizer"):
         open_cascade(real[0], slots=2, context=256, threads=1, reuse="static")
 

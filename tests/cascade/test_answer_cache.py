@@ -27,7 +27,8 @@ text = st.text(st.characters(codec=None), max_size=60)
 
 
 def reply(text, **more):
-    return Reply(text, (Token(0, text, -0.1, 0.1, 1.0),), "stop", Usage(3, 1), tier="base", route="base", **more)
+    kept = {"tier": "base", "route": "base", "accepted": True, **more}
+    return Reply(text, (Token(0, text, -0.1, 0.1, 1.0),), "stop", Usage(3, 1), **kept)
 
 
 def near(folder=None, **more):
@@ -93,8 +94,8 @@ def test_unsure_cut_and_cancelled_answers_are_not_frozen():
     for bad in (
         replace(reply("x"), finish_reason="length"),
         replace(reply("x"), finish_reason="cancelled"),
-        replace(reply("x"), route="low_confidence"),
-        replace(reply("x"), route="abstained"),
+        replace(reply("x"), route="low_confidence", accepted=False),
+        replace(reply("x"), route="abstained", accepted=False),
     ):
         cache.keep(ME, "q", bad)
     assert len(cache) == 0
@@ -157,7 +158,7 @@ from cogumi.cascade.cache import AnswerCache, Hit, Scope
 from cogumi.types import Reply, Usage
 cache = AnswerCache(None, Path(sys.argv[1]), size=150)
 for i in range(100):
-    cache.keep(Scope(user="me"), f"{sys.argv[2]} {i}", Reply(str(i), (), "stop", Usage()))
+    cache.keep(Scope(user="me"), f"{sys.argv[2]} {i}", Reply(str(i), (), "stop", Usage(), accepted=True))
     hit = cache.find(Scope(user="me"), f"{sys.argv[2]} {i}")
     assert hit and hit.reply.text == str(i)
 """

@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 
 from cogumi.bundle.format import open_bundle
-from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE, ending_of, without_note
 from cogumi.cascade.modes import MODES, Mode, Settings, load_settings
 from cogumi.cascade.opening import open_cascade
-from cogumi.cascade.services import Parts
 from cogumi.confidence.gate import QuestionGate
 from cogumi.confidence.nets import Net
 from cogumi.confidence.signals import answer_signals
 from cogumi.core.errors import BundleError, BusyError, CogumiError, ContextError, RequestError
 from cogumi.core.types import ABSTENTION, Decision, Message, Request, Revision, Token
 from cogumi.engine.protocol import final_reply, replies
-from support.bundle import calibrated, make_bundle, open_tiers
+from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 
 SLOTS, CONTEXT = 4, 128
 
@@ -41,7 +39,7 @@ def tiers(bundle):
 def cascade(tiers, base=0.7, modifier=0.7, threshold=0.5, easy=1e9, draft=0.7, queue=1000, question=None, **parts):
     gates = {"draft": draft, "base": base, "modifier": modifier, "direct": modifier}
     whole = calibrated(gates, threshold, question or QuestionGate(easy, 0.5))
-    return Cascade(Parts(tiers, whole, **parts), workers=SLOTS, queue=queue)
+    return cascade_of(tiers, whole, workers=SLOTS, queue=queue, **parts)
 
 
 def ask(text="What is 2 + 3?", **values):
@@ -358,6 +356,6 @@ def test_a_bundle_whose_parts_disagree_is_refused(bundle, tmp_path, monkeypatch)
     """The bundle's checksums hold, yet its nets were not made for each other."""
     files = open_bundle(bundle)
     Net.of(np.zeros(3), np.ones(3), [np.zeros((3, 2))], [[0.0, 0.0]], ["code", "math"]).save(tmp_path / "router")
-    monkeypatch.setattr("cogumi.bundle.format.open_bundle", lambda _: replace(files, router=tmp_path / "router"))
+    monkeypatch.setattr("cogumi.bundle.unpack.open_bundle", lambda _: replace(files, router=tmp_path / "router"))
     with pytest.raises(BundleError, match="different drafts"):
         open_cascade(bundle)

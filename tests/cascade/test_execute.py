@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE, NOTES, ending_of, without_note
 from cogumi.cascade.memory.answer_cache import AnswerCache
 from cogumi.cascade.memory.turns import Memory
 from cogumi.cascade.modes import Mode, Settings
-from cogumi.cascade.services import Parts
 from cogumi.cascade.template_bank import Templates
 from cogumi.confidence.gate import QuestionGate
 from cogumi.confidence.signals import FLOOR
 from cogumi.core.errors import ContextError, RequestError
-from cogumi.core.types import ABSTENTION, Decision, Message, Reply, Request, Revision, Token, Usage
+from cogumi.core.types import ABSTENTION, Decision, Example, Message, Reply, Request, Revision, Token, Usage
 from cogumi.engine.protocol import final_reply
-from support.bundle import calibrated, make_bundle, open_tiers
+from cogumi.evaluate.accuracy import measure
+from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
+EXAMPLE = Example("1", "code", 1, (), "no model says this", "test", {"check": {"kind": "exact"}})
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def tiers(tmp_path_factory):
 
 def cascade(tiers, question=EASY, threshold=0.8, draft=0.3, base=0.3, modifier=0.3, **parts):
     gates = {"draft": draft, "base": base, "modifier": modifier, "direct": modifier}
-    return Cascade(Parts(tiers, calibrated(gates, threshold, question), **parts), workers=2)
+    return cascade_of(tiers, calibrated(gates, threshold, question), **parts)
 
 
 def ask(*texts, **values):
@@ -146,13 +146,13 @@ def test_only_the_user_who_got_an_answer_can_rate_it(tiers, tmp_path):
     turn = memory.recent("ann")[0]
     assert (turn.id, turn.session, turn.answer, turn.outcome) == ("one", "s", without_note(reply.text), None)
     with pytest.raises(RequestError):
-        whole.feedback("one", "bob", True)
+        whole.feedback("one", True, "bob")
     with pytest.raises(RequestError):
-        whole.feedback("two", "ann", True)
-    whole.feedback("one", "ann", True)
+        whole.feedback("two", True, "ann")
+    whole.feedback("one", True, "ann")
     assert memory.recent("ann")[0].outcome is True
     with pytest.raises(RequestError, match="--state"):
-        cascade(tiers).feedback("one", "ann", True)
+        cascade(tiers).feedback("one", True, "ann")
     memory.close()
 
 
@@ -235,11 +235,48 @@ def test_a_reused_answer_that_is_called_wrong_is_not_given_again(tiers, tmp_path
 
     assert routes((0, "ann"), (1, "ann"), (2, "bob"), (3, "bob")) == ["base", "cache", "base", "cache"]
     assert {turn.id: turn.route for turn in memory.recent("ann")} == {"ann0": "base", "ann1": "cache"}
-    whole.feedback("ann1", "ann", False)  # the one that was given again
+    whole.feedback("ann1", False, "ann")  # the one that was given again
     assert routes((4, "ann"), (5, "bob")) == ["base", "cache"]
-    whole.feedback("ann4", "ann", True)
+    whole.feedback("ann4", True, "ann")
     assert routes((6, "ann")) == ["cache"]
     said = final_reply(whole.generate(ask(user="bob", stop=stop))).text
     final_reply(whole.generate(ask("What is 2 + 3?", said, "wrong", user="bob", stop=stop)))
     assert routes((7, "bob"), (8, "ann")) == ["base", "cache"]
     memory.close()
+
+
+def test_an_abstention_is_told_as_one_and_never_accepted(tiers):
+    forced = ask(grammar='root ::= "I don\'t know."', max_tokens=30, mode="fast")
+    reply = final_reply(cascade(tiers, base=0.9).generate(forced))
+    assert (reply.text, reply.route, reply.accepted) == (ABSTENTION, "abstained", False)
+    judged, told = reply.decisions[-2:]
+    assert (judged.signal, judged.accepted, judged.reason) == (
+        "p_correct",
+        True,
+        "its abstention stands (p_correct 0.90, threshold 0.80)",
+    )
+    assert (told.signal, told.value, told.threshold, told.accepted) == ("abstains", 1.0, 0.0, False)
+    assert told.reason == "base says that it does not know"
+    unsure = final_reply(cascade(tiers, base=0.3).generate(forced))
+    assert "misses the threshold" in unsure.decisions[-2].reason
+    assert unsure.decisions[-1] == replace(told, value=1.0)
+
+
+def test_the_cascade_stands_by_an_answer_on_accepted_routes_only(tiers):
+    cache = AnswerCache(None, None)
+    stop = (answer(tiers, "base", ask())[2:4],)
+    whole = cascade(tiers, base=0.9, draft=0.9, cache=cache)
+    base, again, draft, adapter = (
+        final_reply(whole.generate(request))
+        for request in (ask(stop=stop), ask(stop=stop), ask(mode="turbo"), ask(adapter="code"))
+    )
+    found = {reply.route: reply.accepted for reply in (base, again, draft, adapter)}
+    assert found == {"base": True, "cache": True, "draft": True, "modifier": False}
+    unsure = final_reply(cascade(tiers, modifier=0.9).generate(ask(mode="fast")))
+    assert (unsure.route, unsure.accepted) == ("low_confidence", False)
+    assert final_reply(cascade(tiers, modifier=0.9).generate(ask())).accepted
+    doubted = cascade(tiers, base=0.9, escalation=Unhappy())
+    assert not final_reply(doubted.generate(ask("a", "b", "wrong"))).accepted
+    figures = measure(whole, [ask(stop=stop), ask(mode="turbo")], [EXAMPLE, EXAMPLE])
+    assert (figures["coverage"], figures["accepted_error"]) == (1.0, 1.0)
+    assert measure(tiers.base, [ask()], [EXAMPLE])["coverage"] is None

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.cascade.memory import learner as learner_module
-from cogumi.cascade.memory.learner import FILE, Learned, Learner, vote_of
+from cogumi.cascade.memory.known_votes import vote_of
+from cogumi.cascade.memory.learned_file import FILE, Learned, LearnedFile
+from cogumi.cascade.memory.learner import Learner
 from cogumi.cascade.memory.turns import Memory, Turn
 from cogumi.confidence.nets import sigmoid
 from cogumi.confidence.recalibration import Layer, Vote
@@ -144,9 +146,9 @@ def test_an_attacker_neither_withdraws_a_layer_nor_hides_its_harm(memory, tmp_pa
     rng = np.random.default_rng(7)
 
     def look(votes):
-        learner._known = {(v.user, v.id): (2.0, v) for v in votes}
+        learner._votes.votes = {(v.user, v.id): (2.0, v) for v in votes}
         learner._save(Learned(layer=layer, promoted=1.0))
-        return learner._watched(learner._state, layer).layer
+        return learner._watched(learner._file.state, layer).layer
 
     worse = votes_of(rng, 3_000, shift=(-1.5, -1.5))
     villain = [Vote(f"v{i}", "villain", f"v{i}", 0.9, {}, True) for i in range(2_000)]
@@ -187,23 +189,23 @@ def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
 
 
 def hold_lock(folder, ready, done):
-    with closing(Memory(folder / "memory.db")) as memory, Learner(memory, folder, [PROMISE])._alone() as alone:
+    with LearnedFile(folder).alone() as alone:
         ready.put(alone)
         done.get(timeout=30)
 
 
-def test_one_process_learns_at_a_time(memory, tmp_path):
+def test_one_process_learns_at_a_time(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Queue(), context.Queue()
-    learner = Learner(memory, tmp_path, [PROMISE])
+    file = LearnedFile(tmp_path)
     process = context.Process(target=hold_lock, args=(tmp_path, ready, done))
     process.start()
     assert ready.get(timeout=30)
-    with learner._alone() as alone:
+    with file.alone() as alone:
         assert not alone
     process.kill()
     process.join()
-    with learner._alone() as alone:
+    with file.alone() as alone:
         assert alone  # the lock died with its holder
 
 

@@ -63,9 +63,9 @@ def test_opens_in_mode_mobile_unless_the_operator_says_otherwise(mobile, whole, 
     def default(folder, settings=None):
         opened = open_cascade(folder, slots=1, context=128, threads=1, settings=settings)
         opened.close()
-        return opened.parts.settings.default
+        return opened.services.settings.default
 
-    assert cascade.parts.settings.default == "mobile"
+    assert cascade.services.settings.default == "mobile"
     assert default(mobile, Settings(modes={"careful": Mode(votes=5)})) == "mobile"
     assert default(mobile, Settings(default="fast")) == "fast"
     assert default(whole) == "balanced"
@@ -91,7 +91,7 @@ def test_there_is_no_draft_to_ask_for(cascade):
 def test_a_surprised_model_hands_on_at_once_without_reading_twice(cascade, monkeypatch):
     question = replace(cascade.calibration.question, base_perplexity=0.0)
     calibration = replace(cascade.calibration, question=question)
-    monkeypatch.setattr(cascade, "parts", replace(cascade.parts, calibration=calibration))
+    monkeypatch.setattr(cascade, "services", replace(cascade.services, calibration=calibration))
     read, original = [], cascade.tiers.base.read
     monkeypatch.setattr(cascade.tiers.base, "read", lambda r: read.append(r) or original(r))
     reply = final_reply(cascade.generate(ask(mode="mobile")))

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from test_head import write_head
 
 from cogumi.bundle.format import BASE, EXAMPLES, FEWSHOT, HEAD, INDEX, open_bundle, write_bundle
-from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE
 from cogumi.cascade.memory.answer_cache import AnswerCache
 from cogumi.cascade.memory.turns import Memory
 from cogumi.cascade.modes import Mode, Settings
 from cogumi.cascade.opening import open_cascade
-from cogumi.cascade.services import Parts
 from cogumi.cascade.template_bank import Templates
 from cogumi.confidence.gate import QuestionGate
 from cogumi.confidence.nearest_examples import NEAR, OTHERS, SHAPES, nearest, shape
@@ -28,7 +26,7 @@ from cogumi.engine.few_shot import ADAPTER
 from cogumi.engine.protocol import final_reply
 from cogumi.evaluate.suite import Task
 from cogumi.evaluate.suites import templates as suite
-from support.bundle import calibrated, make_bundle, open_tiers
+from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 from support.encoder import Trigrams
 
 SHOTS = (("What is 3 plus 4?", "7"), ("What is 20 plus 1?", "21"))
@@ -126,7 +124,7 @@ def tiers(folder):
 
 def cascade(tiers, question=EASY, p=0.95, **parts):
     gates = dict.fromkeys(("draft", "base", "modifier", "direct"), p)
-    return Cascade(Parts(tiers, calibrated(gates, 0.8, question), **parts), workers=2)
+    return cascade_of(tiers, calibrated(gates, 0.8, question), **parts)
 
 
 def ask(text="What is 2 + 3?", **values):

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from cogumi.cascade.asking import Conversation
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_note
 from cogumi.cascade.opening import open_cascade
-from cogumi.cli.chat import Conversation
 from cogumi.cli.console import print_report
 from cogumi.core.types import ABSTENTION
 from support.bundle import make_bundle
@@ -254,9 +254,9 @@ def test_chat_obeys_commands_and_survives_errors(folder, tmp_path):
 
 def test_a_conversation_remembers_turns_without_notes(cascade):
     conversation = Conversation(cascade)
-    first = conversation.say("What is 3 + 4?")
-    pieces = []
-    second = conversation.say("And 5?", pieces.append)
+    first = conversation.ask("What is 3 + 4?")
+    stream = conversation.stream("And 5?")
+    pieces, second = list(stream), stream.reply
     assert first.text.endswith(LOW_CONFIDENCE)
     assert "".join(pieces) == second.text
     assert second.usage.prompt_tokens > first.usage.prompt_tokens

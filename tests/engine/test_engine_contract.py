@@ -1,4 +1,4 @@
-"""What every engine promises (runtime.engine.Engine): the same pico model in both libraries, and through two servers.
+"""What every engine promises (engine.protocol.Engine): the same pico model in both libraries, and through two servers.
 
 `served` is RemoteEngine over `cogumi serve` in another process, `foreign` the same over llama-cpp-python's server.
 """
@@ -16,7 +16,7 @@ import pytest
 from cogumi.core.errors import ContextError, RequestError
 from cogumi.core.types import Message, Reply, Request, Token
 from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.engine.protocol import final_reply, replies
+from cogumi.engine.protocol import Capability, final_reply, replies
 from cogumi.engine.remote import RemoteEngine
 from cogumi.engine.torch import TorchEngine
 from support.bundle import make_bundle
@@ -47,6 +47,17 @@ GAPS = {
         "penalties": "it also counts the prompt's tokens",
     },
 }
+
+
+DECLARED = {
+    Capability.SCORES: "echo",
+    Capability.HIDDEN_STATES: "hidden states",
+    Capability.WHOLE_DISTRIBUTIONS: "full entropy",
+    Capability.EMBEDDINGS: "embeddings",
+    Capability.GRAMMARS: "grammars",
+    Capability.JSON_SCHEMAS: "schemas",
+}
+"""Capabilities by the name of their gap. What a foreign server lacks, only that server knows."""
 
 
 def engines(*needs):
@@ -113,6 +124,36 @@ def opened(servers):
 @pytest.fixture
 def engine(request, opened):
     return opened(request.param)
+
+
+@pytest.mark.parametrize("kind", ["llama", "torch", "served"])
+def test_an_engine_declares_what_it_can_do(kind, opened):
+    engine = opened(kind)
+    assert {c for c in DECLARED if c in engine.capabilities} == {
+        c for c, gap in DECLARED.items() if gap not in GAPS[kind]
+    }
+    for capability, method in (
+        (Capability.SPECULATION, "drafting_speedup"),
+        (Capability.PREFILL, "prefill"),
+        (Capability.RUNTIME_ADAPTERS, "add_adapter"),
+    ):
+        assert capability not in engine.capabilities or hasattr(engine, method)
+
+
+@pytest.mark.parametrize("engine", [kind for kind in GAPS if "hidden states" in GAPS[kind]], indirect=True)
+def test_hidden_states_that_an_engine_does_not_have_are_refused(engine):
+    with pytest.raises(RequestError, match="RemoteEngine has no hidden states; ask another engine"):
+        engine.generate(replace(ASK, hidden=True))
+
+
+def test_speculation_and_head_adaptation_are_declared_where_they_are_possible():
+    plain = LlamaEngine(pico().base_q8, context=CONTEXT, threads=1, lookup=False)
+    drafting = LlamaEngine(pico().base_q8, context=CONTEXT, threads=1)
+    missing = {Capability.SPECULATION, Capability.HEAD_ADAPTATION}
+    assert set(Capability) - plain.capabilities == missing
+    assert set(Capability) - drafting.capabilities == {Capability.HEAD_ADAPTATION}
+    plain.close()
+    drafting.close()
 
 
 @engines("usage", "exact tokens")
@@ -339,6 +380,28 @@ def test_score_is_the_log_probability_of_the_answer(engine):
     whole = (*prompt, *engine.tokenizer.encode("It is 105."), engine.tokenizer.eos)
     assert answer.nats == pytest.approx(sum(engine.read(Request(prompt=whole)).surprise[-answer.tokens :]), rel=1e-4)
     assert engine.score(ASK, "").tokens == 1
+
+
+@engines("echo")
+def test_a_score_tells_whether_the_text_is_the_greedy_one(engine):
+    """As lm-evaluation-harness asks: a raw prompt is continued, so no end token counts."""
+    tokenizer, found = engine.tokenizer, []
+    for text in ("Tom is taller than Ann.", "hello there", "Ann", "def add(a, b):", "What is 48 plus 57?"):
+        prompt = Request(prompt=text, max_tokens=1)
+        (token,) = final_reply(engine.generate(prompt)).tokens
+        if tokenizer.encode(token.text) != [token.id]:
+            continue  # part of a character, or a piece that is encoded otherwise alone
+        score = engine.score(prompt, token.text)
+        assert (score.tokens, score.greedy) == (1, True)
+        assert -score.nats == pytest.approx(token.logprob, abs=0.02)
+        other = "b" if token.text != "b" else "c"
+        assert engine.score(prompt, other).greedy is False
+        assert engine.score(prompt, token.text + other * 20).greedy is False
+        found.append(token)
+    assert found
+    nothing = engine.score(Request(prompt="Ann"), "")
+    assert (nothing.nats, nothing.tokens, nothing.greedy) == (0.0, 0, True)
+    assert engine.score(ASK, "It is 105.").greedy is False  # a random model says something else
 
 
 @engines("echo")

@@ -414,6 +414,7 @@ EXTENSION = {
     "tier": "modifier:law",
     "route": "modifier",
     "p_correct": 0.75,
+    "accepted": True,
     "decisions": [DECISION],
     "signals": {"length": 3.0, "seconds": 99.0},
     "usage": {"prompt_tokens": 9, "completion_tokens": 5, "cached_tokens": 1, "drafted": 4, "accepted": 3},
@@ -437,6 +438,7 @@ def test_the_cogumi_object_is_read():
     assert decision == Decision(**DECISION)
     assert [token.text for token in tokens] == ["ab", "c"]
     assert (reply.text, reply.tier, reply.route, reply.p_correct) == ("abc", "modifier:law", "modifier", 0.75)
+    assert reply.accepted
     assert reply.decisions == (decision,)
     assert reply.usage == Usage(9, 5, 1, 4, 3)
     assert reply.signals["length"] == 3.0
@@ -454,6 +456,7 @@ def test_the_cogumi_object_is_read():
         EXTENSION | {"tier": 5},
         EXTENSION | {"tier": None},
         EXTENSION | {"p_correct": 1.5},
+        EXTENSION | {"accepted": "perhaps"},
         EXTENSION | {"p_correct": float("nan")},
         EXTENSION | {"p_correct": "much"},
         EXTENSION | {"decisions": 5},
@@ -471,6 +474,7 @@ def test_a_malformed_or_foreign_cogumi_object_is_ignored(extension):
     assert all(isinstance(token, Token) for token in tokens)
     assert (reply.text, reply.finish_reason, reply.usage) == ("abc", "stop", Usage(0, 2))
     assert (reply.tier, reply.route, reply.p_correct, reply.decisions) == ("", "", None, ())
+    assert not reply.accepted
     assert reply.signals.keys() == {"seconds", "first_token_seconds"}
 
 
@@ -510,7 +514,7 @@ def test_a_served_cascade_looks_as_it_does_here(tmp_path):
             assert [event for event in events if isinstance(event, Decision)] == list(near.decisions)
             assert (far.text, far.finish_reason) == (near.text, near.finish_reason)
             assert (far.tier, far.route, far.p_correct) == (near.tier, near.route, near.p_correct)
-            assert far.decisions == near.decisions
+            assert (far.decisions, far.accepted) == (near.decisions, near.accepted)
             assert far.usage.completion_tokens == near.usage.completion_tokens
             assert far.signals.keys() == near.signals.keys() | timing
             assert {k: far.signals[k] for k in near.signals.keys() - timing} == pytest.approx(

@@ -76,7 +76,7 @@ def test_the_suite_learns_and_unlearns(tmp_path, monkeypatch):
     small = {"calm": 600, "one domain worse": 1500, "still worse": 300, "new people too": 400, "as before": 800}
     phases = [Phase(p.name, small[p.name], p.mix, (2 * p.shift[0], 0, 0, 0, 0), p.new, p.harder) for p in PHASES]
     for name, value in {"CHECK": 100, "EVERY": 200, "ENOUGH": 60}.items():
-        monkeypatch.setattr(learning, name, value)
+        monkeypatch.setattr(learner, name, value)
     for name, value in {
         "PHASES": phases,
         "ATTACK": 200,
@@ -84,7 +84,7 @@ def test_the_suite_learns_and_unlearns(tmp_path, monkeypatch):
         "Learner": partial(learner.Learner, need=300),
         "personal": partial(learning.personal, each=2),
     }.items():
-        monkeypatch.setattr(learning, name, value)
+        monkeypatch.setattr(learner, name, value)
     found = suite("learning").run(Task(out=tmp_path / "out"))
     assert isinstance(found, Findings)
     assert SUITES["learning"] == learning.__name__

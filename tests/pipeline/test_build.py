@@ -211,7 +211,8 @@ def test_failing_stage_is_named_and_goes_on_from_its_checkpoint(tmp_path):
 
 def test_missing_role_is_a_recipe_error(tmp_path, monkeypatch):
     (tmp_path / "wanting.py").write_text(
-        "from pydantic import BaseModel\nVERSION, KIND = 1, 'x'\nclass Config(BaseModel): pass\n"
+        "from pydantic import BaseModel\nVERSION, KIND, INPUTS = 1, 'x', {'model': 'toy'}\n"
+        "class Config(BaseModel): pass\n"
         "def run(config, inputs, out, context): return {'path': inputs['model'].path}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 from cogumi.bundle.format import BASE, DRAFT
 from cogumi.cli import app
 from cogumi.compress.gguf.export import export_model
+from cogumi.compress.gguf.planned_files import Adapter, known_weights
+from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.amounts import parse_bytes, parse_rate
 from cogumi.core.errors import CogumiError, RecipeError
+from cogumi.core.facts import FileSize
 from cogumi.core.shapes import KNOWN
-from cogumi.pipeline.plan.bundle_files import Adapter, Parts, known_weights, parts_of_recipe
 from cogumi.pipeline.plan.bundle_memory import Serving
+from cogumi.pipeline.plan.recipe_plan import plan
 from cogumi.pipeline.plan.refusal import instead, refusal
 from cogumi.pipeline.plan.routes import Asked, Budget
-from cogumi.pipeline.plan.training_cost import plan
 from cogumi.pipeline.recipe import load_recipe, parse_recipe
 from support.pico import make_model
 from support.real import qwen2
@@ -39,7 +41,8 @@ BASE_1B = known_weights(KNOWN["Llama-3.2-1B"])
 DRAFT_1B = replace(
     known_weights(replace(KNOWN["Llama-3.2-1B"], hidden=256, layers=4, heads=4, feed_forward=768)), type="q8_0"
 )
-WHOLE = Parts("1b", BASE_1B, DRAFT_1B, True, {"modifiers/code.gguf": Adapter(RANKS)}, small={"README.md": 2000})
+SMALL = {"README.md": FileSize(2000)}
+WHOLE = Parts("1b", BASE_1B, DRAFT_1B, True, {"modifiers/code.gguf": Adapter(RANKS)}, small=SMALL)
 
 
 def asked(parts=WHOLE, bandwidth=BANDWIDTH, **budget):
@@ -158,7 +161,7 @@ def test_what_is_no_weight_is_blamed_where_it_is_more_than_the_weights():
     assert "ask for less --context or fewer --slots; even with" in many
     slow = told(Serving(2_000_000), tokens_per_second=1000)
     assert "half full, takes 17.41 GB, and there are 18.0 MB to read for each token" in slow
-    nets = told(Serving(), replace(WHOLE, small={"embedder.onnx": 10**9}), disk=10**9)
+    nets = told(Serving(), replace(WHOLE, small={"embedder.onnx": FileSize(10**9)}), disk=10**9)
     assert re.search(r"the draft, adapters and small files take 1\.\d\d GB, and there are 1\.00 GB on disk; even", nets)
 
 
@@ -211,7 +214,7 @@ def parts_of(document, root):
     recipe = parse_recipe(yaml.safe_dump(document), "mine", root)
     found = plan(recipe)
     assert not [problem for problem in found.problems if "'bundle'" not in problem]  # the small nets are left out
-    return parts_of_recipe(recipe, found.models)
+    return found.bundle
 
 
 def test_the_bundle_of_a_recipe_follows_its_steps(tmp_path):
@@ -293,8 +296,7 @@ def test_types_that_a_step_finds_are_said_to_be_unknown(tmp_path):
 
 def test_the_laptop_recipe_fits_into_its_name():
     """At Q5_K_M with half of the vocabulary, as its comment says."""
-    recipe = load_recipe("laptop-890mb")
-    parts = parts_of_recipe(recipe, plan(recipe).models)
+    parts = plan(load_recipe("laptop-890mb")).bundle
     megabytes = {name: round(bytes / 1e6) for name, bytes in parts.files.items() if bytes > 1e6}
     assert megabytes == {BASE: 802, DRAFT: 25, "modifiers/math.gguf": 24, "modifiers/code.gguf": 24}
     assert parts.bytes < 890e6

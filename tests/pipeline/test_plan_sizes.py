@@ -27,14 +27,15 @@ from cogumi.compress.gguf.file_sizes import (
 )
 from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
 from cogumi.compress.gguf.layout import Llama
+from cogumi.compress.gguf.planned_files import Weights
 from cogumi.compress.gguf.type_mixture import stored_tensors
+from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.errors import ExportError
 from cogumi.core.shapes import KNOWN
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.binding.quantize import quantize_rows
 from cogumi.evaluate.bench.made_models import SHAPES, make_weights
 from cogumi.evaluate.bench.roofline import weight_bytes
-from cogumi.pipeline.plan.bundle_files import Parts, Weights
 from cogumi.pipeline.plan.bundle_memory import CACHES, REPACKED, Serving, memory
 from support.pico import make_adapter, make_model, make_tokenizer
 from support.real import llama3, qwen2

@@ -7,7 +7,7 @@ import openai
 import pytest
 import uvicorn
 
-from cogumi.cascade.opening import open_cascade
+import cogumi
 from cogumi.serve.app import create_app
 from support.bundle import make_bundle
 from support.serve import raw, serving, until
@@ -57,7 +57,7 @@ def test_the_mounted_applications_answer(names):
 
 
 def test_the_hook_prints_each_answer(names, capsys):
-    app = create_app(lambda: open_cascade(Path("runs/tiny/bundle")), on_answer=[names["hook"]])
+    app = create_app(lambda: cogumi.open("runs/tiny/bundle"), on_answer=[names["hook"]])
     with serving(app) as port:
         answer = answer_at(port)
     printed = capsys.readouterr().out

@@ -20,6 +20,9 @@ from cogumi.bundle.format import (
     open_bundle,
     write_bundle,
 )
+from cogumi.cascade.cascade import Cascade
+from cogumi.cascade.history import History
+from cogumi.cascade.services import Services
 from cogumi.cascade.tiers import Tiers
 from cogumi.compress.gguf.export import export_adapter, export_model
 from cogumi.confidence.calibrators import Calibrator
@@ -90,3 +93,9 @@ def calibrated(gates: Mapping[str, float | None], threshold: float, question: Qu
     names = [policy.name for policy in POLICIES]
     kept = {name: sure(p) for name, p in gates.items() if p is not None}
     return Calibration(question, kept, None, 30.0, dict.fromkeys(names, promise), dict.fromkeys(names, 0.7))
+
+
+def cascade_of(tiers, calibration, *, workers=2, queue=1000, memory=None, cache=None, **services) -> Cascade:
+    """A cascade over tiers that the caller closes."""
+    history = History(memory, None, cache, gate=services.get("gate", "calibrated"))
+    return Cascade(Services(tiers, calibration, history=history, **services), workers=workers, queue=queue)

@@ -18,6 +18,8 @@ from cogumi.pipeline.recipe import load_recipe
 
 VERSION = 1
 KIND = "toy"
+INPUTS: dict[str, str] = {}
+OPTIONAL = {"*": "toy"}
 
 
 class Inner(BaseModel):

@@ -7,9 +7,7 @@ import shutil
 
 import pytest
 
-from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.modes import MODES
-from cogumi.cascade.services import Parts
 from cogumi.confidence.gate import Calibration
 from cogumi.confidence.nets import load_net
 from cogumi.confidence.policy import Policy
@@ -22,7 +20,7 @@ from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import replies
 from cogumi.grading.graders import grade_all
 from cogumi.train import calibrate, router
-from support.bundle import make_bundle
+from support.bundle import cascade_of, make_bundle
 
 ROWS = 60
 SIZE = {"slots": 4, "context": 96}
@@ -116,13 +114,14 @@ def test_the_cascade_does_what_calibration_counted(routed, tmp_path):
     examples = calibrate.read_examples(split_path(inputs["data"].path, "threshold"))
     with calibrate.ExitStack() as opened:
         tiers = calibrate.open_tiers(inputs, config, opened)
-        cascade = Cascade(Parts(tiers, calibration), workers=4)
+        cascade = cascade_of(tiers, calibration, workers=4)
         for mode in ("fast", "balanced", "turbo", "mobile"):
             promise = figures["guarantee"][MODES[mode].policy.name]
             assert math.isfinite(promise["threshold"])
             requests = [Request(messages=e.messages, max_tokens=6, mode=mode) for e in examples]
             answers = list(replies(cascade, requests))
-            confident = [r for r in answers if r.route in ("draft", "base", "base+draft", "modifier")]
+            confident = [r for r in answers if r.accepted]
+            assert {r.route for r in confident} <= {"draft", "base", "base+draft", "modifier"}
             assert len(confident) == promise["accepted"] > 0
             verdicts = grade_all([(e, r.text) for e, r in zip(examples, answers, strict=True) if r in confident])
             assert sum(not v.correct for v in verdicts) == promise["wrong"]

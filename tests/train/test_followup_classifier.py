@@ -23,8 +23,9 @@ from cogumi.data.followups.dialogues import TOPICS, draw, templates
 from cogumi.evaluate.suite import Task
 from cogumi.evaluate.suites import escalation, rated_dialogues
 from cogumi.evaluate.suites.rated_dialogues import halves, read_rated
-from cogumi.models.followup_lstm import FollowUpNet, best_threshold, export, pad
+from cogumi.models.followup_lstm import FollowUpNet, export, pad
 from cogumi.train import followup_classifier as stage
+from cogumi.train.fit_followup_net import best_threshold
 
 SETS = ("train", "selection", "heldout")
 PICO = {"model": "pico", "teacher_rows": 32, "soft_rows": 32, "rows": 2000, "width": 16, "hidden": 16, "judged": 100}

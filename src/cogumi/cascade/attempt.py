@@ -6,19 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cogumi.cascade.services import Parts
+from cogumi.cascade.decide import Plan
+from cogumi.cascade.services import Services
 from cogumi.cascade.tiers import Question
 from cogumi.confidence.gate import Check, check, with_probe
-from cogumi.confidence.signals import answer_signals, modifier_signals, same_text
+from cogumi.confidence.signals import abstains, answer_signals, modifier_signals, same_text
 from cogumi.core.types import Decision, Reply, Request
+
+UNJUDGED = Check(p=0.0, signal="calibrated", value=0.0, threshold=1.0, accepted=False)
+"""For an answer of engines to which the gates do not apply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """`tier` is draft, base, modifier:<domain>, or one of these with what was tried besides (`base+votes`).
 
-    `gate_p` is what the gate itself says, before anything learned from use corrects it. `doubt` says why the answer is
-    not taken for sure whatever the gate says.
+    `gate_p` is what the gate itself says, before anything learned from use corrects it; `check` is the judgement.
+    `doubt` says why the answer does not count as sure whatever the gate says.
     """
 
     tier: str
@@ -35,6 +39,8 @@ class Attempt:
             reason = self.doubt
         elif math.isinf(seen.threshold):
             reason = "no threshold kept the promised error rate at calibration, so no answer counts as sure"
+        elif seen.accepted and abstains(self.reply.text):
+            reason = f"its abstention stands ({seen.signal} {seen.value:.2f}, threshold {seen.threshold:.2f})"
         else:
             relation = "meets" if seen.accepted else "misses"
             reason = f"{seen.signal} {seen.value:.2f} {relation} the threshold {seen.threshold:.2f}"
@@ -44,19 +50,25 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Judges the answers to one question; `doubt` as in `Attempt`."""
+    """Judges the answers to one question under a plan; `decisions` collects what the user is told."""
 
-    parts: Parts
+    services: Services
     id: str
     user: str
-    question: Question
-    threshold: float
-    doubt: str = ""
+    question: Question | None
+    plan: Plan
+    decisions: list[Decision]
+
+    def record(self, decision: Decision) -> Decision:
+        """The same decision, noted for the reply."""
+        self.decisions.append(decision)
+        return decision
 
     def attempt(self, tier: str, name: str, request: Request, reply: Reply, before: Sequence[Attempt]) -> Attempt:
         """The answer of one of a policy's tiers (see `Policy`), a modifier's by its `name`, after those `before`."""
         if tier == "base":
             return self.base(request, reply)
+        assert self.question is not None  # else the base alone is asked
         own = {**answer_signals(reply), **self.question.signals}
         if tier == "draft":
             return self._judged("draft", "draft", reply, own)
@@ -70,14 +82,15 @@ class Judge:
     def base(self, request: Request, reply: Reply) -> Attempt:
         """The base's answer to `request`."""
         tier = "base+examples" if request.examples else "base"
-        signals = self.parts.tiers.base_signals(request, reply, self.question)
-        probe = self.parts.calibration.probe if reply.hidden else None
+        if self.question is None:
+            return Attempt(tier, reply, answer_signals(reply), 0.0, UNJUDGED, self.plan.doubt)
+        signals = self.services.tiers.base_signals(request, reply, self.question)
+        probe = self.services.calibration.probe if reply.hidden else None
         return self._judged("base", tier, reply, with_probe(signals, probe, reply.hidden))
 
     def _judged(self, gate: str, tier: str, reply: Reply, signals: Mapping[str, float]) -> Attempt:
-        own = self.parts.calibration.gates[gate].p_correct(signals)
-        p = self.parts.p_correct(self.id, self.user, own, signals)
-        found = check(self.parts.gate, p, signals, self.threshold)
-        if self.doubt:
-            found = replace(found, accepted=False)
-        return Attempt(tier, reply, signals, own, found, self.doubt)
+        doubt = self.plan.doubt
+        own = self.services.calibration.gates[gate].p_correct(signals)
+        p = self.services.history.p_correct(self.id, self.user, own, signals)
+        found = check(self.services.gate, p, signals, self.plan.threshold)
+        return Attempt(tier, reply, signals, own, replace(found, accepted=found.accepted and not doubt), doubt)

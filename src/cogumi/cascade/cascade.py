@@ -1,4 +1,4 @@
-"""The cascade: an engine that asks cheap tiers first and says how sure it is; `path` tells what becomes of a request.
+"""The cascade: an engine that asks cheap tiers first and says how sure it is (see `decide` and `execute`).
 
 `Reply.route` is the path taken:
 - `base`, `base+draft` (tokens were drafted), `draft`, `modifier`: accepted, so the guarantee covers it;
@@ -7,12 +7,14 @@
   is then that of the answer withheld);
 - `cache`: what was answered with confidence before.
 
-Tokens stream as they come where no other tier can follow and nothing may be withheld; else once an answer
-is chosen. The reply's text is always the streamed text, or that of the last `Revision`. Requests for one
-adapter, and raw prompts, are answered by that tier directly: they are not questions the gates were fitted
-on. Requests with examples of their own are answered by the base, never for sure: nothing was calibrated for them. The
-guarantee was measured on greedy answers; sampled ones (temperature > 0) take the same path without it. `usage` sums
-what all tiers spent on answers; the draft's reading of the question is not in it.
+`Reply.accepted` is true on the routes of the first row and of the last one. Tokens stream as they come where no other
+tier can follow and nothing may be withheld; else once an answer is chosen. The reply's text is always the streamed
+text, or that of the last `Revision`. Requests for one adapter, and raw prompts, are answered by that tier directly:
+they are not questions that the gates were fitted on, so they are not accepted. Requests with examples of their own, and
+all requests where the engines lack what the gates need (`Cascade.missing`), are answered by the base and never
+accepted: nothing was calibrated for them. The guarantee was measured on greedy answers; sampled ones (temperature > 0)
+take the same path without it. `usage` sums what all tiers spent on answers; the draft's reading of the question is not
+in it.
 """
 
 from __future__ import annotations
@@ -21,34 +23,38 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.cascade.execute import Path
-from cogumi.cascade.services import Parts
+from cogumi.cascade.asking import Conversation, Input, Stream, as_request
+from cogumi.cascade.decide import usable
+from cogumi.cascade.execute import RequestFlow
+from cogumi.cascade.services import Services
 from cogumi.cascade.worker_stream import Flow, answered, start
 from cogumi.confidence.gate import KINDS
+from cogumi.confidence.guarantee import Guarantee
 from cogumi.core.errors import BusyError, RequestError
-from cogumi.core.types import Reading, Request, Score
-from cogumi.engine.protocol import Engine, Event, Tokenizer
+from cogumi.core.types import Reading, Reply, Request, Score
+from cogumi.engine.protocol import Capabilities, Capability, Engine, Event, Tokenizer, final_reply
 
 NAME = "cogumi"
 
 
 class Cascade:
-    """Parts and a pool of `workers` threads, one per request in flight; implements `Engine`.
+    """Services and a pool of `workers` threads, one per request in flight; implements `Engine`.
 
     `queue` more requests may wait. Raises `RequestError` for an unknown gate.
     """
 
-    def __init__(self, parts: Parts, *, workers: int = 8, queue: int = 1000) -> None:
-        if parts.gate not in KINDS:
-            raise RequestError(f"unknown gate '{parts.gate}': choose one of {', '.join(KINDS)}")
-        self.parts, self.tiers, self.calibration = parts, parts.tiers, parts.calibration
+    def __init__(self, services: Services, *, workers: int = 8, queue: int = 1000) -> None:
+        if services.gate not in KINDS:
+            raise RequestError(f"unknown gate '{services.gate}': choose one of {', '.join(KINDS)}")
+        self.services, self.tiers, self.calibration = services, services.tiers, services.calibration
         self._closed = threading.Event()
         self._room = threading.BoundedSemaphore(workers + queue)
-        self._door = threading.Lock()  # nobody comes in while the cascade closes
+        self._door = threading.Lock()  # no request is admitted while the cascade closes
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cascade")
 
     @property
@@ -62,10 +68,27 @@ class Cascade:
         return self.tiers.base.adapters
 
     @property
+    def capabilities(self) -> Capabilities:
+        """The base's, but for those that need a method of their own."""
+        own = {Capability.SPECULATION, Capability.PREFILL, Capability.RUNTIME_ADAPTERS}
+        return self.tiers.base.capabilities - own
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """One line for each thing that this cascade does without because its engines cannot do it."""
+        return self.tiers.missing(self.calibration)
+
+    @property
+    def promise(self) -> Guarantee:
+        """What calibration promised for the tiers of the default mode. Raises `BundleError` if it promised nothing."""
+        mode = self.services.settings.mode(self.services.settings.default)
+        return self.calibration.promise(usable(mode, self.tiers.has_draft, self.calibration).policy)
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The names under which the cascade, its modes and its tiers can be asked; see `resolve`."""
         models = ["base", "draft"] if self.tiers.has_draft else ["base"]
-        tails = [*self.parts.settings.names, *models, *(f"base+{name}" for name in self.adapters)]
+        tails = [*self.services.settings.names, *models, *(f"base+{name}" for name in self.adapters)]
         return (NAME, *(f"{NAME}:{tail}" for tail in tails))
 
     def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:
@@ -73,7 +96,7 @@ class Cascade:
         if model not in self.models:
             raise RequestError(f"unknown model '{model}': choose one of {', '.join(self.models)}")
         tail = model.removeprefix(NAME).removeprefix(":")
-        if tail in self.parts.settings.names:
+        if tail in self.services.settings.names:
             return self, replace(request, mode=tail)
         if tail == "draft":
             return self.tiers.draft, request
@@ -81,23 +104,38 @@ class Cascade:
             return self.tiers.base, replace(request, adapter=tail.partition("+")[2] or request.adapter)
         return self, request
 
-    def score(self, request: Request, answer: str) -> Score:
+    def ask(self, question: Input | Request, **options: Any) -> Reply:
+        """Answer a question; `options` are fields of `Request` (see `asking.as_request`)."""
+        return final_reply(self.generate(as_request(question, options)))
+
+    def stream(self, question: Input | Request, **options: Any) -> Stream:
+        """Answer a question piece by piece; options as for `ask`."""
+        return Stream(self.generate(as_request(question, options)))
+
+    def chat(self, **options: Any) -> Conversation:
+        """A conversation in which every question is asked with these options."""
+        return Conversation(self, **options)
+
+    def score(self, request: Input | Request, answer: str) -> Score:
         """The base's (or the asked adapter's) score of an answer."""
-        return self.tiers.base.score(request, answer)
+        self._check_open()
+        return self.tiers.base.score(as_request(request, {}), answer)
 
     def read(self, request: Request) -> Reading:
         """The base's reading of a prompt."""
+        self._check_open()
         return self.tiers.base.read(request)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The base's embeddings."""
+        self._check_open()
         return self.tiers.base.embed(texts)
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Submit a request; iterate to collect. See the module's text for what is streamed when."""
-        self.parts.settings.check(request.mode)
+        self.services.settings.check(request.mode)
         direct = request.adapter is not None or request.prompt is not None
-        flow = self._direct(request) if direct else Path(self.parts, request).run()
+        flow = self._direct(request) if direct else RequestFlow(self.services, request).run()
         with self._door:
             self.check(request)
             if not self._room.acquire(blocking=False):
@@ -106,22 +144,32 @@ class Cascade:
 
     def check(self, request: Request) -> None:
         """Raise what the base would only say once a worker has come to the request."""
-        if self._closed.is_set():
-            raise RequestError("this cascade is closed: open it again")
+        self._check_open()
         self.tiers.base.check(request)
 
-    def feedback(self, id: str, user: str | None, right: bool) -> None:
-        """Take note of whether an answer was right. Raises `RequestError` if this user has no such answer."""
-        self.parts.rated(id, user or "", right)
+    def feedback(self, id: str, right: bool, user: str | None = None) -> None:
+        """Record whether the answer of that id was right. Raises `RequestError` if this user has no such answer."""
+        self._check_open()
+        self.services.history.rated(id, user or "", right)
 
     def close(self) -> None:
         """Cancel what runs or waits, then free the models and close what is kept on disk."""
         with self._door:
             self._closed.set()
         self._pool.shutdown(wait=True)
-        self.parts.close()
+        self.services.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RequestError("this cascade is closed: open it again")
 
     def _direct(self, request: Request) -> Flow:
         tier = f"modifier:{request.adapter}" if request.adapter else "base"
         reply = yield from answered(self.tiers.answer(request, request.adapter or "base"), live=True)
-        return replace(reply, tier=tier, route=tier.partition(":")[0])
+        return replace(reply, tier=tier, route=tier.partition(":")[0], id=request.id or "")

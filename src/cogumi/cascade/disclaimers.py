@@ -1,4 +1,4 @@
-"""What the cascade adds to an answer's text, and how it is taken off again."""
+"""The disclaimers that a cascade adds to an answer's text, and how they are taken off again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTES = (LOW_CONFIDENCE, AGAIN)
 
 
 def without_note(text: str) -> str:
-    """A reply's text as the tier gave it, for grading and for follow-ups; whatever imitates our notes goes too."""
+    """A reply's text as the tier gave it, for grading and for follow-ups; imitations of our notes are removed too."""
     while any(text.endswith(note) for note in NOTES):
         for note in NOTES:
             text = text.removesuffix(note)
@@ -22,9 +22,9 @@ def without_note(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What becomes of an answer: its text, by which route, and why it is no confident one (empty: it is).
+    """How an answer is given: its text, the route, and the `reason` why the cascade does not stand by it (or empty).
 
-    `withheld` if the abstention sentence stands in its place.
+    `withheld` if the abstention sentence replaces it.
     """
 
     text: str
@@ -32,11 +32,16 @@ class Ending:
     reason: str = ""
     withheld: bool = False
 
+    @property
+    def accepted(self) -> bool:
+        """Whether the cascade stands by the answer: the one source of `Reply.accepted`."""
+        return not self.reason
+
 
 def ending_of(
     tier: str, text: str, drafted: bool, accepted: bool, withhold: bool, note: str = LOW_CONFIDENCE
 ) -> Ending:
-    """What to say with the answer `text` of `tier`; `withhold` if the request wants none that was not `accepted`."""
+    """How to give the answer `text` of `tier`; `withhold` if the request wants no answer that was not `accepted`."""
     text = without_note(text)
     if abstains(text):
         return Ending(text, "abstained", f"{tier} says that it does not know")
@@ -46,4 +51,4 @@ def ending_of(
     if withhold:
         reason = "no answer reached the threshold, and the request wants no unsure one"
         return Ending(ABSTENTION, "abstained", reason, withheld=True)
-    return Ending(text + note, "low_confidence", f"the likeliest answer is that of {tier}, and it is not sure enough")
+    return Ending(text + note, "low_confidence", f"the likeliest answer, that of {tier}, is not sure enough")

@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache as once
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cogumi.bundle.format import Bundle
 from cogumi.bundle.packed import Progress, quiet
 from cogumi.bundle.unpack import Files
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.dissatisfaction import Escalation
+from cogumi.cascade.engines import EngineFactory, EngineOptions, Engines, llama_engines
+from cogumi.cascade.history import History
 from cogumi.cascade.memory.answer_cache import AnswerCache
 from cogumi.cascade.memory.learner import Learner
 from cogumi.cascade.memory.turns import FILE, Memory
 from cogumi.cascade.modes import Settings
 from cogumi.cascade.self_critique import Critic
-from cogumi.cascade.services import Parts
+from cogumi.cascade.services import Services
 from cogumi.cascade.template_bank import Pair, Templates
 from cogumi.cascade.tiers import Tiers
 from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.confidence.nets import load_head, load_net, load_scope
 from cogumi.core.errors import BundleError, CogumiError
 from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
-from cogumi.engine.few_shot import ADAPTER, read_pairs
-from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.few_shot import read_pairs
 
 REUSE = ("exact", "static", "verified")
 """Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
 
 
 def open_cascade(
-    folder: Path,
+    folder: str | Path,
     *,
     slots: int = 8,
     context: int = 512,
@@ -43,50 +43,46 @@ def open_cascade(
     cache: str | None = None,
     gate: str = KINDS[0],
     settings: Settings | None = None,
-    state: Path | None = None,
+    state: str | Path | None = None,
     reuse: str | None = None,
     repack: bool = True,
     unpack: str | None = None,
     progress: Progress = quiet,
+    engines: EngineFactory = llama_engines,
 ) -> Cascade:
-    """Open and verify a bundle as a cascade of `slots` requests at a time, `context` tokens each.
+    """Open and verify a bundle as a cascade.
 
-    `threads` per model and the type of their key-value `cache` (None: the engine's choice). `state` is the folder of
-    what is kept between runs: session memory, what was learned, and answers to `reuse` (one of `REUSE`; these can also
-    be kept in memory only). None: nothing is kept. Without `repack` the models answer slower, in up to half the memory
-    (see `engine.llama.binding.model.Model`). A packed bundle is unpacked in the way `unpack`, telling its `progress`
-    (see `bundle.unpack.Files`). Raises `BundleError` for a bundle that must not be opened.
+    `slots`, `context`, `threads`, `cache` and `repack` are for its engines (see `EngineOptions`), which come from the
+    factory `engines`: it may give another base, on a server say; `Cascade.missing` tells what then cannot be had.
+    `state` is the folder of what is kept between runs: session memory, what was learned, and answers to `reuse` (one
+    of `REUSE`; these can also be kept in memory only). None: nothing is kept. A packed bundle is unpacked in the way
+    `unpack`, telling its `progress` (see `bundle.unpack.Files`). Raises `BundleError` for a bundle that must not be
+    opened.
     """
+    folder, state = Path(folder), Path(state) if state else None
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {what}: name the folder of a bundle, or build one: cogumi build")
     with ExitStack() as opened:
         files = Files(folder, unpack, progress)
         opened.callback(files.close)
         bundle = files.bundle
         calibration = Calibration.from_json(bundle.calibration)
-        memory = Memory(state / FILE) if state else None
-        if memory:
-            opened.callback(memory.close)
-        learner = Learner(memory, state, list(calibration.guarantees.values())) if memory and state else None
         embedder = once(partial(_embedder, files, bundle.embedder)) if bundle.embedder else None
-        answers = _answers(bundle, embedder, reuse, state)
-        if answers is not None:
-            opened.callback(answers.close)
-        size = {"slots": slots, "context": context, "threads": threads, "cache": cache, "repack": repack}
-        tiers = _tiers(files, size, opened)
-        parts = Parts(
+        history = _history(bundle, calibration, embedder, state, reuse, gate, opened)
+        tiers = _tiers(bundle, engines(files, EngineOptions(slots, context, threads, cache, repack)), opened)
+        services = Services(
             tiers,
             calibration,
-            _settings(settings or Settings(), bundle),
-            gate,
-            memory,
-            learner,
-            Escalation(bundle.escalation) if bundle.escalation else None,
-            answers,
-            Critic(bundle.critic) if bundle.critic else None,
-            Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
-            bundle.fingerprint,
-            files,
+            settings=_settings(settings or Settings(), bundle),
+            gate=gate,
+            history=history,
+            escalation=Escalation(bundle.escalation) if bundle.escalation else None,
+            critic=Critic(bundle.critic) if bundle.critic else None,
+            templates=Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
+            files=files,
         )
-        cascade = Cascade(parts, workers=slots)
+        cascade = Cascade(services, workers=slots)
         opened.pop_all()
     return cascade
 
@@ -104,26 +100,36 @@ def _embedder(files: Files, folder: Path) -> Embedder:
     return Embedder(folder)
 
 
-def _tiers(files: Files, size: Mapping[str, Any], opened: ExitStack) -> Tiers:
+def _tiers(bundle: Bundle, engines: Engines, opened: ExitStack) -> Tiers:
     """The models, with heads that fit them; `opened` closes them. Without a draft, the base reads questions itself."""
-    bundle = files.bundle
-    adapters = bundle.modifiers | ({ADAPTER: bundle.fewshot} if bundle.fewshot else {})
+    base, draft = engines
+    for engine in (draft, base):
+        if engine is not None:
+            opened.callback(engine.close)
     difficulty, router = load_head(bundle.difficulty), load_net(bundle.router)
     if len(router.mean) != 2 * len(difficulty.mean):
         raise BundleError(f"{bundle.path}: router and difficulty head read different drafts; build it again")
-    draft = LlamaEngine(bundle.draft, lookup=False, **size) if bundle.draft else None
-    if draft:
-        opened.callback(draft.close)
-    base = LlamaEngine(
-        bundle.base,
-        draft=draft,
-        adapters={name: partial(files.file, path) if files.lazy else path for name, path in adapters.items()},
-        head=bundle.head,
-        base_sha256=bundle.base_fingerprint,
-        **size,
-    )
-    opened.callback(base.close)
     return Tiers(base, draft or base, difficulty, router, load_scope(bundle.router))
+
+
+def _history(
+    bundle: Bundle,
+    calibration: Calibration,
+    embedder: Callable[[], Embedder] | None,
+    state: Path | None,
+    reuse: str | None,
+    gate: str,
+    opened: ExitStack,
+) -> History:
+    """What is kept of earlier requests; `opened` closes it."""
+    memory = Memory(state / FILE) if state else None
+    if memory:
+        opened.callback(memory.close)
+    learner = Learner(memory, state, list(calibration.guarantees.values())) if memory and state else None
+    answers = _answers(bundle, embedder, reuse, state)
+    if answers is not None:
+        opened.callback(answers.close)
+    return History(memory, learner, answers, model=bundle.fingerprint, gate=gate)
 
 
 def _answers(

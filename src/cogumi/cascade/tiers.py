@@ -5,19 +5,20 @@ In a mobile package (SPEC D10) one model is both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
 from cogumi.confidence.domain_router import in_scope, route
+from cogumi.confidence.gate import Calibration
 from cogumi.confidence.nets import Net, sigmoid
 from cogumi.confidence.signals import FLOOR, answer_signals, opinion_signals, question_signals
-from cogumi.core.errors import ContextError
+from cogumi.core.errors import ContextError, RequestError
 from cogumi.core.text import last_user_message
 from cogumi.core.types import Reading, Reply, Request, Score
-from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.engine.protocol import Engine, Event
+from cogumi.engine.protocol import Capability, Engine, Event, PrefillingEngine, SpeculatingEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,26 @@ class Tiers:
         """The tier that reads questions before they are answered."""
         return "draft" if self.has_draft else "base"
 
+    def gap(self, calibration: Calibration) -> str:
+        """What the engines lack that the calibrated gates need, in words; empty where the gates apply."""
+        reading = {Capability.SCORES, Capability.HIDDEN_STATES}
+        answering = {Capability.WHOLE_DISTRIBUTIONS} | ({Capability.HIDDEN_STATES} if calibration.probe else set())
+        needs = [(self.reader, self.draft, reading), ("base", self.base, answering)]
+        found = [what for role, engine, wanted in needs if (what := _lack(role, engine, wanted))]
+        return f"{' and '.join(found)}, which the gates need, so no answer counts as sure" if found else ""
+
+    def missing(self, calibration: Calibration) -> tuple[str, ...]:
+        """One line for each thing that a cascade of these engines does without."""
+        gap = self.gap(calibration)
+        found = [f"{gap}, P(correct) is not known, and modifiers answer only requests that name them"] if gap else []
+        if calibration.has_modifiers and not self.base.adapters:
+            found.append("the base has no modifiers: it answers alone")
+        if what := _lack("base", self.base, {Capability.SPECULATION}):
+            found.append(f"{what}: it generates token by token")
+        if self.base.adapters and (what := _lack("base", self.base, {Capability.PREFILL})):
+            found.append(f"{what}: a modifier is loaded only once it is asked")
+        return tuple(found)
+
     def modifier_of(self, question: Question) -> str | None:
         """The modifier that a question belongs to, None for the base's own business."""
         return route(question.domains, self.base.adapters) if in_scope(question.domains, self.scope) else None
@@ -69,6 +90,11 @@ class Tiers:
 
     def judge(self, request: Request, reading: Reading) -> Question:
         """What difficulty head and router make of the draft's reading of a request."""
+        if len(reading.last) != len(self.difficulty.mean):
+            raise RequestError(
+                f"the {self.reader} has hidden states of {len(reading.last)} numbers, the bundle's heads read "
+                f"{len(self.difficulty.mean)}: open the bundle with the model that they were trained on"
+            )
         p_easy = float(sigmoid(self.difficulty.logits(reading.last)[0]))
         domains = self.router.probabilities(router_input(reading))
         text = last_user_message(request.messages)
@@ -82,9 +108,9 @@ class Tiers:
         return self.base.generate(replace(request, adapter=None if tier == "base" else tier))
 
     def read_ahead(self, request: Request, domain: str, name: str) -> None:
-        """Have a domain's modifier loaded and the prompt read by it while the base answers."""
-        if isinstance(self.base, LlamaEngine):
-            self.base.prefill(name, replace(request, adapter=domain))
+        """Have a domain's modifier loaded and the prompt read by it while the base answers, if the base can."""
+        if Capability.PREFILL in self.base.capabilities:
+            cast(PrefillingEngine, self.base).prefill(name, replace(request, adapter=domain))
 
     def surprise(self, request: Request) -> float:
         """The base's perplexity of a request's prompt, read before anything is generated."""
@@ -105,13 +131,19 @@ class Tiers:
 
     def drafting_speedup(self) -> float:
         """How many times faster the base is expected to answer with drafts; 0 where it cannot have any."""
-        base = self.base
-        return base.drafting_speedup if isinstance(base, LlamaEngine) and base.costs else 0.0
+        speculates = Capability.SPECULATION in self.base.capabilities
+        return cast(SpeculatingEngine, self.base).drafting_speedup if speculates else 0.0
 
     def close(self) -> None:
         """Free both models."""
         self.base.close()
         self.draft.close()
+
+
+def _lack(role: str, engine: Engine, wanted: Collection[Capability]) -> str:
+    """What of `wanted` an engine does not have, in words; empty if it has all."""
+    lacking = sorted(set(wanted) - engine.capabilities)
+    return f"the {role} ({type(engine).__name__}) has no {' and no '.join(lacking)}" if lacking else ""
 
 
 def _alone(request: Request) -> Request:

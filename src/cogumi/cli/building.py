@@ -46,14 +46,14 @@ def demo(runs: RunsOption = RUNS) -> None:
     Example: `cogumi demo` (some ten minutes the first time, seconds after that).
     """
     from cogumi.cascade.opening import open_cascade
-    from cogumi.cli.chat import Conversation
+    from cogumi.cli.chat import answer
 
     report = _build("tiny", runs, None)
     bundle = runs / report["recipe"] / "bundle"
     with closing(open_cascade(bundle)) as cascade:
         for row in report["showcase"]:
             console.print_question(row["question"], row["why"])
-            console.print_reasons(Conversation(cascade).say(row["question"], console.stream))
+            console.print_reasons(answer(cascade.chat(), row["question"]))
     console.print_report(report)
     console.print_next(bundle)
 
@@ -104,10 +104,10 @@ def plan(
     `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`
     """
     from cogumi.core.amounts import parse_bytes, parse_rate
+    from cogumi.core.estimate import Hardware
     from cogumi.pipeline.plan.bundle_memory import Serving
     from cogumi.pipeline.plan.command import Options, answer_to
     from cogumi.pipeline.plan.routes import Budget
-    from cogumi.pipeline.plan.training_cost import Hardware
 
     of_disk, of_ram, of_gpu = (parse_bytes(text) if text is not None else None for text in (disk, ram, gpu_memory))
     options = Options(

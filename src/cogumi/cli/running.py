@@ -48,7 +48,7 @@ def chat(
     Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
     """
     from cogumi.cascade.modes import load_settings
-    from cogumi.cli.chat import Conversation, load_examples, talk
+    from cogumi.cli.chat import USER, answer, load_examples, talk
 
     if json and once is None:
         raise CogumiError('--json prints one answer: give its question with --once "..."')
@@ -57,18 +57,18 @@ def chat(
     shown = load_examples(examples) if examples else ()
     opened = _opened(chosen_bundle(bundle), threads=threads, repack=repack, settings=chosen, state=state, unpack=unpack)
     with closing(opened) as cascade:
-        conversation = Conversation(cascade, mode, chosen, shown)
+        conversation = cascade.chat(mode=mode, user=USER, examples=shown)
         if once is None:
-            talk(conversation)
+            talk(conversation, chosen)
         elif json:
             from cogumi.engine.reply_extension import extension
 
-            reply = conversation.say(once)
+            reply = conversation.ask(once)
             console.emit(
                 {"question": once, "answer": reply.text, "finish_reason": reply.finish_reason} | extension(reply)
             )
         else:
-            console.print_reasons(conversation.say(once, console.stream))
+            console.print_reasons(answer(conversation, once))
 
 
 def serve(

@@ -9,7 +9,7 @@ short training on the questions that the adapter was made for can win back.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.core.errors import ArtifactError, DataError, RecipeError, TrainingError
+from cogumi.core.estimate import Estimate, Given, uncounted
+from cogumi.core.facts import AdapterFacts, ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
@@ -35,6 +37,8 @@ from cogumi.train.validation import applied, judge_answers
 
 VERSION = 1
 KIND = "adapter"
+INPUTS = {"examples": "examples", "model": "model", "adapter": "adapter"}
+OPTIONAL = {"responses": "responses"}
 TRAINS = True
 
 
@@ -122,6 +126,21 @@ def _heal(
     rows = make_rows(failed, HFTokenizer.load(inputs["model"].path), model.config.max_position_embeddings)
     judge = partial(judge_answers, rows=own)
     return train(model, rows, answer_loss, config, out, context, judge, after_step=hold_zeros).step
+
+
+def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
+    """What the base answered, to train on what it failed."""
+    return OPTIONAL if config.loop else {}
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The adapter at its new rank, and the steps of its training."""
+    adapter = given.find("adapter", AdapterFacts)
+    if adapter:
+        adapter = AdapterFacts(dict.fromkeys(adapter.ranks, config.rank), adapter.head)
+    if config.loop is None:
+        return Estimate((adapter,))
+    return uncounted(adapter, model=given.find("model", ModelFacts), steps=config.loop.steps)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -105,8 +105,25 @@ class Calibration:
     guarantees: Mapping[str, Guarantee]
     searched: Mapping[str, float]
 
+    @property
+    def has_modifiers(self) -> bool:
+        """Whether answers of modifiers were calibrated."""
+        return "modifier" in self.gates
+
+    def promise(self, policy: Policy) -> Guarantee:
+        """The promise for a policy. Raises `BundleError` for one that was never calibrated."""
+        if policy.name not in self.guarantees:
+            raise BundleError(f"calibration.json promises nothing for the tiers {policy.name}; build the bundle again")
+        return self.guarantees[policy.name]
+
     def threshold(self, kind: str, policy: Policy) -> float:
-        """The smallest P(correct) that is accepted; infinite for a policy that was never calibrated."""
+        """What the gate of a `kind` compares an answer with (see `check`).
+
+        The highest perplexity for that kind, else the lowest P(correct); infinite for a policy that was never
+        calibrated.
+        """
+        if kind == "perplexity":
+            return self.perplexity
         name = policy.name
         if kind == "searched":
             return self.searched.get(name, math.inf)

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from cogumi.core.errors import RecipeError
-from cogumi.core.stage import Stage
+from cogumi.core.stage import DECLARED, Stage
 
 STAGES: dict[str, str] = {
     "world": "cogumi.data.world.questions",
@@ -73,10 +73,16 @@ def _import(module: str, wanted_by: str) -> ModuleType:
 
 
 def stage(name: str) -> Stage:
-    """The stage module of that name; `RecipeError` names the nearest if there is none."""
+    """The stage module of that name; `RecipeError` names the nearest if there is none, or what the module lacks."""
     if name not in STAGES:
         raise RecipeError(f"unknown stage '{name}'; {nearest(name, STAGES)}")
-    return cast(Stage, _import(STAGES[name], f"stage '{name}'"))
+    module = _import(STAGES[name], f"stage '{name}'")
+    if missing := [each for each in DECLARED if not hasattr(module, each)]:
+        raise RecipeError(
+            f"stage '{name}': its module {module.__name__} does not declare {', '.join(missing)}; "
+            "CONTRIBUTING.md says what a stage declares"
+        )
+    return cast(Stage, module)
 
 
 def engine(name: str) -> type[Any]:

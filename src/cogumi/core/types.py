@@ -144,10 +144,12 @@ class Revision:
 class Reply:
     """The end of every generation: the whole text with what it cost and why it is what it is.
 
-    `finish_reason` is stop, length or cancelled. From a cascade, `tier` names who answered, `p_correct` is calibrated
-    and `route` is the path taken (see `cascade.cascade`). `prompt`, if the request says `echo`, holds every token of
-    the prompt but the first, which nothing predicts. `hidden`, if the request says `hidden`, is the state after the
-    final norm from which the answer's last token was chosen.
+    `finish_reason` is stop, length or cancelled. From a cascade, `tier` names who answered, `p_correct` is
+    calibrated, `route` is the path taken (see `cascade.cascade`) and `accepted` says that the cascade stands by
+    this answer: the guarantee covers it; `id` is the request's, by which the answer can be rated. A bare engine
+    judges nothing and accepts nothing. `prompt`, if the request says `echo`, holds every token of the prompt but
+    the first, which nothing predicts. `hidden`, if the request says so, is the state after the final norm from
+    which the answer's last token was chosen.
     """
 
     text: str
@@ -161,15 +163,22 @@ class Reply:
     p_correct: float | None = None
     prompt: tuple[Token, ...] = ()
     hidden: tuple[float, ...] = ()
+    accepted: bool = False
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Summed negative log-likelihood of a text: `nats` over `tokens` tokens and `bytes` UTF-8 bytes."""
+    """Summed negative log-likelihood of a text: `nats` over `tokens` tokens and `bytes` UTF-8 bytes.
+
+    `greedy`: whether every one of these tokens is the likeliest at its place, so that greedy decoding gives this text;
+    None where that is not known.
+    """
 
     nats: float
     tokens: int
     bytes: int
+    greedy: bool | None = None
 
     @property
     def perplexity(self) -> float:

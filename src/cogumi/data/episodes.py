@@ -33,6 +33,7 @@ from cogumi.data.task_families import FAMILIES, WORDS, Family
 
 VERSION = 1
 KIND = "episodes"
+INPUTS = {"examples": "examples"}
 
 _TRIES = 2_000
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import TokenizerFacts
 from cogumi.core.files import write_text
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -16,6 +18,7 @@ from cogumi.data.examples import read_examples, split_path
 
 VERSION = 1
 KIND = "tokenizer"
+INPUTS = {"examples": "examples"}
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("system", "user", "assistant")
@@ -51,6 +54,11 @@ def train(texts: list[str], vocabulary: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """A vocabulary of its own, as large as asked."""
+    return Estimate((TokenizerFacts(given.step, config.vocabulary),))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -42,6 +42,11 @@ def prompt_of(request: Request, tokenizer: Tokenizer, adapters: Collection[str])
     return prompt
 
 
+def continuation(request: Request, answer: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of `answer` as they follow a request's prompt: a chat's answer has its end token, a continuation has none."""
+    return [*tokenizer.encode(answer), *([] if request.prompt is not None else [tokenizer.eos])]
+
+
 def check_adapter(request: Request, adapters: Collection[str]) -> None:
     """Raise `RequestError` if the adapter that a request names is none of these."""
     if request.adapter is not None and request.adapter not in adapters:

@@ -88,6 +88,13 @@ def entries(logprobs: Mapping[str, Any] | None) -> list[Entry]:
     ]
 
 
+def all_greedy(told: Sequence[Entry]) -> bool | None:
+    """Whether each token is the likeliest at its place; None where a server does not tell the best ones."""
+    if any(entry.logprob is None or not entry.best for entry in told):
+        return None
+    return all(entry.logprob >= entry.best[0][1] for entry in told if entry.logprob is not None)
+
+
 def _bytes(told: Mapping[str, Any]) -> bytes:
     return _piece(told["token"]) if told.get("bytes") is None else bytes(told["bytes"])
 
@@ -206,6 +213,7 @@ class StreamedAnswer:
             tier=seen.tier,
             route=seen.route,
             p_correct=seen.p_correct,
+            accepted=seen.accepted,
             prompt=self._prompt,
         )
 

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 
 from cogumi.core.errors import BusyError, ContextError, RequestError
 from cogumi.core.types import Reading, Reply, Request, Score, Usage
-from cogumi.engine.admission import check_adapter, prompt_of
+from cogumi.engine.admission import check_adapter, continuation, prompt_of
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.few_shot import in_context
 from cogumi.engine.llama.binding.model import load_tokenizer
-from cogumi.engine.openai_protocol import BEST, Entry, StreamedAnswer, Vocabulary, entries, to_body
-from cogumi.engine.protocol import Event, Tokenizer
+from cogumi.engine.openai_protocol import BEST, Entry, StreamedAnswer, Vocabulary, all_greedy, entries, to_body
+from cogumi.engine.protocol import Capabilities, Capability, Event, Tokenizer, lacking
 from cogumi.engine.sampling import check
 
 T = TypeVar("T")
@@ -89,6 +89,12 @@ class RemoteEngine:
         """Names a request may give as `adapter`."""
         return tuple(self._adapters)
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What OpenAI's API offers; scores need a tokenizer too, and a server may have less."""
+        scores = {Capability.SCORES} if self._tokenizer else set()
+        return frozenset({Capability.EMBEDDINGS, Capability.JSON_SCHEMAS} | scores)
+
     def check(self, request: Request) -> None:
         """Raise what `generate` would refuse before anything is sent."""
         self._body(request)
@@ -103,12 +109,12 @@ class RemoteEngine:
         return Events(events.get, task.cancel)
 
     def score(self, request: Request, answer: str) -> Score:
-        """Negative log-likelihood of `answer` and its end token after the request's prompt."""
+        """Negative log-likelihood of `answer` after the request's prompt; see `Engine.score`."""
         prompt = self._prompt(request)
-        ids = [*prompt, *self.tokenizer.encode(answer), self.tokenizer.eos]
-        told = self._wait(self._echoed(ids, self._named(request), 1))
-        nats = -sum(entry.logprob or 0.0 for entry in told[len(prompt) :])
-        return Score(nats, len(ids) - len(prompt), len(answer.encode("utf-8")))
+        ids = [*prompt, *continuation(request, answer, self.tokenizer)]
+        told = self._wait(self._echoed(ids, self._named(request), 1))[len(prompt) :]
+        nats = -sum(entry.logprob or 0.0 for entry in told)
+        return Score(nats, len(told), len(answer.encode("utf-8")), greedy=all_greedy(told))
 
     def read(self, request: Request) -> Reading:
         """Score of the prompt; servers give no hidden states, so `last` and `mean` are empty."""
@@ -207,6 +213,8 @@ class RemoteEngine:
 
     def _body(self, request: Request) -> dict[str, Any]:
         check(request)
+        if request.hidden:
+            raise lacking(self, Capability.HIDDEN_STATES)
         return to_body(in_context(request), self._named(request)) | {"extra_body": self._extra}
 
     def _named(self, request: Request) -> str:

@@ -18,6 +18,7 @@ class ReplyExtension(BaseModel):
     tier: str = ""
     route: str = ""
     p_correct: Annotated[float, Field(ge=0, le=1)] | None = None
+    accepted: bool = False
     decisions: tuple[Decision, ...] = ()
     signals: dict[str, float] = {}
     usage: Usage | None = None
@@ -29,6 +30,7 @@ def extension(reply: Reply) -> dict[str, Any]:
         "tier": reply.tier,
         "route": reply.route,
         "p_correct": reply.p_correct,
+        "accepted": reply.accepted,
         "decisions": [asdict(decision) for decision in reply.decisions],
         "signals": dict(reply.signals),
         "usage": asdict(reply.usage),

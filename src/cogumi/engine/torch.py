@@ -17,17 +17,20 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
-from cogumi.core.errors import BundleError, RequestError
+from cogumi.core.errors import BundleError
 from cogumi.core.types import Reading, Request, Score
-from cogumi.engine.admission import admitted, check_length, prompt_of
+from cogumi.engine.admission import admitted, check_length, continuation, prompt_of
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.generation import Generation
-from cogumi.engine.protocol import Event
+from cogumi.engine.protocol import Capabilities, Capability, Event, lacking
 from cogumi.engine.sampling import Rules, draw, logprobs_of, probabilities, signals, top_logprobs
 from cogumi.models.depth_routers import Depth, Spans, install, new_cache
 from cogumi.models.folders import load
 from cogumi.models.tokenization import HFTokenizer
 
+CAPABILITIES = frozenset(
+    {Capability.SCORES, Capability.HIDDEN_STATES, Capability.WHOLE_DISTRIBUTIONS, Capability.EMBEDDINGS}
+)
 ROWS = 256
 """Answers per batch: beyond this, memory grows and speed does not."""
 
@@ -71,6 +74,11 @@ class TorchEngine:
         """Names a request may give as `adapter`."""
         return self._names
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """See `CAPABILITIES`."""
+        return CAPABILITIES
+
     def check(self, request: Request) -> None:
         """Raise what `generate` would refuse before any work."""
         self._admitted(request)
@@ -83,12 +91,14 @@ class TorchEngine:
         return Events(lambda: self._receive(generation), generation.cancel)
 
     def score(self, request: Request, answer: str) -> Score:
-        """Negative log-likelihood of `answer` and its end token after the request's prompt."""
+        """Negative log-likelihood of `answer` after the request's prompt; see `Engine.score`."""
         prompt = self._prompt(request)
-        ids = [*prompt, *self._tokenizer.answer(answer)]
-        logits, _ = self._forward(ids, request.adapter)
-        nats = -logprobs_of(logits[len(prompt) - 1 : -1], np.array(ids[len(prompt) :])).sum(dtype=np.float64)
-        return Score(float(nats), len(ids) - len(prompt), len(answer.encode("utf-8")))
+        targets = np.array(continuation(request, answer, self._tokenizer), np.int64)
+        logits, _ = self._forward([*prompt, *targets.tolist()], request.adapter)
+        rows = logits[len(prompt) - 1 : -1]
+        nats = -logprobs_of(rows, targets).sum(dtype=np.float64)
+        greedy = bool((rows.argmax(axis=1) == targets).all())
+        return Score(float(nats), len(targets), len(answer.encode("utf-8")), greedy)
 
     def read(self, request: Request) -> Reading:
         """Score and hidden states of the prompt."""
@@ -122,8 +132,10 @@ class TorchEngine:
         return prompt_of(request, self._tokenizer, self._names)
 
     def _rules(self, request: Request) -> Rules | None:
-        if request.grammar is not None or request.json_schema is not None:
-            raise RequestError("this engine keeps to no grammar or JSON schema; use the llama engine for that")
+        if request.grammar is not None:
+            raise lacking(self, Capability.GRAMMARS)
+        if request.json_schema is not None:
+            raise lacking(self, Capability.JSON_SCHEMAS)
         return Rules.of(request)
 
     def _select(self, adapter: str | None) -> None:

@@ -22,6 +22,7 @@ from cogumi.engine.protocol import replies
 
 VERSION = 1
 KIND = "measurement"
+INPUTS = {"data": "examples", "base": "gguf", "draft_*": "gguf"}
 DRAFT = "draft_"
 MODEL = "model.gguf"
 

@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from cogumi.cascade.disclaimers import without_note
-from cogumi.core.types import Example, Reply, Request
+from cogumi.core.types import Example, Request
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade_all
-
-
-def accepted(reply: Reply) -> bool | None:
-    """Whether a cascade stood by its answer; None from an engine that does not judge its own answers."""
-    return reply.decisions[-1].accepted if reply.decisions else None
 
 
 def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]) -> dict[str, Any]:
     """Accuracy `{domain: {difficulty: [correct, n]}}`, coverage, and the error among accepted answers.
 
-    The last two are None where nothing judges the answers (or none was accepted).
+    The last two are None from an engine that does not judge its own answers; the error also if none was accepted.
     """
     answers = list(replies(engine, requests))
     verdicts = grade_all(
@@ -31,9 +26,9 @@ def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Exam
         cell = cells.setdefault(example.domain, {}).setdefault(str(example.difficulty), [0, 0])
         cell[0] += verdict.correct
         cell[1] += 1
-        if accepted(answer):
+        if answer.accepted:
             kept.append(verdict.correct)
-    judged = any(accepted(answer) is not None for answer in answers)
+    judged = any(answer.decisions for answer in answers)
     return {
         "n": len(examples),
         "correct": sum(verdict.correct for verdict in verdicts),

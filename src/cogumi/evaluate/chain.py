@@ -8,7 +8,7 @@ by zstd (pruned weights are zeros that only packing makes small), and the speed 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.bundle.packed import LEVEL
 from cogumi.confidence.metrics import gained
 from cogumi.core.errors import DataError, RecipeError
+from cogumi.core.estimate import Estimate, Given, uncounted
 from cogumi.core.files import write_text
 from cogumi.core.pictures import new_figure
 from cogumi.core.stage import Context
@@ -33,6 +34,7 @@ from cogumi.grading.graders import grade_all
 
 VERSION = 1
 KIND = "report"
+INPUTS = {"data": "examples"}
 MODEL = "model.gguf"
 PICTURE = "chain.png"
 
@@ -164,6 +166,16 @@ def page(rows: Sequence[Mapping[str, Any]], n: int) -> str:
             f"| {row['points_lost']:.1f} ({low:.1f} to {high:.1f}) | {row['tokens_per_second']:.0f} |"
         )
     return "\n".join([*lines, "", f"![size against quality]({PICTURE})"]) + "\n"
+
+
+def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
+    """The models that are compared."""
+    return dict.fromkeys((*config.steps, *config.beside), "gguf")
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """Nothing is counted."""
+    return uncounted()
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

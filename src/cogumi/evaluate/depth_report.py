@@ -32,6 +32,7 @@ from cogumi.models.depth_routers import FILE, Routers
 
 VERSION = 1
 KIND = "report"
+INPUTS = {"examples": "examples", "model": "model", "depth": "depth"}
 PICTURE = "depth.png"
 
 

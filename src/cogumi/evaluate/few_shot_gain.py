@@ -39,6 +39,8 @@ from cogumi.models.tokenization import HFTokenizer
 
 VERSION = 1
 KIND = "fewshot"
+INPUTS = {"episodes": "episodes", "model": "model", "anil": "adapter", "plain": "adapter"}
+OPTIONAL = {"fomaml": "adapter", "anil_*": "adapter", "plain_*": "adapter", "fomaml_*": "adapter"}
 
 CONTROLS = ("zero_shot", "in_context", "scratch", "plain")
 

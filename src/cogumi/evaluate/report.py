@@ -22,9 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.bundle.format import open_bundle
 from cogumi.cascade.disclaimers import without_note
 from cogumi.cascade.opening import open_cascade
-from cogumi.confidence.gate import Calibration
+from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.metrics import auroc, brier, ece
-from cogumi.confidence.policy import Policy
 from cogumi.confidence.signals import answer_signals, perplexity
 from cogumi.core.files import write_text
 from cogumi.core.stage import Context
@@ -38,11 +37,9 @@ from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability
 
 VERSION = 3
 KIND = "report"
+INPUTS = {"data": "examples", "bundle": "bundle"}
+OPTIONAL = {"control_*": "gguf"}
 CONTROL = "control_"
-POLICY = Policy(modifier=True)
-"""That of the usual mode."""
-CONFIDENT = ("base", "base+draft", "modifier")
-"""Routes whose answers the cascade stands by."""
 
 _WANTED = (
     ("base", "the base is sure, and nothing else is asked"),
@@ -114,28 +111,32 @@ class Desk:
         return Asked(examples, answers, [v.correct for v in verdicts])
 
 
-def base_probabilities(cascade: Asked) -> Doubles:
-    """P(correct) that the cascade gave to the base's answers, `[n]`."""
-    return np.array(
-        [next(d.value for d in r.decisions if (d.tier, d.signal) == ("base", "p_correct")) for r in cascade.replies]
-    )
+def base_probabilities(base: Asked, cascade: Asked) -> tuple[Asked, Doubles]:
+    """The base's answers to the questions for which the cascade asked the base, and the P(correct) it gave them [n].
+
+    A mode may ask the draft or a modifier first, and the base not at all.
+    """
+    of_base = ("base", "p_correct")
+    found = [next((d.value for d in r.decisions if (d.tier, d.signal) == of_base), None) for r in cascade.replies]
+    at = [i for i, p in enumerate(found) if p is not None]
+    judged = Asked([base.examples[i] for i in at], [base.replies[i] for i in at], [base.correct[i] for i in at])
+    return judged, np.array([found[i] for i in at], dtype=np.float64)
 
 
-def gate_figures(base: Asked, cascade: Asked, calibration: Calibration) -> dict[str, Any]:
+def gate_figures(base: Asked, cascade: Asked, promise: Guarantee) -> dict[str, Any]:
     """How well P(correct) of the base's answers holds, and the promise about what the cascade accepted."""
-    p = base_probabilities(cascade)
-    signals = [answer_signals(reply) for reply in base.replies]
-    promise = calibration.guarantees.get(POLICY.name) or calibration.guarantees[Policy().name]
-    kept = [c for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.route in CONFIDENT]
+    judged, p = base_probabilities(base, cascade)
+    signals = [answer_signals(reply) for reply in judged.replies]
+    kept = [c for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.accepted]
     return {
         "n": len(p),
-        "ece": ece(p, base.correct),
-        "brier": brier(p, base.correct),
-        "auroc": auroc(p, base.correct),
-        "auroc_perplexity": auroc([-perplexity(s) for s in signals], base.correct),
-        "auroc_length": auroc([-s["log_length"] for s in signals], base.correct),
+        "ece": ece(p, judged.correct),
+        "brier": brier(p, judged.correct),
+        "auroc": auroc(p, judged.correct),
+        "auroc_perplexity": auroc([-perplexity(s) for s in signals], judged.correct),
+        "auroc_length": auroc([-s["log_length"] for s in signals], judged.correct),
         "threshold": promise.threshold,
-        "coverage": len(kept) / max(len(p), 1),
+        "coverage": len(kept) / max(len(cascade.replies), 1),
         "accepted": len(kept),
         "accepted_error": 1 - sum(kept) / len(kept) if kept else 0.0,
         "bound": promise.risk,
@@ -166,11 +167,11 @@ def speculation_figures(base: Engine, examples: Sequence[Example], config: Confi
 
 
 def unanswerable_figures(asked: Asked, unseen: Sequence[str]) -> dict[str, Any]:
-    """Questions without an answer that were answered with confidence all the same, by kind."""
+    """Questions without an answer that the cascade answered and accepted all the same, by kind."""
     kinds: dict[str, list[int]] = {}
     for example, reply in zip(asked.examples, asked.replies, strict=True):
         cell = kinds.setdefault(str(example.meta["unanswerable"]), [0, 0])
-        cell[0] += reply.route in CONFIDENT
+        cell[0] += reply.accepted
         cell[1] += 1
     confident = sum(cell[0] for cell in kinds.values())
     return {"confident": confident, "n": len(asked.examples), "kinds": kinds, "unseen_kinds": list(unseen)}
@@ -202,9 +203,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         domains = [name for name in tiers.base.adapters if any(e.domain == name for e in answerable)]
         of = {name: [e for e in answerable if e.domain == name] for name in domains}
         asked_adapters = sum(len(of[d]) * (1 + (d in controls)) for d in domains)
-        desk = Desk(config, context, 3 * len(heldout) + len(without) + asked_adapters)
+        whole = 2 + tiers.has_draft  # draft, base and cascade
+        desk = Desk(config, context, whole * len(heldout) + len(without) + asked_adapters)
         base = desk.ask(tiers.base, heldout)
-        answers = {"draft": desk.ask(tiers.draft, heldout), "base": base}
+        answers = {"draft": desk.ask(tiers.draft, heldout)} if tiers.has_draft else {}
+        answers["base"] = base
         modifiers = {name: desk.ask(tiers.base, of[name], name) for name in domains}
         answers["modifier"] = Asked(
             [e for a in modifiers.values() for e in a.examples],
@@ -230,15 +233,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             "accuracy": {tier: asked.table() for tier, asked in answers.items()},
             "modifiers": compared,
             "speculation": speculation_figures(tiers.base, easy, config),
-            "gate": gate_figures(base, answers["cascade"], cascade.calibration),
+            "gate": gate_figures(base, answers["cascade"], cascade.promise),
             "routes": _routes(answers["cascade"].replies),
             "unanswerable": unanswerable_figures(refused, data.metrics.get("unseen_kinds", ())),
             "bytes": inputs["bundle"].metrics["bytes"],
             "showcase": showcase([answers["cascade"], refused]),
         }
-    base_p = base_probabilities(answers["cascade"])
+    judged, base_p = base_probabilities(base, answers["cascade"])
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
-    reliability_picture(out / "reliability.png", {"base": (base_p, np.array(base.correct, dtype=np.float64))})
+    reliability_picture(out / "reliability.png", {"base": (base_p, np.array(judged.correct, dtype=np.float64))})
     given = [r.p_correct or 0.0 for r in answers["cascade"].replies]
     risk_picture(out / "risk.png", given, answers["cascade"].correct, metrics["gate"])
     write_text(out / "report.md", page(metrics))

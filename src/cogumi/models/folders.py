@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cogumi.core.errors import ArtifactError, TrainingError
+from cogumi.core.shapes import ModelShape
 from cogumi.models.tokenization import TOKENIZER_FILES, HFTokenizer
 
 Quantize: TypeAlias = Literal["nf4"] | None
@@ -29,6 +30,12 @@ class Shape(BaseModel):
     heads: int = Field(4, ge=1)
     feed_forward: int = Field(384, ge=32, multiple_of=32)
     context: int = Field(512, ge=16)
+
+    def of_vocabulary(self, ids: int) -> ModelShape:
+        """The shape of the model that `build` makes for a vocabulary."""
+        head = self.hidden // self.heads
+        layers, context = self.layers, self.context
+        return ModelShape(self.hidden, self.feed_forward, layers, self.heads, self.heads, head, ids, context, tied=True)
 
 
 def build(shape: Shape, tokenizer: HFTokenizer, seed: int) -> Any:

@@ -7,7 +7,7 @@ The ONNX graph is written node by node: no exporter, and the same net gives the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,6 @@ from cogumi.models.encoder import Encoder
 
 Row = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Word ids and marks [tokens] of one turn, as `cascade.dissatisfaction.encode` makes them."""
-
-Figure = Callable[[NDArray[np.bool_], NDArray[np.bool_]], float]
-"""A figure of merit of what is positive and what was called so."""
 
 WIDTH, HIDDEN = 72, 96
 """The usual sizes of word vectors and LSTM: with MiniLM's vocabulary the file stays below 3 MB."""
@@ -100,66 +97,10 @@ class FollowUpNet(nn.Module):
         return logits
 
 
-def fit(
-    net: FollowUpNet,
-    rows: Sequence[Row],
-    targets: NDArray[np.float32],
-    *,
-    epochs: int,
-    lr: float,
-    seed: int,
-    batch: int = 64,
-    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
-) -> None:
-    """Train on probabilities [rows] by cross-entropy (AdamW, one cycle); the same seed gives the same net.
-
-    Rows of like length share a batch; `progress` is told batches done and in all, and the last loss.
-    """
-    order = np.random.default_rng(seed)
-    lengths = [int((marks > net.marks.num_embeddings - 5).sum()) for _, marks in rows]  # of the follow-ups
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
-    total, done = epochs * -(-len(rows) // batch), 0
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=0.1)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net.train()
-        for _ in range(epochs):
-            for chosen in batches(lengths, batch, order):
-                ids, marks = pad([rows[i] for i in chosen])
-                loss = nn.functional.binary_cross_entropy_with_logits(
-                    net(ids, marks), torch.from_numpy(targets[chosen])
-                )
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                done += 1
-                progress(done, total, loss.item())
-    net.eval()
-
-
-def batches(lengths: Sequence[int], batch: int, order: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Every row once: shuffled, then by length within pools of 32 batches, then the batches shuffled."""
-    shuffled = order.permutation(len(lengths))
-    pools = [shuffled[i : i + 32 * batch] for i in range(0, len(shuffled), 32 * batch)]
-    found = []
-    for pool in pools:
-        pool = pool[np.argsort([lengths[i] for i in pool], kind="stable")]
-        found += [pool[i : i + batch] for i in range(0, len(pool), batch)]
-    return [found[i] for i in order.permutation(len(found))]
-
-
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """Ids and marks [rows, longest], 0 behind the end."""
     ids, marks = (nn.utils.rnn.pad_sequence([torch.from_numpy(r[k]) for r in rows], True, PADDING) for k in (0, 1))
     return ids, marks
-
-
-def best_threshold(p: NDArray[np.float64], positive: NDArray[np.bool_], figure: Figure) -> float:
-    """The value of `p` [rows] from which on to call a row positive, by the greatest figure(positive, called)."""
-    cuts = np.unique(np.quantile(p, np.linspace(0, 1, 201)))
-    return float(max(cuts, key=lambda cut: figure(positive, p >= cut)))
 
 
 def export(net: FollowUpNet, path: Path, metadata: Mapping[str, str]) -> None:

@@ -31,6 +31,11 @@ class LoraShape(BaseModel):
     ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     dropout: float = Field(0.0, ge=0, lt=1)
 
+    @property
+    def by_target(self) -> dict[str, int]:
+        """The rank of each target."""
+        return {target: self.ranks.get(target, self.rank) for target in (*self.targets, *self.ranks)}
+
 
 def attach(model: Any, shape: LoraShape, seed: int) -> Any:
     """A peft model whose only trainable weights are the adapter's. `TrainingError` if a target matches no module."""

@@ -29,6 +29,7 @@ from cogumi.core.registry import stage
 from cogumi.core.stage import CHECKPOINT, Context, Stage
 from cogumi.core.types import Artifact
 from cogumi.pipeline import ranks
+from cogumi.pipeline.input_checks import input_problems
 from cogumi.pipeline.quality_gates import check_gate
 from cogumi.pipeline.recipe import LOGS, Recipe, Step, explain
 
@@ -116,6 +117,9 @@ def plan(recipe: Recipe, seed: int | None = None) -> list[Plan]:
         try:
             module = stage(step.stage)
             config = module.Config.model_validate(step.config)
+            kinds = {role: plans[name].stage.KIND for role, name in step.inputs.items()}
+            for problem in input_problems(module, config, kinds):
+                raise RecipeError(problem)
             identity = {
                 "stage": step.stage,
                 "version": module.VERSION,

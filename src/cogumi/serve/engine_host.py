@@ -27,7 +27,7 @@ class ServedEngine(Engine, Protocol):
     def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:
         """The engine behind one of `models`, and the request as that engine takes it."""
 
-    def feedback(self, id: str, user: str | None, right: bool) -> None:
+    def feedback(self, id: str, right: bool, user: str | None = None) -> None:
         """Record whether an answer was right."""
 
 

@@ -133,7 +133,7 @@ def feedback_routes(host: EngineHost) -> APIRouter:
         """An answer was right or wrong; its id is that of the completion, with `-1` and so on for further choices."""
         rate = host.engine.feedback
         try:
-            await asyncio.get_running_loop().run_in_executor(host.threads, rate, body.id, body.user, body.right)
+            await asyncio.get_running_loop().run_in_executor(host.threads, rate, body.id, body.right, body.user)
         except RequestError as error:
             raise Problem(404, str(error), code="answer_not_found", param="id") from error
 

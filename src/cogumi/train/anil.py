@@ -10,7 +10,7 @@ plain   no inner loop: the control, taught all examples of the same episodes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import AdapterFacts, ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -32,9 +34,11 @@ from cogumi.models.inner_loop import adapt_weights, shot, states, weights_of
 from cogumi.models.lora import LoraShape, attach, save
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.loop import Apply, LoopConfig, train
+from cogumi.train.training_cost import training_estimate
 
 VERSION = 1
 KIND = "adapter"
+INPUTS = {"episodes": "episodes", "model": "model"}
 TRAINS = True
 
 TRIED: Mapping[str, Rates] = {
@@ -226,6 +230,15 @@ def logit_changes(model: Learner, task: Task, config: Config) -> dict[str, float
     given, asked = (states(model.lm, shots)[0] for shots in (task.support, task.query))
     rates = {**TRIED, "inner": config.inner}
     return {name: heads.logit_change(model.head, given, asked, tried) for name, tried in rates.items()}
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The adapter, and what its training takes without the inner loop."""
+    head = 0 if config.method == "fomaml" else config.head_rank
+    adapter, model = AdapterFacts(config.lora.by_target, head), given.find("model", ModelFacts)
+    if model is None:
+        return Estimate((adapter,))
+    return replace(training_estimate(given, model, config.loop, config.lora, merged=False), facts=(adapter,))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from cogumi.core.errors import ArtifactError, TrainingError
+from cogumi.core.estimate import Estimate, Given, uncounted
+from cogumi.core.facts import AdapterFacts, ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.stage import Context
@@ -38,6 +40,7 @@ from cogumi.train.validation import applied, judge_answers, passes
 
 VERSION = 1
 KIND = "backbone"
+INPUTS = {"examples": "examples", "responses": "responses", "model": "model", "adapter_*": "adapter"}
 TRAINS = True
 MANY = 15
 """Domains above which a shared backbone is worth its trouble."""
@@ -195,6 +198,14 @@ def likeness(given: Backbone, by_layer: Mapping[str, Span], found: Sequence[Memb
         "cosines": {"updates": cosines(updates).tolist(), "activations": acts.tolist()},
         "clusters": {member.name: group for member, group in zip(found, groups, strict=True)},
     }
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """Adapters of the shared rank and a head's, on what the given ones adapt; and the steps of training."""
+    adapted = [adapter for role in given.inputs if (adapter := given.find(role, AdapterFacts))]
+    rank = config.shared + config.head
+    adapter = AdapterFacts({target: rank for one in adapted for target in one.ranks}) if adapted else None
+    return uncounted(adapter, model=given.find("model", ModelFacts), steps=config.loop.steps)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from cogumi.confidence.critic_net import BUCKETS, CLASSES, FILE, NONE, CriticNet
 from cogumi.confidence.metrics import auroc
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import DataError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import FileFacts, FileSize
 from cogumi.core.stage import Context
 from cogumi.core.text import last_user_message, strip_fences
 from cogumi.core.types import Artifact, Example, Reply, Request
@@ -42,6 +44,8 @@ from cogumi.train.tier_answers import Asking
 
 VERSION = 2
 KIND = "critic"
+INPUTS = {"data": "examples", "base": "gguf"}
+OPTIONAL = {"modifier_*": "gguf"}
 MODIFIER = "modifier_"
 
 
@@ -280,6 +284,11 @@ def figures(net: CriticNet, rows: Sequence[Judged]) -> dict[str, Any]:
         "auroc": auroc([opinion.p_correct for opinion in opinions], [row.error == NONE for row in rows]),
         "error_accuracy": float(np.mean(named)) if named else None,
     }
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The net's file, as large as that of the recipe tiny."""
+    return Estimate((FileFacts({FILE: FileSize(602_420, 0.11)}),))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from cogumi.core.estimate import Estimate, Given, uncounted
+from cogumi.core.facts import ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -32,6 +34,7 @@ from cogumi.train.validation import applied, judge_answers, passes
 
 VERSION = 1
 KIND = "depth"
+INPUTS = {"examples": "examples", "model": "model"}
 TRAINS = True
 
 _SHARES = tuple(round(0.05 * k, 2) for k in range(1, 20))  # of answer tokens skipping, tried on the selection split
@@ -148,6 +151,11 @@ def choose(found: Sequence[Mapping[str, float]], share: float, points: float) ->
     least = found[0]["exact"] - points / 100
     bad = (i for i, row in enumerate(found) if row["share"] > share or row["exact"] < least)
     return found[next(bad, len(found)) - 1]
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The steps of training."""
+    return uncounted(model=given.find("model", ModelFacts), steps=config.loop.steps)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

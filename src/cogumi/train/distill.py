@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.core.errors import TrainingError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
@@ -29,10 +32,12 @@ from cogumi.train.batches import collate, make_rows
 from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_figures, answer_loss
+from cogumi.train.training_cost import training_estimate
 from cogumi.train.validation import applied, judge_answers, passes
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
 
 
@@ -75,6 +80,14 @@ def known(apply: Apply, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         for i, good in zip(index, apply(answer_figures, collate(rows, index))[1].tolist(), strict=True):
             (right if good else wrong).append(rows[i])
     return right, wrong
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The same model, and what its training takes."""
+    model = given.find("model", ModelFacts)
+    if model is None:
+        return Estimate()
+    return replace(training_estimate(given, model, config.loop, config.lora, config.quantize), facts=(model,))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -9,7 +9,7 @@ questions themselves makes its question perplexity mean something when it is tra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from cogumi.bundle.format import DIFFICULTY
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import FileFacts, FileSize, ModelFacts, TokenizerFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
@@ -31,10 +34,12 @@ from cogumi.train.batches import IGNORE, Batch
 from cogumi.train.curves import curves_picture
 from cogumi.train.loop import Apply, LoopConfig, Loss, train
 from cogumi.train.losses import answer_logits, divergence, labelled_logits, token_nats
+from cogumi.train.training_cost import model_to_train, training_estimate
 from cogumi.train.validation import applied, mean_figures, passes
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
 
 _MAX_NATS = 4.0  # the squared perplexity error of an untrained draft would drown every other loss
@@ -198,6 +203,38 @@ def _judged(model: DraftModel, taught: Lessons) -> tuple[Tensor, Tensor, Tensor]
     return model.easy_logit(hidden, batch.starts - 1), logits.argmax(-1) == target, error
 
 
+def estimate(config: Config, given: Given) -> Estimate:
+    """The draft that is trained, with its difficulty head, and what that takes."""
+    base = given.find("model", ModelFacts)
+    tokenizer = TokenizerFacts(base.tokenizer, base.shape.vocabulary, base.own) if base else None
+    draft = model_to_train(config.init, config.shape, tokenizer, given.root)
+    if draft is None:
+        return Estimate()
+    found = training_estimate(given, draft, config.loop, whole_rows=config.question_weight > 0)
+    notes, problems = _bridge(base, draft)
+    head = draft.shape.hidden + 1
+    return replace(
+        found,
+        facts=(draft, FileFacts({DIFFICULTY: FileSize(4 * head + 144)})),  # fp32 behind a safetensors header
+        cost=replace(found.cost, trained=(found.cost.trained or 0) + head),
+        notes=(*found.notes, *notes),
+        problems=(*found.problems, *problems),
+    )
+
+
+def _bridge(base: ModelFacts | None, draft: ModelFacts) -> tuple[list[str], list[str]]:
+    """Notes and problems of a draft that speaks another vocabulary than its base."""
+    if base is None or base.tokenizer == draft.tokenizer:
+        return [], []
+    problems = [
+        f"the tokenizer {one.tokenizer} is none over bytes, so drafts cannot be bridged; use "
+        "a draft with the base's tokenizer"
+        for one in (base, draft)
+        if not one.bytewise
+    ]
+    return [f"tokenizer {draft.tokenizer}, the base's is {base.tokenizer}: the runtime drafts through text"], problems
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`examples`, `responses`, `model` (the base) -> a model folder and difficulty.safetensors."""
     torch.set_num_threads(context.threads)
@@ -217,7 +254,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
 
     at = train(model, taught, draft_loss(config, base), config.loop, out, context, validate, collate)
     save(model.lm, folder, out)
-    model.save_difficulty(out / "difficulty.safetensors")
+    model.save_difficulty(out / DIFFICULTY)
     curves_picture(out / "curves.png", at.losses, ("generation", "difficulty", "question", "alignment"), "loss")
     return {
         "parameters": parameters(model),

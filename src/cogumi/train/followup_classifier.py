@@ -21,14 +21,18 @@ from torch import Tensor, nn
 
 from cogumi.cascade.dissatisfaction import FILE, MARKS, Escalation, describe, encode, last_turn, numbered
 from cogumi.core.errors import RecipeError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import FileFacts, FileSize
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.followups.dialogues import Dialogue, Set, draw
 from cogumi.models.encoder import DEFAULT, Encoder, load_encoder
-from cogumi.models.followup_lstm import HIDDEN, WIDTH, FollowUpNet, batches, best_threshold, export, fit, word_vectors
+from cogumi.models.followup_lstm import HIDDEN, WIDTH, FollowUpNet, export, word_vectors
+from cogumi.train.fit_followup_net import batches, best_threshold, fit
 
 VERSION = 2
 KIND = "escalation"
+INPUTS: dict[str, str] = {}
 _CHARACTERS = 300
 _BATCH = 16
 _JUDGED: tuple[Set, ...] = ("selection", "heldout")
@@ -58,6 +62,11 @@ class Config(BaseModel):
     lr: float = Field(4e-3, gt=0)
     false_alarms: float = Field(0.05, gt=0, lt=1)
     judged: int = Field(600, ge=2, description="dialogues of selection and of heldout; the teacher reads 100 of each")
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The net's file, as large as that of the recipe tiny."""
+    return Estimate((FileFacts({FILE: FileSize(2_727_549, 0.75)}),))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

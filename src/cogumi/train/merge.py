@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.core.errors import TrainingError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -22,6 +24,7 @@ from cogumi.train.validation import applied, judge_answers
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "model": "model", "adapter": "adapter"}
 
 
 class Config(BaseModel):
@@ -29,6 +32,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     tolerance: float = Field(0.01, ge=0, description="share of the perplexity, about nats per token")
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """A model of the same shape."""
+    return Estimate((given.find("model", ModelFacts),))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

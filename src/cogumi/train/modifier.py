@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from cogumi.core.errors import TrainingError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import AdapterFacts, ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -26,10 +29,12 @@ from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import make_rows
 from cogumi.train.loop import LoopConfig, train
 from cogumi.train.losses import answer_loss
+from cogumi.train.training_cost import training_estimate
 from cogumi.train.validation import applied, judge_answers
 
 VERSION = 1
 KIND = "adapter"
+INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
 
 
@@ -46,6 +51,15 @@ class Config(BaseModel):
 
 def _exact(model: Any, rows: list[Row]) -> float | None:
     return judge_answers(applied(model), rows)["exact"] if rows else None
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The adapter, and what its training takes."""
+    adapter, model = AdapterFacts(config.lora.by_target), given.find("model", ModelFacts)
+    if model is None:
+        return Estimate((adapter,))
+    found = training_estimate(given, model, config.loop, config.lora, config.quantize, merged=False)
+    return replace(found, facts=(adapter,))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -9,7 +9,8 @@ given back worse than it came: what the adapter could not better is returned as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from cogumi.core.errors import TrainingError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -32,10 +35,13 @@ from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import Order, collate, make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_figures, answer_loss, distillation
+from cogumi.train.training_cost import training_estimate
 from cogumi.train.validation import applied, judge_answers, passes
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "model": "model"}
+OPTIONAL = {"original": "model"}
 TRAINS = True
 
 Figures: TypeAlias = Mapping[str, float]
@@ -134,6 +140,19 @@ def better(found: Figures, before: Figures) -> bool:
 def zeros(model: nn.Module) -> int:
     """Weights that are exactly 0."""
     return sum(int((p == 0).sum()) for p in model.parameters())
+
+
+def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
+    """The uncompressed model, to compare with."""
+    return OPTIONAL if config.by == "rise" else {}
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The same model, and what its training takes."""
+    model = given.find("model", ModelFacts)
+    if model is None:
+        return Estimate()
+    return replace(training_estimate(given, model, config.loop, config.lora), facts=(model,))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

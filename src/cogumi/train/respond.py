@@ -13,16 +13,21 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from cogumi.core.estimate import Cost, Estimate, Given
+from cogumi.core.facts import ModelFacts
+from cogumi.core.footprint import FP32, Footprint
 from cogumi.core.registry import engine
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import Response, write_responses
 from cogumi.engine.protocol import replies
+from cogumi.engine.torch import ROWS
 from cogumi.grading.graders import grade_all
 
 VERSION = 1
 KIND = "responses"
+INPUTS = {"examples": "examples", "model": "model"}
 
 
 class Config(BaseModel):
@@ -32,6 +37,23 @@ class Config(BaseModel):
     rows: int | None = Field(None, ge=1)
     max_tokens: int = Field(64, ge=1)
     window: int = Field(512, ge=1, description="questions in flight")
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """Memory to answer: the weights in fp32, and a key-value cache for the answers of one batch."""
+    model = given.find("model", ModelFacts)
+    if model is None:
+        return Estimate()
+    shape, rows = model.shape, given.rows("examples", model)
+    length = (rows.longest - rows.answer if rows else 512) + config.max_tokens
+    cache = FP32 * shape.cache_values() * min(ROWS, config.window) * length
+    weights = FP32 * shape.parameters
+    memory = Footprint(weights, 0, 0, cache, 0, weights + cache)
+    limit, problems = given.hardware.memory, []
+    if limit is not None and memory.peak > limit:
+        what = f"answering takes {memory.peak / 1e9:.1f} GB on a GPU, and there are {limit / 1e9:.1f}"
+        problems.append(f"{what}; try a smaller `window`, or hide the GPU from this step")
+    return Estimate(cost=Cost("answers", shape, shape.parameters, memory=memory), problems=tuple(problems))
 
 
 def _answers(examples: list[Example], config: Config, folder: Path, context: Context) -> Iterator[Reply]:

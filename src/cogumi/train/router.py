@@ -19,15 +19,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.cascade.tiers import router_input
 from cogumi.confidence.domain_router import confidences, scope_for
 from cogumi.confidence.nets import Net
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import FileFacts, FileSize, ModelFacts
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.models.classifier import fit_classifier
+from cogumi.train.fit_classifier import fit_classifier
 
 VERSION = 2
 KIND = "router"
+INPUTS = {"draft_gguf": "gguf", "data": "examples"}
 FILE = "router.safetensors"
+CLASSES = 6
+"""Domains that a router is planned for; one more is 132 bytes."""
 
 
 class Config(BaseModel):
@@ -45,6 +50,17 @@ class Config(BaseModel):
 def train(x: NDArray[np.float64], domains: Sequence[str], epochs: int, seed: int) -> Net:
     """A router of any vectors [n, in] to their domains. Raises `DataError` for fewer than two domains."""
     return Net.of(*fit_classifier(x, domains, epochs, seed))
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The net's file: fp32 behind a safetensors header, its input twice as wide as the draft."""
+    draft = given.find("draft_gguf", ModelFacts)
+    if draft is None:
+        return Estimate()
+    width = 2 * draft.shape.hidden
+    layers = ((width, 64), (64, 32), (32, CLASSES))
+    weights = 2 * width + 1 + sum(into * out + out for into, out in layers)
+    return Estimate((FileFacts({FILE: FileSize(4 * weights + 712)}),))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import FileFacts, FileSize
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
@@ -19,6 +21,7 @@ from cogumi.models.encoder import DEFAULT, export_encoder, load_encoder
 
 VERSION = 1
 KIND = "embedder"
+INPUTS: dict[str, str] = {}
 PROBES = (
     "",
     "7 + 5 * 12 = ?",
@@ -41,6 +44,11 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str = DEFAULT
     int8: bool = True
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The files of the default model."""
+    return Estimate((FileFacts({MODEL: FileSize(22_835_161, 0.71), TOKENIZER: FileSize(711_494, 0.28)}),))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

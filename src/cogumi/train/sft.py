@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.core.errors import TrainingError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import TokenizerFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
@@ -25,10 +28,13 @@ from cogumi.models.tokenization import HFTokenizer
 from cogumi.train.batches import make_rows
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_loss
+from cogumi.train.training_cost import model_to_train, training_estimate
 from cogumi.train.validation import applied, judge_answers
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples"}
+OPTIONAL = {"tokenizer": "tokenizer"}
 TRAINS = True
 
 
@@ -58,6 +64,19 @@ def weighted(examples: Sequence[Example], weights: Mapping[str, float], seed: in
         weight = math.prod(weights.get(key, 1.0) for key in (example.domain, level, f"{example.domain}/{level}"))
         result += [example] * (int(weight) + (rng.random() < weight % 1))
     return result
+
+
+def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
+    """A tokenizer, to train from nothing."""
+    return OPTIONAL if config.init == "scratch" else {}
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The model that is trained, and what that takes."""
+    model = model_to_train(config.init, config.shape, given.find("tokenizer", TokenizerFacts), given.root)
+    if model is None:
+        return Estimate()
+    return replace(training_estimate(given, model, config.loop, config.lora, config.quantize), facts=(model,))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -37,6 +37,8 @@ from cogumi.grading.sandbox import run_all
 
 VERSION = 1
 KIND = "paths"
+INPUTS = {"examples": "examples", "model": "model"}
+OPTIONAL = {"adapter_*": "adapter"}
 _ROLE = "adapter_"
 
 

@@ -10,8 +10,8 @@ With `verified`, similarity is proven first (`confidence.verified_reuse`): a nea
 compared with the kept one until enough were the same, and now and then afterwards. What users say of answers (`judge`)
 counts for that one entry; only the cache's own comparisons move what all entries share.
 
-Kept are whole and sure answers. One that was cut, cancelled, marked as unsure or withheld is not frozen: the next
-try may do better. Tokens are not kept, so requests for log-probabilities must pass by the cache.
+Kept are whole and accepted answers. One that was cut, cancelled, marked as unsure or withheld is not: the next try may
+do better. Tokens are not kept, so requests for log-probabilities must pass by the cache.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ SIMILARITY = 0.92
 """Cosine from which on a kept question is considered."""
 NEAREST = 4
 """Kept questions considered at most."""
-UNSURE = ("low_confidence", "abstained")
-"""Routes whose answers are not kept."""
 _PENDING = 1_000  # look-ups whose fresh answer is waited for
 _LOADED = 1_000  # partitions in memory
 
@@ -138,8 +136,8 @@ class AnswerCache:
         return None
 
     def keep(self, scope: Scope, question: str, reply: Reply) -> None:
-        """Store a fresh answer, if it is worth it; the entries used longest ago make room."""
-        if reply.finish_reason != "stop" or reply.route in UNSURE:
+        """Store a fresh answer, if it is whole and accepted; the entries used longest ago make room."""
+        if reply.finish_reason != "stop" or not reply.accepted:
             return
         place, key = scope.digest(), _key(question)
         vector = self._vector(question)

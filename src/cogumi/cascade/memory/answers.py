@@ -230,7 +230,7 @@ def _digest(*parts: bytes | str) -> bytes:
 
 
 def _plain(reply: Reply) -> dict[str, Any]:
-    """What a replay needs: no tokens, no cost."""
+    """What a replay needs: no tokens, no cost. That it was accepted need not be written: no other answer is kept."""
     return {
         "text": reply.text,
         "finish_reason": reply.finish_reason,
@@ -244,4 +244,4 @@ def _plain(reply: Reply) -> dict[str, Any]:
 
 def _reply(value: dict[str, Any]) -> Reply:
     decisions = tuple(Decision(**decision) for decision in value["decisions"])
-    return Reply(tokens=(), usage=Usage(), **(value | {"decisions": decisions}))
+    return Reply(tokens=(), usage=Usage(), accepted=True, **(value | {"decisions": decisions}))

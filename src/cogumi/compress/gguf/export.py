@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
 from cogumi.compress.gguf.layout import F32, Array, Llama, Tensor, read_json, rotary_order
+from cogumi.compress.gguf.planned_files import Adapter, planned_weights
 from cogumi.compress.gguf.type_mixture import (
     FILE_TYPES,
     NONE,
@@ -33,12 +35,16 @@ from cogumi.compress.gguf.type_mixture import (
 )
 from cogumi.compress.gguf.weights import IMPORTANCE, Weights, read_importance
 from cogumi.core.errors import ExportError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import AdapterFacts, ModelFacts
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.engine.llama.binding.quantize import quantize_rows
 
 VERSION = 2
 KIND = "gguf"
+INPUTS = {"model": "model"}
+OPTIONAL = {"adapter": "adapter|backbone|model", "importance": "importance", "types": "model"}
 
 BLOCK = 1 << 24
 """Values that a thread reads and quantizes at a time."""
@@ -277,6 +283,23 @@ def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterato
     finally:
         writer.close()
         part.unlink(missing_ok=True)
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The file of the model, or of the adapter; an adapter is known with the model that it belongs to."""
+    model = given.find("model", ModelFacts)
+    if "adapter" in given.inputs:
+        trained = given.find("adapter", AdapterFacts)
+        return Estimate((model, Adapter(trained.ranks, config.adapter_type) if trained else None))
+    notes = []
+    if "types" in given.inputs:
+        step = given.inputs["types"].step
+        notes.append(f"the types of step '{step}' are known once it ran; planned as if none were given")
+    if model is None:
+        return Estimate(notes=tuple(notes))
+    weights = planned_weights(model, config.type)
+    weights = replace(weights, types=tuple(config.types.items()), importance="importance" in given.inputs)
+    return Estimate((model, weights), notes=tuple(notes))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

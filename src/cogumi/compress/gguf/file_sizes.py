@@ -22,6 +22,7 @@ from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
 from cogumi.compress.gguf.layout import KINDS, Llama, Tensor
 from cogumi.compress.gguf.type_mixture import FILE_TYPES, NONE, TENSOR_TYPES, stored_tensors
 from cogumi.core.errors import ExportError
+from cogumi.core.facts import FP32_PACKED
 from cogumi.core.shapes import ModelShape
 
 ALIGNMENT = 32
@@ -29,7 +30,7 @@ ALIGNMENT = 32
 PROBE = 32
 """Rows of the vocabulary that types and keys are asked for with: neither depends on it, so one answer does for all."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-ZSTD = {"F32": 0.93, "F16": 0.92, "Q8_0": 0.96, "Q4_0": 0.96, "Q4_K": 0.98, "Q2_K": 0.96, "IQ4_NL": 0.98}
+ZSTD = {"F32": FP32_PACKED, "F16": 0.92, "Q8_0": 0.96, "Q4_0": 0.96, "Q4_K": 0.98, "Q2_K": 0.96, "IQ4_NL": 0.98}
 """Share that zstd (level 10) leaves of weights drawn from a normal distribution; of other types it leaves all."""
 ZSTD_TEXT = 0.4
 """Share that it leaves of the keys, which are mostly the vocabulary's text."""

@@ -18,6 +18,7 @@ from cogumi.compress.calibration_rows import Draw, draw_rows
 from cogumi.compress.gguf.layout import Llama
 from cogumi.compress.gguf.weights import IMPORTANCE, Weights
 from cogumi.core.errors import ExportError
+from cogumi.core.estimate import Estimate, Given, uncounted
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.models.folders import load, save_tensors
@@ -27,6 +28,7 @@ from cogumi.train.validation import passes
 
 VERSION = 1
 KIND = "importance"
+INPUTS = {"examples": "examples", "model": "model"}
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -71,6 +73,11 @@ def measure(
     for hook in hooks:
         hook.remove()
     return {name: (total / tokens).float().cpu() for name, total in sums.items()}
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """Nothing is counted."""
+    return uncounted()
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

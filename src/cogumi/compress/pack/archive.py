@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -53,6 +53,8 @@ from cogumi.core.types import Artifact
 
 VERSION = 1
 KIND = "archive"
+INPUTS: dict[str, str] = {}
+OPTIONAL = {"bundle": "bundle", "model": "model"}
 
 SAMPLE, SAMPLES = 4096, 3200
 """Bytes of a sample and their number: a dictionary wants about a hundred times its size to learn from."""
@@ -281,6 +283,11 @@ def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
                     sparse.expand_file(part / name, part / name.removesuffix(sparse.ENDING))
                 (part / name).unlink()
         return sum((part / name).stat().st_size for name in file_names(part))
+
+
+def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
+    """A bundle, or else a model's folder."""
+    return {} if "model" in roles else {"bundle": OPTIONAL["bundle"]}
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from cogumi.bundle.format import (
     EXAMPLES,
     FEWSHOT,
     HEAD,
+    INDEX,
     ROUTER,
     VOCABULARY,
     Part,
@@ -35,10 +36,13 @@ from cogumi.bundle.format import (
     open_bundle,
     write_bundle,
 )
-from cogumi.core.errors import ExportError, RecipeError
+from cogumi.compress.gguf.planned_files import Adapter, Weights
+from cogumi.compress.pack.bundle_parts import Parts
+from cogumi.core.errors import ExportError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import AdapterFacts, FileFacts, FileSize, ModelFacts
 from cogumi.core.files import write_text
-from cogumi.core.registry import nearest
-from cogumi.core.stage import Context
+from cogumi.core.stage import Context, matches
 from cogumi.core.types import Artifact
 from cogumi.data.examples import iterate_examples
 
@@ -46,14 +50,23 @@ VERSION = 2
 KIND = "bundle"
 
 MODIFIER = "modifier_"
+MODIFIERS = MODIFIER + "*"
+INPUTS = {"base": "gguf", "difficulty": "model", "router": "router", "calibration": "calibration"}
+OPTIONAL = {
+    "draft": "gguf",
+    "escalation": "escalation",
+    "critic": "critic",
+    "embedder": "embedder",
+    "head": "adapter",
+    "fewshot": "gguf",
+    "examples": "examples",
+    MODIFIERS: "gguf",
+}
 SOURCES = {
     "base": ("model.gguf", BASE, "answers first"),
     "difficulty": (DIFFICULTY, DIFFICULTY, "how hard a question looks to the draft"),
     "router": (ROUTER, ROUTER, "which domain a question is from"),
     "calibration": (CALIBRATION, CALIBRATION, "from signals to P(correct), with the threshold"),
-}
-"""Role -> (file in the input's folder, its name in the bundle, what it does)."""
-OPTIONAL = {
     "draft": ("model.gguf", DRAFT, "reads the question, and drafts for the base when that pays"),
     "escalation": (ESCALATION, ESCALATION, "notices that a user is not satisfied with an answer"),
     "critic": (CRITIC, CRITIC, "scores an answer and names what is wrong with it"),
@@ -62,7 +75,11 @@ OPTIONAL = {
     "fewshot": ("adapter.gguf", FEWSHOT, "answers together with the adapted head"),
     "examples": ("train.jsonl", EXAMPLES, "questions with answers, shown to the base before hard ones"),
 }
-"""The same for what need not be there."""
+"""Role -> (file in the input's folder, its name in the bundle, what it does)."""
+READERS, BESIDE = ("difficulty", "router"), ("calibration", "escalation", "critic", "embedder")
+"""Roles whose files are taken over as they are, and whose sizes their own stages say."""
+OWN_FILES = {EXAMPLES: FileSize(31_000, 0.18), CARD: FileSize(2_000, 0.48), INDEX: FileSize(37_000, 0.19)}
+"""What this stage writes itself, as large as in the recipe tiny."""
 
 
 class Config(BaseModel):
@@ -74,15 +91,11 @@ class Config(BaseModel):
 
 
 def _source(role: str) -> tuple[str, str, str]:
-    if role.startswith(MODIFIER) and role != MODIFIER:
+    if matches(role, MODIFIERS):
         domain = role.removeprefix(MODIFIER)
         what = f"answers {domain} questions that the base is unsure of"
         return "adapter.gguf", modifier_name(domain), what
-    known = SOURCES | OPTIONAL
-    if role not in known:
-        hint = nearest(role, [*known, MODIFIER + "<domain>"])
-        raise RecipeError(f"stage 'bundle' has no input '{role}'; {hint}")
-    return known[role]
+    return SOURCES[role]
 
 
 def _write_examples(source: Path, target: Path, count: int) -> None:
@@ -131,11 +144,39 @@ P(correct) holds for questions like those it was calibrated on, and for no other
 """
 
 
+def estimate(config: Config, given: Given) -> Estimate:
+    """The parts of the bundle that are known; none without its base, or without the draft that it shall have."""
+    base, draft = given.find("base", Weights), given.find("draft", Weights)
+    if base is None or ("draft" in given.inputs and draft is None):
+        return Estimate()
+    of_base, of_draft = given.find("base", ModelFacts), given.find("draft", ModelFacts)
+    shared = of_base is not None and of_draft is not None and of_base.tokenizer == of_draft.tokenizer
+    adapters = {role: given.find(role, Adapter) for role in given.inputs if matches(role, MODIFIERS)}
+    adapters |= {"fewshot": given.find("fewshot", Adapter)} if "fewshot" in given.inputs else {}
+    nets = {role: given.find(role, FileFacts) for role in (*BESIDE, *READERS) if role in given.inputs}
+    unknown = [role for role, found in {**adapters, **nets}.items() if found is None]
+    own = {name: size for name, size in OWN_FILES.items() if name != EXAMPLES or "examples" in given.inputs}
+    before, after = ([found.sizes for role in roles if (found := nets.get(role))] for roles in (BESIDE, READERS))
+    small = {name: size for sizes in (*before, own, *after) for name, size in sizes.items()}
+    head = given.find("head", AdapterFacts)
+    parts = Parts(
+        given.step,
+        base,
+        draft,
+        shared,
+        {_source(role)[1]: adapter for role, adapter in adapters.items() if adapter},
+        head.head if head else 0,
+        small,
+    )
+    notes = [f"planned without the file of input '{role}', whose size is unknown" for role in unknown]
+    return Estimate((parts,), notes=tuple(notes))
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """Parts -> a bundle in `out`, opened once to be sure."""
     files: dict[str, Path] = {}
     parts: dict[str, dict[str, Any]] = {}
-    for role in [*SOURCES, *(role for role in inputs if role not in SOURCES)]:
+    for role in [*INPUTS, *(role for role in inputs if role not in INPUTS)]:
         source, name, _ = _source(role)
         files[name] = inputs[role].path / source
         if not files[name].is_file():

@@ -22,6 +22,8 @@ from cogumi.compress.prune.phases import Candidate, Gradual, Workshop
 from cogumi.compress.prune.prune_report import write_report
 from cogumi.compress.prune.sparsity import PARTS, Mix, front, scaled, score
 from cogumi.core.errors import RecipeError
+from cogumi.core.estimate import Estimate, Given, uncounted
+from cogumi.core.facts import ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.stage import CHECKPOINT, Context
@@ -33,6 +35,7 @@ from cogumi.train.batches import make_rows
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "model": "model"}
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -110,6 +113,12 @@ def zstd_bytes(model: Any) -> int:
     packer = zstandard.ZstdCompressor(level=LEVEL).compressobj()
     sizes = [len(packer.compress(w.detach().cpu().float().numpy().tobytes())) for w in model.parameters()]
     return sum(sizes) + len(packer.flush())
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """A model of the same shape, and the steps of all phases together."""
+    model = given.find("model", ModelFacts)
+    return uncounted(model, model=model, steps=config.gradual.loop.steps if config.gradual else None)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -14,17 +14,25 @@ from typing import Any
 from pydantic import Field
 
 from cogumi.compress.quantize.search import Quantization, quantize
+from cogumi.core.estimate import Estimate, Given, uncounted
+from cogumi.core.facts import ModelFacts
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "model": "model"}
 
 
 class Config(Quantization):
     """`damping`, as a share of its mean, is added to the diagonal of the inputs' second moments."""
 
     damping: float = Field(0.01, gt=0)
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """A model of the same shape."""
+    return uncounted(given.find("model", ModelFacts))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from cogumi.compress.gguf.layout import read_json
 from cogumi.compress.shrink.activity import measure
 from cogumi.compress.shrink.cutting import BLOCK, Kept, choose, cut, smaller
 from cogumi.compress.shrink.shrink_report import report
+from cogumi.core.estimate import Estimate, Given, uncounted
+from cogumi.core.facts import ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.shapes import ModelShape, shape_of
 from cogumi.core.stage import CHECKPOINT, Context
@@ -38,6 +40,7 @@ from cogumi.train.validation import applied, judge_answers
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "model": "model"}
 TRAINS = True
 
 
@@ -110,6 +113,14 @@ class _Trainer:
 
         context = replace(self.context, progress=progress, logs=self.context.logs and self.context.logs / name)
         return train(model, self.rows, loss, self.loop, out / CHECKPOINT / name if name else out, context, validate)
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The smaller model, and the steps of its training."""
+    model = given.find("model", ModelFacts)
+    if model:
+        model = replace(model, shape=smaller(model.shape, config.asked))
+    return uncounted(model, model=model, steps=config.loop.steps if config.loop else None)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -11,7 +11,7 @@ An adapter of linear layers fits the trimmed model as it is: it has no rows per 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import exp, inf
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from cogumi.compress.trim.choice import COVERS, Choice
 from cogumi.compress.trim.fertility import Fertility, measure, read_texts, tokens_per_word
 from cogumi.compress.trim.remap import Model
 from cogumi.core.errors import DataError
+from cogumi.core.estimate import NOT_COUNTED, Estimate, Given
+from cogumi.core.facts import ModelFacts
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import iterate_examples, read_examples, split_path
@@ -33,7 +35,10 @@ from cogumi.train.validation import applied, judge_answers
 
 VERSION = 1
 KIND = "model"
+INPUTS = {"examples": "examples", "model": "model"}
+OPTIONAL = {"tokenizer": "model"}
 
+UNKNOWN_IDS = "the kept vocabulary depends on the corpus; what follows is planned as if all ids stayed"
 NO_LIMITS = {"ascii": 0.0, "unicode": 0.0, "tokens_per_word": inf, "perplexity": inf}
 
 
@@ -150,6 +155,17 @@ def candidates(
     for asked in config.covers if config.size is None else (config.size,):
         kept = choice.of(asked)
         yield {"asked": asked, "always": len(choice.always), "coverage": choice.coverage(kept)}, kept
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """A model of so many ids as are asked for; of all, if the corpus decides."""
+    model = given.find("model", ModelFacts)
+    if config.size is None:
+        return Estimate((model,), notes=(NOT_COUNTED, UNKNOWN_IDS))
+    if model:
+        ids = min(config.size, model.shape.vocabulary)
+        model = replace(model, shape=replace(model.shape, vocabulary=ids))
+    return Estimate((model,), notes=(NOT_COUNTED,))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Dialogue:
 @cache
 def templates(name: Set, dissatisfied: bool) -> dict[str, tuple[str, ...]]:
     """The templates of each kind in a set."""
-    text = files(__name__).joinpath("dissatisfied.txt" if dissatisfied else "contented.txt").read_text("utf-8")
+    text = files(__package__).joinpath("dissatisfied.txt" if dissatisfied else "contented.txt").read_text("utf-8")
     found: dict[str, list[str]] = {}
     kind = ""
     for line in filter(None, text.splitlines()):

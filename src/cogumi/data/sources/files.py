@@ -15,6 +15,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.core.errors import DataError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import RowFacts
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import SPLITS, normalised_question, split_of, split_path, to_line
@@ -22,6 +24,7 @@ from cogumi.data.sources.question_files import Rejected, iterate, no_usable_row,
 
 VERSION = 1
 KIND = "examples"
+INPUTS: dict[str, str] = {}
 REJECTED_FILE = "rejected.jsonl"
 
 _ROWS_PER_REPORT = 1_000
@@ -45,6 +48,17 @@ def _rows(config: Config, root: Path) -> Iterator[Example | Rejected]:
     for domain, paths in config.files.items():
         for path in paths:
             yield from iterate(root / path, domain)
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """Lengths of the rows, by reading the files; nothing if one is missing or no row can be used."""
+    paths = [given.root / path for paths in config.files.values() for path in paths]
+    if not all(path.is_file() for path in paths):
+        return Estimate()
+    found = [row for path in paths for row in iterate(path) if isinstance(row, Example)]
+    pairs = [(sum(len(m.content.encode()) for m in e.messages), len(e.answer.encode())) for e in found]
+    share = config.train / sum(getattr(config, name) for name in SPLITS)
+    return Estimate((RowFacts.of(pairs, int(share * len(pairs))) if pairs else None,))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.core.errors import DataError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import RowFacts
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Message
 from cogumi.data.examples import SPLITS, example_id, normalised_question, split_of, split_path, write_examples
@@ -20,6 +22,7 @@ from cogumi.data.world.task import Task
 
 VERSION = 2
 KIND = "examples"
+INPUTS: dict[str, str] = {}
 
 UNANSWERABLE_FILE = "unanswerable.jsonl"
 """Held-out questions without an answer, those of the unseen kinds among them."""
@@ -27,6 +30,8 @@ UNANSWERABLE_FILE = "unanswerable.jsonl"
 # Where a question may ever appear: a function of its text, so that no two sets can share one.
 _SHARES = {"train": 60, "selection": 5, "fit": 12, "threshold": 12, "heldout": 11}
 _TRIES = 2_000
+DRAWN = 30
+"""Questions drawn of each cell to tell how long they are."""
 WITHOUT = 3
 """A bound on how many unanswerable questions are answered with confidence needs some hundreds of them."""
 
@@ -109,6 +114,17 @@ def fresh(
                 tries = 0
         progress(done + 1, len(makers), {})
     return found
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """Lengths of the rows, from some questions of each cell; their number is an upper bound."""
+    rng, pairs, count = random.Random(0), [], 0
+    for domain in DOMAINS:
+        for difficulty in DIFFICULTIES:
+            tasks = [make(domain, difficulty, rng) for _ in range(DRAWN)]
+            pairs += [(len(task.question.encode()), len(task.answer.encode())) for task in tasks]
+            count += config.train_by_domain.get(domain, config.train)
+    return Estimate((RowFacts.of(pairs, count),))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cogumi.core.environment import usable_threads
 from cogumi.core.errors import BundleError, ContextError, RequestError
 from cogumi.core.types import Reading, Request, Score
-from cogumi.engine.admission import admitted, check_length, prompt_of
+from cogumi.engine.admission import admitted, check_length, continuation, prompt_of
 from cogumi.engine.events import Events
 from cogumi.engine.few_shot import ADAPTER, check_examples, worked
 from cogumi.engine.generation import Generation
@@ -37,7 +37,7 @@ from cogumi.engine.llama.speculative.drafting import Drafting, Speculation
 from cogumi.engine.llama.speculative.latency_measurement import file_key, machine_key, measured_costs, pass_seconds
 from cogumi.engine.llama.speculative.latency_model import MOST, Costs
 from cogumi.engine.llama.speculative.speculation import Controller
-from cogumi.engine.protocol import Event
+from cogumi.engine.protocol import Capabilities, Capability, Event
 from cogumi.engine.sampling import Rules
 
 SMALL_MODEL = 32_000_000
@@ -130,9 +130,10 @@ class LlamaEngine:
         return tuple(name for name in self._adapters.names if name != ADAPTER)
 
     @property
-    def has_head(self) -> bool:
-        """Whether a head can be adapted to a request's examples."""
-        return self._head is not None
+    def capabilities(self) -> Capabilities:
+        """Everything; speculation if anything is ever drafted, head adaptation if there is a head."""
+        lacking = {Capability.SPECULATION: self._drafting is None, Capability.HEAD_ADAPTATION: self._head is None}
+        return frozenset(capability for capability in Capability if not lacking.get(capability, False))
 
     @property
     def costs(self) -> Costs | None:
@@ -192,11 +193,13 @@ class LlamaEngine:
         return job.result
 
     def score(self, request: Request, answer: str) -> Score:
-        """Negative log-likelihood of `answer` and its end token after the request's prompt."""
+        """Negative log-likelihood of `answer` after the request's prompt; see `Engine.score`."""
         prompt = self._prompt(request)
-        ids = [*prompt, *self.tokenizer.encode(answer), self.tokenizer.eos]
+        ids = [*prompt, *continuation(request, answer, self.tokenizer)]
         measured = self._measure(request.adapter, [Measurement(ids, len(prompt))])[0]
-        return Score(-sum(measured.logprobs), len(measured.logprobs), len(answer.encode("utf-8")))
+        return Score(
+            -sum(measured.logprobs), len(measured.logprobs), len(answer.encode("utf-8")), greedy=measured.greedy
+        )
 
     def read(self, request: Request) -> Reading:
         """Score and hidden states of the prompt."""

@@ -17,13 +17,17 @@ Logits = NDArray[np.float32]
 
 
 class Measurement:
-    """Log-probabilities of `ids[first:]` given what stands before them, and hidden states if wanted."""
+    """Log-probabilities of `ids[first:]` given what stands before them, and hidden states if wanted.
+
+    `greedy`: whether each of them is the likeliest token at its place.
+    """
 
     def __init__(self, ids: list[int], first: int, hidden: bool = False) -> None:
         self.ids, self.first, self.hidden = ids, first, hidden
         self.cached = 0
         self.cancelled = False  # nobody can
         self.logprobs: list[float] = []
+        self.greedy = True
         self.last = self.total = np.zeros(0, np.float32)
         self.result: Future[Measurement] = Future()
         self.result.set_running_or_notify_cancel()  # only the engine ends it
@@ -34,7 +38,9 @@ class Measurement:
         skip = max(self.first - 1 - start, 0)
         targets = np.array(self.ids[start + skip + 1 : self.cached + 1], np.int64)
         if len(targets):
-            self.logprobs += logprobs_of(logits[skip : skip + len(targets)], targets).tolist()
+            rows = logits[skip : skip + len(targets)]
+            self.logprobs += logprobs_of(rows, targets).tolist()
+            self.greedy = self.greedy and bool((rows.argmax(axis=1) == targets).all())
         if states is not None:
             self.last = states[-1].copy()
             total = states.sum(axis=0)

@@ -49,7 +49,7 @@ def lookup_speed(embedder: Embedder, vectors: Vectors, entries: int = ENTRIES) -
         known[f"{question} ({i})"] = moved / np.linalg.norm(moved)
     asked = [f"{question} " + "please" for question in questions[:LOOKUPS]]
     cache = AnswerCache(Known(embedder, known | {f"{q}!": vectors[q] for q in questions}), None, size=entries)
-    reply = Reply("an answer", (), "stop", Usage())
+    reply = Reply("an answer", (), "stop", Usage(), accepted=True)
     for question in known:
         cache.keep(Scope(), question, reply)
     cache.find(Scope(), "the first look-up builds the index")

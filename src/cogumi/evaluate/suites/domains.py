@@ -35,7 +35,7 @@ from cogumi.evaluate.suites.minilm import cached_embedder
 from cogumi.evaluate.suites.public_datasets import READERS, Sources, read_kind
 from cogumi.evaluate.suites.question_router import question_features
 from cogumi.evaluate.suites.sentence_vectors import embed_all
-from cogumi.models.classifier import fit_classifier
+from cogumi.train.fit_classifier import fit_classifier
 
 Doubles = NDArray[np.float64]
 Item = TypeVar("Item")

@@ -29,7 +29,8 @@ from cogumi.data.followups.dialogues import draw
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.evaluate.suites.rated_dialogues import RatedTurn, halves, read_rated
 from cogumi.models.encoder import DEFAULT, load_encoder
-from cogumi.models.followup_lstm import HIDDEN, WIDTH, FollowUpNet, best_threshold, export, fit, word_vectors
+from cogumi.models.followup_lstm import HIDDEN, WIDTH, FollowUpNet, export, word_vectors
+from cogumi.train.fit_followup_net import best_threshold, fit
 
 Doubles = NDArray[np.float64]
 Truths = NDArray[np.bool_]

@@ -23,8 +23,7 @@ from cogumi.confidence.nearest_examples import SHAPES
 from cogumi.core.errors import CogumiError, ContextError
 from cogumi.core.types import Example, Request
 from cogumi.data.examples import read_examples, split_path
-from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.engine.protocol import Engine, replies
+from cogumi.engine.protocol import Capability, Engine, replies
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.grading.graders import grade_all
 
@@ -68,9 +67,10 @@ def answers(engine: Engine, examples: Sequence[Example], shown: Sequence[tuple[P
     return [reply.text for reply in replies(engine, requests)]
 
 
-def measure(base: LlamaEngine, templates: Templates, examples: Sequence[Example], task: Task) -> Findings:
+def measure(base: Engine, templates: Templates, examples: Sequence[Example], task: Task) -> Findings:
     """All ways over all questions."""
-    table, tails = ways(templates), ["", ADAPTED] if base.has_head else [""]
+    has_head = Capability.HEAD_ADAPTATION in base.capabilities
+    table, tails = ways(templates), ["", ADAPTED] if has_head else [""]
     shown = {name: [show(example) for example in examples] for name, show in table.items()}
     correct: dict[str, NDArray[np.float64]] = {}
     for tail in tails:
@@ -97,7 +97,7 @@ def measure(base: LlamaEngine, templates: Templates, examples: Sequence[Example]
         Figure("milliseconds to find examples, median", 1000 * float(np.median(seconds))),
         Figure("milliseconds to find examples, 95%", 1000 * float(np.quantile(seconds, 0.95)), "<= 30"),
     ]
-    return Findings(figures, {"questions": len(examples), "head": base.has_head, "given": GIVEN})
+    return Findings(figures, {"questions": len(examples), "head": has_head, "given": GIVEN})
 
 
 def run(task: Task) -> Findings:
@@ -110,9 +110,8 @@ def run(task: Task) -> Findings:
     found = read_examples(split_path(task.data or task.bundle.parent / "data", "heldout"))
     order = np.random.default_rng(task.seed).permutation(len(found))[:ROWS]
     with closing(open_cascade(task.bundle, slots=SLOTS, context=CONTEXT)) as cascade:
-        templates, base = cascade.parts.templates, cascade.tiers.base
+        templates, base = cascade.services.templates, cascade.tiers.base
         assert templates is not None
-        assert isinstance(base, LlamaEngine)
         return measure(base, templates, [found[i] for i in order], task)
 
 

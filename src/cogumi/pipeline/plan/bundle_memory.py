@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.errors import RecipeError
 from cogumi.core.registry import nearest
 from cogumi.core.shapes import ModelShape
-from cogumi.pipeline.plan.bundle_files import Parts
 
 REPACKED = ("Q4_0", "Q4_K", "IQ4_NL")
 """Types that llama.cpp repacks on processors with AVX2; others have kernels for a few more, or none."""

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogumi.compress.gguf.planned_files import Weights
+from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.errors import RecipeError
-from cogumi.pipeline.plan import figures, training_cost
-from cogumi.pipeline.plan.bundle_files import Parts, files_beside, parts_of_recipe
+from cogumi.core.estimate import Hardware
+from cogumi.pipeline.plan import figures, recipe_plan
 from cogumi.pipeline.plan.bundle_memory import Serving
+from cogumi.pipeline.plan.recipe_plan import Plan
 from cogumi.pipeline.plan.refusal import refusal
 from cogumi.pipeline.plan.routes import Asked, Budget
 from cogumi.pipeline.plan.target import GGUF, look_up
-from cogumi.pipeline.plan.training_cost import Hardware, Plan
 from cogumi.pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
-    from cogumi.compress.gguf.file_sizes import GgufFile
     from cogumi.evaluate.bench.run import Progress
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
@@ -48,7 +49,7 @@ class Answer:
     training: Plan | None
     sizes: Asked | None
     measured: dict[str, Any] | None = None
-    beside: Mapping[str, GgufFile] = field(default_factory=dict)
+    beside: Mapping[str, Weights] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -74,16 +75,16 @@ class Answer:
 
     def document(self) -> dict[str, Any]:
         """All figures under plain names."""
-        found: dict[str, Any] = asdict(self.training) if self.training else {"recipe": self.name, "problems": []}
+        found: dict[str, Any] = self.training.document() if self.training else {"recipe": self.name, "problems": []}
         sizes = figures.figures(self.sizes) if self.sizes else None
-        beside = {name: file.bytes for name, file in self.beside.items()}
+        beside = {name: weights.file.bytes for name, weights in self.beside.items()}
         return found | {"files_beside": beside, "problems": self.problems, "sizes": sizes, "measured": self.measured}
 
     def tables(self) -> list[Table]:
         """To read."""
         found: list[Table] = []
         if self.training:
-            found.append((f"recipe {self.name}", training_cost.COLUMNS, training_cost.table(self.training)))
+            found.append((f"recipe {self.name}", recipe_plan.COLUMNS, recipe_plan.table(self.training)))
         if self.sizes:
             found.append(("files", figures.FILE_COLUMNS, figures.file_table(self.sizes)))
         if self.beside:
@@ -95,7 +96,7 @@ class Answer:
 
     def remarks(self) -> list[str]:
         """Lines below the tables."""
-        found = training_cost.remarks(self.training) if self.training else []
+        found = recipe_plan.remarks(self.training) if self.training else []
         found += figures.lines(self.sizes) if self.sizes else []
         return [*found, figures.said(self.measured)] if self.measured else found
 
@@ -107,11 +108,11 @@ def answer_to(what: str, options: Options, progress: Callable[[], AbstractContex
     """
     target = look_up(what)
     found, parts = None, target if isinstance(target, Parts) else None
-    beside: dict[str, GgufFile] = {}
+    beside: dict[str, Weights] = {}
     if isinstance(target, Recipe):
-        found = training_cost.plan(target, options.hardware, options.length)
+        found = recipe_plan.plan(target, options.hardware, options.length)
         if not found.problems:
-            parts, beside = parts_of_recipe(target, found.models), files_beside(target, found.models)
+            parts, beside = found.bundle, found.beside
         if parts is None and options.budget != Budget() and not found.problems:
             raise RecipeError(f"recipe {target.name} makes no bundle, so nothing can be said of its size; plan a model")
     if parts is None:

@@ -9,16 +9,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogumi.compress.gguf.planned_files import Weights
 from cogumi.core.amounts import size
 from cogumi.core.environment import usable_threads
 from cogumi.core.errors import BundleError
+from cogumi.core.footprint import BF16, FP32
 from cogumi.pipeline.plan.bundle_memory import bytes_per_token
-from cogumi.pipeline.plan.footprint import BF16, FP32
 from cogumi.pipeline.plan.refusal import refusal
 from cogumi.pipeline.plan.routes import Asked, Budget, Route
 
 if TYPE_CHECKING:
-    from cogumi.compress.gguf.file_sizes import GgufFile
     from cogumi.evaluate.bench.run import Progress
 
 THREADS = 8
@@ -125,9 +125,9 @@ def file_table(asked: Asked) -> list[list[str]]:
     return [*rows, ["all", f"{parts.bytes:,}", "", size(sum(parts.packed.values()))]]
 
 
-def beside_table(files: Mapping[str, GgufFile]) -> list[list[str]]:
+def beside_table(models: Mapping[str, Weights]) -> list[list[str]]:
     """A row of `BESIDE_COLUMNS` for each model that is in no bundle, by step."""
-    return [[name, f"{file.bytes:,}", size(file.packed)] for name, file in files.items()]
+    return [[name, f"{one.file.bytes:,}", size(one.file.packed)] for name, one in models.items()]
 
 
 def memory_table(asked: Asked) -> list[list[str]]:

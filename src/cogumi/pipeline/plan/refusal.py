@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from cogumi.compress.gguf.planned_files import known_weights
 from cogumi.core.amounts import size
 from cogumi.core.shapes import KNOWN
-from cogumi.pipeline.plan.bundle_files import known_weights
 from cogumi.pipeline.plan.bundle_memory import bytes_per_token
 from cogumi.pipeline.plan.routes import Asked, Route
 

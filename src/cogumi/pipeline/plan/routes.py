@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+from cogumi.compress.gguf.planned_files import Weights
+from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.amounts import size
 from cogumi.core.errors import RecipeError
 from cogumi.core.shapes import ModelShape
-from cogumi.pipeline.plan.bundle_files import Parts, Weights
 from cogumi.pipeline.plan.bundle_memory import Memory, Serving, bytes_per_token, memory
 
 VOCABULARIES = (131_072, 65_536, 32_768)

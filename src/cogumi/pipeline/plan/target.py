@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cogumi.compress.gguf.planned_files import known_weights, weights_of_folder, weights_of_gguf
+from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.errors import ArtifactError
+from cogumi.core.facts import ModelFacts
 from cogumi.core.registry import nearest
 from cogumi.core.shapes import KNOWN, find_shape, known
-from cogumi.pipeline.plan.bundle_files import Parts, parts_of_gguf, parts_of_model
-from cogumi.pipeline.plan.model_shapes import Model
 from cogumi.pipeline.recipe import Recipe, builtin_recipes, load_recipe
 
 CONFIG, GGUF = "config.json", ".gguf"
@@ -23,13 +24,13 @@ def look_up(name: str) -> Recipe | Parts:
     if name in builtin_recipes() or path.suffix in (".yaml", ".yml"):
         return load_recipe(name)
     if path.suffix == GGUF:
-        return parts_of_gguf(path)
+        return Parts(path.name, weights_of_gguf(path))
     folder = path.parent if path.name == CONFIG else path
     if (folder / CONFIG).exists():
         shape = find_shape(str(folder), Path())
-        return parts_of_model(folder.resolve().name, Model(shape, name, folder=str(folder)))
+        return Parts(folder.resolve().name, weights_of_folder(ModelFacts(shape, name, folder=str(folder))))
     short = known(name)
     if short is None:
         hint = nearest(name.rsplit("/", 1)[-1], [*builtin_recipes(), *KNOWN])
         raise ArtifactError(f"'{name}' is no recipe, no folder with a {CONFIG} and no model of known shape; {hint}")
-    return parts_of_model(short, Model(KNOWN[short], short))
+    return Parts(short, known_weights(KNOWN[short]))

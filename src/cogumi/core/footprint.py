@@ -1,7 +1,7 @@
 """How much memory training takes, by arithmetic on a model's shape (SPEC D1).
 
 Pure counting: what autograd keeps of one layer for each token, what AdamW and Muon keep of each weight, what NF4 packs
-(Dettmers et al. 2023, arXiv 2305.14314). `tests/test_plan.py` holds it to what real training takes.
+(Dettmers et al. 2023, arXiv 2305.14314). `tests/core/test_footprint.py` holds it to what real training takes.
 """
 
 from __future__ import annotations
@@ -112,9 +112,10 @@ def _activations(t: Training) -> int:
     """What a part leaves for the way back.
 
     Of a token each layer keeps: in, normal form and out of two norms (fp32, and in bf16 what goes on); queries,
-    attention before and after its heads are joined, keys, values; gate before and after its curve, up, their product; a
-    LoRA's inner values. With `recompute` layers keep their input only, and the one at work the rest. A learned token
-    keeps log-probabilities over the vocabulary, and on the way back two gradients of that size.
+    attention before and after its heads are joined, keys, values; gate before and after its activation function, up,
+    their product; what lies between A and B of a LoRA. With `recompute` layers keep their input only, and the one at
+    work the rest. A learned token keeps log-probabilities over the vocabulary, and on the way back two gradients of
+    that size.
     """
     shape, tokens = t.shape, t.rows * t.length
     value = BF16 if t.bf16 else FP32

@@ -1,0 +1,141 @@
+"""Asking an engine from Python: questions as text or messages, answers piece by piece, conversations (SPEC G3, M7)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import fields, replace
+from typing import Any, Protocol, TypeAlias, cast
+
+from cogumi.cascade.disclaimers import without_note
+from cogumi.core.errors import RequestError
+from cogumi.core.registry import nearest
+from cogumi.core.types import Message, Reply, Request
+from cogumi.engine.protocol import Engine, Event, missing_reply
+from cogumi.engine.stream_text import text_delta
+
+Input: TypeAlias = str | Message | Mapping[str, str] | Sequence[Message | Mapping[str, str]]
+"""A user's message as text, or a conversation: `Message`s or mappings with `role` and `content`."""
+
+OPTIONS = tuple(field.name for field in fields(Request) if field.name not in ("messages", "prompt"))
+ROLES = ("system", "user", "assistant")
+
+
+def as_request(question: Input | Request, options: Mapping[str, Any]) -> Request:
+    """A request for `question` with `options` (fields of `Request`) and an id of its own if none is given.
+
+    Raises `RequestError` for an unknown option, an empty conversation, or a message that is not one.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise RequestError(f"unknown option '{name}'; {nearest(name, OPTIONS)}")
+    if isinstance(question, Request):
+        request = replace(question, **options)
+    else:
+        request = Request(messages=_messages(question), **options)
+    return request if request.id else replace(request, id=uuid.uuid4().hex)
+
+
+def _messages(question: Input) -> tuple[Message, ...]:
+    if isinstance(question, str):
+        return (Message("user", question),)
+    if isinstance(question, (Message, Mapping)):
+        question = (question,)
+    messages = tuple(map(_message, question))
+    if not messages:
+        raise RequestError("there are no messages; give a question as text, or at least one message")
+    return messages
+
+
+def _message(value: Message | Mapping[str, str]) -> Message:
+    if isinstance(value, Mapping) and set(value) == {"role", "content"}:
+        value = Message(value["role"], value["content"])
+    if not isinstance(value, Message) or not isinstance(value.content, str):
+        raise RequestError(f'{value!r} is not a message; write {{"role": "user", "content": "..."}}')
+    if value.role not in ROLES:
+        raise RequestError(f"unknown role '{value.role}'; use one of {', '.join(ROLES)}")
+    return value
+
+
+class Stream:
+    """The text of one answer, piece by piece as it is generated; afterwards `reply` holds the whole answer.
+
+    An answer that replaces the text streamed so far follows as a paragraph of its own. Closing the stream cancels the
+    request.
+    """
+
+    def __init__(self, events: Iterator[Event]) -> None:
+        self._events = events
+        self._text = ""
+        self._reply: Reply | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for event in self._events:
+            piece, self._text = text_delta(self._text, event)
+            if isinstance(event, Reply):
+                self._reply = event
+            if piece:
+                yield piece
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer; what has not been read yet is read first."""
+        for _ in self:
+            pass
+        if self._reply is None:
+            raise missing_reply()
+        return self._reply
+
+    def close(self) -> None:
+        """Cancel the request if it still runs."""
+        close = getattr(self._events, "close", None)
+        if close:
+            close()
+
+
+class RatedEngine(Engine, Protocol):
+    """An engine whose answers can be rated."""
+
+    def feedback(self, id: str, right: bool, user: str | None = None) -> None:
+        """Record whether the answer with that id was right."""
+
+
+class Conversation:
+    """A conversation: the turns so far, and the options with which every question is asked.
+
+    A turn that fails or is cancelled is not remembered, so that the conversation can go on. Raises `RequestError` for
+    an unknown option.
+    """
+
+    def __init__(self, engine: RatedEngine, **options: Any) -> None:
+        as_request("", options)
+        self.options: dict[str, Any] = options
+        self.messages: tuple[Message, ...] = ()
+        self.id = ""
+        self._engine = engine
+
+    def ask(self, text: str) -> Reply:
+        """Ask the next question and return the whole answer."""
+        return self.stream(text).reply
+
+    def stream(self, text: str) -> Stream:
+        """Ask the next question and return its answer piece by piece; it is remembered once it is complete."""
+        request = as_request((*self.messages, Message("user", text)), self.options)
+        self.id = request.id or ""
+        return Stream(self._remembering(request, self._engine.generate(request)))
+
+    def _remembering(self, request: Request, events: Iterator[Event]) -> Iterator[Event]:
+        with closing(cast(Generator[Event, None, None], events)):
+            for event in events:
+                if isinstance(event, Reply) and event.finish_reason != "cancelled":
+                    self.messages = (*request.messages, Message("assistant", without_note(event.text)))
+                yield event
+
+    def rate(self, right: bool) -> None:
+        """Record whether the last answer was right."""
+        self._engine.feedback(self.id, right, self.options.get("user"))
+
+    def clear(self) -> None:
+        """Forget the turns so far."""
+        self.messages = ()

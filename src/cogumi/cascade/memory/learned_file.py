@@ -1,0 +1,111 @@
+"""The file learned.json: what serves, what is tried, and what happened so far; shared by threads and processes."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cogumi.confidence.recalibration import Layer
+from cogumi.core.errors import StateError
+from cogumi.core.files import write_json
+
+FILE = "learned.json"
+LOCK = "learned.lock"
+HISTORY = 200  # events kept
+
+
+class Learned(BaseModel):
+    """What learned.json holds. Times are in seconds since 1970; `tests` counts the certificates tried for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    format: Literal[1] = 1
+    layer: Layer | None = None
+    promoted: float = 0.0
+    canary: Layer | None = None
+    started: float = 0.0
+    fitted: float = 0.0
+    since: float = 0.0
+    tests: int = Field(0, ge=0)
+    history: tuple[dict[str, Any], ...] = ()
+
+    def told(self, what: str, changes: Mapping[str, Any], **figures: float | bool) -> Learned:
+        """The same with `changes`, and one more event in its history."""
+        event = {"at": time.time(), "event": what, **figures}
+        return self.model_copy(update={**changes, "history": (*self.history, event)[-HISTORY:]})
+
+
+class LearnedFile:
+    """`state` as last read or saved; nothing learned if there is no file yet.
+
+    A file that cannot be read is moved aside. Raises `StateError` if `folder` cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / FILE
+        self.state = Learned()
+        self._seen = 0, 0  # modification time and inode of the file that `state` comes from
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            sqlite3.connect(folder / LOCK).close()
+        except (OSError, sqlite3.Error) as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> StateError:
+        return StateError(f"{self._folder} cannot keep what is learned ({error}); name a folder that can be written")
+
+    def refresh(self) -> bool:
+        """Read what another process has saved since; whether there was anything."""
+        try:
+            stat = self._path.stat()
+            seen = stat.st_mtime_ns, stat.st_ino
+        except OSError:
+            seen = 0, 0
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        try:
+            self.state = Learned.model_validate_json(self._path.read_bytes()) if seen[1] else Learned()
+        except (OSError, ValidationError) as error:
+            aside = self._path.with_name(FILE + ".unreadable")
+            with suppress(OSError):
+                self._path.replace(aside)
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            warnings.warn(
+                f"{self._path} cannot be read ({reason}); set aside as {aside.name}, learning anew", stacklevel=2
+            )
+            self.state = Learned()
+        return True
+
+    def save(self, state: Learned) -> None:
+        """Keep a state; where the file cannot be written, in this process only."""
+        self.state = state
+        try:
+            write_json(self._path, state.model_dump(mode="json"))
+            stat = self._path.stat()
+            self._seen = stat.st_mtime_ns, stat.st_ino
+        except OSError as error:
+            warnings.warn(
+                f"{self._path} cannot be written ({error}); what was learned lasts until the end", stacklevel=2
+            )
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no other process is learning here; the lock is released when its process ends."""
+        try:
+            lock = sqlite3.connect(self._folder / LOCK, timeout=0.0, isolation_level=None)
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
+        with closing(lock):
+            try:
+                lock.execute("BEGIN EXCLUSIVE")
+            except sqlite3.Error:
+                yield False
+            else:
+                yield True

@@ -1,0 +1,117 @@
+"""What training by `train.loop` takes, before it begins: the `estimate` of every stage that trains (SPEC D1)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from cogumi.core.estimate import Cost, Estimate, Given
+from cogumi.core.facts import ModelFacts, Rows, TokenizerFacts, model_at
+from cogumi.core.footprint import FP32, Footprint, Training, footprint
+from cogumi.core.registry import nearest
+from cogumi.core.shapes import ModelShape
+from cogumi.models.folders import Quantize, Shape
+from cogumi.models.lora import LoraShape
+from cogumi.train.loop import LoopConfig
+from cogumi.train.validation import TOKENS
+
+ASSUMED = Rows(0, 512, 512, 512)
+"""Rows of unknown length."""
+
+
+def model_to_train(init: str, shape: Shape, tokenizer: TokenizerFacts | None, root: Path) -> ModelFacts | None:
+    """The model that `init` names: a folder, a Hub id, or `scratch` for `shape`, with which None without a tokenizer.
+
+    Raises `ArtifactError` if it is neither there nor known.
+    """
+    if init != "scratch":
+        return model_at(init, root)
+    if tokenizer is None:
+        return None
+    return ModelFacts(shape.of_vocabulary(tokenizer.vocabulary), tokenizer.name, tokenizer.own)
+
+
+def training_estimate(
+    given: Given,
+    model: ModelFacts,
+    loop: LoopConfig,
+    lora: LoraShape | None = None,
+    quantize: Quantize = None,
+    *,
+    merged: bool = True,
+    whole_rows: bool = False,
+) -> Estimate:
+    """Cost, notes and problems of training a model on the input `examples`; its facts are left to the stage.
+
+    Without `lora` all weights are trained. `merged`: the whole model is written, not an adapter alone. `whole_rows`:
+    questions are learned as well as answers.
+    """
+    shape, known = model.shape, given.rows("examples", model)
+    rows = known or ASSUMED
+    training = Training(
+        shape,
+        rows=math.ceil(loop.batch / (loop.accumulate * given.hardware.gpus)),
+        length=rows.longest,
+        answer=rows.longest if whole_rows else rows.answer,
+        judged=max(TOKENS // rows.longest, 1),
+        ranks={name: rank for name, rank in lora.by_target.items() if name in shape.linear} if lora else None,
+        nf4=quantize == "nf4",
+        bf16=loop.precision == "bf16",
+        recompute=loop.gradient_checkpointing,
+        parts=loop.accumulate,
+        gpus=given.hardware.gpus,
+        muon=loop.muon_lr is not None,
+    )
+    memory = footprint(training)
+    return Estimate(
+        cost=_cost(training, memory, loop, int(loop.steps * loop.batch * rows.mean), merged, given.hardware.gpus),
+        notes=() if known else (f"rows of unknown length: {ASSUMED.longest} tokens assumed",),
+        problems=(*unknown_targets(lora, shape), *too_large(given, memory, training)),
+    )
+
+
+def _cost(t: Training, memory: Footprint, loop: LoopConfig, tokens: int, merged: bool, gpus: int) -> Cost:
+    passes = 4 + (2 if t.ranks is None else 0) + (2 if t.recompute else 0)
+    trained = FP32 * t.trained
+    return Cost(
+        method="full" if t.ranks is None else "QLoRA nf4" if t.nf4 else "LoRA",
+        shape=t.shape,
+        parameters=t.shape.parameters,
+        trained=t.trained,
+        steps=loop.steps,
+        tokens=tokens,
+        flops=float(passes * (t.shape.matrices + t.shape.head_weights) * tokens),
+        memory=memory,
+        output=FP32 * t.shape.parameters if merged else trained,
+        checkpoint=2 * (trained + memory.optimizer * gpus) + (1 + loop.keep) * trained,
+        needs_gpu=t.nf4,
+    )
+
+
+def unknown_targets(lora: LoraShape | None, shape: ModelShape) -> list[str]:
+    """A line for each target of a LoRA that a model does not have."""
+    return [
+        f"LoRA target '{target}' is no layer of this model; {nearest(target, shape.linear)}"
+        for target in (lora.by_target if lora else ())
+        if target not in shape.linear
+    ]
+
+
+def too_large(given: Given, memory: Footprint, training: Training) -> list[str]:
+    """A line with ways out if training does not fit the GPUs there are."""
+    limit = given.hardware.memory
+    if limit is None or memory.peak <= limit:
+        return []
+    ways = {
+        "gradient_checkpointing": not training.recompute,
+        "more `accumulate`": training.rows > 1,
+        "a `lora`": not training.ranks,
+        "quantize: nf4": bool(training.ranks) and not training.nf4,
+        "more --gpus": not training.nf4,
+    }
+    if memory.weights + memory.optimizer + memory.validation == memory.peak:
+        ways = {"shorter rows": True}
+    return [
+        f"takes {memory.peak / 1e9:.1f} GB on each GPU, and there are {limit / 1e9:.1f}; "
+        f"try {' or '.join(way for way, helps in ways.items() if helps) or 'a smaller model'}"
+    ]

@@ -1,0 +1,202 @@
+"""What is planned for a request: records in, a plan out, no engine."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogumi.cascade.decide import DISSATISFIED, NOVEL, OWN_EXAMPLES, Situation, decide, usable
+from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE
+from cogumi.cascade.modes import MODES, Mode, Settings
+from cogumi.cascade.tiers import Question
+from cogumi.confidence.gate import QuestionGate
+from cogumi.core.errors import RequestError
+from cogumi.core.types import Message, Request
+from support.bundle import calibrated
+
+GATES = {"draft": 0.5, "base": 0.5, "modifier": 0.5, "direct": 0.5}
+EASY = Question({}, 5.0, 0.9, {"base": 0.1, "code": 0.8, "math": 0.1})
+HARD = replace(EASY, p_easy=0.1)
+NEW = replace(EASY, perplexity=500.0)
+SITUATION = Situation(EASY, routed="code", adapters=("code", "math"), has_draft=True, speedup=2.0)
+UNREAD = replace(SITUATION, question=None, gap="the base has no hidden states", routed=None)
+SETTINGS = Settings(domains={"math": "fast"})
+
+
+def calibration(**gates):
+    return calibrated({**GATES, **gates}, 0.8, QuestionGate(20.0, 0.5, novelty=100.0, base_perplexity=30.0))
+
+
+def ask(**values):
+    return Request(messages=(Message("user", "What is 2 + 3?"),), **values)
+
+
+def plan(situation=SITUATION, settings=SETTINGS, gates=None, **values):
+    return decide(ask(**values), situation, settings, calibration(**(gates or {})))
+
+
+@pytest.mark.parametrize(
+    ("mode", "order", "surprised"),
+    [
+        ("fast", ("base",), None),
+        ("balanced", ("base", "modifier"), None),
+        ("turbo", ("draft", "base"), None),
+        ("mobile", ("draft", "base", "modifier"), ("draft", "direct")),
+    ],
+)
+def test_a_mode_says_who_is_asked_in_which_order(mode, order, surprised):
+    found = plan(mode=mode)
+    assert (found.order, found.surprised, found.domain, found.doubt) == (order, surprised, "code", "")
+    assert found.calibrated
+    elsewhere = plan(replace(SITUATION, routed=None), mode=mode)
+    assert "modifier" not in elsewhere.order
+    assert elsewhere.surprised is None
+
+
+def test_only_an_order_that_the_calibration_has_a_promise_for_is_followed():
+    assert plan(replace(SITUATION, has_draft=False), mode="mobile").order == ("base", "modifier")
+    alone = plan(gates={"modifier": None}, mode="balanced")
+    assert (alone.order, alone.threshold) == (("base",), 0.8)
+    assert usable(MODES["mobile"], False, calibration(modifier=None)).policy.name == "base"
+
+
+def test_tokens_stream_only_where_nothing_can_take_their_place():
+    assert plan(mode="fast").streamed == ("base",)
+    assert plan(mode="fast", abstain=True).streamed == ()
+    assert plan(mode="balanced").streamed == ()
+    assert plan(replace(SITUATION, routed=None), mode="balanced").streamed == ("base",)
+    tries = Settings(modes={"tries": Mode(votes=3)})
+    assert plan(settings=tries, mode="tries").streamed == ("base",)
+    assert plan(replace(SITUATION, question=HARD), tries, mode="tries").streamed == ()
+
+
+def test_a_progressive_answer_shows_the_draft_first():
+    shown = plan(mode="balanced", progressive=True)
+    assert (shown.preview, shown.streamed) == (True, ())
+    own = plan(mode="turbo", progressive=True)
+    assert (own.preview, own.streamed) == (False, ("draft",))
+    for found in (
+        plan(replace(SITUATION, has_draft=False), mode="fast", progressive=True),
+        plan(mode="fast", progressive=True, abstain=True),
+        plan(mode="fast", progressive=True, examples=(("q", "a"),)),
+    ):
+        assert not found.preview
+        assert "draft" not in found.streamed
+
+
+def test_more_is_tried_for_hard_questions_only_and_nothing_untested_for_novel_ones():
+    tries = Settings(modes={"tries": Mode(modifier=True, votes=3, critique=1, examples=2)})
+    assert plan(settings=tries, mode="tries").deliberation is None
+    assert plan(replace(SITUATION, question=HARD), tries, mode="tries").deliberation == tries.modes["tries"]
+    novel = plan(replace(SITUATION, question=NEW), tries, mode="tries")
+    assert (novel.order, novel.doubt, novel.calibrated) == (("base",), NOVEL, False)
+    assert (novel.deliberation.votes, novel.deliberation.critique, novel.deliberation.examples) == (0, 0, 2)
+    assert plan(replace(SITUATION, question=NEW), mode="accurate").deliberation is None
+
+
+def test_a_modifier_that_will_likely_be_asked_is_loaded_ahead():
+    hard = replace(SITUATION, question=HARD)
+    assert plan(hard).preload
+    assert not plan(SITUATION).preload
+    assert not plan(hard, mode="fast").preload
+    unclear = replace(HARD, domains={"base": 0.3, "code": 0.4, "math": 0.3})
+    assert not plan(replace(hard, question=unclear)).preload
+    assert plan(replace(hard, question=unclear, failed=frozenset({"code"}))).preload
+    assert plan(replace(hard, question=unclear, habit={"code": 50})).preload
+
+
+def test_there_is_one_reason_for_doubt_and_every_one_is_told():
+    angry = replace(SITUATION, dissatisfied=True)
+    assert (plan(angry).doubt, plan(angry).note, plan(angry).calibrated) == (DISSATISFIED, AGAIN, True)
+    assert plan(angry, settings=Settings(default="fast")).order == ("base", "modifier")
+    assert plan(angry, mode="fast").order == ("base",)
+    both = plan(replace(angry, question=NEW), examples=(("q", "a"),))
+    assert (both.doubt, both.note, both.calibrated) == (DISSATISFIED, LOW_CONFIDENCE, False)
+    assert [(d.signal, d.reason) for d in both.decisions] == [("examples", OWN_EXAMPLES), ("novelty", NOVEL)]
+    own = plan(examples=(("q", "a"),), mode="accurate")
+    assert (own.order, own.doubt, own.speculate, own.deliberation) == (("base",), OWN_EXAMPLES, None, None)
+
+
+def test_engines_to_which_the_gates_do_not_apply_let_the_base_answer_in_doubt():
+    found = plan(UNREAD, mode="accurate")
+    assert (found.order, found.surprised, found.deliberation, found.calibrated) == (("base",), None, None, False)
+    assert (found.doubt, found.note, found.speculate) == (UNREAD.gap, LOW_CONFIDENCE, None)
+    assert [(d.tier, d.signal, d.accepted) for d in found.decisions] == [("cascade", "calibrated", False)]
+
+
+def test_the_mode_is_told_where_it_is_not_the_default():
+    (told, _) = plan(replace(SITUATION, routed="math")).decisions
+    assert (told.signal, told.reason) == ("mode", "mode fast: the settings choose it for math")
+    assert plan(files=("a.csv",)).domain == "math"
+    assert plan(replace(SITUATION, failed=frozenset({"code"}))).mode == "accurate"
+    with pytest.raises(RequestError, match="unknown mode 'nope'"):
+        plan(mode="nope")
+
+
+@pytest.mark.parametrize(
+    ("question", "speedup", "wish", "signal", "accepted"),
+    [
+        (EASY, 2.0, None, "p_easy", True),
+        (EASY, 1.0, None, "speedup", False),
+        (HARD, 2.0, None, "p_easy", False),
+        (replace(EASY, perplexity=21.0), 2.0, None, "perplexity", False),
+        (HARD, 0.0, True, "requested", True),
+        (EASY, 2.0, False, "requested", False),
+    ],
+)
+def test_drafting_is_for_easy_questions_where_it_pays(question, speedup, wish, signal, accepted):
+    found = plan(replace(SITUATION, question=question, speedup=speedup), speculate=wish)
+    (told,) = found.decisions
+    assert (told.signal, told.accepted) == (signal, accepted)
+    assert found.speculate is (None if wish is None and accepted else accepted)
+
+
+situations = st.builds(
+    Situation,
+    st.sampled_from([EASY, HARD, NEW, None]),
+    st.just("a gap"),
+    st.sampled_from([None, "code", "math", "law"]),
+    st.sampled_from([(), ("code",), ("code", "math")]),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0, 2.0]),
+    st.booleans(),
+    st.sampled_from([frozenset(), frozenset({"code"})]),
+    st.sampled_from([{}, {"code": 30}]),
+)
+requests = st.builds(
+    ask,
+    mode=st.sampled_from([None, "auto", *MODES]),
+    abstain=st.booleans(),
+    progressive=st.booleans(),
+    speculate=st.sampled_from([None, True, False]),
+    examples=st.sampled_from([(), (("q", "a"),)]),
+    files=st.sampled_from([(), ("a.py",)]),
+)
+
+
+@given(requests, situations, st.booleans())
+def test_what_holds_of_every_plan(request, situation, modifiers):
+    known = calibration(modifier=0.5 if modifiers else None)
+    found = decide(request, situation, SETTINGS, known)
+    for order in filter(None, (found.order, found.surprised)):
+        assert order
+        assert len(set(order)) == len(order)
+        assert "draft" not in order or situation.has_draft
+        assert not {"modifier", "direct"} & {*order} or (modifiers and found.domain in situation.adapters)
+        assert {"base", "direct"} & {*order}
+    assert found.preview <= situation.has_draft
+    if request.abstain:
+        assert not found.streamed
+        assert not found.preview
+    if found.streamed == ("base",):  # whatever is streamed stands: nobody is asked after it
+        assert found.order == ("base",)
+        assert found.deliberation is None
+    novel = situation.question is NEW
+    unsure = situation.dissatisfied or novel or situation.question is None or bool(request.examples)
+    assert bool(found.doubt) == unsure
+    assert found.calibrated == (not novel and situation.question is not None and not request.examples)
+    if not found.calibrated:
+        assert not {"modifier", "direct"} & {*found.order}
+    assert found.preload <= ("modifier" in found.order)
+    assert decide(request, situation, SETTINGS, known) == found

@@ -1,0 +1,77 @@
+"""The report on a pico bundle: what counts as accepted, and under whose promise."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from cogumi.bundle.format import CALIBRATION, DRAFT, INDEX, write_bundle
+from cogumi.core.files import write_json
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Decision, Example, Message, Reply, Usage
+from cogumi.data.examples import SPLITS, split_path, write_examples
+from cogumi.evaluate import report
+from support.bundle import make_bundle
+
+ROWS = 6
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    meta = {"check": {"kind": "exact"}}
+    examples = [
+        Example(str(i), "code", 1 + i % 5, (Message("user", f"What is {i} + 3?"),), "x", "test", meta)
+        for i in range(ROWS)
+    ]
+    write_examples(split_path(folder, SPLITS[-1]), examples)
+    return Artifact("examples", folder, "data")
+
+
+def reported(bundle, data, out):
+    inputs = {"bundle": Artifact("bundle", bundle, "b", {}, {"bytes": {"base.gguf": 1}}), "data": data}
+    config = report.Config(max_tokens=6, slots=2, context=128, speculation_prompts=1)
+    return report.run(config, inputs, out, Context(0, 1, out, lambda done, total, figures: None))
+
+
+def test_the_usual_mode_is_judged_by_its_own_promise(bundle, data, tmp_path):
+    found = reported(bundle, data, tmp_path)
+    gate = found["gate"]
+    assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (ROWS, 0.9, 0, 0.0)
+    assert list(found["accuracy"]) == ["draft", "base", "modifier", "cascade"]
+
+
+def test_a_mobile_package_may_never_ask_its_base(bundle, data, tmp_path):
+    """Every question surprises the base, so the modifier answers at once; nobody asks what P(correct) the base had."""
+    index = json.loads((bundle / INDEX).read_text())
+    calibration = json.loads((bundle / CALIBRATION).read_text())
+    calibration["question"]["base_perplexity"] = 0.5
+    calibration["guarantees"]["base+modifier+straight"]["threshold"] = 0.6
+    write_json(tmp_path / CALIBRATION, calibration)
+    files = {name: bundle / name for name in index["files"] if name != DRAFT} | {CALIBRATION: tmp_path / CALIBRATION}
+    write_bundle(tmp_path / "mobile", files, {"parts": {n: p for n, p in index["parts"].items() if n != DRAFT}})
+    (tmp_path / "out").mkdir()
+    found = reported(tmp_path / "mobile", data, tmp_path / "out")
+    gate = found["gate"]
+    assert found["routes"] == {"modifier": 1.0}
+    assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (0, 0.6, ROWS, 1.0)
+    assert gate["accepted_error"] == 1.0  # a random model is never right
+    assert list(found["accuracy"]) == ["base", "modifier", "cascade"]
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_what_the_draft_answers_for_sure_is_accepted_too():
+    example = Example("1", "code", 1, (), "x", "test", {"check": {"kind": "exact"}, "unanswerable": "fiction"})
+    sure = Decision("draft", "p_correct", 0.9, 0.8, True, "")
+    reply = Reply("x", (), "stop", Usage(), decisions=(sure,), tier="draft", route="draft", accepted=True)
+    unsure = replace(reply, route="low_confidence", accepted=False)
+    asked = report.Asked([example, example], [reply, unsure], [True, False])
+    assert report.unanswerable_figures(asked, ())["kinds"] == {"fiction": [1, 2]}
+    promise = report.Guarantee(0.8, 0.05, 0.95, 100, 50, 0, 0.05)
+    gate = report.gate_figures(asked, asked, promise)
+    assert (gate["accepted"], gate["coverage"], gate["accepted_error"], gate["n"]) == (1, 0.5, 0.0, 0)

@@ -1,0 +1,187 @@
+"""The plan of a recipe: figures of every step, and every problem in a line of its own."""
+
+import importlib.resources
+import json
+import re
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cogumi.cli import app
+from cogumi.core.amounts import parse_bytes
+from cogumi.core.estimate import Given, Hardware, estimate
+from cogumi.core.facts import OWN_TEMPLATE
+from cogumi.core.registry import stage
+from cogumi.pipeline.plan.recipe_plan import plan
+from cogumi.pipeline.recipe import builtin_recipes, load_recipe, parse_recipe
+from support.real import qwen2
+
+
+@pytest.mark.parametrize("name", ["small", "cogumi-8b", "laptop-890mb"])
+def test_the_recipes_for_real_models_have_nothing_in_the_way(name):
+    found = plan(load_recipe(name), Hardware(memory=parse_bytes("80GB")))
+    assert not found.problems
+    assert [step.name for step in found.steps] == [step.name for step in load_recipe(name).steps]
+    for step in found.steps:
+        if step.cost.steps:
+            assert step.cost.memory.peak < 80e9
+            assert 0 < step.cost.trained <= step.cost.parameters + step.cost.shape.hidden + 1
+            assert min(step.cost.tokens, step.cost.flops, step.cost.output, step.cost.checkpoint) > 0
+
+
+def test_the_plan_of_tiny_is_what_was_built():
+    """Parameters as in the figures of the finished build: 984,192 of the base, 320,065 of the draft."""
+    steps = {step.name: step for step in plan(load_recipe("tiny")).steps}
+    assert steps["base"].cost.trained == 984_192
+    assert steps["draft"].cost.trained == 320_065
+    assert steps["math"].cost.trained == 307_200
+    assert not steps["base"].cost.needs_gpu
+
+
+def facts_of(name, root, **config):
+    """The rows that a stage without inputs says it makes."""
+    (rows,) = estimate(stage(name), stage(name).Config(**config), Given("data", root)).facts
+    return rows
+
+
+def test_rows_are_measured(tmp_path):
+    rows = facts_of("world", tmp_path).rows(OWN_TEMPLATE)
+    assert 10 < rows.answer < rows.longest < 200
+    assert rows.mean < rows.longest
+    lines = [{"instruction": "x" * 300, "output": "y" * 90}, {"instruction": "x" * 30, "output": "y" * 9}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sizes = facts_of("files", tmp_path, files={"code": ["a.jsonl"]})
+    assert (sizes.longest, sizes.answer, sizes.mean) == (390, 90, 214.5)
+    assert sizes.rows(10).longest == 140
+    assert sizes.rows(10, length=50).longest == 50
+
+
+BASE = {"name": "base", "stage": "sft", "inputs": {"examples": "data"}, "config": {"init": "Qwen/Qwen2.5-0.5B"}}
+DATA = {"name": "data", "stage": "world"}
+RESPONSES = {"name": "responses", "stage": "respond", "inputs": {"examples": "data", "model": "base"}}
+TAUGHT = {"examples": "data", "responses": "responses", "model": "base"}
+
+
+def problems(tmp_path, *steps, **options):
+    document = yaml.safe_dump({"name": "mine", "steps": list(steps)})
+    return plan(parse_recipe(document, "mine", tmp_path), **options).problems
+
+
+def changed(step, **config):
+    return step | {"config": step.get("config", {}) | config}
+
+
+def test_each_problem_is_told_in_a_line(tmp_path):
+    def one(*steps, **options):
+        (line,) = problems(tmp_path, *steps, **options)
+        assert "\n" not in line
+        return line
+
+    assert not problems(tmp_path, DATA, BASE)
+    assert re.search("'base': 'a/b' is neither a model folder", one(DATA, changed(BASE, init="a/b")))
+    assert re.search("unknown key 'lorra'; did you mean 'lora'", one(DATA, changed(BASE, lorra={})))
+    assert re.search("unknown stage 'sfd'; did you mean 'sft'", one(DATA, BASE | {"stage": "sfd"}))
+    lora = {"targets": ["q_proj", "qkv_proj"]}
+    assert re.search("LoRA target 'qkv_proj' is no layer .* 'v_proj'", one(DATA, changed(BASE, lora=lora)))
+    assert re.search("rows have about 40000 tokens, .* context is 32768", one(DATA, BASE, length=40_000))
+    assert re.search("needs an input 'examples'; given: none", one(DATA, BASE | {"inputs": {}}))
+    assert re.search(
+        "'examples' is of kind model, not examples",
+        one(DATA, BASE, BASE | {"name": "two", "inputs": {"examples": "base"}}),
+    )
+    files = {"name": "data", "stage": "files", "config": {"files": {"code": ["mine.jsonl"]}}}
+    assert re.search(r"there is no file .*mine\.jsonl", one(files, BASE))
+
+
+def test_the_inputs_of_stages_that_compress_are_checked(tmp_path):
+    def told(stage, inputs, **config):
+        step = {"name": "made", "stage": stage, "inputs": inputs, "config": config}
+        return problems(tmp_path, DATA, BASE, step)
+
+    whole = {"examples": "data", "model": "base"}
+    for name in ("awq", "gptq", "trim", "prune", "shrink", "importance", "recover"):
+        assert not told(name, whole)
+        for role in whole:
+            (line,) = told(name, {role: whole[role]})
+            assert f"the stage needs an input '{({*whole} - {role}).pop()}'" in line
+    assert not told("archive", {"model": "base"})
+    assert re.search("needs an input 'bundle'; given: none", told("archive", {})[0])
+    assert re.search("'bundle' is of kind model, not bundle", told("archive", {"bundle": "base"})[0])
+    chain = told("chain", {"data": "data", "whole": "base"}, steps=["whole", "small"])
+    assert re.search("needs an input 'small'", chain[0])
+    assert re.search("'whole' is of kind model, not gguf", chain[1])
+
+
+def test_what_is_not_planned_is_said():
+    steps = {step.name: step for step in plan(load_recipe("compression")).steps}
+    assert steps["pruned"].cost.steps == 60
+    for name in ("pruned", "trimmed", "scaled", "importance", "chain"):
+        assert steps[name].notes[0].startswith("not planned: "), name
+    assert not steps["small"].notes
+    assert not steps["base"].notes
+
+
+def test_memory_beyond_the_gpu_is_a_problem_that_sharding_and_adapters_solve(tmp_path):
+    big = changed(BASE, init="meta-llama/Llama-3.1-8B-Instruct", loop={"batch": 8})
+    card = Hardware(memory=parse_bytes("80GB"))
+    (line,) = problems(tmp_path, DATA, big, hardware=card)
+    assert re.search(r"takes \d+\.\d GB on each GPU, and there are 80\.0; try .*`lora`", line)
+    assert not problems(tmp_path, DATA, big, hardware=Hardware(card.memory, gpus=4))
+    assert not problems(tmp_path, DATA, changed(big, lora={}), hardware=card)
+
+
+def test_a_draft_of_another_tokenizer_is_bridged_or_refused(tmp_path):
+    draft = {"name": "draft", "stage": "draft", "inputs": TAUGHT, "config": {"init": "Llama-3.2-1B"}}
+    document = yaml.safe_dump({"name": "mine", "steps": [DATA, BASE, RESPONSES, draft]})
+    found = plan(parse_recipe(document, "mine", tmp_path))
+    assert not found.problems
+    assert re.search(
+        "tokenizer Llama, the base's is Qwen2.5: the runtime drafts through text", found.steps[-1].notes[0]
+    )
+    folder = qwen2(tmp_path / "mine")
+    own = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(own | {"pre_tokenizer": None, "decoder": None}))
+    (line,) = problems(tmp_path, DATA, BASE, RESPONSES, changed(draft, init="mine"))
+    assert re.search("is none over bytes, so drafts cannot be bridged", line)
+    (folder / "tokenizer.json").unlink()
+    (line,) = problems(tmp_path, DATA, changed(BASE, init="mine"))
+    assert "has no tokenizer.json" in line
+
+
+def test_presets_of_domains_are_modifiers_that_can_be_copied():
+    text = (importlib.resources.files("cogumi") / "recipes" / "domains" / "modifiers.yaml").read_text("utf-8")
+    presets = {s["name"]: stage("modifier").Config.model_validate(s["config"]) for s in yaml.safe_load(text)["steps"]}
+    assert {name: presets[name].lora.rank for name in ("code", "reasoning", "automation", "code_light")} == {
+        "code": 128,
+        "reasoning": 112,
+        "automation": 96,
+        "code_light": 32,
+    }
+    assert "modifiers" not in builtin_recipes()
+
+
+# --- the command ---
+
+
+def cogumi(*words, **options):
+    return CliRunner().invoke(app, ["plan", *words], **options)
+
+
+def test_the_command_shows_checks_and_prints_json():
+    done = cogumi("cogumi-8b", "--check", "--gpu-memory", "80GB", "--json")
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    base = found["steps"][1]
+    assert (base["name"], base["method"], base["needs_gpu"]) == ("base", "QLoRA nf4", True)
+    assert base["parameters"] == 8_030_261_248
+    assert base["shape"]["vocabulary"] == 128_256
+    assert found["problems"] == []
+    short = cogumi("cogumi-8b", "--check", "--gpu-memory", "8GB")
+    assert short.exit_code == 1
+    assert all(line.startswith("step '") for line in short.stderr.splitlines())
+    assert not short.stdout
+    shown = cogumi("cogumi-8b", env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert "QLoRA nf4" in shown.stdout
+    assert "8.03B" in shown.stdout
