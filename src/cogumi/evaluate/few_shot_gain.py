@@ -33,7 +33,7 @@ from cogumi.models import head_adaptation as heads
 from cogumi.models.answer_match import exact
 from cogumi.models.folders import load
 from cogumi.models.head_adaptation import Head, Rates, States
-from cogumi.models.inner_loop import adapt_weights, shot, states, weights_of
+from cogumi.models.inner_loop import adapt_weights, example_row, states, weights_of
 from cogumi.models.lora import with_adapter
 from cogumi.models.tokenization import HFTokenizer
 
@@ -90,7 +90,7 @@ class Judge:
     def in_context(self, episode: Episode, shots: int) -> float:
         """The base's own accuracy, with the first examples as turns before each question."""
         before = episode.support[:shots]
-        asked = [shot(e, self.tokenizer, self.room, before) for e in episode.query[: self.config.queries]]
+        asked = [example_row(e, self.tokenizer, self.room, before) for e in episode.query[: self.config.queries]]
         found, row = states(self.plain, asked)
         return float(exact(found.base, found.targets, row, len(asked)).double().mean())
 
@@ -98,9 +98,11 @@ class Judge:
     def look(self, model: Any, episode: Episode) -> Seen:
         """The states of an episode under a model."""
         given, example = states(
-            model, [shot(e, self.tokenizer, self.room) for e in episode.support[: max(self.config.shots)]]
+            model, [example_row(e, self.tokenizer, self.room) for e in episode.support[: max(self.config.shots)]]
         )
-        asked, row = states(model, [shot(e, self.tokenizer, self.room) for e in episode.query[: self.config.queries]])
+        asked, row = states(
+            model, [example_row(e, self.tokenizer, self.room) for e in episode.query[: self.config.queries]]
+        )
         return Seen(given, example, asked, row)
 
     def head(
@@ -124,8 +126,8 @@ class Judge:
         """The accuracy of a model whose adapter is itself adapted on the first examples."""
 
         def accuracy(episode: Episode, shots: int) -> float:
-            given = [shot(e, self.tokenizer, self.room) for e in episode.support[:shots]]
-            asked = [shot(e, self.tokenizer, self.room) for e in episode.query[: self.config.queries]]
+            given = [example_row(e, self.tokenizer, self.room) for e in episode.support[:shots]]
+            asked = [example_row(e, self.tokenizer, self.room) for e in episode.query[: self.config.queries]]
             fast = adapt_weights(model, weights_of(model), given, rates)
             with torch.no_grad():
                 found, row = states(model, asked, fast)
@@ -137,7 +139,7 @@ class Judge:
 @torch.no_grad()
 def adapted(start: Head, seen: Seen, shots: int, rates: Rates) -> float:
     """Share of queries answered right by the head after adaptation on the first `shots` examples."""
-    head = heads.adapt(start, seen.support.where(seen.example < shots), rates)
+    head = heads.adapt(start, seen.support.select(seen.example < shots), rates)
     right = exact(heads.logits(head, seen.query), seen.query.targets, seen.row, int(seen.row.max()) + 1)
     return float(right.double().mean())
 
@@ -171,7 +173,7 @@ def measure(
         note(method, *judge.head(model, start, own if method == "anil" else None, selection))
         if method == "anil":
             (rank, width), seed = start.a.shape, context.seed + len(found.get("scratch", ()))
-            new = heads.fresh(rank, start.scale * rank, width, len(start.b), seed)
+            new = heads.initial_head(rank, start.scale * rank, width, len(start.b), seed)
             note("scratch", *judge.head(judge.plain, new, None, selection))
     return found, used
 

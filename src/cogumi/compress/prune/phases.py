@@ -28,7 +28,7 @@ from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers
 
 
-class Between(LoopConfig):
+class PhaseTraining(LoopConfig):
     """Training between phases; `steps` are the total over all phases. The learning rate is low, as for fine-tuning."""
 
     steps: int = Field(2000, ge=1)
@@ -43,7 +43,7 @@ class Gradual(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     phases: int = Field(4, ge=1)
-    loop: Between = Between()
+    loop: PhaseTraining = PhaseTraining()
 
     @model_validator(mode="after")
     def _steps_for_all(self) -> Gradual:

@@ -36,7 +36,7 @@ from cogumi.data.world.questions import WITHOUT, fresh
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.train.calibrate import fit_base
 from cogumi.train.confidence_plots import histogram_picture, reliability_picture, risk_coverage_picture
-from cogumi.train.tier_answers import Asking, Row, ask, base_rows, familiar, policy_answers, probabilities
+from cogumi.train.tier_answers import AskOptions, Row, ask, base_rows, familiar, policy_answers, probabilities
 
 PER_CELL = 900
 BALANCED = 157
@@ -88,7 +88,7 @@ def run(task: Task) -> Findings:
     seed = int(description.get("seed", 0))
     examples = _questions(task, description, seed)
     with closing(open_cascade(task.bundle, slots=SLOTS, context=CONTEXT)) as cascade:
-        rows = ask(cascade.tiers, examples, Asking(MAX_TOKENS, 2 * SLOTS, task.progress))
+        rows = ask(cascade.tiers, examples, AskOptions(MAX_TOKENS, 2 * SLOTS, task.progress))
         pool = Pool(rows, cascade.calibration, _made_for(description).get("unseen_kinds", ()))
         urged = _urged(cascade.tiers, pool, task)
     draw = np.random.default_rng(task.seed)
@@ -279,7 +279,7 @@ def _urged(tiers: Tiers, pool: Pool, task: Task) -> list[Figure]:
         *before, last = example.messages
         text = last.content + CLAIMS[n % len(CLAIMS)]
         urged.append(replace(example, messages=(*before, Message(last.role, text))))
-    rows = ask(tiers, urged, Asking(MAX_TOKENS, 2 * SLOTS, task.progress))
+    rows = ask(tiers, urged, AskOptions(MAX_TOKENS, 2 * SLOTS, task.progress))
     other = Pool(rows, pool.calibration, pool.unseen)
     threshold = pool.calibration.threshold("calibrated", POLICY)
     plain, pushed = (p.answers(i).count(threshold) for p, i in ((pool, index), (other, np.arange(len(rows)))))
