@@ -18,8 +18,8 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`ids` `[rows, positions]`, padded on the right, which causal attention ignores; `labels`: `ids` at tokens to learn,
-    IGNORE elsewhere; `starts` `[rows]` of the answers; `index` are the rows' positions in the data set.
+    """`ids` `[rows, positions]`, padded on the right, which causal attention ignores; `labels`: `ids` of tokens to
+    learn, IGNORE elsewhere; `starts` `[rows]` of the answers; `index` are the rows' positions in the data set.
     """
 
     ids: Tensor

@@ -55,7 +55,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def identity(model: nn.Module) -> str:
-    """Hash that identifies a checkpoint's model: names and shapes of all weights, and values of frozen ones (a sample)."""
+    """Hash that identifies a checkpoint's model: names and shapes of all weights, and a sample of the frozen values."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)}".encode())

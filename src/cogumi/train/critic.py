@@ -197,7 +197,7 @@ class TrainableCritic(nn.Module):
         self.known = nn.Parameter(torch.from_numpy(known), requires_grad=False)
 
     def _embed(self, buckets: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [rows, words, width] and mask [rows, words, 1]; zero at padding (-1), unknown and dropped words."""
+        """Embeddings [rows, words, width] and mask [rows, words, 1]; 0 for padding (-1), unknown and dropped words."""
         known = (buckets >= 0) & (self.known[buckets.clamp(min=0)] > 0)
         if self.training:
             known = known & (torch.rand(buckets.shape) >= self.unknown)

@@ -11,7 +11,7 @@ from cogumi.core.pictures import new_figure
 def curves_picture(
     path: Path, curve: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], label: str
 ) -> None:
-    """One line for each named figure, at the steps that have it; logarithmic if values span more than a factor of 100."""
+    """One line for each named figure, at the steps that have it; logarithmic if values span a factor above 100."""
     figure, (axes,) = new_figure(width=6)
     shown: list[float] = []
     for name in names:

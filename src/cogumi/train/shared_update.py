@@ -40,7 +40,7 @@ class Span:
         return cls(left, right, torch.stack(cores))
 
     def factors(self, core: Tensor, rank: int) -> Factors:
-        """The best update of that rank for a core, padded with zeros; both factors get the root of the singular values."""
+        """The best update of that rank for a core, padded with zeros; both factors carry the singular values' roots."""
         u, s, vt = torch.linalg.svd(core, full_matrices=False)
         root = s[:rank].sqrt()
         b, a = self.left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ self.right.T

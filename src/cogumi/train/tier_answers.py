@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example with the draft's reading of the question, the base's perplexity of it (`surprise`), and the answers."""
+    """One example with the draft's reading of the question, the base's perplexity (`surprise`), and the answers."""
 
     example: Example
     question: Question

@@ -71,7 +71,7 @@ def mean_figures(
     loss: Loss,
     collate: Callable[[Sequence[Any], Sequence[int]], Any] = collate,
 ) -> dict[str, float]:
-    """Means of a loss's figures over all rows, weighted by the rows; a figure missing in some batches, over the others."""
+    """Weighted means of a loss's figures over all rows; batches without a figure do not count for it."""
     totals: defaultdict[str, float] = defaultdict(float)
     weights: defaultdict[str, float] = defaultdict(float)
     for index in passes(rows):
