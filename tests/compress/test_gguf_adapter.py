@@ -80,7 +80,7 @@ def rename(old: str, new: str):
         (rename("layers.1.mlp.up_proj.lora", "embed_tokens.lora_embedding"), "embed_tokens.lora_embedding_A"),
         (
             rename("layers.1.mlp.up_proj", "layers.7.mlp.up_proj"),
-            "model.layers.7.mlp.up_proj.weight is no proj",
+            "model.layers.7.mlp.up_proj.weight is not a proj",
         ),
         (rename("layers.1.mlp.up_proj", "lm_head"), "model.lm_head.weight is not a projection"),
         (rename("0.mlp.up_proj.lora_B", "0.mlp.down_proj.lora_X"), "down_proj.lora_X"),

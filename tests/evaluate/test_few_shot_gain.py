@@ -109,7 +109,7 @@ def test_only_the_first_examples_are_looked_at(inputs):
     episode = read_episodes(inputs["episodes"].path, "heldout")[1]
     start, rates, _ = heads.load(inputs["anil"].path / heads.FILE)
     model = judge.adapter(inputs["anil"])
-    seen = judge.look(model, episode)
+    seen = judge.episode_states(model, episode)
     with torch.no_grad():
         for k in (1, 2, 4):
             alone, _ = states(model, [example_row(e, judge.tokenizer, 200) for e in episode.support[:k]])

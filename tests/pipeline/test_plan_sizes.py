@@ -34,8 +34,8 @@ from cogumi.core.errors import ExportError
 from cogumi.core.shapes import KNOWN
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.binding.quantize import quantize_rows
-from cogumi.evaluate.bench.made_models import SHAPES, make_weights
 from cogumi.evaluate.bench.roofline import weight_bytes
+from cogumi.evaluate.bench.synthetic_models import SHAPES, make_weights
 from cogumi.pipeline.plan.bundle_memory import CACHES, REPACKED, Serving, memory
 from support.pico import make_adapter, make_model, make_tokenizer
 from support.real import llama3, qwen2

@@ -1,4 +1,4 @@
-"""report.md: the figures of a build for people, from the same numbers as report.json."""
+"""report.md: the figures of stage `report` as a Markdown page."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _speculation(found: Mapping[str, Any]) -> list[str]:
 
 
 def page(figures: Mapping[str, Any]) -> str:
-    """The report stage's metrics as one page of Markdown; its pictures lie beside it."""
+    """The report stage's metrics as one page of Markdown; pictures are expected beside it."""
     lines = [
         "# What this build came to",
         "",
