@@ -84,10 +84,10 @@ class FollowUpNet(nn.Module):
         speaker = torch.stack([(marks - 1) // 4 == who for who in range(3)], dim=-1).float()  # [rows, tokens, 3]
         counts = speaker.sum(dim=1).clamp(min=1)
         length = int(counts[:, 2].max())
-        said = speaker[:, :length, 2:]
+        follow_up = speaker[:, :length, 2:]
         states, _ = self.lstm(torch.cat([x, self.marks(marks)], dim=-1)[:, :length])
-        mean = (states * said).sum(dim=1) / counts[:, 2:]
-        top = (states * said - (1 - said)).amax(dim=1)  # states lie in (-1, 1)
+        mean = (states * follow_up).sum(dim=1) / counts[:, 2:]
+        top = (states * follow_up - (1 - follow_up)).amax(dim=1)  # states lie in (-1, 1)
         weighted = x * torch.sigmoid(self.weight(x))
         units = nn.functional.normalize(speaker.transpose(1, 2) @ weighted, dim=-1)  # [rows, 3, width]
         near = (units[:, :2] * units[:, 2:]).sum(dim=-1)
