@@ -89,19 +89,20 @@ def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress
     tensors = sum(size for name, size in sizes.items() if config.sparse and name.endswith(TENSORS))
     total, done = 3 * sum(sizes.values()) + 2 * tensors, 0
 
-    def advance(count: int) -> None:
+    def count_bytes(count: int) -> None:
         nonlocal done
         done = min(done + count, total)
         progress(done, total)
 
     with TemporaryDirectory(dir=out) as scratch:
         plain = {
-            name: _packed(path, out / (name + ENDING), config.level, None, advance) for name, path in sources.items()
+            name: _packed(path, out / (name + ENDING), config.level, None, count_bytes)
+            for name, path in sources.items()
         }
-        tried = _sparse(sources, sizes, plain, Path(scratch), out, config.level, advance) if config.sparse else {}
-        trials = _with_dictionary(sources, plain, out, config.level, advance)
+        tried = _sparse(sources, sizes, plain, Path(scratch), out, config.level, count_bytes) if config.sparse else {}
+        trials = _with_dictionary(sources, plain, out, config.level, count_bytes)
     files = _choose(plain, trials, out)
-    _finish(out, files, advance)
+    _finish(out, files, count_bytes)
     progress(total, total)
     return _figures(Archive(out), sizes, plain, trials) | tried
 
@@ -113,7 +114,7 @@ def _sparse(
     scratch: Path,
     out: Path,
     level: int,
-    advance: Told,
+    count_bytes: Told,
 ) -> dict[str, Any]:
     """Replace each safetensors file by its sparse form if that is smaller when packed.
 
@@ -122,10 +123,10 @@ def _sparse(
     tried: dict[str, Any] = {}
     for name in [name for name in sources if name.endswith(TENSORS)]:
         other = name + sparse.ENDING
-        figures = sparse.encode_file(sources[name], scratch / "sparse", advance)
+        figures = sparse.encode_file(sources[name], scratch / "sparse", count_bytes)
         path = (scratch / "sparse").rename(scratch / str(len(tried)))
-        packed = _packed(path, out / (other + ENDING), level, None, advance)
-        advance(max(sizes[name] - packed.bytes, 0))
+        packed = _packed(path, out / (other + ENDING), level, None, count_bytes)
+        count_bytes(max(sizes[name] - packed.bytes, 0))
         tried[name] = figures | {"packed_bytes": packed.packed_bytes, "zstd_alone_bytes": plain[name].packed_bytes}
         loser = name if packed.packed_bytes < plain[name].packed_bytes else other
         (out / (loser + ENDING)).unlink()
@@ -136,14 +137,14 @@ def _sparse(
 
 
 def _with_dictionary(
-    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, advance: Told
+    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, count_bytes: Told
 ) -> dict[str, PackedFile]:
     """Write every file packed with a dictionary beside its plain form; empty if no dictionary can be trained."""
     dictionary = _train(sources.values(), level)
     if dictionary is None:
         return {}
     (out / DICTIONARY).write_bytes(dictionary.as_bytes())
-    return {name: _packed(path, out / (name + TRIAL), level, dictionary, advance) for name, path in sources.items()}
+    return {name: _packed(path, out / (name + TRIAL), level, dictionary, count_bytes) for name, path in sources.items()}
 
 
 def _choose(plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile], out: Path) -> dict[str, PackedFile]:
@@ -179,7 +180,7 @@ def _train(paths: Iterable[Path], level: int) -> Any:
         return None
 
 
-def _finish(out: Path, files: Mapping[str, PackedFile], advance: Told) -> None:
+def _finish(out: Path, files: Mapping[str, PackedFile], count_bytes: Told) -> None:
     """Write the index and unpack every file as a check; if that fails, delete the index and raise `BundleError`."""
     dictionary = entries(out, [DICTIONARY])[DICTIONARY] if (out / DICTIONARY).is_file() else None
     write_json(out / INDEX, Index(format=FORMAT, dictionary=dictionary, files=dict(files)).model_dump())
@@ -187,7 +188,7 @@ def _finish(out: Path, files: Mapping[str, PackedFile], advance: Told) -> None:
         archive = Archive(out)
         for name in files:
             for content in archive.read(name):
-                advance(len(content))
+                count_bytes(len(content))
     except BundleError:
         (out / INDEX).unlink()
         raise
@@ -221,7 +222,7 @@ def ratio(before: int, after: int) -> float:
     return round(before / after, 4) if after else 1.0
 
 
-def _packed(source: Path, target: Path, level: int, dictionary: Any, advance: Told) -> PackedFile:
+def _packed(source: Path, target: Path, level: int, dictionary: Any, count_bytes: Told) -> PackedFile:
     """Compress a file frame by frame on several threads; the result does not depend on their number."""
     target.parent.mkdir(parents=True, exist_ok=True)
     before, after, size = hashlib.sha256(), hashlib.sha256(), 0
@@ -237,7 +238,7 @@ def _packed(source: Path, target: Path, level: int, dictionary: Any, advance: To
             write.write(packed)
             lengths.append(len(packed))
             size += len(content)
-            advance(len(content))
+            count_bytes(len(content))
     return PackedFile(
         bytes=size,
         sha256=before.hexdigest(),

@@ -155,22 +155,22 @@ def check_file(source: Path) -> None:
     _opened(source)
 
 
-def encode_file(source: Path, target: Path, advance: Told = lambda count: None) -> dict[str, Any]:
-    """Write the sparse form of a safetensors file; `advance(bytes)` is called after every tensor.
+def encode_file(source: Path, target: Path, count_bytes: Told = lambda count: None) -> dict[str, Any]:
+    """Write the sparse form of a safetensors file; `count_bytes(bytes)` is called after every tensor.
 
     Returns `{bytes, sparse_bytes, zeros, kinds}`: sizes before and after, the share of bytes omitted as zeros, and the
     number of tensors by form. Raises `DataError` for an invalid file.
     """
     data, header, tensors = _opened(source)
     begin = 8 + len(header.encode())
-    advance(begin)
+    count_bytes(begin)
     stored: dict[str, Bytes] = {}
     kinds = []
     for number, tensor in enumerate(tensors):
         sparse = encode(np.array(data[begin + tensor.begin : begin + tensor.end]), tensor.width)
         stored |= {f"{number}.values": sparse.values, f"{number}.where": sparse.where}
         kinds.append(sparse.kind)
-        advance(tensor.end - tensor.begin)
+        count_bytes(tensor.end - tensor.begin)
     about = {"format": FORMAT, "header": header, "sha256": sha256(source), "kinds": kinds}
     part = target.with_name(target.name + ".part")
     save_file(stored, part, {KEY: json.dumps(about)})  # a single entry, because their order is not deterministic
