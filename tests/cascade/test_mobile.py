@@ -16,8 +16,8 @@ from cogumi.core.types import Artifact, Message, Request
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from cogumi.evaluate.bench import bundle_sizes
-from cogumi.evaluate.bench.child_process import Visit, visit
-from cogumi.evaluate.bench.made_models import SHAPES
+from cogumi.evaluate.bench.child_process import CascadeJob, run_cascade
+from cogumi.evaluate.bench.synthetic_models import SHAPES
 from support.bundle import make_bundle
 
 
@@ -160,7 +160,7 @@ def made_up(tmp_path_factory):
 @pytest.mark.parametrize("which", [0, 1], ids=["whole", "mobile"])
 def test_a_made_up_bundle_is_asked_all_the_way(made_up, which):
     folder = made_up[which]
-    seen = visit(Visit(str(folder), 1, "x" * 32, 8, 128, False))
+    seen = run_cascade(CascadeJob(str(folder), 1, "x" * 32, 8, 128, False))
     assert seen.tier in ("base", "modifier:code")
     assert seen.tokens == 16  # eight by the base, eight by the modifier, whose answers are never sure
     assert 0 < seen.anonymous_bytes < seen.resident_bytes <= seen.peak_bytes

@@ -80,9 +80,9 @@ def rename(old: str, new: str):
         (rename("layers.1.mlp.up_proj.lora", "embed_tokens.lora_embedding"), "embed_tokens.lora_embedding_A"),
         (
             rename("layers.1.mlp.up_proj", "layers.7.mlp.up_proj"),
-            "model.layers.7.mlp.up_proj.weight is no proj",
+            "model.layers.7.mlp.up_proj.weight is not a proj",
         ),
-        (rename("layers.1.mlp.up_proj", "lm_head"), "model.lm_head.weight is no projection"),
+        (rename("layers.1.mlp.up_proj", "lm_head"), "model.lm_head.weight is not a projection"),
         (rename("0.mlp.up_proj.lora_B", "0.mlp.down_proj.lora_X"), "down_proj.lora_X"),
         (
             lambda w: w.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"),
@@ -121,5 +121,5 @@ def test_unknown_kinds_of_adapter_are_refused(tmp_path, pico, adapter, change, m
 
 def test_adapter_of_another_width_is_refused(tmp_path, adapter):
     other = make_model(tmp_path / "other", hidden=64)
-    with pytest.raises(ExportError, match=r"shape .* config.json asks for"):
+    with pytest.raises(ExportError, match=r"shape .* config.json requires"):
         export_adapter(adapter, other, tmp_path / "a.gguf")

@@ -49,7 +49,7 @@ def copy(tmp_path, pico) -> Path:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "lacks 'factor'"),
         (
             {"num_key_value_heads": 4},
-            r"k_proj.weight has shape \(64, 128\), config.json asks for \(128, 128\)",
+            r"k_proj.weight has shape \(64, 128\), config.json requires \(128, 128\)",
         ),
         ({"num_hidden_layers": 3}, "lack model.layers.2"),
         ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight"),
@@ -99,7 +99,7 @@ def test_weights_cut_at_any_byte_are_refused(one_layer, share, near_end):
     for size in (int(len(whole) * share), int(header * share), len(whole) - 1 - near_end):
         path.write_bytes(whole[:size])
         try:
-            with pytest.raises(ExportError, match=r"model\.safetensors is cut short or damaged") as caught:
+            with pytest.raises(ExportError, match=r"model\.safetensors is truncated or damaged") as caught:
                 export_model(one_layer, one_layer / "m.gguf", "q4_0")
         finally:
             path.write_bytes(whole)

@@ -209,7 +209,7 @@ def test_shards_are_read_as_one(tmp_path, folders, type):
         (lambda f, m: edit(f / "model.safetensors.index.json", weight_map=[]), "weight_map"),
         (
             lambda f, m: edit(f / "model.safetensors.index.json", weight_map=m | {"more.weight": m["lm_head.weight"]}),
-            "lacks more.weight, which model.safetensors.index.json says",
+            "lacks more.weight, which model.safetensors.index.json lists",
         ),
     ],
 )

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export.quants import dequantize
 from gguf import GGUFReader
+from gguf.quants import dequantize
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

@@ -237,7 +237,7 @@ def test_what_was_cut_learns_faster_than_what_is_new(world, tmp_path):
     assert metrics["model_sha256"] == sha256(tmp_path / "model.safetensors")
     assert (tmp_path / "curves.png").stat().st_size > 1000
     text = (tmp_path / "report.md").read_text()
-    assert f"| same shape and budget, from nothing | {metrics['control']['nats']:.4f} |" in text
+    assert f"| same shape and budget, from scratch | {metrics['control']['nats']:.4f} |" in text
     gone = next(i for i in range(3) if i not in metrics["layers"]["kept"])
     assert f"| {gone} | {metrics['layers']['nats_without'][gone]:.4f} | left out |" in text
 
@@ -309,7 +309,7 @@ def refused(world, tmp_path, error, message, **given):
 
 
 def test_what_cannot_be_shrunk_is_said_in_one_line(world, tmp_path):
-    refused(world, tmp_path, RecipeError, "layers: 9 is more than the model's 3; shrinking only cuts", layers=9)
+    refused(world, tmp_path, RecipeError, "layers: 9 is more than the model's 3; give a smaller number", layers=9)
     model = copied(world, tmp_path / "other", architectures=["MixtralForCausalLM"], model_type="mixtral")
     supported = "is a MixtralForCausalLM; supported: LlamaForCausalLM, Qwen2ForCausalLM"
     refused(world, tmp_path, ArtifactError, supported, model=model, layers=2)

@@ -110,7 +110,7 @@ def test_a_file_comes_back_byte_for_byte(source, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"123", b"\xff" * 20, (2).to_bytes(8, "little") + b"[]"])
 def test_what_is_no_safetensors_file(tmp_path, content):
     (tmp_path / "model").write_bytes(content)
-    with pytest.raises(DataError, match="is no safetensors file"):
+    with pytest.raises(DataError, match="is not a valid safetensors file"):
         encode_file(tmp_path / "model", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
@@ -218,7 +218,9 @@ def test_damage_inside_a_packed_model_leaves_nothing(model, tmp_path):
     save_file(tensors, stored / "model.safetensors.sparse", told)
     (tmp_path / "packed").mkdir()
     pack_folder(stored, tmp_path / "packed", Config())
-    with pytest.raises(ArtifactError, match=rf"^{tmp_path}/packed/model.*sparse\.zst is damaged .*SHA-256 is another"):
+    with pytest.raises(
+        ArtifactError, match=rf"^{tmp_path}/packed/model.*sparse\.zst is damaged .*SHA-256 does not match"
+    ):
         unpack(tmp_path / "packed", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -239,7 +241,7 @@ def test_a_model_that_was_cut(model, tmp_path, sparse):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match=rf"^{path} is no safetensors file"):
+    with pytest.raises(DataError, match=rf"^{path} is not a valid safetensors file"):
         pack_folder(model, tmp_path / "out", Config(sparse=sparse))
     assert not list((tmp_path / "out").iterdir())
 

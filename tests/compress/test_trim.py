@@ -181,7 +181,7 @@ def test_a_size_is_met_exactly_and_closed(folders):
         kept = of_size(bpe, {600: 5, 500: 9}, size, always)
         assert len(kept) == size
         assert bpe.closed(kept) == kept
-    with pytest.raises(DataError, match="size: 255 is too small: 256 tokens stay"):
+    with pytest.raises(DataError, match="size: 255 is too small: 256 tokens are always kept"):
         of_size(bpe, {}, 255, always)
 
 
@@ -441,7 +441,7 @@ def cut(folder):
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (cut, ExportError, "is cut short or damaged"),
+        (cut, ExportError, "is truncated or damaged"),
         (lambda f: (f / "model.safetensors").unlink(), ExportError, "is missing"),
         (lambda f: (f / "tokenizer.json").write_text("{"), ExportError, "tokenizer.json is not JSON"),
         (
@@ -489,7 +489,7 @@ def test_texts_that_are_none_are_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd" / "folder.txt").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"a\.txt is no UTF-8 text"):
+    with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text"):
         list(read_texts([tmp_path / "a.txt"]))
     with pytest.raises(DataError, match=r"folder\.txt cannot be read \(Is a directory\)"):
         list(read_texts([tmp_path / "odd"]))

@@ -16,11 +16,11 @@ from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from cogumi.evaluate.bench import memory_use, speed
-from cogumi.evaluate.bench.made_models import SHAPES, chain, make_adapter, make_draft, make_model
 from cogumi.evaluate.bench.paired import Setup, alternate
 from cogumi.evaluate.bench.roofline import Memory, weight_bytes
 from cogumi.evaluate.bench.run import NAMED_ONLY, chosen, measures, run
 from cogumi.evaluate.bench.soak import soak
+from cogumi.evaluate.bench.synthetic_models import SHAPES, chain, make_adapter, make_draft, make_model
 from support.gguf import stock_quantize
 
 ORDER = chain(SHAPES["pico"].vocabulary).tolist()
@@ -219,10 +219,10 @@ def test_what_cannot_be_measured_is_one_line(cache, words, said):
 
 def test_llama_cpp_server_answers_the_same(setup):
     pytest.importorskip("xllamacpp")
-    from cogumi.evaluate.bench.llama_server import Rival
+    from cogumi.evaluate.bench.llama_server import LlamaServer
 
-    with closing(Rival(setup.model, slots=2, context=64, threads=1)) as rival:
-        assert rival.complete([ORDER[:4], ORDER[50:60]], 8) == [ORDER[4:12], ORDER[60:68]]
-        assert rival.processor_seconds() > 0
+    with closing(LlamaServer(setup.model, slots=2, context=64, threads=1)) as server:
+        assert server.complete([ORDER[:4], ORDER[50:60]], 8) == [ORDER[4:12], ORDER[60:68]]
+        assert server.processor_seconds() > 0
     with pytest.raises(RequestError, match="cannot open"):
-        Rival(setup.folder / "missing.gguf", slots=1, context=64, threads=1)
+        LlamaServer(setup.folder / "missing.gguf", slots=1, context=64, threads=1)

@@ -17,7 +17,7 @@ from cogumi.evaluate import few_shot_gain
 from cogumi.evaluate.few_shot_gain import CONTROLS, Config, Judge, gains
 from cogumi.models import head_adaptation as heads
 from cogumi.models.head_adaptation import Rates
-from cogumi.models.inner_loop import shot, states
+from cogumi.models.inner_loop import example_row, states
 from cogumi.train import anil
 from support import episodes, pico
 
@@ -97,7 +97,7 @@ def test_in_context_examples_are_turns_of_the_conversation(inputs):
     episode = read_episodes(inputs["episodes"].path, "heldout")[0]
     one, two, query = *episode.support[:2], episode.query[0]
     text = judge.tokenizer.raw.decode(
-        list(shot(query, judge.tokenizer, 200, (one, two)).ids), skip_special_tokens=False
+        list(example_row(query, judge.tokenizer, 200, (one, two)).ids), skip_special_tokens=False
     )
     said = [f"<|user|>{e.messages[0].content}<|end|><|assistant|>{e.answer}<|end|>" for e in (one, two, query)]
     assert text == "".join(said)
@@ -109,11 +109,11 @@ def test_only_the_first_examples_are_looked_at(inputs):
     episode = read_episodes(inputs["episodes"].path, "heldout")[1]
     start, rates, _ = heads.load(inputs["anil"].path / heads.FILE)
     model = judge.adapter(inputs["anil"])
-    seen = judge.look(model, episode)
+    seen = judge.episode_states(model, episode)
     with torch.no_grad():
         for k in (1, 2, 4):
-            alone, _ = states(model, [shot(e, judge.tokenizer, 200) for e in episode.support[:k]])
-            some = seen.support.where(seen.example < k)
+            alone, _ = states(model, [example_row(e, judge.tokenizer, 200) for e in episode.support[:k]])
+            some = seen.support.select(seen.example < k)
             one, other = heads.adapt(start, alone, rates), heads.adapt(start, some, rates)
             torch.testing.assert_close(one.b, other.b, atol=1e-5, rtol=1e-4)
 
@@ -121,7 +121,7 @@ def test_only_the_first_examples_are_looked_at(inputs):
 def test_the_rates_of_controls_are_the_best_on_the_selection_families(inputs):
     judge = Judge(inputs["model"].path, Config(shots=(2,), queries=5, lrs=(1e-6, 0.3), steps=(1, 3)))
     selection = read_episodes(inputs["episodes"].path, "selection")
-    start = heads.fresh(8, 32, 32, judge.plain.lm_head.out_features, 0)
+    start = heads.initial_head(8, 32, 32, judge.plain.lm_head.out_features, 0)
     accuracy, rates = judge.head(judge.plain, start, None, selection)
     assert rates.lr == 0.3
     worst = judge.head(judge.plain, start, Rates(lr=1e-6, steps=1), selection)[0]

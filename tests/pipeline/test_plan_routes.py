@@ -420,8 +420,8 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
         "heads cannot share 4": good | {"num_attention_heads": 6, "num_key_value_heads": 4, "head_dim": 8},
         "rope_scaling is 'x', not an object": good | {"rope_scaling": "x"},
         "rope_parameters is [1], not an object": good | {"rope_parameters": [1]},
-        "a rope or norm that is no number": good | {"rms_norm_eps": "small"},
-        "that is no number; copy": good | {"rope_scaling": LLAMA3 | {"factor": None}},
+        "a rope or norm value is not a number": good | {"rms_norm_eps": "small"},
+        "is not a number; copy": good | {"rope_scaling": LLAMA3 | {"factor": None}},
         "is a 5; supported": good | {"architectures": 3, "model_type": 5},
         "hidden_act is 'gelu'": good | {"hidden_act": "gelu"},
     }
@@ -433,6 +433,6 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
     config.write_text(json.dumps(good))
     assert cogumi(str(tmp_path)).exit_code == 0
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
-    assert "no whole GGUF model" in refused(str(tmp_path / "some.gguf"))
+    assert "not a complete GGUF model" in refused(str(tmp_path / "some.gguf"))
     assert refused(str(tmp_path / "nosuch.gguf")).startswith("there is no file")
     assert "'lots' is no amount of bytes" in refused("tiny", "--disk", "lots")

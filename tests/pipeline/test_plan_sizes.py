@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from cogumi.compress.gguf.export import export_adapter, export_model
 from cogumi.compress.gguf.file_sizes import (
-    SPOKEN,
+    VOCABULARIES,
     ZSTD,
     adapter_file,
     model_file,
@@ -34,8 +34,8 @@ from cogumi.core.errors import ExportError
 from cogumi.core.shapes import KNOWN
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.binding.quantize import quantize_rows
-from cogumi.evaluate.bench.made_models import SHAPES, make_weights
 from cogumi.evaluate.bench.roofline import weight_bytes
+from cogumi.evaluate.bench.synthetic_models import SHAPES, make_weights
 from cogumi.pipeline.plan.bundle_memory import CACHES, REPACKED, Serving, memory
 from support.pico import make_adapter, make_model, make_tokenizer
 from support.real import llama3, qwen2
@@ -152,7 +152,7 @@ def test_what_a_vocabulary_takes_is_estimated_from_real_ones():
     merges = [line for line in (root / "vocab.bpe").read_text("utf-8").split("\n") if line and line[0] != "#"]
     text = sum(len(token.encode()) for token in tokens) / len(tokens)
     merge = sum(len(line.encode()) for line in merges) / len(merges)
-    assert (text, len(merges) / len(tokens), merge) == pytest.approx(SPOKEN["llama"], rel=0.005)
+    assert (text, len(merges) / len(tokens), merge) == pytest.approx(VOCABULARIES["llama"], rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_damaged_file_and_a_foreign_one_are_refused_in_a_line(folders, tmp_pat
         with pytest.raises(ExportError) as caught:
             read_model(tmp_path / f"{name}.gguf")
         assert "\n" not in str(caught.value)
-    with pytest.raises(ExportError, match="is an adapter, no model"):
+    with pytest.raises(ExportError, match="is an adapter, not a model"):
         read_model(tmp_path / "adapter.gguf")
     foreign = data.replace(b"llama", b"gemma")
     (tmp_path / "foreign.gguf").write_bytes(foreign)

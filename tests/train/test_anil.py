@@ -23,7 +23,7 @@ from cogumi.models import head_adaptation as heads
 from cogumi.models.answer_match import exact
 from cogumi.models.folders import load
 from cogumi.models.head_adaptation import Head, Rates, States
-from cogumi.models.inner_loop import adapt_weights, shot, states, weights_of
+from cogumi.models.inner_loop import adapt_weights, example_row, states, weights_of
 from cogumi.models.lora import LoraShape, attach
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train import anil
@@ -54,7 +54,7 @@ def parts(inputs):
     generator = torch.Generator().manual_seed(1)
     for weight in weights_of(lm).values():
         weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    start = heads.fresh(4, 8, 32, lm.get_base_model().lm_head.out_features, 0)
+    start = heads.initial_head(4, 8, 32, lm.get_base_model().lm_head.out_features, 0)
     start.b.copy_(0.05 * torch.randn(start.b.shape, generator=generator))
     config = anil.Config(**SMALL)
     tasks = anil.tasks_of(read_episodes(inputs["episodes"].path, "train"), tokenizer, 64, config)
@@ -277,10 +277,10 @@ def test_an_episode_longer_than_the_context_is_named(inputs):
     tokenizer = HFTokenizer.load(inputs["model"].path)
     long = episodes.example("word " * 60, "a")
     with pytest.raises(DataError, match=rf"example {long.id} with 0 examples before it has \d+ tokens, .* 64"):
-        shot(long, tokenizer, 64)
+        example_row(long, tokenizer, 64)
     short = episodes.example("3 go", "a")
     with pytest.raises(DataError, match="with 9 examples before it has"):
-        shot(short, tokenizer, 64, [short] * 9)
+        example_row(short, tokenizer, 64, [short] * 9)
 
 
 def test_a_loss_that_is_no_number_names_step_and_episode(inputs, tmp_path):
@@ -291,7 +291,7 @@ def test_a_loss_that_is_no_number_names_step_and_episode(inputs, tmp_path):
 
 def test_a_file_that_is_no_head_is_refused(tmp_path):
     (tmp_path / heads.FILE).write_bytes(b"\x07" * 40)
-    with pytest.raises(ArtifactError, match=r"is no adaptable head .*; build the step that makes it again"):
+    with pytest.raises(ArtifactError, match=r"is not an adaptable head .*; rerun the step that makes it"):
         heads.load(tmp_path / heads.FILE)
     heads.save(some_head(0), Rates(lr=0.25, steps=2), "abc", tmp_path / heads.FILE)
     head, rates, base = heads.load(tmp_path / heads.FILE)

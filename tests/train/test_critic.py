@@ -26,7 +26,7 @@ from cogumi.engine.protocol import final_reply
 from cogumi.evaluate.suite import Task
 from cogumi.evaluate.suites import deliberation
 from cogumi.train import critic as stage
-from cogumi.train.critic import Config, Judged, Reader, error_type, figures, train
+from cogumi.train.critic import Config, LabelledAnswer, TrainableCritic, error_type, figures, train
 from support.bundle import make_bundle
 from support.engines import pico
 
@@ -56,7 +56,7 @@ def made_up(n, seed):
             words[at] = draw.choice(("Zoe ", "Sam ", "Kim "))
         reply = answer(words, [right or k != at or not sums for k in range(LENGTH)])
         example = Example(str(i), "math" if sums else "text", 3, (Message("user", question),), "right")
-        rows.append((Judged(example, reply, NONE if right else "calculation" if sums else "hallucination"), at))
+        rows.append((LabelledAnswer(example, reply, NONE if right else "calculation" if sums else "hallucination"), at))
     return rows
 
 
@@ -85,7 +85,7 @@ def test_it_ranks_names_and_points(net):
 def test_numpy_computes_what_torch_trained():
     torch.manual_seed(0)
     rows = [row.seen for row, _ in made_up(20, 5)] + [look("", answer([], []))]
-    reader = Reader(SMALL, rows).eval()
+    reader = TrainableCritic(SMALL, rows).eval()
     with torch.no_grad():
         reader.known[rows[0].question] = 0.0
         reader.embedding.normal_().mul_(reader.known[:, None])  # starts at zero, and stays so for what is not known

@@ -88,11 +88,11 @@ def test_rehearsal_is_the_share_that_was_asked_for(failed, known, share, seed):
     asked = [example(f"{i}", "x", 1, "math") for i in range(failed + known)]
     random.Random(seed).shuffle(asked)
     correct = {e.id: i >= failed for i, e in enumerate(asked)}
-    rows = distill.lessons(asked, correct, distill.Config(rehearsal=share), seed)
+    rows = distill.with_rehearsal(asked, correct, distill.Config(rehearsal=share), seed)
     right = sum(correct[e.id] for e in rows)
     assert len(rows) - right == failed
     assert right == min(known, round(failed * share / (1 - share)))
-    assert rows == distill.lessons(asked, correct, distill.Config(rehearsal=share), seed)
+    assert rows == distill.with_rehearsal(asked, correct, distill.Config(rehearsal=share), seed)
 
 
 def test_nothing_to_distil_is_said(trained, tmp_path):

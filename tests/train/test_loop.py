@@ -259,7 +259,7 @@ def test_what_is_no_number_stops_with_step_and_rows(tokenizer, tmp_path, where):
         return loss, {"loss": 0.0}
 
     rows = [Row((5, 6, 7), 1, f"question-{i}") for i in range(4)]
-    message = rf"{where}.* is (nan|inf) at step \d+ on .*question-2.*; lower the learning rate, or look at these rows"
+    message = rf"{where}.* is (nan|inf) at step \d+ on .*question-2.*; lower the learning rate or check these rows"
     with pytest.raises(TrainingError, match=message):
         train(build(SHAPE, tokenizer, 0), rows, broken, LoopConfig(steps=9, batch=2), tmp_path, context())
 
@@ -316,6 +316,6 @@ def test_the_bare_loop_of_the_speed_suite_does_the_same_work(tmp_path, monkeypat
 
 def test_nothing_to_train_is_said(tokenizer, tmp_path):
     model = build(SHAPE, tokenizer, 0).requires_grad_(False)
-    with pytest.raises(TrainingError, match="no weight of this model is trained"):
+    with pytest.raises(TrainingError, match="this model has no trainable weights"):
         train(model, sums(tokenizer), answer_loss, LoopConfig(), tmp_path, context())
     assert not trained(model)

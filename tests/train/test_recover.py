@@ -177,7 +177,7 @@ def test_the_divergence_is_zero_for_a_model_and_itself_and_positive_otherwise(wo
 def test_each_rows_surprise_is_its_own(world):
     model, tokenizer = load(world / "pruned"), HFTokenizer.load(world / "pruned")
     rows = make_rows([example(f"{a} plus {b}", str(a + b)) for a in range(4) for b in range(9)], tokenizer, 64)
-    found = recover.surprise(applied(model), rows)
+    found = recover.log_perplexity(applied(model), rows)
     assert found == pytest.approx([judge_answers(applied(model), [row])["loss"] for row in rows], rel=1e-4)
 
 

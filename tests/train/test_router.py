@@ -14,7 +14,7 @@ from cogumi.confidence.nets import Net, load_net, load_scope
 from cogumi.core.errors import BundleError, CogumiError, DataError
 from cogumi.evaluate.suite import Task
 from cogumi.evaluate.suites import domains as suite
-from cogumi.evaluate.suites.public_datasets import READERS, read_kind
+from cogumi.evaluate.suites.public_datasets import READERS, read_dataset
 from cogumi.train import router
 
 NAMES = ("code", "math", "reading")
@@ -179,9 +179,9 @@ def test_the_suite_on_a_made_up_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "cached_embedder", Letters)
     learned, judged, foreign = suite.gather(tmp_path, 0)
     assert not set(learned.texts) & set(judged.texts)
-    assert set(learned.kinds) == {*suite.KNOWN, suite.NO_DOMAIN}
-    assert set(judged.kinds) == set(suite.KNOWN)
-    assert set(foreign.kinds) == set(suite.FOREIGN)
+    assert set(learned.datasets) == {*suite.KNOWN, suite.NO_DOMAIN}
+    assert set(judged.datasets) == set(suite.KNOWN)
+    assert set(foreign.datasets) == set(suite.FOREIGN)
     assert set(READERS) == {*suite.KNOWN, *suite.OTHER, *suite.FOREIGN}
     rows = {f.name: f for f in suite.run(Task(data=tmp_path)).figures}
     assert rows["real questions: accuracy on unseen files"].value >= 0.95
@@ -194,12 +194,12 @@ def test_what_the_suite_cannot_use_is_explained(tmp_path):
     with pytest.raises(CogumiError, match="needs --data"):
         suite.run(Task())
     with pytest.raises(DataError, match="is not gsm8k as published"):
-        read_kind(tmp_path, "gsm8k")
+        read_dataset(tmp_path, "gsm8k")
     (tmp_path / "gsm8k").mkdir()
     for name in ("train", "test"):
         (tmp_path / "gsm8k" / f"{name}.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(DataError, match="is not gsm8k as published"):
-        read_kind(tmp_path, "gsm8k")
+        read_dataset(tmp_path, "gsm8k")
 
 
 def test_bounds_of_a_share():

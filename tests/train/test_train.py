@@ -141,7 +141,7 @@ def test_the_draft_never_learns_a_hard_answer(world, base, tmp_path):
     rows = [example("1 plus 1", "2"), example("7 plus 7", "14", difficulty=5)]
     for answers in ("base", "dataset"):
         config = draft.Config(easy_up_to=2, answers=answers)
-        taught = draft.collate(draft.lessons(rows, responses, tokenizer, config), [0, 1])
+        taught = draft.collate(draft.draft_rows(rows, responses, tokenizer, config), [0, 1])
         labels = taught.batch.labels
         assert tokenizer.decode([i for i in labels[0].tolist() if i != IGNORE]) == "2"
         assert (labels[1] == IGNORE).all()

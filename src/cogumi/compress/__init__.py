@@ -1,6 +1,6 @@
-"""Making models small and shippable: export to GGUF, quantization, packing."""
+"""Model compression: vocabulary trimming, pruning, shrinking, quantization, GGUF export and packing."""
 
 import os
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
-"""Read when llm-compressor is imported, which by default tells the terminal of every weight it touches."""
+"""llm-compressor reads this when it is imported; by default it logs every weight that it modifies."""

@@ -1,4 +1,4 @@
-"""Calibration rows: what compression looks at to see which weights matter (SPEC D4)."""
+"""Calibration rows: training questions on which compression methods measure the importance of weights (SPEC D4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cogumi.train.batches import make_rows
 
 
 class Draw(BaseModel):
-    """How many training questions are drawn, and which shares of them are easy, medium and hard."""
+    """Number of training questions to draw, and the shares of easy, medium and hard ones."""
 
     model_config = ConfigDict(extra="forbid")
     rows: int = Field(2048, ge=1)
@@ -24,22 +24,22 @@ class Draw(BaseModel):
     hard: float = Field(0.2, ge=0)
 
     @model_validator(mode="after")
-    def _whole(self) -> Draw:
+    def _shares_sum_to_one(self) -> Draw:
         if abs(self.easy + self.medium + self.hard - 1) > 1e-6:
             raise ValueError(f"easy, medium and hard are {self.easy}, {self.medium}, {self.hard}; they must sum to 1")
         return self
 
 
 def group(example: Example) -> str:
-    """Difficulty 1 and 2 are easy, 4 and 5 hard; 3, and where nobody said, is medium."""
+    """Difficulty 1 and 2 are easy, 4 and 5 hard; 3 and an unknown difficulty are medium."""
     return {1: "easy", 2: "easy", 4: "hard", 5: "hard"}.get(example.difficulty, "medium")
 
 
 def draw_rows(examples: Path, tokenizer: HFTokenizer, context: int, draw: Draw, seed: int) -> list[Row]:
     """Rows of the training split of an `examples` artifact, drawn at random in the shares of `draw`.
 
-    A group with too few questions gives all it has, and the rest comes from the others. `DataError` where nothing
-    can be drawn, `TrainingError` where no row fits the context.
+    If a group has too few questions, the other groups fill the gap. `DataError` if the split is empty,
+    `TrainingError` if no row fits the context.
     """
     path = split_path(examples, "train")
     found = read_examples(path)

@@ -1,9 +1,9 @@
-"""Stage `compress_adapter`: a LoRA adapter in fewer values (SPEC D7).
+"""Stage `compress_adapter`: a LoRA adapter with a lower rank and fewer nonzero values (SPEC D7).
 
-The truncated SVD of each update b @ a keeps the most of it at any rank (Eckart and Young 1936). Rank 32 fills the
-blocks of q8_0 and q4_0, in which stage `gguf` then writes both factors (`adapter_type`); zeros fill up an adapter of a
-lower rank. Pruning zeroes single values, which only an archive (zstd) turns into fewer bytes. What either costs, a
-short training on the questions that the adapter was made for can win back.
+The truncated SVD of an update b @ a is its best approximation of a given rank (Eckart and Young 1936). Rank 32 fills
+the blocks of q8_0 and q4_0, the types in which stage `gguf` can write both factors (`adapter_type`); an adapter of
+lower rank is padded with zeros. Pruning sets single values to zero, which saves bytes only in an archive (zstd). A
+short training on the questions that the adapter was trained for can recover the loss in quality.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ TRAINS = True
 
 
 BLOCK = 32
-"""Values in a block of q8_0 and q4_0: what a rank is filled up to."""
+"""Values in a block of q8_0 and q4_0; ranks are padded to a multiple of it."""
 
 
 class Config(BaseModel):
-    """`rank` of every update, and the share of values to `prune` after that. With `loop`, the values that are left are
-    trained on the questions that the base failed (input `responses`).
+    """`rank` of every update, and the share of values to `prune` after truncation. With `loop`, the remaining values
+    are trained on the questions that the base answered wrongly (input `responses`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,15 +58,15 @@ class Config(BaseModel):
 
 
 def reduced(update: Factors, rank: int) -> Factors:
-    """The nearest update of that rank, its singular values shared evenly among both factors; zeros fill it up."""
+    """The best approximation of that rank, padded with zeros; both factors carry the root of the singular values."""
     span = Span.of([update])
     return span.factors(span.cores[0], rank)
 
 
 def pruned(update: Factors, share: float) -> Factors:
-    """A `share` of all values of both factors set to 0: those without which the update changes least, one by one.
+    """Set a `share` of the values of both factors to 0: those whose removal, each alone, changes the update least.
 
-    Without a[i, j] the update changes by |a[i, j]| times the length of b's column i, and the other way round.
+    Removing a[i, j] changes the update by |a[i, j]| times the norm of b's column i, and vice versa.
     """
     a, b = update.a, update.b
     cost_a, cost_b = a.abs() * b.norm(dim=0)[:, None], b.abs() * a.norm(dim=1)
@@ -76,23 +76,23 @@ def pruned(update: Factors, share: float) -> Factors:
     return Factors(a * kept[: a.numel()].view_as(a), b * kept[a.numel() :].view_as(b))
 
 
-def likeness(before: Adapter, after: Adapter) -> float:
-    """1 - |W - W'|^2 / |W|^2 over all updates W: 1 where nothing changed."""
+def energy_kept(before: Adapter, after: Adapter) -> float:
+    """1 - |W - W'|^2 / |W|^2 over all updates W; 1 if nothing changed. `ArtifactError` if every update is zero."""
     lost = whole = 0.0
     for layer, update in before.items():
         was, now = Span.of([update, after[layer]]).cores
         lost += float((was - now).square().sum())
         whole += float(was.square().sum())
     if not whole:
-        raise ArtifactError("the adapter changes no weight: there is nothing to compress; train it first")
+        raise ArtifactError("every update of the adapter is zero, so there is nothing to compress; train it first")
     return 1 - lost / whole
 
 
 def _checked(adapter: Artifact, base: Path) -> Adapter:
-    """The adapter's updates. `ArtifactError` if it is of another base, or holds NaN or infinity."""
+    """The adapter's updates. `ArtifactError` if it was trained on another base, or holds NaN or infinity."""
     trained_on = adapter.metrics.get("base_sha256")
     if trained_on and trained_on != sha256(base / "model.safetensors"):
-        raise ArtifactError(f"the adapter {adapter.path} was trained on another base than {base}; give its own")
+        raise ArtifactError(f"the adapter {adapter.path} was not trained on {base}; give the base it was trained on")
     updates = read_adapter(adapter.path)
     for layer, update in updates.items():
         if not (update.a.isfinite().all() and update.b.isfinite().all()):
@@ -100,31 +100,32 @@ def _checked(adapter: Artifact, base: Path) -> Adapter:
     return updates
 
 
-def _own(examples: list[Example], domain: str | None) -> list[Example]:
-    """Those of the adapter's domain; all, if it has none."""
+def _of_domain(examples: list[Example], domain: str | None) -> list[Example]:
+    """The examples of `domain`; all if it is None."""
     return [e for e in examples if domain in (None, e.domain)]
 
 
 def _heal(
-    config: LoopConfig, model: Any, inputs: Mapping[str, Artifact], own: list[Row], out: Path, context: Context
+    config: LoopConfig, model: Any, inputs: Mapping[str, Artifact], selection: list[Row], out: Path, context: Context
 ) -> int:
-    """Train the adapter's values that are not 0 on the questions that the base failed; returns the steps."""
+    """Train the adapter's nonzero values on the questions that the base answered wrongly; returns the steps taken."""
     responses = read_responses(inputs["responses"].path)
-    asked = _own(read_examples(split_path(inputs["examples"].path, "train")), inputs["adapter"].metrics.get("domain"))
-    failed = [e for e in asked if e.id in responses and not responses[e.id].correct]
+    domain = inputs["adapter"].metrics.get("domain")
+    questions = _of_domain(read_examples(split_path(inputs["examples"].path, "train")), domain)
+    failed = [e for e in questions if e.id in responses and not responses[e.id].correct]
     if not failed:
-        raise TrainingError("the base failed no question of the adapter's domain: leave out 'loop'")
-    left = {parameter: parameter != 0 for name, parameter in model.named_parameters() if "lora_" in name}
+        raise TrainingError("the base answers all questions of the adapter's domain correctly; leave out 'loop'")
+    nonzero = {parameter: parameter != 0 for name, parameter in model.named_parameters() if "lora_" in name}
     for parameter in model.parameters():
-        parameter.requires_grad = parameter in left
+        parameter.requires_grad = parameter in nonzero
 
     @torch.no_grad()
     def hold_zeros() -> None:
-        for parameter, kept in left.items():
+        for parameter, kept in nonzero.items():
             parameter.mul_(kept.to(parameter.device))
 
     rows = make_rows(failed, HFTokenizer.load(inputs["model"].path), model.config.max_position_embeddings)
-    judge = partial(judge_answers, rows=own)
+    judge = partial(judge_answers, rows=selection)
     return train(model, rows, answer_loss, config, out, context, judge, after_step=hold_zeros).step
 
 
@@ -146,30 +147,30 @@ def estimate(config: Config, given: Given) -> Estimate:
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`adapter`, the `model` it was trained on and `examples`; for `loop` also `responses` -> a PEFT folder."""
     if config.loop and "responses" not in inputs:
-        raise RecipeError("'loop' trains on what the base failed; give its answers as the input `responses`")
+        raise RecipeError("'loop' trains on questions that the base failed; give its answers as the input `responses`")
     torch.set_num_threads(context.threads)
     base, adapter = inputs["model"].path, inputs["adapter"]
     before = _checked(adapter, base)
     most = BLOCK * math.ceil(max(len(update.a) for update in before.values()) / BLOCK)
     if config.rank > most:
-        raise RecipeError(f"rank: {config.rank} would only add zeros to {adapter.path}; its ranks fill up at {most}")
+        raise RecipeError(f"rank: {config.rank} would only add zeros to {adapter.path}; use {most} at most")
     after = {layer: pruned(reduced(update, config.rank), config.prune) for layer, update in before.items()}
-    alike = likeness(before, after)
+    kept = energy_kept(before, after)
     domain = adapter.metrics.get("domain")
-    selection = _own(read_examples(split_path(inputs["examples"].path, "selection")), domain)
-    if not selection:
-        raise DataError(f"no selection question of domain '{domain}': nothing would say what compression costs")
+    examples = _of_domain(read_examples(split_path(inputs["examples"].path, "selection")), domain)
+    if not examples:
+        raise DataError(f"no selection question of domain '{domain}' to measure the loss in quality on; add some")
     model = load(base)
-    own = make_rows(selection, HFTokenizer.load(base), model.config.max_position_embeddings)
-    figures = {"base": judge_answers(applied(model), own)}
-    figures["before"] = judge_answers(applied(with_adapter(model, adapter.path)), own)
+    selection = make_rows(examples, HFTokenizer.load(base), model.config.max_position_embeddings)
+    figures = {"base": judge_answers(applied(model), selection)}
+    figures["before"] = judge_answers(applied(with_adapter(model, adapter.path)), selection)
     write_adapter(after, adapter.path, out)
     model = with_adapter(load(base), out)
-    figures["compressed"] = judge_answers(applied(model), own)
-    steps = _heal(config.loop, model, inputs, own, out, context) if config.loop else 0
+    figures["compressed"] = judge_answers(applied(model), selection)
+    steps = _heal(config.loop, model, inputs, selection, out, context) if config.loop else 0
     if steps:
         save(model, out)
-        figures["healed"] = judge_answers(applied(model), own)
+        figures["healed"] = judge_answers(applied(model), selection)
     values = [value for update in read_adapter(out).values() for value in (update.a, update.b)]
     gain = {name: figures[name]["exact"] - figures["base"]["exact"] for name in list(figures)[1:]}
     return {
@@ -178,7 +179,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "parameters": sum(value.numel() for value in values),
         "zeros": sum(int((value == 0).sum()) for value in values),
         "parameters_before": sum(u.a.numel() + u.b.numel() for u in before.values()),
-        "likeness": alike,
+        "likeness": kept,
         "steps": steps,
         "selection": figures,
         "gain": gain,

@@ -1,4 +1,4 @@
-"""llm-compressor on our own rows: quietly, with or without an accelerator, leaving no files (SPEC D2, D4)."""
+"""llm-compressor run on a model and rows in memory, without progress bars, files or an accelerator (SPEC D2, D4)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cogumi.models.tokenization import Row
 from cogumi.train.validation import TOKENS
 
 
-class _Layers(Modifier):  # type: ignore[misc]
-    """Tells the progress: one step for each part of the model that is done (its layers, and then its head)."""
+class _ReportProgress(Modifier):  # type: ignore[misc]
+    """Reports progress: one step for each finished layer and one for the head."""
 
     layers: int
     context: Any
@@ -37,25 +37,24 @@ class _Layers(Modifier):  # type: ignore[misc]
 
 
 def equal_batches(rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
-    """`input_ids` `[rows, positions]` of rows of equal length, shortest first: none is padded, because padding would
-    count among the inputs that a method measures.
+    """`input_ids` `[rows, positions]` in batches of rows of equal length, shortest first: padding would distort the
+    input statistics that a method measures.
     """
     by_size: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
     for row in rows:
         by_size[row.size].append(row.ids)
     batches = []
     for size, ids in sorted(by_size.items()):
-        many = max(1, TOKENS // size)
-        batches += [{"input_ids": torch.tensor(ids[at : at + many])} for at in range(0, len(ids), many)]
+        count = max(1, TOKENS // size)
+        batches += [{"input_ids": torch.tensor(ids[at : at + count])} for at in range(0, len(ids), count)]
     return batches
 
 
 @contextmanager
 def _quiet_and_unpinned() -> Iterator[None]:
-    """No bars; and where there is no accelerator, no pinned memory.
+    """Disable progress bars and, without an accelerator, pinned memory.
 
-    llm-compressor pins what it caches so that copies to an accelerator are fast. Without one torch refuses to pin,
-    and there is nothing to gain.
+    llm-compressor pins its cache to speed up copies to an accelerator; without one torch refuses to pin.
     """
     make = tqdm.__init__
 
@@ -72,12 +71,12 @@ def _quiet_and_unpinned() -> Iterator[None]:
 
 def calibrated(model: Any, modifiers: Sequence[Modifier], rows: Sequence[Row], context: Context) -> None:
     """Apply llm-compressor's `modifiers` to `model`, in place, layer by layer, with `rows` (at least one) as inputs."""
-    layers = _Layers(layers=model.config.num_hidden_layers, context=context)
+    progress = _ReportProgress(layers=model.config.num_hidden_layers, context=context)
     with _quiet_and_unpinned():
         oneshot(
             model=model,
-            processor=object(),  # reads texts; ours are ids already
+            processor=object(),  # a tokenizer for texts; the rows are ids already
             dataset=DataLoader(equal_batches(rows), batch_size=None),  # type: ignore[arg-type]
-            recipe=[*modifiers, layers],
+            recipe=[*modifiers, progress],
             pipeline="sequential",
         )

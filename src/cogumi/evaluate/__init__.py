@@ -1,1 +1,1 @@
-"""How outputs are judged: graders, the code sandbox, calibration and metrics."""
+"""Evaluation: build reports, benchmarks, and suites of measurements."""

@@ -1,7 +1,7 @@
-"""Stage `acceptance`: how many drafted tokens a base accepts from each of several drafts (SPEC C5, E2).
+"""Stage `acceptance`: share of drafted tokens that a base accepts from each of several drafts (SPEC C5, E2).
 
-The claim to test: a draft that learned the base's own responses is accepted far more often than one that learned the
-data set's answers. Each draft is exported, opened beside the base, and made to draft on the same held-out questions.
+The claim to test: a base accepts a draft trained on its own responses far more often than one trained on the data set's
+answers. Each draft is exported and drafts for the base on the same held-out questions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODEL = "model.gguf"
 
 
 class Config(BaseModel):
-    """`rows` questions are asked of the easy ones, and as many of the hard ones."""
+    """`rows`: most easy questions and most hard questions to ask; easy means difficulty up to `easy_up_to`."""
 
     model_config = ConfigDict(extra="forbid")
     rows: int = Field(300, ge=1)
@@ -40,15 +40,15 @@ class Config(BaseModel):
 
 def acceptance(engine: LlamaEngine, examples: Sequence[Example], config: Config) -> dict[str, float]:
     """Drafted and accepted tokens of greedy answers with drafting forced."""
-    asked = (Request(messages=e.messages, max_tokens=config.max_tokens, speculate=True) for e in examples)
+    requests = (Request(messages=e.messages, max_tokens=config.max_tokens, speculate=True) for e in examples)
     drafted = accepted = 0
-    for reply in replies(engine, asked, 2 * config.slots):
+    for reply in replies(engine, requests, 2 * config.slots):
         drafted, accepted = drafted + reply.usage.drafted, accepted + reply.usage.accepted
     return {"acceptance": accepted / max(drafted, 1), "drafted": drafted, "questions": len(examples)}
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`data`, `base` and `draft_<name>` (artifacts of stage `gguf`) -> acceptance of each, by kind of question."""
+    """`data`, `base` and `draft_<name>` (artifacts of stage `gguf`) -> acceptance by kind (easy, hard)."""
     drafts = {role.removeprefix(DRAFT): a.path / MODEL for role, a in inputs.items() if role.startswith(DRAFT)}
     if not drafts:
         raise RecipeError(f"name the drafts to compare as inputs '{DRAFT}<name>'")

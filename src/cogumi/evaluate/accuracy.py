@@ -1,4 +1,4 @@
-"""Asks an engine a list of questions, grades the answers and counts: the figures of `cogumi eval`."""
+"""Accuracy, coverage and accepted error of an engine's answers to a list of questions, for `cogumi eval`."""
 
 from __future__ import annotations
 

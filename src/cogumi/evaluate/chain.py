@@ -1,8 +1,8 @@
-"""Stage `chain`: what each step of a compression chain cost and saved, all measured alike (SPEC D, H7).
+"""Stage `chain`: quality, size and speed after each step of a compression chain (SPEC D, H7).
 
-Every step is judged as the GGUF file that could be shipped at that point, in the runtime that would run it: nats per
-byte of the held-out answers, the share of held-out questions answered right, the size of the file as it is and packed
-by zstd (pruned weights are zeros that only packing makes small), and the speed of decoding one answer at a time.
+The model of every step is measured as a GGUF file in the llama.cpp engine: nats per byte of the held-out answers, share
+of held-out questions answered correctly, size of the file before and after zstd (pruned weights save bytes only when
+packed), and decoding speed with one answer at a time.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ PICTURE = "chain.png"
 
 
 class Config(BaseModel):
-    """`steps` are the inputs in the order of the chain; the first is what all others are compared with. Those `beside`
-    it are measured too: controls, other ways.
+    """`steps` are the inputs in the order of the chain; all others are compared with the first. Inputs in `beside` are
+    measured too: controls and alternatives.
 
-    `rows` held-out questions are asked (None: all). Speed is the median of `rounds` over all steps in turn, each of
-    `prompts` questions.
+    `rows`: number of held-out questions (None: all). Speed is the median of `rounds`; in each, all steps take turns
+    with `prompts` questions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -59,8 +59,8 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """`nats` of each answer and whether the model's own answer was `right`, both `[questions]`; `bytes` of answers."""
+class Quality:
+    """`nats` of each reference answer, whether the model's own answer is `right` `[questions]`; `bytes` of answers."""
 
     nats: np.ndarray[Any, np.dtype[np.float64]]
     right: np.ndarray[Any, np.dtype[np.float64]]
@@ -68,18 +68,18 @@ class Judged:
 
     @property
     def nats_per_byte(self) -> float:
-        """Comparable across vocabularies."""
+        """Nats per byte of the reference answers; comparable across vocabularies."""
         return float(self.nats.sum()) / self.bytes
 
 
-def judge(model: Path, examples: Sequence[Example], config: Config, context: Context) -> Judged:
+def judge(model: Path, examples: Sequence[Example], config: Config, context: Context) -> Quality:
     """Score the reference answers and grade greedy answers of one model."""
     requests = [Request(messages=e.messages, max_tokens=config.max_tokens) for e in examples]
     with closing(_engine(model, config, context, config.slots)) as engine:
         scores = [engine.score(request, e.answer) for request, e in zip(requests, examples, strict=True)]
         answers = list(replies(engine, requests, 2 * config.slots))
     verdicts = grade_all([(e, a.text) for e, a in zip(examples, answers, strict=True)])
-    return Judged(
+    return Quality(
         np.array([score.nats for score in scores]),
         np.array([verdict.correct for verdict in verdicts], np.float64),
         sum(score.bytes for score in scores),
@@ -102,7 +102,7 @@ def _engine(model: Path, config: Config, context: Context, slots: int) -> LlamaE
 
 
 def packed_bytes(path: Path) -> int:
-    """Size of a file after zstd."""
+    """Size of a file after zstd compression."""
     size = 0
     with path.open("rb") as file:
         for chunk in zstandard.ZstdCompressor(level=LEVEL).read_to_iter(file):
@@ -110,26 +110,25 @@ def packed_bytes(path: Path) -> int:
     return size
 
 
-def compare(name: str, first: Judged, judged: Judged, seed: int) -> dict[str, Any]:
-    """Quality of a step beside the first: `kept` is its share of right answers, `perplexity_kept` that of likelihood.
-
-    `points_lost` are percentage points of accuracy, with the bounds of 95% (paired bootstrap).
+def compare(name: str, first: Quality, measured: Quality, seed: int) -> dict[str, Any]:
+    """Quality of a step against the first: `kept` is the ratio of accuracies, `perplexity_kept` the inverse ratio of
+    perplexities per byte, `points_lost` the lost percentage points of accuracy with 95% bounds (paired bootstrap).
     """
-    gain, low, high = gained(first.right, judged.right, seed)
+    gain, low, high = gained(first.right, measured.right, seed)
     return {
         "step": name,
-        "nats_per_byte": judged.nats_per_byte,
-        "perplexity_per_byte": math.exp(judged.nats_per_byte),
-        "accuracy": float(judged.right.mean()),
-        "kept": float(judged.right.mean() / first.right.mean()) if first.right.any() else math.nan,
-        "perplexity_kept": math.exp(first.nats_per_byte - judged.nats_per_byte),
+        "nats_per_byte": measured.nats_per_byte,
+        "perplexity_per_byte": math.exp(measured.nats_per_byte),
+        "accuracy": float(measured.right.mean()),
+        "kept": float(measured.right.mean() / first.right.mean()) if first.right.any() else math.nan,
+        "perplexity_kept": math.exp(first.nats_per_byte - measured.nats_per_byte),
         "points_lost": 0.0 - 100 * gain,
         "points_lost_95": [0.0 - 100 * high, 0.0 - 100 * low],
     }
 
 
 def picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Size against quality, from step to step; what is beside the chain as rings."""
+    """Size against quality, from step to step; rings mark the inputs beside the chain."""
     figure, (axes,) = new_figure(width=8)
     chain, beside = ([row for row in rows if row["beside"] == aside] for aside in (False, True))
     for name, style, label in (("kept", "-o", "right answers"), ("perplexity_kept", "--s", "1 / perplexity per byte")):
@@ -137,9 +136,9 @@ def picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         color = axes.plot(sizes, shares, style, markersize=4, label=label)[0].get_color()
         sizes, shares = [row["packed_bytes"] / 1e6 for row in beside], [100 * row[name] for row in beside]
         axes.scatter(sizes, shares, facecolors="none", edgecolors=color)
-    for i, row in enumerate(rows):  # right and left in turn, as neighbours are often near each other
-        place, (aside, side) = (row["packed_bytes"] / 1e6, 100 * row["kept"]), ((6, "left"), (-6, "right"))[i % 2]
-        axes.annotate(row["step"], place, (aside, 5), textcoords="offset points", ha=side, fontsize=8)
+    for i, row in enumerate(rows):  # labels alternate between right and left, because points are often close
+        point, (offset, side) = (row["packed_bytes"] / 1e6, 100 * row["kept"]), ((6, "left"), (-6, "right"))[i % 2]
+        axes.annotate(row["step"], point, (offset, 5), textcoords="offset points", ha=side, fontsize=8)
     axes.axhline(97, color="0.6", linestyle=":", linewidth=1, label="97%")
     axes.margins(x=0.1, y=0.1)
     axes.set(xlabel="MB of the file, packed by zstd", ylabel="kept of the first model, %")
@@ -152,8 +151,8 @@ def page(rows: Sequence[Mapping[str, Any]], n: int) -> str:
     lines = [
         "# The compression chain",
         "",
-        f"{n} held-out questions. Every step as the file that could be shipped after it, in the runtime that would run",
-        "it. Perplexity is that of the reference answers, per byte. Speed is of one answer at a time, in turns.",
+        f"{n} held-out questions. Every step is measured as a GGUF file in the llama.cpp engine. Perplexity is that of",
+        "the reference answers, per byte. Speed is measured with one answer at a time, in turns.",
         "",
         "| step | bytes | packed | perplexity per byte | right | kept | points lost (95%) | tokens/s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -189,19 +188,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         raise DataError(f"{inputs['data'].path} has no held-out questions to measure a chain on; give some")
     models = {name: inputs[name].path / MODEL for name in names}
     total = len(models) * (1 + config.rounds)
-    judged: dict[str, Judged] = {}
+    measured: dict[str, Quality] = {}
     for name, model in models.items():
-        judged[name] = judge(model, examples, config, context)
-        context.progress(len(judged), total, {name: float(judged[name].right.mean())})
+        measured[name] = judge(model, examples, config, context)
+        context.progress(len(measured), total, {name: float(measured[name].right.mean())})
     rates: dict[str, list[float]] = {name: [] for name in models}
     for i in range(config.rounds):
         for j, (name, model) in enumerate(models.items(), 1):
             rates[name].append(decode_rate(model, examples[: config.prompts], config, context))
             context.progress(len(models) * (i + 1) + j, total, {name: rates[name][-1]})
-    first = judged[config.steps[0]]
+    first = measured[config.steps[0]]
     rows = []
     for name, model in models.items():
-        found = compare(name, first, judged[name], context.seed)
+        found = compare(name, first, measured[name], context.seed)
         sizes = {
             "bytes": model.stat().st_size,
             "packed_bytes": packed_bytes(model),

@@ -1,9 +1,9 @@
-"""Stage `depth_report`: what skipping layers saves and what it costs (SPEC C7, Mixture of Depths).
+"""Stage `depth_report`: speed and quality with skipped layers (SPEC C7, Mixture of Depths).
 
-The torch engine with the routers against the same engine without them. Speed: single stream, both engines in turn on
-each prompt of one run, seconds per token after the first, the best of a few times, so that what else the machine does
-counts little. Quality: held-out questions, answered greedily by both. The curve over other bars is measured on the
-selection split.
+The torch engine with routers is compared with the same engine without them. Speed: single stream, both engines in turn
+on each prompt, seconds per token after the first, the best of several repeats, to reduce the influence of other load.
+Quality: held-out questions, answered greedily by both. The curve over other thresholds is measured on the selection
+split.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ PICTURE = "depth.png"
 
 
 class Config(BaseModel):
-    """`rows` held-out questions are asked (None: all), `prompts` of them for speed, `repeats` times each.
+    """`rows`: number of held-out questions (None: all); speed is measured on `prompts` of them, `repeats` times each.
 
-    Each point of the curve takes `curve_prompts` selection questions, at the bar where a share out of `shares` skips.
+    Each point of the curve uses `curve_prompts` selection questions, at the threshold where a share of `shares` skips.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,27 +52,27 @@ class Config(BaseModel):
 
 
 @dataclass(slots=True)
-class Count:
-    """`Depth` of routers that counts decisions, each for a span: `[asked, skipped]` for prompts and while decoding."""
+class CountingDepth:
+    """`Depth` of routers that counts decisions (one per token and span) as (all, skipped), for prompts and decoding."""
 
     routers: Routers
     prompt: tuple[int, int] = (0, 0)
     decoding: tuple[int, int] = (0, 0)
 
     def __call__(self, first: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Which tokens take the span."""
+        """The tokens that use the span."""
         taken = self.routers.takes(first, hidden)
-        asked, skipped = taken.numel(), taken.numel() - int(taken.sum())
+        total, skipped = taken.numel(), taken.numel() - int(taken.sum())
         if taken.shape[1] == 1:
-            self.decoding = self.decoding[0] + asked, self.decoding[1] + skipped
+            self.decoding = self.decoding[0] + total, self.decoding[1] + skipped
         else:
-            self.prompt = self.prompt[0] + asked, self.prompt[1] + skipped
+            self.prompt = self.prompt[0] + total, self.prompt[1] + skipped
         return taken
 
 
 @dataclass(frozen=True, slots=True)
-class Race:
-    """Seconds per decoded token and of whole answers, plain and skipping; shares of decisions that say skip."""
+class Timing:
+    """Seconds per decoded token and of all answers, each (plain, skipping); shares of decisions to skip."""
 
     decode: tuple[float, float]
     answers: tuple[float, float]
@@ -81,20 +81,20 @@ class Race:
 
     @property
     def speedup(self) -> float:
-        """Of decoding."""
+        """Speed-up of decoding."""
         return self.decode[0] / self.decode[1]
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """The engine without routers and the one whose routers `count` asks."""
+class EnginePair:
+    """The engine without routers and the one whose routers `count` records."""
 
     plain: TorchEngine
     skipping: TorchEngine
-    count: Count
+    count: CountingDepth
 
-    def race(self, requests: Sequence[Request], repeats: int) -> Race:
-        """Both answer each request alone, in turn, some times over; the best time of each counts."""
+    def timing(self, requests: Sequence[Request], repeats: int) -> Timing:
+        """Both engines answer each request alone, in turn, `repeats` times; the best time of each counts."""
         engines = (self.plain, self.skipping)
         self.count.prompt = self.count.decoding = (0, 0)
         answers, decode, tokens = [0.0, 0.0], [0.0, 0.0], [0, 0]
@@ -105,11 +105,11 @@ class Pair:
                 answers[k] += min(whole for whole, _ in times)
                 decode[k] += min(whole - first for whole, first in times)
                 tokens[k] += len(runs[0][k].tokens) - 1
-        shares = [skipped / max(asked, 1) for asked, skipped in (self.count.decoding, self.count.prompt)]
-        return Race((decode[0] / max(tokens[0], 1), decode[1] / max(tokens[1], 1)), (answers[0], answers[1]), *shares)
+        shares = [skipped / max(total, 1) for total, skipped in (self.count.decoding, self.count.prompt)]
+        return Timing((decode[0] / max(tokens[0], 1), decode[1] / max(tokens[1], 1)), (answers[0], answers[1]), *shares)
 
     def quality(self, examples: Sequence[Example], requests: Sequence[Request], seed: int) -> dict[str, Any]:
-        """Accuracy of both, points lost with the bounds of 95% (paired bootstrap), and how alike the answers are."""
+        """Accuracy of both, points lost with 95% bounds (paired bootstrap), and agreement of the answers."""
         before, after = (list(replies(engine, requests, len(requests))) for engine in (self.plain, self.skipping))
         right = [
             np.array([v.correct for v in grade_all([(e, a.text) for e, a in zip(examples, found, strict=True)])], float)
@@ -128,13 +128,13 @@ class Pair:
 
 
 def agreement(one: Sequence[Reply], two: Sequence[Reply]) -> float:
-    """Share of answer tokens that are the same at the same place; what one answer has more of counts as different."""
+    """Share of answer tokens equal at the same position; the surplus tokens of a longer answer count as different."""
     same = sum(a.id == b.id for x, y in zip(one, two, strict=True) for a, b in zip(x.tokens, y.tokens, strict=False))
     return same / sum(max(len(x.tokens), len(y.tokens)) for x, y in zip(one, two, strict=True))
 
 
 def picture(path: Path, curve: Sequence[Mapping[str, float]], bar: float) -> None:
-    """Speed against quality over bars, on the selection split; the chosen bar is marked."""
+    """Speed against quality over router thresholds, on the selection split; a star marks the chosen one."""
     figure, axes = new_figure(1)
     axes[0].plot([c["speedup"] for c in curve], [100 * c["exact"] for c in curve], marker="o")
     for point in curve:
@@ -143,7 +143,7 @@ def picture(path: Path, curve: Sequence[Mapping[str, float]], bar: float) -> Non
     axes[0].plot(
         [c["speedup"] for c in chosen], [100 * c["exact"] for c in chosen], "*", markersize=14, label="chosen bar"
     )
-    axes[0].set(xlabel="decode speed against no skipping", ylabel="selection answers given word for word, %")
+    axes[0].set(xlabel="decode speed against no skipping", ylabel="exact selection answers, %")
     axes[0].legend(loc="lower left")
     figure.savefig(path)
 
@@ -155,8 +155,8 @@ def page(figures: Mapping[str, Any]) -> str:
     lines = [
         "# Skipping layers",
         "",
-        f"Layers {layers} (from 0) of {figures['layers']} may be skipped. Held-out questions; the bar was chosen on",
-        "the selection split. Speed in one run, both engines in turn, one answer at a time.",
+        f"Tokens may skip layers {layers} (from 0) of {figures['layers']}. Held-out questions; the threshold was",
+        "chosen on the selection split. Speed is measured in one run, both engines in turn, one answer at a time.",
         "",
         "| figure | value |",
         "|---|---|",
@@ -169,7 +169,7 @@ def page(figures: Mapping[str, Any]) -> str:
         f"| accuracy without and with ({figures['n']} questions) "
         f"| {figures['accuracy']:.1%}, {figures['accuracy_skipping']:.1%} |",
         f"| points lost (95%: paired bootstrap) | {figures['points_lost']:.2f} ({low:.2f} to {high:.2f}) |",
-        f"| answer tokens alike | {figures['token_agreement']:.1%} |",
+        f"| equal answer tokens | {figures['token_agreement']:.1%} |",
         "",
         f"![speed against quality]({PICTURE})",
     ]
@@ -181,24 +181,24 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.set_num_threads(context.threads)
     base, data, depth = (inputs[name] for name in ("model", "examples", "depth"))
     routers = Routers.load(depth.path / FILE, base.path)
-    bar, count = routers.bar, Count(routers)
+    bar, count = routers.bar, CountingDepth(routers)
     selection = read_examples(split_path(data.path, "selection"))[: config.curve_prompts]
     heldout = read_examples(split_path(data.path, "heldout"))[: config.rows]
     with (
         closing(TorchEngine(base.path)) as plain,
         closing(TorchEngine(base.path, depth=count, spans=routers.spans)) as skipping,
     ):
-        pair = Pair(plain, skipping, count)
+        pair = EnginePair(plain, skipping, count)
         curve = []
         tried = [row for row in depth.metrics["tried"] if row["share"] in (*config.shares, depth.metrics["skipped"])]
         for row in tried:
             routers.bar = row["bar"]
-            curve.append({**row, "speedup": pair.race(_asking(selection, config), config.repeats).speedup})
+            curve.append({**row, "speedup": pair.timing(_requests(selection, config), config.repeats).speedup})
             context.progress(len(curve), len(tried) + 2, {"speedup": curve[-1]["speedup"]})
         routers.bar = bar
-        speed = pair.race(_asking(heldout[: config.prompts], config), config.repeats)
+        speed = pair.timing(_requests(heldout[: config.prompts], config), config.repeats)
         context.progress(len(tried) + 1, len(tried) + 2, {"speedup": speed.speedup})
-        found = pair.quality(heldout, _asking(heldout, config), context.seed)
+        found = pair.quality(heldout, _requests(heldout, config), context.seed)
         context.progress(len(tried) + 2, len(tried) + 2, {"points lost": found["points_lost"]})
     layers = json.loads((base.path / "config.json").read_text("utf-8"))["num_hidden_layers"]
     figures = {
@@ -219,5 +219,5 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     return figures
 
 
-def _asking(examples: Sequence[Example], config: Config) -> list[Request]:
+def _requests(examples: Sequence[Example], config: Config) -> list[Request]:
     return [Request(messages=e.messages, max_tokens=config.max_tokens) for e in examples]

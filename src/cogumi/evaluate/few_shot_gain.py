@@ -1,14 +1,14 @@
-"""Stage `fewshot`: what a few examples are worth on task families nobody was trained on (SPEC C2, C9).
+"""Stage `fewshot`: accuracy gained by a few examples on task families that no model was trained on (SPEC C2, C9).
 
-ANIL's figure counts only beside its controls, so all of them are always measured, on the same episodes:
+ANIL is compared with four controls, measured on the same episodes:
 
-zero_shot   the base, without any example
+zero_shot   the base, without examples
 in_context  the base, with the examples as earlier turns of the conversation
-scratch     the base and a new LoRA on its head, adapted on the examples: ANIL without meta-training
-plain       a LoRA taught the same episodes in as many steps without an inner loop, its head then adapted likewise
+scratch     the base and a new LoRA on its head, adapted to the examples: ANIL without meta-training
+plain       a LoRA trained on the same episodes for as many steps without an inner loop; its head is adapted too
 
-and `fomaml`, where the recipe has one. The rates of `scratch` and `plain` are the best of a grid on the selection
-families; `anil` and `fomaml` keep those they were trained with. Right is what greedy decoding gives word for word.
+and with `fomaml`, if the recipe has one. The rates of `scratch` and `plain` are the best of a grid on the selection
+families; `anil` and `fomaml` use those of their training. An answer is right if greedy decoding gives it exactly.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from cogumi.core.errors import ArtifactError
 from cogumi.core.files import sha256, write_text
 from cogumi.core.pictures import new_figure
 from cogumi.core.stage import Context
-from cogumi.core.types import Artifact
+from cogumi.core.types import Artifact, Example
 from cogumi.data.episodes import Episode, read_episodes
 from cogumi.models import head_adaptation as heads
 from cogumi.models.answer_match import exact
 from cogumi.models.folders import load
 from cogumi.models.head_adaptation import Head, Rates, States
-from cogumi.models.inner_loop import adapt_weights, shot, states, weights_of
+from cogumi.models.inner_loop import adapt_weights, example_row, states, weights_of
 from cogumi.models.lora import with_adapter
-from cogumi.models.tokenization import HFTokenizer
+from cogumi.models.tokenization import HFTokenizer, Row
 
 VERSION = 1
 KIND = "fewshot"
@@ -46,11 +46,11 @@ CONTROLS = ("zero_shot", "in_context", "scratch", "plain")
 
 Doubles = NDArray[np.float64]
 Accuracy = Callable[[Episode, int], float]
-"""accuracy(episode, shots) -> share of its queries answered right."""
+"""accuracy(episode, shots) -> share of its queries answered correctly."""
 
 
 class Config(BaseModel):
-    """`queries` bounds the questions asked of an episode; `lrs` x `steps` is the grid for the controls' rates."""
+    """`queries`: most questions per episode; `lrs` x `steps` is the grid for the controls' rates."""
 
     model_config = ConfigDict(extra="forbid")
     shots: tuple[int, ...] = Field((1, 3, 5), min_length=1)
@@ -61,8 +61,8 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a head sees of an episode: support tokens with the number of their example, query tokens with theirs."""
+class EpisodeStates:
+    """A head's inputs for an episode: support tokens with their example's number, query tokens with their row's."""
 
     support: States
     example: torch.Tensor
@@ -71,7 +71,7 @@ class Seen:
 
 
 class Judge:
-    """Measures models on episodes; `seen` are an episode's states under a model, computed once."""
+    """Measures models on episodes."""
 
     def __init__(self, base: Path, config: Config) -> None:
         self.base, self.config = base, config
@@ -81,105 +81,106 @@ class Judge:
         self.base_sha256 = sha256(base / "model.safetensors")
 
     def adapter(self, artifact: Artifact) -> Any:
-        """The base under the adapter of an artifact; `ArtifactError` if that was trained on another base."""
+        """The base with the adapter of an artifact; `ArtifactError` if that was trained on another base."""
         if artifact.metrics.get("base_sha256") != self.base_sha256:
             raise ArtifactError(f"{artifact.path} was trained on another base than {self.base}; train it on this one")
         return with_adapter(load(self.base), artifact.path).eval()
 
     @torch.no_grad()
     def in_context(self, episode: Episode, shots: int) -> float:
-        """The base's own accuracy, with the first examples as turns before each question."""
+        """Accuracy of the base with the first `shots` examples as turns before each question."""
         before = episode.support[:shots]
-        asked = [shot(e, self.tokenizer, self.room, before) for e in episode.query[: self.config.queries]]
-        found, row = states(self.plain, asked)
-        return float(exact(found.base, found.targets, row, len(asked)).double().mean())
+        queries = [example_row(e, self.tokenizer, self.room, before) for e in episode.query[: self.config.queries]]
+        found, row = states(self.plain, queries)
+        return float(exact(found.base, found.targets, row, len(queries)).double().mean())
+
+    def _rows(self, examples: Sequence[Example], count: int) -> list[Row]:
+        return [example_row(e, self.tokenizer, self.room) for e in examples[:count]]
 
     @torch.no_grad()
-    def look(self, model: Any, episode: Episode) -> Seen:
-        """The states of an episode under a model."""
-        given, example = states(
-            model, [shot(e, self.tokenizer, self.room) for e in episode.support[: max(self.config.shots)]]
-        )
-        asked, row = states(model, [shot(e, self.tokenizer, self.room) for e in episode.query[: self.config.queries]])
-        return Seen(given, example, asked, row)
+    def episode_states(self, model: Any, episode: Episode) -> EpisodeStates:
+        """The head's inputs for an episode under a model."""
+        support, example = states(model, self._rows(episode.support, max(self.config.shots)))
+        query, row = states(model, self._rows(episode.query, self.config.queries))
+        return EpisodeStates(support, example, query, row)
 
     def head(
         self, model: Any, start: Head, rates: Rates | None, selection: Sequence[Episode]
     ) -> tuple[Accuracy, Rates]:
-        """The accuracy of a head adapted on the first examples; without `rates` the grid's best on `selection`."""
+        """Accuracy of a head adapted to the first examples; without `rates`, those of the grid best on `selection`."""
         if rates is None:
-            seen = [self.look(model, episode) for episode in selection]
+            found = [self.episode_states(model, episode) for episode in selection]
             grid = [Rates(lr=lr, steps=steps) for lr in self.config.lrs for steps in self.config.steps]
-            rates = max(grid, key=lambda r: sum(adapted(start, s, k, r) for s in seen for k in self.config.shots))
-        chosen, known = rates, dict[str, Seen]()
+            rates = max(grid, key=lambda r: sum(adapted(start, s, k, r) for s in found for k in self.config.shots))
+        chosen, cached = rates, dict[str, EpisodeStates]()
 
         def accuracy(episode: Episode, shots: int) -> float:
-            if episode.id not in known:
-                known[episode.id] = self.look(model, episode)
-            return adapted(start, known[episode.id], shots, chosen)
+            if episode.id not in cached:
+                cached[episode.id] = self.episode_states(model, episode)
+            return adapted(start, cached[episode.id], shots, chosen)
 
         return accuracy, rates
 
     def weights(self, model: Any, rates: Rates) -> Accuracy:
-        """The accuracy of a model whose adapter is itself adapted on the first examples."""
+        """Accuracy of a model whose adapter weights are adapted to the first examples."""
 
         def accuracy(episode: Episode, shots: int) -> float:
-            given = [shot(e, self.tokenizer, self.room) for e in episode.support[:shots]]
-            asked = [shot(e, self.tokenizer, self.room) for e in episode.query[: self.config.queries]]
-            fast = adapt_weights(model, weights_of(model), given, rates)
+            queries = self._rows(episode.query, self.config.queries)
+            fast = adapt_weights(model, weights_of(model), self._rows(episode.support, shots), rates)
             with torch.no_grad():
-                found, row = states(model, asked, fast)
-            return float(exact(found.base, found.targets, row, len(asked)).double().mean())
+                found, row = states(model, queries, fast)
+            return float(exact(found.base, found.targets, row, len(queries)).double().mean())
 
         return accuracy
 
 
 @torch.no_grad()
-def adapted(start: Head, seen: Seen, shots: int, rates: Rates) -> float:
-    """Share of queries answered right by the head after adaptation on the first `shots` examples."""
-    head = heads.adapt(start, seen.support.where(seen.example < shots), rates)
-    right = exact(heads.logits(head, seen.query), seen.query.targets, seen.row, int(seen.row.max()) + 1)
+def adapted(start: Head, episode: EpisodeStates, shots: int, rates: Rates) -> float:
+    """Share of queries answered correctly by the head after adaptation to the first `shots` examples."""
+    head = heads.adapt(start, episode.support.select(episode.example < shots), rates)
+    right = exact(heads.logits(head, episode.query), episode.query.targets, episode.row, int(episode.row.max()) + 1)
     return float(right.double().mean())
 
 
 def measure(
-    judge: Judge, inputs: Mapping[str, Artifact], asked: Sequence[Episode], context: Context
+    judge: Judge, inputs: Mapping[str, Artifact], episodes: Sequence[Episode], context: Context
 ) -> tuple[dict[str, list[Doubles]], dict[str, Rates]]:
-    """For every method: the accuracy of each of its runs `[shots, episodes]`, and the rates of the last."""
+    """For every method: the accuracy of each run `[shots, episodes]`, and the rates of the last."""
     selection = read_episodes(inputs["episodes"].path, "selection")
     found: dict[str, list[Doubles]] = {}
     used: dict[str, Rates] = {}
     roles = [role for role in sorted(inputs) if role.split("_")[0] in ("anil", "plain", "fomaml")]
     total = 2 + len(roles) + sum(role.startswith("anil") for role in roles)
 
-    def note(method: str, accuracy: Accuracy, rates: Rates | None = None) -> None:
+    def record(method: str, accuracy: Accuracy, rates: Rates | None = None) -> None:
         runs = found.setdefault(method, [])
-        runs.append(np.array([[accuracy(e, k) for e in asked] for k in judge.config.shots]))
+        runs.append(np.array([[accuracy(e, k) for e in episodes] for k in judge.config.shots]))
         used.update({method: rates} if rates else {})
         context.progress(sum(map(len, found.values())), total, {})
 
-    note("zero_shot", lambda episode, _: judge.in_context(episode, 0))
-    note("in_context", judge.in_context)
+    record("zero_shot", lambda episode, _: judge.in_context(episode, 0))
+    record("in_context", judge.in_context)
     for role in roles:
         method, artifact = role.split("_")[0], inputs[role]
         model = judge.adapter(artifact)
         if method == "fomaml":
             rates = Rates(**artifact.metrics["inner"])
-            note(method, judge.weights(model, rates), rates)
+            record(method, judge.weights(model, rates), rates)
             continue
-        start, own, _ = heads.load(artifact.path / heads.FILE)
-        note(method, *judge.head(model, start, own if method == "anil" else None, selection))
+        start, trained_rates, _ = heads.load(artifact.path / heads.FILE)
+        record(method, *judge.head(model, start, trained_rates if method == "anil" else None, selection))
         if method == "anil":
             (rank, width), seed = start.a.shape, context.seed + len(found.get("scratch", ()))
-            new = heads.fresh(rank, start.scale * rank, width, len(start.b), seed)
-            note("scratch", *judge.head(judge.plain, new, None, selection))
+            new = heads.initial_head(rank, start.scale * rank, width, len(start.b), seed)
+            record("scratch", *judge.head(judge.plain, new, None, selection))
     return found, used
 
 
 def gains(found: Mapping[str, Sequence[Doubles]], draws: Sequence[int], config: Config, seed: int) -> dict[str, Any]:
-    """ANIL's accuracy less the best control's, by shots, with a 95% bootstrap interval.
+    """ANIL's accuracy minus the best control's, by shots, with a 95% bootstrap interval.
 
-    A resample draws seeds of episodes, episodes of each, and runs of each method; the best control is its own.
+    A resample draws seeds of episodes, episodes of each seed, and runs of each method; each resample has its own best
+    control.
     """
     groups = [np.flatnonzero(np.array(draws) == draw) for draw in sorted(set(draws))]
     runs = {method: np.stack(found[method]) for method in (*CONTROLS, "anil")}
@@ -226,7 +227,7 @@ def report(metrics: Mapping[str, Any], episodes: int, config: Config) -> str:
     lines = [
         "# Few-shot learning on unseen task families",
         "",
-        f"{episodes} episodes, {metrics['draws']} seeds, up to {config.queries} questions each, right word for word.",
+        f"{episodes} episodes, {metrics['draws']} seeds, up to {config.queries} questions each, exact answers.",
         "",
         f"| method | {' | '.join(f'{k}-shot' for k in shots)} | rates |",
         f"|---|{'---|' * (len(shots) + 1)}",
@@ -249,24 +250,25 @@ def report(metrics: Mapping[str, Any], episodes: int, config: Config) -> str:
         lines.append(f"| {method} | {' | '.join(f'{cells[middle][f]:.1%}' for f in families)} |")
     lines += [
         "",
-        "`scratch` is a new LoRA on the head of the base, adapted on the examples without meta-training; `plain`",
-        "learned the same episodes in as many steps without an inner loop. Their rates were chosen on the selection",
-        "families. One example cannot reveal all of a renaming of two or three classes: at 1-shot nobody can know it.",
+        "`scratch` is a new LoRA on the head of the base, adapted to the examples without meta-training; `plain` was",
+        "trained on the same episodes for as many steps without an inner loop. Their rates were chosen on the",
+        "selection families. One example does not determine a renaming of two or three classes, which limits 1-shot",
+        "accuracy.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`episodes`, `model` (the base), `anil` and `plain`, and `fomaml` if there is one -> report.md and shots.png.
+    """`episodes`, `model` (the base), `anil` and `plain`, optionally `fomaml` -> report.md and shots.png.
 
-    Further runs of a method, of other seeds, come as `anil_2` and so on.
+    Further runs of a method with other seeds are inputs `anil_2` and so on.
     """
     torch.set_num_threads(context.threads)
-    asked = read_episodes(inputs["episodes"].path, "heldout")
-    found, rates = measure(Judge(inputs["model"].path, config), inputs, asked, context)
+    episodes = read_episodes(inputs["episodes"].path, "heldout")
+    found, rates = measure(Judge(inputs["model"].path, config), inputs, episodes, context)
     mean = {method: np.mean(runs, axis=0) for method, runs in found.items()}
-    families = sorted({episode.family for episode in asked})
-    of = np.array([episode.family for episode in asked])
+    families = sorted({episode.family for episode in episodes})
+    of = np.array([episode.family for episode in episodes])
     shots = [str(k) for k in config.shots]
     metrics: dict[str, Any] = {
         "accuracy": {m: dict(zip(shots, map(_share, cells), strict=True)) for m, cells in mean.items()},
@@ -274,12 +276,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             m: {k: {f: _share(row[of == f]) for f in families} for k, row in zip(shots, cells, strict=True)}
             for m, cells in mean.items()
         },
-        "gain": gains(found, [episode.draw for episode in asked], config, context.seed),
+        "gain": gains(found, [episode.draw for episode in episodes], config, context.seed),
         "rates": {method: chosen.model_dump() for method, chosen in rates.items()},
         "runs": {method: len(runs) for method, runs in found.items()},
-        "draws": len({episode.draw for episode in asked}),
+        "draws": len({episode.draw for episode in episodes}),
     }
-    write_text(out / "report.md", report(metrics, len(asked), config))
+    write_text(out / "report.md", report(metrics, len(episodes), config))
     picture(out / "shots.png", metrics["accuracy"])
     return metrics
 

@@ -1,9 +1,9 @@
-"""Stage `report`: the finished bundle judged on held-out questions, which nothing before has read (SPEC H1, H3).
+"""Stage `report`: figures of the finished bundle on held-out questions that no earlier step has read (SPEC H1, H3).
 
-Every figure is counted here from answers of the shipped files. Modifiers are compared with the base on the questions of
-their domain that have an answer (`gain`), and on questions of other domains that the cascade let them answer
+All figures are measured here on answers of the shipped files. Modifiers are compared with the base on the answerable
+questions of their domain (`gain`), and on questions of other domains that the cascade routed to them
 (`lost_elsewhere`, as a share of all held-out questions). Controls (adapters trained on random rows instead of failures)
-are asked beside the modifiers and shipped with nothing.
+answer beside the modifiers and are not part of the bundle.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""report.md: the figures of a build for people, from the same numbers as report.json."""
+"""report.md: the figures of stage `report` as a Markdown page."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def _modifiers(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         "## Did the modifiers help?",
         "",
-        "On their domain's questions that have an answer. Control: an adapter of the same shape and steps, trained on",
-        "random questions of the domain.",
+        "On the answerable questions of their domain. Control: an adapter of the same shape and steps, trained on random",
+        "questions of the domain.",
         "",
         *_table(["domain", "base", "modifier", "control", "questions"], rows),
     ]
@@ -82,12 +82,12 @@ def _speculation(found: Mapping[str, Any]) -> list[str]:
 
 
 def page(figures: Mapping[str, Any]) -> str:
-    """The report stage's metrics as one page of Markdown; its pictures lie beside it."""
+    """The report stage's metrics as one page of Markdown; pictures are expected beside it."""
     lines = [
-        "# What this build came to",
+        "# Results of this build",
         "",
-        "Counted on held-out questions that no earlier step has read. Level 0: questions without an answer,",
-        "where only saying so is right. The modifier row covers the domains that have one.",
+        "Measured on held-out questions that no earlier step has read. Level 0: unanswerable questions, to which an",
+        "abstention is the correct answer. The modifier row covers the domains that have one.",
         "",
         *_accuracy(figures["accuracy"]),
         "![accuracy by level](accuracy.png)",

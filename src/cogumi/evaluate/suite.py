@@ -1,6 +1,6 @@
 """Suites: named sets of measurements for `cogumi eval --suite`, each a module with `run(task) -> Findings`.
 
-A suite counts everything it reports in the run that reports it. Adding one is a file and a row of `SUITES`.
+A suite measures everything that it reports. To add a suite, add a file and a row of `SUITES`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RELATIONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": opera
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a suite is given: a bundle's folder, the user's data, and a folder for pictures (each None if not named).
+    """Inputs of a suite: a bundle's folder, the user's data, and a folder for pictures (each None if not given).
 
     `progress(done, total, figures)` may be called at any rate.
     """
@@ -48,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of a suite's table. `goal` reads like ">= 0.85"; `low` and `high` bound 95% where they were measured."""
+    """One row of a suite's table. `goal` has the form ">= 0.85"; `low` and `high` are 95% bounds, if measured."""
 
     name: str
     value: float | None
@@ -68,7 +68,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """A suite's table, what it rests on (`facts`: rows, seconds, assumptions) and the pictures it drew."""
+    """A suite's table, `facts` about the measurement (rows, seconds, assumptions), and its pictures."""
 
     figures: Sequence[Figure]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -79,11 +79,11 @@ class Suite(Protocol):
     """A suite's module."""
 
     def run(self, task: Task) -> Findings:
-        """Measure. Raises `CogumiError` with what to name where `task` lacks something the suite needs."""
+        """Measure. Raises `CogumiError` if `task` lacks an input that the suite needs."""
 
 
 def suite(name: str) -> Suite:
-    """The suite of that name; `CogumiError` names the nearest if there is none."""
+    """The suite of that name; `CogumiError` with the nearest name if there is none."""
     if name not in SUITES:
         raise CogumiError(f"unknown suite '{name}'; {nearest(name, SUITES)}")
     return cast(Suite, importlib.import_module(SUITES[name]))

@@ -1,1 +1,1 @@
-"""Models as Hugging Face folders: tokenizer, weights, adapters, heads. This is where torch lives."""
+"""Models as Hugging Face folders, in torch: tokenizers, weights, adapters, heads."""

@@ -1,9 +1,8 @@
-"""Mixture of Depths: tokens that skip decoder layers, and the small routers that let them (SPEC C7).
+"""Mixture of Depths: tokens skip decoder layers, as decided by small routers (SPEC C7).
 
-Raposo et al., arXiv 2404.02258; on a trained model: Router-Tuning, arXiv 2410.13184. Layers are skipped by spans: runs
-of neighbouring layers that a token takes or skips as one, so that one decision serves them all. A token that skips a
-span keeps its hidden state, computes nothing there and leaves no keys and values for later tokens. Training and the
-engine run this same code.
+Raposo et al., arXiv 2404.02258; for trained models: Router-Tuning, arXiv 2410.13184. Consecutive layers form a span,
+with one decision per token for the whole span. A token that skips a span keeps its hidden state and adds no keys and
+values to the cache of the span's layers. Training and the engine use the same code.
 """
 
 from __future__ import annotations
@@ -32,25 +31,28 @@ _HIDDEN = (128, 32)
 
 Spans: TypeAlias = tuple[tuple[int, ...], ...]
 Depth: TypeAlias = Callable[[int, Tensor], Tensor]
-"""From a span's first layer and its input [rows, tokens, width] to which tokens take it: booleans [rows, tokens]."""
+"""depth(first layer of a span, its input [rows, tokens, width]) -> tokens that use the span, bool [rows, tokens]."""
 
 
 def spans_of(layers: Sequence[int], count: int) -> Spans:
-    """Runs of neighbours among the layers (from 0) of a model with `count`. `TrainingError` if they cannot skip."""
-    wrong = [layer for layer in layers if not 0 <= layer < count]
-    if wrong:
-        raise TrainingError(f"layer {wrong[0]} does not exist: this model has layers 0 to {count - 1}")
+    """Runs of consecutive `layers` (from 0) of a model with `count` layers.
+
+    `TrainingError` for a layer that does not exist, and for none or more than half of the layers.
+    """
+    missing = [layer for layer in layers if not 0 <= layer < count]
+    if missing:
+        raise TrainingError(f"layer {missing[0]} does not exist: this model has layers 0 to {count - 1}")
     if not layers or 2 * len(set(layers)) > count:
-        raise TrainingError(f"{len(set(layers))} of {count} layers may skip; name 1 to {count // 2}")
+        raise TrainingError(f"{len(set(layers))} of {count} layers are to be skipped; name 1 to {count // 2}")
     chosen = sorted(set(layers))
     starts = [i for i, layer in enumerate(chosen) if layer - 1 not in chosen]
     return tuple(tuple(chosen[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True))
 
 
 class Routers(nn.Module):
-    """One net per span, width -> 128 -> 32 -> 2: scores of "hard" and "easy" for each token entering the span.
+    """One net per span, width -> 128 -> 32 -> 2: scores of "hard" and "easy" for each token at the span's input.
 
-    A token skips where the log-odds of easy exceed `bar`; one whose score is no number takes the layers.
+    A token skips the span if the log-odds of easy exceed `bar`; a token with a NaN score uses the span.
     """
 
     def __init__(self, spans: Spans, width: int, bar: float = 0.0) -> None:
@@ -59,7 +61,8 @@ class Routers(nn.Module):
         sizes = (width, *_HIDDEN, 2)
         nets = {span[0]: [nn.Linear(a, b) for a, b in pairwise(sizes)] for span in spans}
         self.nets = nn.ModuleDict({str(first): nn.ModuleList(net) for first, net in nets.items()})
-        self._weights = {first: [(layer.weight, layer.bias) for layer in net] for first, net in nets.items()}  # quick
+        # module look-ups are slow at every token
+        self._weights = {first: [(layer.weight, layer.bias) for layer in net] for first, net in nets.items()}
 
     def easy(self, first: int, hidden: Tensor) -> Tensor:
         """Log-odds that a token is easy: [rows, tokens, width] -> [rows, tokens]."""
@@ -72,27 +75,27 @@ class Routers(nn.Module):
         return ~(self.easy(first, hidden) > self.bar)
 
     def save(self, path: Path, base: Path) -> None:
-        """Write the routers with what they belong to: the model folder `base`."""
+        """Write the routers with the hash of their model folder `base`."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         layers = [layer for span in self.spans for layer in span]
         about = {"layers": layers, "base_sha256": sha256(base / "model.safetensors"), "bar": self.bar}
-        save_tensors(tensors, path, {"depth": json.dumps(about)})  # one key: safetensors writes several in any order
+        save_tensors(tensors, path, {"depth": json.dumps(about)})  # one key, because their order is not deterministic
 
     @classmethod
     def load(cls, path: Path, base: Path) -> Routers:
-        """Routers of the model folder `base`. `BundleError` if they are another model's, or no routers at all."""
+        """Routers of the model folder `base`. `BundleError` for another model's routers, or a file without routers."""
         try:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 about = json.loads((file.metadata() or {})["depth"])
-            layers, belongs, bar = about["layers"], about["base_sha256"], float(about["bar"])
+            layers, base_sha256, bar = about["layers"], about["base_sha256"], float(about["bar"])
             config = json.loads((base / "config.json").read_text("utf-8"))
             count, width = config["num_hidden_layers"], config["hidden_size"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{path} holds no depth routers for {base} ({error}); run the depth step again"
             ) from error
-        if belongs != sha256(base / "model.safetensors"):
+        if base_sha256 != sha256(base / "model.safetensors"):
             raise BundleError(f"{path} was trained on another model than {base}; run the depth step on this one")
         try:
             routers = cls(spans_of(layers, count), width, bar)
@@ -101,16 +104,16 @@ class Routers(nn.Module):
             reason = str(error).splitlines()[-1].strip()
             raise BundleError(f"{path} does not fit {base} ({reason}); run the depth step again") from error
         if math.isnan(bar) or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise BundleError(f"{path} holds weights that are no numbers; run the depth step again")
+            raise BundleError(f"{path} holds weights that are NaN or infinite; run the depth step again")
         return routers
 
 
-class Entries(DynamicLayer):  # type: ignore[misc]  # transformers has no types here
-    """Keys and values left in one layer by the tokens that took it: [rows, heads, columns, head width].
+class SpanCache(DynamicLayer):  # type: ignore[misc]  # transformers has no types here
+    """Key-value cache of one layer of a span: entries of the tokens that used it, [rows, heads, columns, head width].
 
-    `seen` counts all tokens that came by, so that the model's own mask keeps its length. Rows of a batch that skip
-    while others do not have gaps: `held` [rows, columns] says where an entry is, None that there is no gap. `adding`
-    are the rows that the next `update` is about, None means all.
+    `seen` counts all tokens, so that the model's mask has the right length. If some rows of a batch skip and others do
+    not, rows have gaps: `held` [rows, columns] is True at entries, None without gaps. `adding` are the rows of the next
+    `update`, None for all.
     """
 
     keys: Any
@@ -128,11 +131,11 @@ class Entries(DynamicLayer):  # type: ignore[misc]  # transformers has no types 
         return int(self.keys.shape[-2]) if self.keys is not None else 0
 
     def get_seq_length(self) -> int:
-        """Tokens that came by."""
+        """Number of tokens, including those that skipped the layer."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that the model makes for layers without a router."""
+        """Length and offset of the mask for layers without a router."""
         return self.seen + query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -141,7 +144,7 @@ class Entries(DynamicLayer):  # type: ignore[misc]  # transformers has no types 
         if rows is None:
             super().update(key_states, value_states)
             return self.keys, self.values
-        assert self.held is not None  # a row that adds nothing gets a gap
+        assert self.held is not None  # rows outside `adding` get a gap
         size = (len(self.held), *key_states.shape[1:])
         super().update(
             key_states.new_zeros(size).index_copy(0, rows, key_states),
@@ -150,7 +153,7 @@ class Entries(DynamicLayer):  # type: ignore[misc]  # transformers has no types 
         return self.keys[rows], self.values[rows]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows of the batch."""
+        """Keep the given rows of the batch."""
         if self.columns:
             self.keys, self.values = self.keys[indices], self.values[indices]
         if self.held is not None:
@@ -158,7 +161,7 @@ class Entries(DynamicLayer):  # type: ignore[misc]  # transformers has no types 
 
 
 class Span(nn.Module):
-    """Neighbouring decoder layers called as one, on the tokens that take them."""
+    """Consecutive decoder layers called as one module, on the tokens that use them."""
 
     def __init__(self, first: int, layers: Sequence[nn.Module], depth: Depth) -> None:
         super().__init__()
@@ -173,19 +176,19 @@ class Span(nn.Module):
         position_ids: Tensor | None = None,
         **rest: Any,
     ) -> Tensor:
-        """Hidden states [rows, tokens, width] after the span; `attention_mask` as `transformers` makes it for sdpa."""
+        """Hidden states [rows, tokens, width] after the span; `attention_mask` as in `transformers` for sdpa."""
         assert position_embeddings is not None
         taken = self.depth(self.first, hidden)
-        if attention_mask is not None:  # a padded position does not even see itself
+        if attention_mask is not None:  # padding is masked from itself too
             taken = taken & attention_mask[:, 0, :, -taken.shape[1] :].diagonal(dim1=1, dim2=2)
         at = range(self.first, self.first + len(self.layers))
-        entries = [cast(Entries, past_key_values.layers[i]) for i in at] if past_key_values is not None else []
-        for entry in entries:
-            entry.seen += taken.shape[1]
+        caches = [cast(SpanCache, past_key_values.layers[i]) for i in at] if past_key_values is not None else []
+        for cache in caches:
+            cache.seen += taken.shape[1]
         if not taken.any():
             return hidden
         packing = Packing(taken)
-        mask = packing.mask(entries)
+        mask = packing.mask(caches)
         cos, sin = (packing.pack(x.expand(*taken.shape, -1)) for x in position_embeddings)
         packed = packing.pack(hidden)
         for layer in self.layers:
@@ -200,9 +203,8 @@ class Span(nn.Module):
 
 
 class Packing:
-    """The tokens of a batch that take a span, moved together: [rows with any, `width`, ...], the last on the right.
-
-    Made of `taken` [rows, tokens]. Where every token is taken, and in a single stream, nothing is moved.
+    """Packs the tokens of a batch that use a span (`taken` [rows, tokens]) into [rows with any, `width`, ...],
+    right-aligned. If all tokens use it, nothing is moved.
     """
 
     def __init__(self, taken: Tensor) -> None:
@@ -220,7 +222,7 @@ class Packing:
         self._here = self.filled if self.rows is None else self.filled[self.rows]
 
     def pack(self, x: Tensor) -> Tensor:
-        """[rows, tokens, n] -> [rows with any, width, n]; zeros where a row has fewer tokens than the widest."""
+        """[rows, tokens, n] -> [rows with any, width, n], padded with zeros on the left."""
         if self.whole:
             return x
         packed = x.new_zeros(*self._here.shape, x.shape[-1])
@@ -228,24 +230,27 @@ class Packing:
         return packed
 
     def unpack(self, packed: Tensor, x: Tensor) -> Tensor:
-        """The inverse of `pack`; what was not taken stays as it is in `x`."""
+        """The inverse of `pack`; tokens that were not packed keep their value in `x`."""
         if self.whole:
             return packed
         x = x.clone()
         x[self.taken] = packed[self._here]
         return x
 
-    def mask(self, entries: Sequence[Entries]) -> Tensor | None:
-        """What packed tokens see [rows with any, 1, width, columns], None: all before them. Tells the entries."""
-        before = entries[0].columns if entries else 0
-        held = entries[0].held if entries else None
+    def mask(self, caches: Sequence[SpanCache]) -> Tensor | None:
+        """Attention mask of packed tokens [rows with any, 1, width, columns], None for plain causal attention.
+
+        Updates `held` and `adding` of the caches.
+        """
+        before = caches[0].columns if caches else 0
+        held = caches[0].held if caches else None
         size = self.taken.shape[0]
         if held is not None or not (self.whole or bool(self.filled.all())):
             held = self.taken.new_ones(size, before) if held is None else held
             held = torch.cat([held, self.taken.new_ones(size, self.width) if self.whole else self.filled], dim=1)
             held = None if bool(held.all()) else held
-        for entry in entries:
-            entry.held, entry.adding = held, self.rows
+        for cache in caches:
+            cache.held, cache.adding = held, self.rows
         if held is None and (self.width == 1 or not before):
             return None
         column = torch.arange(before + self.width, device=self.taken.device)
@@ -253,11 +258,11 @@ class Packing:
         if held is None:
             return (column <= own)[None, None]
         seen = held if self.rows is None else held[self.rows]
-        return ((column <= own) & seen[:, None] | (column == own))[:, None]  # a gap sees itself: nothing becomes NaN
+        return ((column <= own) & seen[:, None] | (column == own))[:, None]  # a gap attends to itself, to avoid NaN
 
 
 def install(decoder: Any, depth: Depth, spans: Spans | None = None) -> None:
-    """Let a decoder's tokens skip these spans from now on; None: each layer by itself."""
+    """Replace layers of a decoder by `Span` modules; `spans` None: one span per layer."""
     layers = list(decoder.layers)
     first = {span[0]: span for span in spans} if spans is not None else {i: (i,) for i in range(len(layers))}
     later = {i for span in first.values() for i in span[1:]}
@@ -270,7 +275,7 @@ def install(decoder: Any, depth: Depth, spans: Spans | None = None) -> None:
 
 @contextmanager
 def skipping(decoder: Any, depth: Depth, spans: Spans) -> Iterator[None]:
-    """The decoder with `install`, and afterwards without."""
+    """`install` spans inside the `with` block."""
     whole = decoder.layers
     install(decoder, depth, spans)
     try:
@@ -283,5 +288,5 @@ def new_cache(decoder: Any) -> Cache:
     """An empty key-value cache for a decoder, with or without spans."""
     layers: list[Any] = []
     for module in decoder.layers:
-        layers += [Entries() for _ in module.layers] if isinstance(module, Span) else [DynamicLayer()]
+        layers += [SpanCache() for _ in module.layers] if isinstance(module, Span) else [DynamicLayer()]
     return Cache(layers=layers)

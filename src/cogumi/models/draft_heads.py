@@ -1,4 +1,4 @@
-"""The draft: one backbone with two heads, next token and difficulty (SPEC C5)."""
+"""The draft model: one backbone with two heads, next token and difficulty (SPEC C5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cogumi.models.folders import save_tensors
 
 
 class DraftModel(nn.Module):
-    """A causal language model and one logit for "this question is easy" on the last prompt position's hidden state."""
+    """A causal language model with a logit for "the question is easy" on the hidden state of the last prompt token."""
 
     def __init__(self, language_model: Any) -> None:
         super().__init__()
@@ -30,6 +30,6 @@ class DraftModel(nn.Module):
         return self.difficulty(hidden[rows, last]).squeeze(-1)  # type: ignore[no-any-return]
 
     def save_difficulty(self, path: Path) -> None:
-        """safetensors {weight [width], bias [1]}, which the runtime reads with numpy."""
+        """Write the difficulty head as safetensors {weight [width], bias [1]}, which the cascade reads with numpy."""
         weight = self.difficulty.weight.detach()[0].contiguous()
         save_tensors({"weight": weight, "bias": self.difficulty.bias.detach().contiguous()}, path, {})

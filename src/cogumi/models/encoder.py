@@ -1,6 +1,6 @@
-"""BERT-like sentence encoders as one ONNX file: mean over the tokens and length 1 are part of the graph (SPEC F12).
+"""BERT-like sentence encoders as one ONNX file, including mean pooling and normalization (SPEC F12).
 
-Reimers and Gurevych 2019 (Sentence-BERT). The graph reads one text (`ids` [1, tokens]), so it needs no mask.
+Reimers and Gurevych 2019 (Sentence-BERT). The graph takes one text (`ids` [1, tokens]), so it needs no mask.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENS = 256
 
 
 class Encoder(torch.nn.Module):
-    """Token ids [1, tokens] -> the mean of the last hidden states, of length 1 [1, width]."""
+    """Token ids [1, tokens] -> the normalized mean of the last hidden states [1, width]."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -39,7 +39,8 @@ class Encoder(torch.nn.Module):
 def load_encoder(name: str, root: Path) -> tuple[Encoder, Any]:
     """Encoder (fp32, for inference) and fast tokenizer of `DEFAULT`, a folder under `root` or a Hub id.
 
-    The tokenizer cuts at `TOKENS` tokens and does not pad. Raises `RecipeError` or `ArtifactError` if there is none.
+    The tokenizer truncates to `TOKENS` tokens and does not pad. Raises `RecipeError` if `DEFAULT` is not installed,
+    `ArtifactError` if the folder holds no encoder.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -68,8 +69,8 @@ def _default_folder() -> Path:
 def export_encoder(encoder: Encoder, tokenizer: Any, model: Path, vocabulary: Path, *, int8: bool) -> None:
     """Write the encoder (ONNX) and its tokenizer (JSON); the same encoder gives the same bytes.
 
-    `int8` stores weights as 7-bit integers with a scale per column (products of 8-bit ones overflow on processors
-    without VNNI) and rounds activations while running.
+    `int8` stores weights as 7-bit integers with a scale per column (8-bit products overflow on processors without
+    VNNI) and quantizes activations at run time.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -85,8 +86,8 @@ def export_encoder(encoder: Encoder, tokenizer: Any, model: Path, vocabulary: Pa
             dynamic_shapes={"ids": {1: torch.export.Dim("tokens", min=2, max=tokenizer.truncation["max_length"])}},
             verbose=False,
         )
-        assert program is not None  # it is None for the exporter that is not used here
-        onnx.save(_bare(program.model_proto), whole)
+        assert program is not None  # only the TorchScript exporter returns None
+        onnx.save(_without_metadata(program.model_proto), whole)
         if int8:
             quantize_dynamic(whole, model, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
             whole.unlink()
@@ -95,8 +96,8 @@ def export_encoder(encoder: Encoder, tokenizer: Any, model: Path, vocabulary: Pa
     tokenizer.save(str(vocabulary))
 
 
-def _bare(model: Any) -> Any:
-    """Without notes of where each node comes from: they name the files of this machine."""
+def _without_metadata(model: Any) -> Any:
+    """Remove the origin of each node, which contains local file paths."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
@@ -105,10 +106,10 @@ def _bare(model: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' remarks on their own insides."""
-    from transformers.utils import logging as remarks
+    """Suppress progress bars, log messages and warnings of the libraries."""
+    from transformers.utils import logging as transformers_logging
 
-    remarks.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

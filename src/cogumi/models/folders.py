@@ -1,4 +1,4 @@
-"""Model folders: made from nothing, loaded, saved. fp32 safetensors, Llama architecture."""
+"""Model folders: initialize, load and save models. fp32 safetensors, Llama architecture."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cogumi.core.shapes import ModelShape
 from cogumi.models.tokenization import TOKENIZER_FILES, HFTokenizer
 
 Quantize: TypeAlias = Literal["nf4"] | None
-"""How frozen weights are held while an adapter is trained: as they are, or in 4 bits (Dettmers et al. 2023, QLoRA)."""
+"""Type of frozen weights while an adapter is trained: unchanged, or 4 bits (Dettmers et al. 2023, QLoRA)."""
 
 
 class Shape(BaseModel):
-    """A Llama-architecture model; `hidden` must be a multiple of `heads`, and of 32 to be quantized."""
+    """Sizes of a Llama model; `hidden` must be a multiple of `heads`, and of 32 for quantization."""
 
     model_config = ConfigDict(extra="forbid")
     hidden: int = Field(128, ge=32, multiple_of=32)
@@ -60,7 +60,7 @@ def build(shape: Shape, tokenizer: HFTokenizer, seed: int) -> Any:
 
 
 def locate(name: str, root: Path) -> Path:
-    """The model folder of a path (relative ones start at `root`) or of a Hub id, which is downloaded if need be."""
+    """The model folder of a path (relative to `root`) or of a Hub id, which is downloaded if necessary."""
     folder = root / name
     if folder.is_dir():
         return folder
@@ -71,15 +71,15 @@ def locate(name: str, root: Path) -> Path:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(
-            f"'{name}' is neither a folder under {root} nor a model of the Hub that can be had"
+            f"'{name}' is neither a folder under {root} nor a model of the Hub that can be downloaded"
         ) from error
 
 
 def load(folder: Path, quantize: Quantize = None) -> Any:
     """The causal language model of a folder, ready for training: in fp32, or with its matrices in 4 bits on a GPU.
 
-    Raises `TrainingError` for `nf4` where there is no GPU, `ArtifactError` for a folder without a model and for
-    weights that are no numbers.
+    Raises `TrainingError` for `nf4` without a GPU, `ArtifactError` for a folder without a model and for weights that
+    are not finite.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
@@ -110,12 +110,12 @@ def load(folder: Path, quantize: Quantize = None) -> Any:
 
 
 def _local_rank() -> int:
-    """Which of this machine's GPUs belongs to this process (set by the launcher)."""
+    """Index of the GPU assigned to this process by the launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def save(model: Any, tokenizer_folder: Path, out: Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer files; the weights appear all at once."""
+    """Write config.json, model.safetensors (atomically) and the tokenizer files."""
     model.config.save_pretrained(out)
     tied = model.config.tie_word_embeddings
     tensors = {
@@ -129,7 +129,7 @@ def save(model: Any, tokenizer_folder: Path, out: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file that is either whole or not there."""
+    """Write a safetensors file atomically."""
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata)
     os.replace(partial, path)

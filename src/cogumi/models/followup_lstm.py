@@ -1,8 +1,8 @@
-"""The net that notices a dissatisfied follow-up (SPEC F7): word vectors of a sentence encoder, an LSTM, one logit.
+"""Classifier of dissatisfied follow-ups (SPEC F7): word vectors of a sentence encoder, an LSTM, one logit.
 
-The word vectors are the encoder's own (its input embeddings, by principal components, as 8-bit integers) and stay as
-they are, so a word that training never showed still lies near its synonyms. Hochreiter and Schmidhuber 1997 (LSTM).
-The ONNX graph is written node by node: no exporter, and the same net gives the same bytes.
+The word vectors are the encoder's input embeddings, reduced by PCA and stored as 8-bit integers. They are not trained,
+so that words absent from the training data stay close to their synonyms. Hochreiter and Schmidhuber 1997 (LSTM). The
+ONNX graph is written node by node, so that the same net gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from cogumi.models.encoder import Encoder
 
 Row = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Word ids and marks [tokens] of one turn, as `cascade.dissatisfaction.encode` makes them."""
+"""Word ids and marks [tokens] of one turn, from `cascade.dissatisfaction.encode`."""
 
 WIDTH, HIDDEN = 72, 96
-"""The usual sizes of word vectors and LSTM: with MiniLM's vocabulary the file stays below 3 MB."""
+"""Default sizes of word vectors and LSTM: with MiniLM's vocabulary the file stays below 3 MB."""
 
 PADDING = 0
 OPSET, IR = 17, 8
-"""Versions of the graph: what ONNX Runtime has read since 2022."""
+"""Versions of the graph, supported by ONNX Runtime since 2022."""
 
 
 def word_vectors(encoder: Encoder, tokenizer: Any, width: int) -> tuple[list[str], Tensor, Tensor]:
-    """A vocabulary with its vectors: words, int8 [2 + words, width], scales [width]; rows 0 and 1 are nothing (padding
-    and what is in no vocabulary), and `width` is the encoder's at most.
+    """A vocabulary and its vectors: words, int8 [2 + words, width], scales [width]. Rows 0 (padding) and 1 (unknown
+    words) are zero; `width` is at most the encoder's.
 
-    Marks of word pieces are dropped, special tokens left out; of tokens with the same letters the first one stays.
+    Word-piece prefixes are removed and special tokens omitted; of tokens with the same letters the first is kept.
     """
     vectors: Tensor = encoder.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     tokens: dict[str, int] = tokenizer.get_vocab()
@@ -52,11 +52,11 @@ def word_vectors(encoder: Encoder, tokenizer: Any, width: int) -> tuple[list[str
 
 
 class FollowUpNet(nn.Module):
-    """`table` int8 [words, width] with its `scale` [width]; `marks` kinds of marks; `hidden` units of the LSTM.
+    """`table` int8 [words, width] with its `scale` [width]; `marks`: number of marks; `hidden` units of the LSTM.
 
-    The LSTM reads the follow-up. The logit comes of the mean and the maximum of its states; of the mean direction of
-    the words of question, answer and follow-up, and how close these are (which words count there is learned); and of
-    a weight of each word by who says it (Cheng et al. 2016, wide and deep).
+    The LSTM reads the follow-up. Features are the mean and maximum of its states, the directions of the weighted mean
+    word vectors of question, answer and follow-up, and the cosines between them. The logit is a linear function of the
+    features plus a weight per word and speaker (Cheng et al. 2016, wide and deep).
     """
 
     table: Tensor
@@ -78,16 +78,16 @@ class FollowUpNet(nn.Module):
     def forward(self, ids: Tensor, marks: Tensor) -> Tensor:
         """Ids and marks [rows, tokens], the follow-up first, padded with 0 at the end -> logits [rows]."""
         known = torch.ones(ids.shape)
-        if self.training:  # words are left out, so that no single one decides
+        if self.training:  # word dropout
             known = (torch.rand(ids.shape) >= self.dropout).float()
         x = self.table[ids] * self.scale * known[..., None]
         speaker = torch.stack([(marks - 1) // 4 == who for who in range(3)], dim=-1).float()  # [rows, tokens, 3]
         counts = speaker.sum(dim=1).clamp(min=1)
         length = int(counts[:, 2].max())
-        said = speaker[:, :length, 2:]
+        follow_up = speaker[:, :length, 2:]
         states, _ = self.lstm(torch.cat([x, self.marks(marks)], dim=-1)[:, :length])
-        mean = (states * said).sum(dim=1) / counts[:, 2:]
-        top = (states * said - (1 - said)).amax(dim=1)  # states lie in (-1, 1)
+        mean = (states * follow_up).sum(dim=1) / counts[:, 2:]
+        top = (states * follow_up - (1 - follow_up)).amax(dim=1)  # states lie in (-1, 1)
         weighted = x * torch.sigmoid(self.weight(x))
         units = nn.functional.normalize(speaker.transpose(1, 2) @ weighted, dim=-1)  # [rows, 3, width]
         near = (units[:, :2] * units[:, 2:]).sum(dim=-1)
@@ -98,7 +98,7 @@ class FollowUpNet(nn.Module):
 
 
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Ids and marks [rows, longest], 0 behind the end."""
+    """Ids and marks [rows, longest], padded with 0 at the end."""
     ids, marks = (nn.utils.rnn.pad_sequence([torch.from_numpy(r[k]) for r in rows], True, PADDING) for k in (0, 1))
     return ids, marks
 
@@ -146,7 +146,7 @@ def export(net: FollowUpNet, path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _nodes(hidden: int) -> list[Any]:
-    """The graph of `FollowUpNet.forward` for one row; what stands left of an arrow is read."""
+    """The graph of `FollowUpNet.forward` for one row; node names read "inputs -> outputs"."""
     from onnx import TensorProto, helper
 
     def node(kind: str, names: str, **attributes: Any) -> Any:
@@ -157,7 +157,7 @@ def _nodes(hidden: int) -> list[Any]:
         node("Gather", "table ids -> rows"),
         node("Cast", "rows -> floats", to=TensorProto.FLOAT),
         node("Mul", "floats scale -> x"),
-        # who speaks: [1, tokens, 3], and how much
+        # speaker of each token [1, tokens, 3], and tokens per speaker
         node("Sub", "marks one -> from_zero"),
         node("Div", "from_zero four -> who"),
         node("Unsqueeze", "who at2 -> who_column"),
@@ -177,7 +177,7 @@ def _nodes(hidden: int) -> list[Any]:
         node("Squeeze", "by_direction at1 -> states"),
         node("ReduceMean", "states -> mean", axes=[0], keepdims=0),
         node("ReduceMax", "states -> top", axes=[0], keepdims=0),
-        # directions of the three, and how close they are
+        # directions of question, answer and follow-up, and their cosines
         node("MatMul", "x weight_w -> weight_x"),
         node("Add", "weight_x weight_b -> weight_z"),
         node("Sigmoid", "weight_z -> weight"),
@@ -195,7 +195,7 @@ def _nodes(hidden: int) -> list[Any]:
         node("Concat", "mean top directions near -> features", axis=1),
         node("MatMul", "features head_w -> product"),
         node("Add", "product head_b -> deep"),
-        # words by who says them
+        # weights by word and speaker
         node("Gather", "wide_table ids -> word_weights"),
         node("Mul", "word_weights speaker -> weights"),
         node("ReduceSum", "weights at1 -> totals", keepdims=0),

@@ -1,8 +1,8 @@
-"""The inner loop of few-shot learning, shared by its training and its measurement (SPEC C2).
+"""The inner loop of meta-learning from few examples, shared by training and evaluation (SPEC C2).
 
-ANIL (Raghu et al., 1909.09157) adapts the head only, see `models.head_adaptation`; MAML (Finn et al., 1703.03400)
-adapts more, here the weights of an adapter. Both are first-order: adapted weights pass gradients on to the initial ones
-unchanged.
+ANIL (Raghu et al., 1909.09157) adapts the output head only, see `models.head_adaptation`; MAML (Finn et al.,
+1703.03400) adapts more, here the weights of an adapter. Both are first-order: the gradient with respect to adapted
+weights is used as the gradient of the initial ones.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from cogumi.models.tokenization import HFTokenizer, Row
 Weights = Mapping[str, Tensor]
 
 
-def shot(example: Example, tokenizer: HFTokenizer, context: int, before: Sequence[Example] = ()) -> Row:
-    """An example as tokens, after other examples as turns of the same conversation.
+def example_row(example: Example, tokenizer: HFTokenizer, context: int, before: Sequence[Example] = ()) -> Row:
+    """The tokens of an example, with the examples `before` as earlier turns of the conversation.
 
-    `DataError` if that is longer than the model's context.
+    `DataError` if the row exceeds the model's context.
     """
-    told = [m for e in before for m in (*e.messages, Message("assistant", e.answer))]
-    prompt = tokenizer.chat([*told, *example.messages])
+    turns = [m for e in before for m in (*e.messages, Message("assistant", e.answer))]
+    prompt = tokenizer.chat([*turns, *example.messages])
     ids = (*prompt, *tokenizer.answer(example.answer))
     if len(ids) > context:
         raise DataError(
@@ -41,21 +41,21 @@ def shot(example: Example, tokenizer: HFTokenizer, context: int, before: Sequenc
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    """The weights of the adapter on the layers, by name."""
+    """The adapter's weights on the layers, by name."""
     return {name: weight for name, weight in language_model(model).model.named_parameters() if "lora_" in name}
 
 
-def states(model: Any, shots: Sequence[Row], weights: Weights | None = None) -> tuple[States, Tensor]:
-    """What the head sees of every answer token, and whose it is `[n]`; with other `weights` of the layers if given."""
+def states(model: Any, rows: Sequence[Row], weights: Weights | None = None) -> tuple[States, Tensor]:
+    """The head's inputs for every answer token, and the row of each `[n]`; `weights` replaces weights of the layers."""
     lm = language_model(model)
-    width = max(len(s.ids) for s in shots)
-    ids = torch.tensor([s.ids + (0,) * (width - len(s.ids)) for s in shots], device=lm.lm_head.weight.device)
-    row = torch.tensor([r for r, s in enumerate(shots) for _ in s.ids[s.start :]], device=ids.device)
-    place = torch.tensor([i for s in shots for i in range(s.start, len(s.ids))], device=ids.device)
+    width = max(len(r.ids) for r in rows)
+    ids = torch.tensor([r.ids + (0,) * (width - len(r.ids)) for r in rows], device=lm.lm_head.weight.device)
+    row = torch.tensor([i for i, r in enumerate(rows) for _ in r.ids[r.start :]], device=ids.device)
+    position = torch.tensor([i for r in rows for i in range(r.start, len(r.ids))], device=ids.device)
     inputs = {"input_ids": ids, "use_cache": False}
     output = functional_call(lm.model, dict(weights), (), inputs) if weights else lm.model(**inputs)
-    hidden = output.last_hidden_state[row, place - 1]
-    return States(hidden, lm.lm_head(hidden), ids[row, place]), row
+    hidden = output.last_hidden_state[row, position - 1]
+    return States(hidden, lm.lm_head(hidden), ids[row, position]), row
 
 
 def adapt_weights(model: Any, weights: Weights, support: Sequence[Row], rates: Rates) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def adapt_weights(model: Any, weights: Weights, support: Sequence[Row], rates: R
     with torch.enable_grad():
         for _ in range(rates.steps):
             leaves = {name: weight.requires_grad_() for name, weight in fast.items()}
-            seen, _ = states(model, support, leaves)
-            slopes = torch.autograd.grad(cross_entropy(seen.base, seen.targets), list(leaves.values()))
-            fast = {n: w.detach() - rates.lr * slope for (n, w), slope in zip(leaves.items(), slopes, strict=True)}
+            found, _ = states(model, support, leaves)
+            gradients = torch.autograd.grad(cross_entropy(found.base, found.targets), list(leaves.values()))
+            fast = {n: w.detach() - rates.lr * g for (n, w), g in zip(leaves.items(), gradients, strict=True)}
     return {name: value + (weights[name] - weights[name].detach()) for name, value in fast.items()}

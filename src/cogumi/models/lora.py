@@ -1,4 +1,4 @@
-"""LoRA adapters by peft: put on a frozen base, saved as a PEFT folder (Hu et al., 2106.09685)."""
+"""LoRA adapters with peft: attach to a frozen base, save as a PEFT folder (Hu et al., 2106.09685)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cogumi.models.folders import load
 
 
 class LoraShape(BaseModel):
-    """Rank and targets; updates are scaled by `alpha / rank`. `ranks` gives some targets a rank of their own.
+    """Rank and targets; updates are scaled by `alpha / rank`. `ranks` overrides the rank of single targets.
 
-    The rank is no multiple of 4: for those llama.cpp takes fp32 kernels whose sums depend on what else is in the batch,
-    and speculation under an adapter would no longer be bit-exact.
+    Avoid multiples of 4: for them llama.cpp uses fp32 kernels whose sums depend on the rest of the batch, so that
+    speculation with the adapter is not bit-exact.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,7 +38,7 @@ class LoraShape(BaseModel):
 
 
 def attach(model: Any, shape: LoraShape, seed: int) -> Any:
-    """A peft model whose only trainable weights are the adapter's. `TrainingError` if a target matches no module."""
+    """A peft model in which only the adapter is trainable. `TrainingError` if a target matches no linear layer."""
     from peft import LoraConfig, get_peft_model
 
     names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -59,13 +59,13 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
         lora_dropout=shape.dropout,
     )
     torch.manual_seed(seed)
-    with warnings.catch_warnings():  # peft still asks transformers by a name that it has renamed
+    with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
 
 
 def merged(model: Any, original: Path | None = None) -> Any:
-    """The model with its adapter added to its weights; to those of the folder `original` if its own are quantized."""
+    """The model with its adapter merged; if its weights are quantized, into those of the folder `original`."""
     if original is None:
         return model.merge_and_unload()
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -76,7 +76,7 @@ def merged(model: Any, original: Path | None = None) -> Any:
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
-    """A model under the adapter of a PEFT folder. `ArtifactError` if that cannot be read or does not fit."""
+    """The model with the adapter of a PEFT folder attached. `ArtifactError` if it cannot be read or does not fit."""
     from peft import PeftModel
 
     try:
@@ -86,14 +86,14 @@ def with_adapter(model: Any, folder: Path) -> Any:
 
 
 def save(model: Any, out: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, the weights last and at once."""
+    """Write adapter_config.json and adapter_model.safetensors, each atomically, the weights last."""
     partial = out / "partial"
     model.save_pretrained(partial, safe_serialization=True)
-    described = json.loads((partial / "adapter_config.json").read_text("utf-8"))
-    described["target_modules"] = sorted(described["target_modules"])  # peft keeps a set, whose order changes
-    write_json(partial / "adapter_config.json", described)
+    config = json.loads((partial / "adapter_config.json").read_text("utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])  # peft writes a set, whose order varies
+    write_json(partial / "adapter_config.json", config)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         os.replace(partial / name, out / name)
-    for rest in partial.iterdir():
-        rest.unlink()
+    for unused in partial.iterdir():
+        unused.unlink()
     partial.rmdir()

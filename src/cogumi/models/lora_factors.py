@@ -1,4 +1,4 @@
-"""LoRA adapters as plain factors: what a PEFT folder adds to each layer's weights, read and written without a model."""
+"""LoRA adapters as low-rank factors per layer, read from and written to PEFT folders without a model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cogumi.models.folders import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_A\.weight")
-_OTHER_KINDS = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "lora_bias")
+_UNSUPPORTED = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "lora_bias")
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The update b @ a of one weight matrix: `a` `[rank, in]`, `b` `[out, rank]`, any scale already in `b`."""
+    """The update b @ a of one weight matrix: `a` `[rank, in]`, `b` `[out, rank]`, which includes the scale."""
 
     a: Tensor
     b: Tensor
@@ -45,14 +45,14 @@ Adapter: TypeAlias = Mapping[str, Factors]
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The updates of a PEFT LoRA folder, fp32. `ArtifactError` if it holds none, or LoRA of another kind."""
+    """The updates of a PEFT LoRA folder, fp32. `ArtifactError` if it holds none, or another variant of LoRA."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{folder} holds no adapter that can be read ({error}); give a PEFT folder") from error
-    if other := next((name for name in _OTHER_KINDS if config.get(name)), None):
-        raise ArtifactError(f"{folder}/{CONFIG} sets {other}; only plain LoRA can be taken apart")
+    if other := next((name for name in _UNSUPPORTED if config.get(name)), None):
+        raise ArtifactError(f"{folder}/{CONFIG} sets {other}; only plain LoRA is supported")
     found = {}
     for name, a in sorted(tensors.items()):
         if match := _NAME.fullmatch(name):
@@ -69,7 +69,7 @@ def _alpha(config: Mapping[str, Any], layer: str) -> float:
 
 
 def write_adapter(adapter: Adapter, like: Path, out: Path) -> None:
-    """Write updates of one rank as a PEFT folder whose settings are otherwise those of the folder `like`."""
+    """Write updates of equal rank as a PEFT folder; all other settings are copied from the folder `like`."""
     config = json.loads((like / CONFIG).read_text(encoding="utf-8"))
     rank = len(next(iter(adapter.values())).a)
     targets = sorted({layer.rsplit(".", 1)[-1] for layer in adapter})
@@ -84,7 +84,7 @@ def write_adapter(adapter: Adapter, like: Path, out: Path) -> None:
 
 
 def same_layers(adapters: Mapping[str, Adapter]) -> None:
-    """Raise `ArtifactError` naming the first layer in which an adapter differs from the first one."""
+    """Raise `ArtifactError` unless all adapters have the same layers and shapes."""
     (first, reference), *others = adapters.items()
     for name, adapter in others:
         for layer in sorted({*reference, *adapter}):
@@ -99,7 +99,7 @@ def same_layers(adapters: Mapping[str, Adapter]) -> None:
 
 
 def padded(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
-    """Updates of several adapters on one layer as `[n, rank, in]` and `[n, out, rank]`, filled up with zeros."""
+    """Updates of several adapters on one layer as `[n, rank, in]` and `[n, out, rank]`, padded with zeros."""
     rank = max(len(f.a) for f in factors)
     a = torch.stack([torch.nn.functional.pad(f.a, (0, 0, 0, rank - len(f.a))) for f in factors])
     b = torch.stack([torch.nn.functional.pad(f.b, (0, rank - f.b.shape[1])) for f in factors])

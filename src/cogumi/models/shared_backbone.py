@@ -1,4 +1,4 @@
-"""A frozen model under several LoRA adapters that share a part: each row of a batch takes its own head (SPEC C10)."""
+"""A frozen model with a shared LoRA update and several heads, one of which is chosen per row (SPEC C10)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogumi.models.lora_factors import Adapter, Factors, padded
 
 
 class _Layer(nn.Module):
-    """The update of one linear layer: a shared one for all rows, and one of several by row."""
+    """The update of one linear layer: a shared one for all rows, plus the head chosen for each row."""
 
     def __init__(self, shared: Factors | None, heads: Sequence[Factors]) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class _Layer(nn.Module):
         self.shared_b = nn.Parameter(shared.b.clone()) if shared else None
 
     def forward(self, x: Tensor, which: Tensor) -> Tensor:
-        """`x` `[rows, positions, in]`, `which` `[rows]` -> what is added to the layer's output."""
+        """`x` `[rows, positions, in]`, heads `which` `[rows]` -> the term to add to the layer's output."""
         own = x @ self.a[which].mT @ self.b[which].mT
         if self.shared_a is None or self.shared_b is None:
             return own
@@ -31,7 +31,7 @@ class _Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A frozen model under a shared update and one of several heads, chosen for each row."""
+    """A frozen model with a shared update and one of several heads for each row."""
 
     def __init__(self, model: Any, shared: Adapter, heads: Sequence[Adapter]) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class Backbone(nn.Module):
         return lambda _, inputs, output: output + layer(inputs[0], self.which.to(output.device))
 
     def under(self, which: Tensor) -> Any:
-        """The model, whose next pass takes these heads `[rows]`."""
+        """The model; its next pass uses these heads `[rows]`."""
         self.which = which
         return self.model
 
     def release(self) -> None:
-        """Take all updates off the model."""
+        """Remove all updates from the model."""
         for hook in self.hooks:
             hook.remove()
 
@@ -75,12 +75,12 @@ class Backbone(nn.Module):
 
 
 def _fits(model: nn.Module, adapter: Adapter) -> None:
-    """Raise `ArtifactError` for the first layer that the model lacks or has in another shape."""
+    """Raise `ArtifactError` for the first layer that the model lacks or that has another shape."""
     shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, factors in adapter.items():
         if shapes.get(name) != factors.shape:
             has = f"one of shape {list(shapes[name])}" if name in shapes else "no such layer"
             raise ArtifactError(
                 f"the adapters are made for {name} of shape {list(factors.shape)}, the model has {has}; "
-                "give the model that they were trained on"
+                "give the model on which they were trained"
             )

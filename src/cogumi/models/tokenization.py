@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder, and how a training row is made from an example."""
+"""The tokenizer of a Hugging Face folder, and training rows made of token ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """How byte-level BPE writes bytes: one that is no printable Latin-1 character as the next free one from 256 on."""
+    """Character -> byte in byte-level BPE: printable Latin-1 bytes stand for themselves, others for 256, 257, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -31,7 +31,7 @@ class HFTokenizer:
     """`engine.protocol.Tokenizer` over `tokenizer.json` and `tokenizer_config.json`."""
 
     raw: RawTokenizer
-    plain: RawTokenizer  # the same without special tokens: what a user types stays text
+    plain: RawTokenizer  # without special tokens, so that their names in a user's text are encoded as text
     template: str
     eos: int
     eos_text: str
@@ -81,12 +81,12 @@ class HFTokenizer:
         return {"bos_token": self.bos_text or None, "eos_token": self.eos_text, "chat_template": self.template}
 
     def piece(self, token: int) -> bytes:
-        """The bytes that an id of a byte-level vocabulary stands for; special tokens have none."""
+        """The bytes of an id of a byte-level vocabulary; empty for special tokens."""
         text = "" if token in self.control else self.raw.id_to_token(token) or ""
         return bytes(_BYTES[c] for c in text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out."""
+        """Text of `ids`, without special tokens."""
         return str(self.raw.decode(list(ids), skip_special_tokens=True))
 
     def render(self, request: Request) -> list[int]:
@@ -98,18 +98,18 @@ class HFTokenizer:
         return list(request.prompt)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Prompt ids of a conversation, up to where the assistant speaks."""
+        """Prompt ids of a conversation, up to the start of the assistant's answer."""
         pieces = render_pieces(self.template, messages, bos=self.bos_text, eos=self.eos_text)
         return [i for text, is_template in pieces for i in self.encode(text, special=is_template)]
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an assistant's answer, its end token included."""
+        """Ids of an assistant's answer, including the end token."""
         return [*self.encode(text), self.eos]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Token ids of a prompt and its answer `ids[start:]`, its end token included; `id` is the example's."""
+    """Token ids of a prompt and its answer `ids[start:]`, including the end token; `id` is the example's."""
 
     ids: tuple[int, ...]
     start: int
@@ -117,10 +117,10 @@ class Row:
 
     @property
     def size(self) -> int:
-        """Tokens that a model reads."""
+        """Number of tokens."""
         return len(self.ids)
 
     @property
     def weight(self) -> int:
-        """Tokens that a model learns: what a row counts for in a mean over rows."""
+        """Number of answer tokens: the row's weight in a mean over rows."""
         return len(self.ids) - self.start

@@ -1,1 +1,1 @@
-"""Training: one loop, losses passed in as functions, one stage per kind of model."""
+"""Training: a common loop, losses as functions, and one stage per kind of model."""

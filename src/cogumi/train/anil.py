@@ -1,10 +1,10 @@
-"""Stage `anil`: a model that learns new tasks from a few examples (SPEC C2).
+"""Stage `anil`: meta-learning of a model that adapts to new tasks from a few examples (SPEC C2).
 
-The outer loop, the shared one, trains a LoRA on the layers and the start of a LoRA on the head. Methods:
+The outer loop is `train.loop`; it trains a LoRA on the layers and the initial values of a LoRA on the head. Methods:
 
-anil    the inner loop adapts the head on an episode's support set; the outer loss is that of its query set
-fomaml  the inner loop adapts the whole LoRA on the layers; there is none on the head
-plain   no inner loop: the control, taught all examples of the same episodes
+anil    the inner loop adapts the head to an episode's support set; the outer loss is that of its query set
+fomaml  the inner loop adapts the LoRA on the layers; the head has no LoRA
+plain   the control without an inner loop, trained on all examples of the same episodes
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cogumi.models import head_adaptation as heads
 from cogumi.models.answer_match import exact
 from cogumi.models.folders import load
 from cogumi.models.head_adaptation import Head, Rates
-from cogumi.models.inner_loop import adapt_weights, shot, states, weights_of
+from cogumi.models.inner_loop import adapt_weights, example_row, states, weights_of
 from cogumi.models.lora import LoraShape, attach, save
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.loop import Apply, LoopConfig, train
@@ -41,14 +41,14 @@ KIND = "adapter"
 INPUTS = {"episodes": "episodes", "model": "model"}
 TRAINS = True
 
-TRIED: Mapping[str, Rates] = {
+COMPARED_RATES: Mapping[str, Rates] = {
     "v2": Rates(lr=1e-5, steps=1),
     "5e-3 x 3": Rates(lr=5e-3, steps=3),
     "0.05": Rates(lr=0.05, steps=1),
 }
-"""Rates of the documents and two larger ones: how far each moves a logit is among the metrics."""
+"""Rates of the specification and two larger ones; the metrics report the largest logit change with each."""
 
-_JUDGED_AT_ONCE = 8
+_EPISODES_PER_PASS = 8
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"loop": {"steps": 300, "batch": 8, "lr": 3e-3, "evaluate_every": 50}},
@@ -70,11 +70,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "loop": {"steps": 60, "batch": 8, "lr": 3e-3, "evaluate_every": 30},
     },
 }
-"""Settings by name; what a recipe sets beside the preset wins. `v2` are the documents' corrected rates."""
+"""Settings by name; values of the recipe override them. `v2` are the specification's corrected rates."""
 
 
 class Config(BaseModel):
-    """`inner` are the rates of the inner loop; `support` and `query` bound the examples taken of an episode."""
+    """`inner` are the rates of the inner loop; `support` and `query` limit the examples used per episode."""
 
     model_config = ConfigDict(extra="forbid")
     preset: Literal["tiny", "v2", "fomaml"] = "tiny"
@@ -89,7 +89,7 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _under_preset(cls, given: Any) -> Any:
+    def _with_preset(cls, given: Any) -> Any:
         if not isinstance(given, Mapping) or given.get("preset", "tiny") not in PRESETS:
             return given
         chosen = PRESETS[given.get("preset", "tiny")]
@@ -110,7 +110,7 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Tokens that are read."""
+        """Number of tokens."""
         return sum(len(s.ids) for s in (*self.support, *self.query))
 
     @property
@@ -121,23 +121,23 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """A batch of episodes; they become tensors where the model is."""
+    """A batch of episodes; `states` makes the tensors, on the model's device."""
 
     tasks: tuple[Task, ...]
     index: Tensor
 
     def to(self, device: torch.device) -> Self:
-        """Itself."""
+        """The batch itself, which holds no tensors to move."""
         return self
 
 
 def choose(tasks: Sequence[Task], index: Sequence[int]) -> Tasks:
-    """The chosen episodes as one batch."""
+    """The episodes of an index as one batch."""
     return Tasks(tuple(tasks[i] for i in index), torch.tensor(list(index)))
 
 
 class Learner(nn.Module):
-    """A language model under a LoRA, and the start of a LoRA on its head."""
+    """A language model with a LoRA on its layers, and the initial values of a LoRA on its head."""
 
     def __init__(self, lm: Any, start: Head) -> None:
         super().__init__()
@@ -147,42 +147,41 @@ class Learner(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The start of the inner loop."""
+        """The head from which the inner loop starts."""
         return Head(self.head_a, self.head_b, self.scale)
 
 
 def adapted(model: Any, batch: Tasks, rates: Rates) -> tuple[Tensor, Tensor, Tensor]:
-    """What the model says of the query sets' answer tokens after the inner loop: logits `[n, vocabulary]`, the tokens
-    and whose they are `[n]`.
+    """Logits `[n, vocabulary]`, ids and row numbers `[n]` of the query sets' answer tokens after the inner loop.
 
-    The inner loop adapts the head of a `Learner`, or else all trained weights of the layers.
+    The inner loop adapts the head of a `Learner`; of other models the trained weights of the layers.
     """
-    found = (_by_head if isinstance(model, Learner) else _by_weights)(model, batch, rates)
+    found = (_adapt_head if isinstance(model, Learner) else _adapt_layers)(model, batch, rates)
     starts = torch.tensor([0, *(len(task.query) for task in batch.tasks)]).cumsum(0).tolist()
     rows = [row + start for (_, _, row), start in zip(found, starts, strict=False)]
     return torch.cat([logits for logits, _, _ in found]), torch.cat([t for _, t, _ in found]), torch.cat(rows)
 
 
-def _by_head(model: Learner, batch: Tasks, rates: Rates) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _adapt_head(model: Learner, batch: Tasks, rates: Rates) -> list[tuple[Tensor, Tensor, Tensor]]:
     with torch.no_grad():
-        given, whose = states(model.lm, [s for task in batch.tasks for s in task.support])
-    asked, row = states(model.lm, [s for task in batch.tasks for s in task.query])
+        supports, support_row = states(model.lm, [s for task in batch.tasks for s in task.support])
+    queries, query_row = states(model.lm, [s for task in batch.tasks for s in task.query])
     found, support_at, query_at = [], 0, 0
     for task in batch.tasks:
-        mine = (whose >= support_at) & (whose < support_at + len(task.support))
-        here = (row >= query_at) & (row < query_at + len(task.query))
-        query = asked.where(here)
-        head = heads.adapt(model.head, given.where(mine), rates)
-        found.append((heads.logits(head, query), query.targets, row[here] - query_at))
+        in_support = (support_row >= support_at) & (support_row < support_at + len(task.support))
+        in_query = (query_row >= query_at) & (query_row < query_at + len(task.query))
+        query = queries.select(in_query)
+        head = heads.adapt(model.head, supports.select(in_support), rates)
+        found.append((heads.logits(head, query), query.targets, query_row[in_query] - query_at))
         support_at, query_at = support_at + len(task.support), query_at + len(task.query)
     return found
 
 
-def _by_weights(model: Any, batch: Tasks, rates: Rates) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _adapt_layers(model: Any, batch: Tasks, rates: Rates) -> list[tuple[Tensor, Tensor, Tensor]]:
     found = []
     for task in batch.tasks:
-        asked, row = states(model, task.query, adapt_weights(model, weights_of(model), task.support, rates))
-        found.append((asked.base, asked.targets, row))
+        query, row = states(model, task.query, adapt_weights(model, weights_of(model), task.support, rates))
+        found.append((query.base, query.targets, row))
     return found
 
 
@@ -195,30 +194,30 @@ def outer_loss(model: Any, batch: Tasks, rates: Rates) -> tuple[Tensor, dict[str
 
 def plain_loss(model: Learner, batch: Tasks) -> tuple[Tensor, dict[str, float]]:
     """Mean nats per answer token of all examples, without an inner loop."""
-    seen, _ = states(model.lm, [s for task in batch.tasks for s in (*task.support, *task.query)])
-    loss = cross_entropy(heads.logits(model.head, seen), seen.targets)
+    found, _ = states(model.lm, [s for task in batch.tasks for s in (*task.support, *task.query)])
+    loss = cross_entropy(heads.logits(model.head, found), found.targets)
     return loss, {"loss": float(loss.detach())}
 
 
 def judge(apply: Apply, tasks: Sequence[Task], rates: Rates) -> dict[str, float]:
-    """`loss` (nats per answer token of the query sets after adaptation) and `exact` (answers right word for word)."""
+    """`loss` (nats per answer token of the query sets after adaptation) and `exact` (share of exact answers)."""
     nats = right = 0.0
-    for at in range(0, len(tasks), _JUDGED_AT_ONCE):
-        batch = choose(tasks, range(at, min(at + _JUDGED_AT_ONCE, len(tasks))))
+    for at in range(0, len(tasks), _EPISODES_PER_PASS):
+        batch = choose(tasks, range(at, min(at + _EPISODES_PER_PASS, len(tasks))))
         logits, targets, row = apply(partial(adapted, rates=rates), batch)
         nats += float(cross_entropy(logits, targets, reduction="sum"))
         right += float(exact(logits, targets, row, sum(len(task.query) for task in batch.tasks)).sum())
-    asked = sum(len(task.query) for task in tasks)
-    return {"loss": nats / sum(task.weight for task in tasks), "exact": right / asked}
+    questions = sum(len(task.query) for task in tasks)
+    return {"loss": nats / sum(task.weight for task in tasks), "exact": right / questions}
 
 
 def tasks_of(episodes: Sequence[Episode], tokenizer: HFTokenizer, context: int, config: Config) -> list[Task]:
-    """Episodes as tokens, no more of their examples than the configuration takes; `DataError` if one is too long."""
+    """Episodes as tokens, with the number of examples limited by `config`; `DataError` if an example is too long."""
     return [
         Task(
             episode.id,
-            tuple(shot(e, tokenizer, context) for e in episode.support[: config.support]),
-            tuple(shot(e, tokenizer, context) for e in episode.query[: config.query]),
+            tuple(example_row(e, tokenizer, context) for e in episode.support[: config.support]),
+            tuple(example_row(e, tokenizer, context) for e in episode.query[: config.query]),
         )
         for episode in episodes
     ]
@@ -226,10 +225,10 @@ def tasks_of(episodes: Sequence[Episode], tokenizer: HFTokenizer, context: int, 
 
 @torch.no_grad()
 def logit_changes(model: Learner, task: Task, config: Config) -> dict[str, float]:
-    """How far one adaptation moves any logit of a query set, by rates."""
-    given, asked = (states(model.lm, shots)[0] for shots in (task.support, task.query))
-    rates = {**TRIED, "inner": config.inner}
-    return {name: heads.logit_change(model.head, given, asked, tried) for name, tried in rates.items()}
+    """The largest change of a logit of a query set by one adaptation, by name of the rates."""
+    support, query = (states(model.lm, rows)[0] for rows in (task.support, task.query))
+    compared = {**COMPARED_RATES, "inner": config.inner}
+    return {name: heads.logit_change(model.head, support, query, rates) for name, rates in compared.items()}
 
 
 def estimate(config: Config, given: Given) -> Estimate:
@@ -242,28 +241,28 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`episodes` and `model` (the base) -> a PEFT folder; `head.safetensors` beside it, where there is a head."""
+    """`episodes` and `model` (the base) -> a PEFT folder, with `head.safetensors` except for method `fomaml`."""
     torch.set_num_threads(context.threads)
     base = inputs["model"].path
     tokenizer, lm = HFTokenizer.load(base), load(base)
     room = lm.config.max_position_embeddings
-    taught, judging = (
+    training, selection = (
         tasks_of(read_episodes(inputs["episodes"].path, name), tokenizer, room, config)
         for name in ("train", "selection")
     )
     vocabulary, width = lm.lm_head.weight.shape
-    start = heads.fresh(config.head_rank, config.head_alpha, width, vocabulary, context.seed)
+    start = heads.initial_head(config.head_rank, config.head_alpha, width, vocabulary, context.seed)
     lm = attach(lm, config.lora, context.seed)
     model = lm if config.method == "fomaml" else Learner(lm, start)
-    changes = logit_changes(model, judging[0], config) if isinstance(model, Learner) else {}
+    changes = logit_changes(model, selection[0], config) if isinstance(model, Learner) else {}
     at = train(
         model,
-        taught,
+        training,
         plain_loss if config.method == "plain" else partial(outer_loss, rates=config.inner),
         config.loop,
         out,
         context,
-        lambda apply: judge(apply, judging, config.inner),
+        lambda apply: judge(apply, selection, config.inner),
         choose,
     )
     save(lm, out)
@@ -274,7 +273,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "method": config.method,
         "inner": config.inner.model_dump(),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "episodes": len(taught),
+        "episodes": len(training),
         "steps": at.step,
         "best_step": at.best_step,
         "tokens": at.tokens,

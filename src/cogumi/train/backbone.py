@@ -1,9 +1,8 @@
-"""Stage `backbone`: one shared adapter and a small head per domain instead of a whole adapter per domain (SPEC C10).
+"""Stage `backbone`: one shared adapter and a small head per domain instead of a full adapter per domain (SPEC C10).
 
-The shared part and the heads are found by `train.shared_update` from the adapters' weights alone, then trained together
-for a while, each row passing through the shared update and its own head. Shared and head in one file are an ordinary
-adapter: `adapter_<name>/` holds that for today's runtime, `shared/` and `head_<name>/` what has to be kept. `shared: 0`
-makes the control: heads that share nothing.
+`train.shared_update` computes the shared update and the heads from the adapters' weights; then they are trained
+together, each row with the shared update and the head of its domain. `shared/` and `head_<name>/` hold the parts,
+`adapter_<name>/` their sum, which is an ordinary adapter for the engines. `shared: 0` is the control: heads only.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ KIND = "backbone"
 INPUTS = {"examples": "examples", "responses": "responses", "model": "model", "adapter_*": "adapter"}
 TRAINS = True
 MANY = 15
-"""Domains above which a shared backbone is worth its trouble."""
+"""Number of domains above which a shared backbone pays off."""
 _ROLE = "adapter_"
 
 
 class Config(BaseModel):
-    """Ranks of the `shared` update and of each `head`; their sum should be no multiple of 4 (see `LoraShape`).
+    """Ranks of the `shared` update and of each `head`; their sum should not be a multiple of 4 (see `LoraShape`).
 
-    `questions` of the selection split tell how alike the adapters act; adapters whose mean cosine (of updates and of
-    what they do to hidden states) is at least `alike` form a cluster.
+    The similarity of the adapters is the mean cosine of their updates and of their effects on hidden states, measured
+    on `questions` of the selection split; adapters with at least `alike` form a cluster.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -64,18 +63,18 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An adapter that takes part: its folder, what it changes, and the rows it learns from and is judged by."""
+    """An input adapter: its folder, its updates, and the rows to train and to validate it on."""
 
     name: str
     domain: str
     folder: Path
     adapter: Adapter
-    learning: list[Row]
-    judging: list[Row]
+    training: list[Row]
+    selection: list[Row]
 
 
 def backbone_loss(heads: Tensor) -> Loss:
-    """`answer_loss`, each row of the data set under its head: `heads` `[rows of the data set]`."""
+    """`answer_loss` with one head per row: `heads` `[rows of the data set]` are head numbers."""
 
     def loss(model: Backbone, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         return answer_loss(model.under(heads[batch.index.cpu()]), batch)
@@ -84,10 +83,10 @@ def backbone_loss(heads: Tensor) -> Loss:
 
 
 def members(inputs: Mapping[str, Artifact], tokenizer: HFTokenizer, room: int, seed: int) -> list[Member]:
-    """Every `adapter_<name>` with its domain's rows, those that stage `modifier` took for it.
+    """Every `adapter_<name>` with the rows of its domain on which stage `modifier` trained it.
 
-    Raises `TrainingError` for fewer than two adapters or a domain without questions, `ArtifactError` for adapters that
-    do not belong together.
+    Raises `TrainingError` for fewer than two adapters or a domain without questions, `ArtifactError` for adapters of
+    different bases, layers or shapes.
     """
     given = {role.removeprefix(_ROLE): a for role, a in sorted(inputs.items()) if role.startswith(_ROLE)}
     if len(given) < 2:
@@ -99,28 +98,28 @@ def members(inputs: Mapping[str, Artifact], tokenizer: HFTokenizer, room: int, s
     adapters = {name: read_adapter(artifact.path) for name, artifact in given.items()}
     same_layers(adapters)
     data = inputs["examples"].path
-    asked, selection = (read_examples(split_path(data, name)) for name in ("train", "selection"))
+    questions, selection = (read_examples(split_path(data, name)) for name in ("train", "selection"))
     responses = read_responses(inputs["responses"].path)
-    asked = [e for e in asked if e.id in responses]
+    questions = [e for e in questions if e.id in responses]
     found = []
     for name, artifact in given.items():
         domain = artifact.metrics.get("domain", name)
-        own, judging = ([e for e in part if e.domain == domain] for part in (asked, selection))
+        own, judging = ([e for e in part if e.domain == domain] for part in (questions, selection))
         if not own or not judging:
-            known = {e.domain for e in asked} & {e.domain for e in selection}
+            known = {e.domain for e in questions} & {e.domain for e in selection}
             raise TrainingError(f"no questions of domain '{domain}' of adapter '{name}'; {nearest(domain, known)}")
         failed = [e for e in own if not responses[e.id].correct]
         if not failed:
             raise TrainingError(f"the base failed no training question of '{domain}': adapter '{name}' has no data")
         if artifact.metrics.get("trained_on") == "random":
             failed = random.Random(seed).sample(own, len(failed))
-        learning = make_rows(failed, tokenizer, room)
-        found.append(Member(name, domain, artifact.path, adapters[name], learning, make_rows(judging, tokenizer, room)))
+        training = make_rows(failed, tokenizer, room)
+        found.append(Member(name, domain, artifact.path, adapters[name], training, make_rows(judging, tokenizer, room)))
     return found
 
 
 def under(index: int, apply: Apply) -> Apply:
-    """`apply` for a `Backbone`, all rows under one head."""
+    """`apply` for a `Backbone`, with one head for all rows."""
 
     def alone(function: Callable[[Any, Any], Any], batch: Any) -> Any:
         return apply(lambda model, b: function(model.under(torch.full((len(b.ids),), index)), b), batch)
@@ -129,7 +128,7 @@ def under(index: int, apply: Apply) -> Apply:
 
 
 def effects(backbone: Backbone, rows: Sequence[Row], count: int) -> Doubles:
-    """Inner products `[adapters, adapters]` of what each does to the last hidden state of each question."""
+    """Inner products `[adapters, adapters]` of the adapters' changes to the last hidden state of each question."""
 
     def last(model: Any, batch: Batch) -> Tensor:
         hidden: Tensor = model.model(input_ids=batch.ids).last_hidden_state
@@ -147,12 +146,12 @@ def effects(backbone: Backbone, rows: Sequence[Row], count: int) -> Doubles:
 
 
 def judged(backbone: Backbone, found: Sequence[Member]) -> dict[str, dict[str, float]]:
-    """Selection figures of each adapter on its own domain's rows."""
-    return {m.name: judge_answers(under(i, applied(backbone)), m.judging) for i, m in enumerate(found)}
+    """Figures of each adapter on the selection rows of its domain."""
+    return {m.name: judge_answers(under(i, applied(backbone)), m.selection) for i, m in enumerate(found)}
 
 
 def parts(found: Mapping[str, Span], config: Config, count: int) -> tuple[Adapter, Sequence[Adapter], float, float]:
-    """Shared update and heads, and the shares of all updates' squared length in the shared one and in both."""
+    """Shared update and heads, and the shares of the updates' squared norm explained by the shared one and by both."""
     shared: dict[str, Factors] = {}
     heads: list[dict[str, Factors]] = [{} for _ in range(count)]
     whole = left = left_by_shared = 0.0
@@ -169,7 +168,7 @@ def parts(found: Mapping[str, Span], config: Config, count: int) -> tuple[Adapte
 
 
 def write(backbone: Backbone, found: Sequence[Member], out: Path) -> dict[str, int]:
-    """The PEFT folders; returns bytes of weights before and after, the shared ones counted once."""
+    """Write the PEFT folders; returns bytes of weights before and after, with the shared ones counted once."""
     shared = backbone.shared()
     like = found[0].folder
     if shared:
@@ -184,18 +183,20 @@ def write(backbone: Backbone, found: Sequence[Member], out: Path) -> dict[str, i
     return {"before": before, "after": after}
 
 
-def likeness(given: Backbone, by_layer: Mapping[str, Span], found: Sequence[Member], config: Config) -> dict[str, Any]:
-    """How alike the adapters are, in their weights and in what they do; takes them off the model."""
+def similarity(
+    given: Backbone, by_layer: Mapping[str, Span], found: Sequence[Member], config: Config
+) -> dict[str, Any]:
+    """Similarity of the adapters' weights and of their effects; removes the adapters from the model."""
     updates = gram(by_layer)
     if not updates.trace():
-        raise ArtifactError("the adapters change no weight: nothing can be shared; train them first")
-    questions = list({row.id: row for member in found for row in member.judging}.values())
+        raise ArtifactError("every update of the adapters is zero, so there is nothing to share; train them first")
+    questions = list({row.id: row for member in found for row in member.selection}.values())
     random.Random(0).shuffle(questions)
-    acts = cosines(effects(given, questions[: config.questions], len(found)))
-    groups = clusters((cosines(updates) + acts) / 2, config.alike)
+    activations = cosines(effects(given, questions[: config.questions], len(found)))
+    groups = clusters((cosines(updates) + activations) / 2, config.alike)
     return {
         "explained": explained(updates),
-        "cosines": {"updates": cosines(updates).tolist(), "activations": acts.tolist()},
+        "cosines": {"updates": cosines(updates).tolist(), "activations": activations.tolist()},
         "clusters": {member.name: group for member, group in zip(found, groups, strict=True)},
     }
 
@@ -214,19 +215,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     folder = inputs["model"].path
     model = load(folder)
     found = members(inputs, HFTokenizer.load(folder), model.config.max_position_embeddings, context.seed)
-    base = {m.name: judge_answers(applied(model), m.judging) for m in found}
+    base = {m.name: judge_answers(applied(model), m.selection) for m in found}
     by_layer = spans({m.name: m.adapter for m in found})
     given = Backbone(model, {}, [m.adapter for m in found])
     before = judged(given, found)
-    alike = likeness(given, by_layer, found, config)
+    similar = similarity(given, by_layer, found, config)
     shared, heads, by_shared, by_both = parts(by_layer, config, len(found))
     backbone = Backbone(model, shared, heads)
     untrained = judged(backbone, found)
-    rows = [row for m in found for row in m.learning]
-    which = torch.cat([torch.full((len(m.learning),), i) for i, m in enumerate(found)])
+    rows = [row for m in found for row in m.training]
+    which = torch.cat([torch.full((len(m.training),), i) for i, m in enumerate(found)])
 
     def validate(apply: Apply) -> dict[str, float]:
-        nats = {m.name: judge_answers(under(i, apply), m.judging)["loss"] for i, m in enumerate(found)}
+        nats = {m.name: judge_answers(under(i, apply), m.selection)["loss"] for i, m in enumerate(found)}
         return {"loss": sum(nats.values()) / len(nats), **nats}
 
     at = train(backbone, rows, backbone_loss(which), config.loop, out, context, validate)
@@ -235,7 +236,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "domains": {
             m.name: {
                 "domain": m.domain,
-                "rows": len(m.learning),
+                "rows": len(m.training),
                 "base": base[m.name],
                 "before": before[m.name],
                 "untrained": untrained[m.name],
@@ -248,7 +249,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "bytes": write(backbone, found, out),
         "ranks": {"shared": config.shared, "head": config.head},
         "kept": {"by_shared": by_shared, "by_both": by_both},
-        **alike,
+        **similar,
         "many_domains": len({m.domain for m in found}) > MANY,
         "steps": at.step,
         "best_step": at.best_step,

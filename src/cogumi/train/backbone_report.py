@@ -1,4 +1,4 @@
-"""What stage `backbone` came to, for people: report.md and a picture."""
+"""Report of stage `backbone`: report.md and a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def report(metrics: Mapping[str, Any], out: Path) -> None:
         f"{100 * -d['exact_lost']:+.1f} | {metrics['clusters'][name]} |"
         for name, d in metrics["domains"].items()
     ]
-    many = "more than 15 domains" if metrics["many_domains"] else "15 domains or fewer: whole adapters are still simple"
+    many = "more than 15 domains" if metrics["many_domains"] else "15 domains or fewer: full adapters are still simple"
     directions = ", ".join(f"{share:.1%}" for share in metrics["explained"])
     text = [
         "# One shared adapter and a head per domain",
@@ -27,32 +27,32 @@ def report(metrics: Mapping[str, Any], out: Path) -> None:
         f"{size['before']:,} bytes of adapters became {size['after']:,} ({size['after'] / size['before']:.0%}):",
         f"a shared update of rank {ranks['shared']}, heads of rank {ranks['head']}. There are {many}.",
         "",
-        f"Principal directions of the given updates hold {directions} of their squared length. Before any training the",
-        f"shared update alone kept {kept['by_shared']:.1%} of it, with the heads {kept['by_both']:.1%}.",
+        f"The principal directions of the given updates explain {directions} of their squared norm. Before training,",
+        f"the shared update explains {kept['by_shared']:.1%} of it, together with the heads {kept['by_both']:.1%}.",
         "",
         "Loss (nats per token) and exact answers on the selection questions of each domain. Goal: at most 1% lost.",
         "",
-        "| adapter | base | whole | taken apart | trained | loss | exact, whole | exact, trained | points | cluster |",
+        "| adapter | base | full | factored | trained | loss | exact, full | exact, trained | points | cluster |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        "![how alike the adapters are, and what each lost](backbone.png)",
+        "![similarity of the adapters, and their losses](backbone.png)",
     ]
     write_text(out / "report.md", "\n".join(text) + "\n")
     _picture(metrics, out / "backbone.png")
 
 
 def _picture(metrics: Mapping[str, Any], path: Path) -> None:
-    """Cosines of updates, cosines of what they do to hidden states, and losses before and after."""
+    """Cosines of updates, cosines of their effects on hidden states, and losses before and after."""
     names = list(metrics["domains"])
     figure, axes = new_figure(3, height=4.5)
-    for axis, (what, values) in zip(axes, metrics["cosines"].items(), strict=False):
+    for axis, (kind, values) in zip(axes, metrics["cosines"].items(), strict=False):
         image = axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axis.set_yticks(range(len(names)), names)
-        axis.set_title(f"cosines of {what}")
+        axis.set_title(f"cosines of {kind}")
     figure.colorbar(image, ax=axes[1])
-    states = {"base": "base", "before": "whole adapter", "untrained": "taken apart", "after": "trained"}
+    states = {"base": "base", "before": "full adapter", "untrained": "factored", "after": "trained"}
     for i, (key, label) in enumerate(states.items()):
         places = [k + (i - 1.5) * 0.2 for k in range(len(names))]
         axes[2].bar(places, [metrics["domains"][name][key]["loss"] for name in names], 0.2, label=label)

@@ -1,4 +1,4 @@
-"""From examples to training rows, and the deterministic order in which a loop sees them."""
+"""Training rows made from examples, batches, and their deterministic order."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`ids` `[rows, positions]`, padded on the right (causal attention never looks there); `labels` is `ids` where a
-    token is learned and IGNORE elsewhere; `starts` `[rows]`; `index` are the rows' positions in the data set.
+    """`ids` `[rows, positions]`, padded on the right, which causal attention ignores; `labels`: `ids` of tokens to
+    learn, IGNORE elsewhere; `starts` `[rows]` of the answers; `index` are the rows' positions in the data set.
     """
 
     ids: Tensor
@@ -28,14 +28,14 @@ class Batch:
     index: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch there."""
+        """The same batch on a device."""
         return Batch(*(tensor.to(device) for tensor in (self.ids, self.labels, self.starts, self.index)))
 
 
 def make_rows(examples: Sequence[Example], tokenizer: HFTokenizer, context: int) -> list[Row]:
     """One row per example that fits the context. `TrainingError` if that leaves none."""
     if not examples:
-        raise TrainingError("no examples to train on or to judge by; look at the metrics of the step that made them")
+        raise TrainingError("no examples to train on or to judge by; check the metrics of the step that made them")
     rows = []
     for example in examples:
         prompt = tokenizer.chat(example.messages)
@@ -50,7 +50,7 @@ def make_rows(examples: Sequence[Example], tokenizer: HFTokenizer, context: int)
 
 
 def collate(rows: Sequence[Row], index: Sequence[int]) -> Batch:
-    """Pad the chosen rows into one batch; only answers carry labels (assistant-only loss)."""
+    """Pad the chosen rows into one batch; only answers have labels (assistant-only loss)."""
     chosen = [rows[i] for i in index]
     width = max(len(row.ids) for row in chosen)
     ids = np.zeros((len(chosen), width), dtype=np.int64)
@@ -64,9 +64,9 @@ def collate(rows: Sequence[Row], index: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which rows step `t` sees: shuffled by epoch, grouped by length so that little is padding.
+    """Order of rows: shuffled in every epoch, batched by similar length to reduce padding.
 
-    A pure function of (lengths, size, seed, step): resuming needs no saved state.
+    It is a function of (lengths, size, seed, epoch), so that resuming needs no saved state.
     """
 
     lengths: tuple[int, ...]

@@ -1,9 +1,9 @@
-"""Stage `calibrate`: everything that decides at run time, learned from graded answers (SPEC F1 to F4, F10).
+"""Stage `calibrate`: gates and thresholds of the cascade, fitted to graded answers (SPEC F1 to F4, F10).
 
-The finished models answer three splits. On `fit` the gates are fitted, on `selection` form and calibrator are chosen,
-thresholds searched (F10) and the order of their tests fixed, on `threshold` the promise is tested and the figures are
-measured. For an unanswerable question the abstention is the correct answer; in the promise, abstentions count neither
-as accepted nor as wrong.
+The finished models answer three splits. Gates are fitted on `fit`. On `selection` their form and calibrator are chosen,
+thresholds are searched (F10), and the order of the tests is fixed. On `threshold` the guarantee is tested and the
+figures are measured. The correct answer to an unanswerable question is an abstention; the guarantee counts abstentions
+neither as accepted nor as wrong.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from cogumi.train.confidence_plots import frontier_picture, histogram_picture, r
 from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 from cogumi.train.tier_answers import (
     Answer,
-    Asking,
+    AskOptions,
     Row,
     ask,
-    asked,
     base_rows,
     familiar,
     hidden,
     policy_answers,
     probabilities,
+    with_modifier,
 )
 
 VERSION = 2
@@ -55,22 +55,22 @@ OPTIONAL = {"modifier_*": "gguf"}
 SPLITS = ("fit", "selection", "threshold")
 MODIFIER = "modifier_"
 NOVEL = 0.005
-"""Share of calibrated questions that may be taken for novel ones: what it costs to notice those that are."""
+"""False-alarm rate of the novelty test: share of calibration questions that count as novel."""
 HARD_PASSED = 0.01
-"""Share of hard questions that the draft may take for easy ones."""
+"""Share of hard questions that the draft may classify as easy."""
 SEARCH = tuple(round(0.70 + 0.02 * i, 2) for i in range(11))
-"""Thresholds tried for the best accuracy at its cost."""
+"""Candidate thresholds in the search for the best accuracy per cost."""
 FILE = "calibration.json"
 
 Doubles = NDArray[np.float64]
 
 
 class Config(BaseModel):
-    """At most `e` of the accepted answers may be wrong, and `unanswerable` of the questions without an answer accepted,
-    with `confidence`; questions up to `easy_up_to` are easy.
+    """At most the share `e` of accepted answers may be wrong, and at most the share `unanswerable` of unanswerable
+    questions accepted, with `confidence`; questions up to difficulty `easy_up_to` are easy.
 
-    The documents' perplexities are 20 (`draft_perplexity`), 12.4 (`base_perplexity`) and 30 (`answer_perplexity`);
-    none: learned, where the histograms cross.
+    The specification's perplexity limits are 20 (`draft_perplexity`), 12.4 (`base_perplexity`) and 30
+    (`answer_perplexity`); None fits them where the histograms cross.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -88,7 +88,7 @@ class Config(BaseModel):
 
 
 def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack) -> Tiers:
-    """The models of the inputs; `opened` closes them."""
+    """Open the models of the inputs; the stack `opened` closes them."""
     adapters = {
         role.removeprefix(MODIFIER): artifact.path / "adapter.gguf"
         for role, artifact in inputs.items()
@@ -105,13 +105,13 @@ def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack
 
 
 def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool], config: Config) -> QuestionGate:
-    """Thresholds where the histograms of easy and hard questions cross; all are easy if one kind is missing.
+    """Thresholds where the histograms of easy and hard questions cross; without one of the kinds all count as easy.
 
-    First that of P(easy), where at most `HARD_PASSED` of the hard ones may pass; then that of perplexity among the
-    questions that P(easy) lets pass, so that a perplexity which says nothing refuses nothing. The base's is learned
-    from what it answered right and wrong.
+    The threshold on P(easy) lets at most `HARD_PASSED` of the hard questions pass. The limit on the draft's perplexity
+    is then fitted on the questions that pass, so that an uninformative perplexity rejects none. The limit on the base's
+    perplexity separates questions that it answers correctly from others.
     """
-    perplexities, p_easy = _readings(rows).T
+    perplexities, p_easy = _draft_scores(rows).T
     novelty = float(np.quantile(perplexities, 1 - NOVEL))
     mask = np.array(easy, dtype=bool)
     limit, threshold = float(perplexities.max()), 0.0
@@ -125,79 +125,76 @@ def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool], config: Config)
     return QuestionGate(config.draft_perplexity or limit, threshold, novelty, config.base_perplexity or surprising)
 
 
-def _readings(rows: Sequence[Row]) -> Doubles:
+def _draft_scores(rows: Sequence[Row]) -> Doubles:
     """The draft's perplexity and P(easy) of each question [n, 2]."""
     return np.array([(r.question.perplexity, r.question.p_easy) for r in rows])
 
 
 def _correct(answers: Sequence[Answer | None]) -> Doubles:
-    """Which answers are correct [n]; 0 where there is none."""
+    """1 for correct answers, 0 for wrong and missing ones [n]."""
     return np.array([a is not None and a.correct for a in answers], dtype=np.float64)
 
 
 def fit_base(rows: Mapping[str, list[Row]], seed: int) -> tuple[Fitted, Net | None]:
-    """The base's gate, and the probe of its hidden states that is one of the gate's signals."""
+    """The base's gate, and the probe of its hidden states, which is one of the gate's signals."""
     fit, chosen = rows["fit"], rows["selection"]
     right = {name: _correct([r.base for r in rows[name]]) for name in ("fit", "selection")}
     probe, out_of_fold = fit_probe(hidden(fit), right["fit"], seed)
-    seen: list[Mapping[str, float]] = [r.base.signals for r in fit]
-    if probe:  # what it says of rows that it has not seen
-        seen = [{**signals, "probe": float(z)} for signals, z in zip(seen, out_of_fold, strict=True)]
-    return fit_gate(seen, right["fit"], base_rows(chosen, probe), right["selection"], seed), probe
+    signals: list[Mapping[str, float]] = [r.base.signals for r in fit]
+    if probe:  # out-of-fold, because the probe was fitted on these rows
+        signals = [{**row, "probe": float(z)} for row, z in zip(signals, out_of_fold, strict=True)]
+    return fit_gate(signals, right["fit"], base_rows(chosen, probe), right["selection"], seed), probe
 
 
 def fit_gates(rows: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, Fitted], Net | None]:
-    """A gate for every tier of which `fit` and `selection` hold answers, and the probe."""
+    """A gate for every tier with answers in `fit` and `selection`, and the probe."""
     fit, chosen = rows["fit"], rows["selection"]
     base, probe = fit_base(rows, seed)
 
     def fitted(
-        seen: Signals, answers: Sequence[Answer | None], later: Signals, chosen_by: Sequence[Answer | None]
+        signals: tuple[Signals, Signals], answers: tuple[Sequence[Answer | None], Sequence[Answer | None]]
     ) -> Fitted:
-        return fit_gate(seen, _correct(answers), later, _correct(chosen_by), seed)
+        return fit_gate(signals[0], _correct(answers[0]), signals[1], _correct(answers[1]), seed)
 
-    drafts, drafts_later = [r.draft for r in fit], [r.draft for r in chosen]
-    gates = {
-        "draft": fitted([a.signals for a in drafts], drafts, [a.signals for a in drafts_later], drafts_later),
-        "base": base,
-    }
-    ours, theirs = asked(fit), asked(chosen)
-    if len(ours) and len(theirs):
+    drafts = [r.draft for r in fit], [r.draft for r in chosen]
+    gates = {"draft": fitted(([a.signals for a in drafts[0]], [a.signals for a in drafts[1]]), drafts), "base": base}
+    of_fit, of_chosen = with_modifier(fit), with_modifier(chosen)
+    if len(of_fit) and len(of_chosen):
         p = base.gate.p_all(base_rows(chosen, probe))
-        answers = [fit[i].modifier for i in ours], [chosen[i].modifier for i in theirs]
-        after = (
-            [fit[i].modifier_signals(float(base.out_of_fold[i])) for i in ours],
-            [chosen[i].modifier_signals(float(p[i])) for i in theirs],
+        answers = [fit[i].modifier for i in of_fit], [chosen[i].modifier for i in of_chosen]
+        after_base = (
+            [fit[i].modifier_signals(float(base.out_of_fold[i])) for i in of_fit],
+            [chosen[i].modifier_signals(float(p[i])) for i in of_chosen],
         )
-        alone = [fit[i].direct_signals for i in ours], [chosen[i].direct_signals for i in theirs]
-        gates["modifier"] = fitted(after[0], answers[0], after[1], answers[1])
-        gates["direct"] = fitted(alone[0], answers[0], alone[1], answers[1])
+        direct = [fit[i].direct_signals for i in of_fit], [chosen[i].direct_signals for i in of_chosen]
+        gates["modifier"] = fitted(after_base, answers)
+        gates["direct"] = fitted(direct, answers)
     return gates, probe
 
 
 def compare_benefit(rows: Mapping[str, list[Row]], gates: Mapping[str, Gate], probe: Net | None, seed: int) -> Any:
-    """Two ways to rank who should be asked a modifier: the base is wrong, or the modifier would put it right.
+    """Compare two scores for escalation to a modifier: P(the base is wrong) and P(the modifier corrects the base).
 
-    For each, the mean accuracy over all shares of questions that are handed on, highest ranked first
-    (arXiv 2604.14251). None where no modifier answered.
+    For each, the mean accuracy over all shares of escalated questions, highest scores first (arXiv 2604.14251). None
+    if no modifier answered.
     """
-    parts = {name: [split[i] for i in asked(split)] for name, split in rows.items()}
+    parts = {name: [split[i] for i in with_modifier(split)] for name, split in rows.items()}
     if not all(parts.values()):
         return None
 
     def fixed(split: Sequence[Row]) -> Doubles:
         return _correct([r.modifier for r in split]) * (1 - _correct([r.base for r in split]))
 
-    seen = {name: base_rows(split, probe) for name, split in parts.items()}
-    fitted = fit_gate(seen["fit"], fixed(parts["fit"]), seen["selection"], fixed(parts["selection"]), seed)
+    signals = {name: base_rows(split, probe) for name, split in parts.items()}
+    fitted = fit_gate(signals["fit"], fixed(parts["fit"]), signals["selection"], fixed(parts["selection"]), seed)
     tested = parts["threshold"]
-    benefit, wrong = fitted.gate.p_all(seen["threshold"]), 1 - gates["base"].p_all(seen["threshold"])
+    benefit, wrong = fitted.gate.p_all(signals["threshold"]), 1 - gates["base"].p_all(signals["threshold"])
     base, modifier = _correct([r.base for r in tested]), _correct([r.modifier for r in tested])
 
     def mean_accuracy(score: Doubles) -> float:
         order = np.argsort(-score, kind="stable")
-        handed_on = np.cumsum((modifier - base)[order]) / len(base)
-        return float(base.mean() + np.mean(np.concatenate([[0.0], handed_on])))
+        gain = np.cumsum((modifier - base)[order]) / len(base)
+        return float(base.mean() + np.mean(np.concatenate([[0.0], gain])))
 
     return {
         "n": len(tested),
@@ -211,7 +208,7 @@ def compare_benefit(rows: Mapping[str, list[Row]], gates: Mapping[str, Gate], pr
 
 
 def search(answers: Answers) -> tuple[float, list[tuple[float, float, float]]]:
-    """The threshold of `SEARCH` with the best accuracy x 1/cost, and every (threshold, accuracy, cost)."""
+    """The threshold of `SEARCH` with the best accuracy / cost, and every (threshold, accuracy, cost)."""
     tried = [(t, *answers.outcome(t)) for t in SEARCH]
     return max(tried, key=lambda row: row[1] / row[2] if row[2] else 0.0)[0], tried
 
@@ -241,24 +238,24 @@ def calibrate(
 ) -> dict[str, Any]:
     """Rows of the three splits -> calibration.json and pictures in `out`; returns the figures.
 
-    `cost` is that of one token of `draft` and of `base`.
+    `cost` is the cost per token of `draft` and of `base`.
     """
     fitted, probe = fit_gates(rows, seed)
     gates = {name: one.gate for name, one in fitted.items()}
     easy = {name: [is_easy(r.example, config.easy_up_to) for r in rows[name]] for name in rows}
     question = fit_question_gate(rows["fit"], easy["fit"], config)
     limit = config.answer_perplexity or _answer_perplexity(rows["fit"])
-    unbound = Calibration(question, gates, probe, limit, {}, {})
+    without_guarantee = Calibration(question, gates, probe, limit, {}, {})
     p = {name: probabilities(rows[name], gates, probe) for name in ("selection", "threshold")}
 
-    known = {name: familiar(rows[name], unbound) for name in p}
+    known = {name: familiar(rows[name], without_guarantee) for name in p}
 
     def answers(split: str, policy: Policy) -> Answers:
-        all_of_them = policy_answers(rows[split], p[split], policy, question.base_perplexity, cost)
-        return all_of_them.rows(np.flatnonzero(known[split]))
+        every = policy_answers(rows[split], p[split], policy, question.base_perplexity, cost)
+        return every.rows(np.flatnonzero(known[split]))
 
     def limits(split: str, answers: Answers, config: Config) -> list[Limit]:
-        """What must hold of accepted answers, and of questions without an answer where there are any."""
+        """Limits on the errors of accepted answers and, if the split has any, on accepted unanswerable questions."""
         without = np.array([r.example.meta.get("check", {}).get("kind") == "abstain" for r in rows[split]], dtype=bool)
         found = [Limit(answers.count, config.e)]
         if without.any():
@@ -282,8 +279,8 @@ def calibrate(
         "rows": {name: len(split) for name, split in rows.items()},
         "question": _question_figures(question, rows["threshold"], easy["threshold"]),
         "gates": {
-            name: {**fitted[name].figures, **_figures(*seen)}
-            for name, seen in _judged(rows["threshold"], p["threshold"], gates).items()
+            name: {**fitted[name].figures, **_figures(*judged)}
+            for name, judged in _judged(rows["threshold"], p["threshold"], gates).items()
         },
         "benefit": compare_benefit(rows, gates, probe, seed),
         "guarantee": {name: _promised(promise) for name, promise in promises.items()},
@@ -294,46 +291,46 @@ def calibrate(
 
 
 def _answer_perplexity(rows: Sequence[Row]) -> float:
-    """Where the perplexities of the base's right and wrong answers cross; infinite where one kind is missing."""
+    """Where the histograms of the base's right and wrong answers cross; the maximum if one kind is missing."""
     values = np.array([perplexity(r.base.signals) for r in rows])
     right = _correct([r.base for r in rows]) > 0
     return crossing(values[right], values[~right]) if right.any() and not right.all() else float(values.max())
 
 
 def _question_figures(gate: QuestionGate, rows: Sequence[Row], easy: Sequence[bool]) -> dict[str, Any]:
-    """How the question gate does on rows it was not fitted on."""
-    plain, read = np.array(easy, dtype=bool), _readings(rows)
-    passed = np.array([gate.easy(perplexity, p_easy) for perplexity, p_easy in read], dtype=bool)
+    """Figures of the question gate on rows that it was not fitted on."""
+    is_easy_row, scores = np.array(easy, dtype=bool), _draft_scores(rows)
+    passed = np.array([gate.easy(perplexity, p_easy) for perplexity, p_easy in scores], dtype=bool)
     surprise, right = np.array([r.surprise for r in rows]), _correct([r.base for r in rows])
     return {
         "perplexity": gate.perplexity,
         "p_easy": gate.p_easy,
         "base_perplexity": gate.base_perplexity if math.isfinite(gate.base_perplexity) else None,
-        "auroc_perplexity": auroc(-read[:, 0], plain),
-        "auroc_p_easy": auroc(read[:, 1], plain),
+        "auroc_perplexity": auroc(-scores[:, 0], is_easy_row),
+        "auroc_p_easy": auroc(scores[:, 1], is_easy_row),
         "auroc_base_perplexity": auroc(-surprise, right),
-        "easy_passed": float(passed[plain].mean()) if plain.any() else None,
-        "hard_passed": float(passed[~plain].mean()) if not plain.all() else None,
+        "easy_passed": float(passed[is_easy_row].mean()) if is_easy_row.any() else None,
+        "hard_passed": float(passed[~is_easy_row].mean()) if not is_easy_row.all() else None,
     }
 
 
 def _judged(rows: Sequence[Row], p: Doubles, gates: Mapping[str, Gate]) -> dict[str, tuple[Doubles, list[Answer]]]:
-    """P(correct) and answers that each gate judged."""
-    seen = {"draft": (p[:, 0], [r.draft for r in rows]), "base": (p[:, 1], [r.base for r in rows])}
-    index = asked(rows)
+    """P(correct) and the answers judged by each gate."""
+    judged = {"draft": (p[:, 0], [r.draft for r in rows]), "base": (p[:, 1], [r.base for r in rows])}
+    index = with_modifier(rows)
     modified = [a for a in (rows[i].modifier for i in index) if a]
-    seen |= {"modifier": (p[index, 2], modified), "direct": (p[index, 3], modified)}
-    return {name: seen[name] for name in gates}
+    judged |= {"modifier": (p[index, 2], modified), "direct": (p[index, 3], modified)}
+    return {name: judged[name] for name in gates}
 
 
 def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, found: Calibration) -> None:
-    """The reliability of all gates, and the histograms behind the thresholds."""
+    """Pictures: reliability of all gates, and the histograms behind the thresholds."""
     judged = _judged(rows, p, found.gates)
     reliability_picture(
         out / "reliability.png", {name: (values, _correct(answers)) for name, (values, answers) in judged.items()}
     )
-    plain, right = np.array(easy, dtype=bool), _correct([r.base for r in rows]) > 0
-    read, surprise = _readings(rows)[:, 0], np.array([r.surprise for r in rows])
+    is_easy_row, right = np.array(easy, dtype=bool), _correct([r.base for r in rows]) > 0
+    drafted, surprise = _draft_scores(rows)[:, 0], np.array([r.surprise for r in rows])
     answered = np.log10([perplexity(r.base.signals) for r in rows])
     threshold = found.guarantees[Policy().name].threshold
     histogram_picture(
@@ -341,7 +338,7 @@ def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, foun
         [
             (
                 "draft's perplexity of the question",
-                {"easy": read[plain], "hard": read[~plain]},
+                {"easy": drafted[is_easy_row], "hard": drafted[~is_easy_row]},
                 found.question.perplexity,
             ),
             (
@@ -376,8 +373,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     cost = {role: float((inputs[role].path / "model.gguf").stat().st_size) for role in ("draft", "base")}
     with ExitStack() as opened:
         tiers = open_tiers(inputs, config, opened)
-        asking = Asking(config.max_tokens, 2 * config.slots, context.progress)
+        options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
         everything = [example for found in examples.values() for example in found]
-        answered = iter(ask(tiers, everything, asking))
+        answered = iter(ask(tiers, everything, options))
         rows = {name: [next(answered) for _ in found] for name, found in examples.items()}
     return calibrate(rows, cost, config, context.seed, out)

@@ -1,7 +1,7 @@
-"""What a training run keeps on disk, so that a killed one goes on with the same bits (SPEC C1).
+"""Checkpoints of a training run, from which a killed run resumes with the same bits (SPEC C1).
 
-A checkpoint is one safetensors file: trained weights, optimizer states, random generators, and where the run stands.
-It appears all at once, so a full disk leaves the one before. The best weights so far lie beside it, one file each.
+A checkpoint is one safetensors file: trained weights, optimizer states, random generators, and progress. It is written
+atomically, so that a full disk leaves the previous one. The best weights so far are in separate files beside it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _SAMPLE = 4096
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands; kept in the checkpoint.
+    """Progress of a run, stored in the checkpoint.
 
-    `losses` are figures of single steps, `validations` those of the selection rows, each with its step; `best` is the
-    lowest validation loss, `kept` the steps whose weights are on disk, best first; `norms` is the sum of the gradients'
-    norms since the last validation, `stopped` why training ended early.
+    `losses` are figures of training steps and `validations` those of the selection rows, each with its step; `best` is
+    the lowest validation loss, `stale` the number of validations without improvement, `kept` (loss, step) of weights
+    on disk, best first; `norms` is the sum of gradient norms since the last validation, `stopped` the reason for early
+    stopping.
     """
 
     step: int = 0
@@ -49,12 +50,12 @@ class Progress:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that training changes, by name."""
+    """The trainable weights, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def identity(model: nn.Module) -> str:
-    """Hash of what a checkpoint belongs to: names and shapes of all weights, and a sample of the frozen ones."""
+    """Hash that identifies a checkpoint's model: names and shapes of all weights, and a sample of the frozen values."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)}".encode())
@@ -65,18 +66,18 @@ def identity(model: nn.Module) -> str:
 
 
 class Checkpoint:
-    """The files of one run. `writes` is false on all but one of several processes: these read, and help to gather."""
+    """The files of one run. `writes` is True on one process only; the others take part in gathering tensors."""
 
     def __init__(self, folder: Path, model_identity: str, writes: bool = True) -> None:
         self._folder, self._identity, self._writes = folder, model_identity, writes
         self.path = folder / FILE
 
     def best(self, step: int) -> Path:
-        """Where the weights of a validated step lie."""
+        """File of the weights of a validated step."""
         return self._folder / f"best-{step}.safetensors"
 
     def save(self, model: nn.Module, optimizers: Sequence[Any], at: Progress) -> None:
-        """Keep everything that the next step depends on."""
+        """Write the complete state on which the next step depends."""
         tensors = {f"model/{name}": _whole(p) for name, p in trained(model).items()}
         for o, optimizer in enumerate(optimizers):
             for p, state in optimizer.state_dict()["state"].items():
@@ -87,7 +88,7 @@ class Checkpoint:
         self._write(self.path, tensors, {"progress": json.dumps(asdict(at)), "identity": self._identity})
 
     def keep(self, model: nn.Module, at: Progress, count: int) -> None:
-        """Keep the weights of this step among the `count` best, and forget what is no longer one of them."""
+        """Write the weights of this step, and delete files beyond the `count` best."""
         self._write(self.best(at.step), {name: _whole(p) for name, p in trained(model).items()}, {})
         at.kept = sorted([*at.kept, (at.validations[-1][1]["loss"], at.step)])
         for _, step in at.kept[count:]:
@@ -96,12 +97,12 @@ class Checkpoint:
         at.kept = at.kept[:count]
 
     def restore_best(self, model: nn.Module, at: Progress) -> None:
-        """Give the model the best weights, if any were kept."""
+        """Load the best weights into the model, if any were kept."""
         if at.kept:
             _fill(trained(model), load_file(self.best(at.kept[0][1])))
 
     def resume(self, model: nn.Module) -> tuple[Progress, dict[str, Tensor]]:
-        """Load the weights back in place; progress, and the tensors for `restore`. Nothing if there is no checkpoint.
+        """Load weights in place; returns the progress and the tensors for `restore`, empty without a checkpoint.
 
         Raises `TrainingError` for a file that is damaged or belongs to another model.
         """
@@ -119,7 +120,7 @@ class Checkpoint:
         if metadata.get("identity") != self._identity:
             raise TrainingError(
                 f"checkpoint {self.path} belongs to another model, or to an adapter on another base; "
-                "delete it to start this step again, or give the model that it was made with"
+                "delete it to start this step again, or give the model with which it was written"
             )
         _fill(trained(model), {key.removeprefix("model/"): v for key, v in tensors.items() if key.startswith("model/")})
         at.kept = [(loss, step) for loss, step in at.kept]
@@ -132,7 +133,7 @@ class Checkpoint:
 
 
 def restore(optimizers: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
-    """Put optimizer states and random generators back as `Checkpoint.save` found them."""
+    """Restore optimizer states and random generators as saved by `Checkpoint.save`."""
     for o, optimizer in enumerate(optimizers):
         content = optimizer.state_dict()
         weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -154,13 +155,13 @@ def _fill(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> 
 
 
 def _whole(value: Tensor) -> Tensor:
-    """All of a tensor, which several processes may share (all must call this)."""
+    """The full tensor of one that may be sharded over processes; every process must call this."""
     whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
     return whole.detach().cpu()
 
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:
-    """A value of a weight's shape, shared among processes as the weight is."""
+    """A value sharded over processes like the weight, if it has the weight's shape."""
     if isinstance(weight, DTensor) and value.shape == weight.shape:
         return distribute_tensor(value, weight.device_mesh, weight.placements)
     return value

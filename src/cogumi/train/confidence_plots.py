@@ -1,4 +1,4 @@
-"""The pictures of a build: accuracy by tier, how honest the gates are, what is risked at which coverage."""
+"""Plots of a build: accuracy by tier, reliability of gates, risk against coverage."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def reliability_picture(path: Path, gates: Mapping[str, tuple[Doubles, Doubles]]
 
 
 def histogram_picture(path: Path, panels: Sequence[tuple[str, Mapping[str, Doubles], float | None]]) -> None:
-    """One panel per (what is measured, values of each group, threshold)."""
+    """One panel per (label of the x axis, values of each group, threshold)."""
     figure, axes = new_figure(len(panels))
-    for axis, (what, groups, threshold) in zip(axes, panels, strict=True):
+    for axis, (label, groups, threshold) in zip(axes, panels, strict=True):
         values = np.concatenate(list(groups.values()))
         bins = np.linspace(values.min(), max(values.max(), values.min() + 1e-9), 31) if len(values) else 30
         for name, group in groups.items():
             axis.hist(group, bins=bins, alpha=0.6, label=f"{name} ({len(group)})")
         if threshold is not None:
             axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.2f}")
-        axis.set(xlabel=what, ylabel="questions")
+        axis.set(xlabel=label, ylabel="questions")
         axis.legend(loc="upper right")
     figure.savefig(path)
 
@@ -59,9 +59,7 @@ def accuracy_picture(path: Path, accuracy: Mapping[str, Mapping[str, Mapping[str
 
 
 def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promise: Mapping[str, Any]) -> None:
-    """Error among the most confident answers against their share, with the promised bound and the operating
-    point.
-    """
+    """Error rate of the most confident answers against coverage, with the guaranteed bound and the operating point."""
     figure, axes = new_figure(1)
     wrong = 1 - np.array(correct, dtype=np.float64)[np.argsort(-np.array(p), kind="stable")]
     shown = np.arange(1, len(wrong) + 1)
@@ -74,7 +72,7 @@ def risk_picture(path: Path, p: Sequence[float], correct: Sequence[bool], promis
 
 
 def risk_coverage_picture(path: Path, scores: Mapping[str, tuple[Doubles, Doubles]]) -> None:
-    """Share wrong among the most confident answers against their share, for each (confidence [n], correct [n])."""
+    """Error rate of the most confident answers against coverage, for each (confidence [n], correct [n])."""
     figure, axes = new_figure(1)
     for name, (score, correct) in scores.items():
         wrong = 1 - correct[np.argsort(-score, kind="stable")]

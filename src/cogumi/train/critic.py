@@ -1,9 +1,9 @@
-"""Stage `critic`: the net that scores answers and names their errors (SPEC F14), learned from graded answers.
+"""Stage `critic`: a net that scores answers and classifies their errors (SPEC F14), trained on graded answers.
 
-The shipped base and its modifiers answer training questions, greedily and sampled, so that the critic sees better and
-worse answers to the same question; graders say which are right. Its epochs are chosen on answers to the selection
-split, and its probabilities calibrated on them (Platt). What kind an error is follows from the grader's verdict, the
-check and the text by the rules of `error_type`.
+The exported base and its modifiers answer training questions, greedily and sampled, so that there are better and worse
+answers to the same question; graders label them. The epoch is chosen, and the probabilities are calibrated (Platt), on
+answers to the selection split. `error_type` derives the class of an error from the grader's verdict, the check and the
+text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade_all, last_number
-from cogumi.train.tier_answers import Asking
+from cogumi.train.tier_answers import AskOptions
 
 VERSION = 2
 KIND = "critic"
@@ -50,8 +50,8 @@ MODIFIER = "modifier_"
 
 
 class Config(BaseModel):
-    """`rows` questions of the training split are answered, `selection` of the selection split; embeddings are `width`
-    wide, layers `hidden`; training hides a share `unknown` of the words.
+    """`rows`: number of training questions to answer, `selection`: number of selection questions; `width` of embeddings
+    and `hidden` layers; `unknown`: rate of word dropout.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -69,8 +69,8 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """One answer with what the grader made of it; `error` is one of `confidence.critic_net.CLASSES`."""
+class LabelledAnswer:
+    """An answer with its label `error`, one of `confidence.critic_net.CLASSES`."""
 
     example: Example
     reply: Reply
@@ -78,7 +78,7 @@ class Judged:
 
     @property
     def seen(self) -> Seen:
-        """The critic's view."""
+        """The critic's input."""
         return look(question_of(self.example), self.reply)
 
 
@@ -88,13 +88,13 @@ def question_of(example: Example) -> str:
 
 
 def error_type(example: Example, reply: Reply, correct: bool) -> str:
-    """The error of an answer in the taxonomy of failures, or "none". The first rule that fits decides:
+    """The error class of an answer, or "none" if it is correct. The first rule that applies decides:
 
-    cut, empty, or an abstention where there is an answer -> incomplete; an answer where there is none ->
-    hallucination; unreadable (code that does not parse, no number, no JSON) -> format; then by check: a wrong number is
-    a calculation error, code that fails its tests a code logic error, a tool call with fewer calls or arguments than
-    wanted incomplete, and one with words that the question does not have a hallucination; so is a text made of words
-    that the question does not have where the right one is made of such that it has. All others are logic errors.
+    an answer to an unanswerable question -> hallucination; a truncated or empty answer or an abstention -> incomplete;
+    an answer without a number, code that does not parse, a tool call that is not JSON -> format; a wrong number ->
+    calculation; code that fails its tests -> code logic; a tool call with too few arguments -> incomplete, with values
+    that the question does not contain -> hallucination; a text that the question does not contain although it contains
+    the right answer -> hallucination; all others -> logic.
     """
     text, check = reply.text, example.meta.get("check", {"kind": "exact"})
     kind, question = check["kind"], question_of(example).casefold()
@@ -134,37 +134,37 @@ def _call_error(text: str, wanted: str, question: str) -> str:
 
 def _leaves(value: Any) -> list[str]:
     if isinstance(value, (dict, list)):
-        inner = value.values() if isinstance(value, dict) else value
-        return [leaf for item in inner for leaf in _leaves(item)]
+        items = value.values() if isinstance(value, dict) else value
+        return [leaf for item in items for leaf in _leaves(item)]
     return [str(value)]
 
 
-def judged_answers(
-    engine: Engine, examples: Sequence[Example], asking: Asking, seed: int, sampling: Sampling = SAMPLING
-) -> list[Judged]:
-    """A greedy and a sampled answer to each example: the base's, and those of its domain's modifier if there is one."""
+def labelled_answers(
+    engine: Engine, examples: Sequence[Example], options: AskOptions, seed: int, sampling: Sampling = SAMPLING
+) -> list[LabelledAnswer]:
+    """A greedy and a sampled answer to each example by the base, and by the modifier of its domain if there is one."""
     jobs: list[tuple[Example, Request]] = []
     for adapter in (None, *engine.adapters):
         for i, example in enumerate(examples):
             if adapter in (None, example.domain):
-                limit = asking.max_tokens
+                limit = options.max_tokens
                 greedy = Request(messages=example.messages, max_tokens=limit, adapter=adapter, speculate=False)
                 sampled = sampling.requests(replace(greedy, seed=seed + i), 1)
                 jobs += [(example, request) for request in (greedy, *sampled)]
     found = []
-    for reply in replies(engine, [request for _, request in jobs], asking.window):
+    for reply in replies(engine, [request for _, request in jobs], options.window):
         found.append(reply)
         if len(found) % 100 == 0:
-            asking.progress(len(found), len(jobs), {})
+            options.progress(len(found), len(jobs), {})
     verdicts = grade_all([(example, reply.text) for (example, _), reply in zip(jobs, found, strict=True)])
     return [
-        Judged(example, reply, error_type(example, reply, verdict.correct))
+        LabelledAnswer(example, reply, error_type(example, reply, verdict.correct))
         for (example, _), reply, verdict in zip(jobs, found, verdicts, strict=True)
     ]
 
 
-class Reader(nn.Module):
-    """`confidence.critic_net.CriticNet` with gradients: the same weights under the same names."""
+class TrainableCritic(nn.Module):
+    """`confidence.critic_net.CriticNet` in torch: the same weights under the same names."""
 
     embedding: Tensor
     known: Tensor
@@ -197,33 +197,31 @@ class Reader(nn.Module):
         self.known = nn.Parameter(torch.from_numpy(known), requires_grad=False)
 
     def _embed(self, buckets: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [rows, words, width] and which words are there [rows, words, 1]: not padding (-1), not hidden for
-        training, not new; all others are zero.
-        """
-        seen = (buckets >= 0) & (self.known[buckets.clamp(min=0)] > 0)
+        """Embeddings [rows, words, width] and mask [rows, words, 1]; 0 for padding (-1), unknown and dropped words."""
+        known = (buckets >= 0) & (self.known[buckets.clamp(min=0)] > 0)
         if self.training:
-            seen = seen & (torch.rand(buckets.shape) >= self.unknown)
-        there = seen[..., None].float()
-        return self.embedding[buckets.clamp(min=0)] * there, there
+            known = known & (torch.rand(buckets.shape) >= self.unknown)
+        mask = known[..., None].float()
+        return self.embedding[buckets.clamp(min=0)] * mask, mask
 
     def forward(self, question: Tensor, words: Tensor, features: Tensor, summary: Tensor) -> Tensor:
         """Buckets [rows, m] and [rows, n] padded with -1, features [rows, n, F], summary [rows, S] -> logits."""
-        rows, there = self._embed(question)
-        asked = rows.sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        rows, mask = self._embed(question)
+        asked = rows.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         around = nn.functional.pad(self._embed(words)[0], (0, 0, 1, 1))
-        given = (features - self.feature_mean) / self.feature_scale
-        rest = asked[:, None].expand(-1, words.shape[1], -1)
-        x = torch.cat([given, around[:, 1:-1], around[:, :-2], around[:, 2:], rest], dim=2)
+        scaled = (features - self.feature_mean) / self.feature_scale
+        repeated = asked[:, None].expand(-1, words.shape[1], -1)
+        x = torch.cat([scaled, around[:, 1:-1], around[:, :-2], around[:, 2:], repeated], dim=2)
         h = torch.relu(x @ self.token_weight + self.token_bias)
         weights = (h @ self.attention).masked_fill(words < 0, -torch.inf).softmax(dim=1)
         pooled = (weights[..., None] * h).sum(dim=1)
-        told = (summary - self.summary_mean) / self.summary_scale
-        u = torch.relu(torch.cat([pooled, asked, told], dim=1) @ self.hidden_weight + self.hidden_bias)
+        scaled_summary = (summary - self.summary_mean) / self.summary_scale
+        u = torch.relu(torch.cat([pooled, asked, scaled_summary], dim=1) @ self.hidden_weight + self.hidden_bias)
         logits: Tensor = u @ self.out_weight + self.out_bias
         return logits
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """A copy as arrays."""
+        """A copy of the weights as arrays."""
         return {name: value.detach().numpy().copy() for name, value in self.named_parameters()}
 
 
@@ -239,43 +237,43 @@ def _batch(rows: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def train(rows: Sequence[Judged], chosen_on: Sequence[Judged], config: Config, seed: int) -> CriticNet:
-    """The critic of the epoch with the lowest loss on `chosen_on`, calibrated there."""
+def train(rows: Sequence[LabelledAnswer], selection: Sequence[LabelledAnswer], config: Config, seed: int) -> CriticNet:
+    """The critic of the epoch with the lowest loss on `selection`, calibrated there."""
     torch.manual_seed(seed)
-    seen, target = [r.seen for r in rows], _classes(rows)
-    others, wanted = [r.seen for r in chosen_on], _classes(chosen_on)
-    net = Reader(config, seen)
-    steps = config.epochs * -(-len(seen) // config.batch)
+    training, target = [r.seen for r in rows], _classes(rows)
+    others, labels = [r.seen for r in selection], _classes(selection)
+    net = TrainableCritic(config, training)
+    steps = config.epochs * -(-len(training) // config.batch)
     learned = [p for p in net.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=steps)
-    best, lowest, test = net.weights(), math.inf, _batch(others)
+    best, lowest, validation = net.weights(), math.inf, _batch(others)
     for _ in range(config.epochs):
         net.train()
-        order = torch.randperm(len(seen))
-        for start in range(0, len(seen), config.batch):
+        order = torch.randperm(len(training))
+        for start in range(0, len(training), config.batch):
             index = order[start : start + config.batch]
-            loss = nn.functional.cross_entropy(net(*_batch([seen[int(i)] for i in index])), target[index])
+            loss = nn.functional.cross_entropy(net(*_batch([training[int(i)] for i in index])), target[index])
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
         net.eval()
         with torch.no_grad():
-            now = float(nn.functional.cross_entropy(net(*test), wanted))
-        if now < lowest:
-            best, lowest = net.weights(), now
+            current = float(nn.functional.cross_entropy(net(*validation), labels))
+        if current < lowest:
+            best, lowest = net.weights(), current
     raw = CriticNet(best, Calibrator("none"))
     z = np.array([correct_logit(raw.logits(one)[0]) for one in others])
-    return CriticNet(best, calibrators.fit("platt", z, wanted.numpy() == 0))
+    return CriticNet(best, calibrators.fit("platt", z, labels.numpy() == 0))
 
 
-def _classes(rows: Sequence[Judged]) -> Tensor:
+def _classes(rows: Sequence[LabelledAnswer]) -> Tensor:
     return torch.tensor([CLASSES.index(row.error) for row in rows])
 
 
-def figures(net: CriticNet, rows: Sequence[Judged]) -> dict[str, Any]:
-    """How well the critic ranks answers by being correct, and how often it names the error of a wrong one."""
+def figures(net: CriticNet, rows: Sequence[LabelledAnswer]) -> dict[str, Any]:
+    """AUROC of P(correct), and the accuracy of the error class on wrong answers."""
     opinions = [net.judge(row.seen) for row in rows]
     named = [opinion.error == row.error for opinion, row in zip(opinions, rows, strict=True) if row.error != NONE]
     return {
@@ -294,9 +292,9 @@ def estimate(config: Config, given: Given) -> Estimate:
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`data` (examples), `base` (model.gguf), any `modifier_<domain>` (adapter.gguf) -> critic.safetensors.
 
-    The figures are of the answers to the selection split, on which the epoch was chosen.
+    The figures are measured on the selection split, on which the epoch was chosen.
     """
-    torch.set_num_threads(1)  # sums over so little data come out in another order each time on several
+    torch.set_num_threads(1)  # with several threads the order of sums, and so the result, varies
     folder = inputs["data"].path
     splits = [
         read_examples(split_path(folder, name))[:rows]
@@ -309,19 +307,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     }
     model = inputs["base"].path / "model.gguf"
     engine = LlamaEngine(model, adapters=adapters, lookup=False, slots=config.slots, context=config.context)
-    asking = Asking(config.max_tokens, 2 * config.slots, context.progress)
+    options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
     try:
-        judged, chosen_on = (judged_answers(engine, split, asking, context.seed) for split in splits)
+        training, selection = (labelled_answers(engine, split, options, context.seed) for split in splits)
     finally:
         engine.close()
-    if not judged or not chosen_on:
+    if not training or not selection:
         raise DataError("a critic needs questions in the splits 'train' and 'selection'; one is empty")
-    net = train(judged, chosen_on, config, context.seed)
+    net = train(training, selection, config, context.seed)
     net.save(out / FILE)
-    errors = Counter(row.error for row in judged)
+    errors = Counter(row.error for row in training)
     return {
-        "rows": len(judged),
+        "rows": len(training),
         "errors": {name: errors[name] for name in CLASSES},
-        **figures(net, chosen_on),
+        **figures(net, selection),
         "bytes": (out / FILE).stat().st_size,
     }

@@ -1,4 +1,4 @@
-"""Pictures of training: figures against the step."""
+"""Plots of training curves."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cogumi.core.pictures import new_figure
 def curves_picture(
     path: Path, curve: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], label: str
 ) -> None:
-    """One line for each named figure, where a step has it; logarithmic if they span more than a factor of 100."""
+    """One line for each named figure, at the steps that have it; logarithmic if values span a factor above 100."""
     figure, (axes,) = new_figure(width=6)
-    seen: list[float] = []
+    shown: list[float] = []
     for name in names:
         steps = [step for step, found in curve if name in found]
         values = [found[name] for _, found in curve if name in found]
         axes.plot(steps, values, "-", label=name)
-        seen += values
-    if seen and min(seen) > 0 and max(seen) > 100 * min(seen):
+        shown += values
+    if shown and min(shown) > 0 and max(shown) > 100 * min(shown):
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)

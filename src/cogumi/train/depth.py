@@ -1,8 +1,8 @@
-"""Stage `depth`: routers by which easy tokens skip layers of a frozen base (SPEC C7; see `models.depth_routers`).
+"""Stage `depth`: train routers that let easy tokens skip layers of a frozen base (SPEC C7; `models.depth_routers`).
 
-A token is easy where the full model foresees what comes next: its perplexity is the teacher. The routers learn from the
-hidden states that they will meet, those of a model whose tokens really skip. How sure a router must be is chosen on the
-selection split: the bar at which most tokens skip and few enough answers are lost.
+A token is easy if the full model predicts the next token with high probability. The routers are trained on the hidden
+states of a model whose tokens actually skip. The threshold `bar` of the routers is chosen on the selection split: most
+tokens skip while at most the permitted share of answers is lost.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ KIND = "depth"
 INPUTS = {"examples": "examples", "model": "model"}
 TRAINS = True
 
-_SHARES = tuple(round(0.05 * k, 2) for k in range(1, 20))  # of answer tokens skipping, tried on the selection split
+_SHARES = tuple(round(0.05 * k, 2) for k in range(1, 20))  # candidate shares of answer tokens that skip
 
 
 class Config(BaseModel):
-    """`layers` (from 0) may be skipped, at most half of them all; neighbours share one decision.
+    """`layers` (from 0) that tokens may skip, at most half of all; consecutive layers share one decision.
 
-    A token is easy where the full model gave the next one at least the probability `sure`. At most the share `share` of
-    answer tokens skip, and at most `points` percentage points of selection answers are lost.
+    A token is easy if the full model gives the next token at least the probability `sure`. At most the share `share` of
+    answer tokens skip, and at most `points` percentage points of exact selection answers are lost.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,8 +55,8 @@ class Config(BaseModel):
     loop: LoopConfig = LoopConfig(steps=300, batch=32, lr=2e-3, evaluate_every=100)
 
 
-class Routed(nn.Module):
-    """A frozen language model and the routers trained on it."""
+class RoutedModel(nn.Module):
+    """A frozen language model with trainable routers."""
 
     def __init__(self, language_model: Any, routers: Routers) -> None:
         super().__init__()
@@ -66,31 +66,31 @@ class Routed(nn.Module):
 
     @torch.no_grad()
     def nats(self, ids: Tensor) -> Tensor:
-        """What the full model finds in each next token: `[rows, positions]` -> `[rows, positions - 1]`."""
+        """Nats of each next token under the full model: `[rows, positions]` -> `[rows, positions - 1]`."""
         logits = self.lm(input_ids=ids).logits[:, :-1]
         return cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
     def scores(self, ids: Tensor) -> Tensor:
-        """Log-odds of easy at the entry of each span while tokens skip: -> `[spans, rows, positions - 1]`."""
-        seen: list[Tensor] = []
+        """Log-odds of easy at the input of each span while tokens skip: -> `[spans, rows, positions - 1]`."""
+        log_odds: list[Tensor] = []
 
         def depth(first: int, hidden: Tensor) -> Tensor:
-            seen.append(self.routers.easy(first, hidden))
-            return ~(seen[-1].detach() > self.routers.bar)
+            log_odds.append(self.routers.easy(first, hidden))
+            return ~(log_odds[-1].detach() > self.routers.bar)
 
         with skipping(self.lm.get_decoder(), depth, self.routers.spans):
             self.lm.get_decoder()(input_ids=ids)
-        return torch.stack(seen)[:, :, :-1]
+        return torch.stack(log_odds)[:, :, :-1]
 
 
 def tokens_of(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which positions come before a token of their row, and which before one of its answer: `[rows, positions - 1]`."""
+    """Masks of the positions before a token of the row, and before an answer token: `[rows, positions - 1]`."""
     answer = batch.labels[:, 1:] != IGNORE
     return answer.flip(1).cumsum(1).flip(1) > 0, answer
 
 
-def router_loss(model: Routed, batch: Batch, most: float) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy of "easy" (at most `most` nats) over the tokens of a batch, all spans alike."""
+def router_loss(model: RoutedModel, batch: Batch, most: float) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy of "easy" (at most `most` nats) over the tokens of a batch and all spans."""
     read, _ = tokens_of(batch)
     easy = (model.nats(batch.ids) <= most)[read].float()
     scores = model.scores(batch.ids)[:, read]
@@ -100,8 +100,8 @@ def router_loss(model: Routed, batch: Batch, most: float) -> tuple[Tensor, dict[
 
 
 @dataclass(frozen=True, slots=True)
-class Opinions:
-    """What the routers think of the tokens of some rows: `scores` [spans, n]; `easy` and `answer` [n] booleans."""
+class TokenScores:
+    """Router `scores` [spans, n] of n tokens; `easy` and `answer` [n] are boolean labels."""
 
     scores: Tensor
     easy: Tensor
@@ -109,7 +109,7 @@ class Opinions:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Loss, accuracy over all tokens and over answer tokens, and the shares that are easy."""
+        """Loss, accuracy on all tokens and on answer tokens, and the shares of easy tokens."""
         right = ((self.scores > 0) == self.easy).float()
         return {
             "loss": float(binary_cross_entropy_with_logits(self.scores, self.easy.float().expand_as(self.scores))),
@@ -120,26 +120,26 @@ class Opinions:
         }
 
 
-def opinions(apply: Apply, rows: Sequence[Row], most: float) -> Opinions:
-    """The routers asked about every token of the rows while tokens skip; easy is at most `most` nats."""
+def token_scores(apply: Apply, rows: Sequence[Row], most: float) -> TokenScores:
+    """Router scores of every token of the rows while tokens skip; easy is at most `most` nats."""
 
-    def look(model: Routed, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def scored(model: RoutedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         read, answer = tokens_of(batch)
         return model.scores(batch.ids)[:, read].cpu(), (model.nats(batch.ids) <= most)[read].cpu(), answer[read].cpu()
 
-    parts = [apply(look, collate(rows, index)) for index in passes(rows)]
-    return Opinions(*(torch.cat(column, dim=-1) for column in zip(*parts, strict=True)))
+    parts = [apply(scored, collate(rows, index)) for index in passes(rows)]
+    return TokenScores(*(torch.cat(column, dim=-1) for column in zip(*parts, strict=True)))
 
 
-def sweep(model: Routed, rows: Sequence[Row], most: float) -> list[dict[str, float]]:
-    """From no token skipping to nearly all answer tokens: bar, share of answer tokens that skip, and what is left of
-    the answers: `exact` (share given word for word) and `nats` per token.
+def sweep(model: RoutedModel, rows: Sequence[Row], most: float) -> list[dict[str, float]]:
+    """Figures for rising shares of answer tokens that skip, from none to nearly all: `bar`, `share`, and of the answers
+    `exact` (share of exact ones) and `nats` per token.
     """
     apply, decoder, routers = applied(model), model.lm.get_decoder(), model.routers
-    known = opinions(apply, rows, most)
+    scores = token_scores(apply, rows, most)
     found = []
     for share in (0.0, *_SHARES):
-        routers.bar = float(known.scores[:, known.answer].quantile(1 - share)) if share else math.inf
+        routers.bar = float(scores.scores[:, scores.answer].quantile(1 - share)) if share else math.inf
         with skipping(decoder, routers.takes, routers.spans):
             answers = judge_answers(applied(model.lm), rows)
         found.append({"bar": routers.bar, "share": share, "exact": answers["exact"], "nats": answers["loss"]})
@@ -147,7 +147,7 @@ def sweep(model: Routed, rows: Sequence[Row], most: float) -> list[dict[str, flo
 
 
 def choose(found: Sequence[Mapping[str, float]], share: float, points: float) -> Mapping[str, float]:
-    """The last row of a sweep before one that skips too much or loses more than `points` of the first row's answers."""
+    """The last row of a sweep before `share` is exceeded or more than `points` of the first row's answers are lost."""
     least = found[0]["exact"] - points / 100
     bad = (i for i, row in enumerate(found) if row["share"] > share or row["exact"] < least)
     return found[next(bad, len(found)) - 1]
@@ -166,8 +166,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     shape = language_model.config
     spans = spans_of(config.layers, shape.num_hidden_layers)
     torch.manual_seed(context.seed)
-    model = Routed(language_model, Routers(spans, shape.hidden_size))
-    rows, judging = (
+    model = RoutedModel(language_model, Routers(spans, shape.hidden_size))
+    rows, selection = (
         make_rows(read_examples(split_path(data, split)), tokenizer, shape.max_position_embeddings)
         for split in ("train", "selection")
     )
@@ -179,10 +179,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         config.loop,
         out,
         context,
-        lambda apply: opinions(apply, judging, most).figures,
+        lambda apply: token_scores(apply, selection, most).figures,
     )
-    figures = opinions(applied(model), judging, most).figures
-    tried = sweep(model, judging, most)
+    figures = token_scores(applied(model), selection, most).figures
+    tried = sweep(model, selection, most)
     chosen = choose(tried, config.share, config.points)
     model.routers.bar = chosen["bar"]
     model.routers.save(out / FILE, base)

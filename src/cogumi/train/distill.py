@@ -1,9 +1,9 @@
-"""Stage `distill`: what a model failed, learned from better answers, without forgetting the rest (SPEC C3).
+"""Stage `distill`: train a model on the questions it failed, without forgetting the others (SPEC C3).
 
-It goes on from a finished model: the reference answers of the questions it failed, and among them a share of questions
-it had right (rehearsal; Robins 1995). Two curves are watched on the selection questions: those the model failed when it
-came, and those it had right. Training stops when it has forgotten more of the second than allowed; the weights kept are
-best by a weighted sum of both.
+Training starts from a finished model and uses the reference answers of the failed questions, mixed with a share of
+questions that the model answered correctly (rehearsal; Robins 1995). Validation measures two groups of selection
+questions: those that the initial model failed, and those that it answered correctly. Training stops if more of the
+second group is forgotten than permitted; the best weights are chosen by a weighted sum of both losses.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ TRAINS = True
 
 
 class Config(BaseModel):
-    """`rehearsal` is the share of rows that the model had right; `forget` the share of the selection questions it had
-    right that it may lose; `special` the weight of the failed questions' loss in the choice of the best weights.
+    """`rehearsal`: share of rows that the model answered correctly; `forget`: share of the correctly answered selection
+    questions that may be lost; `special`: weight of the failed questions' loss in the choice of the best weights.
 
     `domain` limits the failures to one domain. Without `lora` all weights are trained.
     """
@@ -58,22 +58,24 @@ class Config(BaseModel):
     loop: LoopConfig = LoopConfig()
 
 
-def lessons(asked: Sequence[Example], correct: Mapping[str, bool], config: Config, seed: int) -> list[Example]:
-    """The failed questions, and as many of those answered rightly as make the share `rehearsal`; seeded.
+def with_rehearsal(
+    questions: Sequence[Example], correct: Mapping[str, bool], config: Config, seed: int
+) -> list[Example]:
+    """The failed questions, and a seeded sample of correctly answered ones as the share `rehearsal`.
 
-    Raises `TrainingError` if nothing was failed.
+    Raises `TrainingError` if no question was failed.
     """
-    failed = [e for e in asked if not correct[e.id] and config.domain in (None, e.domain)]
+    failed = [e for e in questions if not correct[e.id] and config.domain in (None, e.domain)]
     if not failed:
         where = f" of '{config.domain}'" if config.domain else ""
         raise TrainingError(f"the model failed no training question{where}: there is nothing to distil")
-    right = [e for e in asked if correct[e.id]]
+    right = [e for e in questions if correct[e.id]]
     wanted = round(len(failed) * config.rehearsal / (1 - config.rehearsal))
     return failed + random.Random(seed).sample(right, min(wanted, len(right)))
 
 
 def known(apply: Apply, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows whose answers a model gives word for word, and the others."""
+    """The rows that a model answers exactly, and the others."""
     right: list[Row] = []
     wrong: list[Row] = []
     for index in passes(rows):
@@ -95,28 +97,30 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.set_num_threads(context.threads)
     folder, data = inputs["model"].path, inputs["examples"].path
     responses = read_responses(inputs["responses"].path)
-    asked = [e for e in read_examples(split_path(data, "train")) if e.id in responses]
-    chosen = lessons(asked, {e.id: responses[e.id].correct for e in asked}, config, context.seed)
+    questions = [e for e in read_examples(split_path(data, "train")) if e.id in responses]
+    chosen = with_rehearsal(questions, {e.id: responses[e.id].correct for e in questions}, config, context.seed)
     tokenizer = HFTokenizer.load(folder)
     model = load(folder, config.quantize)
     room = model.config.max_position_embeddings
     rows = make_rows(chosen, tokenizer, room)
     selection = read_examples(split_path(data, "selection"))
-    judging = make_rows([e for e in selection if config.domain in (None, e.domain)], tokenizer, room)
+    of_domain = make_rows([e for e in selection if config.domain in (None, e.domain)], tokenizer, room)
     everything = make_rows(selection, tokenizer, room)
-    special, general = known(applied(model), judging)[1], known(applied(model), everything)[0]
+    special, general = known(applied(model), of_domain)[1], known(applied(model), everything)[0]
     if not special or not general:
-        raise TrainingError("distilling needs selection questions that the model fails and others that it has right")
+        raise TrainingError(
+            "distilling needs selection questions that the model fails and others that it answers right"
+        )
     weight = {"failed": config.special, "known": 1 - config.special}
 
     def validate(apply: Apply) -> dict[str, float]:
         figures = {"failed": judge_answers(apply, special), "known": judge_answers(apply, general)}
-        told = {f"{name}/{key}": value for name, found in figures.items() for key, value in found.items()}
-        return {"loss": sum(weight[name] * found["loss"] for name, found in figures.items()), **told}
+        by_group = {f"{name}/{key}": value for name, found in figures.items() for key, value in found.items()}
+        return {"loss": sum(weight[name] * found["loss"] for name, found in figures.items()), **by_group}
 
     def stop(figures: Mapping[str, float]) -> str:
         lost = 1 - figures["known/exact"]
-        return f"forgot {lost:.1%} of what it knew" if lost > config.forget else ""
+        return f"forgot {lost:.1%} of the questions it answered before" if lost > config.forget else ""
 
     if config.lora:
         model = attach(model, config.lora, context.seed)
@@ -125,7 +129,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         model = merged(model, None if config.quantize is None else folder)
     end = validate(applied(model))
     save(model, folder, out)
-    curves_picture(out / "curves.png", at.validations, ("failed/exact", "known/exact"), "share answered word for word")
+    curves_picture(out / "curves.png", at.validations, ("failed/exact", "known/exact"), "share of exact answers")
     return {
         "failed": len(chosen) - sum(responses[e.id].correct for e in chosen),
         "rehearsed": sum(responses[e.id].correct for e in chosen),

@@ -1,9 +1,9 @@
-"""Stage `draft`: a small model that foresees the base and says which questions are easy (SPEC C5).
+"""Stage `draft`: a small model that predicts the base's answers and the difficulty of questions (SPEC C5).
 
-It learns to generate from the base's own responses, on easy questions only; hard questions teach it nothing but that
-they are hard, so that it never becomes confident about answers it cannot know. A light language-model loss on the
-questions themselves makes its question perplexity mean something when it is trained from nothing. With
-`answers: dataset` it learns the reference answers instead: the control that shows what the base's own are worth.
+It learns to generate from the base's own responses to easy questions. Hard questions train only the difficulty head, so
+that the draft does not become confident in answers it cannot know. A language-model loss with a small weight on the
+questions makes its question perplexity informative if it is trained from scratch. `answers: dataset` is the control
+that learns the reference answers instead of the base's responses.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ KIND = "model"
 INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
 
-_MAX_NATS = 4.0  # the squared perplexity error of an untrained draft would drown every other loss
-_VALIDATE_EVERY = 16  # one in so many training questions judges the draft instead of teaching it
+_MAX_NATS = 4.0  # otherwise the squared perplexity error of an untrained draft would dominate the other losses
+_VALIDATE_EVERY = 16  # every 16th training question is used for validation instead of training
 
 
 class Config(BaseModel):
-    """Questions up to difficulty `easy_up_to` with an answer are easy.
+    """Answerable questions up to difficulty `easy_up_to` are easy.
 
-    `distill` learns the base's whole distribution over each token of its response (T = 1) instead of the token.
+    With `distill` the draft learns the base's distribution over each token of its response (T = 1) instead of the
+    token.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,8 +67,8 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """A question, with an answer to learn or without; `perplexity` is that of the base's own response, 0 where hard."""
+class DraftRow:
+    """A question with or without an answer to learn; `perplexity` of the base's own response, 0 without an answer."""
 
     row: Row
     easy: bool
@@ -75,62 +76,62 @@ class Lesson:
 
     @property
     def id(self) -> str:
-        """The example's."""
+        """Id of the example."""
         return self.row.id
 
     @property
     def size(self) -> int:
-        """Tokens that are read."""
+        """Number of tokens."""
         return self.row.size
 
     @property
     def weight(self) -> float:
-        """All lessons count alike."""
+        """All rows have equal weight."""
         return 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Lessons:
-    """A batch of lessons: `easy` `[rows]` 0/1 and `perplexity` `[rows]` beside the ids."""
+class DraftBatch:
+    """A batch of draft rows: token ids, `easy` `[rows]` 0/1 and `perplexity` `[rows]`."""
 
     batch: Batch
     easy: Tensor
     perplexity: Tensor
 
-    def to(self, device: torch.device) -> Lessons:
-        """The same batch there."""
-        return Lessons(self.batch.to(device), self.easy.to(device), self.perplexity.to(device))
+    def to(self, device: torch.device) -> DraftBatch:
+        """The same batch on a device."""
+        return DraftBatch(self.batch.to(device), self.easy.to(device), self.perplexity.to(device))
 
 
-def collate(lessons: Sequence[Lesson], index: Sequence[int]) -> Lessons:
-    """Pad the chosen lessons into one batch."""
-    chosen = [lessons[i] for i in index]
-    return Lessons(
-        batches.collate([lesson.row for lesson in chosen], range(len(chosen))),
-        torch.tensor([float(lesson.easy) for lesson in chosen]),
-        torch.tensor([lesson.perplexity for lesson in chosen]),
+def collate(rows: Sequence[DraftRow], index: Sequence[int]) -> DraftBatch:
+    """Pad the chosen rows into one batch."""
+    chosen = [rows[i] for i in index]
+    return DraftBatch(
+        batches.collate([row.row for row in chosen], range(len(chosen))),
+        torch.tensor([float(row.easy) for row in chosen]),
+        torch.tensor([row.perplexity for row in chosen]),
     )
 
 
-def lessons(
+def draft_rows(
     examples: Sequence[Example], responses: Mapping[str, Response], tokenizer: HFTokenizer, config: Config
-) -> list[Lesson]:
-    """Easy questions to which the base has a response carry an answer, all others nothing but the question."""
+) -> list[DraftRow]:
+    """One row per example; only easy questions with a finished response of the base get an answer."""
     found = []
     for example in examples:
         prompt = tokenizer.chat(example.messages)
         response = responses.get(example.id)
         easy = is_easy(example, config.easy_up_to)
-        taught = response if response and response.finished and easy else None
-        text = example.answer if config.answers == "dataset" else taught.output if taught else ""
-        answer = tokenizer.answer(text) if taught else []
+        target = response if response and response.finished and easy else None
+        text = example.answer if config.answers == "dataset" else target.output if target else ""
+        answer = tokenizer.answer(text) if target else []
         row = Row((*prompt, *answer), len(prompt), example.id)
-        found.append(Lesson(row, easy, taught.perplexity if taught else 0.0))
+        found.append(DraftRow(row, easy, target.perplexity if target else 0.0))
     return found
 
 
 def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Mean of the values of each row, 0 where a row has none: `[n]`, `[n]` -> `[rows]`."""
+    """Mean of the values of each row, 0 for a row without values: `[n]`, row numbers `[n]` -> `[rows]`."""
     zeros = torch.zeros(rows, device=values.device)
     return zeros.index_add(0, row, values) / zeros.index_add(0, row, torch.ones_like(values)).clamp(min=1)
 
@@ -138,27 +139,27 @@ def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
 def draft_loss(config: Config, base: Any = None) -> Loss:
     """The weighted sum of four losses: generation, difficulty, perplexity alignment, question.
 
-    `base` is the teacher where its distribution is learned.
+    With a teacher `base`, generation is the divergence from its distribution.
     """
 
-    def loss(model: DraftModel, taught: Lessons) -> tuple[Tensor, dict[str, float]]:
-        batch = taught.batch
+    def loss(model: DraftModel, rows: DraftBatch) -> tuple[Tensor, dict[str, float]]:
+        batch = rows.batch
         hidden = model.hidden(batch.ids)
         logit = model.easy_logit(hidden, batch.starts - 1)
-        difficulty = binary_cross_entropy_with_logits(logit, taught.easy)
+        difficulty = binary_cross_entropy_with_logits(logit, rows.easy)
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        asked = torch.where(position < batch.starts[:, None], batch.ids, IGNORE)
-        question = token_nats(model.lm.lm_head, hidden, asked)[0].mean()
+        question_labels = torch.where(position < batch.starts[:, None], batch.ids, IGNORE)
+        question = token_nats(model.lm.lm_head, hidden, question_labels)[0].mean()
         total = config.difficulty_weight * difficulty + config.question_weight * question
-        nothing = torch.zeros(())  # all processes tell the same figures, with an easy question or without
-        parts = {"difficulty": difficulty, "question": question, "generation": nothing, "alignment": nothing}
+        zero = torch.zeros(())  # every process must return the same figures, even without an easy question
+        parts = {"difficulty": difficulty, "question": question, "generation": zero, "alignment": zero}
         logits, target, row = labelled_logits(model.lm.lm_head, hidden, batch.labels)
         if len(target):
             nats = cross_entropy(logits, target, reduction="none")
             generation = nats.mean() if base is None else divergence(logits, _teacher_logits(base, batch))
-            speaking = torch.unique(row)
-            mean = row_means(nats, row, len(batch.ids))[speaking]
-            expected = taught.perplexity[speaking]
+            answered = torch.unique(row)
+            mean = row_means(nats, row, len(batch.ids))[answered]
+            expected = rows.perplexity[answered]
             alignment = (mean.clamp(max=_MAX_NATS).exp() - expected).square().mean()
             total = total + config.generation_weight * generation + config.alignment_weight * alignment
             parts |= {"generation": generation, "alignment": alignment}
@@ -172,15 +173,15 @@ def _teacher_logits(base: Any, batch: Batch) -> Tensor:
     return answer_logits(base, batch)[0]
 
 
-def judge(model: DraftModel, taught: Sequence[Lesson]) -> dict[str, float]:
-    """Difficulty accuracy and AUROC, share of the answers' tokens foreseen, error of the perplexity."""
+def judge(model: DraftModel, rows: Sequence[DraftRow]) -> dict[str, float]:
+    """Accuracy and AUROC of difficulty, share of answer tokens predicted, error of the perplexity."""
     from sklearn.metrics import roc_auc_score
 
     logits, easy, agreed, total, errors = [], [], 0, 0, []
-    for index in passes(taught):
-        logit, right, error = applied(model)(_judged, collate(taught, index))
+    for index in passes(rows):
+        logit, right, error = applied(model)(_judged, collate(rows, index))
         logits.append(logit.cpu())
-        easy += [taught[i].easy for i in index]
+        easy += [rows[i].easy for i in index]
         agreed, total = agreed + int(right.sum()), total + len(right)
         errors.append(error.cpu())
     p_easy = torch.cat(logits).sigmoid()
@@ -192,14 +193,14 @@ def judge(model: DraftModel, taught: Sequence[Lesson]) -> dict[str, float]:
     }
 
 
-def _judged(model: DraftModel, taught: Lessons) -> tuple[Tensor, Tensor, Tensor]:
-    """Difficulty logits `[rows]`, foreseen answer tokens `[n]`, error of the perplexity of rows with an answer."""
-    batch = taught.batch
+def _judged(model: DraftModel, rows: DraftBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Difficulty logits `[rows]`, answer tokens predicted `[n]`, error of the perplexity of rows with an answer."""
+    batch = rows.batch
     hidden = model.hidden(batch.ids)
     logits, target, row = labelled_logits(model.lm.lm_head, hidden, batch.labels)
-    speaking = torch.unique(row)
-    mean = row_means(cross_entropy(logits, target, reduction="none"), row, len(batch.ids))[speaking]
-    error = (mean.exp() - taught.perplexity[speaking]).abs()
+    answered = torch.unique(row)
+    mean = row_means(cross_entropy(logits, target, reduction="none"), row, len(batch.ids))[answered]
+    error = (mean.exp() - rows.perplexity[answered]).abs()
     return model.easy_logit(hidden, batch.starts - 1), logits.argmax(-1) == target, error
 
 
@@ -244,27 +245,28 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.manual_seed(context.seed)
     model = DraftModel(language_model)
     responses = read_responses(inputs["responses"].path)
-    asked = read_examples(split_path(inputs["examples"].path, "train"))
-    judging = lessons(asked[::_VALIDATE_EVERY], responses, tokenizer, config.model_copy(update={"answers": "base"}))
-    taught = lessons([e for i, e in enumerate(asked) if i % _VALIDATE_EVERY], responses, tokenizer, config)
+    examples = read_examples(split_path(inputs["examples"].path, "train"))
+    like_base = config.model_copy(update={"answers": "base"})
+    validation = draft_rows(examples[::_VALIDATE_EVERY], responses, tokenizer, like_base)
+    training = draft_rows([e for i, e in enumerate(examples) if i % _VALIDATE_EVERY], responses, tokenizer, config)
     base = load(inputs["model"].path).eval().requires_grad_(False) if config.distill else None
 
     def validate(apply: Apply) -> dict[str, float]:
-        return mean_figures(apply, judging, draft_loss(config), collate)
+        return mean_figures(apply, validation, draft_loss(config), collate)
 
-    at = train(model, taught, draft_loss(config, base), config.loop, out, context, validate, collate)
+    at = train(model, training, draft_loss(config, base), config.loop, out, context, validate, collate)
     save(model.lm, folder, out)
     model.save_difficulty(out / DIFFICULTY)
     curves_picture(out / "curves.png", at.losses, ("generation", "difficulty", "question", "alignment"), "loss")
     return {
         "parameters": parameters(model),
-        "rows": len(taught),
-        "easy_rows": sum(lesson.easy for lesson in taught),
+        "rows": len(training),
+        "easy_rows": sum(row.easy for row in training),
         "answers": config.answers,
         "steps": at.step,
         "stopped": at.stopped,
         "tokens": at.tokens,
-        **judge(model, judging),
+        **judge(model, validation),
         "curve": {"training": at.losses, "selection": at.validations},
         "model_sha256": sha256(out / "model.safetensors"),
     }

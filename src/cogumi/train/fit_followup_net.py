@@ -1,4 +1,4 @@
-"""How the net that notices a dissatisfied follow-up learns, and where its probability counts as a yes (SPEC F7)."""
+"""Training of the classifier of dissatisfied follow-ups, and the choice of its threshold (SPEC F7)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from cogumi.models.followup_lstm import FollowUpNet, Row, pad
 
-Figure = Callable[[NDArray[np.bool_], NDArray[np.bool_]], float]
-"""A figure of merit of what is positive and what was called so."""
+Metric = Callable[[NDArray[np.bool_], NDArray[np.bool_]], float]
+"""metric(labels, predictions), larger is better."""
 
 
 def fit(
@@ -28,7 +28,7 @@ def fit(
 ) -> None:
     """Train on probabilities [rows] by cross-entropy (AdamW, one cycle); the same seed gives the same net.
 
-    Rows of like length share a batch; `progress` is told batches done and in all, and the last loss.
+    Rows of similar length share a batch; `progress(batches done, batches in total, last loss)`.
     """
     order = np.random.default_rng(seed)
     lengths = [int((marks > net.marks.num_embeddings - 5).sum()) for _, marks in rows]  # of the follow-ups
@@ -55,7 +55,7 @@ def fit(
 
 
 def batches(lengths: Sequence[int], batch: int, order: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Every row once: shuffled, then by length within pools of 32 batches, then the batches shuffled."""
+    """Every row once: shuffled, sorted by length within pools of 32 batches, then the batches are shuffled."""
     shuffled = order.permutation(len(lengths))
     pools = [shuffled[i : i + 32 * batch] for i in range(0, len(shuffled), 32 * batch)]
     found = []
@@ -65,7 +65,7 @@ def batches(lengths: Sequence[int], batch: int, order: np.random.Generator) -> l
     return [found[i] for i in order.permutation(len(found))]
 
 
-def best_threshold(p: NDArray[np.float64], positive: NDArray[np.bool_], figure: Figure) -> float:
-    """The value of `p` [rows] from which on to call a row positive, by the greatest figure(positive, called)."""
-    cuts = np.unique(np.quantile(p, np.linspace(0, 1, 201)))
-    return float(max(cuts, key=lambda cut: figure(positive, p >= cut)))
+def best_threshold(p: NDArray[np.float64], positive: NDArray[np.bool_], metric: Metric) -> float:
+    """The threshold on `p` [rows] with the largest metric(positive, p >= threshold)."""
+    thresholds = np.unique(np.quantile(p, np.linspace(0, 1, 201)))
+    return float(max(thresholds, key=lambda threshold: metric(positive, p >= threshold)))

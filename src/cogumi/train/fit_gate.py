@@ -1,9 +1,9 @@
-"""Fits an answer gate: which form, which calibrator, from whose answers were correct (SPEC F2, F3).
+"""Fit a gate that predicts from signals whether an answer is correct: its form and its calibrator (SPEC F2, F3).
 
-Three forms are fitted on the gate-fit split: a logistic regression on the perplexity alone, one on all signals, and a
-class-weighted net 128 -> 64 -> 32 -> 1; each with the four calibrators of `confidence.calibrators`. Calibrators are
-fitted to out-of-fold logits (a net is too sure of rows it has seen). The pair with the lowest log-loss on the selection
-split wins.
+Three forms are fitted on the split `fit`: a logistic regression on the perplexity alone, one on all signals, and a
+class-weighted net 128 -> 64 -> 32 -> 1; each with the calibrators of `confidence.calibrators`. Calibrators are fitted
+to out-of-fold logits, because a net is overconfident on its training rows. The pair with the lowest log-loss on the
+split `selection` is used.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ ALONE = "mean_logprob"
 """The signal of the form `perplexity`."""
 HIDDEN = (128, 64, 32)
 DOMAIN = "domain_"
-"""Signals that no gate sees: with them it learns by heart how good the base is at each domain, and is wholly wrong
-about one that it was not calibrated on."""
+"""Prefix of signals hidden from gates: with them a gate memorizes the base's accuracy per domain and fails on domains
+that are not in the calibration data."""
 PROBE_C = 0.05
-"""Inverse regularisation of the probe: as many weights as the model is wide, and only some thousand rows."""
-FEW = 2 * FOLDS  # with fewer right or wrong rows than this there is nothing to learn
+"""Inverse regularisation strength of the probe, which has a weight per hidden unit but only some thousand rows."""
+FEW = 2 * FOLDS  # least number of right and of wrong rows
 
 Signals = Sequence[Mapping[str, float]]
 Outcomes = NDArray[np.float64]
@@ -40,17 +40,19 @@ Outcomes = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """A gate; its honest probabilities [n] for the rows it was fitted on (out of fold); what was compared."""
+    """A gate, its out-of-fold probabilities [n] on the rows it was fitted on, and the figures of the comparison."""
 
     gate: Gate
     out_of_fold: Outcomes
     figures: dict[str, Any]
 
 
-def fit_gate(rows: Signals, correct: Outcomes, chosen_on: Signals, chosen_by: Outcomes, seed: int) -> Fitted:
-    """Fit on `rows` with `correct` [n], choose on `chosen_on` with `chosen_by` [m].
+def fit_gate(
+    rows: Signals, correct: Outcomes, selection_rows: Signals, selection_correct: Outcomes, seed: int
+) -> Fitted:
+    """Fit on `rows` with `correct` [n], choose form and calibrator on `selection_rows` with `selection_correct` [m].
 
-    Where nearly all rows are correct, or nearly none, the gate is their share, whatever the signals.
+    If nearly all or nearly no rows are correct, the gate is constant: the share of correct rows.
     """
     names = tuple(sorted(name for name in rows[0] if not name.startswith(DOMAIN)))
     x, y = matrix(rows, names), np.asarray(correct, dtype=np.float64)
@@ -67,7 +69,7 @@ def fit_gate(rows: Signals, correct: Outcomes, chosen_on: Signals, chosen_by: Ou
             np.full(len(y), share),
             {"form": "constant", "calibrator": "none"},
         )
-    xs, ys = matrix(chosen_on, names), np.asarray(chosen_by, dtype=np.float64)
+    xs, ys = matrix(selection_rows, names), np.asarray(selection_correct, dtype=np.float64)
     candidates: list[Fitted] = []
     for form in FORMS[ALONE not in names :]:
         used = np.array([name == ALONE or form != "perplexity" for name in names])
@@ -84,7 +86,7 @@ def fit_gate(rows: Signals, correct: Outcomes, chosen_on: Signals, chosen_by: Ou
 def fit_probe(hidden: Outcomes, correct: Outcomes, seed: int) -> tuple[Net | None, Outcomes]:
     """A linear probe of hidden states [n, width] for `correct` [n] (arXiv 2602.11877), and out-of-fold logits [n].
 
-    None and zeros where nearly all rows are correct, or nearly none.
+    None and zeros if nearly all or nearly no rows are correct.
     """
     if min(correct.sum(), len(correct) - correct.sum()) < FEW:
         return None, np.zeros(len(correct))
@@ -92,12 +94,12 @@ def fit_probe(hidden: Outcomes, correct: Outcomes, seed: int) -> tuple[Net | Non
 
 
 def _out_of_fold(form: str, x: Outcomes, y: Outcomes, seed: int) -> Outcomes:
-    """Logits [n] of every row by a model that has not seen it."""
+    """Logits [n] of every row from a model fitted without it."""
     from sklearn.model_selection import StratifiedKFold
 
     logits = np.zeros(len(y))
-    for seen, unseen in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, y):
-        logits[unseen] = _train(form, x[seen], y[seen], seed).logits(x[unseen])[:, 0]
+    for fit, rest in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, y):
+        logits[rest] = _train(form, x[fit], y[fit], seed).logits(x[rest])[:, 0]
     return logits
 
 
@@ -123,6 +125,6 @@ def _train(form: str, x: Outcomes, y: Outcomes, seed: int) -> Net:
         random_state=seed,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the epoch limit is meant
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the epoch limit is intended
         net.fit(z, y, sample_weight=weight)
     return Net.of(scaler.mean_, scaler.scale_, net.coefs_, net.intercepts_)

@@ -1,8 +1,8 @@
-"""Stage `escalation`: the net that notices a dissatisfied follow-up (SPEC F7), an encoder distilled to an LSTM.
+"""Stage `escalation`: classifier of dissatisfied follow-ups (SPEC F7), a sentence encoder distilled to an LSTM.
 
-The teacher is a sentence encoder with one logit on its mean state, tuned on synthetic dialogues; it then gives its
-opinion of dialogues it has not learned. The student learns from more dialogues than a teacher can read in the time,
-their labels mixed with the teacher's opinion where there is one (Hinton et al. 2015).
+The teacher is a sentence encoder with one logit on its mean state, fine-tuned on synthetic dialogues; it then labels
+other dialogues. The student learns from more dialogues than the slow teacher can label; their true labels are mixed
+with the teacher's probabilities where these exist (Hinton et al. 2015).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _JUDGED: tuple[Set, ...] = ("selection", "heldout")
 
 
 class Config(BaseModel):
-    """`model` is the default, a folder or a Hub id; its last `layers` layers are tuned for `epochs` on `teacher_rows`
-    dialogues, and it judges `soft_rows` others. The student learns `rows` dialogues, among them those, for
-    `student_epochs`; `soft` is the weight of the opinion of a teacher that is always right, less for others. The
-    defaults take half a minute on one core; six layers and 2400 rows teach well, and take five minutes. A cascade acts
-    only where at most a share `false_alarms` of the content ones in the selection set would be taken for dissatisfied.
+    """`model` is the default encoder, a folder or a Hub id; its last `layers` layers are tuned for `epochs` on
+    `teacher_rows` dialogues, and it labels `soft_rows` others. The student learns `rows` dialogues including those, for
+    `student_epochs`; `soft` is the weight of a perfect teacher's probabilities, less for a worse one. The defaults take
+    half a minute on one core; six layers and 2400 rows give a good teacher and take five minutes. The cascade acts on a
+    threshold with at most the share `false_alarms` of satisfied users in the selection set above it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,11 +70,11 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Nothing -> escalation.onnx; accuracy of teacher and student, bytes, milliseconds per turn."""
-    torch.set_num_threads(1)  # on several, sums come out in another order each time
+    """No inputs -> escalation.onnx; metrics: accuracy of teacher and student, bytes, milliseconds per turn."""
+    torch.set_num_threads(1)  # with several threads the order of sums, and so the result, varies
     seed = context.seed
     dialogues = draw("train", config.teacher_rows + config.rows, seed)
-    taught, rest = dialogues[: config.teacher_rows], dialogues[config.teacher_rows :]
+    teacher_rows, rest = dialogues[: config.teacher_rows], dialogues[config.teacher_rows :]
     judged = {name: draw(name, config.judged, seed) for name in _JUDGED}
     encoder, tokenizer = load_encoder(config.model, context.root)
     words, table, scale = word_vectors(encoder, tokenizer, config.width)  # before the teacher is tuned
@@ -82,13 +82,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         teacher = Teacher(encoder, tokenizer, config.layers)
-        teacher.learn(taught, config.epochs, config.teacher_lr, seed)
-        opinion = teacher.judge(rest[: config.soft_rows])
+        teacher.learn(teacher_rows, config.epochs, config.teacher_lr, seed)
+        soft_labels = teacher.judge(rest[: config.soft_rows])
         teacher_accuracy = {name: _accuracy(teacher.judge(rows[:100]), rows[:100]) for name, rows in judged.items()}
         torch.manual_seed(seed)
         net = FollowUpNet(table, scale, MARKS, config.hidden, config.dropout)
-    trust = config.soft * max(0.0, 2 * teacher_accuracy["selection"] - 1)  # none for a coin
-    targets[: len(opinion)] += trust * (opinion - targets[: len(opinion)])
+    weight = config.soft * max(0.0, 2 * teacher_accuracy["selection"] - 1)  # 0 at chance accuracy
+    targets[: len(soft_labels)] += weight * (soft_labels - targets[: len(soft_labels)])
     numbers = numbered(words)
     rows = [encode(turn, numbers) for turn in (last_turn(d.messages) for d in rest) if turn]
     fit(
@@ -103,9 +103,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     path = out / FILE
     export(net, path, describe(words, 0.5, 0.5))
     p = _judge(Escalation(path), judged["selection"])
-    unhappy = _labels(judged["selection"]) > 0
-    threshold = best_threshold(p, unhappy, lambda truth, called: float(np.mean(truth == called)))
-    sure = float(np.quantile(p[~unhappy], 1 - config.false_alarms, method="higher"))
+    dissatisfied = _labels(judged["selection"]) > 0
+    threshold = best_threshold(p, dissatisfied, lambda labels, predicted: float(np.mean(labels == predicted)))
+    sure = float(np.quantile(p[~dissatisfied], 1 - config.false_alarms, method="higher"))
     export(net, path, describe(words, threshold, max(threshold, sure)))
     return {
         "rows": {"teacher": config.teacher_rows, "soft": config.soft_rows, "student": config.rows},
@@ -113,13 +113,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "threshold": threshold,
         "sure": max(threshold, sure),
         "teacher_accuracy": teacher_accuracy,
-        "teacher_weight": trust,
+        "teacher_weight": weight,
         **_report(Escalation(path), judged, path),
     }
 
 
 def _report(net: Escalation, judged: Mapping[Set, Sequence[Dialogue]], path: Path) -> dict[str, Any]:
-    """The training report: what the exported file does."""
+    """Figures of the exported file: accuracy, bytes, milliseconds per turn."""
     found = {name: _judge(net, rows) for name, rows in judged.items()}
     hits: dict[str, list[bool]] = {}
     for dialogue, p in zip(judged["heldout"], found["heldout"], strict=True):
@@ -135,21 +135,21 @@ def _report(net: Escalation, judged: Mapping[Set, Sequence[Dialogue]], path: Pat
 
 
 class Teacher:
-    """An encoder whose last `layers` layers are tuned, with one logit on the mean of its last states."""
+    """An encoder whose last `layers` layers are fine-tuned, with one logit on the mean of its last hidden states."""
 
     def __init__(self, encoder: Encoder, tokenizer: Any, layers: int) -> None:
         self._model, self._tokenizer = encoder.model, tokenizer
         stack = getattr(getattr(self._model, "encoder", None), "layer", None)
         if stack is None:
             name = type(self._model).__name__
-            raise RecipeError(f"{name} cannot teach; name a BERT-like sentence encoder as 'model'")
+            raise RecipeError(f"{name} cannot be the teacher; give a BERT-like sentence encoder as 'model'")
         self._model.requires_grad_(False)
         for layer in stack[-layers:]:
             layer.requires_grad_(True)
         self._head = nn.Linear(self._model.config.hidden_size, 1)  # type: ignore[union-attr, arg-type]
 
     def learn(self, dialogues: Sequence[Dialogue], epochs: int, lr: float, seed: int) -> None:
-        """AdamW, one cycle; the head learns ten times as fast as the layers."""
+        """AdamW, one cycle; the head's learning rate is ten times that of the layers."""
         rows, labels = [self._row(dialogue) for dialogue in dialogues], torch.from_numpy(_labels(dialogues))
         tuned = [p for p in self._model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": tuned}, {"params": list(self._head.parameters())}]
@@ -179,16 +179,16 @@ class Teacher:
 
     def _row(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
         question, answer, follow_up = (message.content[:_CHARACTERS] for message in dialogue.messages)
-        read = self._tokenizer.encode(f"{question} {answer}", follow_up)
-        return read.ids, read.type_ids
+        encoding = self._tokenizer.encode(f"{question} {answer}", follow_up)
+        return encoding.ids, encoding.type_ids
 
     def _logits(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        ids, types, seen = (
+        ids, types, mask = (
             nn.utils.rnn.pad_sequence([torch.tensor(values) for values in column], batch_first=True)
             for column in zip(*((ids, types, [1] * len(ids)) for ids, types in rows), strict=True)
         )
-        states = self._model(input_ids=ids, token_type_ids=types, attention_mask=seen).last_hidden_state
-        mean = (states * seen[..., None]).sum(dim=1) / seen.sum(dim=1, keepdim=True)
+        states = self._model(input_ids=ids, token_type_ids=types, attention_mask=mask).last_hidden_state
+        mean = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         logits: Tensor = self._head(mean)[:, 0]
         return logits
 

@@ -1,8 +1,8 @@
-"""The one training loop (SPEC C1): steps, schedule, validation, early stopping, exact resume, on one process or many.
+"""The training loop (SPEC C1): schedule, validation, early stopping and exact resume, on one process or several.
 
-Data order is a function of the step (`batches.Order`), and `checkpoint` keeps everything else the next step depends
-on. So a run that is killed and started again ends with the same bytes as one that was not. Started by `accelerate
-launch`, every process takes its share of each batch, weighted so that the sum is the whole batch's gradient.
+Data order is a function of the step (`batches.Order`), and `checkpoint` saves all other state. So a run that is killed
+and resumed ends with the same bytes as an uninterrupted one. Under `accelerate launch` every process computes a share
+of each batch, weighted so that the sum is the gradient of the whole batch.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ SHOWN_EVERY = 10
 """Steps between two recorded losses."""
 
 Loss: TypeAlias = Callable[[Any, Any], tuple[Tensor, dict[str, float]]]
-"""loss(model, batch) -> mean loss of the batch, and figures to show, `loss` among them."""
+"""loss(model, batch) -> mean loss of the batch, and figures to log, including `loss`."""
 Apply: TypeAlias = Callable[[Callable[[Any, Any], Any], Any], Any]
 """apply(function, batch) -> function(model, batch), on the model's device, without gradients and dropout."""
 
 
 class Item(Protocol):
-    """What an epoch shows once: a row, an episode."""
+    """One training item: a row or an episode."""
 
     @property
     def size(self) -> int:
-        """Tokens that are read: items of like size share a batch."""
+        """Number of tokens: items of similar size share a batch."""
 
     @property
     def weight(self) -> float:
-        """Share in a mean over items."""
+        """Weight in a mean over items."""
 
 
 class LoopConfig(BaseModel):
-    """Budgets are steps, never seconds. `lr` is AdamW's; `muon_lr`, if set, trains weight matrices by Muon instead.
+    """Training budgets are steps, never seconds. `lr` is AdamW's; with `muon_lr`, Muon trains the weight matrices.
 
-    `batch` items make a step, whatever the number of processes; each splits its share into `accumulate` parts, of which
-    one at a time is in memory. Training stops early after `patience` validations without improvement by `min_delta`;
-    where they are set, also when perplexity moved by less than the share `plateau` over `patience` validations, or when
-    the gradient's mean norm since the last validation is below `gradient_floor`.
+    A step takes `batch` items in total over all processes; each process splits its share into `accumulate` parts, of
+    which one at a time is in memory. Training stops early after `patience` validations without improvement by
+    `min_delta`; with `plateau`, also if perplexity changes by less than that share over `patience` validations; with
+    `gradient_floor`, also if the mean gradient norm since the last validation is below it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -64,22 +64,22 @@ class LoopConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0)
     warmup: int = Field(20, ge=0)
     schedule: Literal["cosine", "linear"] = "cosine"
-    final_lr: float = Field(0.05, ge=0, le=1, description="share of the learning rate left at the last step")
+    final_lr: float = Field(0.05, ge=0, le=1, description="share of the learning rate at the last step")
     clip: float = Field(1.0, gt=0)
     evaluate_every: int = Field(100, ge=1)
     patience: int = Field(5, ge=1)
     min_delta: float = Field(0.001, ge=0)
     plateau: float | None = Field(None, gt=0)
     gradient_floor: float | None = Field(None, gt=0)
-    keep: int = Field(1, ge=1, description="best weights kept; all but the very best as `best/<step>.safetensors`")
+    keep: int = Field(1, ge=1, description="number of best weights to keep; others as `best/<step>.safetensors`")
     checkpoint_every: int = Field(100, ge=1)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; weights stay what they are")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; weights keep their type")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile; pays on GPUs")
 
 
-class _Within(nn.Module):
-    """A model whose forward pass is any function of it, so that what wraps a model (data parallel, sharded) sees it."""
+class _FunctionModule(nn.Module):
+    """A module whose forward pass is any function of the model, so that data-parallel and sharding wrappers apply."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Within(nn.Module):
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """Factor on the learning rate at a step (from 0): linear warm-up, then by schedule down to `final_lr`."""
+    """Factor on the learning rate at a step (from 0): linear warm-up, then the schedule down to `final_lr`."""
     if step < config.warmup:
         return (step + 1) / (config.warmup + 1)
     done = min((step - config.warmup) / max(1, config.steps - config.warmup), 1.0)
@@ -104,7 +104,7 @@ def learning_rate(step: int, config: LoopConfig) -> float:
 def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     weights = trained(model)
     if not weights:
-        raise TrainingError("no weight of this model is trained; look at the adapter's targets")
+        raise TrainingError("this model has no trainable weights; check the adapter's targets")
     matrices = [
         p for n, p in weights.items() if config.muon_lr and p.ndim == 2 and "embed" not in n and "head" not in n
     ]
@@ -119,7 +119,7 @@ def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimi
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
-    """Compute activations a second time on the way back instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     from transformers import PreTrainedModel
 
     for module in model.modules():
@@ -129,7 +129,7 @@ def _checkpoint_gradients(model: nn.Module) -> None:
 
 
 class _Run:
-    """One run of `train`: model and optimizers as `accelerate` wraps them, and the files they are kept in."""
+    """One run of `train`: model and optimizers wrapped by `accelerate`, and the checkpoint."""
 
     def __init__(
         self, model: nn.Module, rows: Sequence[Item], loss: Loss, config: LoopConfig, collate: Any, out: Path, seed: int
@@ -146,41 +146,42 @@ class _Run:
         writes = self.accelerator.is_main_process
         self.checkpoint = Checkpoint(out / CHECKPOINT, identity(model), writes)
         self.at, state = self.checkpoint.resume(model)
-        within, *self.optimizers = self.accelerator.prepare(_Within(model, config.precision), *optimizers)
+        module = _FunctionModule(model, config.precision)
+        wrapped, *self.optimizers = self.accelerator.prepare(module, *optimizers)
         restore(self.optimizers, state)
-        self.within: Any = torch.compile(within) if config.compile else within
+        self.wrapped: Any = torch.compile(wrapped) if config.compile else wrapped
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.rates = rates
         self.norm = 0.0
 
     def apply(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """See `Apply`."""
-        self.within.eval()
+        self.wrapped.eval()
         with torch.no_grad():
-            return self.within(function, batch.to(self.accelerator.device))
+            return self.wrapped(function, batch.to(self.accelerator.device))
 
     def step(self, index: Sequence[int]) -> dict[str, float]:
-        """Train on the rows of one batch; returns its figures, weighted over this process's parts."""
+        """Train on the rows of one batch; returns this process's share of the figures, weighted by rows."""
         config, accelerator = self.config, self.accelerator
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate * learning_rate(self.at.step, config)
-        self.within.train()
+        self.wrapped.train()
         parts, processes = config.accumulate * accelerator.num_processes, accelerator.num_processes
         whole = sum(self.rows[i].weight for i in index)
         mine = [index[k::parts] for k in range(accelerator.process_index, parts, processes)]
         shown: dict[str, float] = {}
         for k, part in enumerate(mine):
             share = sum(self.rows[i].weight for i in part) / whole
-            part = part or index[:1]  # a process without a row still takes part, with nothing to say
+            part = part or index[:1]  # a process without rows must still synchronize; its share is 0
             last = k == len(mine) - 1
-            with nullcontext() if last else accelerator.no_sync(self.within):
-                value, figures = self.within(self.loss, self.collate(self.rows, part).to(accelerator.device))
+            with nullcontext() if last else accelerator.no_sync(self.wrapped):
+                value, figures = self.wrapped(self.loss, self.collate(self.rows, part).to(accelerator.device))
                 if not torch.isfinite(value):
                     self._refuse(f"loss is {value.item()}", part)
                 accelerator.backward(value * (share * processes))  # gradients are averaged over processes
             for name, figure in figures.items():
                 shown[name] = shown.get(name, 0.0) + figure * share
-        norm = float(accelerator.clip_grad_norm_(self.within.parameters(), config.clip))
+        norm = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip))
         if not math.isfinite(norm):
             self._refuse(f"the gradient's norm is {norm}", index)
         for optimizer in self.optimizers:
@@ -192,11 +193,11 @@ class _Run:
         self.norm = norm
         return shown
 
-    def _refuse(self, what: str, index: Sequence[int]) -> None:
+    def _refuse(self, problem: str, index: Sequence[int]) -> None:
         names = [getattr(self.rows[i], "id", "") or f"row {i}" for i in index[:8]]
         more = f" and {len(index) - 8} more" if len(index) > 8 else ""
         raise TrainingError(
-            f"{what} at step {self.at.step} on {', '.join(names)}{more}; lower the learning rate, or look at these rows"
+            f"{problem} at step {self.at.step} on {', '.join(names)}{more}; lower the learning rate or check these rows"
         )
 
     def everywhere(self, figures: dict[str, float]) -> dict[str, float]:
@@ -208,7 +209,7 @@ class _Run:
         return dict(zip(sorted(figures), summed, strict=True))
 
     def judge(self, figures: Mapping[str, float], stop: str) -> None:
-        """Take note of a validation: keep the weights if they are among the best, and see whether to go on."""
+        """Record a validation: keep the weights if they are among the best, and decide whether to stop."""
         at, config = self.at, self.config
         at.validations.append((at.step, {name: float(value) for name, value in figures.items()}))
         if stop:
@@ -224,28 +225,28 @@ class _Run:
         at.norms = 0.0
 
     def finish(self, out: Path) -> None:
-        """Leave the model with its best weights, and those of other good steps in files of their own."""
+        """Load the best weights into the model, and write those of the other kept steps to `best/`."""
         self.accelerator.wait_for_everyone()
         self.checkpoint.restore_best(self.model, self.at)
         for _, step in self.at.kept[1:]:
             if self.accelerator.is_main_process:
                 (out / "best").mkdir(exist_ok=True)
                 shutil.copyfile(self.checkpoint.best(step), out / "best" / f"{step}.safetensors")
-        self.accelerator.wait_for_everyone()  # until then the files must stay where they are
+        self.accelerator.wait_for_everyone()  # other processes may still read the files
 
 
 def reason_to_stop(at: Progress, config: LoopConfig) -> str:
-    """Why training should end now; empty if it should go on."""
+    """Reason to stop training now, or an empty string."""
     losses = [figures["loss"] for _, figures in at.validations]
     if at.stale >= config.patience:
         return f"no improvement in {config.patience} validations"
     if config.plateau and len(losses) > config.patience:
         recent = [math.exp(min(loss, 700.0)) for loss in losses[-config.patience - 1 :]]
         if max(recent) - min(recent) < config.plateau * min(recent):
-            return f"perplexity moved by less than {config.plateau:.2%} in {config.patience} validations"
+            return f"perplexity changed by less than {config.plateau:.2%} in {config.patience} validations"
     since = at.step - (at.validations[-2][0] if len(at.validations) > 1 else 0)
     if config.gradient_floor and at.norms / since < config.gradient_floor:
-        return f"the gradient's mean norm is below {config.gradient_floor}"
+        return f"the mean gradient norm is below {config.gradient_floor}"
     return ""
 
 
@@ -261,10 +262,10 @@ def train(
     stop: Callable[[Mapping[str, float]], str] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> Progress:
-    """Train `model` in place and leave it with its best weights by `validate(apply)["loss"]` (last weights without).
+    """Train `model` in place; it ends with the weights of the lowest `validate(apply)["loss"]`, or the last without.
 
-    `stop` may end training for what a validation found, by giving the reason; those weights are then no candidates, but
-    those it began with are. `after_step` may correct the weights of every step before anybody sees them.
+    `stop(figures)` ends training after a validation by returning a reason; the weights of that validation are not
+    kept, while the initial weights count as candidates. `after_step()` may correct the weights after every step.
     Raises `TrainingError` at the first loss or gradient that is not finite, with the step and its rows, and for a
     checkpoint of another model.
     """
@@ -302,7 +303,7 @@ def train(
 
 
 def _log(context: Context, step: int) -> Any:
-    """A TensorBoard file beside the build's steps; one of a run that goes on takes over at its step."""
+    """A TensorBoard writer; a resumed run continues at its step."""
     if context.logs is None:
         return None
     from torch.utils.tensorboard import SummaryWriter

@@ -1,4 +1,4 @@
-"""Losses as plain functions `(model, batch) -> (loss, figures)`; a loop takes any of them."""
+"""Losses as functions `(model, batch) -> (loss, figures)` for the training loop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from cogumi.train.loop import Loss
 
 
 def labelled_logits(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the position before each labelled token says about it: logits `[n, vocabulary]`, tokens `[n]`, rows `[n]`.
+    """Predictions of all labelled tokens: logits `[n, vocabulary]`, tokens `[n]`, row numbers `[n]`.
 
-    `hidden` `[rows, positions, width]`, `labels` `[rows, positions]`. The head runs on these positions only.
+    `hidden` `[rows, positions, width]`, `labels` `[rows, positions]`. The head runs on the positions before these
+    tokens only.
     """
     target = labels[:, 1:]
     row, position = torch.nonzero(target != IGNORE, as_tuple=True)
@@ -24,13 +25,13 @@ def labelled_logits(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each labelled token, `[n]`, and the row of each."""
+    """Negative log-likelihood of each labelled token `[n]`, and its row number `[n]`."""
     logits, target, row = labelled_logits(head, hidden, labels)
     return cross_entropy(logits, target, reduction="none"), row
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """`labelled_logits` of the answer tokens; prompts are read, never learned."""
+    """`labelled_logits` of the answer tokens; prompts have no labels."""
     core = language_model(model)
     return labelled_logits(core.lm_head, core.model(input_ids=batch.ids).last_hidden_state, batch.labels)
 
@@ -45,32 +46,32 @@ def answer_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean KL(teacher || model) in nats per token of logits `[n, vocabulary]`, both softened by the temperature.
 
-    Times its square, so that gradients keep their size (Hinton et al., 1503.02531).
+    It is multiplied by the squared temperature, so that gradients keep their scale (Hinton et al., 1503.02531).
     """
-    said, wanted = ((side / temperature).log_softmax(-1) for side in (logits, teacher))
-    return kl_div(said, wanted, reduction="batchmean", log_target=True) * temperature**2
+    student, target = ((side / temperature).log_softmax(-1) for side in (logits, teacher))
+    return kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
 def distillation(teacher: Any, temperature: float = 1.0, answers: float = 0.0) -> Loss:
-    """`divergence` of a model from the teacher over answer tokens; the teacher is not trained.
+    """`divergence` of a model from a frozen teacher over answer tokens.
 
-    The share `answers` of the loss is that of the reference answers.
+    The cross-entropy of the reference answers has the share `answers` of the loss.
     """
 
     def loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
-            wanted = answer_logits(teacher.to(batch.ids.device), batch)[0]
+            teacher_logits = answer_logits(teacher.to(batch.ids.device), batch)[0]
         logits, target, _ = answer_logits(model, batch)
-        found = divergence(logits, wanted, temperature)
+        total = divergence(logits, teacher_logits, temperature)
         if answers:
-            found = (1 - answers) * found + answers * cross_entropy(logits, target)
-        return found, {"loss": float(found.detach())}
+            total = (1 - answers) * total + answers * cross_entropy(logits, target)
+        return total, {"loss": float(total.detach())}
 
     return loss
 
 
 def answer_figures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Per row: nats of its answer, and whether greedy decoding would give it word for word; `[rows]` each."""
+    """Per row: nats of its answer, and whether greedy decoding gives it exactly; `[rows]` each."""
     logits, target, row = answer_logits(model, batch)
     rows = torch.zeros(len(batch.ids), device=logits.device)
     nats = rows.index_add(0, row, cross_entropy(logits, target, reduction="none").float())

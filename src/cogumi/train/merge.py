@@ -1,4 +1,4 @@
-"""Stage `merge`: an adapter added to its base's weights, if the result says the same (SPEC C11)."""
+"""Stage `merge`: add an adapter to its base's weights, if the merged model is as good (SPEC C11)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INPUTS = {"examples": "examples", "model": "model", "adapter": "adapter"}
 
 
 class Config(BaseModel):
-    """`tolerance` is how much more perplexity the merged model may have than base and adapter side by side."""
+    """`tolerance`: permitted increase of nats per token of the merged model over base and separate adapter."""
 
     model_config = ConfigDict(extra="forbid")
     tolerance: float = Field(0.01, ge=0, description="share of the perplexity, about nats per token")
@@ -42,14 +42,14 @@ def estimate(config: Config, given: Given) -> Estimate:
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`examples`, `model` and `adapter` (a PEFT folder) -> a model folder.
 
-    Raises `TrainingError` for an adapter of another base, and if merging loses more than `tolerance`.
+    Raises `TrainingError` for an adapter of another base, and if merging costs more than `tolerance`.
     """
     torch.set_num_threads(context.threads)
     folder, adapter = inputs["model"].path, inputs["adapter"]
     trained_on = adapter.metrics.get("base_sha256")
     if trained_on and trained_on != sha256(folder / "model.safetensors"):
         raise TrainingError(
-            f"the adapter {adapter.path} was trained on another base than {folder}; merge it into its own"
+            f"the adapter {adapter.path} was trained on another base than {folder}; merge it into its own base"
         )
     tokenizer = HFTokenizer.load(folder)
     model = load(folder)
@@ -64,7 +64,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     lost = figures["merged"]["loss"] - figures["attached"]["loss"]
     if lost > config.tolerance:
         raise TrainingError(
-            f"merging costs {lost:.3f} nats per token; leave the adapter beside the base (stage 'gguf')"
+            f"merging costs {lost:.3f} nats per token; export the adapter as a separate file (stage 'gguf')"
         )
     save(model, folder, out)
     return {**figures, "model_sha256": sha256(out / "model.safetensors")}

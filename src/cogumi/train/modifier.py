@@ -1,7 +1,7 @@
-"""Stage `modifier`: a LoRA on the frozen base for one domain, from the questions the base really failed (SPEC C6).
+"""Stage `modifier`: a LoRA on the frozen base for one domain, trained on the questions that the base failed (SPEC C6).
 
-The metrics say what it gained on the domain's selection questions and what it would cost on all others, were it asked:
-a gate of the recipe may refuse it by them.
+The metrics report its gain on the domain's selection questions and its loss on all others; a gate of the recipe can
+reject it by these figures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAINS = True
 
 
 class Config(BaseModel):
-    """`rows: random` trains the control: as many random questions of the domain as the base failed."""
+    """`rows: random` is the control, trained on as many random questions of the domain as the base failed."""
 
     model_config = ConfigDict(extra="forbid")
     domain: str
@@ -68,32 +68,35 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     base = inputs["model"].path
     data = inputs["examples"].path
     responses = read_responses(inputs["responses"].path)
-    asked = [e for e in read_examples(split_path(data, "train")) if e.domain == config.domain and e.id in responses]
-    failed = [e for e in asked if not responses[e.id].correct]
+    questions = read_examples(split_path(data, "train"))
+    questions = [e for e in questions if e.domain == config.domain and e.id in responses]
+    failed = [e for e in questions if not responses[e.id].correct]
     if not failed:
-        raise TrainingError(f"the base failed no training question of '{config.domain}': it needs no modifier there")
-    chosen = failed if config.rows == "failures" else random.Random(context.seed).sample(asked, len(failed))
+        raise TrainingError(
+            f"the base failed no training question of '{config.domain}', so it needs no modifier for it"
+        )
+    chosen = failed if config.rows == "failures" else random.Random(context.seed).sample(questions, len(failed))
     tokenizer = HFTokenizer.load(base)
     model = load(base, config.quantize)
     room = model.config.max_position_embeddings
     selection = read_examples(split_path(data, "selection"))
     own = make_rows([e for e in selection if e.domain == config.domain], tokenizer, room)
-    others = [e for e in selection if e.domain != config.domain]
-    foreign = make_rows(others, tokenizer, room) if others else []
-    before, elsewhere = _exact(model, own), _exact(model, foreign)
+    other_examples = [e for e in selection if e.domain != config.domain]
+    others = make_rows(other_examples, tokenizer, room) if other_examples else []
+    before, elsewhere = _exact(model, own), _exact(model, others)
     model = attach(model, config.lora, context.seed)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = make_rows(chosen, tokenizer, room)
     at = train(model, rows, answer_loss, config.loop, out, context, lambda apply: judge_answers(apply, own))
     save(model, out)
     after = judge_answers(applied(model), own)
-    exact_elsewhere = {"before": elsewhere, "after": _exact(model, foreign)}
+    exact_elsewhere = {"before": elsewhere, "after": _exact(model, others)}
     nats = {"attached": after["loss"]}
     if config.quantize is None:
         nats["merged"] = judge_answers(applied(merged(model)), own)["loss"]
     return {
         "domain": config.domain,
-        "asked": len(asked),
+        "asked": len(questions),
         "failed": len(failed),
         "trained_on": config.rows,
         "too_long": len(chosen) - len(rows),

@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrices are orthogonalised before each step (Jordan et al., 2024).
+"""Muon: momentum with orthogonalised updates of weight matrices (Jordan et al., 2024).
 
-`torch.optim.Muon` iterates in bfloat16, which a CPU without bf16 units runs many times slower than fp32; here the
-iteration stays in the weights' own precision, and matrices of one shape are iterated as one batch.
+`torch.optim.Muon` iterates in bfloat16, which is many times slower than fp32 on a CPU without bf16 units. Here the
+iteration uses the precision of the weights, and matrices of equal shape form one batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Newton-Schulz quintic iteration on `[n, rows, columns]`: singular values go to about 1, directions stay."""
+    """Newton-Schulz quintic iteration on `[n, rows, columns]`: singular values become about 1, directions stay."""
     a, b, c = _QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

@@ -1,9 +1,9 @@
-"""Stage `recover`: win back what compression cost a model (SPEC C8).
+"""Stage `recover`: recover the quality that a model lost by compression (SPEC C8).
 
-A conservative LoRA on the training questions that the damaged model finds hardest, stopped the moment the selection
-split is answered no better than before, and merged. Where the loss rose much and the uncompressed model is at hand, its
-distribution is learned instead of the bare answers (Hinton et al., 1503.02531, at temperature 1). A model is never
-given back worse than it came: what the adapter could not better is returned as it was.
+A LoRA with low learning rates is trained on the training questions that are hardest for the compressed ("damaged")
+model, until the selection split shows no improvement, and merged. If the loss rose much and the uncompressed model is
+given, its distribution is learned instead of the reference answers (Hinton et al., 1503.02531, temperature 1). If the
+result is not better, the output is the unchanged model.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ OPTIONAL = {"original": "model"}
 TRAINS = True
 
 Figures: TypeAlias = Mapping[str, float]
-"""What `train.validation.judge_answers` tells: `loss` and `exact`."""
+"""Figures of `train.validation.judge_answers`: `loss` and `exact`."""
 
 
 class Conservative(LoopConfig):
-    """The documents' rates. Training ends with the first validation that is no better."""
+    """The specification's rates. Training ends at the first validation without improvement."""
 
     lr: float = Field(8e-7, gt=0)
     clip: float = Field(0.3, gt=0)
@@ -62,12 +62,12 @@ class Conservative(LoopConfig):
 
 
 class Config(BaseModel):
-    """`share` of the training questions, the hardest, are learned for `epochs`, though for no more than `loop.steps`.
-    Hardest `by` perplexity, or by how much more they surprise the damaged model than the original one. The original
-    teaches where the loss rose by more than the share `distil_above`.
+    """The hardest `share` of the training questions are learned for `epochs`, but at most for `loop.steps`. Questions
+    are ranked `by` perplexity, or by its rise from the original to the damaged model. The original is the teacher if
+    the loss rose by more than the share `distil_above`.
 
-    `mask: keep` holds weights that are exactly 0 (pruned) at 0, in training and after. Without `merge` the model is
-    written as it came, with the adapter beside it in `adapter/`.
+    `mask: keep` holds weights that are exactly 0 (pruned) at 0, in training and in the output. Without `merge` the
+    output is the unchanged model and the adapter in `adapter/`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -81,8 +81,8 @@ class Config(BaseModel):
     loop: Conservative = Conservative()
 
 
-def surprise(apply: Apply, rows: Sequence[Row]) -> NDArray[np.float64]:
-    """Nats per answer token of each row `[rows]`: the logarithm of its perplexity."""
+def log_perplexity(apply: Apply, rows: Sequence[Row]) -> NDArray[np.float64]:
+    """Nats per answer token of each row `[rows]`."""
     nats = np.zeros(len(rows))
     for index in passes(rows):
         nats[index] = apply(answer_figures, collate(rows, index))[0].cpu().numpy()
@@ -90,24 +90,24 @@ def surprise(apply: Apply, rows: Sequence[Row]) -> NDArray[np.float64]:
     return per_token
 
 
-def hardest(surprise: NDArray[np.float64], share: float) -> list[int]:
-    """Rows of the highest surprise, at least one, hardest first."""
-    order = np.argsort(-surprise, kind="stable")
+def hardest(hardness: NDArray[np.float64], share: float) -> list[int]:
+    """The `share` of rows with the largest `hardness` [rows], at least one, hardest first."""
+    order = np.argsort(-hardness, kind="stable")
     return [int(i) for i in order[: max(1, round(share * len(order)))]]
 
 
 def hold_zeros(model: Any) -> dict[str, Tensor]:
-    """Keep the adapter of a peft model from moving weights that are 0; returns where they are, by layer."""
-    dead = {}
+    """Exclude weights that are 0 from the adapter of a peft model; returns masks of these weights by layer."""
+    masks = {}
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            dead[name] = layer.get_base_layer().weight == 0
-            layer.register_forward_hook(_undo_on(dead[name]))
-    return dead
+            masks[name] = layer.get_base_layer().weight == 0
+            layer.register_forward_hook(_undo_on(masks[name]))
+    return masks
 
 
 def _undo_on(zero: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that takes the update of the weights in `zero` off a layer's output."""
+    """A hook that subtracts the adapter's update of the weights in mask `zero` from a layer's output."""
 
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output - linear(inputs[0], layer.get_delta_weight("default") * zero.to(output.device))
@@ -115,10 +115,10 @@ def _undo_on(zero: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], 
     return hook
 
 
-def merge(model: Any, dead: Mapping[str, Tensor]) -> Any:
-    """The plain model with its adapter in its weights; those in `dead` are 0 again."""
+def merge(model: Any, masks: Mapping[str, Tensor]) -> Any:
+    """The model with its adapter merged; weights in `masks` are reset to 0."""
     layers = dict(model.named_modules())
-    weights = [(layers[name].get_base_layer().weight, zero) for name, zero in dead.items()]
+    weights = [(layers[name].get_base_layer().weight, zero) for name, zero in masks.items()]
     plain = merged(model)
     with torch.no_grad():
         for weight, zero in weights:
@@ -128,17 +128,19 @@ def merge(model: Any, dead: Mapping[str, Tensor]) -> Any:
 
 def _teacher(folder: Path, tokenizer: HFTokenizer) -> Any:
     if HFTokenizer.load(folder).raw.get_vocab() != tokenizer.raw.get_vocab():
-        raise TrainingError(f"{folder} has another vocabulary than the model to recover; give what that was made from")
+        raise TrainingError(
+            f"{folder} has another vocabulary than the model to recover; give its uncompressed original"
+        )
     return load(folder).eval()
 
 
 def better(found: Figures, before: Figures) -> bool:
-    """Less loss and no fewer exact answers: a lower loss alone may only mean that wrong answers are less sure."""
+    """Lower loss and no fewer exact answers: a lower loss alone may only mean less confident wrong answers."""
     return found["loss"] < before["loss"] and found["exact"] >= before["exact"]
 
 
 def zeros(model: nn.Module) -> int:
-    """Weights that are exactly 0."""
+    """Number of weights that are exactly 0."""
     return sum(int((p == 0).sum()) for p in model.parameters())
 
 
@@ -170,39 +172,39 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     teacher: Any = _teacher(inputs["original"].path, tokenizer) if "original" in inputs else None
     original = judge_answers(applied(teacher), selection) if teacher else None
     distils = original is not None and before["loss"] > (1 + config.distil_above) * original["loss"]
-    hardness = surprise(applied(model), rows)
+    hardness = log_perplexity(applied(model), rows)
     if config.by == "rise":
-        hardness -= surprise(applied(teacher), rows)
+        hardness -= log_perplexity(applied(teacher), rows)
     chosen = hardest(hardness, config.share)
     hard = [rows[i] for i in chosen]
-    zero = zeros(model)
+    zeros_before = zeros(model)
     adapted = attach(model, config.lora, context.seed)
-    dead = hold_zeros(adapted) if config.mask else {}
-    loop = _within(config, hard)
+    masks = hold_zeros(adapted) if config.mask else {}
+    loop = _limited(config, hard)
 
     def validate(apply: Apply) -> dict[str, float]:
-        """What is no better than the damaged model has an infinite loss: already the first look can end training."""
-        seen = judge_answers(apply, selection)
-        return {**seen, "loss": seen["loss"] if better(seen, before) else math.inf, "nats": seen["loss"]}
+        """The loss is infinite without improvement over `before`, so that the first validation can end training."""
+        found = judge_answers(apply, selection)
+        return {**found, "loss": found["loss"] if better(found, before) else math.inf, "nats": found["loss"]}
 
     at = train(adapted, hard, distillation(teacher) if distils else answer_loss, loop, out, context, validate)
     if not config.merge and math.isfinite(at.best):
         (out / "adapter").mkdir(exist_ok=True)
         save_adapter(adapted, out / "adapter")
-    model = merge(adapted, dead)
+    model = merge(adapted, masks)
     after = judge_answers(applied(model), selection)
-    won = better(after, before)
-    save(model if won and config.merge else load(folder), folder, out)
+    improved = better(after, before)
+    save(model if improved and config.merge else load(folder), folder, out)
     return {
         "hardest": {"rows": len(hard), "by": config.by, "nats_from": float(hardness[chosen[-1]])},
         "distilled": distils,
         "steps": at.step,
         "steps_planned": loop.steps,
-        "best_step": at.best_step if won else 0,
+        "best_step": at.best_step if improved else 0,
         "stopped": at.stopped,
-        "returned": "recovered" if won else "damaged",
-        "zeros": {"before": zero, "after": zeros(model) if won else zero},
-        **_quality(original, before, after if won else before),
+        "returned": "recovered" if improved else "damaged",
+        "zeros": {"before": zeros_before, "after": zeros(model) if improved else zeros_before},
+        **_quality(original, before, after if improved else before),
         "curve": {
             "training": at.losses,
             "selection": [(step, figures["nats"], figures["exact"]) for step, figures in at.validations],
@@ -211,15 +213,17 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     }
 
 
-def _within(config: Config, rows: Sequence[Row]) -> LoopConfig:
+def _limited(config: Config, rows: Sequence[Row]) -> LoopConfig:
+    """The loop's config with at most `epochs` over the rows."""
     per_epoch = Order(tuple(row.size for row in rows), config.loop.batch, 0).per_epoch
     return config.loop.model_copy(update={"steps": min(config.loop.steps, config.epochs * per_epoch)})
 
 
 def _quality(original: Figures | None, damaged: Figures, recovered: Figures) -> dict[str, Any]:
-    """Selection figures of all three; `won_back` is the share of the lost nats, the ratios are to the original's.
+    """Selection figures of all models; `won_back` is the recovered share of the lost nats.
 
-    `quality_ratio` compares perplexities, `exact_ratio` exact answers; all three are None without an original.
+    `quality_ratio` is perplexity(original) / perplexity(recovered), `exact_ratio` exact(recovered) / exact(original);
+    all three are None without an original.
     """
     given = {"damaged": damaged, "recovered": recovered} | ({"original": original} if original else {})
     found: dict[str, Any] = {

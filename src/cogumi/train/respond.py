@@ -1,6 +1,6 @@
-"""Stage `respond`: a model answers the training questions and is graded (SPEC C4, B3).
+"""Stage `respond`: a model's graded answers to the training questions (SPEC C4, B3).
 
-Its answers to easy questions are what the draft learns to foresee; its failures are what modifiers are trained on.
+The draft is trained on its answers to easy questions, modifiers on the questions it fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INPUTS = {"examples": "examples", "model": "model"}
 
 
 class Config(BaseModel):
-    """`rows` limits how many training questions are asked (None: all)."""
+    """`rows` limits the number of training questions (None: all)."""
 
     model_config = ConfigDict(extra="forbid")
     rows: int | None = Field(None, ge=1)

@@ -1,9 +1,8 @@
 """Stage `router`: the domain router (SPEC F5), a net in -> 64 -> 32 -> classes on the draft's hidden states.
 
-Its classes are the domains of the training split, whether or not a modifier comes of them: at run time what has no
-modifier is the base's business (`confidence.domain_router`), and so is what the router knows nothing about: a question
-whose highest probability stays below `scope`. That cut is set on the selection split at a stated rate of false alarms
-and travels in the net's file.
+Its classes are all domains of the training split. At run time the base answers questions of domains without a modifier
+(`confidence.domain_router`), and out-of-scope questions: those whose highest class probability is below `scope`. This
+threshold is set on the selection split at a given false-alarm rate and stored in the net's file.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ CLASSES = 6
 
 
 class Config(BaseModel):
-    """`rows` of the training split train it; `context` bounds a question's tokens; `false_alarms` is the share of
-    known questions that may count as out of scope.
+    """`rows` of the training split to train on; `context`: most tokens of a question; `false_alarms`: share of known
+    questions that may count as out of scope.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,7 +47,7 @@ class Config(BaseModel):
 
 
 def train(x: NDArray[np.float64], domains: Sequence[str], epochs: int, seed: int) -> Net:
-    """A router of any vectors [n, in] to their domains. Raises `DataError` for fewer than two domains."""
+    """A classifier of vectors [n, in] by domain. Raises `DataError` for fewer than two domains."""
     return Net.of(*fit_classifier(x, domains, epochs, seed))
 
 
@@ -70,13 +69,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     splits["train"] = splits["train"][: config.rows]
     draft = LlamaEngine(inputs["draft_gguf"].path / "model.gguf", slots=1, context=config.context, lookup=False)
     try:
-        total, seen, features = sum(map(len, splits.values())), 0, {}
+        total, done, features = sum(map(len, splits.values())), 0, {}
         for name, examples in splits.items():
             rows = []
-            for example in examples:  # one at a time: how reads share batches must not reach the bytes
+            for example in examples:  # one at a time, because batching would change the bytes
                 rows.append(router_input(draft.read(Request(messages=example.messages))))
-                seen += 1
-                context.progress(seen, total, {})
+                done += 1
+                context.progress(done, total, {})
             features[name] = np.array(rows)
     finally:
         draft.close()

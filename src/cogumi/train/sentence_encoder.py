@@ -1,4 +1,4 @@
-"""Stage `embedder`: a sentence encoder that runs without torch (SPEC F5, F12); by default all-MiniLM-L6-v2."""
+"""Stage `embedder`: a sentence encoder as ONNX, which runs without torch (SPEC F5, F12); default all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cogumi.models.encoder import DEFAULT, export_encoder, load_encoder
 VERSION = 1
 KIND = "embedder"
 INPUTS: dict[str, str] = {}
-PROBES = (
+CHECK_TEXTS = (
     "",
     "7 + 5 * 12 = ?",
     "How do I reset my password?",
@@ -33,12 +33,12 @@ PROBES = (
     "Name three causes of the First World War and explain in one sentence each why historians still argue about them.",
     "The quick brown fox jumps over the lazy dog. " * 40,
 )
-"""What the exported model is compared with torch on."""
+"""Texts on which the exported model is compared with torch."""
 
 
 class Config(BaseModel):
-    """`model` is the default, a folder or a Hub id. `int8` costs 0.0004 of the correlation on STS-B (0.8199 against
-    0.8203) and takes a quarter of the bytes.
+    """`model` is the default encoder, a folder or a Hub id. `int8` costs 0.0004 of the correlation on STS-B (0.8199
+    against 0.8203) and takes a quarter of the bytes.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,14 +52,14 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Nothing -> embedder.onnx and embedder.json; size, least cosine to torch's vectors, milliseconds per question."""
+    """No inputs -> embedder.onnx, embedder.json; metrics: bytes, least cosine to torch, milliseconds per question."""
     encoder, tokenizer = load_encoder(config.model, context.root)
     export_encoder(encoder, tokenizer, out / MODEL, out / TOKENIZER, int8=config.int8)
     embedder = Embedder(out)
     with torch.no_grad():
-        expected = [encoder(torch.tensor([tokenizer.encode(text).ids]))[0].numpy() for text in PROBES]
-    agreement = np.einsum("ij,ij->i", embedder.embed(PROBES), np.stack(expected))
-    seconds = timeit.repeat(lambda: embedder.embed(PROBES[2:4]), number=1, repeat=20)
+        expected = [encoder(torch.tensor([tokenizer.encode(text).ids]))[0].numpy() for text in CHECK_TEXTS]
+    agreement = np.einsum("ij,ij->i", embedder.embed(CHECK_TEXTS), np.stack(expected))
+    seconds = timeit.repeat(lambda: embedder.embed(CHECK_TEXTS[2:4]), number=1, repeat=20)
     return {
         "bytes": (out / MODEL).stat().st_size,
         "width": embedder.width,

@@ -1,6 +1,6 @@
-"""Stage `sft`: supervised training, from nothing or from given weights, of all weights or of a LoRA (SPEC C1, C11).
+"""Stage `sft`: supervised training from scratch or from given weights, of all weights or of a LoRA (SPEC C1, C11).
 
-A LoRA is merged into the model at the end; what the merged model says is measured beside what model and adapter said.
+A LoRA is merged into the model at the end; the metrics compare the merged model with base and separate adapter.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ TRAINS = True
 
 
 class Config(BaseModel):
-    """`init` is `scratch`, a model folder, or a Hub id. With `lora` only an adapter is trained, on weights that
-    `quantize` (`nf4`) holds in 4 bits on a GPU: QLoRA.
+    """`init` is `scratch`, a model folder, or a Hub id. With `lora` only an adapter is trained; with `quantize` (`nf4`)
+    the frozen weights are held in 4 bits on a GPU (QLoRA).
 
-    An example is seen as many times per epoch as the product of its `weights` says; a key is a domain, a difficulty, or
-    `domain/difficulty`.
+    The number of times that an example occurs per epoch is the product of its `weights`; a key is a domain, a
+    difficulty, or `domain/difficulty`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,7 +56,7 @@ class Config(BaseModel):
 
 
 def weighted(examples: Sequence[Example], weights: Mapping[str, float], seed: int) -> list[Example]:
-    """Every example floor(weight) times, and once more with the chance of the rest; seeded."""
+    """Every example floor(weight) times, and once more with the fractional part as probability; seeded."""
     rng = random.Random(seed)
     result: list[Example] = []
     for example in examples:
@@ -83,7 +83,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     """`examples` (and `tokenizer`, when training from scratch) -> a model folder."""
     torch.set_num_threads(context.threads)
     if config.quantize and config.lora is None:
-        raise TrainingError("weights in 4 bits cannot be trained themselves; give 'lora' beside 'quantize'")
+        raise TrainingError("weights in 4 bits cannot be trained; set 'lora' beside 'quantize'")
     if config.init == "scratch":
         folder = inputs["tokenizer"].path
         model = build(config.shape, HFTokenizer.load(folder), context.seed)
@@ -95,9 +95,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     data = inputs["examples"].path
     examples = weighted(read_examples(split_path(data, "train")), config.weights, context.seed)
     rows = make_rows(examples, tokenizer, room)
-    judging = read_examples(split_path(data, "selection"))
-    domain = {e.id: e.domain for e in judging}
-    selection = make_rows(judging, tokenizer, room)
+    selection_examples = read_examples(split_path(data, "selection"))
+    domain = {e.id: e.domain for e in selection_examples}
+    selection = make_rows(selection_examples, tokenizer, room)
 
     def validate(apply: Apply) -> dict[str, float]:
         return judge_answers(apply, selection, [domain[row.id] for row in selection])

@@ -1,9 +1,9 @@
-"""What several LoRA adapters have in common: one shared update and a small one of each adapter's own (SPEC C10).
+"""Split LoRA adapters into one shared update and a small head per adapter (SPEC C10).
 
 Joint and individual variation explained (Lock et al., 1102.4110) on weight updates: minimise the sum over adapters of
 |W_d - S - H_d|^2, where S has the shared rank and every H_d the heads' rank. Given the heads, the best S is the
-truncated SVD of the mean of W_d - H_d; given S, the best H_d that of W_d - S; so going back and forth never gets worse.
-All of it happens in the span of the adapters' own factors, which is small and exact: no full matrix is ever made.
+truncated SVD of the mean of W_d - H_d; given S, the best H_d is that of W_d - S. Alternating the two never increases
+the sum. The computation is exact in the small span of the adapters' factors, without full matrices.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ class Span:
         return cls(left, right, torch.stack(cores))
 
     def factors(self, core: Tensor, rank: int) -> Factors:
-        """The best update of that rank for a core, its singular values shared evenly among both factors."""
+        """The best update of that rank for a core, padded with zeros; both factors carry the singular values' roots."""
         u, s, vt = torch.linalg.svd(core, full_matrices=False)
         root = s[:rank].sqrt()
         b, a = self.left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ self.right.T
-        short = rank - b.shape[1]
-        b, a = torch.nn.functional.pad(b, (0, short)), torch.nn.functional.pad(a, (0, 0, 0, short))
+        missing = rank - b.shape[1]
+        b, a = torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing))
         return Factors(a.float(), b.float())
 
 
 def truncated(cores: Tensor, rank: int) -> Tensor:
-    """The nearest matrices of that rank: `[..., n, m]` -> the same shape."""
+    """The best approximations of that rank: `[..., n, m]` -> the same shape."""
     u, s, vt = torch.linalg.svd(cores, full_matrices=False)
     nearest: Tensor = (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
     return nearest
 
 
 def split(cores: Tensor, rank: int, head: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
-    """Shared core `[n, m]` of rank `rank` and heads `[adapters, n, m]` of rank `head` whose sums are near `cores`."""
+    """Shared core `[n, m]` of rank `rank` and heads `[adapters, n, m]` of rank `head`; the sums approximate `cores`."""
     heads = torch.zeros_like(cores)
     for _ in range(rounds):
         shared = truncated((cores - heads).mean(0), rank)
@@ -72,7 +72,7 @@ def spans(adapters: Mapping[str, Adapter]) -> dict[str, Span]:
 
 
 def gram(found: Mapping[str, Span]) -> Doubles:
-    """Inner products of whole updates `[adapters, adapters]`, summed over layers."""
+    """Inner products `[adapters, adapters]` of the updates, summed over layers."""
     flat = torch.cat([span.cores.flatten(1) for span in found.values()], dim=1)
     product: Doubles = (flat @ flat.T).numpy()
     return product
@@ -87,17 +87,17 @@ def cosines(products: Doubles) -> Doubles:
 
 
 def explained(products: Doubles) -> list[float]:
-    """Shares of the squared length of all updates along their principal directions (PCA without centring)."""
+    """Shares of the squared norm of all updates along their principal directions (PCA without centring)."""
     values = np.linalg.eigvalsh(products)[::-1].clip(min=0)
     return [float(v) for v in values / values.sum()] if values.sum() else [0.0] * len(values)
 
 
-def clusters(alike: Doubles, threshold: float) -> list[int]:
-    """A cluster's number for each item: average linkage of cosines, cut where they fall below `threshold`."""
+def clusters(similarity: Doubles, threshold: float) -> list[int]:
+    """Cluster number of each item: average linkage of the similarities `[n, n]`, cut at `threshold`."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
 
-    distance = (1 - (alike + alike.T) / 2).clip(min=0)
+    distance = (1 - (similarity + similarity.T) / 2).clip(min=0)
     np.fill_diagonal(distance, 0)
     numbers = fcluster(linkage(squareform(distance, checks=False), "average"), 1 - threshold, "distance")
     order = list(dict.fromkeys(numbers.tolist()))

@@ -1,11 +1,11 @@
 """Stage `paths`: several distinct correct solutions of each hard training question (SPEC C12), for voting and training.
 
-A model answers each question again and again, by turns at several temperatures and, where there are some, with several
-adapters; a checker keeps what is right, and of what is the same solution in other words the most frequent form is kept.
-Two programs are the same if only layout, comments or the names of their variables differ; two tool calls if their JSON
-is equal; any other two answers if their text is, but for letter case, white space and outer punctuation. Programs that
-pass their tests must also agree with the reference answer on new inputs (`grading.differential_tests`): a few asserts
-let through so many wrong ones that most "distinct solutions" would be mistakes.
+A model answers each question repeatedly, alternating between temperatures and adapters. Correct answers are kept; of
+answers with the same form, the first. Two programs have the same form if they differ only in layout, comments or names
+of variables; two tool calls if their JSON is equal; other answers if their texts are equal except for letter case,
+white space and outer punctuation. Programs that pass their tests must also agree with the reference answer on new
+inputs (`grading.differential_tests`): the few tests of a question pass many wrong programs, which would make up most of
+the "distinct solutions".
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ _ROLE = "adapter_"
 
 
 class Config(BaseModel):
-    """Asked are answerable questions from difficulty `hard_from` on (of `domains`, if named), at most `rows`.
+    """Answerable questions of at least difficulty `hard_from` (of `domains`, if given) are sampled, at most `rows`.
 
-    A question is asked up to `samples` times, `per_round` at once, until it has `paths`. Sample k has temperature
-    `temperatures[k % n]`. A program is compared with the reference answer on `probes` inputs; 0 believes the tests.
+    A question gets up to `samples` answers, `per_round` at once, until it has `paths` solutions. Sample k has
+    temperature `temperatures[k % n]`. Programs are compared with the reference answer on `probes` inputs; 0 relies on
+    the question's tests.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -64,7 +65,7 @@ class Config(BaseModel):
 
 
 class _Renamed(ast.NodeTransformer):
-    """Names that a program binds itself become numbers, in the order in which they appear; docstrings go."""
+    """Renames the names that a program binds to numbers in order of appearance, and removes docstrings."""
 
     def __init__(self, bound: set[str]) -> None:
         self.bound = bound
@@ -84,9 +85,9 @@ class _Renamed(ast.NodeTransformer):
 
 
 def program_form(code: str) -> str:
-    """What a python program is apart from layout, comments, docstrings and names of variables.
+    """Canonical form of a Python program, without layout, comments, docstrings and names of variables.
 
-    Raises `SyntaxError` or `ValueError` for what is no program.
+    Raises `SyntaxError` or `ValueError` if it does not parse.
     """
     tree = ast.parse(code)
     bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
@@ -95,53 +96,53 @@ def program_form(code: str) -> str:
 
 
 def form(example: Example, output: str) -> str:
-    """What makes an answer the same path as another: see the module."""
+    """Canonical form of an answer; answers with equal forms are the same solution (see the module)."""
     kind = example.meta.get("check", {}).get("kind", "exact")
     try:
         if kind == "code":
-            with warnings.catch_warnings():  # what a model writes may be doubtful python
+            with warnings.catch_warnings():  # generated code may contain questionable Python
                 warnings.simplefilter("ignore", SyntaxWarning)
                 return program_form(strip_fences(output))
         if kind == "tool_call":
             return json.dumps(json.loads(strip_fences(output)), sort_keys=True)
     except (SyntaxError, ValueError, RecursionError):
-        pass  # then it is nothing but text
+        pass  # compared as text
     return normalise(output)
 
 
 @dataclass(slots=True)
-class Found:
-    """What a question's samples came to: how often each form was said, and the first text of each correct one."""
+class Samples:
+    """Samples of a question: `counts` of each form, and the first text of each correct form."""
 
     example: Example
-    said: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     texts: dict[str, str] = field(default_factory=dict)
     overturned: int = 0
 
     @property
     def correct(self) -> int:
-        """Samples that were right."""
-        return sum(self.said[key] for key in self.texts)
+        """Number of correct samples."""
+        return sum(self.counts[key] for key in self.texts)
 
     def add(self, text: str, correct: bool) -> None:
-        """Take note of one sample."""
+        """Count one sample."""
         key = form(self.example, text)
-        self.said[key] += 1
+        self.counts[key] += 1
         if correct:
             self.texts.setdefault(key, text)
 
     def paths(self, most: int) -> tuple[str, ...]:
         """The correct texts, most frequent form first."""
-        return tuple(self.texts[key] for key, _ in self.said.most_common() if key in self.texts)[:most]
+        return tuple(self.texts[key] for key, _ in self.counts.most_common() if key in self.texts)[:most]
 
     @property
     def voted(self) -> bool:
-        """Whether the form said most often is a correct one."""
-        return self.said.most_common(1)[0][0] in self.texts
+        """Whether the most frequent form is correct."""
+        return self.counts.most_common(1)[0][0] in self.texts
 
 
 def request(example: Example, sample: int, adapters: Sequence[str], config: Config, seed: int) -> Request:
-    """The k-th sample of a question: its own seed, temperatures and adapters by turns."""
+    """The request of a sample: its own seed, alternating temperatures and adapters."""
     digest = hashlib.sha256(f"{seed}/{example.id}/{sample}".encode()).digest()
     return Request(
         messages=example.messages,
@@ -154,7 +155,7 @@ def request(example: Example, sample: int, adapters: Sequence[str], config: Conf
 
 
 def hard_questions(examples: Sequence[Example], config: Config) -> list[Example]:
-    """What will be asked. Raises `DataError` for an unknown domain, or if nothing is left."""
+    """The questions to sample. Raises `DataError` for an unknown domain, or if there are none."""
     domains = sorted({e.domain for e in examples})
     for name in config.domains:
         if name not in domains:
@@ -171,8 +172,8 @@ def hard_questions(examples: Sequence[Example], config: Config) -> list[Example]
     return found
 
 
-def _ask(model: Any, found: Sequence[Found], config: Config, context: Context) -> None:
-    """Sample in rounds; a question with enough paths is asked no more."""
+def _ask(model: Any, found: Sequence[Samples], config: Config, context: Context) -> None:
+    """Sample in rounds; questions with enough solutions are left out."""
     for first in range(0, config.samples, config.per_round):
         numbers = range(first, min(first + config.per_round, config.samples))
         waiting = [(row, k) for row in found if len(row.texts) < config.paths for k in numbers]
@@ -187,7 +188,7 @@ def _ask(model: Any, found: Sequence[Found], config: Config, context: Context) -
 
 
 def agreeing(pairs: Sequence[tuple[Example, str]], passed: Sequence[bool], probes: int) -> list[bool]:
-    """Which of the passed outputs still stand when programs are compared with the reference on new inputs."""
+    """Which of the `passed` outputs also agree with the reference on `probes` new inputs, if they are programs."""
     programs: dict[int, str] = {}
     for i, ((example, output), good) in enumerate(zip(pairs, passed, strict=True)):
         if good and probes and example.meta.get("check", {}).get("kind") == "code":
@@ -195,8 +196,8 @@ def agreeing(pairs: Sequence[tuple[Example, str]], passed: Sequence[bool], probe
             if program:
                 programs[i] = program
     distinct = list(dict.fromkeys(programs.values()))
-    stands = dict(zip(distinct, (outcome.ok for outcome in run_all(distinct)), strict=True))
-    return [good and (i not in programs or stands[programs[i]]) for i, good in enumerate(passed)]
+    agrees = dict(zip(distinct, (outcome.ok for outcome in run_all(distinct)), strict=True))
+    return [good and (i not in programs or agrees[programs[i]]) for i, good in enumerate(passed)]
 
 
 def _counted(answers: Iterator[Reply], total: int, context: Context) -> Iterator[Reply]:
@@ -209,9 +210,9 @@ def _counted(answers: Iterator[Reply], total: int, context: Context) -> Iterator
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`examples`, `model` and any number of `adapter_<name>` (PEFT folders) -> paths.jsonl."""
     torch.set_num_threads(context.threads)
-    asked = hard_questions(read_examples(split_path(inputs["examples"].path, "train")), config)
+    questions = hard_questions(read_examples(split_path(inputs["examples"].path, "train")), config)
     adapters = {role.removeprefix(_ROLE): a.path for role, a in inputs.items() if role.startswith(_ROLE)}
-    found = [Found(example) for example in asked]
+    found = [Samples(example) for example in questions]
     model = engine("torch")(inputs["model"].path, adapters=adapters)
     try:
         _ask(model, found, config, context)
@@ -219,19 +220,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         model.close()
     kept = [Paths(row.example.id, row.example.messages[-1].content, row.paths(config.paths)) for row in found]
     write_paths(out, [row for row in kept if row.paths])
-    by_domain = {name: [row for row in found if row.example.domain == name] for name in {e.domain for e in asked}}
+    by_domain = {name: [row for row in found if row.example.domain == name] for name in {e.domain for e in questions}}
     return {
         **_figures(found, config),
         "by_domain": {name: _figures(rows, config) for name, rows in sorted(by_domain.items())},
     }
 
 
-def _figures(found: Sequence[Found], config: Config) -> dict[str, float]:
-    """Shares: of samples, `acceptance` those that were right and `overturned` those that only passed their tests;
-    `distinctness`, forms per right sample; `voted`, questions whose most frequent form is right. `with_<n>` counts
-    questions with so many paths.
+def _figures(found: Sequence[Samples], config: Config) -> dict[str, float]:
+    """`acceptance`: share of correct samples; `overturned`: share that passed the tests but disagreed with the
+    reference; `distinctness`: forms per correct sample; `voted`: share of questions whose most frequent form is
+    correct; `with_<n>`: number of questions with at least n solutions.
     """
-    samples, correct = sum(row.said.total() for row in found), sum(row.correct for row in found)
+    samples, correct = sum(row.counts.total() for row in found), sum(row.correct for row in found)
     counts = [len(row.paths(config.paths)) for row in found]
     return {
         "asked": len(found),

@@ -1,6 +1,6 @@
-"""What all tiers answer to a list of questions, graded: the rows that calibration and the honesty suite count.
+"""Graded answers of all tiers to a list of questions, for calibration and the honesty suite.
 
-The draft and the base answer every question, the modifier of its routed domain those that have one.
+The draft and the base answer every question, a modifier the questions routed to its domain.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = ("draft", "base", "modifier", "direct")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A tier's graded reply to one row, with its signals (the probe's not yet among the base's)."""
+    """A tier's graded reply to one row, with its signals (those of the base without the probe's)."""
 
     reply: Reply
     correct: bool
@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example with what the draft made of it, what each tier answered, and how it surprised the base."""
+    """One example with the draft's reading of the question, the base's perplexity (`surprise`), and the answers."""
 
     example: Example
     question: Question
@@ -52,47 +52,47 @@ class Row:
 
     @property
     def direct_signals(self) -> dict[str, float]:
-        """What the gate of modifiers sees that answer without the base before them."""
+        """Signals for the gate of a modifier that answers first, without the base."""
         assert self.modifier is not None
         return {**self.modifier.signals, **self.question.signals}
 
     def modifier_signals(self, base_p: float) -> dict[str, float]:
-        """What the modifiers' gate sees after the base; only for rows with a modifier's answer."""
+        """Signals for the gate of a modifier that answers after the base; only for rows with a modifier's answer."""
         assert self.modifier is not None
         agree = same_text(self.modifier.reply.text, self.base.reply.text)
         return modifier_signals(self.direct_signals, self.base.signals, base_p, agree)
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """How questions are asked: tokens to answer, requests in flight, and what to tell about progress."""
+class AskOptions:
+    """Options of `ask`: most tokens of an answer, requests in flight, and a progress callback."""
 
     max_tokens: int
     window: int
     progress: Progress = lambda done, total, figures: None
 
 
-def ask(tiers: Tiers, examples: Sequence[Example], asking: Asking) -> list[Row]:
+def ask(tiers: Tiers, examples: Sequence[Example], options: AskOptions) -> list[Row]:
     """Let every tier answer, greedily and without speculation, and grade all answers."""
-    requests = [Request(messages=e.messages, max_tokens=asking.max_tokens, speculate=False) for e in examples]
+    requests = [Request(messages=e.messages, max_tokens=options.max_tokens, speculate=False) for e in examples]
     n = len(requests)
-    count = _Count(asking.progress, 3 * n)
-    with ThreadPoolExecutor(asking.window // 2) as pool:
-        readings = count.seen(pool.map(tiers.draft.read, requests))
+    counter = _ProgressCounter(options.progress, 3 * n)
+    with ThreadPoolExecutor(options.window // 2) as pool:
+        readings = counter.counted(pool.map(tiers.draft.read, requests))
         questions = [tiers.judge(request, reading) for request, reading in zip(requests, readings, strict=True)]
         routed = [tiers.modifier_of(question) for question in questions]
         order = sorted((i for i, domain in enumerate(routed) if domain), key=lambda i: (routed[i], i))
-        count.total += len(order)
-        drafts = list(count.seen(replies(tiers.draft, requests, asking.window)))
+        counter.total += len(order)
+        drafts = list(counter.counted(replies(tiers.draft, requests, options.window)))
         surprises = list(pool.map(tiers.surprise, requests))
         hidden = (replace(request, hidden=True) for request in requests)
-        bases = list(count.seen(replies(tiers.base, hidden, asking.window)))
+        bases = list(counter.counted(replies(tiers.base, hidden, options.window)))
         signals = list(pool.map(tiers.base_signals, requests, bases, questions))
     adapted = (replace(requests[i], adapter=routed[i]) for i in order)
-    modified = list(count.seen(replies(tiers.base, adapted, asking.window)))
+    modified = list(counter.counted(replies(tiers.base, adapted, options.window)))
     subjects = [*examples, *examples, *(examples[i] for i in order)]
-    given = [*drafts, *bases, *modified]
-    correct = [v.correct for v in grade_all([(e, a.text) for e, a in zip(subjects, given, strict=True)])]
+    answers = [*drafts, *bases, *modified]
+    correct = [v.correct for v in grade_all([(e, a.text) for e, a in zip(subjects, answers, strict=True)])]
     others = {
         i: Answer(reply, right, answer_signals(reply))
         for i, reply, right in zip(order, modified, correct[2 * n :], strict=True)
@@ -110,13 +110,13 @@ def ask(tiers: Tiers, examples: Sequence[Example], asking: Asking) -> list[Row]:
     ]
 
 
-class _Count:
-    """Tells how far the asking is."""
+class _ProgressCounter:
+    """Reports progress every 100 items."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
 
-    def seen(self, items: Iterable[T]) -> Iterable[T]:
+    def counted(self, items: Iterable[T]) -> Iterable[T]:
         for item in items:
             self.done += 1
             if self.done % 100 == 0:
@@ -125,28 +125,28 @@ class _Count:
 
 
 def hidden(rows: Sequence[Row]) -> Doubles:
-    """The hidden states behind the base's answers [n, width]."""
+    """The hidden states of the base's answers [n, width]."""
     return np.array([r.base.reply.hidden for r in rows])
 
 
 def base_rows(rows: Sequence[Row], probe: Net | None) -> list[Mapping[str, float]]:
-    """What the base's gate sees, the probe's logit included."""
+    """Signals for the base's gate, including the probe's logit."""
     return [with_probe(r.base.signals, probe, r.base.reply.hidden) for r in rows]
 
 
-def asked(rows: Sequence[Row]) -> NDArray[np.intp]:
-    """The rows with a modifier's answer."""
+def with_modifier(rows: Sequence[Row]) -> NDArray[np.intp]:
+    """Indices of the rows with a modifier's answer."""
     return np.array([i for i, r in enumerate(rows) if r.modifier], dtype=np.intp)
 
 
 def probabilities(rows: Sequence[Row], gates: Mapping[str, Gate], probe: Net | None) -> Doubles:
-    """P(correct) by the gate of each column [n, 4]; NaN where a tier has no gate or no answer."""
+    """P(correct) from the gate of each column [n, 4]; NaN for a tier without a gate or an answer."""
     p = np.full((len(rows), len(COLUMNS)), np.nan)
     if rows and "draft" in gates:
         p[:, 0] = gates["draft"].p_all([r.draft.signals for r in rows])
     if rows:
         p[:, 1] = gates["base"].p_all(base_rows(rows, probe))
-    index = asked(rows)
+    index = with_modifier(rows)
     if len(index) and "modifier" in gates:
         p[index, 2] = gates["modifier"].p_all([rows[i].modifier_signals(float(p[i, 1])) for i in index])
     if len(index) and "direct" in gates:
@@ -157,7 +157,7 @@ def probabilities(rows: Sequence[Row], gates: Mapping[str, Gate], probe: Net | N
 def policy_answers(
     rows: Sequence[Row], p: Doubles, policy: Policy, surprising: float, cost: Mapping[str, float]
 ) -> Answers:
-    """What a policy's tiers answered to these rows; `cost` is that of one token of `draft` and of `base`."""
+    """The answers of a policy's tiers to these rows; `cost` is the cost per token of `draft` and of `base`."""
     used = np.full(p.shape, np.nan)
     facts = np.zeros((*p.shape, 3))
     for i, row in enumerate(rows):
@@ -173,5 +173,5 @@ def policy_answers(
 
 
 def familiar(rows: Sequence[Row], calibration: Calibration) -> NDArray[np.bool_]:
-    """Which questions are like those that were calibrated [n]."""
+    """Whether each question is similar to the calibration data, i.e. not novel [n]."""
     return np.array([not calibration.question.novel(r.question.perplexity) for r in rows], dtype=bool)

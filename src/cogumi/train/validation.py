@@ -1,8 +1,7 @@
-"""How a model in training does on rows it does not learn from: the loss, and the benchmark that costs nothing more.
+"""Validation of a model on held-out rows: loss and exact answers in one pass (SPEC C1: benchmark scores in training).
 
-Greedy decoding gives a reference answer word for word exactly if each of its tokens is the likeliest where it stands.
-So the pass that measures the loss also counts right answers, without generating any (SPEC C1: benchmark scores while
-training).
+Greedy decoding reproduces a reference answer exactly if and only if each of its tokens has the largest logit at its
+position. So the forward pass for the loss also counts exact answers, without generation.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from cogumi.train.loop import Apply, Item, Loss
 from cogumi.train.losses import answer_figures
 
 TOKENS = 4096
-"""Tokens in one pass, padding included: what a large vocabulary's logits over them take is still bearable."""
+"""Tokens in one pass, including padding; limits the memory for logits of a large vocabulary."""
 
 
 def applied(model: nn.Module) -> Apply:
-    """`Apply` of a model that is not in training."""
+    """`Apply` of a model outside the training loop."""
     device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -36,7 +35,7 @@ def applied(model: nn.Module) -> Apply:
 
 
 def passes(rows: Sequence[Item]) -> Iterator[list[int]]:
-    """Indices of all rows, those of like size together, as many as `TOKENS` allow."""
+    """Batches of row indices, sorted by size, with at most `TOKENS` tokens each."""
     chosen: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: rows[i].size):
         if chosen and (len(chosen) + 1) * rows[i].size > TOKENS:
@@ -48,9 +47,9 @@ def passes(rows: Sequence[Item]) -> Iterator[list[int]]:
 
 
 def judge_answers(apply: Apply, rows: Sequence[Row], groups: Sequence[str] = ()) -> dict[str, float]:
-    """`loss` (nats per answer token), `exact` (share of answers given word for word), and `exact/<group>` for each.
+    """`loss` (nats per answer token), `exact` (share of exact answers), and `exact/<group>` of each group.
 
-    `groups` names a group for each row, or is empty; `rows` is not.
+    `rows` must not be empty; `groups` names a group for each row, or is empty.
     """
     nats = 0.0
     right: Counter[str] = Counter()
@@ -61,8 +60,8 @@ def judge_answers(apply: Apply, rows: Sequence[Row], groups: Sequence[str] = ())
             right["exact"] += good
             if groups:
                 right[f"exact/{groups[i]}"] += good
-    asked = Counter(f"exact/{name}" for name in groups) + Counter({"exact": len(rows)})
-    shares = {name: right[name] / asked[name] for name in sorted(asked)}
+    totals = Counter(f"exact/{name}" for name in groups) + Counter({"exact": len(rows)})
+    shares = {name: right[name] / totals[name] for name in sorted(totals)}
     return {"loss": nats / sum(row.weight for row in rows), **shares}
 
 
@@ -72,7 +71,7 @@ def mean_figures(
     loss: Loss,
     collate: Callable[[Sequence[Any], Sequence[int]], Any] = collate,
 ) -> dict[str, float]:
-    """The figures that a loss tells over all rows, weighted by the rows; one that few passes tell, over these."""
+    """Weighted means of a loss's figures over all rows; batches without a figure do not count for it."""
     totals: defaultdict[str, float] = defaultdict(float)
     weights: defaultdict[str, float] = defaultdict(float)
     for index in passes(rows):

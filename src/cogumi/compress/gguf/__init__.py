@@ -1,1 +1,1 @@
-"""Model files: what GGUF keeps of a model, in which types, how large, and how faithfully."""
+"""GGUF model files: tensors, quantization types, file sizes, and the importance matrix."""

@@ -1,7 +1,7 @@
 """Stage `gguf`: Llama and Qwen2 Hugging Face folders and PEFT LoRA adapters as GGUF files (SPEC D5).
 
-Tensors go from safetensors through llama.cpp's quantizer into the file a block of rows at a time: no file in between,
-memory holds one tensor in its final type, and files are replaced whole.
+Tensors go from safetensors through llama.cpp's quantizer into the GGUF file, one block of rows at a time: without a
+temporary copy, with one tensor in memory in its final type. Output files are replaced atomically.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OPTIONAL = {"adapter": "adapter|backbone|model", "importance": "importance", "ty
 BLOCK = 1 << 24
 """Values that a thread reads and quantizes at a time."""
 LARGEST = 65504.0
-"""The largest f16: what the scale of a quantized block, whatever its type, can hold."""
+"""The largest f16 value, because the scale of a quantized block is an f16 in every type."""
 
 _ADAPTER_OPTIONS = (
     "use_dora",
@@ -62,10 +62,11 @@ _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.wei
 
 
 class Config(BaseModel):
-    """`type` of the weights of a model, `adapter_type` of an adapter's, named as llama.cpp names them.
+    """`type` of a model's weights and `adapter_type` of an adapter's, in llama.cpp's names.
 
-    `types` gives matrices a type of their own, by patterns of their GGUF names (`blk.0.*`); the first that matches
-    counts. `part` is the folder inside the adapter's step, where that made several (`adapter_code` of `backbone`).
+    `types` overrides the type of matrices by patterns of their GGUF names (`blk.0.*`); the first matching pattern
+    wins. `part` is a subfolder of the adapter's step, if that step makes several adapters (`adapter_code` of
+    `backbone`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -111,10 +112,10 @@ def export_model(
     threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Tensor]:
-    """Write model and tokenizer of a Hugging Face folder to `out` as a file of `type`, atomically.
+    """Write model and tokenizer of a Hugging Face folder to `out` as a GGUF file of `type`, atomically.
 
     `types` and `importance` (a file of stage `importance`) are as in `stored_tensors`. Returns the tensors as stored.
-    Raises `ExportError` for anything llama.cpp would run differently from torch, and for damaged weights.
+    Raises `ExportError` for a model that llama.cpp would run differently from torch, and for damaged weights.
     """
     llama = Llama.load(folder)
     tensors = stored_tensors(llama, type, types, importance is not None)
@@ -137,8 +138,8 @@ def export_model(
 def export_adapter(folder: Path, base: Path, out: Path, type: str = "f32") -> None:
     """Write the PEFT LoRA adapter in `folder`, trained on the model folder `base`, to `out`, atomically.
 
-    A factor whose rows do not fill the blocks of `type` is kept in f16: B's, unless the rank is a multiple of 32.
-    Raises `ExportError` for a target without a GGUF name and for kinds of LoRA that llama.cpp does not know.
+    A factor whose rows do not fill the blocks of `type` is stored as f16: B, unless the rank is a multiple of 32.
+    Raises `ExportError` for a target without a GGUF name and for LoRA variants that llama.cpp does not support.
     """
     check_adapter_type(type)
     config = read_json(folder / "adapter_config.json")
@@ -148,7 +149,7 @@ def export_adapter(folder: Path, base: Path, out: Path, type: str = "f32") -> No
     for option in _ADAPTER_OPTIONS:
         if config.get(option):
             raise ExportError(
-                f"{folder}/adapter_config.json sets {option}, which llama.cpp does not know; train without"
+                f"{folder}/adapter_config.json sets {option}, which llama.cpp does not support; train without it"
             )
     llama = Llama.load(base)
     writer = GGUFWriter(None, llama.kind)
@@ -166,16 +167,16 @@ def export_adapter(folder: Path, base: Path, out: Path, type: str = "f32") -> No
 
 
 def check_adapter_type(type: str) -> None:
-    """`ExportError` unless all tensors of a file can be of that type."""
+    """`ExportError` unless all tensors of a file can have that type."""
     if type not in FILE_TYPES or type not in TENSOR_TYPES:
         known = ", ".join(t for t in FILE_TYPES if t in TENSOR_TYPES)
         raise ExportError(f"an adapter cannot be of type {type!r}; known: {known}")
 
 
 def _adapter_tensors(weights: Weights, folder: Path, llama: Llama, config: Mapping[str, Any]) -> list[Tensor]:
-    """A [rank, in] and B [out, rank] of every adapted projection; B's rows are ordered as the base's.
+    """A [rank, in] and B [out, rank] of every adapted projection; B's rows are in the order of the base's.
 
-    llama.cpp knows one alpha for all: where a projection has its own, B carries the difference.
+    llama.cpp reads one alpha per file: B of a projection with another alpha is scaled by the quotient.
     """
     ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
     alphas = config.get("alpha_pattern") or {}
@@ -186,14 +187,14 @@ def _adapter_tensors(weights: Weights, folder: Path, llama: Llama, config: Mappi
             raise ExportError(f"{folder}: no GGUF name for adapter tensor {key}; adapt linear layers only")
         found.setdefault(f"{match['module']}.weight", set()).add(match["side"])
     names = {source.split(".")[-2] for source in found}
-    if foreign := sorted(set(alphas) - names):
+    if unknown := sorted(set(alphas) - names):
         raise ExportError(
-            f"{folder}/adapter_config.json: alpha_pattern names '{foreign[0]}'; supported are plain layer names"
+            f"{folder}/adapter_config.json: alpha_pattern names '{unknown[0]}'; supported are plain layer names"
         )
     targets = {t.source: t for t in llama.tensors() if len(t.shape) == 2}
     for source, sides in found.items():
         if source not in targets:
-            raise ExportError(f"{folder}: adapter target {source} is no projection of its base; retrain without it")
+            raise ExportError(f"{folder}: adapter target {source} is not a projection of its base; train without it")
         if sides != {"A", "B"}:
             raise ExportError(f"{folder}: adapter target {source} lacks lora_{min({'A', 'B'} - sides)}")
     tensors = []
@@ -211,7 +212,7 @@ def _adapter_tensors(weights: Weights, folder: Path, llama: Llama, config: Mappi
 
 
 def _read(weights: Weights, tensor: Tensor, start: int, stop: int) -> Array:
-    """Read, check and reorder rows `start` to `stop`, which are whole heads where there are heads."""
+    """Read, check and reorder rows `start` to `stop`, which must not split an attention head."""
     values: Array = weights.rows(tensor.source, start, stop)
     if tensor.factor != 1:
         values = values * np.float32(tensor.factor)
@@ -227,7 +228,7 @@ def _read(weights: Weights, tensor: Tensor, start: int, stop: int) -> Array:
 def _encoded(
     weights: Weights, tensor: Tensor, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor
 ) -> Array:
-    """The tensor's values as stored; threads share its rows."""
+    """The tensor's values as stored; the threads of `pool` encode blocks of rows."""
     if tensor.values:
         return np.array(tensor.values, np.float32)
     if len(tensor.shape) == 1:
@@ -248,27 +249,27 @@ def _encoded(
 
 
 def _check(weights: Weights, tensors: list[Tensor], unused: frozenset[str]) -> None:
-    """`ExportError` unless the files hold exactly these tensors, in these shapes."""
+    """`ExportError` unless the files hold exactly these tensors with these shapes, and `unused` ones."""
     tensors = [tensor for tensor in tensors if not tensor.values]
     for tensor in tensors:
         if tensor.source not in weights.shapes:
             raise ExportError(f"the weights lack {tensor.source}; save the whole model again")
         shape = weights.shapes[tensor.source]
         if shape != tensor.shape:
-            raise ExportError(f"{tensor.source} has shape {shape}, config.json asks for {tensor.shape}")
+            raise ExportError(f"{tensor.source} has shape {shape}, config.json requires {tensor.shape}")
     unknown = set(weights.shapes) - unused - {tensor.source for tensor in tensors}
     if unknown:
         raise ExportError(
-            f"the weights hold {min(unknown)}, which such a model does not have; GGUF has no place for it"
+            f"the weights hold {min(unknown)}, which this architecture does not have; remove it before the export"
         )
 
 
 @contextmanager
 def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterator[None]:
-    """Write the writer's keys and the tensors' places; the body then writes each tensor's data, in their order.
+    """Write the writer's keys and the tensors' headers; the body then writes the data of each tensor, in order.
 
-    `out` is there whole after the body, or untouched if it fails. Until then all goes to a file whose name is fixed,
-    so that what a killed run left is overwritten by the next.
+    After the body `out` is complete; if the body fails, it is untouched. The temporary file has a fixed name, so that
+    the next run overwrites the leftover of a killed one.
     """
     for tensor in tensors:
         tensor.announce(writer)
@@ -303,8 +304,8 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`model` -> model.gguf, by `importance` and with the `types` of stage `awq` or `gptq` if given; or `adapter` and
-    the `model` it was trained on -> adapter.gguf.
+    """`model` -> model.gguf, optionally with `importance` and with the `types` of stage `awq` or `gptq`; or `adapter`
+    and the `model` it was trained on -> adapter.gguf.
     """
     base = inputs["model"].path
     common = {"base_fingerprint": Weights.load(base).sha256, "tokenizer_sha256": Vocabulary.load(base).sha256}
@@ -318,7 +319,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         base,
         path,
         config.type,
-        {**config.types, **given, **config.types},  # the config's come first, and count where both speak
+        {**config.types, **given, **config.types},  # the config's patterns are tried first and overrule equal ones
         inputs["importance"].path / IMPORTANCE if "importance" in inputs else None,
         context.threads,
         lambda done, total: context.progress(done, total, {}),

@@ -1,8 +1,8 @@
-"""How large a GGUF file will be, to the byte, before there are any weights (SPEC D1).
+"""Size of a GGUF file to the byte, computed before there are any weights (SPEC D1).
 
-A file is its keys, a line for each tensor, and the tensors, each filled up to `ALIGNMENT` bytes. The keys are written
-for real, into a file that holds nothing else; which type a tensor gets says llama.cpp's own quantizer
-(`compress.gguf.type_mixture`). Only a vocabulary that is not there yet is estimated.
+A file consists of its keys, a header per tensor, and the tensors, each padded to `ALIGNMENT` bytes. The size of the
+keys is measured by writing them to a temporary file; llama.cpp's quantizer chooses the type of each tensor
+(`compress.gguf.type_mixture`). Only a vocabulary that does not exist yet is estimated.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from cogumi.core.shapes import ModelShape
 
 ALIGNMENT = 32
 """Every tensor of a GGUF file begins at a multiple of this."""
-PROBE = 32
-"""Rows of the vocabulary that types and keys are asked for with: neither depends on it, so one answer does for all."""
+DUMMY_VOCABULARY = 32
+"""Vocabulary size with which types and key sizes are computed: neither depends on it, so results can be cached."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 ZSTD = {"F32": FP32_PACKED, "F16": 0.92, "Q8_0": 0.96, "Q4_0": 0.96, "Q4_K": 0.98, "Q2_K": 0.96, "IQ4_NL": 0.98}
-"""Share that zstd (level 10) leaves of weights drawn from a normal distribution; of other types it leaves all."""
+"""Compressed size (zstd level 10) of normally distributed weights, as a share; other types are incompressible."""
 ZSTD_TEXT = 0.4
-"""Share that it leaves of the keys, which are mostly the vocabulary's text."""
+"""Compressed size of the keys, as a share; they are mostly the vocabulary's text."""
 FIXED = 4 + 8
-"""Bytes of an id in a vocabulary beside its text: its kind, and the text's length. A merge has the length only."""
-SPOKEN = {"llama": (8.33, 2.189, 10.58), "qwen2": (9.03, 0.998, 10.03), "own": (3.87, 0.745, 5.59)}
-"""Vocabularies measured: bytes of an id's text, merges per id, bytes of a merge (Llama 3, Qwen2, the tiny recipe's)."""
+"""Bytes per id of a vocabulary besides its text: the token type and the text's length. A merge has the length only."""
+VOCABULARIES = {"llama": (8.33, 2.189, 10.58), "qwen2": (9.03, 0.998, 10.03), "own": (3.87, 0.745, 5.59)}
+"""Measured: bytes of text per id, merges per id, bytes of text per merge (Llama 3, Qwen2, the tiny recipe)."""
 TEMPLATE = 3000
-"""Bytes of a known model's chat template and of what else there is beside ids and merges."""
+"""Bytes of a typical chat template and of all other tokenizer keys except ids and merges."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A GGUF file: `keys` bytes of all that is no weight, and its tensors in the types they are kept in."""
+    """A GGUF file: `keys` bytes of keys and headers, and its tensors with their stored types."""
 
     keys: int
     tensors: tuple[Tensor, ...]
@@ -52,28 +52,28 @@ class GgufFile:
     @property
     def bytes(self) -> int:
         """Size of the file."""
-        return _filled(self.keys) + sum(_filled(tensor.nbytes) for tensor in self.tensors)
+        return _padded(self.keys) + sum(_padded(tensor.nbytes) for tensor in self.tensors)
 
     @property
     def weights(self) -> int:
-        """How many weights it holds."""
+        """Number of weights."""
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
     @property
     def packed(self) -> int:
-        """Bytes that zstd would leave of it, from what it leaves of random weights: an estimate."""
+        """Estimated size after zstd, from the compression of random weights."""
         left = sum(ZSTD.get(tensor.type.name, 1.0) * tensor.nbytes for tensor in self.tensors)
         return int(left + ZSTD_TEXT * self.keys)
 
     @property
     def read(self) -> int:
-        """Bytes that one token reads: all weights but the embedding, of which it is one row (unless it is the head)."""
+        """Bytes read per token: all weights, except that an untied embedding contributes a single row."""
         read = [tensor.nbytes for tensor in self._multiplied]
         embedding = [t.nbytes // t.shape[0] for t in self.tensors if t.name == EMBEDDING]
         return sum(read) + (sum(embedding) if len(read) < len(self.tensors) else 0)
 
     def of_types(self, types: Collection[str]) -> int:
-        """Bytes of the weights, but for an embedding that is not the head too, as far as they are of these types."""
+        """Bytes of the weights with these types, without an untied embedding."""
         return sum(tensor.nbytes for tensor in self._multiplied if tensor.type.name in types)
 
     @property
@@ -85,11 +85,11 @@ class GgufFile:
 def model_file(
     shape: ModelShape, type: str, vocabulary: int, types: Mapping[str, str] = NONE, importance: bool = False
 ) -> GgufFile:
-    """The file that stage `gguf` makes of a model of this shape, with `vocabulary` bytes of tokenizer keys.
+    """The file that stage `gguf` writes for a model of this shape, with `vocabulary` bytes of tokenizer keys.
 
-    `type`, `types` and `importance` are as in `mixture.stored_tensors`, and raise what they raise there.
+    `type`, `types`, `importance` and the errors raised are as in `type_mixture.stored_tensors`.
     """
-    llama = replace(_llama(shape), vocabulary=PROBE)
+    llama = replace(_llama(shape), vocabulary=DUMMY_VOCABULARY)
     tensors = _tensors(llama, type, tuple(types.items()), importance)
     ends = (EMBEDDING, HEAD)
     known = (replace(t, shape=(shape.vocabulary, t.shape[1])) if t.name in ends else t for t in tensors)
@@ -97,8 +97,8 @@ def model_file(
 
 
 def adapter_file(shape: ModelShape, ranks: Mapping[str, int], type: str = "f32") -> GgufFile:
-    """The file of a LoRA on this shape: A [rank, in] and B [out, rank] of every target, by rank."""
-    return _adapter(replace(_llama(shape), vocabulary=PROBE), tuple(ranks.items()), type)
+    """The file of a LoRA on this shape: A [rank, in] and B [out, rank] of every target; `ranks` by target name."""
+    return _adapter(replace(_llama(shape), vocabulary=DUMMY_VOCABULARY), tuple(ranks.items()), type)
 
 
 def bits(type: str) -> float:
@@ -109,23 +109,23 @@ def bits(type: str) -> float:
 
 def vocabulary_bytes(vocabulary: Vocabulary, rows: int) -> int:
     """Bytes of the tokenizer's keys in a file with `rows` ids."""
-    nothing = _written("llama", lambda writer: None, ())
-    return _written("llama", lambda writer: vocabulary.write(writer, rows), ()) - nothing
+    empty = _written("llama", lambda writer: None, ())
+    return _written("llama", lambda writer: vocabulary.write(writer, rows), ()) - empty
 
 
 def typical_vocabulary(family: str, rows: int) -> int:
-    """The same estimated, for `rows` ids of a vocabulary like that of a family in `SPOKEN`."""
-    text, merges, merge = SPOKEN[family]
+    """Estimated bytes of the tokenizer's keys for `rows` ids of a vocabulary like one of `VOCABULARIES`."""
+    text, merges, merge = VOCABULARIES[family]
     return int(rows * (FIXED + text + merges * (8 + merge))) + TEMPLATE
 
 
 def read_model(path: Path) -> tuple[Llama, str, int]:
-    """Shape, type and bytes of tokenizer keys of a model's GGUF file; `ExportError` if it is none of the supported."""
+    """Shape, type and bytes of tokenizer keys of a model's GGUF file; `ExportError` if it is damaged or unsupported."""
     try:
         reader = GGUFReader(path)
         keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         if keys.get("general.type") == "adapter":
-            raise ExportError(f"{path} is an adapter, no model; give its base")
+            raise ExportError(f"{path} is an adapter, not a model; give its base")
         kind = keys["general.architecture"]
         if kind not in KINDS:
             raise ExportError(f"{path} is a {kind}; supported: {', '.join(KINDS)}")
@@ -134,9 +134,9 @@ def read_model(path: Path) -> tuple[Llama, str, int]:
     except FileNotFoundError as error:
         raise ExportError(f"there is no file {path}; check the name") from error
     except (OSError, ValueError, KeyError, IndexError, StopIteration) as error:
-        raise ExportError(f"{path} is no whole GGUF model ({error!r}); export or copy it again") from error
-    spoken = (field for name, field in reader.fields.items() if name.startswith("tokenizer."))
-    return llama, type, sum(int(part.nbytes) for field in spoken for part in field.parts)
+        raise ExportError(f"{path} is not a complete GGUF model ({error!r}); export or copy it again") from error
+    tokenizer = (field for name, field in reader.fields.items() if name.startswith("tokenizer."))
+    return llama, type, sum(int(part.nbytes) for field in tokenizer for part in field.parts)
 
 
 def _read_shape(kind: str, keys: Mapping[str, Any], tensors: Mapping[str, int]) -> Llama:
@@ -161,12 +161,12 @@ def _read_shape(kind: str, keys: Mapping[str, Any], tensors: Mapping[str, int]) 
     )
 
 
-def _filled(count: int) -> int:
+def _padded(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def _llama(shape: ModelShape) -> Llama:
-    """A shape with the figures that no size depends on."""
+    """The shape as a `Llama`; the values added do not affect any size."""
     return shape if isinstance(shape, Llama) else Llama(**asdict(shape), epsilon=1e-5, theta=10_000.0)
 
 
@@ -197,7 +197,7 @@ def _adapter(llama: Llama, ranks: tuple[tuple[str, int], ...], type: str) -> Ggu
 
 @lru_cache(maxsize=256)
 def _keys(llama: Llama) -> int:
-    """Bytes of a model's keys, but for those of its tokenizer, and of the lines of its tensors."""
+    """Bytes of a model's keys, without those of its tokenizer, and of its tensors' headers."""
 
     def keys(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.MODEL)
@@ -209,7 +209,7 @@ def _keys(llama: Llama) -> int:
 
 
 def _written(kind: str, keys: Callable[[GGUFWriter], None], tensors: Sequence[Tensor]) -> int:
-    """Bytes of a file with these keys and lines, without the tensors' data."""
+    """Bytes of a file with these keys and these tensors' headers, without the tensors' data."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "keys.gguf"
         writer = GGUFWriter(path, kind)

@@ -1,8 +1,8 @@
-"""What llama.cpp must be told of a byte-level BPE tokenizer so that it makes the same ids (SPEC D5).
+"""The GGUF keys of a byte-level BPE tokenizer, with which llama.cpp produces the same ids (SPEC D5).
 
-llama.cpp does not read pre-tokenizers, it knows some by name (`tokenizer.ggml.pre`). A name that nearly fits
-is exact on most text and wrong on the rest, so whatever is not known to be exact is refused. One exception: Qwen2's NFC
-is let pass, so ids differ where a text holds a letter and its accent apart.
+llama.cpp does not read pre-tokenizers from a file, it implements some of them by name (`tokenizer.ggml.pre`). A name
+that almost fits is exact on most text and wrong on the rest, so every pre-tokenizer without an exact match is refused.
+One exception: Qwen2's NFC normalization is ignored, so ids differ for letters with decomposed accents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cogumi.core.errors import ExportError
 
 
 def _split(digits: str) -> str:
-    """A pre-tokenizer that cuts texts by a pattern first, as `_describe` says it."""
+    """A pre-tokenizer that first splits text by a pattern, in the notation of `_describe`."""
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     pattern = {"Regex": words + digits + rest}
@@ -36,9 +36,9 @@ PRE_TOKENIZERS = {
     _split(r"\p{N}{1,3}"): LLAMA3,
     _split(r"\p{N}"): QWEN2,
 }
-"""What a pre-tokenizer is, as `_describe` says it -> llama.cpp's name for the same."""
+"""Pre-tokenizer in the notation of `_describe` -> llama.cpp's name for it."""
 
-_PLAIN = {"type", "trim_offsets"}  # says nothing about ids
+_IRRELEVANT = {"type", "trim_offsets"}  # without effect on ids
 _DEFAULTS = {"add_prefix_space": False, "use_regex": True}
 _BPE_OPTIONS = (
     "dropout",
@@ -51,7 +51,7 @@ _MATCH_OPTIONS = ("lstrip", "rstrip", "single_word")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer in llama.cpp's terms: `control` ids are special, `defined` ids plain added tokens."""
+    """A tokenizer in llama.cpp's terms: `control` ids are special tokens, `defined` ids other added tokens."""
 
     pre: str
     tokens: Mapping[int, str]
@@ -67,7 +67,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Read a folder's tokenizer files; `ExportError` if llama.cpp could not do the same."""
+        """Read a folder's tokenizer files; `ExportError` if llama.cpp would produce other ids."""
         text, settings = _read(folder / "tokenizer.json"), json.loads(_read(folder / "tokenizer_config.json"))
         document = json.loads(text)
         model, added = document["model"], document["added_tokens"]
@@ -76,7 +76,7 @@ class Vocabulary:
         bos, eos, pad = (_special(folder, settings, ids, name) for name in ("bos_token", "eos_token", "pad_token"))
         if eos is None:
             raise ExportError(f"{folder}/tokenizer_config.json names no eos_token; without one an answer never ends")
-        add_bos, add_eos = _frame(folder, text, bos, eos)
+        add_bos, add_eos = _adds_bos_eos(folder, text, bos, eos)
         return cls(
             pre=_pre_tokenizer(folder, document["pre_tokenizer"]),
             tokens={number: token for token, number in ids.items()},
@@ -86,25 +86,25 @@ class Vocabulary:
             bos=bos,
             eos=eos,
             pad=pad,
-            add_bos=bos is not None and _said(settings, "add_bos_token", add_bos),
-            add_eos=_said(settings, "add_eos_token", add_eos),
+            add_bos=bos is not None and _setting(settings, "add_bos_token", add_bos),
+            add_eos=_setting(settings, "add_eos_token", add_eos),
             template=_template(folder, settings),
         )
 
     @property
     def sha256(self) -> str:
-        """Equal for two tokenizers exactly when they turn every text into the same ids."""
-        said = [
+        """Equal for two tokenizers exactly if they encode every text to the same ids."""
+        content = [
             self.pre,
             sorted(self.tokens.items()),
             self.merges,
             sorted(self.control),
             sorted(self.defined),
         ]
-        return hashlib.sha256(json.dumps(said, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
     def write(self, writer: GGUFWriter, rows: int) -> None:
-        """Add the `tokenizer.*` keys; `rows` of the embedding that no token uses become unused tokens."""
+        """Add the `tokenizer.*` keys; those of the embedding's `rows` without a token become unused tokens."""
         if max(self.tokens) >= rows:
             raise ExportError(
                 f"the tokenizer's highest id is {max(self.tokens)}, but config.json says vocab_size {rows}; "
@@ -141,7 +141,7 @@ def _read(path: Path) -> str:
 
 
 def _check(folder: Path, document: Mapping[str, Any]) -> None:
-    """Refuse what changes ids in a way llama.cpp's gpt2 tokenizer does not know."""
+    """`ExportError` for options that change ids and that llama.cpp's gpt2 tokenizer does not support."""
     model = document["model"]
     if model["type"] != "BPE":
         raise ExportError(f"{folder}: the tokenizer model is {model['type']}; supported is BPE over bytes")
@@ -151,9 +151,9 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
         )
     for option in _BPE_OPTIONS:
         if model.get(option):
-            raise ExportError(f"{folder}: the tokenizer's BPE sets {option}, which llama.cpp does not know")
+            raise ExportError(f"{folder}: the tokenizer's BPE sets {option}, which llama.cpp does not support")
     if model.get("ignore_merges") and _pre_tokenizer(folder, document["pre_tokenizer"]) != LLAMA3:
-        raise ExportError(f"{folder}: the tokenizer's BPE sets ignore_merges, which llama.cpp knows of Llama 3's only")
+        raise ExportError(f"{folder}: the tokenizer's BPE sets ignore_merges; llama.cpp supports that for Llama 3 only")
     lost = sorted(set(ByteLevel.alphabet()) - set(model["vocab"]))
     if lost:
         raise ExportError(f"{folder}: the vocabulary lacks {len(lost)} of the 256 bytes; train it with all of them")
@@ -162,7 +162,9 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
     for token in document["added_tokens"]:
         for option in _MATCH_OPTIONS:
             if token[option]:
-                raise ExportError(f"{folder}: token {token['content']!r} sets {option}, which llama.cpp does not know")
+                raise ExportError(
+                    f"{folder}: token {token['content']!r} sets {option}, which llama.cpp does not support"
+                )
 
 
 def _pre_tokenizer(folder: Path, node: Mapping[str, Any] | None) -> str:
@@ -177,9 +179,9 @@ def _pre_tokenizer(folder: Path, node: Mapping[str, Any] | None) -> str:
 
 
 def _describe(part: Mapping[str, Any]) -> str:
-    options = {key: value for key, value in part.items() if key not in _PLAIN and value != _DEFAULTS.get(key)}
-    said = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return f"{part['type']}({said})" if said else str(part["type"])
+    options = {key: value for key, value in part.items() if key not in _IRRELEVANT and value != _DEFAULTS.get(key)}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{part['type']}({arguments})" if arguments else str(part["type"])
 
 
 def _special(folder: Path, settings: Mapping[str, Any], ids: Mapping[str, int], name: str) -> int | None:
@@ -190,19 +192,19 @@ def _special(folder: Path, settings: Mapping[str, Any], ids: Mapping[str, int], 
     return None if text is None else ids[text]
 
 
-def _frame(folder: Path, text: str, bos: int | None, eos: int) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos before and eos behind a text."""
+def _adds_bos_eos(folder: Path, text: str, bos: int | None, eos: int) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before a text, and whether it puts eos after it."""
     raw = Tokenizer.from_str(text)
-    bare, framed = (raw.encode("a", add_special_tokens=special).ids for special in (False, True))
+    plain, special = (raw.encode("a", add_special_tokens=add).ids for add in (False, True))
     for add_bos in (False, True):
         for add_eos in (False, True):
-            if [bos] * add_bos + bare + [eos] * add_eos == framed:
+            if [bos] * add_bos + plain + [eos] * add_eos == special:
                 return add_bos, add_eos
     raise ExportError(f"{folder}: the tokenizer's post-processor adds more than bos and eos; llama.cpp cannot")
 
 
-def _said(settings: Mapping[str, Any], name: str, default: bool) -> bool:
-    """The settings overrule the post-processor; null says nothing."""
+def _setting(settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A flag of the settings, which overrule the post-processor's `default`; null counts as missing."""
     value = settings.get(name)
     return default if value is None else bool(value)
 

@@ -1,8 +1,8 @@
-"""Stage `importance`: how much each input of each linear layer matters, for llama.cpp's quantizers (SPEC D5).
+"""Stage `importance`: the importance matrix of a model, by which llama.cpp's quantizers weight errors (SPEC D5).
 
-An error d in a weight of column j changes a layer's output by d x_j. So the expected squared error of an output is, but
-for correlations, the sum over columns of d_j^2 E[x_j^2]; E[x_j^2] over calibration rows is what is kept: llama.cpp's
-"importance matrix", by which its quantizers weight errors. A tied embedding is weighted as the head that it is too.
+An error d in a weight of column j changes a layer's output by d x_j. Without correlations, the expected squared error
+of an output is the sum over columns of d_j^2 E[x_j^2]. The importance matrix holds E[x_j^2], measured on calibration
+rows. A tied embedding is measured as output head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Config(BaseModel):
-    """`calibration`: which training rows are looked at."""
+    """`calibration`: the training rows to measure on."""
 
     model_config = ConfigDict(extra="forbid")
     calibration: Draw = Field(default_factory=Draw)
@@ -44,11 +44,11 @@ class Config(BaseModel):
 def measure(
     model: Any, llama: Llama, rows: Sequence[Row], progress: Any = lambda done, total, figures: None
 ) -> dict[str, torch.Tensor]:
-    """Mean square of every input column of each matrix, f32 by GGUF name, over all tokens of the rows."""
+    """Mean square of every input column of each matrix, f32 `[in]` by GGUF name, over all tokens of the rows."""
     sums: dict[str, torch.Tensor] = {}
     real = torch.zeros(0)
 
-    def listen(name: str) -> Any:
+    def accumulate(name: str) -> Any:
         def hook(module: Any, inputs: tuple[torch.Tensor], output: Any) -> None:
             found = inputs[0][real].double().square().sum(0)
             sums[name] = sums[name] + found if name in sums else found
@@ -60,7 +60,7 @@ def measure(
         tied = llama.tied and tensor.source == EMBEDDING
         if len(tensor.shape) == 2 and (tied or tensor.source != EMBEDDING):
             module = model.get_submodule((HEAD if tied else tensor.source).removesuffix(".weight"))
-            hooks.append(module.register_forward_hook(listen(tensor.name)))
+            hooks.append(module.register_forward_hook(accumulate(tensor.name)))
     model.eval()
     done = tokens = 0
     for index in passes(rows):

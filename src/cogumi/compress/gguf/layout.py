@@ -1,8 +1,7 @@
-"""What a Llama consists of, and under which name, in which order and type GGUF keeps it (SPEC D5).
+"""The tensors of a Llama or Qwen2, and their names, row order and types in GGUF (SPEC D5).
 
-GGUF stores the rows of the query and key projections in llama.cpp's rotary order: Hugging Face pairs
-dimension i of a head with i + d/2, llama.cpp pairs 2i with 2i + 1, but for a Qwen2, whose
-rows stay as they are.
+GGUF stores the rows of a Llama's query and key projections in llama.cpp's rotary order: Hugging Face pairs dimension i
+of a head with i + d/2, llama.cpp pairs 2i with 2i + 1. The rows of a Qwen2 keep their order.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantiz
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor's way: `source` name in the safetensors file, `name` in the GGUF file, row-major `shape`.
+    """A tensor to export: name in the safetensors file (`source`) and in the GGUF file (`name`), row-major `shape`.
 
-    `heads` > 0: its rows are that many heads, to be put into rotary order. Its values are multiplied by `factor`; where
-    `values` are given, it is these instead, and has no source.
+    If `heads` > 0, its rows are that many heads and are put into rotary order. Its values are multiplied by `factor`.
+    A tensor with given `values` has no source.
     """
 
     source: str
@@ -52,11 +51,11 @@ class Tensor:
         return prod(self.shape) // int(values) * int(size)
 
     def announce(self, writer: GGUFWriter) -> None:
-        """Add name, shape and type to the header of a file; the data follows behind it."""
+        """Add name, shape and type to the header of a file; the data is written later."""
         writer.add_tensor_info(self.name, self.shape, np.dtype(np.float32), self.nbytes, raw_dtype=self.type)
 
     def stored(self, type: GGMLQuantizationType) -> Tensor:
-        """The same, kept as `type` as llama.cpp would: norms in f32, rows that do not fill blocks in f16."""
+        """The tensor with llama.cpp's choice of type: `type`, but f32 for vectors, f16 if rows do not fill blocks."""
         if len(self.shape) == 1:
             return replace(self, type=F32)
         return replace(self, type=type if self.shape[-1] % GGML_QUANT_SIZES[type][0] == 0 else F16)
@@ -64,8 +63,8 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama(ModelShape):
-    """The figures of a `config.json` that llama.cpp needs; `stretch` divides the rotary frequencies (head / 2) of a
-    model that was made for longer texts than it had learned on.
+    """The settings of a `config.json` that llama.cpp needs; `stretch` `[head / 2]` divides the rotary frequencies of a
+    model whose context was extended after pre-training.
     """
 
     epsilon: float
@@ -74,7 +73,7 @@ class Llama(ModelShape):
 
     @classmethod
     def load(cls, folder: Path) -> Llama:
-        """Read `config.json`; `ExportError` if it is no model that llama.cpp would run as torch does."""
+        """Read `config.json`; `ExportError` for a model that llama.cpp would not run as torch does."""
         config = read_json(folder / "config.json")
         try:
             shape = shape_of(config, str(folder))
@@ -113,10 +112,10 @@ class Llama(ModelShape):
         except KeyError as error:
             raise ExportError(f"{folder}/config.json lacks {error}; save the model with save_pretrained") from error
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise ExportError(f"{folder}/config.json holds a rope or norm that is no number; copy it again") from error
+            raise ExportError(f"{folder}/config.json: a rope or norm value is not a number; copy it again") from error
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor such a model has, in file order."""
+        """All tensors of such a model, in file order."""
         names = get_tensor_name_map(KINDS[self.kind], self.layers)
         query, key = self.query, self.key
         heads, kv_heads = (self.heads, self.kv_heads) if self.kind == "llama" else (0, 0)
@@ -169,8 +168,8 @@ class Llama(ModelShape):
 
 
 def llama3_stretch(head: int, rope: Mapping[str, Any]) -> tuple[float, ...]:
-    """What divides each rotary frequency of a Llama 3.1: 1 for waves much shorter than the context it learned on,
-    `factor` for longer ones, and between them a smooth way from one to the other.
+    """Divisor of each rotary frequency `[head / 2]` of a Llama 3.1: 1 for wavelengths much shorter than the context of
+    pre-training, `factor` for longer ones, interpolated between them.
     """
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     learned = rope["original_max_position_embeddings"]
@@ -183,13 +182,13 @@ def llama3_stretch(head: int, rope: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def rotary_order(rows: Array, heads: int) -> Array:
-    """Reorder rows [heads * d, ...] from Hugging Face's halves to llama.cpp's pairs."""
+    """Reorder rows [heads * d, ...] from Hugging Face's halves to llama.cpp's adjacent pairs."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; `ExportError` if it is missing or damaged."""
+    """The JSON object in a file; `ExportError` if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -197,5 +196,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ExportError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(found, dict):
-        raise ExportError(f"{path} is no JSON object; copy it again")
+        raise ExportError(f"{path} is not a JSON object; copy it again")
     return found

@@ -1,7 +1,7 @@
-"""Which type each tensor of a model is kept in, told from its shape alone (SPEC D1, D5).
+"""The stored type of each tensor of a model, determined by the model's shape alone (SPEC D1, D5).
 
-llama.cpp's own quantizer is asked, in a dry run over a file that has a header and no weights: sparse, so that it takes
-no room on disk whatever the model's size.
+llama.cpp's own quantizer chooses the types in a dry run over a file with a header and no weights. The file is sparse,
+so that it takes no disk space for a model of any size.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from cogumi.core.registry import nearest
 FILE_TYPES = {"f32": LlamaFileType.ALL_F32} | {
     t.name[7:].lower(): t for t in LlamaFileType if t.name.startswith("MOSTLY_")
 }
-"""What a file may be, named as llama.cpp names it: a mixture of types for all but the plain ones."""
+"""File types by llama.cpp's names: mixtures of tensor types, except the `PLAIN` ones."""
 TENSOR_TYPES = {t.name.lower(): t for t in GGMLQuantizationType if not re.fullmatch(r"I\d+|F64|Q8_1|Q8_K", t.name)}
-"""What a single tensor may be."""
+"""Types of a single tensor."""
 PLAIN = {"f32": F32, "f16": F16, "q8_0": Q8_0}
-"""Files with one type for all matrices, whatever their width; nobody need be asked about those."""
+"""File types with one tensor type for all matrices of any width; they need no dry run."""
 NONE: Mapping[str, str] = MappingProxyType({})
 OVERRIDES = "types.json"
-"""The file in which a step (`awq`, `gptq`) says which tensors need a type of their own: pattern -> type."""
+"""The file in which stages `awq` and `gptq` write the tensors with another type than the rest: pattern -> type."""
 
 
 def stored_tensors(
     llama: Llama, type: str, overrides: Mapping[str, str] = NONE, importance: bool = False
 ) -> list[Tensor]:
-    """Every tensor of a model in the type it is kept in, in file order; `sum(t.nbytes)` is what the weights take.
+    """All tensors of a model with their stored types, in file order; `sum(t.nbytes)` is the size of the weights.
 
-    `overrides` gives the matrices that a pattern matches (`blk.0.*`) a type of their own; the first that matches
-    counts. `importance`: whether there will be an importance matrix. Raises `ExportError` for what cannot be.
+    `overrides` sets the type of matrices by patterns of their names (`blk.0.*`); the first matching pattern wins.
+    `importance`: whether there will be an importance matrix. Raises `ExportError` for unknown or impossible types and
+    for patterns without a match.
     """
     check_type(type)
     if type in PLAIN:
@@ -58,33 +59,32 @@ def stored_tensors(
 
 
 def check_type(type: str) -> None:
-    """`ExportError` for an unknown type of file."""
+    """`ExportError` for an unknown file type."""
     if type not in FILE_TYPES:
         raise ExportError(f"unknown type {type!r}; known: {', '.join(FILE_TYPES)}")
 
 
 def check_overrides(overrides: Mapping[str, str]) -> None:
-    """`ExportError` for an unknown type of a tensor."""
+    """`ExportError` for an unknown tensor type."""
     for pattern, type in overrides.items():
         if type not in TENSOR_TYPES:
             raise ExportError(f"types: unknown type '{type}' for '{pattern}'; {nearest(type, TENSOR_TYPES)}")
 
 
 def _overridden(tensor: Tensor, overrides: Mapping[str, str]) -> Tensor:
-    said = next((type for pattern, type in overrides.items() if fnmatchcase(tensor.name, pattern)), None)
-    if said is None or len(tensor.shape) == 1:
+    chosen = next((type for pattern, type in overrides.items() if fnmatchcase(tensor.name, pattern)), None)
+    if chosen is None or len(tensor.shape) == 1:
         return tensor
-    block, width = GGML_QUANT_SIZES[TENSOR_TYPES[said]][0], tensor.shape[1]
+    block, width = GGML_QUANT_SIZES[TENSOR_TYPES[chosen]][0], tensor.shape[1]
     if width % block:
-        raise ExportError(f"types: {tensor.name} has rows of {width} values, and {said} takes {block} at a time")
-    return replace(tensor, type=TENSOR_TYPES[said])
+        raise ExportError(f"types: {tensor.name} has rows of {width} values, and {chosen} takes {block} at a time")
+    return replace(tensor, type=TENSOR_TYPES[chosen])
 
 
 def types_of(llama: Llama, type: str, importance: bool = False) -> dict[str, GGMLQuantizationType]:
-    """The type of each tensor, by its GGUF name, in a model that llama.cpp's quantizer makes `type` (`q4_k_m`, ...).
+    """The type of each tensor, by GGUF name, that llama.cpp's quantizer chooses for a file type (`q4_k_m`, ...).
 
-    Raises `ExportError` for a type that llama.cpp cannot give it, and for one that needs an importance matrix where
-    there is none.
+    Raises `ExportError` for a file type that the model cannot have, or that needs an importance matrix without one.
     """
     from cogumi.engine.llama.binding.quantize import mixture
 

@@ -1,8 +1,7 @@
-"""The weights of a Hugging Face folder, read a few rows at a time from one safetensors file or from several (SPEC D5);
-and how much their columns matter, if that was measured.
+"""The weights of a Hugging Face folder, read a few rows at a time from one or several safetensors files, and their
+importance matrix (SPEC D5).
 
-A file is opened anew for every read and its mapping dropped afterwards, so that memory never holds more of a checkpoint
-than what is being looked at, however large it is.
+A file is opened for every read and unmapped afterwards, so that memory holds only the rows in use.
 """
 
 from __future__ import annotations
@@ -30,34 +29,34 @@ _DTYPES = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where each tensor lies and its shape; `files` are all files, in order of their names."""
+    """The file and the shape of each tensor; `files` are all files, sorted by name."""
 
     files: tuple[Path, ...]
-    places: Mapping[str, Path]
+    file_of: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def load(cls, folder: Path, name: str = ONE) -> Weights:
-        """Look into the safetensors file `name` of a folder, or into the shards that its index names.
+        """Read the headers of the safetensors file `name` of a folder, or of the shards that its index names.
 
-        Raises `ExportError` for files that are missing, cut short, of other numbers than floats, or that do not hold
-        what the index says.
+        Raises `ExportError` for files that are missing or truncated, that hold other types than floats, or that lack a
+        tensor of the index.
         """
         index = folder / INDEX
         if name != ONE or (folder / name).exists() or not index.exists():
-            return cls._look([folder / name])
-        placed = read_json(index).get("weight_map")
-        if not isinstance(placed, dict) or not all(Path(str(file)).name == file for file in placed.values()):
+            return cls._read_headers([folder / name])
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(Path(str(file)).name == file for file in shards.values()):
             raise ExportError(f"{index} has no weight_map of file names; copy the checkpoint again")
-        found = cls._look([folder / str(file) for file in sorted(set(placed.values()))])
-        for tensor, file in placed.items():
-            if found.places.get(tensor) != folder / file:
-                raise ExportError(f"{folder / file} lacks {tensor}, which {index.name} says it holds; copy it again")
+        found = cls._read_headers([folder / str(file) for file in sorted(set(shards.values()))])
+        for tensor, file in shards.items():
+            if found.file_of.get(tensor) != folder / file:
+                raise ExportError(f"{folder / file} lacks {tensor}, which {index.name} lists for it; copy it again")
         return found
 
     @classmethod
-    def _look(cls, files: list[Path]) -> Weights:
-        places: dict[str, Path] = {}
+    def _read_headers(cls, files: list[Path]) -> Weights:
+        file_of: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             with _opened(path) as file:
@@ -66,18 +65,18 @@ class Weights:
                     if part.get_dtype() not in _DTYPES:
                         known = ", ".join(_DTYPES)
                         raise ExportError(f"{path}: {tensor} is {part.get_dtype()}; save the model as one of {known}")
-                    places[tensor], shapes[tensor] = path, tuple(part.get_shape())
-        return cls(tuple(files), places, shapes)
+                    file_of[tensor], shapes[tensor] = path, tuple(part.get_shape())
+        return cls(tuple(files), file_of, shapes)
 
     def rows(self, tensor: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start` to `stop` of a tensor as f32."""
-        with _opened(self.places[tensor]) as file:
+        with _opened(self.file_of[tensor]) as file:
             values: NDArray[np.float32] = file.get_slice(tensor)[start:stop].float().numpy()
             return values
 
     @property
     def sha256(self) -> str:
-        """The hash of the one file, or one over the hashes of all."""
+        """The hash of a single file, or a hash over the hashes of several."""
         if len(self.files) == 1:
             return sha256(self.files[0])
         lines = (f"{path.name} {sha256(path)}\n" for path in self.files)
@@ -92,13 +91,13 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing; give a full model or adapter folder") from error
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} is cut short or damaged ({error}); copy it again") from error
+        raise ExportError(f"{path} is truncated or damaged ({error}); copy it again") from error
     with file:
         yield file
 
 
 def read_importance(path: Path, tensors: Sequence[Tensor], weights: Weights) -> dict[str, NDArray[np.float32]]:
-    """Columns' importance by GGUF name; `ExportError` unless it was measured on these weights, on every layer."""
+    """Importance of input columns, by GGUF name; `ExportError` unless measured on these weights, for every layer."""
     try:
         with safe_open(path, framework="np") as file:
             measured = (file.metadata() or {}).get("base_sha256")

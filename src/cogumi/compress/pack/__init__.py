@@ -1,1 +1,1 @@
-"""What is shipped: bundles, packed folders, pruned tensors without their zeros."""
+"""Files to ship: bundles, compressed archives of folders, and sparse storage of pruned tensors."""

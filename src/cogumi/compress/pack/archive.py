@@ -1,14 +1,14 @@
-"""Stage `archive`: a bundle packed with zstd, without loss (SPEC D6); `cogumi pack` does the same.
+"""Stage `archive`: a bundle compressed losslessly with zstd (SPEC D6); `cogumi pack` does the same.
 
-Every file is compressed both plainly and with a dictionary trained on all of them, and the smaller form is kept; the
-dictionary itself counts, and goes where it does not pay. What was written is unpacked once, and compared, before it
-counts. Weights of 4 to 6 bits are close to random: they hardly get smaller.
+Every file is compressed both without and with a dictionary trained on all files, and the smaller form is kept. The
+dictionary is kept only if it saves more than its own size. The output is unpacked and verified once. Weights of 4 to 6
+bits are close to random and hardly compress.
 
-A model's folder (input `model`) can be packed as well, to be kept rather than opened. With `sparse` the tensors of its
-safetensors files are also tried without their zeros, which pays for weights that were pruned (`sparse.py`).
+A model folder (input `model`) can be packed too, for storage. With `sparse`, its safetensors files are also tried in
+sparse form, which is smaller for pruned weights (`sparse.py`).
 
-The `manifest.json` that a build leaves in a folder is not packed: it is the record of that build and tells of the paths
-and the machine there, while the packed folder has checksums of its own.
+The `manifest.json` of a build is not packed: it describes paths and machine of that build, and the packed folder has
+its own checksums.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ INPUTS: dict[str, str] = {}
 OPTIONAL = {"bundle": "bundle", "model": "model"}
 
 SAMPLE, SAMPLES = 4096, 3200
-"""Bytes of a sample and their number: a dictionary wants about a hundred times its size to learn from."""
+"""Bytes per sample and number of samples: a dictionary needs about a hundred times its size as training data."""
 SEGMENT = 1024
-"""Bytes that a dictionary takes over in one piece; a search for the best took six times as long and won nothing."""
+"""Segment size (k) for dictionary training; searching for the best value took six times as long without gain."""
 TENSORS = ".safetensors"
 TRIAL = ".trial"
-"""How the form with the dictionary ends until one of the two is chosen."""
+"""Suffix of the form with the dictionary until one of the two is chosen."""
 
 
 class Config(BaseModel):
-    """`level`: how hard zstd tries, 1 to 22. `sparse`: try safetensors files without their zeros, too."""
+    """`level`: zstd compression level, 1 to 22. `sparse`: also try safetensors files in sparse form."""
 
     model_config = ConfigDict(extra="forbid")
     level: int = Field(LEVEL, ge=1, le=22)
@@ -77,29 +77,32 @@ def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress
     """Pack the named files of a folder into the empty folder `out` and return the figures.
 
     `{bytes, packed_bytes, ratio, dictionary_bytes, files: {name: {bytes, packed_bytes, ratio, plain_bytes,
-    with_dictionary_bytes, dictionary}}}`; `packed_bytes` in all counts the dictionary. With `sparse` also
-    `sparse: {name: {bytes, sparse_bytes, zeros, kinds, packed_bytes, zstd_alone_bytes}}`; the file that was chosen is
-    among `files`, by its own name or as `<name>.sparse`, whose `bytes` are those of the file with its zeros. Equal
-    files give equal bytes.
+    with_dictionary_bytes, dictionary}}}`; the total `packed_bytes` includes the dictionary. With `sparse` also
+    `sparse: {name: {bytes, sparse_bytes, zeros, kinds, packed_bytes, zstd_alone_bytes}}`; `files` then lists the
+    smaller form, under its own name or as `<name>.sparse`, whose `bytes` are those of the dense file. Equal files give
+    equal bytes. `BundleError` for a file name that cannot be packed.
     """
     sources = {name: folder / name for name in sorted(names)}
-    if wrong := [name for name in sources if not may_be_named(name)]:
-        raise BundleError(f"{folder / wrong[0]} cannot be packed under that name; rename it or move it elsewhere")
+    if refused := [name for name in sources if not may_be_named(name)]:
+        raise BundleError(f"{folder / refused[0]} cannot be packed under that name; rename it or move it elsewhere")
     sizes = {name: path.stat().st_size for name, path in sources.items()}
     tensors = sum(size for name, size in sizes.items() if config.sparse and name.endswith(TENSORS))
     total, done = 3 * sum(sizes.values()) + 2 * tensors, 0
 
-    def told(count: int) -> None:
+    def count_bytes(count: int) -> None:
         nonlocal done
         done = min(done + count, total)
         progress(done, total)
 
     with TemporaryDirectory(dir=out) as scratch:
-        plain = {name: _packed(path, out / (name + ENDING), config.level, None, told) for name, path in sources.items()}
-        tried = _sparse(sources, sizes, plain, Path(scratch), out, config.level, told) if config.sparse else {}
-        trials = _with_dictionary(sources, plain, out, config.level, told)
+        plain = {
+            name: _packed(path, out / (name + ENDING), config.level, None, count_bytes)
+            for name, path in sources.items()
+        }
+        tried = _sparse(sources, sizes, plain, Path(scratch), out, config.level, count_bytes) if config.sparse else {}
+        trials = _with_dictionary(sources, plain, out, config.level, count_bytes)
     files = _choose(plain, trials, out)
-    _finish(out, files, told)
+    _finish(out, files, count_bytes)
     progress(total, total)
     return _figures(Archive(out), sizes, plain, trials) | tried
 
@@ -111,19 +114,19 @@ def _sparse(
     scratch: Path,
     out: Path,
     level: int,
-    told: Told,
+    count_bytes: Told,
 ) -> dict[str, Any]:
-    """Put each safetensors file without its zeros in the place of the file itself, where that is smaller packed.
+    """Replace each safetensors file by its sparse form if that is smaller when packed.
 
-    Tells twice the bytes of each: once for finding its zeros, once for packing the rest.
+    Advances the progress by twice the size of each file: once for the encoding, once for the compression.
     """
     tried: dict[str, Any] = {}
     for name in [name for name in sources if name.endswith(TENSORS)]:
         other = name + sparse.ENDING
-        figures = sparse.encode_file(sources[name], scratch / "sparse", told)
+        figures = sparse.encode_file(sources[name], scratch / "sparse", count_bytes)
         path = (scratch / "sparse").rename(scratch / str(len(tried)))
-        packed = _packed(path, out / (other + ENDING), level, None, told)
-        told(max(sizes[name] - packed.bytes, 0))
+        packed = _packed(path, out / (other + ENDING), level, None, count_bytes)
+        count_bytes(max(sizes[name] - packed.bytes, 0))
         tried[name] = figures | {"packed_bytes": packed.packed_bytes, "zstd_alone_bytes": plain[name].packed_bytes}
         loser = name if packed.packed_bytes < plain[name].packed_bytes else other
         (out / (loser + ENDING)).unlink()
@@ -134,18 +137,18 @@ def _sparse(
 
 
 def _with_dictionary(
-    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, told: Told
+    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, count_bytes: Told
 ) -> dict[str, PackedFile]:
-    """Every file packed with a dictionary, beside its plain form; nothing if none can be learned."""
+    """Write every file packed with a dictionary beside its plain form; empty if no dictionary can be trained."""
     dictionary = _train(sources.values(), level)
     if dictionary is None:
         return {}
     (out / DICTIONARY).write_bytes(dictionary.as_bytes())
-    return {name: _packed(path, out / (name + TRIAL), level, dictionary, told) for name, path in sources.items()}
+    return {name: _packed(path, out / (name + TRIAL), level, dictionary, count_bytes) for name, path in sources.items()}
 
 
 def _choose(plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile], out: Path) -> dict[str, PackedFile]:
-    """The smaller form of each file; the plain one of all, if the dictionary does not save what it takes."""
+    """The smaller form of each file; the plain form of all files if the dictionary does not save its own size."""
     better = {name: file for name, file in trials.items() if file.packed_bytes < plain[name].packed_bytes}
     saved = sum(plain[name].packed_bytes - file.packed_bytes for name, file in better.items())
     if trials and saved <= (out / DICTIONARY).stat().st_size:
@@ -160,7 +163,7 @@ def _choose(plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile], o
 
 
 def _train(paths: Iterable[Path], level: int) -> Any:
-    """A dictionary learned from samples that lie evenly over all files; None if that is too little to learn from."""
+    """A dictionary trained on samples spread evenly over all files; None if there is too little data."""
     sizes = {path: path.stat().st_size for path in paths}
     stride, at = max(sum(sizes.values()) // SAMPLES, SAMPLE), 0
     samples: list[bytes | bytearray | memoryview[int]] = []
@@ -177,15 +180,15 @@ def _train(paths: Iterable[Path], level: int) -> Any:
         return None
 
 
-def _finish(out: Path, files: Mapping[str, PackedFile], told: Told) -> None:
-    """Write the index, and take it back if what it describes does not unpack to the same bytes."""
+def _finish(out: Path, files: Mapping[str, PackedFile], count_bytes: Told) -> None:
+    """Write the index and unpack every file as a check; if that fails, delete the index and raise `BundleError`."""
     dictionary = entries(out, [DICTIONARY])[DICTIONARY] if (out / DICTIONARY).is_file() else None
     write_json(out / INDEX, Index(format=FORMAT, dictionary=dictionary, files=dict(files)).model_dump())
     try:
         archive = Archive(out)
         for name in files:
             for content in archive.read(name):
-                told(len(content))
+                count_bytes(len(content))
     except BundleError:
         (out / INDEX).unlink()
         raise
@@ -194,7 +197,7 @@ def _finish(out: Path, files: Mapping[str, PackedFile], told: Told) -> None:
 def _figures(
     archive: Archive, sizes: Mapping[str, int], plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile]
 ) -> dict[str, Any]:
-    """What it came to; `sizes` are those of the files before anything was done to them."""
+    """The figures that `pack` returns; `sizes` are those of the original files."""
     index = archive.index
     rows = {
         name: {
@@ -215,12 +218,12 @@ def _figures(
 
 
 def ratio(before: int, after: int) -> float:
-    """How many times smaller it has become."""
+    """Size before over size after; 1 for an empty output."""
     return round(before / after, 4) if after else 1.0
 
 
-def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Told) -> PackedFile:
-    """Write a file as frames; several threads compress them, and the result is the same for any number of threads."""
+def _packed(source: Path, target: Path, level: int, dictionary: Any, count_bytes: Told) -> PackedFile:
+    """Compress a file frame by frame on several threads; the result does not depend on their number."""
     target.parent.mkdir(parents=True, exist_ok=True)
     before, after, size = hashlib.sha256(), hashlib.sha256(), 0
     lengths = []
@@ -235,7 +238,7 @@ def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Told)
             write.write(packed)
             lengths.append(len(packed))
             size += len(content)
-            told(len(content))
+            count_bytes(len(content))
     return PackedFile(
         bytes=size,
         sha256=before.hexdigest(),
@@ -247,9 +250,9 @@ def _packed(source: Path, target: Path, level: int, dictionary: Any, told: Told)
 
 
 def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
-    """Pack a bundle, which is verified first, or a model's folder into the empty folder `out`; figures as of `pack`.
+    """Pack a bundle, which is verified first, or a model folder into the empty folder `out`; figures as from `pack`.
 
-    Raises `BundleError` for a folder that is neither, and `DataError` for a safetensors file that is none or was cut.
+    Raises `BundleError` for a folder that is neither, and `DataError` for a safetensors file that is damaged.
     """
     if (folder / BUNDLE_INDEX).is_file():
         open_bundle(folder)
@@ -260,7 +263,7 @@ def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = qu
 
 
 def _model_files(folder: Path) -> list[str]:
-    """What a model's folder holds: no links, and safetensors files as long as their headers say."""
+    """The files of a model folder; links and safetensors files of the wrong length raise an error."""
     if links := sorted(path for path in folder.rglob("*") if path.is_symlink()):
         raise BundleError(f"{links[0]} is a link, which may lead out of the folder; put the file itself there")
     names = file_names(folder) if folder.is_dir() else []
@@ -273,7 +276,7 @@ def _model_files(folder: Path) -> list[str]:
 
 
 def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
-    """Unpack an archive into the new folder `out`, all of it or nothing; the number of bytes that came out."""
+    """Unpack an archive into the new folder `out`, all files or none; returns the number of bytes written."""
     archive = Archive(folder)
     with staged(out, folder) as part:
         archive.extract_all(part, progress)
@@ -291,6 +294,6 @@ def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Bundle or model -> the same packed; metrics are the figures of `pack`."""
+    """`bundle` or `model` -> the packed folder; metrics are the figures of `pack`."""
     source = inputs["model"] if "model" in inputs else inputs["bundle"]
     return pack_folder(source.path, out, config, lambda done, total: context.progress(done, total, {}))

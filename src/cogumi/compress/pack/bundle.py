@@ -1,9 +1,9 @@
-"""Stage `bundle`: put the exported parts of a cascade into one verified folder with a model card.
+"""Stage `bundle`: collect the exported parts of a cascade in one verified folder with a model card.
 
 Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty` and
-`router` (safetensors), and `calibration`; if wanted `escalation`, `critic`, `embedder`, `head` and `fewshot`, and
-`examples` (questions, some of which are shown to the base before hard ones). Without `draft` it is a mobile package
-(see `cogumi.bundle.format`): the draft of a larger cascade is given as `base`, with modifiers that were trained on it.
+`router` (safetensors), and `calibration`; optionally `escalation`, `critic`, `embedder`, `head` and `fewshot`, and
+`examples` (few-shot examples for hard questions). Without `draft` the bundle is a mobile package (see
+`cogumi.bundle.format`): its `base` is the draft of a larger cascade, with modifiers trained on it.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ SOURCES = {
     "fewshot": ("adapter.gguf", FEWSHOT, "answers together with the adapted head"),
     "examples": ("train.jsonl", EXAMPLES, "questions with answers, shown to the base before hard ones"),
 }
-"""Role -> (file in the input's folder, its name in the bundle, what it does)."""
+"""Role -> (file in the input's folder, name in the bundle, description in the model card)."""
 READERS, BESIDE = ("difficulty", "router"), ("calibration", "escalation", "critic", "embedder")
-"""Roles whose files are taken over as they are, and whose sizes their own stages say."""
+"""Roles whose files are copied, and whose sizes their own stages estimate."""
 OWN_FILES = {EXAMPLES: FileSize(31_000, 0.18), CARD: FileSize(2_000, 0.48), INDEX: FileSize(37_000, 0.19)}
-"""What this stage writes itself, as large as in the recipe tiny."""
+"""Sizes of the files that this stage writes itself, from the recipe tiny."""
 
 
 class Config(BaseModel):
-    """`title` heads the model card; `examples` of each domain are kept of the input of that name."""
+    """`title` of the model card; number of `examples` kept per domain from the input of that name."""
 
     model_config = ConfigDict(extra="forbid")
     title: str = "A Cogumi cascade"
@@ -93,13 +93,13 @@ class Config(BaseModel):
 def _source(role: str) -> tuple[str, str, str]:
     if matches(role, MODIFIERS):
         domain = role.removeprefix(MODIFIER)
-        what = f"answers {domain} questions that the base is unsure of"
-        return "adapter.gguf", modifier_name(domain), what
+        description = f"answers {domain} questions that the base is unsure of"
+        return "adapter.gguf", modifier_name(domain), description
     return SOURCES[role]
 
 
 def _write_examples(source: Path, target: Path, count: int) -> None:
-    """The first `count` questions of each domain that have an answer, with it: one JSON object a line."""
+    """Write the first `count` answerable questions of each domain with their answers, as JSON lines."""
     kept: Counter[str] = Counter()
     lines = []
     for example in iterate_examples(source):
@@ -112,7 +112,7 @@ def _write_examples(source: Path, target: Path, count: int) -> None:
 
 
 def _part(role: str, artifact: Artifact) -> dict[str, Any]:
-    """What a GGUF artifact says it belongs to."""
+    """The metrics of a GGUF artifact that identify its base and tokenizer (fields of `Part`)."""
     names = Part.model_fields
     if missing := [name for name in names if name not in artifact.metrics]:
         raise ExportError(f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf'")
@@ -126,12 +126,12 @@ def _figures(metrics: Mapping[str, Any]) -> str:
 
 
 def model_card(title: str, inputs: Mapping[str, Artifact], sizes: Mapping[str, int]) -> str:
-    """README.md of a bundle: its parts, what they measured when they were made, and where they come from."""
+    """README.md of a bundle: its parts, their metrics and the fingerprints of their steps."""
     rows = []
     for role, artifact in inputs.items():
-        _, name, what = _source(role)
+        _, name, description = _source(role)
         made_by = f"`{artifact.fingerprint[:12]}`"
-        rows.append(f"| `{name}` | {what} | {sizes[name]:,} | {_figures(artifact.metrics)} | {made_by} |")
+        rows.append(f"| `{name}` | {description} | {sizes[name]:,} | {_figures(artifact.metrics)} | {made_by} |")
     return f"""# {title}
 
 Chat with it: `cogumi chat <this folder>`; serve it: `cogumi serve <this folder>`.
@@ -145,7 +145,7 @@ P(correct) holds for questions like those it was calibrated on, and for no other
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The parts of the bundle that are known; none without its base, or without the draft that it shall have."""
+    """The known parts of the bundle; none if the base, or a requested draft, is unknown."""
     base, draft = given.find("base", Weights), given.find("draft", Weights)
     if base is None or ("draft" in given.inputs and draft is None):
         return Estimate()
@@ -173,7 +173,7 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Parts -> a bundle in `out`, opened once to be sure."""
+    """Parts by role -> a bundle in `out`, which is opened once as a check."""
     files: dict[str, Path] = {}
     parts: dict[str, dict[str, Any]] = {}
     for role in [*INPUTS, *(role for role in inputs if role not in INPUTS)]:

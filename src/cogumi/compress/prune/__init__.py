@@ -1,1 +1,1 @@
-"""The least important weights become zero."""
+"""Pruning: the least important weights are set to zero."""

@@ -1,8 +1,8 @@
-"""Weights of a model set to zero, and held there while it trains (SPEC D2).
+"""Set weights of a model to zero, and keep them at zero during training (SPEC D2).
 
-Wanda and SparseGPT (Frantar and Alistarh, 2301.00774) are llm-compressor's. Magnitude is not: its modifier follows the
-events of a training session and cannot prune at once; nor can it, or the two others, prune embeddings. Both are done
-here, by the importance of `sparsity`.
+llm-compressor implements Wanda and SparseGPT (Frantar and Alistarh, 2301.00774). Its modifier for magnitude pruning
+needs the events of a training session and cannot prune in one shot, and no method of it prunes embeddings. Both are
+implemented here, with the importance of `sparsity`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from cogumi.train.validation import passes
 Method: TypeAlias = Literal["magnitude", "wanda", "sparsegpt"]
 Structure: TypeAlias = Literal["unstructured", "2:4"]
 Chosen: TypeAlias = Mapping[str, tuple[Tensor, float]]
-"""By name a weight, and the share of it to prune."""
+"""Name -> weight and the share of it to prune."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pruner:
-    """How weights are chosen. `mix` is for what the method itself does not do: all of `magnitude`, and embeddings."""
+    """Pruning method. `mix` is the importance used by `magnitude`, and for embeddings by every method."""
 
     method: Method
     structure: Structure
@@ -42,10 +42,10 @@ class Pruner:
     def prune(
         self, model: Any, llama: Llama, shares: Mapping[str, float], rows: Sequence[Row], context: Context
     ) -> None:
-        """Set `shares` of the parts' weights to zero, in place; `rows` are what a method looks at.
+        """Set `shares` of the weights of each part to zero, in place; `rows` are calibration data.
 
-        A part that is sparse enough is left alone. What is zero counts, and stays; but SparseGPT chooses a 2:4 pattern
-        anew, because llm-compressor 0.14 reads a former mask of 2:4 at the wrong columns.
+        A weight that is sparse enough is not changed. Zeros count towards the share and stay zero, except that
+        SparseGPT chooses a new 2:4 pattern, because llm-compressor 0.14 applies an existing 2:4 mask to wrong columns.
         """
         found = {
             name: (weight, shares[part])
@@ -61,18 +61,18 @@ class Pruner:
             self._prune_by_calibration(model, linear, rows, context)
 
     def _done(self, weight: Tensor, share: float) -> bool:
-        """Whether a weight is sparse enough as it is."""
+        """Whether a weight already has the requested sparsity."""
         zero = weight == 0
         if self.structure == "unstructured":
             return float(zero.double().mean()) >= share
         return bool((zero.reshape(-1, GROUP).sum(1) >= round(GROUP * share)).all())
 
     def _prune_by_mix(self, model: Any, llama: Llama, chosen: Chosen, rows: Sequence[Row], context: Context) -> None:
-        steep = gradients(model, rows, context) if self.mix.gradient else {}
+        gradient = gradients(model, rows, context) if self.mix.gradient else {}
         columns = activations(model, llama, rows, context) if self.mix.activation else {}
         with torch.no_grad():
             for name, (weight, share) in chosen.items():
-                scores = importance(weight, self.mix, steep.get(name), columns.get(name))
+                scores = importance(weight, self.mix, gradient.get(name), columns.get(name))
                 weight[self._mask(scores, share)] = 0.0
 
     def _mask(self, scores: Tensor, share: float) -> Tensor:
@@ -97,7 +97,7 @@ class Pruner:
 
 
 def matrices(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The weights that may be pruned, by part and name."""
+    """The weights that can be pruned, by part and name."""
     found: dict[str, dict[str, nn.Parameter]] = {}
     for name, weight in model.named_parameters():
         if part := part_of(name):
@@ -106,12 +106,12 @@ def matrices(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def weights(names: Mapping[str, Tensor]) -> int:
-    """How many there are."""
+    """Number of weights."""
     return sum(weight.numel() for weight in names.values())
 
 
 def zeros(names: Mapping[str, Tensor]) -> int:
-    """How many are exactly 0."""
+    """Number of weights that are exactly 0."""
     return sum(int((weight == 0).sum()) for weight in names.values())
 
 
@@ -121,23 +121,23 @@ def reached(model: nn.Module) -> dict[str, float]:
 
 
 def gradients(model: Any, rows: Sequence[Row], context: Context) -> dict[str, Tensor]:
-    """Mean absolute gradient of the answer loss, by weight; over batches of rows."""
+    """Mean over batches of rows of the absolute gradient of the answer loss, by weight name."""
     model.eval()
     sums = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
-    every = list(passes(rows))
-    for done, index in enumerate(every):
+    batches = list(passes(rows))
+    for done, index in enumerate(batches):
         model.zero_grad()
         loss, _ = answer_loss(model, collate(rows, index).to(next(model.parameters()).device))
         loss.backward()  # type: ignore[no-untyped-call]
         for name, weight in model.named_parameters():
-            sums[name] += weight.grad.abs() / len(every)
-        context.progress(done + 1, len(every), {})
+            sums[name] += weight.grad.abs() / len(batches)
+        context.progress(done + 1, len(batches), {})
     model.zero_grad()
     return sums
 
 
 def activations(model: Any, llama: Llama, rows: Sequence[Row], context: Context) -> dict[str, Tensor]:
-    """Root mean square of what each column of a linear layer's weight is multiplied with, by weight."""
+    """Root mean square `[in]` of the inputs of each linear layer, by weight name."""
     squares = measure(model, llama, rows, context.progress)
     device = next(model.parameters()).device
     return {t.source: squares[t.name].sqrt().to(device) for t in llama.tensors() if t.name in squares}
@@ -145,17 +145,17 @@ def activations(model: Any, llama: Llama, rows: Sequence[Row], context: Context)
 
 @contextmanager
 def held(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Weights that are 0 stay 0 while the model trains; the function given is to be called after every step.
+    """Keep weights that are 0 at 0 during training; the yielded function must be called after every step.
 
-    No gradient reaches them, so that they count in no norm and no momentum. An optimizer that mixes the entries of a
-    matrix (Muon) moves them all the same: what it moved is set back.
+    Their gradients are set to zero, so that they do not count in norms and momentum. An optimizer that mixes the
+    entries of a matrix (Muon) still changes them, so they are reset after each step.
     """
-    dead = [(weight, weight == 0) for names in matrices(model).values() for weight in names.values()]
-    hooks = [weight.register_hook(_without(zero)) for weight, zero in dead]  # type: ignore[no-untyped-call]
+    pruned = [(weight, weight == 0) for names in matrices(model).values() for weight in names.values()]
+    hooks = [weight.register_hook(_without(zero)) for weight, zero in pruned]  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def after_step() -> None:
-        for weight, zero in dead:
+        for weight, zero in pruned:
             weight[zero.to(weight.device)] = 0.0
 
     try:
@@ -170,7 +170,7 @@ def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def check(model: nn.Module, parts: Mapping[str, float], structure: Structure) -> None:
-    """`RecipeError` for what this model cannot be pruned by."""
+    """`RecipeError` for a part that the model lacks, and for 2:4 on rows that are not a multiple of 4."""
     found = matrices(model)
     for part in parts:
         if part not in found:

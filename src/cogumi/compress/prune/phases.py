@@ -1,7 +1,6 @@
-"""Pruning in phases: the shares rise in equal parts, and after each the model trains with its zeros held (SPEC D2).
+"""Pruning in phases: sparsity rises in equal steps, each followed by training with the zeros held (SPEC D2).
 
-After Zhu and Gupta (1710.01878), with equal rises. What is done is kept: a run that is killed goes on with the same
-bytes.
+After Zhu and Gupta (1710.01878), with equal steps. Finished phases are saved: a killed run resumes with the same bytes.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers
 
 
-class Between(LoopConfig):
-    """`steps` are those of all phases together. The rate is cautious: what is trained is a finished model."""
+class PhaseTraining(LoopConfig):
+    """Training between phases; `steps` are the total over all phases. The learning rate is low, as for fine-tuning."""
 
     steps: int = Field(2000, ge=1)
     batch: int = Field(16, ge=1)
@@ -38,13 +37,13 @@ class Between(LoopConfig):
 
 
 class Gradual(BaseModel):
-    """The documents' four rises, 16.25% each where 65% is asked, over 2,000 steps. Training follows every rise, also
-    the last one: it is the model at its full sparsity that needs it, not the dense one before the first.
+    """The specification's four phases (of 16.25% each for an overall 65%) and 2,000 steps. Training follows every
+    phase, including the last: the model at full sparsity needs it most.
     """
 
     model_config = ConfigDict(extra="forbid")
     phases: int = Field(4, ge=1)
-    loop: Between = Between()
+    loop: PhaseTraining = PhaseTraining()
 
     @model_validator(mode="after")
     def _steps_for_all(self) -> Gradual:
@@ -55,7 +54,7 @@ class Gradual(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to prune: its name, how, and the share of each part."""
+    """A pruning to try: name, method, and the share to prune of each part."""
 
     name: str
     pruner: Pruner
@@ -63,10 +62,9 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
-    """What all candidates share: the dense model's `folder`, rows of each kind, and the `kept` folder of a killed run.
-
-    Without `gradual` there is one phase and no training.
+class PhaseRunner:
+    """Prunes candidates: the dense model's `folder`, rows for calibration, training and selection, and the folder
+    `checkpoints` of finished phases. Without `gradual` there is one phase and no training.
     """
 
     folder: Path
@@ -75,31 +73,31 @@ class Workshop:
     rows: Sequence[Row]
     selection: Sequence[Row]
     gradual: Gradual | None
-    kept: Path
+    checkpoints: Path
     context: Context
 
     def judge(self, model: Any) -> dict[str, float]:
-        """Selection figures of a model as it is."""
+        """Figures of a model on the selection split."""
         found = judge_answers(applied(model), self.selection)
         return {"nats": found["loss"], "perplexity": math.exp(found["loss"]), "exact": found["exact"]}
 
     def prune(self, candidate: Candidate, number: int = 0, of: int = 1) -> tuple[Any, list[dict[str, Any]]]:
-        """The pruned model, and what every phase did; `number` of `of` candidates, for the progress."""
+        """The pruned model and a record of each phase; `number` of `of` candidates, for the progress."""
         phases = self.gradual.phases if self.gradual else 1
-        model, kept = load(self.folder), self.kept / candidate.name / "pruned.safetensors"
-        done = _resume(model, kept)
+        model, checkpoint = load(self.folder), self.checkpoints / candidate.name / "pruned.safetensors"
+        done = _resume(model, checkpoint)
         for k in range(len(done), phases):
             shares = {part: share * (k + 1) / phases for part, share in candidate.shares.items()}
             candidate.pruner.prune(model, self.llama, shares, self.calibration, self.context)
             record: dict[str, Any] = {"asked": shares, "reached": reached(model), "cut": self.judge(model)}
-            folder = kept.parent / str(k)
+            folder = checkpoint.parent / str(k)
             if self.gradual:
                 context = self._of_phase(k, number * phases + k, of * phases, candidate.name)
                 record |= self._train(model, self.gradual, folder, context)
             done.append(record)
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
             weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}
-            save_tensors(weights, kept, {"phases": json.dumps(done)})
+            save_tensors(weights, checkpoint, {"phases": json.dumps(done)})
             shutil.rmtree(folder, ignore_errors=True)
         return model, done
 
@@ -111,12 +109,12 @@ class Workshop:
 
         with held(model) as after_step:
             at = train(model, self.rows, answer_loss, loop, folder, context, validate, after_step=after_step)
-        model.cpu()  # where a phase that goes on after a kill finds it
+        model.cpu()  # a resumed run loads it on the CPU too
         curve = {"training": at.losses, "selection": at.validations}
         return {"trained": self.judge(model), "steps": at.step, "stopped": at.stopped, "curve": curve}
 
     def _of_phase(self, k: int, before: int, of: int, name: str) -> Context:
-        """A phase's own order of rows and log; progress as if all phases of all candidates were equally long."""
+        """Context of a phase with its own seed and log; progress assumes that all phases are equally long."""
         context = self.context
 
         def progress(step: int, total: int | None, figures: Mapping[str, float]) -> None:
@@ -126,15 +124,15 @@ class Workshop:
         return replace(context, seed=context.seed + k, progress=progress, logs=logs)
 
 
-def _resume(model: Any, kept: Path) -> list[dict[str, Any]]:
-    """Give a model the weights of the last phase that is done; what the phases did."""
-    if not kept.exists():
+def _resume(model: Any, checkpoint: Path) -> list[dict[str, Any]]:
+    """Load the weights of the last finished phase into a model; returns the records of the finished phases."""
+    if not checkpoint.exists():
         return []
     try:
-        with safe_open(kept, "pt") as file, torch.no_grad():
+        with safe_open(checkpoint, "pt") as file, torch.no_grad():
             done: list[dict[str, Any]] = json.loads(file.metadata()["phases"])
             for name, weight in model.named_parameters():
                 weight.copy_(file.get_tensor(name))
     except (SafetensorError, OSError, ValueError) as error:
-        raise TrainingError(f"{kept} cannot be read ({error}); delete its folder to prune again") from error
+        raise TrainingError(f"{checkpoint} cannot be read ({error}); delete its folder to prune again") from error
     return done

@@ -1,7 +1,7 @@
-"""Stage `prune`: the weights that matter least become zero (SPEC D2).
+"""Stage `prune`: set the least important weights to zero (SPEC D2).
 
-At once or in phases with training between; a grid tries several sparsities and methods and keeps the best by quality
-kept minus bytes kept.
+Pruning runs in one shot or in phases with training between them. A grid tries several sparsities and methods and keeps
+the candidate with the highest score: quality kept minus bytes kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cogumi.bundle.packed import LEVEL
 from cogumi.compress.calibration_rows import Draw, draw_rows
 from cogumi.compress.gguf.layout import Llama
 from cogumi.compress.prune.masks import Method, Pruner, Structure, check, matrices, weights, zeros
-from cogumi.compress.prune.phases import Candidate, Gradual, Workshop
+from cogumi.compress.prune.phases import Candidate, Gradual, PhaseRunner
 from cogumi.compress.prune.prune_report import write_report
 from cogumi.compress.prune.sparsity import PARTS, Mix, front, scaled, score
 from cogumi.core.errors import RecipeError
@@ -41,7 +41,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Grid(BaseModel):
-    """What is tried: every method at every overall sparsity of the parts, whose shares keep their ratio."""
+    """Candidates: every method at every overall sparsity; the shares of the parts keep their ratio."""
 
     model_config = ConfigDict(extra="forbid")
     sparsities: tuple[Share, ...] = Field((0.6, 0.65, 0.7), min_length=1)
@@ -50,10 +50,10 @@ class Grid(BaseModel):
 
 class Config(BaseModel):
     """`parts` are the shares to prune: by default 60% of attention, 70% of feed_forward and 50% of embeddings, which is
-    about 65% of all; with `2:4` half of each. A `head` of its own is pruned only if named.
+    about 65% of all; with `2:4` half of each. An untied `head` is pruned only if named.
 
-    `mix` is the importance that `magnitude` goes by, and embeddings under any method. With a `grid` its methods and
-    sparsities take the place of `method` and of the overall sparsity.
+    `mix` is the importance used by `magnitude`, and for embeddings by every method. The methods and sparsities of a
+    `grid` replace `method` and the overall sparsity.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,7 +75,7 @@ class Config(BaseModel):
         return {"attention": 0.6, "feed_forward": 0.7, "embeddings": 0.5}
 
     @model_validator(mode="after")
-    def _can_be_done(self) -> Config:
+    def _structure_fits_shares(self) -> Config:
         for part in self.shares:
             if part not in PARTS:
                 raise ValueError(f"there is no part '{part}'; {nearest(part, PARTS)}")
@@ -87,12 +87,12 @@ class Config(BaseModel):
                     "ask for 0.5, or use structure: unstructured"
                 )
             if self.gradual and self.gradual.phases > 2:
-                raise ValueError("2:4 is reached by way of 1:4 at most, so in 1 or 2 phases")
+                raise ValueError("2:4 has only 1:4 as an intermediate step, so it is pruned in 1 or 2 phases")
         return self
 
 
 def candidates(config: Config, counts: Mapping[str, int]) -> list[Candidate]:
-    """What the config asks to try, with `counts` of weights by part. `RecipeError` if a part would lose all."""
+    """The candidates of a config; `counts` are weights by part. `RecipeError` if a part would lose all its weights."""
     if config.grid is None:
         return [Candidate(config.method, Pruner(config.method, config.structure, config.mix), config.shares)]
     found = []
@@ -107,7 +107,7 @@ def candidates(config: Config, counts: Mapping[str, int]) -> list[Candidate]:
 
 
 def zstd_bytes(model: Any) -> int:
-    """Bytes of all weights as fp32 packed by zstd: what zeros save on disk before any quantization."""
+    """Bytes of all weights as fp32 after zstd: the size on disk before any quantization."""
     import zstandard
 
     packer = zstandard.ZstdCompressor(level=LEVEL).compressobj()
@@ -133,11 +133,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     rows = make_rows(read_examples(split_path(data, "train")), tokenizer, room) if config.gradual else []
     counts = {part: weights(names) for part, names in matrices(model).items()}
     tried = candidates(config, counts)
-    shop = Workshop(folder, llama, calibration, rows, selection, config.gradual, out / CHECKPOINT, context)
-    dense = {**shop.judge(model), "zeros": zeros(dict(model.named_parameters())), "zstd_bytes": zstd_bytes(model)}
+    runner = PhaseRunner(folder, llama, calibration, rows, selection, config.gradual, out / CHECKPOINT, context)
+    dense = {**runner.judge(model), "zeros": zeros(dict(model.named_parameters())), "zstd_bytes": zstd_bytes(model)}
     results: dict[str, dict[str, Any]] = {}
     for number, candidate in enumerate(tried):
-        pruned, phases = shop.prune(candidate, number, len(tried))
+        pruned, phases = runner.prune(candidate, number, len(tried))
         found = _result(candidate, pruned, phases, dense)
         if found["score"] > max((other["score"] for other in results.values()), default=-math.inf):
             model, chosen = pruned, candidate.name
@@ -173,10 +173,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
 def _result(
     candidate: Candidate, model: Any, phases: list[dict[str, Any]], dense: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Figures of a candidate; `sparsity` is over all weights of the model, pruned parts or not.
+    """Figures of a candidate; `sparsity` is the share of zeros among all weights of the model.
 
-    `quality` is the mean of the shares kept of perplexity and of exact answers; of perplexity alone where the dense
-    model gives no answer exactly.
+    `quality` is the mean of perplexity(dense) / perplexity and exact / exact(dense), or the first alone if the dense
+    model has no exact answer.
     """
     pruned = phases[-1].get("trained", phases[-1]["cut"])
     kept = math.exp(dense["nats"] - pruned["nats"])

@@ -1,4 +1,4 @@
-"""What a grid of prunings came to, for people: a table and a picture (SPEC D2)."""
+"""Report of a grid of prunings: a table and a picture (SPEC D2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cogumi.core.files import write_text
 from cogumi.core.pictures import new_figure
 
 Results: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""Figures of every candidate by its name, as the stage's metrics tell them under `grid`."""
+"""Figures of every candidate by name, as under `grid` in the stage's metrics."""
 
 
 def write_report(out: Path, results: Results, chosen: str, dense: Mapping[str, float]) -> None:
@@ -63,7 +63,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _picture(path: Path, results: Results, chosen: str, dense: Mapping[str, float]) -> None:
-    """Selection perplexity against the size that is left, a line per method; the chosen one has a ring."""
+    """Selection perplexity against the remaining size, a line per method; a ring marks the chosen candidate."""
     figure, (axes,) = new_figure(width=6)
     for method in dict.fromkeys(found["method"] for found in results.values()):
         same = [found for found in results.values() if found["method"] == method]

@@ -1,8 +1,8 @@
-"""Which weights go: importance, masks and their arithmetic (SPEC D2). Pure.
+"""Importance of weights and pruning masks (SPEC D2). Pure functions.
 
-A weight's importance is |weight|^a * |gradient|^b * activation^c with the exponents of a `Mix`. The signals need no
-common scale that way, and the usual measures are corners of it: magnitude (a), Wanda (a = c; Sun et al., 2306.11695)
-and first-order Taylor (a = b; Molchanov et al., 1906.10771).
+The importance of a weight is |weight|^a * |gradient|^b * activation^c with the exponents of a `Mix`. As a product it
+needs no common scale, and it includes the usual criteria: magnitude (a), Wanda (a = c; Sun et al., 2306.11695) and
+first-order Taylor (a = b; Molchanov et al., 1906.10771).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 PARTS = ("attention", "feed_forward", "embeddings", "head")
 GROUP = 4
-"""Neighbours in a row of which the 2:4 pattern keeps two (Mishra et al., 2104.08378)."""
+"""Consecutive weights of a row, of which the 2:4 pattern keeps two (Mishra et al., 2104.08378)."""
 
 
 class Mix(BaseModel):
-    """How much each signal says about a weight: its size, its mean absolute gradient, the RMS of what it multiplies."""
+    """Exponents of the importance: weight magnitude, mean absolute gradient, RMS of the weight's input."""
 
     model_config = ConfigDict(extra="forbid")
     magnitude: float = Field(1.0, ge=0)
@@ -27,14 +27,14 @@ class Mix(BaseModel):
     activation: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _says_something(self) -> Mix:
+    def _not_all_zero(self) -> Mix:
         if self.magnitude + self.gradient + self.activation == 0:
-            raise ValueError("all shares of the mix are 0; give at least one of magnitude, gradient, activation")
+            raise ValueError("all exponents of the mix are 0; give at least one of magnitude, gradient, activation")
         return self
 
 
 def part_of(name: str) -> str | None:
-    """The part that a weight of the Llama family belongs to; None for norms and biases, which are never pruned."""
+    """The part to which a weight of a Llama or Qwen2 belongs; None for norms and biases, which are never pruned."""
     if name.endswith("embed_tokens.weight"):
         return "embeddings"
     if name.endswith("lm_head.weight"):
@@ -47,7 +47,7 @@ def part_of(name: str) -> str | None:
 def importance(weight: Tensor, mix: Mix, gradient: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """`[out, in]` from a weight `[out, in]`, its gradient `[out, in]` and the activation of its `columns` `[in]`.
 
-    A missing signal counts as 1 everywhere. A weight that is 0 is less important than any other.
+    A missing factor counts as 1. A zero weight is less important than any other.
     """
     score = weight.abs().double() ** mix.magnitude
     if gradient is not None:
@@ -58,26 +58,26 @@ def importance(weight: Tensor, mix: Mix, gradient: Tensor | None = None, columns
 
 
 def least(scores: Tensor, share: float) -> Tensor:
-    """True at the `share` (in [0, 1)) of least scores, rounded to whole weights; of equals the first go."""
+    """True at the `share` (in [0, 1)) of lowest scores, rounded to whole weights; of equal scores at the first."""
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[scores.flatten().argsort(stable=True)[: round(share * scores.numel())]] = True
     return mask.view(scores.shape)
 
 
-def least_of_four(scores: Tensor, gone: int) -> Tensor:
-    """True at the `gone` least of every four neighbours of a row `[out, in]`; of equals the first go."""
+def least_of_four(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest of every four consecutive scores `[out, in]`; of equal scores at the first."""
     groups = scores.reshape(-1, GROUP)
-    order = groups.argsort(dim=1, stable=True)[:, :gone]
+    order = groups.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(scores.shape)
 
 
 def scaled(parts: Mapping[str, float], weights: Mapping[str, int], overall: float) -> dict[str, float]:
-    """The parts' shares in their given ratio, so that `overall` of all the parts' `weights` go.
+    """The shares of `parts` scaled by a common factor, so that `overall` of all their `weights` are pruned.
 
-    Raises `ValueError` if a part would lose all, or none would lose any.
+    Raises `ValueError` if a part would lose all its weights, or if all shares are 0.
     """
     if not any(parts.values()):
-        raise ValueError("no part gives up any weight; a grid needs a share above 0")
+        raise ValueError("the shares of all parts are 0; a grid needs a share above 0")
     now = sum(share * weights[part] for part, share in parts.items()) / sum(weights[part] for part in parts)
     shares = {part: share * overall / now for part, share in parts.items()}
     for part, share in shares.items():
@@ -87,7 +87,7 @@ def scaled(parts: Mapping[str, float], weights: Mapping[str, int], overall: floa
 
 
 def score(quality: float, size: float) -> float:
-    """What a candidate is worth: quality kept minus bytes kept, both as shares of the dense model's."""
+    """Quality kept minus bytes kept, both as shares of the dense model's."""
     return quality - size
 
 

@@ -1,1 +1,1 @@
-"""Weights prepared for few bits: sensitivity, AWQ and GPTQ."""
+"""Quantization: sensitivity of linear layers, AWQ and GPTQ."""

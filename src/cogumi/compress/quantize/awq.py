@@ -1,8 +1,9 @@
-"""Stage `awq`: weights made easier to round, by scales that activations ask for (SPEC D4; Lin et al., 2306.00978).
+"""Stage `awq`: activation-aware scaling of weights before quantization (SPEC D4; Lin et al., 2306.00978).
 
-Columns of a linear map whose inputs are large are scaled up, and what makes these inputs (a norm, the rows of the map
-before) is scaled down as much, so that the model computes what it did; rounding then costs the important columns less.
-llm-compressor searches the scales on calibration rows. What is written is not rounded: the step `gguf` does that.
+Columns of a linear layer with large inputs are scaled up, and the operation before (a norm, the rows of the previous
+layer) is scaled down by the same factor. The model's function does not change, but the rounding error of important
+columns gets smaller. llm-compressor searches the scales on calibration rows. The weights written are not rounded: step
+`gguf` does that.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ INPUTS = {"examples": "examples", "model": "model"}
 
 
 class Config(Quantization):
-    """`grid` scales are tried for each group of linear maps that share an input. `round` keeps the rounding that they
-    were searched for, instead of leaving it to the step `gguf`.
+    """`grid`: number of scales tried for each group of linear layers with a common input. `round` writes weights that
+    are rounded as in the search, instead of leaving the rounding to step `gguf`.
     """
 
     grid: int = Field(20, ge=3)
@@ -40,7 +41,7 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`model`, `examples` -> a model folder, types.json (`gguf` takes it as `types`) and report.md."""
-    from llmcompressor.modifiers.quantization import QuantizationModifier  # seconds: not for reading a recipe
+    from llmcompressor.modifiers.quantization import QuantizationModifier  # takes seconds; not needed to read a recipe
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
     def modifiers(groups: dict[str, Any]) -> Sequence[Any]:

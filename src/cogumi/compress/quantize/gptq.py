@@ -1,8 +1,8 @@
-"""Stage `gptq`: weights rounded one column at a time, the rest making up for the error (SPEC D4; Frantar et al.,
+"""Stage `gptq`: round weights column by column and correct the error in the remaining columns (SPEC D4; Frantar et al.,
 2210.17323).
 
-llm-compressor measures on calibration rows how inputs go together, and rounds. What is written are the rounded
-weights, as fp32, on a grid of groups of their own. A GGUF type with another grid rounds them once more.
+llm-compressor measures the second moments of the inputs on calibration rows, and rounds. The rounded weights are
+written as fp32, on a quantization grid of their own; a GGUF type with another grid rounds them again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INPUTS = {"examples": "examples", "model": "model"}
 
 
 class Config(Quantization):
-    """`damping`, as a share of its mean, is added to the diagonal of the inputs' second moments."""
+    """`damping` times the mean of the diagonal is added to the diagonal of the inputs' second moments."""
 
     damping: float = Field(0.01, gt=0)
 
@@ -37,7 +37,7 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`model`, `examples` -> a model folder, types.json (`gguf` takes it as `types`) and report.md."""
-    from llmcompressor.modifiers.quantization import GPTQModifier  # seconds: not for reading a recipe
+    from llmcompressor.modifiers.quantization import GPTQModifier  # takes seconds; not needed to read a recipe
 
     def modifiers(groups: dict[str, Any]) -> Sequence[Any]:
         return [GPTQModifier(config_groups=groups, dampening_frac=config.damping)]

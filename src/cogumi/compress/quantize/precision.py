@@ -1,4 +1,4 @@
-"""How many bits each linear map of a model gets: what rounding it alone costs, and a mixture made of that (SPEC D4)."""
+"""Mixed precision: sensitivity of each linear layer to rounding, and the bits it gets (SPEC D4)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from cogumi.train.validation import passes
 Level: TypeAlias = Literal["finer", "middle", "coarser"]
 
 BITS: Mapping[Level, int] = {"finer": 6, "middle": 4, "coarser": 3}
-"""Bits of a weight at each level; the levels keep four on average where few weights are coarser than finer."""
+"""Bits of a weight at each level."""
 
 GGUF_TYPES: Mapping[Level, tuple[str, str]] = {"finer": ("q6_k", "q8_0"), "coarser": ("q3_k", "q4_0")}
-"""The nearest types of llama.cpp, and what stands in for them where rows do not fill blocks of 256."""
+"""The nearest types of llama.cpp, and the fallback if rows do not fill blocks of 256."""
 
 
 class Setting(BaseModel):
-    """Weights in a row share a scale and a zero point by `group`; the share `finer` of all weights, the most sensitive,
-    is rounded finer than to four bits and in groups of at most 32, the share `coarser`, the least sensitive, coarser.
+    """`group`: weights of a row that share a scale and a zero point. The most sensitive share `finer` of all weights
+    is rounded to more than four bits in groups of at most 32, the least sensitive share `coarser` to fewer.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,7 +41,7 @@ class Setting(BaseModel):
     coarser: float = Field(0.2, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _apart(self) -> Setting:
+    def _shares_at_most_one(self) -> Setting:
         if self.finer + self.coarser > 1:
             raise ValueError(f"finer and coarser are {self.finer} and {self.coarser}; together they are at most 1")
         return self
@@ -52,12 +52,12 @@ class Setting(BaseModel):
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps of the layers by name: what is rounded. The head is not, it may be the embedding."""
+    """The linear layers to round, by name: those of the transformer layers, without the head, which may be tied."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
 
 
 def check_group(model: nn.Module, group: int) -> None:
-    """`RecipeError` if groups of that many weights do not fill the rows of every linear map."""
+    """`RecipeError` if the group size does not divide the row length of every linear layer."""
     widths = {layer.in_features: name for name, layer in linears(model).items()}
     for width, name in widths.items():
         if width % group:
@@ -68,9 +68,8 @@ def check_group(model: nn.Module, group: int) -> None:
 
 
 def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
-    """The nearest weights `[out, in]` on a grid of `2 ** bits` even steps from the least to the largest of each group.
-
-    Zero is on every grid.
+    """Weights `[out, in]` rounded to the nearest of `2 ** bits` evenly spaced values from minimum to maximum of each
+    group; zero is always one of them.
     """
     groups: Tensor = weight.reshape(len(weight), -1, group)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
@@ -84,9 +83,8 @@ def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What rounding one linear map does to answers, in nats per token: the `divergence` (Kullback-Leibler) from what
-    the model said before, and the `rise` of the loss. A single rounding may well lower the loss, by luck; it diverges
-    all the same.
+    """Effect of rounding one linear layer on answers, in nats per token: Kullback-Leibler `divergence` from the
+    original model, and `rise` of the loss. Rounding may lower the loss by chance, but always diverges.
     """
 
     divergence: float
@@ -95,7 +93,7 @@ class Sensitivity:
 
 @torch.no_grad()
 def sensitivities(model: nn.Module, rows: Sequence[Row], group: int, context: Context) -> dict[str, Sensitivity]:
-    """The sensitivity of each linear map to four bits, on the answers of `rows`. The model is left as it was."""
+    """The sensitivity of each linear layer to four bits, on the answers of `rows`. The model is not changed."""
     layers = linears(model)
     sums = {name: [0.0, 0.0] for name in layers}
     batches = [collate(rows, index).to(next(model.parameters()).device) for index in passes(rows)]
@@ -115,8 +113,8 @@ def sensitivities(model: nn.Module, rows: Sequence[Row], group: int, context: Co
 
 
 def levels(costs: Mapping[str, float], sizes: Mapping[str, int], setting: Setting) -> dict[str, Level]:
-    """The level of each linear map. Those whose weights cost most nats apiece are finer, in that order, as long as they
-    are within their share of all weights; from the other end the coarser ones.
+    """The level of each linear layer. In the order of `costs` (nats) per weight, the most costly layers get the level
+    finer up to its share of all weights, the least costly ones the level coarser.
     """
     order = sorted(costs, key=lambda name: (-costs[name] / sizes[name], name))
     level: dict[str, Level] = dict.fromkeys(costs, "middle")
@@ -125,23 +123,23 @@ def levels(costs: Mapping[str, float], sizes: Mapping[str, int], setting: Settin
         ("coarser", order[::-1], setting.coarser),
     )
     for name, names, share in ends:
-        left = share * sum(sizes.values())
+        budget = share * sum(sizes.values())
         for linear in names:
-            left -= sizes[linear]
-            if left < 0:
+            budget -= sizes[linear]
+            if budget < 0:
                 break
             level[linear] = name
     return level
 
 
 def bits_per_weight(level: Mapping[str, Level], sizes: Mapping[str, int], setting: Setting) -> float:
-    """Mean bits of a weight, with its part of a scale (16 bits) and a zero point (as many bits as a weight)."""
+    """Mean bits per weight, including the scale (16 bits) and the zero point (bits of a weight) of each group."""
     bits = {kind: BITS[kind] + (16 + BITS[kind]) / setting.group_of(kind) for kind in BITS}
     return sum(size * bits[level[name]] for name, size in sizes.items()) / sum(sizes.values())
 
 
 def gguf_types(folder: Path, level: Mapping[str, Level]) -> dict[str, str]:
-    """GGUF tensor name -> type, of the linear maps of a model folder that are not at the middle level."""
+    """GGUF tensor name -> type, for the linear layers of a model folder that are not at the middle level."""
     types = {}
     for tensor in Llama.load(folder).tensors():
         kind = level.get(tensor.source.removesuffix(".weight"), "middle")

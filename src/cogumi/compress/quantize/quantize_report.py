@@ -1,4 +1,4 @@
-"""What stages `awq` and `gptq` came to, for people: report.md and a picture of what rounding each linear map costs."""
+"""Report of stages `awq` and `gptq`: report.md and a picture of the sensitivity of each linear layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MARKS = {"finer": "+", "middle": "", "coarser": "-"}
 def report(metrics: Mapping[str, Any], out: Path) -> None:
     """Write report.md and sensitivity.png from a stage's metrics."""
     models = {
-        "as it came": metrics["before"],
+        "original": metrics["before"],
         "rounded": metrics["rounded"],
-        "rounded plainly (no calibration)": metrics["rounded_plainly"],
+        "rounded to nearest (no calibration)": metrics["rounded_plainly"],
         "as written": metrics["written"],
     }
     rows = [
@@ -48,14 +48,14 @@ def report(metrics: Mapping[str, Any], out: Path) -> None:
         "| --- | --- | --- | --- |",
         *domains,
         "",
-        "Settings, from hard to gentle:",
+        "Settings, from the strongest compression to the weakest:",
         "",
         "| group | finer | coarser | bits | nats | perplexity left | exact left | enough |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *attempts,
         "",
-        "Sensitivity: by how many thousandths of a nat per token the model's answers diverge from what they were if",
-        "this linear map alone is at four bits. + is rounded finer, - coarser.",
+        "Sensitivity: divergence of the model's answers, in thousandths of a nat per token, if this linear layer alone",
+        "is rounded to four bits. + is rounded finer, - coarser.",
         "",
         *_table(metrics["sensitivity"]),
         "",
@@ -70,7 +70,7 @@ def _share(ratio: float | None) -> str:
 
 
 def _grid(sensitivity: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str], dict[tuple[str, str], Any]]:
-    """Layers, kinds, and what is known of each (layer, kind), from names such as `model.layers.0.mlp.up_proj`."""
+    """Layers, kinds, and the figures of each (layer, kind), from names such as `model.layers.0.mlp.up_proj`."""
     cells = {(name.split(".")[2], name.split(".")[-1]): found for name, found in sensitivity.items()}
     layers, kinds = zip(*cells, strict=True)
     return list(dict.fromkeys(layers)), list(dict.fromkeys(kinds)), cells

@@ -1,7 +1,7 @@
-"""What stages `awq` and `gptq` share: four bits a weight on average, through llm-compressor (SPEC D4).
+"""Search for a quantization of about four bits per weight, shared by stages `awq` and `gptq` (SPEC D4).
 
-The most sensitive linear maps are rounded finer and the least sensitive coarser; settings are tried from hard to gentle
-until the rounded model answers nearly as well as the one that came in.
+The most sensitive linear layers get more bits and the least sensitive ones fewer. Settings are tried from the strongest
+compression to the weakest, until the rounded model answers nearly as well as the original.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ Figures: TypeAlias = Mapping[str, float]
 Modifiers: TypeAlias = Callable[[dict[str, Any]], Sequence[Any]]
 """llm-compressor's modifiers for a mixture, given as its `config_groups`."""
 Calibrate: TypeAlias = Callable[[Any, dict[str, Any]], None]
-"""Applies them to a model, which is left rounding its weights in its forward pass, if they are not rounded already."""
+"""Applies them to a model. Weights that are not rounded in place are then rounded in its forward pass."""
 
 
 class Quantization(BaseModel):
-    """`draw` says which training rows calibrate; the first `probe` of them tell each linear map's sensitivity.
+    """`draw` selects the calibration rows; the sensitivity of linear layers is measured on the first `probe` of them.
 
-    `settings` are tried in order, each on the model as it came, until both the perplexity and the exact answers of the
-    rounded model are at least the share `least` of the input's. Where none is that good, the best is kept, and a gate
-    of the recipe stops the build.
+    `settings` are tried in order, each on the input model, until perplexity(before) / perplexity and the ratio of exact
+    answers both reach `least`. If none does, the setting with the lowest loss is kept; a gate of the recipe can then
+    stop the build.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,8 +70,8 @@ class Quantization(BaseModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attempt:
-    """What one setting gave: its mixture, the `weights` that llm-compressor left, and figures of the model rounded by
-    them and, for comparison, rounded plainly: each weight to its nearest neighbour on the same grid.
+    """Result of one setting: its mixture, the `weights` after llm-compressor, the figures of the model rounded from
+    them and, for comparison, of the `plain` model: original weights rounded to nearest on the same grid.
     """
 
     setting: Setting
@@ -83,13 +83,13 @@ class Attempt:
 
 
 def open_model(folder: Path) -> Any:
-    """The model of a folder, in evaluation; `ExportError` for one that could not be shipped as GGUF."""
+    """The model of a folder, in evaluation mode; `ExportError` if it cannot be exported as GGUF."""
     Llama.load(folder)
     return load(folder).eval()
 
 
 def round_linears(model: nn.Module, level: Mapping[str, Level], setting: Setting) -> nn.Module:
-    """The model, every linear map rounded to its level in place: each weight to its nearest neighbour on the grid."""
+    """Round every linear layer of the model to its level, in place, by rounding to nearest; returns the model."""
     for name, layer in linears(model).items():
         layer.weight.data = rounded(layer.weight.data, BITS[level[name]], setting.group_of(level[name]))
     return model
@@ -97,7 +97,7 @@ def round_linears(model: nn.Module, level: Mapping[str, Level], setting: Setting
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """Measures a model on the selection `rows` of these `domains`, also against the `original`."""
+    """Measures a model on the selection `rows` with their `domains`, and its divergence from the `original`."""
 
     original: Any
     rows: Sequence[Row]
@@ -105,21 +105,21 @@ class Judge:
 
     @classmethod
     def load(cls, original: Any, examples: Path, tokenizer: HFTokenizer) -> Judge:
-        """Of the selection split of an `examples` artifact."""
+        """A judge on the selection split of an `examples` artifact."""
         found = read_examples(split_path(examples, "selection"))
         rows = make_rows(found, tokenizer, original.config.max_position_embeddings)
         domain = {example.id: example.domain for example in found}
         return cls(original, rows, [domain[row.id] for row in rows])
 
     def __call__(self, model: nn.Module) -> Figures:
-        """What `judge_answers` tells by domain, and the `divergence` from the original in nats per token."""
+        """The figures of `judge_answers` by domain, and the `divergence` from the original in nats per token."""
         apply = applied(model)
         diverged = mean_figures(apply, self.rows, distillation(self.original))["loss"]
         return {**judge_answers(apply, self.rows, self.domains), "divergence": diverged}
 
 
 def attempt(folder: Path, setting: Setting, costs: Mapping[str, float], calibrate: Calibrate, judge: Judge) -> Attempt:
-    """Quantize the model of `folder` at one setting; `costs` are the linear maps' sensitivities."""
+    """Quantize the model of `folder` with one setting; `costs` are the sensitivities of the linear layers in nats."""
     model = load(folder).eval()
     names, sizes = set(model.state_dict()), {name: layer.weight.numel() for name, layer in linears(model).items()}
     level = levels(costs, sizes, setting)
@@ -130,7 +130,7 @@ def attempt(folder: Path, setting: Setting, costs: Mapping[str, float], calibrat
 
 
 def ratios(before: Figures, after: Figures) -> dict[str, float | None]:
-    """What is left: `quality_ratio` of perplexities, `exact_ratio` of exact answers (None if there were none)."""
+    """`quality_ratio`: perplexity before over after; `exact_ratio`: exact answers after over before, or None."""
     return {
         "quality_ratio": math.exp(before["loss"] - after["loss"]),
         "exact_ratio": after["exact"] / before["exact"] if before["exact"] else None,
@@ -140,20 +140,21 @@ def ratios(before: Figures, after: Figures) -> dict[str, float | None]:
 def search(
     config: Quantization, folder: Path, before: Figures, costs: Mapping[str, float], calibrate: Calibrate, judge: Judge
 ) -> tuple[Attempt, list[dict[str, Any]]]:
-    """The first attempt that is good enough, else the one of least loss; and what is told of each."""
-    made: list[Attempt] = []
-    told: list[dict[str, Any]] = []
+    """The first attempt that is good enough, else the one with the lowest loss; and the metrics of every attempt."""
+    attempts: list[Attempt] = []
+    metrics: list[dict[str, Any]] = []
     for setting in config.settings:
-        made.append(attempt(folder, setting, costs, calibrate, judge))
-        figures, left = made[-1].figures, ratios(before, made[-1].figures)
-        enough = all(ratio is None or ratio >= config.least for ratio in left.values())
-        told.append(
-            {**setting.model_dump(), "bits_per_weight": made[-1].bits, **_told(figures), **left, "enough": enough}
+        latest = attempt(folder, setting, costs, calibrate, judge)
+        kept = ratios(before, latest.figures)
+        enough = all(ratio is None or ratio >= config.least for ratio in kept.values())
+        metrics.append(
+            {**setting.model_dump(), "bits_per_weight": latest.bits, **_figures(latest.figures), **kept}
+            | {"enough": enough}
         )
         if enough:
-            return made[-1], told
-        made = [min(made, key=lambda m: m.figures["loss"])]
-    return made[0], told
+            return latest, metrics
+        attempts = [min([*attempts, latest], key=lambda a: a.figures["loss"])]
+    return attempts[0], metrics
 
 
 def quantize(
@@ -166,7 +167,7 @@ def quantize(
 ) -> dict[str, Any]:
     """`model`, `examples` -> a model folder, types.json, report.md and sensitivity.png.
 
-    `modifiers` either round the weights themselves or leave them to be rounded: `keep_rounding` does so in the folder.
+    With `keep_rounding` the weights written are rounded to nearest, for `modifiers` that do not round them.
     """
     from cogumi.compress.oneshot import calibrated
 
@@ -194,10 +195,10 @@ def quantize(
     metrics = {
         "rows": len(rows),
         "tokens": sum(row.size for row in rows),
-        "before": _told(before),
-        "rounded": _told(best.figures),
-        "rounded_plainly": _told(best.plain),
-        "written": _told(judge(model)),
+        "before": _figures(before),
+        "rounded": _figures(best.figures),
+        "rounded_plainly": _figures(best.plain),
+        "written": _figures(judge(model)),
         **ratios(before, best.figures),
         "domains": _domains(before, best.figures),
         "bits_per_weight": best.bits,
@@ -212,14 +213,14 @@ def quantize(
     return metrics
 
 
-def _told(figures: Figures) -> dict[str, float]:
-    """Nats per answer token, perplexity, exact answers, and the divergence in nats from the model as it came."""
+def _figures(figures: Figures) -> dict[str, float]:
+    """Nats per answer token, perplexity, exact answers, and the divergence from the original model in nats."""
     kept = {name: figures[name] for name in ("exact", "divergence")}
     return {"nats": figures["loss"], "perplexity": math.exp(figures["loss"]), **kept}
 
 
 def _domains(before: Figures, after: Figures) -> dict[str, dict[str, float | None]]:
-    """Exact answers by domain: arithmetic and tasks of several steps suffer first, and an average hides it."""
+    """Exact answers by domain: arithmetic and multi-step tasks degrade first, which an average hides."""
     names = sorted(key for key in before if key.startswith("exact/"))
     return {
         name.removeprefix("exact/"): {

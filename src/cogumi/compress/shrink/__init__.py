@@ -1,1 +1,1 @@
-"""Fewer layers, heads, neurons and channels."""
+"""Structured pruning: fewer layers, heads, neurons and channels."""

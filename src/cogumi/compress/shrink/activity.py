@@ -1,9 +1,9 @@
-"""How strongly the parts of a model act on calibration tokens (SPEC D3; Minitron, 2407.14679 and 2408.11796).
+"""Importance of a model's parts, from activations on calibration rows (SPEC D3; Minitron, 2407.14679, 2408.11796).
 
-One pass tells heads (mean length of what a head hands to the output projection), neurons (mean absolute value before
-the down projection) and channels (mean absolute value after a norm, summed over all norms). A layer matters by the loss
-that leaving it out costs, as in the second paper: it needs a pass for each layer, but unlike block influence (ShortGPT,
-2403.03853) it is the very thing that is to stay low.
+One pass measures heads (mean norm of a head's input to the output projection), neurons (mean absolute input of the down
+projection) and channels (mean absolute output of the norms, summed over all norms). The importance of a layer is the
+loss without it, as in the second paper. That needs a pass per layer, but unlike block influence (ShortGPT, 2403.03853)
+it measures the loss itself.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cogumi.train.validation import applied, judge_answers, passes
 
 
 class _Meter:
-    """Hooks that add up, by name, what the tokens of a batch show."""
+    """Forward hooks that sum activation statistics over the tokens of all batches, by name."""
 
     def __init__(self, model: Any, shape: ModelShape) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.read = torch.empty(0)
+        self.mask = torch.empty(0)
         self.norms = [name for name, _ in model.named_modules() if name.endswith("norm")]
         self.handles = []
         for name in self.norms:
@@ -36,28 +36,28 @@ class _Meter:
             self.handles.append(norm.register_forward_hook(self._after))
         for i, layer in enumerate(model.model.layers):
             self.handles.append(layer.mlp.down_proj.register_forward_pre_hook(self._before(f"neurons/{i}", torch.abs)))
-            lengths = self._before(f"heads/{i}", lambda read: read.view(len(read), -1, shape.head).norm(dim=-1))
-            self.handles.append(layer.self_attn.o_proj.register_forward_pre_hook(lengths))
+            norms = self._before(f"heads/{i}", lambda tokens: tokens.view(len(tokens), -1, shape.head).norm(dim=-1))
+            self.handles.append(layer.self_attn.o_proj.register_forward_pre_hook(norms))
 
     def _before(self, name: str, figure: Callable[[Tensor], Tensor]) -> Callable[..., None]:
-        return lambda module, inputs: self._add(name, figure(inputs[0][self.read]))
+        return lambda module, inputs: self._add(name, figure(inputs[0][self.mask]))
 
     def _after(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._add("channels", output[self.read].abs())
+        self._add("channels", output[self.mask].abs())
 
     def _add(self, name: str, figures: Tensor) -> None:
         """Sum `[tokens, ...]` over tokens, in double precision."""
         self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + figures.double().sum(0).cpu()
 
     def forward(self, model: Any, batch: Batch) -> None:
-        """Read a batch; a row's tokens end with its last label."""
-        self.read = (batch.labels >= 0).flip(1).cumsum(1).flip(1) > 0
+        """Run the model on a batch; tokens after a row's last label are padding."""
+        self.mask = (batch.labels >= 0).flip(1).cumsum(1).flip(1) > 0
         model.model(input_ids=batch.ids, use_cache=False)
 
 
 @contextmanager
 def without(model: Any, layer: int) -> Iterator[None]:
-    """The model with one layer left out."""
+    """Remove one layer of the model inside the `with` block."""
     whole = model.model.layers
     model.model.layers = nn.ModuleList(part for i, part in enumerate(whole) if i != layer)
     try:
@@ -69,7 +69,7 @@ def without(model: Any, layer: int) -> Iterator[None]:
 def measure(
     model: Any, shape: ModelShape, rows: Sequence[Row], layers: bool, progress: Callable[[int], None]
 ) -> Importance:
-    """The importance of every part on calibration rows; of layers only if asked, as each takes a pass of its own.
+    """The importance of every part on calibration rows; of `layers` only on request, because each needs a pass.
 
     `progress(done)` counts passes.
     """

@@ -1,8 +1,8 @@
-"""Which layers, heads, neurons and channels of a model stay, and the smaller tensors (SPEC D3).
+"""Choice of the layers, heads, neurons and channels to keep, and the smaller tensors (SPEC D3). Pure functions.
 
-Pure maths on importances and tensors, after Minitron (Muralidharan et al., 2407.14679): each kind of part is ranked by
-how strongly it acts on calibration tokens, all at once, and the strongest stay in their order. Heads are told by layer,
-neurons by layer, channels for the whole model: the residual stream is one.
+After Minitron (Muralidharan et al., 2407.14679): the parts of each kind are ranked once by their activations on
+calibration tokens, and the strongest are kept in their order. Heads and neurons are ranked per layer, channels for the
+whole model, because all layers share the residual stream.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _AXES: dict[str, tuple[str, ...]] = {
     "norm": ("hidden",),
     "lm_head": ("", "hidden"),
 }
-"""What the rows and columns of each module's weight belong to; a bias has the rows' axis."""
+"""The axes of each module's weight (rows, columns); a bias has the axis of the rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Importance:
-    """How much each part matters: `layers` `[layers]`, `heads` `[layers, heads]`, `neurons` `[layers, feed_forward]`,
-    `channels` `[hidden]`; comparable within a kind (and a layer) only. `power` is the mean square of each channel
-    `[hidden]` where it enters a norm, by the name of the norm's weight.
+    """Importance of `layers` `[layers]`, `heads` `[layers, heads]`, `neurons` `[layers, feed_forward]` and `channels`
+    `[hidden]`; comparable within a kind (and a layer) only. `power` is the mean square `[hidden]` of each norm's input
+    channels, by the name of the norm's weight.
     """
 
     layers: Tensor
@@ -55,10 +55,10 @@ class Importance:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Indices of what stays, ascending; `heads`, `kv_heads` and `neurons` by layer of the whole model.
+    """Indices of the parts to keep, ascending; `heads`, `kv_heads` and `neurons` by layer of the original model.
 
-    `heads` lie in groups of equally many, one for each of `kv_heads`. `head` is the width of one. `gains` are factors
-    on norms, by the name of their weight.
+    `heads` consists of groups of equal size, one for each of `kv_heads`. `head` is the width of a head. `gains` are
+    factors on the weights of norms, by name.
     """
 
     layers: tuple[int, ...]
@@ -70,7 +70,7 @@ class Kept:
     gains: Mapping[str, float]
 
     def along(self, axis: str, layer: int) -> Tensor:
-        """Indices that stay along a named axis of a tensor of that layer."""
+        """Indices to keep along a named axis of a tensor of that layer."""
         if axis == "query":
             return self._wide(self.heads[layer])
         if axis == "key":
@@ -82,22 +82,21 @@ class Kept:
 
 
 def smaller(shape: ModelShape, asked: Mapping[str, int]) -> ModelShape:
-    """The shape with the `asked` figures: `layers`, `feed_forward`, `heads`, `kv_heads`, `hidden`.
+    """The shape with the `asked` sizes: `layers`, `feed_forward`, `heads`, `kv_heads`, `hidden`.
 
-    Of `heads` and `kv_heads` one alone means whole groups: as many query heads share a key-value head as before. The
-    width of a head stays. `RecipeError` for growth and for figures that do not go together.
+    If only one of `heads` and `kv_heads` is given, whole groups are removed: the number of query heads per key-value
+    head does not change. The width of a head does not change. `RecipeError` for larger sizes and for sizes that cannot
+    be combined.
     """
     for name, value in asked.items():
         if value > getattr(shape, name):
-            raise RecipeError(
-                f"{name}: {value} is more than the model's {getattr(shape, name)}; shrinking only cuts, ask for less"
-            )
+            raise RecipeError(f"{name}: {value} is more than the model's {getattr(shape, name)}; give a smaller number")
     group = shape.heads // shape.kv_heads
     heads = asked.get("heads", asked.get("kv_heads", shape.kv_heads) * group)
     if "kv_heads" not in asked and heads % group:
         raise RecipeError(
             f"heads: {heads} is not a multiple of the {group} query heads that share a key-value head here; "
-            "ask for one, or give kv_heads too"
+            "give a multiple, or set kv_heads too"
         )
     kv_heads = asked.get("kv_heads", heads // group)
     if heads % kv_heads or heads // kv_heads > group:
@@ -125,25 +124,25 @@ def smaller(shape: ModelShape, asked: Mapping[str, int]) -> ModelShape:
 
 
 def strongest(importance: Tensor, count: int) -> tuple[int, ...]:
-    """Indices of the `count` largest of `[n]`, ascending; of equals the first."""
+    """Indices of the `count` largest of `[n]`, ascending; of equal values the first."""
     return tuple(sorted(torch.argsort(importance, descending=True, stable=True)[:count].tolist()))
 
 
 def strongest_heads(importance: Tensor, shape: ModelShape, target: ModelShape) -> tuple[tuple[int, ...], ...]:
-    """Query heads and key-value heads of one layer, by the importances of its query heads `[heads]`.
+    """Query heads and key-value heads to keep in one layer, by the importances of its query heads `[heads]`.
 
-    First the groups, by their heads' sum; in each of those its strongest heads.
+    The groups with the largest sums are kept, and in each of them its strongest heads.
     """
-    group, stay = shape.heads // shape.kv_heads, target.heads // target.kv_heads
+    group, remaining = shape.heads // shape.kv_heads, target.heads // target.kv_heads
     grouped = importance.view(shape.kv_heads, group)
     kv_heads = strongest(grouped.sum(1), target.kv_heads)
-    return tuple(k * group + i for k in kv_heads for i in strongest(grouped[k], stay)), kv_heads
+    return tuple(k * group + i for k in kv_heads for i in strongest(grouped[k], remaining)), kv_heads
 
 
 def choose(importance: Importance, shape: ModelShape, target: ModelShape) -> Kept:
-    """What stays of a model of this shape when it becomes one of the target's.
+    """The parts to keep when a model of `shape` is cut to `target`.
 
-    A norm divides by the root mean square of the channels it is given; its gain makes up for those that are missing.
+    A norm divides by the root mean square over all channels; its gain corrects for the removed ones.
     """
     channels = strongest(importance.channels, target.hidden)
     heads = [strongest_heads(layer, shape, target) for layer in importance.heads]

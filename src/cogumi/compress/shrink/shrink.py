@@ -1,9 +1,9 @@
-"""Stage `shrink`: fewer layers, heads, neurons and channels, then distillation from the whole model (SPEC D3).
+"""Stage `shrink`: remove layers, heads, neurons and channels, then distil from the original model (SPEC D3).
 
-What acts least on calibration tokens goes (`activity`, `cutting`); the smaller model then learns the whole one's
-next-token distributions, as in Minitron (Muralidharan et al., 2407.14679; Sreenivas et al., 2408.11796), and as Llama
-3.2 1B and 3B came from 8B (its model card). `control: scratch` trains a model of the same shape from nothing on the
-same rows, steps and rates, to show what cutting a trained one is worth.
+The parts with the weakest activations on calibration tokens are removed (`activity`, `cutting`). The smaller model then
+learns the next-token distributions of the original, as in Minitron (Muralidharan et al., 2407.14679; Sreenivas et al.,
+2408.11796) and Llama 3.2 1B and 3B (model card). `control: scratch` also trains a randomly initialized model of the
+same shape on the same rows, steps and rates, for comparison.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ TRAINS = True
 
 
 class Config(BaseModel):
-    """The figures that the model shall have; what is not named stays as it is. Of `heads` and `kv_heads` one alone
-    means whole groups of query heads.
+    """Sizes of the smaller model; a size that is not given stays. If only one of `heads` and `kv_heads` is given, whole
+    groups of query heads are removed.
 
-    `draw` says which rows show what matters. `loop` then has the smaller model learn from the whole one (softened by
-    the `temperature`) and from the reference answers, which have the share `answers` of the loss; with 1 it learns
-    nothing else. `loop: null` only cuts.
+    `draw` selects the calibration rows. In `loop` the smaller model learns from the original (softened by
+    `temperature`) and from the reference answers, whose share of the loss is `answers`; 1 turns distillation off.
+    `loop: null` only cuts.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,13 +67,13 @@ class Config(BaseModel):
 
     @property
     def asked(self) -> dict[str, int]:
-        """The figures that are named."""
+        """The sizes that are given."""
         names = ("layers", "feed_forward", "heads", "kv_heads", "hidden")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def shrunk(model: Any, kept: Kept, target: ModelShape) -> Any:
-    """A model of what is kept; the given one stays whole."""
+    """A new model with the kept parts; the given model is not changed."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = target.layers
     config.intermediate_size = target.feed_forward
@@ -91,7 +91,7 @@ def shrunk(model: Any, kept: Kept, target: ModelShape) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Trainer:
-    """What the shrunk model and its control have in common. `begun` of `total` units of progress are behind them."""
+    """Trains the shrunk model and its control on the same data, after `begun` of `total` units of progress."""
 
     rows: Sequence[Row]
     selection: Sequence[Row]
@@ -101,7 +101,7 @@ class _Trainer:
     total: int
 
     def train(self, model: Any, loss: Loss, out: Path, name: str = "") -> Progress:
-        """Train in place; a `name` gives the run a log and a checkpoint of its own, and its place behind the first."""
+        """Train in place; a second run needs a `name` for its own log, checkpoint and share of the progress."""
 
         def validate(apply: Apply) -> dict[str, float]:
             return judge_answers(apply, self.selection)
@@ -137,20 +137,20 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     calibration = draw_rows(data, tokenizer, shape.context, config.draw, context.seed)
     loop = config.loop if target != shape else None
     deep = target.layers < shape.layers
-    looks = shape.layers + 1 if deep else 1
-    total = looks + (loop.steps if loop else 0) * (2 if config.control else 1)
+    passes = shape.layers + 1 if deep else 1
+    total = passes + (loop.steps if loop else 0) * (2 if config.control else 1)
     found = measure(whole, shape, calibration, deep, lambda done: context.progress(done, total, {}))
     kept = choose(found, shape, target)
     small = shrunk(whole, kept, target)
 
     def judged(model: Any) -> dict[str, float]:
-        seen = judge_answers(applied(model), selection)
-        return {"nats": seen["loss"], "perplexity": math.exp(seen["loss"]), "exact": seen["exact"]}
+        figures = judge_answers(applied(model), selection)
+        return {"nats": figures["loss"], "perplexity": math.exp(figures["loss"]), "exact": figures["exact"]}
 
     quality = {"before": judged(whole), "cut": judged(small)}
     runs: dict[str, Progress] = {}
     if loop:
-        trainer = _Trainer(rows, selection, loop, context, looks, total)
+        trainer = _Trainer(rows, selection, loop, context, passes, total)
         loss = answer_loss if config.answers == 1 else distillation(whole, config.temperature, config.answers)
         runs["after"] = trainer.train(small, loss, out)
         if config.control:
@@ -178,8 +178,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
 
 
 def _ratios(quality: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
-    """`quality_ratio` compares perplexities, `exact_ratio` exact answers, both after with before; `against_control`
-    the control's perplexity with that after: above 1 cutting was worth it.
+    """`quality_ratio`: perplexity before over after; `exact_ratio`: exact answers after over before;
+    `against_control`: the control's perplexity over that after, above 1 if cutting beats training from scratch.
     """
     before, after, control = quality["before"], quality["after"], quality.get("control")
     return {

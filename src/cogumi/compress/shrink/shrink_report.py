@@ -1,4 +1,4 @@
-"""What stage `shrink` came to, for people: report.md and how the shrunk model and its control learned."""
+"""Report of stage `shrink`: report.md and the learning curves of the shrunk model and its control."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cogumi.core.files import write_text
 from cogumi.train.curves import curves_picture
 
 MODELS = {
-    "before": "as it came",
+    "before": "original",
     "cut": "cut, not trained yet",
     "after": "cut and trained",
-    "control": "same shape and budget, from nothing",
+    "control": "same shape and budget, from scratch",
 }
 SIZES = ("layers", "hidden", "feed_forward", "heads", "kv_heads")
 
@@ -40,7 +40,7 @@ def report(metrics: Mapping[str, Any], out: Path) -> None:
     if without:
         text += [
             "",
-            f"What leaving a layer out costs, on {metrics['calibration']['tokens']:,} calibration tokens:",
+            f"Loss without each layer, on {metrics['calibration']['tokens']:,} calibration tokens:",
             "",
             "| layer | nats per token without it | |",
             "| --- | --- | --- |",
@@ -53,7 +53,7 @@ def report(metrics: Mapping[str, Any], out: Path) -> None:
 
 
 def _curves(metrics: Mapping[str, Any], path: Path) -> None:
-    """Selection loss of the shrunk model and of its control against steps, and that of the model as it came."""
+    """Selection loss of the shrunk model and of its control against steps, and that of the original model."""
     points = [
         (step, {MODELS[name]: figures["loss"]})
         for name, run in metrics["curve"].items()

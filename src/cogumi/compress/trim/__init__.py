@@ -1,1 +1,1 @@
-"""A smaller vocabulary."""
+"""Vocabulary trimming: a tokenizer and a model with fewer tokens."""

@@ -1,10 +1,10 @@
-"""Byte-level BPE as `tokenizer.json` says it: which tokens need which, and the same tokenizer with fewer (SPEC A11).
+"""Byte-level BPE of a `tokenizer.json`: dependencies between tokens, and the same tokenizer with fewer (SPEC A11).
 
-BPE (Sennrich et al., 1508.07909) joins, of all neighbours in a word that some merge knows, those of the earliest merge,
-until none is known. What happens inside a stretch that ends as one token is what happens to that stretch alone, so a
-token has one derivation, and what comes up in it are its merge parents. Where a set of tokens is closed under merge
-parents, and of the merges those stay whose sides and result do, every word whose tokens all stay is cut as before.
-Any other word is cut otherwise, mostly into more tokens, at worst into its bytes: no text is ever lost.
+BPE (Sennrich et al., 1508.07909) repeatedly applies the earliest merge that matches adjacent parts of a word. The
+merges inside a substring that ends up as one token do not depend on the rest of the word, so every token has a single
+derivation; the tokens in it are its merge parents. If the kept tokens are closed under merge parents, and the kept
+merges are those whose parts and result are kept, every word with kept tokens only is tokenized as before. Other words
+are split differently, usually into more tokens, at worst into bytes: no text is lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHANGES_MERGES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
 
 
 def check(document: Document, where: str) -> None:
-    """`DataError` naming what it is, unless the document is a byte-level BPE whose ids can be given anew."""
+    """`DataError` with the reason, unless the document is a byte-level BPE whose ids can be renumbered."""
     try:
         model, added = document["model"], document["added_tokens"]
         kind, vocab, splits = model["type"], model["vocab"], json.dumps(document["pre_tokenizer"])
@@ -40,15 +40,15 @@ def check(document: Document, where: str) -> None:
         raise DataError(f"{where}: the tokenizer's BPE sets {option}; only byte-level BPE without it can be trimmed")
     lost = set(ByteLevel.alphabet()) - set(vocab)
     if lost or '"ByteLevel"' not in splits:
-        what = f"lacks {len(lost)} of the 256 bytes" if lost else "does not cut texts into bytes (no ByteLevel)"
-        raise DataError(f"{where}: the tokenizer {what}; only byte-level BPE can be trimmed")
+        reason = f"lacks {len(lost)} of the 256 bytes" if lost else "does not split texts into bytes (no ByteLevel)"
+        raise DataError(f"{where}: the tokenizer {reason}; only byte-level BPE can be trimmed")
     numbers = [*vocab.values(), *(token["id"] for token in added if token["content"] not in vocab)]
     if len(set(numbers)) < len(numbers):
         raise DataError(f"{where}: two tokens of tokenizer.json share an id; save the tokenizer again")
     try:
         trimmed(document, {i: i for i in numbers}, where)
     except KeyError as error:
-        raise DataError(f"{where}: tokenizer.json speaks of an id or a field {error} that it does not have") from error
+        raise DataError(f"{where}: tokenizer.json refers to an id or a field {error} that it does not have") from error
 
 
 _FAMILIES = {
@@ -60,32 +60,32 @@ _FAMILIES = {
 
 @dataclass(frozen=True, slots=True)
 class BPE:
-    """`ids` of all tokens, added ones too, and `merges`: a pair's place in the order in which pairs are joined."""
+    """`ids` of all tokens including added ones, and `merges`: the rank of each pair of tokens."""
 
     ids: Mapping[str, int]
     merges: Mapping[tuple[str, str], int]
 
     @classmethod
     def of(cls, document: Document) -> BPE:
-        """What a document that passed `check` says."""
+        """The BPE of a document that passed `check`."""
         model = document["model"]
         added = {token["content"]: token["id"] for token in document["added_tokens"]}
         return cls({**model["vocab"], **added}, {pair: i for i, pair in enumerate(map(_pair, model["merges"]))})
 
     def parents(self, token: str) -> tuple[str, ...]:
-        """The two tokens that a token is joined of at last; none for a byte, and for one that merges never make."""
+        """The two tokens of a token's last merge; empty for a byte and for a token that no merges produce."""
         parts = list(token)
         while len(parts) > 2:
-            places = [self.merges.get(pair, len(self.merges)) for pair in pairwise(parts)]
-            first = min(places)
+            ranks = [self.merges.get(pair, len(self.merges)) for pair in pairwise(parts)]
+            first = min(ranks)
             if first == len(self.merges):
                 return ()
-            at = places.index(first)
+            at = ranks.index(first)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         return tuple(parts) if len(parts) == 2 and (parts[0], parts[1]) in self.merges else ()
 
     def missing(self, token: str, kept: Collection[str]) -> set[str]:
-        """What must join a set that is closed under merge parents so that `token` is in it and it is closed again."""
+        """The tokens to add to `kept`, a set closed under merge parents, so that it contains `token` and is closed."""
         new: set[str] = set()
         waiting = [token]
         while waiting:
@@ -109,12 +109,12 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 
 def renumbering(kept: Iterable[int]) -> dict[int, int]:
-    """Old id -> new id, in the old order and without holes."""
+    """Old id -> new id, in the old order and without gaps."""
     return {old: new for new, old in enumerate(sorted(kept))}
 
 
 def trimmed(document: Document, new: Mapping[int, int], where: str) -> dict[str, Any]:
-    """The document with the tokens whose ids are in `new`, under their new ids; all added tokens must be there."""
+    """The document with the tokens whose ids are in `new`, under their new ids; all added tokens must be among them."""
     model = document["model"]
     vocab = {token: new[i] for token, i in model["vocab"].items() if i in new}
     merges = [merge for merge in model["merges"] if vocab.keys() >= {*(pair := _pair(merge)), "".join(pair)}]
@@ -149,7 +149,7 @@ def _renumbered(processor: Document | None, new: Mapping[int, int], where: str) 
 
 
 def settings(config: Document, new: Mapping[int, int]) -> dict[str, Any]:
-    """A `tokenizer_config.json` with its ids replaced; texts and chat template are as they were."""
+    """A `tokenizer_config.json` with its ids replaced; texts and chat template do not change."""
     if "added_tokens_decoder" not in config:
         return dict(config)
     decoder = config["added_tokens_decoder"]

@@ -1,4 +1,4 @@
-"""Which tokens stay, by how often a corpus uses them, and what that would do to texts (SPEC A11)."""
+"""Choice of the tokens to keep, by their frequency in a corpus, and the effect on texts (SPEC A11)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cogumi.core.errors import DataError
 from cogumi.core.types import Example
 
 COVERS = (0.995, 0.999, 0.9999)
-"""Shares of a corpus's tokens that are tried where nothing else is asked for."""
+"""Shares of a corpus's tokens that are tried by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a choice rests on: how often each id occurs in a corpus, and the tokens that stay in any case."""
+    """Frequency of each id in a corpus, and the tokens that are always kept."""
 
     vocabulary: Vocabulary
     counts: Mapping[int, int]
@@ -32,9 +32,9 @@ class Choice:
     def by(
         cls, vocabulary: Vocabulary, examples: Iterable[Example], texts: Iterable[str], named: Iterable[int] = ()
     ) -> Choice:
-        """Count conversations, as a model reads them, and plain texts; `DataError` if all are empty.
+        """Count the tokens of conversations (with chat template) and plain texts; `DataError` if all are empty.
 
-        `named` are ids that stay besides the essential ones.
+        `named` are ids to keep besides the essential ones.
         """
         tokenizer = vocabulary.tokenizer
         counts: Counter[int] = count(tokenizer, texts)
@@ -46,7 +46,7 @@ class Choice:
         return cls(vocabulary, counts, frozenset(essential(tokenizer, vocabulary.bpe, named)))
 
     def of(self, asked: float) -> set[int]:
-        """Ids that stay where so many tokens (an int) or such a cover of the corpus (a share) is asked for."""
+        """Ids to keep for a requested number of tokens (an int) or a share of the corpus (a float)."""
         bpe = self.vocabulary.bpe
         if isinstance(asked, int):
             tokens = of_size(bpe, self.counts, asked, self.always)
@@ -55,14 +55,14 @@ class Choice:
         return {bpe.ids[token] for token in tokens}
 
     def coverage(self, kept: set[int]) -> float:
-        """The share of the corpus's tokens whose ids stay."""
+        """The share of the corpus's tokens whose ids are kept."""
         return sum(n for i, n in self.counts.items() if i in kept) / sum(self.counts.values())
 
 
 def survey(
     choice: Choice, texts: Sequence[str], asked: Sequence[float], progress: Progress = quiet
 ) -> list[dict[str, Any]]:
-    """What trimming to each of these sizes (ints) or covers (shares) would do to texts; no model is needed."""
+    """Effect on texts of trimming to each of these sizes (ints) or covers (floats); no model is needed."""
     rows = []
     vocabulary = choice.vocabulary
     before = tokens_per_word(vocabulary.tokenizer, texts)

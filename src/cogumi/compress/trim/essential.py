@@ -1,13 +1,13 @@
-"""Which tokens of a byte-level BPE stay when it is trimmed: the frequent ones, and those it must not be without (A11).
+"""The tokens of a byte-level BPE that trimming keeps: frequent ones and essential ones (SPEC A11).
 
-What stays however rare it is in a corpus:
+Essential tokens, kept at any frequency:
 
 - bytes, control tokens and all other added tokens;
-- white space alone: indentation and line ends;
-- operators and brackets: one or two ASCII marks, a blank before them and line ends behind them or not;
-- numbers: one that fell apart where its neighbours do not would be counted with differently;
-- words of programming languages and common libraries that are one token, with a blank before them or not;
-- what letters of Western Europe, punctuation, currency signs, Greek and mathematical symbols are written with.
+- white space only: indentation and line ends;
+- operators and brackets: one or two ASCII marks, optionally with a space before and line ends after them;
+- numbers, because the model would compute differently with a number that is split unlike its neighbours;
+- words of programming languages and common libraries that are one token, with or without a space before them;
+- the tokens that spell Western European letters, punctuation, currency signs, Greek and mathematical symbols.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cogumi.core.errors import DataError
 from cogumi.models.tokenization import HFTokenizer
 
 CODE = re.compile(r"[ĠĊĉčċČ]+|Ġ?[!-/:-@\[-`{-~]{1,2}Ċ*|Ġ?[0-9]+")
-"""Tokens of white space, of one or two marks, and numbers, as byte-level BPE spells them: blanks Ġ, line ends Ċ."""
+"""Tokens of white space, of one or two marks, and numbers, in byte-level BPE's spelling: space Ġ, line end Ċ."""
 
 OPERATORS = "=== !== <=> **= //= >>= <<= >>> &&= ||= ??= ... ..= ''' \"\"\" ``` /** -->"
 WORDS = """
@@ -53,11 +53,11 @@ SYMBOLS = (
     (0x27C0, 0x27EF),  # further mathematical symbols and brackets
     (0x2A00, 0x2AFF),
 )
-"""First and last code point of each range of characters that are to stay cheap to write."""
+"""First and last code point of each range of characters whose tokens are kept."""
 
 
 def essential(tokenizer: HFTokenizer, bpe: BPE, always: Iterable[int]) -> set[str]:
-    """The tokens that stay whatever the corpus, without their merge parents; `always` are ids to be among them."""
+    """The essential tokens, without their merge parents; `always` are further ids to include."""
     vocab = tokenizer.raw.get_vocab(with_added_tokens=False)
     names = {i: token for token, i in bpe.ids.items()}
     found = {token for token in vocab if len(token) == 1}
@@ -73,7 +73,7 @@ def essential(tokenizer: HFTokenizer, bpe: BPE, always: Iterable[int]) -> set[st
 
 
 def cover(counts: Mapping[int, int], share: float) -> list[int]:
-    """The fewest ids that make up a share of all that was counted, most frequent first."""
+    """The fewest ids that make up a share of all counts, most frequent first."""
     order = sorted(counts, key=lambda i: (-counts[i], i))
     wanted = share * sum(counts.values())
     taken = 0
@@ -85,20 +85,20 @@ def cover(counts: Mapping[int, int], share: float) -> list[int]:
 
 
 def covering(bpe: BPE, counts: Mapping[int, int], share: float, essentials: Collection[str]) -> set[str]:
-    """The essential tokens, the fewest that cover a share of what was counted, and all their merge parents."""
+    """The essential tokens, the fewest tokens that cover a share of all counts, and all their merge parents."""
     names = {i: token for token, i in bpe.ids.items()}
     return bpe.closed([*essentials, *(names[i] for i in cover(counts, share))])
 
 
 def of_size(bpe: BPE, counts: Mapping[int, int], size: int, essentials: Collection[str]) -> set[str]:
-    """`size` tokens: the essential ones, then the most frequent with their merge parents as far as there is room.
+    """`size` tokens: the essential ones, then the most frequent ones with their merge parents.
 
-    What never occurred comes last, in the order of ids, which is how frequent a token was where BPE was trained.
-    `DataError` where there is no room for the essential ones.
+    Tokens that never occur come last, in the order of ids, which follows their frequency in the BPE's training data.
+    `DataError` if the essential tokens alone exceed `size`.
     """
     kept = bpe.closed(essentials)
     if size < len(kept):
-        raise DataError(f"size: {size} is too small: {len(kept)} tokens stay in any case (bytes, code, symbols)")
+        raise DataError(f"size: {size} is too small: {len(kept)} tokens are always kept (bytes, code, symbols)")
     order = sorted(bpe.ids, key=lambda token: (-counts.get(bpe.ids[token], 0), bpe.ids[token]))
     for token in order:
         if len(kept) == size:

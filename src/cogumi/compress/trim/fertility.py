@@ -1,4 +1,4 @@
-"""What a tokenizer makes of plain text: counts, tokens per word (its fertility), whether lines survive (SPEC A11)."""
+"""A tokenizer on plain text: token counts, tokens per word (fertility), lines decoded without loss (SPEC A11)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from cogumi.core.errors import DataError
 from cogumi.models.tokenization import HFTokenizer
 
 SUFFIXES = (".txt", ".md", ".py")
-"""Which files of a folder are texts; a file named by itself may be called anything."""
+"""Suffixes of the text files read from a folder; a file given directly may have any name."""
 PIECE = 1 << 14
-"""Characters of a long text that are one text to a tokenizer."""
+"""Characters after which a long text is split before encoding."""
 BATCH = 64
 """Texts encoded at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fertility:
-    """Tokens per white-space separated word before and after, and the shares of lines that come back as they were."""
+    """Tokens per white-space separated word before and after trimming, and the shares of lines decoded without loss."""
 
     before: float
     after: float
@@ -35,11 +35,11 @@ class Fertility:
 
     @property
     def rise(self) -> float:
-        """How many more tokens the same text takes, as a share."""
+        """Relative increase of tokens for the same text."""
         return self.after / self.before - 1
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """The same as a report says it."""
+        """The figures as in the stage's metrics."""
         return {
             "tokens_per_word": {"before": self.before, "after": self.after, "rise": self.rise},
             "round_trip": {"ascii": self.ascii, "unicode": self.unicode},
@@ -50,7 +50,7 @@ class Fertility:
 def read_texts(paths: Iterable[Path], progress: Progress = quiet) -> Iterator[str]:
     """Texts of files, and of the `SUFFIXES` files of folders, in pieces that end with a line.
 
-    `DataError` for what is not there, what is no UTF-8 text, and a folder without texts.
+    `DataError` for a missing file, a file that is not UTF-8 text, and a folder without texts.
     """
     sizes = {file: file.stat().st_size for path in paths for file in _files(path)}
     done = 0
@@ -60,7 +60,7 @@ def read_texts(paths: Iterable[Path], progress: Progress = quiet) -> Iterator[st
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}); check it, or leave it out") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is no UTF-8 text ({error.reason}); convert it, or leave it out") from error
+            raise DataError(f"{file} is not UTF-8 text ({error.reason}); convert it, or leave it out") from error
         read = 0
         for piece in _pieces(text):
             yield piece
@@ -94,7 +94,7 @@ def _encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
 
 
 def count(tokenizer: HFTokenizer, texts: Iterable[str]) -> Counter[int]:
-    """How often each id occurs; what looks like a control token is text."""
+    """Number of occurrences of each id; text that looks like a control token is encoded as text."""
     found: Counter[int] = Counter()
     for ids in _encoded(tokenizer.plain, texts):
         found.update(ids)
@@ -102,17 +102,17 @@ def count(tokenizer: HFTokenizer, texts: Iterable[str]) -> Counter[int]:
 
 
 def tokens_per_word(tokenizer: HFTokenizer, texts: Sequence[str]) -> float:
-    """Tokens that texts take, over their words; `DataError` if they hold none."""
+    """Tokens per word of texts; `DataError` if they hold no words."""
     words = sum(len(text.split()) for text in texts)
     if not words:
-        raise DataError("the texts to measure tokens per word on hold no words; give others")
+        raise DataError("the texts on which to measure tokens per word hold no words; give others")
     return sum(len(ids) for ids in _encoded(tokenizer.plain, texts)) / words
 
 
 def measure(before: float, tokenizer: HFTokenizer, texts: Sequence[str]) -> Fertility:
-    """What a trimmed tokenizer makes of texts that took `before` tokens per word; `DataError` if they hold no words.
+    """Figures of a trimmed tokenizer on texts that took `before` tokens per word; `DataError` if they hold no words.
 
-    A line counts as come back if it is what the tokenizer was asked to write: the line after its normalizer (NFC).
+    A line counts as decoded without loss if the result equals the line after the tokenizer's normalizer (NFC).
     """
     lines = sorted({line for text in texts for line in text.split("\n") if line})
     plain = [line for line in lines if line.isascii()]
@@ -120,16 +120,16 @@ def measure(before: float, tokenizer: HFTokenizer, texts: Sequence[str]) -> Fert
     return Fertility(
         before=before,
         after=tokens_per_word(tokenizer, texts),
-        ascii=_returned(tokenizer.plain, plain),
-        unicode=_returned(tokenizer.plain, other),
+        ascii=_round_trip(tokenizer.plain, plain),
+        unicode=_round_trip(tokenizer.plain, other),
         ascii_lines=len(plain),
         unicode_lines=len(other),
     )
 
 
-def _returned(tokenizer: Tokenizer, lines: Sequence[str]) -> float:
-    """The share of lines that are decoded to what was encoded; 1 where there are none."""
+def _round_trip(tokenizer: Tokenizer, lines: Sequence[str]) -> float:
+    """The share of lines decoded without loss; 1 if there are no lines."""
     normal = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
-    back = (tokenizer.decode(ids, skip_special_tokens=False) for ids in _encoded(tokenizer, lines))
-    good = sum(normal(line) == text for line, text in zip(lines, back, strict=True))
-    return good / len(lines) if lines else 1.0
+    decoded = (tokenizer.decode(ids, skip_special_tokens=False) for ids in _encoded(tokenizer, lines))
+    equal = sum(normal(line) == text for line, text in zip(lines, decoded, strict=True))
+    return equal / len(lines) if lines else 1.0

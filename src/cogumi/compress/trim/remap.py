@@ -1,7 +1,7 @@
-"""A model folder with fewer ids: every place in which an id or a row per id is written, changed alike (SPEC A11).
+"""A model folder with fewer ids: all files that hold ids, and the tensors with a row per id (SPEC A11).
 
-Ids stand in tokenizer.json, tokenizer_config.json, config.json and generation_config.json; a chat template names tokens
-by their text. Ids that stay close up in their old order; rows are copied, so what they say is the same bits.
+Ids occur in tokenizer.json, tokenizer_config.json, config.json and generation_config.json; a chat template names tokens
+by their text. Kept ids are renumbered in their old order; rows of tensors are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TEMPLATE = "chat_template.jinja"
 PER_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors with a row per id."""
 _ID_FIELDS = ("_token_id", "suppress_tokens")
-"""How the names of config fields that hold ids end."""
+"""Suffixes of config fields that hold ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model folder, taken apart as far as ids go."""
+    """The parts of a model folder that depend on ids."""
 
     vocabulary: Vocabulary
     configs: Mapping[str, Mapping[str, Any]]
@@ -42,10 +42,10 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path) -> Model:
-        """Read all but the weights' values.
+        """Read all files, of the weights only the headers.
 
-        Raises `ArtifactError` where configs, rows and tokenizer do not fit each other, `DataError` for a tokenizer that
-        is no byte-level BPE, `ExportError` for files that are missing or cut short.
+        Raises `ArtifactError` if configs, weights and tokenizer do not match, `DataError` for a tokenizer that is not a
+        byte-level BPE, `ExportError` for files that are missing or truncated.
         """
         vocabulary = Vocabulary.load(folder)
         names = [CONFIG, *(name for name in (GENERATION,) if (folder / name).exists())]
@@ -57,22 +57,22 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The model folder."""
         return self.vocabulary.folder
 
     @property
     def context(self) -> int:
-        """Tokens it can read at once."""
+        """Context length in tokens."""
         return int(self.configs[CONFIG]["max_position_embeddings"])
 
     @property
     def bytes(self) -> int:
-        """Size of its weights on disk."""
+        """Size of the weights on disk."""
         return sum(path.stat().st_size for path in self.weights.files)
 
     @property
     def named(self) -> set[int]:
-        """The ids that its configs name."""
+        """The ids that occur in the configs."""
         return {i for config in self.configs.values() for value in _id_fields(config).values() for i in _ids(value)}
 
     def _check_rows(self, highest: int) -> None:
@@ -86,11 +86,11 @@ class Model:
         if highest >= size:
             raise ArtifactError(
                 f"{self.folder}: the tokenizer's highest id is {highest}, but the model has {size} rows; "
-                "use the tokenizer that it was trained with"
+                "use the tokenizer with which it was trained"
             )
 
     def write(self, kept: Collection[int], out: Path) -> None:
-        """Write configs and weights with the rows of these ids only; numbers keep their type, files their names."""
+        """Write configs and weights with the rows of these ids only, with the same dtypes and file names."""
         new = renumbering(kept)
         rows = torch.tensor(sorted(new))
         total = 0
@@ -107,7 +107,7 @@ class Model:
         _copy(self.folder, [TEMPLATE], out)
 
     def copy(self, out: Path) -> None:
-        """Give the folder as it is."""
+        """Copy the folder without changes."""
         names = (*self.configs, *TOKENIZER_FILES, TEMPLATE, INDEX, *(path.name for path in self.weights.files))
         _copy(self.folder, names, out)
 
@@ -127,7 +127,7 @@ def _ids(value: int | list[int]) -> list[int]:
 
 
 def with_ids(config: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """A config.json or generation_config.json with its ids replaced, and the size of the vocabulary if it says one."""
+    """A config.json or generation_config.json with its ids and, if present, its vocabulary size replaced."""
     found = dict(config)
     for name, value in _id_fields(config).items():
         found[name] = [new[i] for i in value] if isinstance(value, list) else new[value]

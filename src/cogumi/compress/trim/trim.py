@@ -1,11 +1,11 @@
-"""Stage `trim`: a model without the tokens that its texts hardly ever use (SPEC A11).
+"""Stage `trim`: remove the tokens that a corpus hardly uses from a model (SPEC A11).
 
-The tokens that cover nearly all of a corpus stay, with those that no text model should be without (`essential`) and
-their merge parents (`bpe`); the rest goes, everywhere (`remap`). Nothing is trained. Words that lost their token are
-cut into more of them, which the model never saw so: tokens per word and perplexity per byte tell what that costs. Where
-it costs too much, more is kept; where nothing asked for costs little enough, the model is given back as it came.
+The tokens that cover nearly all of a corpus are kept, with the essential ones (`essential`) and their merge parents
+(`bpe`); the rest is removed from all files (`remap`), without training. Words whose token is removed are split into
+more tokens than in training; tokens per word and perplexity per byte measure the loss. If it exceeds a limit, more
+tokens are kept; if no candidate satisfies the limits, the output is the unchanged model.
 
-An adapter of linear layers fits the trimmed model as it is: it has no rows per token.
+An adapter of linear layers fits the trimmed model unchanged, because it has no rows per token.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ NO_LIMITS = {"ascii": 0.0, "unicode": 0.0, "tokens_per_word": inf, "perplexity":
 
 
 class Config(BaseModel):
-    """`covers` are shares of the corpus's tokens, tried in order until all limits hold; `size` asks for so many tokens
-    instead. The corpus is the training split and the texts in `corpus`; what is chosen is measured on the selection
-    split and the texts in `measure`: files, or folders of .txt, .md and .py files.
+    """`covers` are shares of the corpus's tokens, tried in order until all limits hold; `size` is a number of tokens
+    instead. The corpus is the training split and the texts in `corpus`; candidates are measured on the selection split
+    and the texts in `measure`: files, or folders of .txt, .md and .py files.
 
-    Limits: shares of ASCII lines and of others that must come back as they were, and by how much, as shares, tokens per
-    word and the perplexity per byte of the selection split's answers may rise.
+    Limits: the least shares of `ascii` and other (`unicode`) lines decoded without loss, and the largest relative
+    increases of `tokens_per_word` and of the `perplexity` per byte of the selection split's answers.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -71,7 +71,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Answers of the selection split: nats per token (`loss`) and per byte, and the share given word for word."""
+    """Figures of the selection split's answers: nats per token (`loss`) and per byte, and the exact share."""
 
     loss: float
     nats_per_byte: float
@@ -79,34 +79,34 @@ class Quality:
 
     @classmethod
     def of(cls, folder: Path, rows: Sequence[Row], size: int) -> Quality:
-        """Judge a model on rows whose answers are `size` bytes of text."""
+        """Measure a model on rows whose answers have `size` bytes in total."""
         figures = judge_answers(applied(load(folder)), rows)
         return cls(figures["loss"], figures["loss"] * sum(row.weight for row in rows) / size, figures["exact"])
 
 
 def compare(before: Model, after: Model, examples: Sequence[Example]) -> tuple[Quality, Quality]:
-    """Both models' quality, on the examples that fit the context of both."""
+    """The quality of both models, on the examples that fit both contexts; `DataError` if there are none."""
     rows = [make_rows(examples, model.vocabulary.tokenizer, model.context) for model in (before, after)]
     shared = {row.id for row in rows[0]} & {row.id for row in rows[1]}
     size = sum(len(example.answer.encode()) for example in examples if example.id in shared)
     if not size:
         raise DataError("no answer of the selection split fits the model's context; give shorter examples")
-    one, other = ([row for row in some if row.id in shared] for some in rows)
-    return Quality.of(before.folder, one, size), Quality.of(after.folder, other, size)
+    rows_before, rows_after = ([row for row in some if row.id in shared] for some in rows)
+    return Quality.of(before.folder, rows_before, size), Quality.of(after.folder, rows_after, size)
 
 
 def text_problem(config: Config, found: Fertility) -> str | None:
-    """Which limit on texts is broken, or None."""
+    """The limit on texts that is exceeded, or None."""
     for kind, share, least in (("ASCII", found.ascii, config.ascii), ("other", found.unicode, config.unicode)):
         if share < least:
-            return f"{share:.3%} of {kind} lines come back as they were, below {least:.3%}"
+            return f"{share:.3%} of {kind} lines are decoded without loss, below {least:.3%}"
     if found.rise > config.tokens_per_word:
         return f"tokens per word rise by {found.rise:.1%}, above {config.tokens_per_word:.1%}"
     return None
 
 
 def quality_problem(config: Config, before: Quality, after: Quality) -> str | None:
-    """Whether perplexity per byte rises above the limit, or is no number any more; None if not."""
+    """The limit on perplexity per byte if it is exceeded or the perplexity is NaN; else None."""
     rise = exp(after.nats_per_byte - before.nats_per_byte) - 1
     if rise <= config.perplexity:
         return None
@@ -115,7 +115,7 @@ def quality_problem(config: Config, before: Quality, after: Quality) -> str | No
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a trimmed model is measured on, and the tokens per word that the model takes for it before."""
+    """Examples and texts to measure on, and the original model's tokens per word on the texts."""
 
     examples: Sequence[Example]
     texts: Sequence[str]
@@ -123,9 +123,9 @@ class Sample:
 
 
 def attempt(config: Config, model: Model, kept: set[int], sample: Sample, out: Path) -> dict[str, Any]:
-    """Write the model with these ids to `out`, measure it, and say under `problem` which limit is broken, or None.
+    """Write the model with these ids to `out` and measure it; `problem` is the limit that is exceeded, or None.
 
-    One that fails on texts is not judged by its answers.
+    The answers are measured only if the limits on texts hold.
     """
     found = measure(sample.tokens_per_word, model.vocabulary.write(kept, out), sample.texts)
     problem = text_problem(config, found)
@@ -141,12 +141,12 @@ def attempt(config: Config, model: Model, kept: set[int], sample: Sample, out: P
 def candidates(
     config: Config, model: Model, inputs: Mapping[str, Artifact], context: Context
 ) -> Iterator[tuple[dict[str, Any], set[int]]]:
-    """What may stay, in the order in which it is tried, and how it was come by."""
+    """Candidates in order: how the ids were chosen, and the ids. `DataError` if `tokenizer` lacks needed ids."""
     if "tokenizer" in inputs:
         folder = inputs["tokenizer"].path
         kept = model.vocabulary.following(folder)
         if not model.named <= kept:
-            raise DataError(f"{folder} lacks a token that a config of {model.folder} names; trim without following it")
+            raise DataError(f"{folder} lacks a token that a config of {model.folder} names; leave out `tokenizer`")
         yield {"asked": "followed"}, kept
         return
     train = iterate_examples(split_path(inputs["examples"].path, "train"))
@@ -171,8 +171,8 @@ def estimate(config: Config, given: Given) -> Estimate:
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`model`, `examples`, optionally `tokenizer` -> a model folder.
 
-    `tokenizer` is the trimmed folder of a model that this one shares its tokenizer with (a draft's base): this model
-    gets the same vocabulary, whatever the limits, because the two are of use together only.
+    `tokenizer` is the trimmed folder of another model with the same tokenizer (a draft's base). This model then gets
+    the same vocabulary without limits, because draft and base must share it.
     """
     torch.set_num_threads(context.threads)
     model = Model.load(inputs["model"].path)
@@ -189,17 +189,17 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             break
     else:
         model.copy(out)
-    given, reason = Model.load(out), attempts[-1]["problem"]
-    told = {"tokens": len(given.vocabulary.bpe.ids), "bytes saved": model.bytes - given.bytes}
-    context.progress(len(attempts), len(attempts), told)
+    written, reason = Model.load(out), attempts[-1]["problem"]
+    figures = {"tokens": len(written.vocabulary.bpe.ids), "bytes saved": model.bytes - written.bytes}
+    context.progress(len(attempts), len(attempts), figures)
     chosen = attempts[-1] if reason is None else {}
     return {
         "rolled_back": reason is not None,
         "reason": reason,
-        "tokens": {"before": len(model.vocabulary.bpe.ids), "after": len(given.vocabulary.bpe.ids)},
-        "merges": {"before": len(model.vocabulary.bpe.merges), "after": len(given.vocabulary.bpe.merges)},
-        "bytes": {"before": model.bytes, "after": given.bytes, "saved": model.bytes - given.bytes},
+        "tokens": {"before": len(model.vocabulary.bpe.ids), "after": len(written.vocabulary.bpe.ids)},
+        "merges": {"before": len(model.vocabulary.bpe.merges), "after": len(written.vocabulary.bpe.merges)},
+        "bytes": {"before": model.bytes, "after": written.bytes, "saved": model.bytes - written.bytes},
         **{name: value for name, value in chosen.items() if name not in ("tokens", "problem")},
         "attempts": attempts,
-        "model_sha256": given.weights.sha256,
+        "model_sha256": written.weights.sha256,
     }

@@ -1,4 +1,4 @@
-"""A folder's byte-level BPE tokenizer, and the same with fewer ids (SPEC A11)."""
+"""The byte-level BPE tokenizer of a model folder, and the same tokenizer with fewer ids (SPEC A11)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cogumi.models.tokenization import TOKENIZER_FILES, HFTokenizer
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A folder's tokenizer, taken apart."""
+    """The tokenizer files of a folder, parsed."""
 
     folder: Path
     document: Mapping[str, Any]
@@ -27,25 +27,25 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Read the tokenizer files; `ExportError` if they are damaged, `DataError` unless it is a byte-level BPE."""
+        """Read the tokenizer files; `ExportError` if they are damaged, `DataError` unless it is byte-level BPE."""
         document, config = (read_json(folder / name) for name in TOKENIZER_FILES)
         check(document, str(folder))
         return cls(folder, document, config, HFTokenizer.load(folder), BPE.of(document))
 
     def write(self, kept: Collection[int], out: Path) -> HFTokenizer:
-        """Write the tokenizer files with these ids only, which hold all added tokens, and read them back."""
+        """Write the tokenizer files with these ids only, which must include all added tokens; returns the tokenizer."""
         new = renumbering(kept)
         write_text(out / TOKENIZER_FILES[0], json.dumps(trimmed(self.document, new, str(self.folder))) + "\n")
         write_json(out / TOKENIZER_FILES[1], settings(self.settings, new))
         return HFTokenizer.load(out)
 
     def following(self, folder: Path) -> set[int]:
-        """The ids whose tokens the tokenizer of another folder has; `DataError` unless it is this one, trimmed."""
-        theirs = BPE.of(read_json(folder / TOKENIZER_FILES[0]))
-        kept = {i for token, i in self.bpe.ids.items() if token in theirs.ids}
+        """The ids whose tokens another folder's tokenizer has; `DataError` unless that is this tokenizer, trimmed."""
+        other = BPE.of(read_json(folder / TOKENIZER_FILES[0]))
+        kept = {i for token, i in self.bpe.ids.items() if token in other.ids}
         added = {token["id"] for token in self.document["added_tokens"]}
-        if not added <= kept or BPE.of(trimmed(self.document, renumbering(kept), str(self.folder))) != theirs:
+        if not added <= kept or BPE.of(trimmed(self.document, renumbering(kept), str(self.folder))) != other:
             raise DataError(
-                f"{folder} has no trimmed form of the tokenizer of {self.folder}; trim without following it"
+                f"{folder} has no trimmed form of the tokenizer of {self.folder}; leave out the input `tokenizer`"
             )
         return kept

@@ -1,1 +1,1 @@
-"""`cogumi bench`: every feature's speed against the same without it, and against what the machine allows (SPEC H4)."""
+"""`cogumi bench`: speed with each feature against without it, and against the machine's limit (SPEC H4)."""

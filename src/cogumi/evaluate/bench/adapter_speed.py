@@ -1,5 +1,5 @@
-"""Rows about adapters: what a switch costs when the adapter is warm, and when it has yet to be loaded (SPEC E8); what
-adapting a head to a request's examples costs (SPEC C9).
+"""Rows about adapters: cost of switching to a loaded adapter and of loading one (SPEC E8), and of adapting a head to a
+request's examples (SPEC C9).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 from cogumi.core.types import Request
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.llama.output_head import Head, LowRank
-from cogumi.evaluate.bench.made_models import make_adapter
 from cogumi.evaluate.bench.paired import ROUNDS, Row, Setup, alternate, answer
 from cogumi.evaluate.bench.speed import PROMPT, first_token
+from cogumi.evaluate.bench.synthetic_models import make_adapter
 
 HEADS = ((1024, 128), (32_768, 2048), (131_072, 2048))
-"""Vocabulary and width of heads that are timed."""
+"""Vocabulary and width of the heads to time."""
 EXAMPLES, LENGTH, ANSWER, STEPS, RANK = 3, 40, 15, 3, 8
-"""Examples that a head is adapted to, tokens of each and of its answer, steps of descent, rank."""
+"""Number of examples, tokens of each and of its answer, steps of gradient descent, rank."""
 SIZE = 50_000_000
-"""Bytes of an adapter; a twelfth of a small model."""
+"""Bytes of an adapter; for small models a twelfth of the model."""
 
 
 def adapter_warm(setup: Setup) -> Row:
-    """Requests to base and adapter by turns, against the same requests sorted: what switching adds to a step.
+    """Alternating requests to base and adapter, against the same requests sorted: the cost of switching.
 
-    What the adapter's own products add to its steps is no cost of switching; it stands in the conditions.
+    The cost of the adapter's own matrix products is reported separately, in the conditions.
     """
     tokens, each = 16, 4
     path = _adapter(setup)
@@ -52,14 +52,14 @@ def adapter_warm(setup: Setup) -> Row:
         pairs = alternate(lambda: rate(switching), lambda: rate(base + modified), setup.tick)
         own = alternate(lambda: rate(modified), lambda: rate(base), setup.tick)
     row = pairs.row("adapter_warm", "tokens/s")
-    told = {
+    conditions = {
         "goal": "about 1",
         "met": row.conditions["spread"][1] >= 1,
         "adapter_bytes": path.stat().st_size,
         "against": "the same requests, those to the base first",
         "adapter_against_base": round(own.ratio, 3),
     }
-    return replace(row, conditions=row.conditions | told)
+    return replace(row, conditions=row.conditions | conditions)
 
 
 def adapter_cold(setup: Setup) -> Row:
@@ -93,7 +93,7 @@ def adapter_cold(setup: Setup) -> Row:
 
 
 def head_adaptation(setup: Setup) -> Row:
-    """Milliseconds to adapt a head of this model's size to three short examples, against reading these."""
+    """Milliseconds to adapt a head of this model's size to three short examples, against reading the examples."""
     with closing(LlamaEngine(setup.model, threads=setup.threads)) as engine:
         own = _adapting(engine.tokenizer.size, engine.embed(["a"]).shape[1])
 
@@ -123,7 +123,7 @@ def head_adaptation(setup: Setup) -> Row:
 
 
 def _adapting(vocabulary: int, width: int) -> Callable[[], float]:
-    """Adapts a head of that size to random states, and says how many milliseconds it took."""
+    """A function that adapts a head of that size to random states and returns the milliseconds it took."""
     draw, n = np.random.default_rng(0), EXAMPLES * ANSWER
 
     def drawn(*shape: int) -> NDArray[np.float32]:
@@ -141,4 +141,4 @@ def _adapting(vocabulary: int, width: int) -> Callable[[], float]:
 
 
 def _adapter(setup: Setup) -> Path:
-    return make_adapter(setup.folder, setup.made(), min(SIZE, setup.model.stat().st_size // 12))
+    return make_adapter(setup.folder, setup.synthetic_shape(), min(SIZE, setup.model.stat().st_size // 12))

@@ -1,7 +1,7 @@
-"""Rows about whole bundles of real shapes with made-up weights: what they take on disk and in memory (SPEC D1, D10).
+"""Rows about bundles of real shapes with synthetic weights: sizes on disk and in memory (SPEC D1, D10).
 
-The weights say nothing, but every file has the size that it has with trained ones, and a question takes the whole way:
-the draft reads it, the base answers, the draft judges the answer, and a modifier answers again.
+Every file has the size it would have with trained weights, and a question runs through all tiers: the draft reads it,
+the base answers, the draft scores the answer, and a modifier answers again.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from cogumi.confidence.policy import POLICIES
 from cogumi.core.artifact import file_names
 from cogumi.core.errors import RequestError
 from cogumi.core.files import write_json, write_text
-from cogumi.evaluate.bench.child_process import Visit, Visited, visit
-from cogumi.evaluate.bench.made_models import SHAPES, digest, make_lora, make_weights
+from cogumi.evaluate.bench.child_process import CascadeJob, CascadeResult, run_cascade
 from cogumi.evaluate.bench.paired import Row, Setup
+from cogumi.evaluate.bench.synthetic_models import SHAPES, digest, make_lora, make_weights
 
 DOMAINS = ("code", "math", "tools")
 RANK, ADAPTER_TYPE = 32, "q4_0"
 CONTEXT, QUESTION, ANSWER = 2048, 128, 32
-"""Tokens; the cache takes its memory when it is opened, however much of it is used."""
+"""Tokens; the memory of the cache is allocated when it is opened."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Most bytes of the base's file, of all files, and in memory."""
+    """Upper limits in bytes: file of the base, all files, resident memory."""
 
     base: int
     whole: int
@@ -64,31 +64,31 @@ class Limits:
 WHOLE = Limits(545_000_000, 890_000_000, 1_500_000_000)
 MOBILE = Limits(295_000_000, 295_000_000, 500_000_000)
 EMBEDDER_SHAPE, ESCALATION_WIDTH = (30_522, 748), 90
-"""Tables of bytes that take as much as the default nets."""
+"""Sizes of byte tables that make the files as large as the default nets."""
 
 
 def bundle_1b(setup: Setup, type: str) -> Row:
-    """A whole bundle around the widest 1B shape that fits, with its draft and three modifiers."""
+    """A complete bundle with the widest 1B shape that fits, its draft and three modifiers."""
     base = widest(type, WHOLE.base)
     folder = make_bundle(setup.folder, base, type, replace(SHAPES["draft"], tied=True))
     return _row(f"bundle_1b_{type}", setup, folder, WHOLE, feed_forward=base.feed_forward)
 
 
 def bundle_mobile(setup: Setup) -> Row:
-    """A mobile package: the draft of such a bundle, alone, with three modifiers of its own."""
+    """A mobile package: the draft of such a bundle as base, with three modifiers."""
     folder = make_bundle(setup.folder, replace(SHAPES["draft"], tied=True), "q4_k_m", None)
     return _row("bundle_mobile", setup, folder, MOBILE)
 
 
-def _row(name: str, setup: Setup, folder: Path, limits: Limits, **told: Any) -> Row:
-    """Resident bytes after an answer with weights repacked, against those without; a process for each."""
-    visits: dict[bool, Visited] = {}
+def _row(name: str, setup: Setup, folder: Path, limits: Limits, **extra: Any) -> Row:
+    """Resident bytes after an answer with repacked weights, against those without; a process for each."""
+    results: dict[bool, CascadeResult] = {}
     for done, repack in enumerate((True, False), 1):
-        job = Visit(str(folder), setup.threads, "x" * QUESTION, ANSWER, CONTEXT, repack)
-        visits[repack] = visit(job)
+        job = CascadeJob(str(folder), setup.threads, "x" * QUESTION, ANSWER, CONTEXT, repack)
+        results[repack] = run_cascade(job)
         setup.tick(done / 2)
     sizes = {name: (folder / name).stat().st_size for name in file_names(folder)}
-    ours, plain = visits[True], visits[False]
+    ours, plain = results[True], results[False]
     whole = sum(sizes.values())
     conditions = {
         "goal": f"<= {limits.whole / 1e6:g} MB on disk, <= {limits.resident / 1e6:g} MB in memory",
@@ -101,17 +101,17 @@ def _row(name: str, setup: Setup, folder: Path, limits: Limits, **told: Any) -> 
         "mapped": _rounded(plain),
     }
     ratio = ours.resident_bytes / plain.resident_bytes
-    return Row(name, ratio, ours.resident_bytes, plain.resident_bytes, "B", conditions | told)
+    return Row(name, ratio, ours.resident_bytes, plain.resident_bytes, "B", conditions | extra)
 
 
-def _rounded(visited: Visited) -> dict[str, Any]:
-    return {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(visited).items()}
+def _rounded(result: CascadeResult) -> dict[str, Any]:
+    return {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(result).items()}
 
 
 def widest(type: str, limit: int) -> Llama:
-    """Llama-3.2-1B with a vocabulary of 32k, its feed-forward layers cut until the weights fit in `limit` bytes.
+    """Llama-3.2-1B with a vocabulary of 32k and the widest feed-forward layers whose weights fit in `limit` bytes.
 
-    As many columns as blocks of 256 allow: at Q4_K_M the whole shape takes 639 MB.
+    The width is a multiple of 256 (a block). At Q4_K_M the full shape takes 639 MB. `RequestError` if none fits.
     """
     whole = replace(SHAPES["1b"], tied=True)
     for width in range(whole.feed_forward, 0, -256):
@@ -122,9 +122,9 @@ def widest(type: str, limit: int) -> Llama:
 
 
 def make_bundle(folder: Path, base: Llama, type: str, draft: Llama | None) -> Path:
-    """A bundle of these shapes in `folder`, made once; without `draft` a mobile package, which the base reads for.
+    """A bundle of these shapes in `folder`, made once; without `draft` a mobile package, whose base reads questions.
 
-    Its router sends every question to the first of `DOMAINS`, and no answer is ever sure.
+    Its router sends every question to the first of `DOMAINS`, and its gates accept no answer.
     """
     out = folder / f"bundle-{type}-{digest(base, draft, RANK, ADAPTER_TYPE, EMBEDDER_SHAPE, ESCALATION_WIDTH)}"
     if (out / INDEX).is_file():
@@ -143,7 +143,7 @@ def make_bundle(folder: Path, base: Llama, type: str, draft: Llama | None) -> Pa
 
 
 def _write_nets(folder: Path, width: int) -> None:
-    """The small parts, for a draft of that width."""
+    """Write the small parts, for a draft with hidden states of that width."""
     from safetensors.numpy import save_file
 
     draw = np.random.default_rng(0)
@@ -158,11 +158,11 @@ def _write_nets(folder: Path, width: int) -> None:
     write_json(folder / CALIBRATION, _calibration().to_json())
     _escalation(folder / ESCALATION)
     _embedder(folder / EMBEDDER, folder / VOCABULARY)
-    write_text(folder / CARD, "# Made-up weights in real shapes\n")
+    write_text(folder / CARD, "# Synthetic weights in real shapes\n")
 
 
 def _calibration() -> Calibration:
-    """Gates that are never sure."""
+    """Gates that accept no answer."""
     gate = Gate(("mean_logprob",), Net.of([0], [1], [[[0.0]]], [[0.0]]), Calibrator("none"))
     promise = Guarantee(0.9, 0.05, 0.95, 100, 50, 0, 0.05)
     names = [policy.name for policy in POLICIES]
@@ -173,7 +173,7 @@ def _calibration() -> Calibration:
 
 
 def _onnx(path: Path, nodes: Sequence[Any], inputs: Sequence[str], output: tuple[str, list[Any]], **more: Any) -> None:
-    """A graph on token ids [1, tokens] in a file."""
+    """Write a graph on token ids [1, tokens] to a file."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -187,7 +187,7 @@ def _onnx(path: Path, nodes: Sequence[Any], inputs: Sequence[str], output: tuple
 
 
 def _embedder(model: Path, vocabulary: Path) -> None:
-    """The mean of made-up word vectors."""
+    """Write an encoder that returns the mean of synthetic word vectors."""
     from onnx import TensorProto, helper
     from tokenizers import Tokenizer, models
 
@@ -203,7 +203,7 @@ def _embedder(model: Path, vocabulary: Path) -> None:
 
 
 def _escalation(path: Path) -> None:
-    """A net that finds everybody content."""
+    """Write a classifier that never finds a user dissatisfied."""
     from onnx import TensorProto, helper
 
     from cogumi.cascade.dissatisfaction import describe

@@ -1,7 +1,7 @@
-"""One engine or cascade in a process of its own, so that its memory can be told from everybody else's.
+"""Run one engine or cascade in a child process, to measure its memory separately.
 
-`python -m cogumi.evaluate.bench.child_process engine OPTIONS` with `Job` as JSON prints a `Told` as JSON, `cascade`
-with `Visit` a `Visited`.
+`python -m cogumi.evaluate.bench.child_process engine OPTIONS` takes an `EngineJob` as JSON and prints an `EngineResult`
+as JSON; `cascade` takes a `CascadeJob` and prints a `CascadeResult`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from cogumi.engine.protocol import final_reply
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """Open an engine and answer `prompts`, all at a time, with `tokens` tokens each."""
+class EngineJob:
+    """Open an engine and answer all `prompts` concurrently, with `tokens` tokens each."""
 
     model: str
     threads: int
@@ -39,10 +39,10 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """Seconds from the process's first line to an open engine and to its first token, and resident bytes.
+class EngineResult:
+    """Seconds from the start of the process to an open engine and to its first token, and resident bytes.
 
-    `idle_bytes` is measured with the engine open and nothing asked, `loaded_bytes` after all answers.
+    `idle_bytes` is measured with the engine open before any request, `loaded_bytes` after all answers.
     """
 
     open_seconds: float
@@ -53,8 +53,8 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
-    """Open a bundle as a cascade for one request at a time, and have it answer `question` with `tokens` tokens."""
+class CascadeJob:
+    """Open a bundle as a cascade for one request at a time, and answer `question` with at most `tokens` tokens."""
 
     bundle: str
     threads: int
@@ -65,11 +65,11 @@ class Visit:
 
 
 @dataclass(frozen=True, slots=True)
-class Visited:
-    """Seconds to an open cascade and to its answer, and bytes of memory after it.
+class CascadeResult:
+    """Seconds to an open cascade and to its answer, and bytes of memory after the answer.
 
-    Of the `resident_bytes`, only the `anonymous_bytes` are the process's own: the rest are pages of files, which the
-    system may drop and read again. `peak_bytes` is the most that was ever resident.
+    Of the `resident_bytes`, only the `anonymous_bytes` belong to the process: the rest are pages of mapped files, which
+    the system may drop and read again. `peak_bytes` is the largest resident size so far.
     """
 
     open_seconds: float
@@ -81,27 +81,27 @@ class Visited:
     tokens: int
 
 
-def run(job: Job) -> Told:
-    """Run a job in a new process; `RequestError` with the last line it said if it failed."""
-    return Told(**_spawned("engine", asdict(job)))
+def run_engine(job: EngineJob) -> EngineResult:
+    """Run an engine in a new process; `RequestError` with the last line of its error output if it fails."""
+    return EngineResult(**_spawned("engine", asdict(job)))
 
 
-def visit(job: Visit) -> Visited:
-    """Ask a bundle in a new process; `RequestError` with the last line it said if it failed."""
-    return Visited(**_spawned("cascade", asdict(job)))
+def run_cascade(job: CascadeJob) -> CascadeResult:
+    """Run a cascade in a new process; `RequestError` with the last line of its error output if it fails."""
+    return CascadeResult(**_spawned("cascade", asdict(job)))
 
 
-def _spawned(what: str, job: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", __name__, what, json.dumps(job)]
+def _spawned(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", __name__, kind, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = done.stderr.strip().splitlines()[-1:] or ["no error output"]
         raise RequestError(f"the measuring process failed: {last[0].partition('Error: ')[2] or last[0]}")
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
-def _measure(job: Job) -> Told:
+def _engine(job: EngineJob) -> EngineResult:
     process = psutil.Process()
     began = process.create_time()
     engine = LlamaEngine(
@@ -115,24 +115,29 @@ def _measure(job: Job) -> Told:
         first = time.time() - began
         for events in running:
             final_reply(events)
-        return Told(opened, first, idle, process.memory_info().rss, engine.cache_bytes)
+        return EngineResult(opened, first, idle, process.memory_info().rss, engine.cache_bytes)
 
 
-def _visit(job: Visit) -> Visited:
+def _cascade(job: CascadeJob) -> CascadeResult:
     process = psutil.Process()
     began = process.create_time()
     opening = open_cascade(Path(job.bundle), slots=1, context=job.context, threads=job.threads, repack=job.repack)
     with closing(opening) as cascade:
         opened = time.time() - began
-        asked = Request(messages=(Message("user", job.question),), max_tokens=job.tokens)
-        reply = final_reply(cascade.generate(asked))
+        request = Request(messages=(Message("user", job.question),), max_tokens=job.tokens)
+        reply = final_reply(cascade.generate(request))
         answered = time.time() - began - opened
         memory = process.memory_info()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         anonymous = memory.rss - memory.shared
-        return Visited(opened, answered, memory.rss, anonymous, peak, reply.tier, reply.usage.completion_tokens)
+        return CascadeResult(opened, answered, memory.rss, anonymous, peak, reply.tier, reply.usage.completion_tokens)
+
+
+def _main(kind: str, options: str) -> None:
+    job = json.loads(options)
+    result = _engine(EngineJob(**job)) if kind == "engine" else _cascade(CascadeJob(**job))
+    print(json.dumps(asdict(result)))
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    print(json.dumps(asdict(_measure(Job(**given)) if sys.argv[1] == "engine" else _visit(Visit(**given)))))
+    _main(*sys.argv[1:3])

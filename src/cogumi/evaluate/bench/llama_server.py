@@ -1,7 +1,7 @@
-"""llama.cpp's own server, in a process of its own, as the yardstick for many users at a time.
+"""llama.cpp's server in a child process, as the baseline for concurrent requests.
 
-The package xllamacpp carries that server prebuilt. Run as a module, this file is that process: it opens the model,
-prints the address, and ends when its standard input does.
+The package xllamacpp contains the server. Run as a module, this file is the child process: it opens the model, prints
+the address, and ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import psutil
 from cogumi.core.errors import RequestError
 
 
-class Rival:
-    """The server with `slots` slots of `context` tokens each; `RequestError` if it is not installed."""
+class LlamaServer:
+    """The server with `slots` slots of `context` tokens each; `RequestError` if it is not installed or cannot open."""
 
     def __init__(self, model: Path, *, slots: int, context: int, threads: int) -> None:
         if find_spec("xllamacpp") is None:
@@ -39,7 +39,7 @@ class Rival:
         self._pool = ThreadPoolExecutor(slots)
 
     def complete(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Greedy answers of exactly `tokens` ids to all prompts at a time, not streamed."""
+        """Greedy answers of exactly `tokens` ids to all prompts concurrently, not streamed."""
         return list(self._pool.map(lambda prompt: self._ask(prompt, tokens), prompts))
 
     def _ask(self, prompt: Sequence[int], tokens: int) -> list[int]:
@@ -54,7 +54,7 @@ class Rival:
         return list(found["tokens"])
 
     def processor_seconds(self) -> float:
-        """Processor time it has used so far."""
+        """Processor time used by the server so far."""
         times = psutil.Process(self._process.pid).cpu_times()
         return float(times.user + times.system)
 
@@ -76,7 +76,7 @@ def _serve(model: str, slots: int, context: int, threads: int) -> None:
     params.model.path = model
     params.n_parallel, params.n_ctx = slots, slots * context
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cache_ram_mib = 0  # no copies of finished slots
+    params.cache_ram_mib = 0  # do not keep copies of finished slots
     params.verbosity = 0
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)

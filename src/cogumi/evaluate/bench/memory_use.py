@@ -1,4 +1,4 @@
-"""Rows about memory: what a token of context takes in each type of cache, and what an engine takes at all (SPEC D8)."""
+"""Rows about memory: bytes per token of context in each cache type, and memory of an engine (SPEC D8)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 from cogumi.core.types import Request
 from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.evaluate.bench import child_process
 from cogumi.evaluate.bench.cache_quality import perplexity
+from cogumi.evaluate.bench.child_process import EngineJob, run_engine
 from cogumi.evaluate.bench.paired import Row, Setup, alternate, answer, decode_rate
 
 SMALL, LARGE = 256, 2304
-"""Two context lengths; the memory between them is the cache alone, as everything else is equal."""
+"""Two context lengths; the difference in memory is due to the cache alone."""
 SLOTS, FILLED = 8, 128
 LENGTH, ANSWER = 512, 64
-"""Context in which speed and perplexity are measured, and tokens at its end that are timed."""
+"""Context length for speed and perplexity, and number of timed tokens at its end."""
 
 
 def kv_cache(setup: Setup, type: str, goal: float) -> Row:
-    """Resident bytes per token of context in a cache of `type`, against f16; speed and perplexity beside it.
+    """Resident bytes per token of context in a cache of `type`, against f16; also its speed and perplexity.
 
-    Each pair of contexts is opened in processes of its own; llama.cpp clears a cache, so all of it is resident.
+    Every context is opened in a new process; llama.cpp clears its cache, so that all of it is resident.
     """
     prompt = list(setup.passage(FILLED))
-    job = child_process.Job(str(setup.model), setup.threads, [prompt], 2, slots=SLOTS, context=SMALL)
+    job = EngineJob(str(setup.model), setup.threads, [prompt], 2, slots=SLOTS, context=SMALL)
 
     def per_token(cache: str) -> float:
-        small, large = (child_process.run(replace(job, cache=cache, context=n)) for n in (SMALL, LARGE))
+        small, large = (run_engine(replace(job, cache=cache, context=n)) for n in (SMALL, LARGE))
         return (large.loaded_bytes - small.loaded_bytes) / (SLOTS * (LARGE - SMALL))
 
     pairs = alternate(lambda: per_token(type), lambda: per_token("f16"), setup.tick, 2)
@@ -53,11 +53,11 @@ def kv_cache(setup: Setup, type: str, goal: float) -> Row:
 
 
 def start(setup: Setup) -> Row:
-    """Seconds from nothing to the first token (a new process), and resident memory idle and with all slots used."""
+    """Seconds from the start of a process to the first token, and resident memory idle and with all slots used."""
     prompts = [list(setup.passage(16)) for _ in range(SLOTS)]
-    job = child_process.Job(str(setup.model), setup.threads, prompts, 16, slots=SLOTS)
-    told = [child_process.run(job) for _ in range(3)]
-    first, opened = median(t.first_token_seconds for t in told), median(t.open_seconds for t in told)
+    job = EngineJob(str(setup.model), setup.threads, prompts, 16, slots=SLOTS)
+    results = [run_engine(job) for _ in range(3)]
+    first, opened = median(r.first_token_seconds for r in results), median(r.open_seconds for r in results)
     size = setup.model.stat().st_size
     return Row(
         "start",
@@ -68,8 +68,8 @@ def start(setup: Setup) -> Row:
         {
             "value": "process start to first token",
             "baseline": "process start to open engine",
-            "idle_bytes": told[0].idle_bytes,
-            "loaded_bytes": told[0].loaded_bytes,
+            "idle_bytes": results[0].idle_bytes,
+            "loaded_bytes": results[0].loaded_bytes,
             "file_bytes": size,
         },
     )

@@ -1,4 +1,4 @@
-"""How the benchmark measures: two ways of doing the same, in turns, and the median of their paired ratios."""
+"""Paired measurements: two ways of doing the same work in turns, and the median of their ratios."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ ROUNDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure: `ratio` = `value` / `baseline` (median of paired ratios), both in `unit`; None where it failed.
+    """One figure: `ratio` = `value` / `baseline` (median of paired ratios), both in `unit`; None after a failure.
 
-    `conditions` says how it was measured: the `spread` of the ratios, the `goal` and whether it is `met`; or the
-    `error`.
+    `conditions` describe the measurement: `spread` of the ratios, `goal` and whether it is `met`; or the `error`.
     """
 
     name: str
@@ -39,9 +38,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all rows share. `words` are ordinary ids of `model`, for a made-up `shape` in the order of its chain.
+    """Settings shared by all rows. `words` are ordinary ids of `model`, for a synthetic `shape` in chain order.
 
-    `shape` is None for a user's own file. `text` is a text to measure perplexity on, `tick` is told the share done.
+    `shape` is None for a user's own file. `text` is a text to measure perplexity on; `tick(share done)`.
     """
 
     model: Path
@@ -55,20 +54,20 @@ class Setup:
     _passages: count[int] = field(default_factory=count)
 
     def passage(self, n: int) -> tuple[int, ...]:
-        """`n` ids in chain order that begin where no other passage began, so that no cache knows them."""
-        start = next(self._passages) * 7919 % len(self.words)  # a prime: all starting points in turn
+        """`n` ids in chain order with a new starting point, so that no cache contains them."""
+        start = next(self._passages) * 7919 % len(self.words)  # a prime, to visit all starting points
         return tuple(self.words[(start + np.arange(n)) % len(self.words)].tolist())
 
-    def made(self) -> str:
-        """The shape; `RequestError` for a user's own file, for which there are no made-up drafts and adapters."""
+    def synthetic_shape(self) -> str:
+        """The shape; `RequestError` for a user's own file, for which there are no synthetic drafts and adapters."""
         if self.shape is None:
-            raise RequestError("this row needs a made-up model; run it without --model")
+            raise RequestError("this row needs a synthetic model; run it without --model")
         return self.shape
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Paired measurements of two ways."""
+    """Paired measurements of our way and of the baseline."""
 
     ours: list[float]
     theirs: list[float]
@@ -78,21 +77,21 @@ class Pairs:
         """Median of the paired ratios."""
         return median(a / b for a, b in zip(self.ours, self.theirs, strict=True))
 
-    def row(self, name: str, unit: str, *, least: float | None = None, most: float | None = None, **told: Any) -> Row:
-        """Medians; the range of the paired ratios is the `spread`, `least` or `most` the goal of their median."""
+    def row(self, name: str, unit: str, *, least: float | None = None, most: float | None = None, **extra: Any) -> Row:
+        """A row of medians; `spread` is the range of the paired ratios, `least` or `most` the goal for their median."""
         ratios = sorted(a / b for a, b in zip(self.ours, self.theirs, strict=True))
         conditions: dict[str, Any] = {"spread": [round(ratios[0], 4), round(ratios[-1], 4)], "rounds": len(ratios)}
         if least is not None:
             conditions |= {"goal": f">= {least:g}", "met": self.ratio >= least}
         if most is not None:
             conditions |= {"goal": f"<= {most:g}", "met": self.ratio <= most}
-        return Row(name, self.ratio, median(self.ours), median(self.theirs), unit, conditions | told)
+        return Row(name, self.ratio, median(self.ours), median(self.theirs), unit, conditions | extra)
 
 
 def alternate(
     ours: Callable[[], float], theirs: Callable[[], float], tick: Callable[[float], None], rounds: int = ROUNDS
 ) -> Pairs:
-    """Measure A B, B A, A B, ..: whatever drifts slowly hits both alike."""
+    """Measure A B, B A, A B, ..., so that slow drifts affect both sides equally."""
     pairs = Pairs([], [])
     for i in range(rounds):
         sides = [(ours, pairs.ours), (theirs, pairs.theirs)]
@@ -103,7 +102,7 @@ def alternate(
 
 
 def answer(engine: Engine, request: Request) -> Reply:
-    """The reply to a request that is alone in the engine."""
+    """The reply to a single request."""
     return final_reply(engine.generate(request))
 
 
@@ -113,6 +112,6 @@ def decode_rate(reply: Reply) -> float:
 
 
 def ordinary(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """All ids that stand for text, shuffled: prompts for a model whose words mean something."""
+    """All ids of text tokens, shuffled: prompts for a trained model."""
     ids = [i for i in range(tokenizer.size) if tokenizer.piece(i) and not tokenizer.ends(i)]
     return np.random.default_rng(0).permutation(np.array(ids))

@@ -1,4 +1,4 @@
-"""The picture of a benchmark: ratios around 1, and tokens per second under the roof that memory bandwidth sets."""
+"""Picture of a benchmark: ratios of all rows, and the roofline of tokens per second against memory bandwidth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GOOD, BAD, PLAIN = "#2a7f62", "#c0504d", "#5b7db1"
 
 
 def draw(path: Path, found: Mapping[str, Any]) -> None:
-    """Write the picture of a benchmark's document (see `run.run`) to `path`; its ending says the format."""
+    """Write the picture of a benchmark's results (see `run.run`) to `path`; its suffix determines the format."""
     rows = [row for row in found["rows"] if row["ratio"] is not None]
     figure = Figure(figsize=(13, max(3.5, 1.2 + 0.38 * len(rows))), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
@@ -30,13 +30,13 @@ def _ratios(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """One bar per row from 1 to its ratio, on a logarithmic scale; dots mark the goal, a line the spread."""
     ends = [0.5, 2.0]
     for i, row in enumerate(rows):
-        told = row["conditions"]
-        low, high = told.get("spread", [row["ratio"]] * 2)
-        color = {True: GOOD, False: BAD, None: PLAIN}[told.get("met")]
+        conditions = row["conditions"]
+        low, high = conditions.get("spread", [row["ratio"]] * 2)
+        color = {True: GOOD, False: BAD, None: PLAIN}[conditions.get("met")]
         axis.barh(i, row["ratio"] - 1, left=1, height=0.6, color=color)
         axis.plot([low, high], [i, i], color="black", linewidth=1.5)
-        if told.get("goal", "").startswith((">= ", "<= ")):
-            bound = float(told["goal"][3:])
+        if conditions.get("goal", "").startswith((">= ", "<= ")):
+            bound = float(conditions["goal"][3:])
             axis.plot([bound, bound], [i - 0.4, i + 0.4], color="black", linestyle=":", linewidth=2)
         end = max(row["ratio"], high, 1.05)
         axis.annotate(f"{row['ratio']:.3g}", (end, i), (5, 0), textcoords="offset points", va="center")
@@ -54,17 +54,17 @@ def _ratios(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _roof(axis: Any, found: Mapping[str, Any]) -> None:
-    """Tokens per second that bandwidth allows at each size of model, and what was reached."""
+    """Tokens per second that bandwidth allows by model size, and the measured ones."""
     bandwidth = found["bandwidth_gb_s"]
     rows = {row["name"]: row for row in found["rows"] if row["ratio"] is not None}
     size = found["model_bytes"] / 1e9
     if one := rows.get("roofline"):
         size = one["conditions"]["bytes_per_token"] / 1e9
         axis.plot([size, size], [one["value"], bandwidth / size], color="0.6", linestyle=":")
-        axis.plot(size, one["value"], "o", color="black", label=f"one request, {one['ratio']:.0%} of what it allows")
+        axis.plot(size, one["value"], "o", color="black", label=f"one request, {one['ratio']:.0%} of the limit")
     for name in [name for name in rows if name.startswith("concurrency")]:
         users = rows[name]["conditions"]["users"]
-        axis.plot(size, rows[name]["value"], "s", color=PLAIN, label=f"{users} requests that share a step")
+        axis.plot(size, rows[name]["value"], "s", color=PLAIN, label=f"{users} concurrent requests")
         axis.plot(size, rows[name]["baseline"], "x", color=BAD, label=f"{users} through llama.cpp's server")
     sizes = np.geomspace(size / 4, size * 4, 50)
     axis.loglog(sizes, bandwidth / sizes, color="black", label=f"memory bandwidth, {bandwidth:.1f} GB/s")

@@ -1,4 +1,4 @@
-"""The machine's own limit: every token must read the weights once, so memory bandwidth caps tokens per second."""
+"""The machine's limit: every token reads all weights once, so that memory bandwidth limits tokens per second."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.evaluate.bench.paired import Row, Setup, alternate, answer, decode_rate
 
 ARRAY = 1 << 28
-"""Bytes that each thread reads: far more than any cache holds."""
+"""Bytes that each thread reads: far more than any processor cache."""
 PROMPT, ANSWER = 16, 64
 
 
 class Memory:
-    """Arrays of `ARRAY` bytes, one per thread, to read through as fast as the machine can."""
+    """Measures memory bandwidth by reading arrays of `ARRAY` bytes, one per thread."""
 
     def __init__(self, threads: int) -> None:
         self._arrays = [np.ones(ARRAY // 4, np.int32) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads)
 
     def bandwidth(self) -> float:
-        """Bytes per second, best of three; the reduction is one compare per 4 bytes and leaves the GIL."""
+        """Bytes per second, best of three; the reduction takes one comparison per 4 bytes and releases the GIL."""
         times = []
         for _ in range(3):
             began = time.perf_counter()
@@ -41,7 +41,7 @@ class Memory:
 
 
 def weight_bytes(model: Path) -> int:
-    """Bytes of weights that one token reads: all but the embedding, of which it is one row (unless it is the head)."""
+    """Bytes of weights read per token: all weights, except that an untied embedding contributes a single row."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(model).tensors}
     total = sum(int(tensor.n_bytes) for tensor in tensors.values())
     if "output.weight" not in tensors:

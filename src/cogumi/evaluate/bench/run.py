@@ -1,4 +1,4 @@
-"""Runs the rows of the benchmark, each on its own, and writes down what they found (SPEC H4)."""
+"""Run the rows of the benchmark one after the other and collect their results (SPEC H4)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from cogumi.engine.llama.binding.model import load_tokenizer
 from cogumi.engine.llama.engine import default_threads
 from cogumi.engine.llama.speculative.latency_measurement import machine_key
 from cogumi.evaluate.bench import adapter_speed, bundle_sizes, memory_use, speed, unpacking
-from cogumi.evaluate.bench.made_models import SHAPES, chain, make_model
 from cogumi.evaluate.bench.paired import Row, Setup, ordinary
 from cogumi.evaluate.bench.roofline import Memory, roofline
 from cogumi.evaluate.bench.soak import soak
+from cogumi.evaluate.bench.synthetic_models import SHAPES, chain, make_model
 
 ACCEPT = (0.3, 0.6, 0.75, 0.9)
-"""Acceptances of the simulated drafts."""
+"""Acceptance rates of the synthetic drafts."""
 BUNDLES = ("q4_k_m", "iq4_xs")
-"""Types of the base in the rows about bundles."""
+"""File types of the base in the rows about bundles."""
 NAMED_ONLY = ("concurrency_16", "start", *(f"bundle_1b_{type}" for type in BUNDLES), "bundle_mobile", "unpack", "soak")
-"""Rows that take long or have nothing to be compared with; they run only when named."""
+"""Rows that take long or have no baseline; they run only if requested by name."""
 
 Measure = Callable[[Setup], Row]
 
 
 class Progress(Protocol):
-    """Is told which row runs, and the share of it that is done."""
+    """Callbacks for the progress of a benchmark."""
 
     def started(self, name: str, number: int, of: int) -> None:
-        """A row begins."""
+        """A row starts."""
 
     def advanced(self, share: float) -> None:
-        """So much of it is done."""
+        """This share of the row is done."""
 
 
 def measures(accept: Sequence[float] = ACCEPT) -> dict[str, Measure]:
@@ -68,7 +68,7 @@ def measures(accept: Sequence[float] = ACCEPT) -> dict[str, Measure]:
 
 
 def chosen(only: Sequence[str], accept: Sequence[float]) -> dict[str, Measure]:
-    """The rows named, or all but `NAMED_ONLY`; `RequestError` names the nearest to an unknown name."""
+    """The requested rows, by default all except `NAMED_ONLY`; `RequestError` for an unknown name."""
     known = measures(accept)
     for name in only:
         if name not in known:
@@ -89,13 +89,13 @@ def run(
 ) -> dict[str, Any]:
     """Measure and return `{machine, bandwidth_gb_s, model, model_bytes, threads, rows}`.
 
-    A row that cannot be measured is there with its `error` in the conditions; the others are measured all the same.
+    A row that fails has its `error` in the conditions; the other rows are measured nevertheless.
     """
     rows = chosen(only, accept)
     if shape not in SHAPES:
         raise RequestError(f"there is no shape {shape!r}; {nearest(shape, SHAPES)}")
     if text and not model:
-        raise RequestError("made-up weights have no perplexity worth knowing; give --model with --text")
+        raise RequestError("the perplexity of synthetic weights is meaningless; give --model with --text")
     folder = cache_folder() / "shapes"
     file = model or make_model(folder, shape)
     tokenizer = load_tokenizer(file)
@@ -115,7 +115,7 @@ def run(
     for number, (name, measure) in enumerate(rows.items(), 1):
         progress.started(name, number, len(rows))
         found.append(asdict(_measured(name, measure, setup)))
-    bandwidth = max(bandwidth, _bandwidth(threads))  # what others took of it meanwhile is not the machine's limit
+    bandwidth = max(bandwidth, _bandwidth(threads))  # other load may have reduced one of the two measurements
     return {
         "machine": environment(threads) | {"cpu": machine_key()["cpu"]},
         "bandwidth_gb_s": round(bandwidth / 1e9, 2),

@@ -1,4 +1,6 @@
-"""A long run of many clients, adapters, lengths, cancels and drafts: every answer must be the one it gives alone."""
+"""Soak test with many clients, adapters, lengths, cancellations and drafts: every answer must equal that of the same
+request running alone.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +18,28 @@ from cogumi.core.types import Reply, Request, Token
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Event
 from cogumi.evaluate.bench.adapter_speed import SIZE
-from cogumi.evaluate.bench.made_models import make_adapter, make_draft, make_model
 from cogumi.evaluate.bench.paired import Row, Setup, answer
+from cogumi.evaluate.bench.synthetic_models import make_adapter, make_draft, make_model
 
 REQUESTS, CLIENTS, SLOTS, CONTEXT = 200, 16, 8, 256
 CANCELLED = 0.25
-"""Share of the requests that their client gives up."""
+"""Share of the requests that the client cancels."""
 WARM = 3.5
-"""Temperature of sampled requests: about where the chain's next word is as likely as all others together."""
+"""Temperature of sampled requests, at which the chain's next token has a probability of about one half."""
 GROWTH = 16_000_000
-"""Most bytes that resident memory may grow by after the first round: what fragments and levels off, but no leak."""
+"""Permitted growth of resident memory in bytes after the first round: allows for fragmentation, but not for a leak."""
 
 Bits: TypeAlias = tuple[tuple[int, float, float, float], ...]
-"""Every token of an answer with its signals, which tell the last bit of the logits."""
+"""Every token of an answer with its signals, which depend on the logits to the last bit."""
 
 
 def soak(setup: Setup) -> Row:
-    """Rounds of `REQUESTS` requests from `CLIENTS` threads until `minutes` are over, at Q8_0.
+    """Rounds of `REQUESTS` requests from `CLIENTS` threads until `minutes` have passed, at Q8_0.
 
-    `value` counts completed answers that equal, bit for bit, those that the same requests give alone, `baseline` all
-    completed ones. Slots must be free at the end, and resident memory about as large as after the first round.
+    `value` is the number of completed answers that equal those of the same requests alone, bit for bit; `baseline` that
+    of all completed ones. All slots must be free at the end, and resident memory must not grow after the first round.
     """
-    shape = setup.made()
+    shape = setup.synthetic_shape()
     model = make_model(setup.folder, shape, "q8_0")
     adapter = make_adapter(setup.folder, shape, min(SIZE, model.stat().st_size // 12))
     engine = LlamaEngine(
@@ -45,7 +47,7 @@ def soak(setup: Setup) -> Row:
         slots=SLOTS,
         context=CONTEXT,
         threads=setup.threads,
-        draft=make_draft(setup.folder, shape, 0.75, "q8_0"),  # sampled drafts are weighed by its distribution, too
+        draft=make_draft(setup.folder, shape, 0.75, "q8_0"),  # sampled drafts depend on its distribution too
         adapters={"one": adapter, "two": adapter},
     )
     requests = [_request(setup, random.Random(i)) for i in range(REQUESTS)]
@@ -100,7 +102,7 @@ def _request(setup: Setup, rng: random.Random) -> Request:
 def _round(
     engine: LlamaEngine, clients: ThreadPoolExecutor, requests: Sequence[Request], alone: Sequence[Bits], seed: int
 ) -> list[str]:
-    """All requests in a new order, some given up on the way: what became of each."""
+    """Run all requests in a new order and cancel some of them; the outcome of each."""
     rng = random.Random(seed)
     order = rng.sample(range(len(requests)), len(requests))
     stops = [rng.randint(0, 8) if rng.random() < CANCELLED else None for _ in order]
@@ -129,7 +131,7 @@ def _signals(token: Token) -> tuple[int, float, float, float]:
 
 
 def _free_slots(engine: LlamaEngine) -> int:
-    """Free slots once those of the last cancelled requests had a moment to be given back."""
+    """Number of free slots, after waiting up to five seconds for those of cancelled requests."""
     until = time.monotonic() + 5
     while engine.free_slots < SLOTS and time.monotonic() < until:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Rows about speed: one request against the bare loop, many against llama.cpp's server, drafting against none."""
+"""Rows about speed: one request against a bare llama.cpp loop, many against llama.cpp's server, drafts against none."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.llama.speculative.latency_measurement import GPU, LAPTOP_8_CORES
 from cogumi.engine.llama.speculative.latency_measurement import on_paper as paper
 from cogumi.engine.protocol import Engine, final_reply
-from cogumi.evaluate.bench.llama_server import Rival
-from cogumi.evaluate.bench.made_models import make_draft
+from cogumi.evaluate.bench.llama_server import LlamaServer
 from cogumi.evaluate.bench.paired import Row, Setup, alternate, answer, decode_rate
+from cogumi.evaluate.bench.synthetic_models import make_draft
 
 PROMPT = 16
 """Tokens of a short prompt."""
 COPIED, EDIT_EVERY = 300, 16
-"""Tokens of the passage that n-gram lookup finds again, and how many there are to one that was edited."""
+"""Tokens of the passage that the answer copies, and distance between edited tokens."""
 CACHE = "f16"
-"""Type of the key-value cache where others are compared with: theirs."""
+"""Type of the key-value cache in comparisons with other software: their default."""
 QUIET = 0.3
-"""Seconds between two engines' turns: the threads of the one before stop spinning."""
+"""Seconds between the turns of two engines, in which the threads of the first stop spinning."""
 
 
 def single_stream(setup: Setup) -> Row:
-    """One request through the engine as it comes, against the barest llama.cpp loop on the same file."""
+    """One request through the engine with default settings, against a bare llama.cpp loop on the same file."""
     tokens, context = 96, 512
     model = Model(setup.model)
 
@@ -55,29 +55,29 @@ def single_stream(setup: Setup) -> Row:
 
 
 def concurrency(setup: Setup, users: int) -> Row:
-    """Requests of all users at once: tokens per second in all, against llama.cpp's server in another process."""
+    """Concurrent requests of all users: total tokens per second, against llama.cpp's server in another process."""
     tokens, context, rounds = 64, 256, 9
     with (
         closing(LlamaEngine(setup.model, slots=users, context=context, threads=setup.threads, cache=CACHE)) as engine,
-        closing(Rival(setup.model, slots=users, context=context, threads=setup.threads)) as rival,
+        closing(LlamaServer(setup.model, slots=users, context=context, threads=setup.threads)) as server,
     ):
-        idle: list[float] = []  # share of a processor that the one takes while it is the other's turn
+        idle: list[float] = []  # share of a processor used by one side during the other's turn
 
         def ours() -> float:
             requests = [Request(prompt=setup.passage(PROMPT), max_tokens=tokens) for _ in range(users)]
             time.sleep(QUIET)
-            busy, began = rival.processor_seconds(), time.perf_counter()
+            busy, began = server.processor_seconds(), time.perf_counter()
             running = [engine.generate(request) for request in requests]
             total = sum(len(final_reply(events).tokens) for events in running)
             seconds = time.perf_counter() - began
-            idle.append((rival.processor_seconds() - busy) / seconds)
+            idle.append((server.processor_seconds() - busy) / seconds)
             return total / seconds
 
         def theirs() -> float:
             prompts = [setup.passage(PROMPT) for _ in range(users)]
             time.sleep(QUIET)
             busy, began = time.process_time(), time.perf_counter()
-            total = sum(map(len, rival.complete(prompts, tokens)))
+            total = sum(map(len, server.complete(prompts, tokens)))
             seconds = time.perf_counter() - began
             idle.append((time.process_time() - busy) / seconds)
             return total / seconds
@@ -97,9 +97,9 @@ def concurrency(setup: Setup, users: int) -> Row:
 
 
 def speculation(setup: Setup, accept: float) -> Row:
-    """Drafting as the engine chooses, against none, with a draft of a known acceptance; always drafting beside it."""
+    """Adaptive drafting against none, with a draft of a known acceptance rate; also with drafting forced on."""
     tokens = 64
-    draft = make_draft(setup.folder, setup.made(), accept)
+    draft = make_draft(setup.folder, setup.synthetic_shape(), accept)
     with closing(LlamaEngine(setup.model, threads=setup.threads, draft=draft, lookup=False)) as engine:
 
         def rate(speculate: bool | None) -> float:
@@ -126,12 +126,12 @@ def speculation(setup: Setup, accept: float) -> Row:
 
 
 def ngram(setup: Setup) -> Row:
-    """Lookup in the prompt as the engine chooses, against none, on an answer that copies from an edited passage."""
+    """Adaptive n-gram lookup in the prompt against none, on an answer that copies an edited passage."""
     tokens = 96
-    setup.made()
+    setup.synthetic_shape()
 
     def prompt() -> tuple[int, ...]:
-        """An edited passage, other words, and a word from the passage's beginning, after which the answer goes on."""
+        """An edited passage, other words, and a word of the passage, after which the answer continues the passage."""
         passage = setup.passage(COPIED)
         other = setup.passage(COPIED // EDIT_EVERY + 1)
         edited = [other[i // EDIT_EVERY] if i % EDIT_EVERY == 0 else word for i, word in enumerate(passage)]
@@ -156,7 +156,7 @@ def ngram(setup: Setup) -> Row:
 
 
 def prefill_ahead(setup: Setup) -> Row:
-    """Time to the first token of a long prompt of which 95% was read while it was typed, against reading it all."""
+    """Time to the first token of a long prompt of which 95% was prefilled, against reading all of it."""
     length, rounds = 1000, 3
     with closing(LlamaEngine(setup.model, slots=2, context=length + 8, threads=setup.threads)) as engine:
 
@@ -174,21 +174,21 @@ def prefill_ahead(setup: Setup) -> Row:
 
 
 def first_token(engine: Engine, request: Request) -> float:
-    """Seconds from asking to the first token."""
+    """Seconds from the request to the first token."""
     return answer(engine, request).signals["first_token_seconds"]
 
 
 def on_paper(_: Setup, accept: Sequence[float]) -> Row:
-    """What the controller would draft on other machines, by the same code from their assumed costs."""
+    """The draft lengths that the controller would choose on other machines, from assumed latencies."""
     machines = {"laptop with 8 cores": LAPTOP_8_CORES, "graphics card": GPU}
     found = {name: paper(costs, accept) for name, costs in machines.items()}
     best = max(row.speedup for rows in found.values() for row in rows)
-    told = {n: [{"accept": r.acceptance, "k": r.k, "speedup": round(r.speedup, 3)} for r in found[n]] for n in found}
-    return Row("on_paper", best, best, 1.0, "x", {"assumed": True, "machines": told})
+    rows = {n: [{"accept": r.acceptance, "k": r.k, "speedup": round(r.speedup, 3)} for r in found[n]] for n in found}
+    return Row("on_paper", best, best, 1.0, "x", {"assumed": True, "machines": rows})
 
 
 def _kept(counts: Sequence[tuple[int, int]]) -> float:
-    """Share of drafted tokens that were kept, from (kept, drafted) of each answer; those behind a wrong one count."""
+    """Share of drafted tokens that were accepted, from (accepted, drafted) of each answer."""
     return round(sum(kept for kept, _ in counts) / max(sum(drafted for _, drafted in counts), 1), 3)
 
 

@@ -1,4 +1,4 @@
-"""The row about packed bundles: how fast their files are there to be opened (SPEC D6)."""
+"""Row about packed bundles: speed of unpacking (SPEC D6)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from cogumi.engine.llama.binding.quantize import quantize_rows
 from cogumi.evaluate.bench.paired import Row, Setup, alternate
 
 GOAL = 400.0
-"""Least megabytes per second of what comes out, checksums included."""
+"""Least megabytes per second of output, including checksums."""
 ROUNDS = 3
 DRAWN = (8192, 1024)
-"""Weights that are drawn and quantized; a file repeats them at distances at which no frame sees another."""
+"""Shape of the random weights; a file repeats them at a distance larger than a frame."""
 
 
 def unpack(setup: Setup) -> Row:
-    """Megabytes per second from a packed model to its file, both checksums included.
+    """Megabytes per second of unpacking a model, including both checksums, against copying and verifying the file.
 
-    Against copying the file as it is and checking that. The blocks of a made-up model repeat, so weights of its size
-    are drawn instead: only random ones take as long as trained ones. `cpu` is the processor time of one megabyte,
-    which other work on the machine does not change.
+    The blocks of a synthetic model repeat, so random weights of its size are used instead, which compress like trained
+    ones. `cpu` is the processor time per megabyte, which does not depend on other load.
     """
     with TemporaryDirectory(dir=setup.folder) as folder:
         scratch = Path(folder)
@@ -64,10 +63,10 @@ def unpack(setup: Setup) -> Row:
 
 
 def _weights(path: Path, size: int) -> Path:
-    """A file of about `size` bytes as Q4_K_M mixes them: two thirds of the weights in Q4_K, the others in Q6_K."""
+    """A file of `size` bytes with the types of Q4_K_M: two thirds of the weights in Q4_K, the others in Q6_K."""
     drawn = np.random.default_rng(0).standard_normal(DRAWN, np.float32)
-    few, more = (quantize_rows(drawn, type).tobytes() for type in ("Q4_K", "Q6_K"))
+    q4, q6 = (quantize_rows(drawn, type).tobytes() for type in ("Q4_K", "Q6_K"))
     with path.open("wb") as file:
         while file.tell() < size:
-            file.write((few + few + more)[: size - file.tell()])
+            file.write((q4 + q4 + q6)[: size - file.tell()])
     return path

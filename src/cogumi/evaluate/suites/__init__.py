@@ -1,1 +1,1 @@
-"""The suites of `cogumi eval --suite` that judge bundles and public data (see `cogumi.evaluate.suite`)."""
+"""The suites of `cogumi eval --suite`, on bundles and public data (see `cogumi.evaluate.suite`)."""

@@ -1,12 +1,12 @@
-"""Suite `cache`: what the answer cache finds, and how often wrongly, on public pairs of questions (SPEC F12).
+"""Suite `cache`: hit rate and errors of the answer cache on public pairs of questions (SPEC F12).
 
-A pair counts as found if the cache would answer one question with the other's answer: hit rate is the share of pairs
-that mean the same and are found, wrong the share of found pairs that do not mean the same. Questions are split in
-three: on one part the check is fitted, on one its threshold is proven, and one is judged. Verified mode sees
-the judged part as a stream and is told a pair's label only where it would have answered afresh.
+A pair is a hit if the cache would answer one question with the other's answer. The hit rate is the share of equivalent
+pairs that are hits; wrong hits are hits of pairs that are not equivalent. Questions are split in three parts: on the
+first the check is fitted, on the second its threshold is tested, and the third is judged. Verified mode processes the
+judged part as a stream and learns a pair's label only if it would have generated a new answer.
 
-Where no pair is labelled as different, each question's nearest one of another group stands for a different one. Some
-of these do mean the same without anybody having said so: then wrong shares are upper bounds.
+If no pair is labelled as different, each question is paired with the nearest question of another group as a negative.
+Some of these are equivalent without a label, so that the shares of wrong hits are upper bounds.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from cogumi.evaluate.suites.question_pairs import Pairs, groups, parts, read_pai
 
 RISK = 0.01
 RISKS = (RISK, 0.05)
-"""Bounds that verified mode is tried with."""
+"""Error bounds for verified mode."""
 PAIRS = 20_000
-"""Pairs taken at most, half as many where the different ones are sought: their questions take minutes to embed."""
+"""Most pairs used; half as many if negatives are mined, because embedding their questions takes minutes."""
 SHARES = (0.25, 0.25, 0.5)
 CHECK = "check.safetensors"
 
@@ -46,7 +46,7 @@ Truths = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Pairs as numbers: features [n, FEATURES], whether they mean the same [n], and the first questions."""
+    """Pairs as numbers: features [n, FEATURES], whether they are equivalent [n], and the cached questions."""
 
     features: Doubles
     same: Truths
@@ -59,19 +59,19 @@ class Part:
 
     @property
     def clear(self) -> Truths:
-        """Where nothing speaks against reuse [n]."""
+        """True for pairs without a feature against reuse [n]."""
         return np.asarray(self.features[:, -len(KINDS) :].sum(axis=1) == 0)
 
 
 Score = Callable[[Part], Doubles]
-"""Part -> how much speaks for reuse [n]; minus infinity where something forbids it."""
+"""Part -> score for reuse [n]; minus infinity forbids reuse."""
 
 
 def run(task: Task) -> Findings:
-    """Measure on `task.data` (file or folder of pairs); a fitted check is written into `task.out`."""
+    """Measure on `task.data` (file or folder of pairs); the fitted check is written to `task.out`."""
     if task.data is None:
         raise CogumiError(
-            "suite 'cache' needs pairs of questions: name a file or folder with --data "
+            "the suite 'cache' needs pairs of questions: give a file or folder with --data "
             "(JSON with text_a, text_b, label, or CSV rows text,text,grade)"
         )
     began = time.perf_counter()
@@ -124,7 +124,7 @@ def run(task: Task) -> Findings:
 
 
 def fit_check(part: Part) -> Net:
-    """A logistic check on `pair_features`: one positive logit for pairs that mean the same."""
+    """A logistic check on `pair_features`, with a positive logit for equivalent pairs."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -134,13 +134,13 @@ def fit_check(part: Part) -> Net:
 
 
 def _shifted(check: Net, edge: float) -> Net:
-    """The check with its zero moved to `edge`."""
+    """The check with `edge` subtracted from its logit, so that its threshold is 0."""
     ((weight, bias),) = check.layers
     return Net.of(check.mean, check.scale, [weight], [bias - edge], check.classes)
 
 
 def stream(scores: Doubles, part: Part, risk: float, seed: int) -> Truths:
-    """Which pairs verified mode would have answered, had they come in a random order [n]."""
+    """The pairs that verified mode answers from the cache if they arrive in random order [n]."""
     rng, verifier = np.random.default_rng(seed), Verifier(risk)
     own: dict[str, list[tuple[float, bool]]] = {}
     hits = np.zeros(len(scores), dtype=bool)
@@ -166,7 +166,7 @@ def _embed(embedder: Embedder, chosen: Sequence[Pairs], task: Task) -> dict[str,
 
 
 def _nearest_others(group: Mapping[str, str], vectors: Mapping[str, NDArray[np.float32]]) -> list[tuple[str, str]]:
-    """Each question with its nearest one of another group, of all parts: how near depends on how many there are."""
+    """Each question with the nearest question of another group, over all parts."""
     questions = sorted(group)
     matrix, owner = np.stack([vectors[q] for q in questions]), np.array([group[q] for q in questions])
     found: dict[tuple[str, str], None] = {}
@@ -179,13 +179,13 @@ def _nearest_others(group: Mapping[str, str], vectors: Mapping[str, NDArray[np.f
 
 def _with(part: Pairs, others: Sequence[tuple[str, str]]) -> Pairs:
     """The part and those of the others whose first question is in it."""
-    mine = groups(part)
-    return part | {pair: False for pair in others if pair[0] in mine}
+    questions = groups(part)
+    return part | {pair: False for pair in others if pair[0] in questions}
 
 
 def _part(pairs: Pairs, vectors: Mapping[str, NDArray[np.float32]]) -> Part:
     if len(set(pairs.values())) < 2:
-        raise DataError("too few pairs: each part needs some that mean the same and some that do not")
+        raise DataError("too few pairs: each part needs some that are equivalent and some that are not")
     features = [pair_features(a, b, float(vectors[a] @ vectors[b])) for a, b in pairs]
     return Part(np.array(features), np.array(list(pairs.values())), [b for _, b in pairs])
 
@@ -195,7 +195,7 @@ def _rows(scores: Doubles, same: Truths) -> list[tuple[float, bool]]:
 
 
 def _hits(name: str, hits: Truths, same: Truths, *, goal: str = "", note: str = "") -> list[Figure]:
-    """Hit rate, and the wrong share of the hits with its exact 95% interval."""
+    """Hit rate, and the share of wrong hits, each with its exact 95% interval."""
     n, wrong, right = int(hits.sum()), int((hits & ~same).sum()), int((hits & same).sum())
     rate = _interval(right, int(same.sum()))
     return [
@@ -210,9 +210,9 @@ def _interval(k: int, n: int) -> tuple[float, float]:
 
 
 def _thresholds(name: str, score: Score, threshold: Part, judged: Part) -> list[Figure]:
-    """Hits from the threshold that is proven on its own part, and from the one that merely kept `RISK` there."""
-    seen = sorted(_rows(score(threshold), threshold.same), reverse=True)
-    edges = {"proven": proven(seen, RISK), "seen": _kept(seen)}
+    """Hits with the threshold proven on its own part, and with the one that only satisfies `RISK` empirically there."""
+    rows = sorted(_rows(score(threshold), threshold.same), reverse=True)
+    edges = {"proven": proven(rows, RISK), "seen": _empirical(rows)}
     found = []
     for how, edge in edges.items():
         note = f"threshold {edge:.3f}" if np.isfinite(edge) else f"no threshold was {how} to keep {RISK:.0%}"
@@ -221,15 +221,15 @@ def _thresholds(name: str, score: Score, threshold: Part, judged: Part) -> list[
     return found
 
 
-def _kept(seen: Sequence[tuple[float, bool]]) -> float:
-    """The lowest threshold above which at most `RISK` of (score, same), best first, are wrong."""
-    wrong = np.cumsum([not same for _, same in seen]) / np.arange(1, len(seen) + 1)
+def _empirical(rows: Sequence[tuple[float, bool]]) -> float:
+    """The lowest threshold above which at most the share `RISK` of rows (score, same), best first, is wrong."""
+    wrong = np.cumsum([not same for _, same in rows]) / np.arange(1, len(rows) + 1)
     kept = np.flatnonzero(wrong <= RISK)
-    return seen[int(kept[-1])][0] if len(kept) else float("inf")
+    return rows[int(kept[-1])][0] if len(kept) else float("inf")
 
 
 def _picture(path: Path, scores: Mapping[str, Doubles], part: Part, points: Mapping[str, Truths]) -> Path:
-    """Wrong among hits against hit rate, for every threshold, and where verified mode ended up."""
+    """Share of wrong hits against hit rate, for every threshold, and the points of verified mode."""
     canvas, (axes,) = new_figure(width=6)
     for name, score in scores.items():
         order = np.argsort(-score, kind="stable")[: int(np.isfinite(score).sum())]

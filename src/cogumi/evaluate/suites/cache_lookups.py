@@ -1,4 +1,4 @@
-"""How long the answer cache takes to find something among 100,000 entries (SPEC F12)."""
+"""Look-up time of the answer cache with 100,000 entries (SPEC F12)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cogumi.evaluate.suite import Figure
 
 ENTRIES, LOOKUPS = 100_000, 200
 MOVED = 0.02
-"""Standard deviation of what is added to each component, so that copies of a question lie around it."""
+"""Standard deviation of the noise added to each component, so that variations of a question lie around it."""
 
 Vectors = Mapping[str, NDArray[np.float32]]
 
 
-class Known(Embedder):
-    """An encoder that has some vectors ready, so that look-ups can be timed without embedding."""
+class CachedEmbedder(Embedder):
+    """An encoder with precomputed vectors, so that look-ups can be timed without embedding."""
 
     def __init__(self, embedder: Embedder, vectors: Vectors) -> None:
         self.width, self._embedder, self._vectors = embedder.width, embedder, vectors
@@ -40,21 +40,21 @@ class Known(Embedder):
 
 
 def lookup_speed(embedder: Embedder, vectors: Vectors, entries: int = ENTRIES) -> list[Figure]:
-    """Milliseconds of a look-up among so many entries: variations of the pairs' questions, vectors moved a bit."""
+    """Milliseconds of a look-up among `entries` variations of the pairs' questions with noise on their vectors."""
     rng, questions = np.random.default_rng(0), list(vectors)
     known = {}
     for i in range(entries):
         question = questions[i % len(questions)]
         moved = vectors[question] + rng.normal(0, MOVED, embedder.width).astype(np.float32)
         known[f"{question} ({i})"] = moved / np.linalg.norm(moved)
-    asked = [f"{question} " + "please" for question in questions[:LOOKUPS]]
-    cache = AnswerCache(Known(embedder, known | {f"{q}!": vectors[q] for q in questions}), None, size=entries)
+    new = [f"{question} " + "please" for question in questions[:LOOKUPS]]
+    cache = AnswerCache(CachedEmbedder(embedder, known | {f"{q}!": vectors[q] for q in questions}), None, size=entries)
     reply = Reply("an answer", (), "stop", Usage(), accepted=True)
     for question in known:
         cache.keep(Scope(), question, reply)
     cache.find(Scope(), "the first look-up builds the index")
     figures = []
-    for name, texts in (("", [f"{q}!" for q in questions[:LOOKUPS]]), (" with embedding", asked)):
+    for name, texts in (("", [f"{q}!" for q in questions[:LOOKUPS]]), (" with embedding", new)):
         seconds = [timeit.timeit(partial(cache.find, Scope(), text), number=1) for text in texts]
         note = f"median of {LOOKUPS}; 95% below {1000 * np.quantile(seconds, 0.95):.2f}"
         figures.append(

@@ -1,8 +1,8 @@
-"""Suite `compression`: what every type of GGUF file changes in what the model says (SPEC D5).
+"""Suite `compression`: quality of every GGUF file type (SPEC D5).
 
-The base of a run is exported as each type, with and without an importance matrix, and reads held-out questions with
-their reference answers, token by token, beside torch in fp32. Counted are the answers' tokens, which are what the model
-was trained on: how often both find the same token likeliest, and the perplexity of the answers.
+The base of a run is exported as each type, with and without an importance matrix, and compared with torch in fp32 on
+held-out questions with their reference answers. On the answers' tokens the suite measures how often both predict the
+same token, and the perplexity.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from cogumi.train.batches import make_rows
 
 TYPES = ("f32", "f16", "q8_0", "q5_k_m", "q5_0", "q4_k_m", "q4_0")
 UNWEIGHED = ("f32", "f16", "q8_0")
-"""An importance matrix changes nothing there."""
+"""Types on which an importance matrix has no effect."""
 ROWS, CALIBRATION, SLOTS = 300, 512, 8
-"""Held-out questions read, training questions that importance is measured on, and requests at a time."""
+"""Held-out questions, training questions for the importance matrix, and concurrent requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of every answer's token in turn: the likeliest token there, and the log-probability of the right one."""
+    """For every answer token: the most likely token, and the log-probability of the reference token."""
 
     likeliest: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -53,12 +53,12 @@ class Reading:
         return math.exp(-float(np.mean(self.logprobs)))
 
     def agreement(self, other: Reading) -> float:
-        """Share of tokens where both find the same one likeliest."""
+        """Share of positions with the same most likely token."""
         return float(np.mean(np.array(self.likeliest) == np.array(other.likeliest)))
 
 
 def run(task: Task) -> Findings:
-    """Measure the folder `base` of the run that `task.data` names, or that the bundle lies in."""
+    """Measure the folder `base` of the run at `task.data`, by default of the run that contains the bundle."""
     folder = task.data or (task.bundle.parent if task.bundle else None)
     if folder is None or not (folder / "base").is_dir():
         raise CogumiError(
@@ -100,12 +100,12 @@ def _importance(base: Path, examples: Path, out: Path, seed: int) -> Path:
 
 
 def read_answers(engine: Engine, rows: Sequence[Row]) -> Reading:
-    """How an engine reads the rows' answers after their prompts."""
+    """Predictions of an engine for the tokens of the rows' answers."""
     likeliest: list[int] = []
     logprobs: list[float] = []
-    asked = [Request(prompt=row.ids, max_tokens=0, echo=True, logprobs=1) for row in rows]
-    for row, reply in zip(rows, replies(engine, asked), strict=True):
-        for token in reply.prompt[row.start - 1 :]:  # its first is the prompt's second
+    requests = [Request(prompt=row.ids, max_tokens=0, echo=True, logprobs=1) for row in rows]
+    for row, reply in zip(rows, replies(engine, requests), strict=True):
+        for token in reply.prompt[row.start - 1 :]:  # `reply.prompt` starts with the second token of the row
             likeliest.append(token.top[0][0])
             logprobs.append(token.logprob)
     return Reading(tuple(likeliest), tuple(logprobs))

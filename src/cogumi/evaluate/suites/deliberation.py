@@ -1,9 +1,9 @@
-"""Suite `deliberation`: what votes and critique gain on hard questions, and what they cost (SPEC F13, F14).
+"""Suite `deliberation`: gain and cost of self-consistency votes and self-critique on hard questions (SPEC F13, F14).
 
-The cascade answers questions of difficulty 3 and above greedily; then the tier whose answer it gave votes, or its
-answer is criticised and given again. The ways to do so are compared on the selection split; all are judged on held-out
-questions, the one chosen there is named. A vote without a majority leaves the cascade's answer as it is. Every gain is
-against the cascade's own answers to the same questions, with a paired bootstrap (Efron 1979) of 95%.
+The cascade answers questions of difficulty 3 and above greedily. Then the tier that gave the answer is sampled for a
+vote, or its answer is criticised and generated again. One of these methods is chosen on the selection split; all are
+measured on held-out questions. A vote without a majority keeps the cascade's answer. Gains are relative to the
+cascade's own answers to the same questions, with 95% bounds by a paired bootstrap (Efron 1979).
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from cogumi.grading.graders import grade_all
 from cogumi.train.critic import error_type, question_of
 
 HARD = 3
-"""Difficulty from which a question is hard."""
+"""Least difficulty of a hard question."""
 ROWS: Mapping[str, int] = {"selection": 120, "heldout": 480}
-"""Hard questions asked of each split, at most."""
+"""Most hard questions used of each split."""
 START, MODE = "balanced", "accurate"
-"""The mode whose answers are deliberated on, and the one that deliberates by itself."""
+"""The mode of the first answers, and the mode that includes deliberation."""
 MAX_TOKENS, SLOTS, CONTEXT, TOGETHER = 64, 16, 256, 8
 COOL = Sampling(temperature=0.5, frequency_penalty=0.0)
 WARM = replace(SAMPLING, frequency_penalty=0.0)
 VOTES = "5 votes"
 _ANSWERS = "the cascade's answers"
 NEAR, LONG = 1, 10
-"""Tokens by which the critic may miss the first wrong one, in answers of at least so many."""
+"""Permitted distance in tokens between the critic's passage and the first wrong token; least length of answers."""
 
 Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """A hard question, the cascade's answer to it (without notes), and the request for more answers of its tier."""
+class FirstAnswer:
+    """A hard question, the cascade's answer (without disclaimers), and the request for more answers of its tier."""
 
     example: Example
     reply: Reply
@@ -64,9 +64,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The text given in the end and the tokens generated for it beyond the first answer.
+    """The final text and the number of tokens generated after the first answer.
 
-    `agreement` is that of the votes, `support` the share of them that say what the first answer says.
+    `agreement` is that of the votes, `support` the share of votes equal to the first answer.
     """
 
     text: str
@@ -75,11 +75,11 @@ class Outcome:
     support: float = 0.0
 
 
-Way = Callable[[Start], Outcome]
+Method = Callable[[FirstAnswer], Outcome]
 
 
-def by_votes(engine: Engine, sampling: Sampling, start: Start) -> Outcome:
-    """The paths' majority, or the first answer where there is none."""
+def by_votes(engine: Engine, sampling: Sampling, start: FirstAnswer) -> Outcome:
+    """The majority of the sampled answers, or the first answer without a majority."""
     found = finish(vote(engine, start.request, sampling=sampling))
     first = final_answer(start.reply.text)
     support = float(np.mean([final_answer(reply.text) == first for reply in found.replies]))
@@ -87,15 +87,15 @@ def by_votes(engine: Engine, sampling: Sampling, start: Start) -> Outcome:
     return Outcome(text, found.usage.completion_tokens, found.agreement, support)
 
 
-def by_critique(engine: Engine, critic: Critic, rounds: int, answers: int, tell: bool, start: Start) -> Outcome:
-    """The best-scored answer."""
+def by_critique(engine: Engine, critic: Critic, rounds: int, answers: int, tell: bool, start: FirstAnswer) -> Outcome:
+    """The answer with the critic's highest score; with `tell` the critique is part of the new prompt."""
     found = finish(improve(engine, start.request, start.reply, critic, rounds=rounds, answers=answers, tell=tell))
     return Outcome(found.reply.text, found.usage.completion_tokens)
 
 
-def ways(engine: Engine, critic: Critic | None) -> dict[str, Way]:
-    """All ways to deliberate, by name; those with a critic only if there is one."""
-    found: dict[str, Way] = {
+def methods(engine: Engine, critic: Critic | None) -> dict[str, Method]:
+    """All methods by name; those with a critic only if there is one."""
+    found: dict[str, Method] = {
         VOTES: partial(by_votes, engine, SAMPLING),
         f"{VOTES}, no penalty": partial(by_votes, engine, WARM),
         f"{VOTES}, temperature {COOL.temperature:g}, no penalty": partial(by_votes, engine, COOL),
@@ -113,7 +113,7 @@ def ways(engine: Engine, critic: Critic | None) -> dict[str, Way]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """One way over all questions: right or wrong [n], tokens [n] and seconds spent in all, and its outcomes."""
+    """One method on all questions: correct [n], tokens [n], seconds in total, and its outcomes."""
 
     correct: Doubles
     tokens: Doubles
@@ -127,7 +127,7 @@ class Measured:
 
 
 def hard_questions(folder: Path, split: str) -> list[Example]:
-    """The first `ROWS` hard questions of a split. Raises `DataError`, or `CogumiError` if there is none."""
+    """The first `ROWS` hard questions of a split. Raises `DataError` for bad data, `CogumiError` if there are none."""
     found = [e for e in read_examples(split_path(folder, split)) if e.difficulty >= HARD][: ROWS[split]]
     if not found:
         raise CogumiError(f"{folder} has no question of difficulty {HARD} or more in '{split}'; name other data")
@@ -139,7 +139,7 @@ def _graded(examples: Sequence[Example], texts: Sequence[str]) -> Doubles:
 
 
 def first_answers(cascade: Cascade, examples: Sequence[Example], mode: str) -> tuple[list[Reply], Measured]:
-    """The cascade's answers in a mode, without notes."""
+    """The cascade's answers in a mode, without disclaimers."""
     requests = [Request(messages=e.messages, max_tokens=MAX_TOKENS, mode=mode) for e in examples]
     began = time.perf_counter()
     given = [replace(reply, text=without_note(reply.text)) for reply in replies(cascade, requests, 2 * SLOTS)]
@@ -148,29 +148,31 @@ def first_answers(cascade: Cascade, examples: Sequence[Example], mode: str) -> t
     return given, Measured(_graded(examples, [reply.text for reply in given]), tokens, seconds)
 
 
-def starts_of(examples: Sequence[Example], given: Sequence[Reply], adapters: Sequence[str], seed: int) -> list[Start]:
-    """What is deliberated on; each question has seeds of its own."""
+def starts_of(
+    examples: Sequence[Example], given: Sequence[Reply], adapters: Sequence[str], seed: int
+) -> list[FirstAnswer]:
+    """The starting points of deliberation, each with its own seed."""
     found = []
     for i, (example, reply) in enumerate(zip(examples, given, strict=True)):
         name = reply.tier.partition(":")[2]
         adapter = name if name in adapters else None
         request = Request(messages=example.messages, max_tokens=MAX_TOKENS, adapter=adapter, seed=seed * 100_000 + i)
-        found.append(Start(example, reply, request))
+        found.append(FirstAnswer(example, reply, request))
     return found
 
 
-def measure(way: Way, starts: Sequence[Start], first: Measured) -> Measured:
-    """Deliberate on all of them, `TOGETHER` at a time; tokens and seconds include the first answers'."""
+def measure(method: Method, starts: Sequence[FirstAnswer], first: Measured) -> Measured:
+    """Apply a method to all questions, `TOGETHER` at a time; tokens and seconds include those of the first answers."""
     began = time.perf_counter()
     with ThreadPoolExecutor(TOGETHER) as pool:
-        outcomes = list(pool.map(way, starts))
+        outcomes = list(pool.map(method, starts))
     seconds = first.seconds + time.perf_counter() - began
     correct = _graded([s.example for s in starts], [o.text for o in outcomes])
     return Measured(correct, first.tokens + [o.tokens for o in outcomes], seconds, outcomes)
 
 
 def gain_figures(first: Measured, found: Mapping[str, Measured], chosen: str, seed: int) -> list[Figure]:
-    """Accuracy gained and cost paid, way by way."""
+    """Accuracy gained and cost of each method."""
     rows = [Figure("accuracy of the cascade on hard questions", first.accuracy, note=f"mode {START}, greedy")]
     for name, one in found.items():
         gain, low, high = gained(first.correct, one.correct, seed)
@@ -180,8 +182,8 @@ def gain_figures(first: Measured, found: Mapping[str, Measured], chosen: str, se
     return rows
 
 
-def confidence_figures(starts: Sequence[Start], first: Measured, votes: Measured) -> list[Figure]:
-    """How well each confidence ranks answers by being correct."""
+def confidence_figures(starts: Sequence[FirstAnswer], first: Measured, votes: Measured) -> list[Figure]:
+    """AUROC of several confidence scores."""
     p = [s.reply.p_correct or 0.0 for s in starts]
     support, agreement = ([getattr(o, name) for o in votes.outcomes] for name in ("support", "agreement"))
     return [
@@ -191,8 +193,8 @@ def confidence_figures(starts: Sequence[Start], first: Measured, votes: Measured
     ]
 
 
-def critic_figures(path: Path, starts: Sequence[Start], first: Measured) -> list[Figure]:
-    """How well the critic ranks the cascade's answers, names their errors and finds the first wrong token."""
+def critic_figures(path: Path, starts: Sequence[FirstAnswer], first: Measured) -> list[Figure]:
+    """AUROC of the critic, accuracy of its error class, and how often it finds the first wrong token."""
     net = load_critic(path)
     opinions = [net.judge(look(question_of(s.example), s.reply)) for s in starts]
     named, near, chance = [], [], []
@@ -202,9 +204,9 @@ def critic_figures(path: Path, starts: Sequence[Start], first: Measured) -> list
         named.append(opinion.error == error_type(start.example, start.reply, correct=False))
         at = first_wrong(start)
         if at is not None and len(opinion.attention) >= LONG:
-            away = np.abs(np.arange(len(opinion.attention)) - at)
-            near.append(bool(away[opinion.attention.argmax()] <= NEAR))
-            chance.append(float(np.mean(away <= NEAR)))
+            distance = np.abs(np.arange(len(opinion.attention)) - at)
+            near.append(bool(distance[opinion.attention.argmax()] <= NEAR))
+            chance.append(float(np.mean(distance <= NEAR)))
     figures = [
         Figure("AUROC of the critic's score", auroc([o.p_correct for o in opinions], first.correct), note=_ANSWERS),
         Figure("error type named", _mean(named), note=f"of {len(named)} wrong answers"),
@@ -221,8 +223,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def first_wrong(start: Start) -> int | None:
-    """The token in which an answer leaves the reference; None if it ends before it does."""
+def first_wrong(start: FirstAnswer) -> int | None:
+    """Index of the first token that differs from the reference; None if the answer ends before."""
     shared = end = 0
     for given, wanted in zip(start.reply.text, start.example.answer, strict=False):
         if given != wanted:
@@ -236,7 +238,7 @@ def first_wrong(start: Start) -> int | None:
 
 
 def cost_picture(path: Path, first: Measured, found: Mapping[str, Measured]) -> None:
-    """Accuracy against generated tokens, both of hard questions; tokens relative to the first answers."""
+    """Accuracy against generated tokens on hard questions; tokens relative to the first answers."""
     figure, (axes,) = new_figure(width=6)
     for name, one in {f"mode {START}, greedy": first, **found}.items():
         axes.plot(one.tokens.sum() / first.tokens.sum(), one.accuracy, "o", label=name)
@@ -248,20 +250,20 @@ def cost_picture(path: Path, first: Measured, found: Mapping[str, Measured]) -> 
 def run(task: Task) -> Findings:
     """Measure `task.bundle` with the questions in `task.data`, or in the folder `data` beside the bundle."""
     if task.bundle is None:
-        raise CogumiError("the suite deliberation needs a bundle; name its folder")
+        raise CogumiError("the suite 'deliberation' needs a bundle; name its folder")
     folder = task.data or task.bundle.parent / "data"
     examples = {split: hard_questions(folder, split) for split in ROWS}
     file = task.bundle / FILE
     with closing(open_cascade(task.bundle, slots=SLOTS, context=CONTEXT)) as cascade:
         base = cascade.tiers.base
-        table = ways(base, Critic(file) if file.exists() else None)
+        table = methods(base, Critic(file) if file.exists() else None)
         total, done = len(ROWS) * len(table) + 1, 0
         for split in ROWS:
             given, first = first_answers(cascade, examples[split], START)
             starts = starts_of(examples[split], given, base.adapters, task.seed)
             found = {}
-            for name, way in table.items():
-                found[name] = measure(way, starts, first)
+            for name, method in table.items():
+                found[name] = measure(method, starts, first)
                 done += 1
                 task.progress(done, total, {"accuracy": found[name].accuracy})
             if split == "selection":

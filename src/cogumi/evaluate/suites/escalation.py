@@ -1,9 +1,9 @@
-"""Suite `escalation`: how well a dissatisfied follow-up is noticed (SPEC F7), on our dialogues and on rated ones.
+"""Suite `escalation`: detection of dissatisfied follow-ups (SPEC F7), on synthetic and on rated dialogues.
 
-Clean follow-ups are our held-out templates, written with care; none was met in training. On dialogues rated by people
-(`evaluate.suites.rated_dialogues`) the bundle's net is judged as it is, and a net of the same form that learned from
-half of the dialogues. Both are judged on the other half; thresholds, too, are chosen on the first. Bounds of 95% by a
-bootstrap over dialogues, or over templates (Efron 1979), since turns of one dialogue are no independent draws.
+Clean follow-ups come from held-out templates without spelling errors, none of which occurs in training. On dialogues
+rated by people (`evaluate.suites.rated_dialogues`) the bundle's net is compared with a net of the same architecture
+trained on half of these dialogues. Both are measured on the other half, with thresholds chosen on the first. 95% bounds
+come from a bootstrap over dialogues or templates (Efron 1979), because turns of one dialogue are not independent.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Doubles = NDArray[np.float64]
 Truths = NDArray[np.bool_]
 
 ROWS = 2000
-"""Clean follow-ups."""
+"""Number of synthetic follow-ups."""
 
 RESAMPLES = 500
 DROPOUT, EPOCHS, RATE = 0.3, 4, 6e-3
-"""Of the net that learns from rated dialogues; epochs and rate were chosen on a part of the learning half."""
+"""Hyper-parameters of the net for rated dialogues; epochs and rate were chosen on a part of the training half."""
 
 CUT_SHARE = 0.2
-"""Of the learning half's dialogues these choose the threshold and are not learned."""
+"""Share of the training half's dialogues that is used to choose the threshold instead of training."""
 
 _COMPLAINT = re.compile(
     r"\b(no|not|nope|wrong|incorrect|again|instead|actually|mistake|useless|unfortunately|said|meant|rather|never|why|"
@@ -55,7 +55,7 @@ _REFUSAL = re.compile(
 
 
 def run(task: Task) -> Findings:
-    """Judge the bundle's `escalation.onnx`. Raises `CogumiError` if there is none, `DataError` for unusable data."""
+    """Measure the bundle's `escalation.onnx`. Raises `CogumiError` without one, `DataError` for unusable data."""
     path = (task.bundle or Path()) / FILE
     if task.bundle is None or not path.is_file():
         raise CogumiError(f"the suite needs a bundle with {FILE}; name one whose recipe has the stage 'escalation'")
@@ -78,8 +78,8 @@ def _clean(net: Escalation, seed: int) -> list[Figure]:
     for name, hurried, goal in (("clean follow-ups", False, ">= 0.94"), ("the same, written in a hurry", True, "")):
         dialogues = draw("heldout", ROWS, seed, hurried=hurried)
         p = np.array([net.dissatisfied(d.messages) for d in dialogues])
-        unhappy = np.array([d.dissatisfied for d in dialogues])
-        right = (p >= net.threshold) == unhappy
+        dissatisfied = np.array([d.dissatisfied for d in dialogues])
+        right = (p >= net.threshold) == dissatisfied
         templates = np.unique([d.template for d in dialogues], return_inverse=True)[1]
         low, high = bounds(templates, partial(_share, right), seed)
         kinds = np.array([d.kind for d in dialogues])
@@ -90,9 +90,9 @@ def _clean(net: Escalation, seed: int) -> list[Figure]:
         if not hurried:
             acted = p >= net.sure
             figures.append(
-                Figure("acted on, of the dissatisfied", float(acted[unhappy].mean()), note="where it is sure")
+                Figure("acted on, of the dissatisfied", float(acted[dissatisfied].mean()), note="where it is sure")
             )
-            figures.append(Figure("acted on, of the others", float(acted[~unhappy].mean()), "<= 0.05"))
+            figures.append(Figure("acted on, of the others", float(acted[~dissatisfied].mean()), "<= 0.05"))
     return figures
 
 
@@ -118,10 +118,10 @@ def _rated(net: Escalation, data: Path, task: Task) -> tuple[list[Figure], dict[
         "majority": lambda turn: 0.0,
     }
     with tempfile.TemporaryDirectory() as place:
-        learners, cutters = _learners(learning, task.seed)
-        labels = {turn.dissatisfied for turn in learners}
+        training, selection = _split(learning, task.seed)
+        labels = {turn.dissatisfied for turn in training}
         if len(labels) == 2:
-            fitted = learn(learners, Path(place) / FILE, task)
+            fitted = learn(training, Path(place) / FILE, task)
             scores = {
                 "net that learned from rated dialogues": lambda turn: fitted.dissatisfied(turn.messages),
                 **scores,
@@ -130,18 +130,18 @@ def _rated(net: Escalation, data: Path, task: Task) -> tuple[list[Figure], dict[
             facts["no net learned"] = "the learning half has turns of one kind only"
         figures, curves = [], {}
         for name, score in scores.items():
-            found, p = _figures(name, score, cutters or learners, judged, task.seed)
+            found, p = _figures(name, score, selection or training, judged, task.seed)
             figures += found
             curves[name] = p
-    unhappy = np.array([turn.dissatisfied for turn in judged])
+    dissatisfied = np.array([turn.dissatisfied for turn in judged])
     picture = task.out / "escalation.png" if task.out else None
     if picture:
-        _picture(picture, unhappy, curves)
+        _picture(picture, dissatisfied, curves)
     return figures, facts, [picture] if picture else []
 
 
-def _learners(turns: Sequence[RatedTurn], seed: int) -> tuple[list[RatedTurn], list[RatedTurn]]:
-    """Turns to learn from and, of other dialogues, turns to choose a threshold on."""
+def _split(turns: Sequence[RatedTurn], seed: int) -> tuple[list[RatedTurn], list[RatedTurn]]:
+    """Turns for training and, from other dialogues, turns for the choice of a threshold."""
     numbers = sorted({turn.dialogue for turn in turns})
     chosen = set(np.random.default_rng(seed).permutation(numbers)[: round(CUT_SHARE * len(numbers))].tolist())
     return [t for t in turns if t.dialogue not in chosen], [t for t in turns if t.dialogue in chosen]
@@ -150,21 +150,22 @@ def _learners(turns: Sequence[RatedTurn], seed: int) -> tuple[list[RatedTurn], l
 def _figures(
     name: str,
     score: Callable[[RatedTurn], float],
-    cutters: Sequence[RatedTurn],
+    selection: Sequence[RatedTurn],
     judged: Sequence[RatedTurn],
     seed: int,
 ) -> tuple[list[Figure], Doubles]:
-    """AUROC and F1 of the dissatisfied turn, and the scores [judged]."""
+    """AUROC and F1 for dissatisfied turns, and the scores [judged]; F1's threshold is chosen on `selection`."""
     truth, groups = np.array([t.dissatisfied for t in judged]), np.array([t.dialogue for t in judged])
     p = np.array([score(turn) for turn in judged])
-    cut = best_threshold(np.array([score(t) for t in cutters]), np.array([t.dissatisfied for t in cutters]), f1)
-    called = p >= cut if np.ptp(p) else np.zeros(len(p), dtype=bool)
+    labels = np.array([t.dissatisfied for t in selection])
+    threshold = best_threshold(np.array([score(t) for t in selection]), labels, f1)
+    predicted = p >= threshold if np.ptp(p) else np.zeros(len(p), dtype=bool)
     low, high = bounds(groups, lambda rows: auroc(p[rows], truth[rows]), seed)
-    low_f1, high_f1 = bounds(groups, lambda rows: f1(truth[rows], called[rows]), seed)
-    note = f"unseen dialogues; F1's threshold {cut:.3f} from the learning half"
+    low_f1, high_f1 = bounds(groups, lambda rows: f1(truth[rows], predicted[rows]), seed)
+    note = f"unseen dialogues; F1's threshold {threshold:.3f} from the learning half"
     return [
         Figure(f"AUROC, {name}", auroc(p, truth), "", low, high),
-        Figure(f"F1, {name}", f1(truth, called), "", low_f1, high_f1, note),
+        Figure(f"F1, {name}", f1(truth, predicted), "", low_f1, high_f1, note),
     ], p
 
 
@@ -172,26 +173,26 @@ def _picture(path: Path, truth: Truths, curves: Mapping[str, Doubles]) -> None:
     """ROC curves of scores [rows]."""
     figure, axes = new_figure(1)
     for name, p in curves.items():
-        cuts = np.unique(np.quantile(np.append(p, np.inf), np.linspace(0, 1, 401), method="nearest"))[::-1]
-        caught = [float(np.mean(p[truth] >= cut)) for cut in cuts]
-        false = [float(np.mean(p[~truth] >= cut)) for cut in cuts]
-        axes[0].plot(false, caught, label=f"{name}: {auroc(p, truth):.3f}")
+        thresholds = np.unique(np.quantile(np.append(p, np.inf), np.linspace(0, 1, 401), method="nearest"))[::-1]
+        true_rate = [float(np.mean(p[truth] >= threshold)) for threshold in thresholds]
+        false_rate = [float(np.mean(p[~truth] >= threshold)) for threshold in thresholds]
+        axes[0].plot(false_rate, true_rate, label=f"{name}: {auroc(p, truth):.3f}")
     axes[0].set(xlabel="share of other turns called dissatisfied", ylabel="share of dissatisfied turns noticed")
     axes[0].legend(loc="lower right", title="AUROC")
     figure.savefig(path)
 
 
 def learn(turns: Sequence[RatedTurn], path: Path, task: Task) -> Escalation:
-    """A net of the bundle's form that learned which rated turns are dissatisfied, exported to `path` and opened."""
+    """A net of the bundle's architecture trained on rated turns, exported to `path` and opened."""
     encoder, tokenizer = load_encoder(DEFAULT, Path())
     words, table, scale = word_vectors(encoder, tokenizer, WIDTH)
     with torch.random.fork_rng():
         torch.manual_seed(task.seed)
         net = FollowUpNet(table, scale, MARKS, HIDDEN, DROPOUT)
     numbers = numbered(words)
-    read = [(last_turn(turn.messages), turn.dissatisfied) for turn in turns]
-    rows = [encode(turn, numbers) for turn, _ in read if turn]
-    labels = np.array([unhappy for turn, unhappy in read if turn], dtype=np.float32)
+    labelled = [(last_turn(turn.messages), turn.dissatisfied) for turn in turns]
+    rows = [encode(turn, numbers) for turn, _ in labelled if turn]
+    labels = np.array([label for turn, label in labelled if turn], dtype=np.float32)
 
     def progress(done: int, total: int, loss: float) -> None:
         task.progress(done, total, {"loss": loss})
@@ -202,19 +203,19 @@ def learn(turns: Sequence[RatedTurn], path: Path, task: Task) -> Escalation:
 
 
 def keywords(turn: RatedTurn) -> float:
-    """The baseline: words of complaint in the user's turn, and of refusal in the answer before, per turn."""
-    said, answer = turn.messages[-1].content.lower(), turn.messages[-2].content.lower()
-    return len(_COMPLAINT.findall(said)) + 1.5 * bool(_REFUSAL.search(answer))
+    """The baseline score: words of complaint in the user's turn, and of refusal in the answer before."""
+    follow_up, answer = turn.messages[-1].content.lower(), turn.messages[-2].content.lower()
+    return len(_COMPLAINT.findall(follow_up)) + 1.5 * bool(_REFUSAL.search(answer))
 
 
-def f1(truth: Truths, called: Truths) -> float:
-    """Harmonic mean of precision and recall; 0 where nothing is called rightly."""
-    right = float(np.sum(truth & called))
-    return 2 * right / (float(truth.sum()) + float(called.sum())) if right else 0.0
+def f1(truth: Truths, predicted: Truths) -> float:
+    """Harmonic mean of precision and recall; 0 without true positives."""
+    right = float(np.sum(truth & predicted))
+    return 2 * right / (float(truth.sum()) + float(predicted.sum())) if right else 0.0
 
 
 def bounds(groups: NDArray[np.int64], figure: Callable[[NDArray[np.int64]], float], seed: int) -> tuple[float, float]:
-    """Bounds of 95% of figure(row numbers) by drawing groups [rows] with replacement."""
+    """95% bounds of figure(row numbers) by drawing groups [rows] with replacement."""
     rng = np.random.default_rng(seed)
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)

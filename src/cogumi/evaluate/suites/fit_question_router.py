@@ -1,8 +1,8 @@
-"""Trains a question router (SPEC F1, F5): one softmax over who is right, regularised until it carries over.
+"""Train a question router (SPEC F1, F5): multinomial logistic regression over which models are right.
 
-Every subject weighs the same and the strength of regularisation is chosen on subjects left out, both because the
-router will be asked about subjects it has never seen. Measured on public data, anything more flexible (a small net,
-boosted trees, squares of the features) told unseen subjects apart worse.
+All subjects have equal weight, and the regularisation strength is chosen on held-out subjects, so that the router
+generalizes to unseen subjects. On public data more flexible models (a small net, boosted trees, squared features) were
+worse on unseen subjects.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 STRENGTHS = (0.1, 0.03, 0.01, 0.003)
-"""Inverse regularisation, in scikit-learn's sense, over rows weighing 1 on average."""
-EMBEDDING = 1.0  # an embedding's values are small; this is how loud it speaks beside standardised features
+"""Inverse regularisation strength as in scikit-learn, for rows with mean weight 1."""
+EMBEDDING = 1.0  # scale of the embedding relative to the standardised features
 FOLDS = 4
 
 
 def outcomes(weak: Flags, strong: Flags) -> NDArray[np.int64]:
-    """Index into `OUTCOMES` [n] from who was right [n]."""
+    """Index into `OUTCOMES` [n] from the correctness of both models [n]."""
     return 2 * np.asarray(weak, dtype=np.int64) + np.asarray(strong, dtype=np.int64)
 
 
@@ -38,13 +38,13 @@ def subject_folds(subjects: Sequence[str], folds: int, seed: int) -> list[Flags]
 
 
 def fit_question(x: Doubles, weak: Flags, strong: Flags, subjects: Sequence[str], seed: int) -> tuple[Net, float]:
-    """A router of rows [n, in] of `question_input`, and the regularisation chosen on subjects left out."""
+    """A router fitted to rows [n, in] of `question_input`, and the regularisation chosen on held-out subjects."""
     y = outcomes(weak, strong)
     loss = dict.fromkeys(STRENGTHS, 0.0)
     for unseen in subject_folds(subjects, FOLDS, seed):
-        own = [s for s, out in zip(subjects, unseen, strict=True) if not out]
+        seen = [s for s, out in zip(subjects, unseen, strict=True) if not out]
         for strength in STRENGTHS:
-            net = _train(x[~unseen], y[~unseen], own, strength)
+            net = _train(x[~unseen], y[~unseen], seen, strength)
             loss[strength] += log_loss(forecast(net, x[unseen]).weak_right, weak[unseen])
     best = min(STRENGTHS, key=lambda strength: loss[strength])
     return _train(x, y, subjects, best), best
@@ -57,9 +57,9 @@ def _train(x: Doubles, y: NDArray[np.int64], subjects: Sequence[str], strength: 
     weight = (len(y) / len(counts) / counts)[index]
     mean, scale = x.mean(axis=0), x.std(axis=0)
     mean[SURFACE:], scale[SURFACE:] = 0.0, 1 / EMBEDDING
-    scale[scale < 1e-6] = 1.0  # a feature that never varies says nothing
-    made_up = len(OUTCOMES)  # a middling row of each outcome, so that none is impossible
-    z = np.vstack([(x - mean) / scale, np.zeros((made_up, x.shape[1]))])
+    scale[scale < 1e-6] = 1.0  # a constant feature
+    pseudo = len(OUTCOMES)  # one average row per outcome, so that every class occurs
+    z = np.vstack([(x - mean) / scale, np.zeros((pseudo, x.shape[1]))])
     line = LogisticRegression(C=strength, max_iter=500)
-    line.fit(z, np.append(y, np.arange(made_up)), sample_weight=np.append(weight, np.ones(made_up)))
+    line.fit(z, np.append(y, np.arange(pseudo)), sample_weight=np.append(weight, np.ones(pseudo)))
     return Net.of(mean, scale, [line.coef_.T], [line.intercept_], OUTCOMES)

@@ -1,4 +1,4 @@
-"""The sentence encoder that suites measure with: exported once per machine."""
+"""The sentence encoder used by suites, exported once per machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cogumi.models.encoder import DEFAULT, export_encoder, load_encoder
 
 
 def cached_embedder() -> Embedder:
-    """all-MiniLM-L6-v2 in int8, exported into the user's cache folder by the first call (ten seconds).
+    """all-MiniLM-L6-v2 in int8; the first call exports it to the user's cache folder (ten seconds).
 
     Raises `RecipeError` if the model is not installed.
     """
@@ -23,6 +23,6 @@ def cached_embedder() -> Embedder:
             made = Path(place) / "made"
             made.mkdir()
             export_encoder(*load_encoder(DEFAULT, Path()), made / MODEL, made / TOKENIZER, int8=True)
-            with suppress(OSError):  # somebody else was faster
+            with suppress(OSError):  # another process was faster
                 made.rename(folder)
     return Embedder(folder)

@@ -1,7 +1,7 @@
-"""Real questions of many kinds, as their publishers wrote them: one reader per folder of public data.
+"""Readers of public data sets of questions, in the format of their publishers, one folder per data set.
 
-A kind is a folder; a source is one of its files (or subjects), so that a router can be judged on files it has not
-seen. Questions that stand in several sources of a kind are kept in one.
+A source is one of a data set's files (or subjects), so that a router can be measured on files outside its training
+data. A question that occurs in several sources of a data set is kept in the first.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def _mmlu(folder: Path) -> Sources:
     return found
 
 
-def _with_options(place: int, row: dict[str, str]) -> str:
-    """Every other question with its options, because people ask both ways."""
+def _with_options(index: int, row: dict[str, str]) -> str:
+    """A question, every second one with its options, because users ask both ways."""
     options = "".join(f"\n{letter}. {row[f'choice{i}']}" for i, letter in enumerate("ABCD"))
-    return row["question"] + (options if place % 2 else "")
+    return row["question"] + (options if index % 2 else "")
 
 
 def _bfcl(folder: Path) -> Sources:
@@ -101,23 +101,23 @@ READERS: dict[str, Callable[[Path], Sources]] = {
         ]
     },
 }
-"""Kind (the folder's name) -> its reader."""
+"""Data set (name of its folder) -> its reader."""
 
 
-def read_kind(data: Path, kind: str) -> Sources:
-    """The questions of one kind below `data`. Raises `DataError` if they are not there or not in that form."""
+def read_dataset(data: Path, name: str) -> Sources:
+    """The questions of one data set in `data`. Raises `DataError` if they are missing or in another format."""
     try:
-        sources = READERS[kind](data / kind)
+        sources = READERS[name](data / name)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(
-            f"{data / kind} is not {kind} as published ({error!r}); name the folder of public data"
+            f"{data / name} is not {name} as published ({error!r}); name the folder of public data"
         ) from error
     seen: set[str] = set()
     found = {}
-    for name, questions in sources.items():
-        fresh = [q for q in dict.fromkeys(questions) if q.strip() and q not in seen]
-        seen.update(fresh)
-        found[name] = fresh
+    for source, questions in sources.items():
+        new = [q for q in dict.fromkeys(questions) if q.strip() and q not in seen]
+        seen.update(new)
+        found[source] = new
     if not seen:
-        raise DataError(f"{data / kind} holds no question; name the folder of public data")
+        raise DataError(f"{data / name} holds no question; name the folder of public data")
     return found

@@ -1,4 +1,4 @@
-"""Pairs of questions and whether they mean the same, from public files (SPEC F12)."""
+"""Labelled pairs of equivalent and different questions, from public files (SPEC F12)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from cogumi.core.errors import DataError
 
 SAME = 4.0
-"""Of 5 in graded files (STS): "mostly equivalent, but some unimportant details differ"."""
+"""Least grade (0 to 5) of equivalent pairs in STS: "mostly equivalent, but some unimportant details differ"."""
 _NAMES = (
     ("text_a", "text_b", "label"),
     ("question1", "question2", "is_duplicate"),
@@ -27,19 +27,20 @@ Pairs = dict[tuple[str, str], bool]
 
 
 def read_pairs(path: Path) -> Pairs:
-    """(question, question) -> whether they mean the same, of a file or of all files below a folder.
+    """(question, question) -> whether they are equivalent, from a file or all files in a folder.
 
-    Read are JSON and CSV, also packed (`.gz`, `.tar.gz`, whatever the name): objects with one of the usual three
-    names, or rows (text, text, grade 0 to 5). Pairs without a label mean the same. Raises `DataError` for none.
+    Formats are JSON and CSV, optionally compressed (`.gz`, also with a tar archive inside): objects with one of the
+    key triples in `_NAMES`, or rows (text, text, grade 0 to 5). Pairs without a label are equivalent. Raises
+    `DataError` if there are no pairs.
     """
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     pairs: Pairs = {}
     for file in files:
-        for one, other, same in _rows(file):
-            if same is not None or (one, other) not in pairs:
-                pairs[one, other] = same is not False
+        for a, b, same in _rows(file):
+            if same is not None or (a, b) not in pairs:
+                pairs[a, b] = same is not False
     if not pairs:
-        raise DataError(f"{path} holds no pairs: name JSON with text_a, text_b, label, or CSV rows text,text,grade")
+        raise DataError(f"{path} holds no pairs: give JSON with text_a, text_b, label, or CSV rows text,text,grade")
     return pairs
 
 
@@ -77,7 +78,7 @@ def _labelled(value: Any) -> tuple[str, str, bool | None] | None:
 
 
 def groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Question -> the name of its group: all that pairs connect, directly or through others."""
+    """Question -> the name of its group: the connected components of the pairs (union-find)."""
     parent: dict[str, str] = {}
 
     def root(question: str) -> str:
@@ -91,7 +92,7 @@ def groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def parts(pairs: Pairs, shares: Sequence[float], most: int, seed: int) -> list[Pairs]:
-    """At most about `most` pairs in disjoint parts of these shares; no question is in two of them."""
+    """About `most` pairs at most, in parts of these shares; no question is in two parts."""
     group = groups(pairs)
     members: dict[str, Pairs] = {}
     for pair, same in pairs.items():

@@ -1,9 +1,9 @@
-"""The question router: from a question alone, which of two models will be right (SPEC F1, F5).
+"""The question router: predict from a question alone which of two models will be right (SPEC F1, F5).
 
-A question is embedded in parts, its stem and its options, because how alike the options are tells more about
-difficulty than what the question is about. What the router says is a probability for each of the four outcomes, of
-which everything else follows: is the weak model right, does the strong one repair it, what is gained on balance
-(RouteLLM, Ong et al. 2024, learns the last from preferences). A net in numpy, trained at build time.
+The stem and the options of a question are embedded separately, because the similarity of the options says more about
+difficulty than the topic. The router returns probabilities of the four outcomes, from which follow P(the weak model is
+right), P(the strong model repairs it) and the expected gain (RouteLLM, Ong et al. 2024, learns the last from
+preferences). The net runs in numpy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cogumi.confidence.nets import Net, softmax
 Doubles = NDArray[np.float64]
 
 OUTCOMES = ("neither", "strong", "weak", "both")
-"""Which of the two models is right about a question; the classes of a question router, in its net's order."""
+"""Which of the two models are right; the classes of a question router, in the net's order."""
 
 OPTIONS = 10
-LIMIT = 20_000  # characters that are looked at: beyond them a question's kind is known, and time is bounded
+LIMIT = 20_000  # characters of a question that are used, to bound the time
 
-# up to H: an I. is a Roman numeral
+# up to H, because "I." is usually a Roman numeral
 _OPTION = re.compile(r"^[ \t]*\(?[A-H][.):][ \t]+(.*)$", re.MULTILINE)
 _ALL_OR_NONE = re.compile(r"(?i)(?:all|none|both|neither)\b")
 _STOP = re.compile(r"[.!?](?:\s|$)")
@@ -81,20 +81,20 @@ LIKENESS = (
     "farthest_pair",
     "spread_of_pairs",
 )
-"""Cosines between the parts of a question with options; 0 without."""
+"""Statistics of cosines between stem and options; 0 for questions without options."""
 
 SURFACE = len(FEATURES) + len(LIKENESS)
 
 
 def parts(text: str) -> list[str]:
-    """The stem and, where there are two or more, the options (`A. ...`, one per line): what is to be embedded."""
+    """The texts to embed: the stem and, if there are two or more, the options (`A. ...`, one per line)."""
     text = text[:LIMIT]
     options = [option.strip() for option in _OPTION.findall(text)][:OPTIONS]
     return [_OPTION.sub("", text).strip().removesuffix("Answer:").strip(), *options] if len(options) > 1 else [text]
 
 
 def question_features(text: str) -> Doubles:
-    """Surface features of a question [len(FEATURES)], all finite, whatever the text."""
+    """Surface features of a question [len(FEATURES)], finite for every text."""
     stem, *options = parts(text)
     words = [w.casefold() for w in _WORD.findall(stem)]
     size, count = max(len(stem), 1), max(len(words), 1)
@@ -132,18 +132,18 @@ def _option_features(options: Sequence[str], stem: set[str]) -> list[float]:
 
 
 def likeness(vectors: ArrayLike) -> Doubles:
-    """Cosines [len(LIKENESS)] between the parts' vectors [parts, width], each of length 1, stem first."""
+    """Statistics [len(LIKENESS)] of cosines between the normalized vectors [parts, width], stem first."""
     stem, options = np.split(np.asarray(vectors, dtype=np.float64), [1])
     if len(options) < 2:
         return np.zeros(len(LIKENESS))
-    near = np.sort(options @ stem[0])[::-1]
+    cosines = np.sort(options @ stem[0])[::-1]
     pairs = (options @ options.T)[np.triu_indices(len(options), 1)]
-    to_stem = [near[0], near[0] - near[1], near[0] - near.mean(), near.mean(), near.std()]
+    to_stem = [cosines[0], cosines[0] - cosines[1], cosines[0] - cosines.mean(), cosines.mean(), cosines.std()]
     return np.array([*to_stem, pairs.mean(), pairs.max(), pairs.min(), pairs.std()])
 
 
 def question_input(text: str, vectors: ArrayLike) -> Doubles:
-    """What a question router sees [SURFACE + 2 width]: features, likeness, the stem's vector, the options' mean.
+    """Input of a question router [SURFACE + 2 width]: features, cosines, the stem's vector, the options' mean vector.
 
     `vectors` [parts, width] are the embeddings of `parts(text)`.
     """
@@ -154,7 +154,7 @@ def question_input(text: str, vectors: ArrayLike) -> Doubles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
-    """What a question router says of n questions: probabilities [n, len(OUTCOMES)]."""
+    """Probabilities [n, len(OUTCOMES)] of a question router for n questions."""
 
     outcomes: Doubles
 
@@ -173,10 +173,10 @@ class Forecast:
 
     @property
     def gain(self) -> Doubles:
-        """Expected change in answers right when the strong model is asked instead [n]: repaired minus spoiled."""
+        """Expected change of correct answers if the strong model replaces the weak one [n]: repaired minus lost."""
         return self._of("strong") - self._of("weak")
 
 
 def forecast(router: Net, x: ArrayLike) -> Forecast:
-    """The router's view of rows [n, in] of `question_input`."""
+    """The router's forecast for rows [n, in] of `question_input`."""
     return Forecast(np.atleast_2d(softmax(router.logits(x))))

@@ -1,7 +1,7 @@
-"""Dialogues whose user turns people rated for satisfaction (Sun et al. 2021, User Satisfaction Simulation).
+"""Dialogues with satisfaction ratings of user turns (Sun et al. 2021, User Satisfaction Simulation).
 
-A line is role, text, action and ratings, separated by tabs; ratings (1 to 5) by several people, separated by commas;
-a blank line ends a dialogue. A rating says how satisfied the user is who writes this turn, after what came before.
+A line holds role, text, action and ratings, separated by tabs; the ratings (1 to 5) of several annotators are separated
+by commas; a blank line ends a dialogue. A rating is the satisfaction of the user at this turn with the answers before.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from cogumi.core.errors import DataError
 from cogumi.core.types import Message
 
 DISSATISFIED = 2.75
-"""A turn is dissatisfied if its mean rating is below."""
+"""A turn with a lower mean rating counts as dissatisfied."""
 
 _ROLES = {"USER": "user", "SYSTEM": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
 class RatedTurn:
-    """A conversation up to a user turn, how people rated that turn, and the number of its dialogue."""
+    """A conversation up to a user turn, the ratings of that turn, and the number of its dialogue."""
 
     messages: tuple[Message, ...]
     ratings: tuple[int, ...]
@@ -31,14 +31,14 @@ class RatedTurn:
 
     @property
     def dissatisfied(self) -> bool:
-        """Whether the mean rating says so."""
+        """Whether the mean rating is below `DISSATISFIED`."""
         return sum(self.ratings) < DISSATISFIED * len(self.ratings)
 
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """What files hold: rated turns that follow an answer, dialogues, lines that could not be read, and user turns left
-    out because nobody rated them or no answer stands before them.
+    """Content of rated files: rated turns after an answer, number of dialogues, number of malformed lines, and number
+    of user turns left out because they have no rating or no answer before them.
     """
 
     turns: tuple[RatedTurn, ...]
@@ -48,7 +48,7 @@ class Rated:
 
 
 def read_rated(path: Path) -> Rated:
-    """One file, or every `.txt` file of a folder. Raises `DataError` if nothing in it is a rated turn."""
+    """Read one file, or every `.txt` file of a folder. Raises `DataError` if there is no rated turn."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     turns: list[RatedTurn] = []
     dialogues = malformed = left_out = 0
@@ -70,7 +70,7 @@ def read_rated(path: Path) -> Rated:
 
 
 def _dialogue(lines: Sequence[str], number: int) -> tuple[list[RatedTurn], int, int]:
-    """Rated turns of one dialogue, malformed lines, user turns left out."""
+    """Rated turns of one dialogue, number of malformed lines, number of user turns left out."""
     messages: list[Message] = []
     turns: list[RatedTurn] = []
     malformed = left_out = 0
@@ -91,7 +91,7 @@ def _dialogue(lines: Sequence[str], number: int) -> tuple[list[RatedTurn], int, 
 
 
 def _ratings(text: str) -> tuple[int, ...] | None:
-    """The ratings of a field; () if it is empty, None if it holds anything else."""
+    """The ratings in a field; () for an empty field, None for an invalid one."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     return tuple(map(int, parts)) if all(part in ("1", "2", "3", "4", "5") for part in parts) else None
 

@@ -1,14 +1,15 @@
-"""Suite `routing`: is the weak model right on this question, and what does knowing it save? (SPEC F1, F5)
+"""Suite `routing`: routing between a weak and a strong model from the question alone (SPEC F1, F5).
 
 Public data: for every MMLU question, whether Mixtral-8x7B and GPT-4 were right (RouteLLM, Ong et al. 2024, one CSV
-per subject). Routers learn on part of the subjects and are judged on the others, over several splits. Two questions
-are asked of each: how well does it rank questions by whether the weak model is right (AUROC), and what share of
-strong-model calls recovers a given part of the gap between the models, as RouteLLM defines it:
+per subject). Routers are trained on part of the subjects and measured on the others, over several splits. Figures are
+the AUROC of P(the weak model is right), and the share of strong-model calls that recovers a given part of the gap
+between the models, as defined by RouteLLM:
 
     PGR(c) = (accuracy at share c of strong calls - weak accuracy) / (strong accuracy - weak accuracy)
     CPT(x) = least c with PGR(c) >= x;    APGR = mean of PGR over c in [0, 1]
 
-taken at every threshold, where RouteLLM takes ten. Intervals resample subjects, for questions of a subject are alike.
+evaluated at every threshold, while RouteLLM uses ten. Intervals resample subjects, because questions of a subject are
+not independent.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 SPLITS = 5
-UNSEEN = 0.4  # share of the subjects that a split keeps for judging
-DRAWS = 300  # of subjects, for the intervals
+UNSEEN = 0.4  # share of the subjects that a split holds out
+DRAWS = 300  # resamples of subjects for the intervals
 OURS, PLAIN, LENGTH, RANDOM = "question router", "logistic regression on embeddings", "length", "random"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Questions:
-    """n questions with their subjects and whether each model was right."""
+    """n questions with their subjects and the correctness of each model."""
 
     subjects: NDArray[np.str_]
     texts: Sequence[str]
@@ -51,7 +52,10 @@ class Questions:
 
 
 def read_questions(folder: Path) -> Questions:
-    """All `*.csv` of a folder: header `prompt,<weak>,<strong>`, then a row per question. Raises `DataError`."""
+    """Read all `*.csv` of a folder: header `prompt,<weak>,<strong>`, then a row per question.
+
+    Raises `DataError` for another format or fewer than ten subjects.
+    """
     rows: list[tuple[str, str, bool, bool]] = []
     for path in sorted(folder.glob("*.csv")):
         with open(path, encoding="utf-8", newline="") as file:
@@ -70,17 +74,19 @@ def read_questions(folder: Path) -> Questions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Router:
-    """What one router says of n unseen questions: `right` ranks by P(weak is right), `ask` by who to send on first."""
+    """Scores of one router for n unseen questions: `right` ranks by P(weak is right), `ask` by priority for the strong
+    model.
+    """
 
     right: Doubles
     ask: Mapping[str, Doubles]
 
 
 def curve(ask: Doubles, weak: Flags, strong: Flags) -> Doubles:
-    """PGR after 0, 1, ..., n strong calls [n + 1], those with the highest `ask` [n] first.
+    """PGR after 0, 1, ..., n strong calls [n + 1], in descending order of `ask` [n].
 
-    Among equal `ask` the order is chance, so each row counts as their mean. Not a number where the models' accuracies
-    are equal.
+    Rows with equal `ask` count with their mean, because their order is arbitrary. NaN if both models have the same
+    accuracy.
     """
     gain = np.asarray(strong, dtype=np.float64) - np.asarray(weak, dtype=np.float64)
     _, index, counts = np.unique(-ask, return_inverse=True, return_counts=True)
@@ -96,20 +102,20 @@ def apgr(pgr: Doubles) -> float:
 
 
 def cpt(pgr: Doubles, part: float) -> float:
-    """Least share of strong calls at which a `curve` reaches `part` of the gap; 1 if only all of them do."""
+    """Least share of strong calls at which a `curve` reaches `part` of the gap; 1 if it never does."""
     reached = np.flatnonzero(pgr >= part - 1e-12)
     return float(reached[0]) / (len(pgr) - 1) if len(reached) else 1.0
 
 
 def subject_splits(subjects: NDArray[np.str_], seed: int) -> list[Flags]:
-    """`SPLITS` masks [n] of the questions whose subjects are unseen."""
+    """`SPLITS` masks [n] of the questions with held-out subjects."""
     names, random = np.unique(subjects), np.random.default_rng(seed)
     size = round(UNSEEN * len(names))
     return [np.isin(subjects, random.permutation(names)[:size]) for _ in range(SPLITS)]
 
 
 def plain(vectors: Doubles, weak: Flags, strong: Flags, unseen: Flags) -> Router:
-    """The baseline: logistic regressions of `weak` right, and of `repaired`, on embeddings of whole questions."""
+    """The baseline: logistic regressions for `weak` and for `repaired` on embeddings of whole questions."""
     from sklearn.linear_model import LogisticRegression
 
     def probability(target: Flags) -> Doubles:
@@ -121,12 +127,12 @@ def plain(vectors: Doubles, weak: Flags, strong: Flags, unseen: Flags) -> Router
 
 
 def ours(x: Doubles, data: Questions, unseen: Flags, seed: int) -> tuple[Router, float]:
-    """The question router trained on the subjects seen, and its regularisation."""
+    """The question router trained on the other subjects, and its regularisation."""
     seen = ~unseen
     net, strength = fit_question(x[seen], data.weak[seen], data.strong[seen], list(data.subjects[seen]), seed)
-    said = forecast(net, x[unseen])
-    asks = {"wrong": -said.weak_right, "repaired": said.repaired, "gain": said.gain}
-    return Router(said.weak_right, asks), strength
+    predicted = forecast(net, x[unseen])
+    asks = {"wrong": -predicted.weak_right, "repaired": predicted.repaired, "gain": predicted.gain}
+    return Router(predicted.weak_right, asks), strength
 
 
 def inputs(embedder: Embedder, texts: Sequence[str], progress: Callable[..., None]) -> tuple[Doubles, Doubles]:
@@ -142,7 +148,7 @@ def inputs(embedder: Embedder, texts: Sequence[str], progress: Callable[..., Non
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """The unseen questions of one split and what each router says of them."""
+    """The held-out questions of one split and the scores of each router."""
 
     subjects: NDArray[np.str_]
     weak: Flags
@@ -150,7 +156,7 @@ class Split:
     routers: Mapping[str, Router]
 
     def of(self, rows: NDArray[np.int64]) -> dict[str, float]:
-        """Every figure on some of its rows (with repeats)."""
+        """All figures on a sample of the rows (with repeats)."""
         weak, strong = self.weak[rows], self.strong[rows]
         found = {}
         for name, router in self.routers.items():
@@ -166,13 +172,13 @@ class Split:
 
 
 def intervals(splits: Sequence[Split], names: NDArray[np.str_], seed: int) -> dict[str, tuple[float, float]]:
-    """95% bounds of every figure's mean over splits: subjects drawn with replacement, the same for every split."""
+    """95% bounds of every figure's mean over splits, by drawing subjects with replacement, equally for all splits."""
     random = np.random.default_rng(seed)
     of = [[np.flatnonzero(split.subjects == name) for name in names] for split in splits]
     means: dict[str, list[float]] = {}
     for _ in range(DRAWS):
         drawn = random.integers(len(names), size=len(names))
-        rows = [np.concatenate([where[i] for i in drawn]) for where in of]
+        rows = [np.concatenate([by_subject[i] for i in drawn]) for by_subject in of]
         found = [split.of(chosen) for split, chosen in zip(splits, rows, strict=True) if len(chosen)]
         for name in found[0]:
             means.setdefault(name, []).append(float(np.mean([one[name] for one in found])))
@@ -184,7 +190,7 @@ GOALS = {"AUROC gained over plain": "> 0", "APGR gained by gain over wrong": "> 
 
 
 def run(task: Task) -> Findings:
-    """Train and judge on `task.data`. Raises `CogumiError` if there is none, `DataError` if it is not RouteLLM's."""
+    """Train and measure on `task.data`. Raises `CogumiError` without data, `DataError` for another format."""
     if task.data is None:
         raise CogumiError(
             "the suite 'routing' needs --data: a folder of RouteLLM's MMLU responses, one CSV per subject"

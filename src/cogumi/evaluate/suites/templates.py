@@ -1,8 +1,9 @@
-"""Suite `templates`: what examples before a question are worth to the base (SPEC F18), and how fast they are found.
+"""Suite `templates`: accuracy gained by few-shot examples (SPEC F18), and time to find them.
 
-The base answers held-out questions alone, with random examples of the domain, with the nearest ones, and with `GIVEN`
-random ones that stand for a user's own, alone and filled up with near ones; in the prompt, and with an adapted head if
-the bundle has one. Every gain is against the same questions answered alone, with a paired bootstrap of 95%.
+The base answers held-out questions without examples, with random examples of the domain, with the nearest ones, with
+`GIVEN` random ones (which stand for a user's own), and with these plus near ones. Examples are put in the prompt or, if
+the bundle has an adaptable head, used to adapt it. Gains are relative to the same questions without examples, with 95%
+bounds by a paired bootstrap.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.grading.graders import grade_all
 
 ROWS = 300
-"""Held-out questions asked, at most."""
+"""Most held-out questions used."""
 GIVEN = 1
 MAX_TOKENS, SLOTS, CONTEXT = 64, 8, 512
 ALONE, RANDOM, NEAREST = "alone", "random examples", "nearest examples"
 OWN, COMBINED = "given examples", "given examples filled up"
 ADAPTED = ", head adapted"
 
-Show = Callable[[Example], tuple[Pair, ...]]
+Selector = Callable[[Example], tuple[Pair, ...]]
 
 
-def ways(templates: Templates) -> dict[str, Show]:
-    """What the base is shown before a question, by name."""
+def selectors(templates: Templates) -> dict[str, Selector]:
+    """The ways to select few-shot examples for a question, by name."""
 
     def at_random(example: Example) -> tuple[Pair, ...]:
         return templates.at_random(_question(example), example.domain, max(SHAPES.values()))
@@ -54,24 +55,24 @@ def ways(templates: Templates) -> dict[str, Show]:
 
 
 def answers(engine: Engine, examples: Sequence[Example], shown: Sequence[tuple[Pair, ...]], adapt: bool) -> list[str]:
-    """The texts of the base's answers; what does not fit the context is asked without examples."""
+    """The base's answers; questions whose examples do not fit the context are asked without examples."""
     requests = []
     for example, pairs in zip(examples, shown, strict=True):
         alone = Request(messages=example.messages, max_tokens=MAX_TOKENS, speculate=False)
-        asked = replace(alone, examples=pairs, adapt=adapt if pairs else None)
+        request = replace(alone, examples=pairs, adapt=adapt if pairs else None)
         try:
-            engine.check(asked)
+            engine.check(request)
         except ContextError:
-            asked = alone
-        requests.append(asked)
+            request = alone
+        requests.append(request)
     return [reply.text for reply in replies(engine, requests)]
 
 
 def measure(base: Engine, templates: Templates, examples: Sequence[Example], task: Task) -> Findings:
-    """All ways over all questions."""
+    """Measure all selectors on all questions, with and without an adapted head."""
     has_head = Capability.HEAD_ADAPTATION in base.capabilities
-    table, tails = ways(templates), ["", ADAPTED] if has_head else [""]
-    shown = {name: [show(example) for example in examples] for name, show in table.items()}
+    table, tails = selectors(templates), ["", ADAPTED] if has_head else [""]
+    shown = {name: [select(example) for example in examples] for name, select in table.items()}
     correct: dict[str, NDArray[np.float64]] = {}
     for tail in tails:
         for name in table:
@@ -103,7 +104,7 @@ def measure(base: Engine, templates: Templates, examples: Sequence[Example], tas
 def run(task: Task) -> Findings:
     """Measure `task.bundle` with held-out questions in `task.data`, or in the folder `data` beside the bundle."""
     if task.bundle is None:
-        raise CogumiError("the suite templates needs a bundle; name its folder")
+        raise CogumiError("the suite 'templates' needs a bundle; name its folder")
     bundle = open_bundle(task.bundle)
     if bundle.examples is None or bundle.embedder is None:
         raise CogumiError(f"{task.bundle} lacks examples or an embedder; build it with both")
@@ -116,7 +117,7 @@ def run(task: Task) -> Findings:
 
 
 def lookups(templates: Templates, examples: Sequence[Example]) -> list[float]:
-    """Seconds that each search took, embedding included; the bank was embedded before."""
+    """Seconds of each search, including the embedding of the question but not that of the bank."""
     templates.near("once")
     seconds = []
     for example in examples:

@@ -1,7 +1,7 @@
-"""Suite `training`: what the loop costs beside a bare one, and what memory a LoRA saves (SPEC C1).
+"""Suite `training`: overhead of the training loop against a minimal one, and memory saved by LoRA (SPEC C1).
 
-Speed is a ratio inside one run: the same model, rows, batches and optimizer by `train` and by the shortest loop that
-does the same, in turns. Memory is the peak of a process that trains all weights, and of one that trains an adapter.
+Speed is a ratio measured in one run: the same model, rows, batches and optimizer with `train` and with a minimal loop,
+in turns. Memory is the peak of a process that trains all weights against that of one that trains an adapter.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ ROUNDS, STEPS, BATCH = 9, 20, 64
 LOOP = LoopConfig(steps=STEPS, batch=BATCH, warmup=0, evaluate_every=STEPS + 1, checkpoint_every=STEPS + 1)
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 512}
 LARGE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 8192}
-"""The shape of the tiny base, and one whose weights (120 million) outweigh the libraries."""
+"""The shape of the tiny base, and one whose weights (120 million) take more memory than the libraries."""
 
 
 def run(task: Task) -> Findings:
-    """Measure both; needs neither bundle nor data."""
+    """Measure speed and memory; needs neither bundle nor data."""
     torch.set_num_threads(usable_threads())
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
@@ -79,22 +79,22 @@ def _rows(seed: int, vocabulary: int, count: int = 600) -> list[Row]:
 
 
 def _turn(folder: Path, seed: int) -> float:
-    """Seconds of a bare loop over those of `train`, for the same steps."""
+    """Seconds of the minimal loop divided by those of `train`, for the same steps."""
     rows = _rows(seed, SMALL["vocab_size"])
     context = Context(seed, usable_threads(), folder, lambda done, total, figures: None)
     ours, theirs = _model(SMALL, seed), _model(SMALL, seed)
     began = time.perf_counter()
     train(ours, rows, answer_loss, LOOP, folder, context)
     middle = time.perf_counter()
-    _bare(theirs, rows, seed)
+    _minimal_loop(theirs, rows, seed)
     ended = time.perf_counter()
     if not torch.equal(ours.model.norm.weight, theirs.model.norm.weight):
         raise CogumiError("the two loops did not do the same work: their weights differ")
     return (ended - middle) / (middle - began)
 
 
-def _bare(model: Any, rows: list[Row], seed: int) -> None:
-    """What `train` does in `LOOP`, and nothing else."""
+def _minimal_loop(model: Any, rows: list[Row], seed: int) -> None:
+    """The training steps of `train` with `LOOP`, without its other features."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LOOP.lr, weight_decay=LOOP.weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS, LOOP.lr * LOOP.final_lr)

@@ -1,11 +1,11 @@
-"""Models of real shapes with made-up weights: speed can be shown without downloading any (SPEC H4).
+"""Models of real shapes with synthetic weights, to measure speed without a download (SPEC H4).
 
-A made-up model is a chain. Its layers are computed in full but add little to the embedding of the last token t, and
-the head's row of one token, the follower of t, points where the embedding of t points: greedy decoding walks from
-follower to follower through all ordinary tokens, with a margin of about 20 nats. A draft is the same chain in a
-smaller shape, in which some tokens have a wrong follower. So a draft of any acceptance can be had, and drafting,
-verifying and looking up cost what they cost with trained weights. A model whose head is its embedding has no chain: it
-says its last token again and again.
+A synthetic model is a chain. Its layers are computed in full but add little to the embedding of the last token t, and
+the head's row of one token, the successor of t, has the direction of t's embedding: greedy decoding runs through all
+ordinary tokens from successor to successor, with a margin of about 20 nats. A draft is the same chain in a smaller
+shape, in which some tokens have a wrong successor. So drafts of any acceptance rate can be made, and drafting,
+verification and look-up take the same time as with trained weights. A model with tied embeddings has no chain: it
+repeats its last token.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Bytes = NDArray[np.uint8]
 
 VERSION = 2
 END = 0
-"""The token that ends an answer; no chain reaches it."""
+"""The token that ends an answer; no chain contains it."""
 BLOCK, BOOK = 256, 4096
-"""Values per block of all K types, and blocks that are drawn and quantized; every row is put together from those."""
+"""Values per block of all K types, and size of the codebook of quantized random blocks of which all rows consist."""
 MARGIN = 25.0
-"""Logit of the follower; the best of the others has about 2 to 5."""
+"""Logit of the successor; the next best is about 2 to 5."""
 SMALL = 0.02
-"""Size of what a layer adds to the embedding."""
+"""Scale of a layer's contribution to the residual stream."""
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 """Bytes that byte-level BPE writes as themselves; the others are written as characters from 256 on."""
 
@@ -47,15 +47,15 @@ def _llama(shape: ModelShape) -> Llama:
     return Llama(**asdict(shape), epsilon=1e-5, theta=500_000.0)
 
 
-def _made_up(layers: int, hidden: int, ff: int, heads: int, kv_heads: int, ids: int) -> Llama:
+def _untied(layers: int, hidden: int, ff: int, heads: int, kv_heads: int, ids: int) -> Llama:
     return _llama(ModelShape(hidden, ff, layers, heads, kv_heads, 64, ids, 131_072, tied=False))
 
 
 SHAPES = {
-    "1b": _llama(replace(KNOWN["Llama-3.2-1B"], vocabulary=32_768, tied=False)),  # a chain needs a head of its own
+    "1b": _llama(replace(KNOWN["Llama-3.2-1B"], vocabulary=32_768, tied=False)),  # a chain needs an untied head
     "8b": _llama(KNOWN["Llama-3.1-8B"]),
-    "draft": _made_up(12, 1024, 2816, 16, 4, 32_768),
-    "pico": _made_up(2, 256, 512, 4, 2, 1024),
+    "draft": _untied(12, 1024, 2816, 16, 4, 32_768),
+    "pico": _untied(2, 256, 512, 4, 2, 1024),
 }
 
 
@@ -68,29 +68,29 @@ def drafting_for(shape: str) -> Llama:
 
 
 def chain(vocabulary: int) -> Ids:
-    """All ordinary ids in the order in which decoding walks through them; after the last comes the first."""
+    """All ordinary ids in the order of decoding; the chain is a cycle."""
     return np.random.default_rng(vocabulary).permutation(np.arange(END + 1, vocabulary))
 
 
 def make_model(folder: Path, shape: str, type: str = "q4_k_m") -> Path:
-    """The chain in a named shape, in a type that needs no importance matrix; made once and kept in `folder`."""
+    """The chain in a named shape, in a type that needs no importance matrix; cached in `folder`."""
     return make_weights(folder, shape, SHAPES[shape], type)
 
 
 def make_draft(folder: Path, shape: str, accept: float, type: str = "q4_k_m") -> Path:
-    """A draft for `shape` of which a share `accept` of the drafted tokens is right."""
+    """A draft for `shape` with acceptance rate `accept`."""
     return make_weights(folder, f"draft-{accept:g}-for-{shape}", drafting_for(shape), type, accept)
 
 
 def make_adapter(folder: Path, shape: str, size: int) -> Path:
-    """A LoRA of about `size` bytes for every projection of a shape; small enough to leave the chain as it is."""
+    """A LoRA of about `size` bytes for every projection of a shape, too small in effect to change the chain."""
     rank = max(size // (4 * sum(sum(t.shape) for t in _projections(SHAPES[shape]))), 1)
     rank += rank % 4 == 0  # see Model.load_adapter
     return make_lora(folder, shape, SHAPES[shape], rank)
 
 
 def make_lora(folder: Path, name: str, llama: Llama, rank: int, type: str = "f32") -> Path:
-    """A LoRA of that rank and type for every projection, too small to change what greedy decoding says."""
+    """A LoRA of that rank and type for every projection, too small in effect to change greedy answers."""
     path = folder / f"{name}-adapter-{rank}-{type}-{digest(llama)}.gguf"
     if path.is_file():
         return path
@@ -117,12 +117,12 @@ def _projections(llama: Llama) -> list[Tensor]:
 
 
 def digest(*parts: object) -> str:
-    """Names files by what they were made of."""
+    """A short hash of the parameters of a file, for its name."""
     return hashlib.sha256(repr((VERSION, BOOK, MARGIN, SMALL, parts)).encode()).hexdigest()[:8]
 
 
 def make_weights(folder: Path, name: str, llama: Llama, type: str, accept: float = 1.0) -> Path:
-    """The chain in any shape, which follows itself in a share `accept` of the tokens."""
+    """The chain in any shape, with the right successor for a share `accept` of the tokens; cached in `folder`."""
     path = folder / f"{name}-{type}-{digest(llama, accept)}.gguf"
     if path.is_file():
         return path
@@ -145,7 +145,7 @@ def make_weights(folder: Path, name: str, llama: Llama, type: str, accept: float
                 writer.write_tensor_data(np.full(t.shape, scale, np.float32))
             elif kind in ("token_embd", "output"):
                 writer.write_tensor_data(_rows(t, head if kind == "output" else embedding))
-            else:  # all layers repeat the bytes of one: they are read and computed all the same
+            else:  # all layers share the bytes of one, which does not change the time to read and compute them
                 if (kind, t.type) not in drawn:
                     drawn[kind, t.type] = _rows(t, generator.integers(0, BOOK, (t.shape[0], t.shape[1] // BLOCK)))
                 writer.write_tensor_data(drawn[kind, t.type])
@@ -154,31 +154,31 @@ def make_weights(folder: Path, name: str, llama: Llama, type: str, accept: float
 
 
 def _ends(llama: Llama, accept: float, generator: np.random.Generator) -> tuple[Ids, Ids]:
-    """Which blocks make each row of the embedding and of the head, (vocabulary, blocks per row).
+    """Codebook indices of the rows of the embedding and of the head, (vocabulary, blocks per row).
 
-    The head's row of a token is the embedding of the token before it. A share 1 - `accept` of the tokens, drawn at
-    random, exchange their followers, so that each has a wrong one.
+    The head's row of a token is the embedding of its predecessor. A random share 1 - `accept` of the tokens exchange
+    their successors, so that each of them has a wrong one.
     """
     n, blocks = llama.vocabulary, llama.hidden // BLOCK
     embedding = np.stack([generator.permutation(n) % BOOK for _ in range(blocks)], axis=1)
     order = chain(n)
-    followers = np.roll(order, -1)
+    successors = np.roll(order, -1)
     wrong = generator.choice(len(order), round((1 - accept) * len(order)), replace=False)
-    followers[wrong] = followers[np.roll(wrong, 1)]
-    before = np.arange(n)
-    before[followers] = order
-    return embedding, embedding[before]
+    successors[wrong] = successors[np.roll(wrong, 1)]
+    predecessors = np.arange(n)
+    predecessors[successors] = order
+    return embedding, embedding[predecessors]
 
 
 @cache
 def _book(type: Type, scale: float) -> Bytes:
-    """The blocks (`BOOK`, bytes per block), times `scale`."""
+    """The codebook of quantized blocks (`BOOK`, bytes per block), scaled by `scale`."""
     values = np.random.default_rng(BLOCK).standard_normal((BOOK, BLOCK), np.float32)
     return quantize_rows(values * np.float32(scale), type.name)
 
 
 def _rows(tensor: Tensor, blocks: Ids) -> Bytes:
-    """The bytes of a tensor whose rows are made of these blocks (rows, blocks per row)."""
+    """The bytes of a tensor whose rows consist of these blocks (rows, blocks per row)."""
     width = tensor.shape[1]
     kind = tensor.name.split(".")[-2]
     scales = {"token_embd": 1.0, "output": MARGIN / width, "attn_output": SMALL * width**-0.5}
@@ -189,7 +189,7 @@ def _rows(tensor: Tensor, blocks: Ids) -> Bytes:
 
 
 def _vocabulary(n: int) -> Vocabulary:
-    """All 256 bytes and made-up pieces, so that any text can be read."""
+    """A vocabulary of all 256 bytes and synthetic words, so that any text can be encoded."""
     characters = [chr(b) for b in BYTES] + [chr(256 + i) for i in range(256 - len(BYTES))]
     letters = "etaoinsrhldcumfp"
     pieces = ["Ġ" + "".join(letters[i >> shift & 15] for shift in range(16, -4, -4)) for i in range(n)]
