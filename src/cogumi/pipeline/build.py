@@ -15,7 +15,7 @@ from typing import Any
 
 from cogumi.core import artifact
 from cogumi.core.environment import peak_rss_bytes, usable_threads
-from cogumi.core.errors import CogumiError
+from cogumi.core.errors import CogumiError, GateError
 from cogumi.core.files import held, write_json
 from cogumi.core.registry import STAGES
 from cogumi.core.stage import Context
@@ -194,18 +194,22 @@ class _Run:
             with named(f"step '{name}'", folder):
                 step_folder.clean(folder)
                 manifest, self._done[name] = artifact.read_manifest(folder), artifact.load(folder)
-            self._peak = max(self._peak, manifest.environment["peak_rss_bytes"])
-            self._progress.finished(name, manifest.seconds, skipped, manifest.metrics)
-            self._rows[name] = {
-                "name": name,
-                "stage": p.step.stage,
-                "seconds": manifest.seconds,
-                "skipped": skipped,
-                "metrics": manifest.metrics,
-            }
+        except Exception as error:
+            self._fail(p, error)
+            return
+        self._peak = max(self._peak, manifest.environment["peak_rss_bytes"])
+        self._progress.finished(name, manifest.seconds, skipped, manifest.metrics)
+        self._rows[name] = {
+            "name": name,
+            "stage": p.step.stage,
+            "seconds": manifest.seconds,
+            "skipped": skipped,
+            "metrics": manifest.metrics,
+        }
+        try:
             for gate in p.step.gates:
                 check_gate(name, gate, self._done)
-        except Exception as error:
+        except GateError as error:
             self._fail(p, error)
 
     def _fail(self, p: PlannedStep, error: BaseException) -> None:
