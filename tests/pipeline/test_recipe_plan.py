@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from cogumi.cli import app
 from cogumi.core.amounts import parse_bytes
-from cogumi.core.estimate import Given, Hardware, estimate
+from cogumi.core.estimate import Given, Hardware, Input, estimate
 from cogumi.core.facts import OWN_TEMPLATE
 from cogumi.core.registry import stage
 from cogumi.pipeline.plan.recipe_plan import plan

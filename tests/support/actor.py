@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 VERSION = 1
 KIND = "toy"
+INPUTS: dict[str, str] = {}
 
 
 class Config(BaseModel):
