@@ -15,7 +15,7 @@ from cogumi.core.artifact import finish, read_manifest
 from cogumi.core.errors import BundleError, ExportError, RecipeError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
-from cogumi.pipeline.build import Inputs
+from cogumi.pipeline.executor import Inputs
 
 BASE, OTHER, WORDS = "b" * 64, "c" * 64, "d" * 64
 PARTS = {

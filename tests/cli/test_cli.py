@@ -52,7 +52,8 @@ def home(tmp_path_factory):
     rows[3:3] = ["{broken", '{"instruction": "no answer"}', "[1]"]
     (folder / "mine.jsonl").write_text("\n".join(rows))
     (folder / "mine.yaml").write_text(
-        "name: mine\nsteps:\n  - {name: rows, stage: files, config: {files: {math: [mine.jsonl]}}}\n"
+        "name: mine\nsteps:\n  - {name: rows, stage: split, inputs: {pool: mine}}\n"
+        "  - {name: mine, stage: load, config: {files: {math: [mine.jsonl]}}}\n"
     )
     return folder
 
@@ -79,7 +80,8 @@ def test_nothing_heavy_is_imported_for_help():
 
 def test_build_shows_each_step_and_then_the_figures(home):
     first = cogumi("build", "mine.yaml", cwd=home)
-    assert "[1/1] rows (files)" in first.stderr
+    assert "[1/2] mine (load)" in first.stderr
+    assert "[2/2] rows (split)" in first.stderr
     assert "peak memory" in first.stdout
     again = cogumi("build", "mine.yaml", "--json", cwd=home)
     report = json.loads(again.stdout)
@@ -104,7 +106,7 @@ def test_inspect_tells_what_things_are(built):
     assert (step["what"], step["kind"]) == ("artifact", "examples")
     assert step["files"]["train.jsonl"]["bytes"] > 0
     assert "train.jsonl" in cogumi("inspect", "runs/mine/rows", cwd=built).stdout
-    assert json.loads(cogumi("inspect", "mine.yaml", "--json", cwd=built).stdout)["steps"][0]["stage"] == "files"
+    assert json.loads(cogumi("inspect", "mine.yaml", "--json", cwd=built).stdout)["steps"][0]["stage"] == "load"
     assert "rows" in cogumi("inspect", "mine.yaml", cwd=built).stdout
     assert json.loads(cogumi("inspect", "runs/mine", "--json", cwd=built).stdout)["recipe"] == "mine"
 
@@ -123,7 +125,8 @@ def test_inspect_finds_one_flipped_byte(built, tmp_path):
     [
         (["build", "tinny"], "tinny"),
         (["build", "nowhere.yaml"], "nowhere.yaml"),
-        (["build", "typo.yaml"], "did you mean 'files'"),
+        (["build", "typo.yaml"], "did you mean 'split'"),
+        (["build", "old.yaml"], "'load' reads your files, and 'split' makes the five sets"),
         (["chat", "empty"], "bundle.json"),
         (["chat"], "cogumi build"),
         (["chat", "--json"], "--once"),
@@ -135,7 +138,8 @@ def test_inspect_finds_one_flipped_byte(built, tmp_path):
 )
 def test_an_error_is_one_line(home, words, named):
     (home / "empty").mkdir(exist_ok=True)
-    (home / "typo.yaml").write_text("name: x\nsteps:\n  - {name: a, stage: filse}\n")
+    (home / "typo.yaml").write_text("name: x\nsteps:\n  - {name: a, stage: splitt}\n")
+    (home / "old.yaml").write_text("name: x\nsteps:\n  - {name: a, stage: files, config: {files: {math: [a]}}}\n")
     done = cogumi(*words, cwd=home, ok=1)
     if words[0] == "serve":  # it says first what it is loading
         assert done.stderr.splitlines()[-1].startswith("cogumi: ")

@@ -9,19 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cogumi.core import artifact
 from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
 from cogumi.core.types import Example, Message
+from cogumi.data import load as load_stage
+from cogumi.data import split as split_stage
 from cogumi.data.examples import (
+    POOL,
     SPLITS,
     example_id,
     normalised_question,
     read_examples,
     split_of,
     split_path,
+    to_line,
     write_examples,
 )
-from cogumi.data.sources import files
 from cogumi.data.sources.question_files import Rejected, iterate, load
 
 DATA = Path(os.environ.get("COGUMI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -242,40 +246,69 @@ def test_a_question_has_one_set_however_it_is_written(questions, seed):
         assert split_of(normalised_question(other), shares, seed) == name
 
 
-def test_the_stage_makes_five_disjoint_sets(tmp_path):
+def loaded(folder, files, root):
+    """What stage `load` makes of files, as an artifact."""
+    folder.mkdir(exist_ok=True)
+    metrics = load_stage.run(load_stage.Config(files=files), {}, folder, context(root))
+    return artifact.finish(folder, kind=load_stage.KIND, fingerprint="0", parents={}, metrics=metrics, environment={})
+
+
+def split(folder, pool, root, seed=0, **shares):
+    folder.mkdir(exist_ok=True)
+    return split_stage.run(split_stage.Config(**shares), {"pool": pool}, folder, context(root, seed))
+
+
+def test_load_and_split_make_five_disjoint_sets(tmp_path):
     rows = [{"instruction": f"Question {i % 400}", "output": str(i)} for i in range(600)]
     shouted = [{"instruction": f"QUESTION  {i}", "output": "!"} for i in range(400)]
     write(tmp_path / "a.jsonl", *rows, "broken\n")
     write(tmp_path / "b.jsonl", *shouted)
+    pool = loaded(tmp_path / "pool", {"one": ["a.jsonl"], "two": ["b.jsonl"]}, tmp_path)
+    assert pool.metrics == {"rows": 1000, "domains": {"one": 600, "two": 400}, "rejected": 1}
+    (listed,) = [json.loads(line) for line in (pool.path / load_stage.REJECTED_FILE).read_text().splitlines()]
+    assert (listed["line"], listed["file"]) == (601, str(tmp_path / "a.jsonl"))
     out = tmp_path / "out"
-    out.mkdir()
-    config = files.Config(files={"one": ["a.jsonl"], "two": ["b.jsonl"]})
-    metrics = files.run(config, {}, out, context(tmp_path))
+    metrics = split(out, pool, tmp_path)
     sets = {name: read_examples(split_path(out, name)) for name in SPLITS}
     assert metrics["rows"] == {name: len(rows) for name, rows in sets.items()}
     assert metrics["domains"] == {"one": 600, "two": 400}
     assert sum(metrics["rows"].values()) == 1000
     questions = [{normalised_question(e.messages) for e in rows} for rows in sets.values()]
     assert sum(map(len, questions)) == len(set.union(*questions)) == 400
-    assert metrics["rejected"] == 1
-    (listed,) = [json.loads(line) for line in (out / files.REJECTED_FILE).read_text().splitlines()]
-    assert (listed["line"], listed["file"]) == (601, str(tmp_path / "a.jsonl"))
-    again = tmp_path / "again"
-    again.mkdir()
-    files.run(config, {}, again, context(tmp_path))
-    assert all(split_path(out, n).read_bytes() == split_path(again, n).read_bytes() for n in SPLITS)
-    files.run(config, {}, again, context(tmp_path, seed=1))
-    assert split_path(out, "train").read_bytes() != split_path(again, "train").read_bytes()
+    split(tmp_path / "again", pool, tmp_path)
+    assert all(split_path(out, n).read_bytes() == split_path(tmp_path / "again", n).read_bytes() for n in SPLITS)
+    split(tmp_path / "again", pool, tmp_path, seed=1)
+    assert split_path(out, "train").read_bytes() != split_path(tmp_path / "again", "train").read_bytes()
 
 
-def test_the_stage_says_when_there_is_too_little(tmp_path):
+def test_the_sets_are_those_of_the_hash_of_the_question(tmp_path):
+    """Line by line what one pass over the files gives: a step between `load` and `split` moves no other row."""
+    rows = [{"instruction": f"Naïve {i}?", "output": str(i), "difficulty": i % 6} for i in range(200)]
+    path = write(tmp_path / "a.jsonl", *rows, {**CHAT, "check": {"kind": "numeric"}})
+    shares = {"train": 3, "selection": 1, "fit": 2, "threshold": 2, "heldout": 2}
+    expected = dict.fromkeys(SPLITS, "")
+    for example in load(path, "one")[0]:
+        expected[split_of(normalised_question(example.messages), shares, 4)] += to_line(example)
+    pool = loaded(tmp_path / "pool", {"one": ["a.jsonl"]}, tmp_path)
+    split(tmp_path / "all", pool, tmp_path, seed=4, **shares)
+    assert {name: split_path(tmp_path / "all", name).read_text("utf-8") for name in SPLITS} == expected
+    kept = [example for example in read_examples(pool.path / POOL) if example.difficulty != 3]
+    write_examples(pool.path / POOL, kept)
+    split(tmp_path / "some", pool, tmp_path, seed=4, **shares)
+    for name in SPLITS:
+        left = [line for line in expected[name].splitlines() if '"difficulty": 3' not in line]
+        assert split_path(tmp_path / "some", name).read_text("utf-8").splitlines() == left
+
+
+def test_load_and_split_say_when_there_is_too_little(tmp_path):
     write(tmp_path / "a.jsonl", ALPACA)
     write(tmp_path / "b.jsonl", "broken\n")
+    pool = loaded(tmp_path / "pool", {"one": ["a.jsonl"]}, tmp_path)
     with pytest.raises(DataError, match="1 usable rows leave nothing for"):
-        files.run(files.Config(files={"one": ["a.jsonl"]}), {}, tmp_path, context(tmp_path))
+        split(tmp_path / "out", pool, tmp_path)
     with pytest.raises(DataError, match="no usable row; 1 were rejected"):
-        files.run(files.Config(files={"one": ["b.jsonl"]}), {}, tmp_path, context(tmp_path))
-    assert '"line": 1' in (tmp_path / files.REJECTED_FILE).read_text()
+        loaded(tmp_path / "none", {"one": ["b.jsonl"]}, tmp_path)
+    assert '"line": 1' in (tmp_path / "none" / load_stage.REJECTED_FILE).read_text()
 
 
 @pytest.mark.parametrize(

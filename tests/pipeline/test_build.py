@@ -5,50 +5,28 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-import cogumi
 from cogumi.core import artifact, registry
 from cogumi.core.errors import CogumiError, GateError, RecipeError, TrainingError
-from cogumi.core.files import sha256
-from cogumi.pipeline.build import Silent, build, plan
+from cogumi.pipeline.build import build
+from cogumi.pipeline.build_progress import Silent
+from cogumi.pipeline.fingerprint import plan
 from cogumi.pipeline.recipe import parse_recipe
 from support import toy as toy_stage
-
-HERE = Path(__file__).parent
+from support.toy_builds import contents, finish, recipe, start, step, write_recipe
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setitem(registry.STAGES, "toy", "support.toy")
-    monkeypatch.setitem(registry.STAGES, "report", "support.toy")
-
-
-def recipe(*steps, root=Path(), seed=0):
-    return parse_recipe(json.dumps({"name": "small", "seed": seed, "steps": steps}), "small", root)
-
-
-def step(name, stage="toy", inputs=None, gates=(), **config):
-    return {"name": name, "stage": stage, "inputs": inputs or {}, "gates": list(gates), "config": config}
+    monkeypatch.setitem(registry.STAGES, "report", "support.toy_report")
 
 
 TWO = (step("first"), step("second", inputs={"weights": "first"}, steps=3))
-
-
-def contents(home):
-    """Every file's hash below a folder; of manifests, which hold times, only the list of files."""
-    found = {}
-    for path in home.rglob("*"):
-        if path.name == "manifest.json":
-            found[path.relative_to(home)] = artifact.read_manifest(path.parent).files
-        elif path.is_file() and path.name not in ("report.json", ".lock"):
-            found[path.relative_to(home)] = sha256(path)
-    return found
 
 
 class Log(Silent):
@@ -58,7 +36,7 @@ class Log(Silent):
     def started(self, step, stage, number, of, reason):
         self.events.append((step, number, of, reason))
 
-    def finished(self, seconds, skipped, metrics):
+    def finished(self, step, seconds, skipped, metrics):
         self.events.append(skipped)
 
 
@@ -194,7 +172,7 @@ def test_failing_stage_is_named_and_goes_on_from_its_checkpoint(tmp_path):
     class Counting(Silent):
         seen = ()
 
-        def advanced(self, done, total, figures):
+        def advanced(self, step, done, total, figures):
             self.seen = (*self.seen, done)
 
     with pytest.raises(TrainingError, match=r"^step 'first': the loss is not a number"):
@@ -225,26 +203,6 @@ def test_missing_role_is_a_recipe_error(tmp_path, monkeypatch):
 # In processes of their own: kill -9, a full disk, two builds at once.
 
 
-def start(path, runs, **limits):
-    source = str(Path(cogumi.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(HERE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, toy_stage.__file__, str(path), str(runs)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **limits
-    )
-
-
-def write_recipe(folder, *steps):
-    path = folder / "small.yaml"
-    path.write_text(json.dumps({"name": "small", "steps": steps}))
-    return path
-
-
-def finish(process):
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
-
-
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     slow = [step("first", steps=8, delay=0.04), step("second", inputs={"w": "first"}, steps=8, delay=0.04)]
     path = write_recipe(tmp_path, *slow)
@@ -267,14 +225,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
 def test_killed_step_does_not_start_again_from_nothing(tmp_path):
     path = write_recipe(tmp_path, step("first", steps=5, delay=0.05))
     process = start(path, tmp_path / "runs")
-    while process.stdout.readline() != "advanced 3 0\n":
+    while process.stdout.readline() != "advanced first 3 0\n":
         assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     finish(process)
     code, out, _ = finish(start(path, tmp_path / "runs"))
     assert code == 0
     assert "started first goes on where it was interrupted" in out
-    assert "advanced 5 3" in out or "advanced 5 4" in out
+    assert "advanced first 5 3" in out or "advanced first 5 4" in out
 
 
 @pytest.mark.parametrize(("writer", "limit"), [("bytes", 20_000), ("safetensors", 100_000)])

@@ -15,7 +15,7 @@ GOOD = """
 name: small
 seed: 7
 steps:
-  - {name: data, stage: files, config: {path: rows.jsonl}}
+  - {name: data, stage: load, config: {path: rows.jsonl}}
   - name: base
     stage: sft
     inputs: {examples: data}
@@ -35,6 +35,24 @@ def test_reads_a_file_and_remembers_where_it_lies(tmp_path):
     assert load_recipe(str(path)) == recipe
 
 
+def test_steps_may_stand_in_any_order():
+    """Sorted so that inputs come first; otherwise as the file has them."""
+    document = yaml.safe_load(GOOD)
+    later = [{"name": "late", "stage": "s", "inputs": {"model": "base"}}, {"name": "alone", "stage": "s"}]
+    document["steps"] = later + document["steps"][::-1]
+    steps = parse_recipe(yaml.safe_dump(document), "x", Path()).steps
+    assert [step.name for step in steps] == ["alone", "data", "base", "late"]
+    compared = {"metric": "m", "at_least": 1, "relative_to": "b"}
+    document["steps"] = [{"name": "a", "stage": "s", "gates": [compared]}, {"name": "b", "stage": "s"}]
+    assert [step.name for step in parse_recipe(yaml.safe_dump(document), "x", Path()).steps] == ["b", "a"]
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_builtin_recipes_keep_their_order(name):
+    recipe, below = load_recipe(name), yaml.safe_load(builtin_recipes()[name])
+    assert [step.name for step in recipe.steps][-len(below["steps"]) :] == [step["name"] for step in below["steps"]]
+
+
 STEP = "name: x\nsteps:\n  - {name: a, stage: s}\n"
 WRONG = {
     "unknown key 'stesp'; did you mean 'steps'?": "name: x\nstesp: [{name: a, stage: s}]",
@@ -52,10 +70,15 @@ WRONG = {
     "name: string should match": "name: ../x\nsteps: [{name: a, stage: s}]",
     "step '../a': name: string should match": "name: x\nsteps: [{name: ../a, stage: s}]",
     "step 'a': there are two steps of this name": STEP + "  - {name: a, stage: s}",
-    "input 'i' is not an earlier step: 'aa'; did you mean 'a'?": STEP + "  - {name: b, stage: s, inputs: {i: aa}}",
-    "input 'i' is not an earlier step: 'b'": STEP + "  - {name: b, stage: s, inputs: {i: b}}",
-    "relative_to is not an earlier step: 'b'": STEP
-    + "  - {name: b, stage: s, gates: [{metric: m, at_least: 1, relative_to: b}]}",
+    "input 'i' is not a step of this recipe: 'aa'; did you mean 'a'?": STEP
+    + "  - {name: b, stage: s, inputs: {i: aa}}",
+    "relative_to is not a step of this recipe: 'c'": STEP
+    + "  - {name: b, stage: s, gates: [{metric: m, at_least: 1, relative_to: c}]}",
+    "the steps form a cycle: 'b' needs 'b'; remove one of these inputs": STEP
+    + "  - {name: b, stage: s, inputs: {i: b}}",
+    "the steps form a cycle: 'c' needs 'd' and 'd' needs 'c'; remove one of these inputs": STEP
+    + "  - {name: b, stage: s, inputs: {i: a, j: c}}\n  - {name: c, stage: s, inputs: {i: d}}\n"
+    + "  - {name: d, stage: s, inputs: {i: a}, gates: [{metric: m, at_least: 1, relative_to: c}]}",
     "give either at_least or at_most": STEP[:-2] + ", gates: [{metric: m}]}",
     "seed: input should be a valid integer": "name: x\nseed: soon\nsteps: [{name: a, stage: s}]",
     "steps: list should have at least 1 item": "name: x\nsteps: []",

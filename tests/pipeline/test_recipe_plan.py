@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from cogumi.cli import app
 from cogumi.core.amounts import parse_bytes
-from cogumi.core.estimate import Given, Hardware, estimate
+from cogumi.core.estimate import Given, Hardware, Input, estimate
 from cogumi.core.facts import OWN_TEMPLATE
 from cogumi.core.registry import stage
 from cogumi.pipeline.plan.recipe_plan import plan
@@ -51,10 +52,12 @@ def test_rows_are_measured(tmp_path):
     assert rows.mean < rows.longest
     lines = [{"instruction": "x" * 300, "output": "y" * 90}, {"instruction": "x" * 30, "output": "y" * 9}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sizes = facts_of("files", tmp_path, files={"code": ["a.jsonl"]})
+    sizes = facts_of("load", tmp_path, files={"code": ["a.jsonl"]})
     assert (sizes.longest, sizes.answer, sizes.mean) == (390, 90, 214.5)
     assert sizes.rows(10).longest == 140
     assert sizes.rows(10, length=50).longest == 50
+    given = Given("data", tmp_path, {"pool": Input("mine", (replace(sizes, count=200),))})
+    assert estimate(stage("split"), stage("split").Config(train=52), given).facts == (replace(sizes, count=113),)
 
 
 BASE = {"name": "base", "stage": "sft", "inputs": {"examples": "data"}, "config": {"init": "Qwen/Qwen2.5-0.5B"}}
@@ -90,8 +93,11 @@ def test_each_problem_is_told_in_a_line(tmp_path):
         "'examples' is of kind model, not examples",
         one(DATA, BASE, BASE | {"name": "two", "inputs": {"examples": "base"}}),
     )
-    files = {"name": "data", "stage": "files", "config": {"files": {"code": ["mine.jsonl"]}}}
-    assert re.search(r"there is no file .*mine\.jsonl", one(files, BASE))
+    files = {"name": "mine", "stage": "load", "config": {"files": {"code": ["mine.jsonl"]}}}
+    sets = {"name": "data", "stage": "split", "inputs": {"pool": "mine"}}
+    assert re.search(r"there is no file .*mine\.jsonl", one(files, sets, BASE))
+    wrong = {"name": "other", "stage": "split", "inputs": {"pool": "data"}}
+    assert re.search("'pool' is of kind examples, not pool", one(DATA, wrong))
 
 
 def test_the_inputs_of_stages_that_compress_are_checked(tmp_path):

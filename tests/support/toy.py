@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,9 +12,11 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import save_file
 
 from cogumi.core import registry
+from cogumi.core.environment import usable_threads
 from cogumi.core.errors import CogumiError, TrainingError
 from cogumi.core.files import sha256, write_json
-from cogumi.pipeline.build import Silent, build
+from cogumi.pipeline.build import build
+from cogumi.pipeline.build_progress import Silent
 from cogumi.pipeline.recipe import load_recipe
 
 VERSION = 1
@@ -67,7 +70,8 @@ def run(config, inputs, out, context):
     (out / "nested" / "notes.txt").write_text(links[-1])
     (out / "report.md").write_text("# What was measured\n")
     (out / "curve.png").write_bytes(b"\x89PNG")
-    return {"score": config.score, "by": {"math": np.float32(0.25)}, "missing": float("nan")}
+    figures = {"score": config.score, "by": {"math": np.float32(0.25)}, "missing": float("nan")}
+    return figures | {"pid": os.getpid(), "usable_threads": usable_threads()}
 
 
 class Lines(Silent):
@@ -76,16 +80,19 @@ class Lines(Silent):
     def started(self, step, stage, number, of, reason):
         print("started", step, reason, flush=True)
 
-    def advanced(self, done, total, figures):
-        print("advanced", done, int(figures["resumed"]), flush=True)
+    def advanced(self, step, done, total, figures):
+        print("advanced", step, done, int(figures["resumed"]), flush=True)
 
-    def finished(self, seconds, skipped, metrics):
-        print("finished", skipped, flush=True)
+    def finished(self, step, seconds, skipped, metrics):
+        print("finished", step, skipped, flush=True)
+
+    def failed(self, step, reason, running):
+        print("failed", reason, "; running:", *running, flush=True)
 
 
 if __name__ == "__main__":
-    registry.STAGES["toy"] = "helpers_toy"
+    registry.STAGES |= {"toy": "support.toy", "actor": "support.actor"}
     try:
-        build(load_recipe(sys.argv[1]), Path(sys.argv[2]), progress=Lines())
+        build(load_recipe(sys.argv[1]), Path(sys.argv[2]), jobs=int(sys.argv[3]), progress=Lines())
     except CogumiError as error:
         sys.exit(f"error: {error}")

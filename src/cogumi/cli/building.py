@@ -12,26 +12,43 @@ from cogumi.cli import console
 from cogumi.cli.options import RUNS, JsonOption, RunsOption
 from cogumi.cli.progress import BenchProgress, BuildProgress, ByteProgress
 
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        "-j",
+        min=1,
+        help="Steps that run side by side, each with its share of the cores. Another number of threads per step gives "
+        "other bytes.",
+        show_default="as many as cores and recipe allow, 1 with a GPU",
+    ),
+]
 
-def _build(recipe: str, runs: Path, seed: int | None) -> dict[str, Any]:
+
+def _build(recipe: str, runs: Path, seed: int | None, jobs: int | None) -> dict[str, Any]:
     from cogumi.pipeline.build import build
     from cogumi.pipeline.recipe import load_recipe
 
-    with BuildProgress() as progress:
-        return build(load_recipe(recipe), runs, seed=seed, progress=progress)
+    try:
+        with BuildProgress() as progress:
+            return build(load_recipe(recipe), runs, seed=seed, jobs=jobs, progress=progress)
+    except KeyboardInterrupt:
+        console.NOTES.print("cogumi: stopped; run the same command again to go on: finished steps are kept")
+        raise SystemExit(130) from None
 
 
 def build(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe's name, or a YAML file.")] = "tiny",
     runs: RunsOption = RUNS,
     seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's.", show_default="recipe's")] = None,
+    jobs: JobsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Build a bundle from a recipe; what is built already is kept, what was interrupted goes on.
 
     Example: `cogumi build tiny` leaves the bundle in runs/tiny/bundle and its figures in runs/tiny/report.md.
     """
-    report = _build(recipe, runs, seed)
+    report = _build(recipe, runs, seed, jobs)
     if not report:
         return  # a process that only helped to train
     if json:
@@ -40,7 +57,7 @@ def build(
         console.print_report(report)
 
 
-def demo(runs: RunsOption = RUNS) -> None:
+def demo(runs: RunsOption = RUNS, jobs: JobsOption = None) -> None:
     """Build the tiny recipe, ask it questions that take different routes, and show what it came to.
 
     Example: `cogumi demo` (some ten minutes the first time, seconds after that).
@@ -48,7 +65,7 @@ def demo(runs: RunsOption = RUNS) -> None:
     from cogumi.cascade.opening import open_cascade
     from cogumi.cli.chat import answer
 
-    report = _build("tiny", runs, None)
+    report = _build("tiny", runs, None, jobs)
     bundle = runs / report["recipe"] / "bundle"
     with closing(open_cascade(bundle)) as cascade:
         for row in report["showcase"]:

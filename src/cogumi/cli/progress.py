@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from rich.markup import escape
@@ -22,10 +23,6 @@ from cogumi.cli.console import NOTES
 from cogumi.core.amounts import duration, size
 
 
-def _figures(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-
-
 class _Shown:
     """A bar that is there within a `with`, on a terminal."""
 
@@ -41,8 +38,19 @@ class _Shown:
             self._bar.stop()
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that is shown: its bar on a terminal, and what its last line said."""
+
+    title: str
+    bar: TaskID | None
+    began: float
+    told: float
+    figures: str = ""
+
+
 class BuildProgress(_Shown):
-    """Shows a build: a bar with the time left on a terminal, otherwise a plain line now and then."""
+    """Shows a build: a bar for every step under way on a terminal, otherwise a plain line for each now and then."""
 
     PLAIN_EVERY = 15.0  # seconds between lines of one step
 
@@ -57,38 +65,50 @@ class BuildProgress(_Shown):
             console=NOTES,
             transient=True,
         )
-        self._task: TaskID | None = None
-        self._title = self._last = ""
-        self._began = self._told = 0.0
+        self._steps: dict[str, _Step] = {}
 
     def started(self, step: str, stage: str, number: int, of: int, reason: str) -> None:
         """Name the step that begins and why it runs again, if it does."""
-        self._title, self._last = f"[{number}/{of}] {step} ({stage})", ""
-        self._began = self._told = time.monotonic()
-        title = escape(self._title)
-        if NOTES.is_terminal:
-            self._task = self._bar.add_task(title, total=None, figures="")
-        if reason or not NOTES.is_terminal:
-            NOTES.print(f"{title}{f': {escape(reason)}' if reason else ''}")
-
-    def advanced(self, done: int, total: int | None, figures: Mapping[str, float]) -> None:
-        """Move the bar, or print a line if the last one is old."""
-        self._last = _figures(figures)
+        title = escape(f"[{number}/{of}] {step} ({stage})")
+        bar = self._bar.add_task(title, total=None, figures="") if NOTES.is_terminal else None
         now = time.monotonic()
-        if self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, figures=self._last)
-        elif now - self._told >= self.PLAIN_EVERY:
-            self._told = now
-            left = f", {duration((now - self._began) / done * (total - done))} left" if total and done else ""
-            NOTES.print(f"  {done}{f' of {total}' if total else ''}{left}  {self._last}")
+        self._steps[step] = _Step(title, bar, now, now)
+        if reason or not NOTES.is_terminal:
+            NOTES.print(f"{title}{f': {escape(reason)}' if reason else ''}", soft_wrap=True)
 
-    def finished(self, seconds: float, skipped: bool, metrics: Mapping[str, Any]) -> None:
-        """Tell what the step took."""
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
+    def advanced(self, step: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
+        """Move the bar of the step, or print a line if its last one is old."""
+        shown, now = self._steps[step], time.monotonic()
+        shown.figures = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if shown.bar is not None:
+            self._bar.update(shown.bar, completed=done, total=total, figures=shown.figures)
+        elif now - shown.told >= self.PLAIN_EVERY:
+            shown.told = now
+            left = f", {duration((now - shown.began) / done * (total - done))} left" if total and done else ""
+            NOTES.print(f"  {step}: {done}{f' of {total}' if total else ''}{left}  {shown.figures}", soft_wrap=True)
+
+    def printed(self, step: str, line: str) -> None:
+        """Pass on what the process of a step printed, above the bars."""
+        NOTES.print(line, markup=False, soft_wrap=True)
+
+    def finished(self, step: str, seconds: float, skipped: bool, metrics: Mapping[str, Any]) -> None:
+        """Say how long the step took."""
+        shown = self._steps[step]
+        self._remove(step)
         took = "unchanged" if skipped else duration(seconds)
-        NOTES.print(f"[green]✓[/] {escape(self._title)}  {took}  [dim]{self._last}[/]")
+        NOTES.print(f"[green]✓[/] {shown.title}  {took}  [dim]{shown.figures}[/]", soft_wrap=True)
+
+    def failed(self, step: str, reason: str, running: Sequence[str]) -> None:
+        """Say what went wrong, and which steps the end of the build still waits for."""
+        self._remove(step)
+        waits = f"; waiting for {', '.join(running)}, Ctrl-C stops it" if running else ""
+        NOTES.print(f"[red]✗[/] {escape(reason)}{waits}", soft_wrap=True)
+
+    def _remove(self, step: str) -> None:
+        """Take the step's bar away; a step that failed before it started has none."""
+        shown = self._steps.pop(step, None)
+        if shown is not None and shown.bar is not None:
+            self._bar.remove_task(shown.bar)
 
 
 class SuiteProgress:
@@ -107,7 +127,7 @@ class SuiteProgress:
 
     def advanced(self, done: int, total: int | None, figures: Mapping[str, float]) -> None:
         """Move the bar."""
-        self._build.advanced(done, total, figures)
+        self._build.advanced(self._name, done, total, figures)
 
 
 class ByteProgress:

@@ -27,14 +27,34 @@ LIBRARIES = (
 
 
 def usable_threads() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads this process should use: its processors, or fewer if OMP_NUM_THREADS says so.
+
+    Launchers of several processes, such as `accelerate launch`, set that variable to 1 for work on GPUs; with them it
+    does not count.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if not chosen.isdecimal() or "WORLD_SIZE" in os.environ:
+        return processors
+    return min(processors, max(int(chosen), 1))
+
+
+def available_memory() -> int:
+    """Bytes of memory that further processes can use before the machine swaps."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def peak_rss_bytes() -> int:
     """The largest resident memory of this process or of any one child it has waited for, so far."""
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(usage) * (1 if platform.system() == "Darwin" else 1024)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    try:  # getrusage counts, for a process started by another, also the memory of that one
+        status = Path("/proc/self/status").read_text("ascii")
+        return max(children, int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+    except (OSError, IndexError):
+        return max(children, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -57,15 +57,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a file or folder that is there for this process alone; the lock goes with the process, however it ends.
+def held(path: Path) -> Iterator[int]:
+    """Lock an existing file or folder for this process; yields the lock's descriptor.
 
-    Raises `BlockingIOError` if another process holds it.
+    The lock ends with the process, however that ends, or with the last process that inherits the descriptor.
+    Raises `BlockingIOError` if another process holds the lock.
     """
     lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield lock
     finally:
         os.close(lock)
 

@@ -13,7 +13,8 @@ from cogumi.core.stage import DECLARED, Stage
 
 STAGES: dict[str, str] = {
     "world": "cogumi.data.world.questions",
-    "files": "cogumi.data.sources.files",
+    "load": "cogumi.data.load",
+    "split": "cogumi.data.split",
     "tokenizer": "cogumi.data.train_tokenizer",
     "sft": "cogumi.train.sft",
     "respond": "cogumi.train.respond",
@@ -49,6 +50,11 @@ STAGES: dict[str, str] = {
     "compress_adapter": "cogumi.compress.compress_adapter",
 }
 
+REPLACED: dict[str, str] = {
+    "files": "'load' reads your files, and 'split' makes the five sets of what it read; write these two steps",
+}
+"""Stages of earlier versions, and what a recipe says instead."""
+
 ENGINES: dict[str, str] = {
     "llama": "cogumi.engine.llama.engine:LlamaEngine",
     "torch": "cogumi.engine.torch:TorchEngine",
@@ -74,6 +80,8 @@ def _import(module: str, wanted_by: str) -> ModuleType:
 
 def stage(name: str) -> Stage:
     """The stage module of that name; `RecipeError` names the nearest if there is none, or what the module lacks."""
+    if name in REPLACED:
+        raise RecipeError(f"there is no stage '{name}' any more: {REPLACED[name]}")
     if name not in STAGES:
         raise RecipeError(f"unknown stage '{name}'; {nearest(name, STAGES)}")
     module = _import(STAGES[name], f"stage '{name}'")

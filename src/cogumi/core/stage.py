@@ -51,6 +51,7 @@ class Stage(Protocol):
       `roles` are those that the recipe gives.
     - `estimate(config, given) -> Estimate`: what a step makes and takes, before it runs (see `core.estimate`).
     - `TRAINS = True`: `run` trains by `train.loop`, so several processes may run it together (see `pipeline.ranks`).
+    - `REPORTS = True`: its metrics, `report.md` and pictures are those of the whole build.
     """
 
     VERSION: int

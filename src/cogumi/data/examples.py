@@ -1,4 +1,7 @@
-"""Examples on disk: one JSON object per line, one file per split.
+"""Examples on disk: one JSON object per line, in one pool or in one file per split.
+
+An artifact of kind `pool` is a folder with `pool.jsonl`: examples that are not divided into sets yet. Stage `load`
+makes one, steps that select or change examples turn a pool into a pool, and stage `split` makes the sets.
 
 An artifact of kind `examples` is a folder with `<split>.jsonl` for every name in `SPLITS`. The five sets are
 disjoint and each has one use (DESIGN, data discipline): train; selection (early stopping,
@@ -20,6 +23,7 @@ from cogumi.core.errors import DataError
 from cogumi.core.types import Example, Message
 
 SPLITS = ("train", "selection", "fit", "threshold", "heldout")
+POOL = "pool.jsonl"
 
 
 def split_path(artifact: Path, split: str) -> Path:

@@ -39,6 +39,7 @@ VERSION = 3
 KIND = "report"
 INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
+REPORTS = True
 CONTROL = "control_"
 
 _WANTED = (

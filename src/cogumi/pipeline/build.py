@@ -1,318 +1,267 @@
-"""Runs a recipe: step after step, each into its own folder, skipping what is done, stopping at a failed gate.
+"""Runs a recipe: every step in its own folder, as soon as its inputs are done; stops at a failed step or gate.
 
-A step's fingerprint is a hash over its stage, version, config, seed and the fingerprints of its inputs. While
-it runs its folder holds `pending.json`; killed at any moment, the same command finds that file and lets the
-stage go on from its own checkpoint. Only a manifest, written last, makes a step done.
+Finished steps are skipped. Killed at any moment, the same command lets each interrupted stage go on from its own
+checkpoint (`step_folder`). Which process runs a step is the executor's business (`executors/`).
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from cogumi.core import artifact
-from cogumi.core.environment import environment, peak_rss_bytes, usable_threads
-from cogumi.core.errors import ArtifactError, CogumiError, RecipeError
-from cogumi.core.files import held, sha256, write_json
-from cogumi.core.registry import stage
-from cogumi.core.stage import CHECKPOINT, Context, Stage
+from cogumi.core.environment import peak_rss_bytes, usable_threads
+from cogumi.core.errors import CogumiError, GateError
+from cogumi.core.files import held, write_json
+from cogumi.core.registry import STAGES
+from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
-from cogumi.pipeline import ranks
-from cogumi.pipeline.input_checks import input_problems
+from cogumi.pipeline import ranks, step_folder
+from cogumi.pipeline.build_progress import Progress, Silent
+from cogumi.pipeline.executor import Executor, Inputs, Task
+from cogumi.pipeline.executors.in_process import InProcess
+from cogumi.pipeline.executors.local import LocalProcesses
+from cogumi.pipeline.failures import named
+from cogumi.pipeline.fingerprint import PlannedStep, digest, plan
+from cogumi.pipeline.graph import width
 from cogumi.pipeline.quality_gates import check_gate
-from cogumi.pipeline.recipe import LOGS, Recipe, Step, explain
+from cogumi.pipeline.recipe import LOGS, Recipe
 
-REPORT_STAGE = "report"
 PAGE = "report.md"
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
+HEADROOM = 2
+"""A step starts beside others only if this many times the largest memory of any step so far is available."""
+PATIENCE = 3.0
+"""Seconds to wait for the folder's lock: the processes of a build that was just killed need a moment to end."""
 
 
-class Progress(Protocol):
-    """Who watches a build. `started`, any number of `advanced`, then `finished`, for each step in turn."""
-
-    def started(self, step: str, stage: str, number: int, of: int, reason: str) -> None:
-        """Step `number` (from 1) begins; `reason` is empty, or says why work is continued or done again."""
-
-    def advanced(self, done: int, total: int | None, figures: Mapping[str, float]) -> None:
-        """`done` of `total` (None: unknown) units of work are behind us; `figures` are worth showing."""
-
-    def finished(self, seconds: float, skipped: bool, metrics: Mapping[str, Any]) -> None:
-        """The step is done; `skipped` if it had been done before."""
-
-
-class Silent:
-    """A `Progress` that shows nothing."""
-
-    def started(self, step: str, stage: str, number: int, of: int, reason: str) -> None:
-        """Show nothing."""
-
-    def advanced(self, done: int, total: int | None, figures: Mapping[str, float]) -> None:
-        """Show nothing."""
-
-    def finished(self, seconds: float, skipped: bool, metrics: Mapping[str, Any]) -> None:
-        """Show nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A step with everything that is known before it runs."""
-
-    step: Step
-    stage: Stage
-    config: BaseModel
-    fingerprint: str
-
-    @property
-    def trains(self) -> bool:
-        """Whether other processes may help: stages that train say `TRAINS = True`."""
-        return getattr(self.stage, "TRAINS", False)
-
-
-class Inputs(dict[str, Artifact]):
-    """Role -> artifact; a role that the recipe does not give is a `RecipeError`."""
-
-    def __missing__(self, role: str) -> Artifact:
-        raise RecipeError(f"the stage needs an input '{role}'; given: {', '.join(self) or 'none'}")
-
-
-def _digest(value: Any) -> str:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _with_content(value: Any, root: Path) -> Any:
-    """A config value with every path in it joined by the hash of what lies there."""
-    if isinstance(value, Mapping):
-        return {key: _with_content(item, root) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_content(item, root) for item in value]
-    if not isinstance(value, Path):
-        return value
-    path = root / value
-    if not path.exists():
-        raise RecipeError(f"there is no file {path}; check the path")
-    names = artifact.file_names(path) if path.is_dir() else [path.name]
-    folder = path if path.is_dir() else path.parent
-    return [value.as_posix(), {name: sha256(folder / name) for name in names}]
-
-
-def plan(recipe: Recipe, seed: int | None = None) -> list[Plan]:
-    """Check a whole recipe against its stages and fingerprint every step; `RecipeError` names the step."""
-    seed = recipe.seed if seed is None else seed
-    plans: dict[str, Plan] = {}
-    for step in recipe.steps:
-        where = f"recipe {recipe.name}, step '{step.name}'"
-        try:
-            module = stage(step.stage)
-            config = module.Config.model_validate(step.config)
-            kinds = {role: plans[name].stage.KIND for role, name in step.inputs.items()}
-            for problem in input_problems(module, config, kinds):
-                raise RecipeError(problem)
-            identity = {
-                "stage": step.stage,
-                "version": module.VERSION,
-                "config": _with_content(config.model_dump(), recipe.root),
-                "seed": seed,
-                "inputs": {role: plans[name].fingerprint for role, name in step.inputs.items()},
-            }
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
-        except ValidationError as error:
-            raise RecipeError(f"{where}: {explain(error, module.Config)}") from error
-        plans[step.name] = Plan(step, module, config, _digest(identity))
-    return list(plans.values())
-
-
-def _prepare(folder: Path, fingerprint: str) -> tuple[bool, str]:
-    """Bring a step's folder into a state to skip or to start from; returns (done, reason to tell)."""
-    reason = ""
-    if (folder / artifact.MANIFEST).exists():
-        try:
-            if artifact.load(folder).fingerprint == fingerprint:
-                artifact.verify(folder)
-                return True, ""
-            reason = "the recipe or an input changed"
-        except ArtifactError as error:
-            reason = str(error)
-    elif _pending(folder) == fingerprint:
-        for path in folder.iterdir():
-            if path.name not in (artifact.PENDING, CHECKPOINT):
-                _remove(path)
-        return False, "goes on where it was interrupted"
-    if folder.exists():
-        (folder / artifact.PENDING).unlink(missing_ok=True)  # first: half a folder must not look continuable
-        _remove(folder)
-    write_json(folder / artifact.PENDING, {"fingerprint": fingerprint})
-    return False, reason
-
-
-def _pending(folder: Path) -> str | None:
-    try:
-        value = json.loads((folder / artifact.PENDING).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value.get("fingerprint") if isinstance(value, dict) else None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-class _Named(AbstractContextManager[None]):
-    """Puts a name before what went wrong within, and says a full disk plainly, whoever met it.
-
-    Writers raise different exceptions for it (OSError, RuntimeError, safetensors' own): the text counts too.
-    """
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        full = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-        if full or (isinstance(error, Exception) and any(words in str(error) for words in _DISK_WORDS)):
-            raise CogumiError(
-                f"{self.name}: the disk is full while writing {self.folder} ({error}); free space and run "
-                "the same command again: finished steps are kept"
-            ) from error
-        if isinstance(error, CogumiError):
-            raise type(error)(f"{self.name}: {error}") from error
-
-
-@contextmanager
-def _only_build(folder: Path) -> Iterator[None]:
-    """Make the folder, and hold it for this build alone."""
-    with ExitStack() as lock:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".lock").touch()
-            lock.enter_context(held(folder / ".lock"))
-        except BlockingIOError:
-            raise CogumiError(f"another build is running in {folder}; wait for it or choose another folder") from None
-        except OSError as error:
-            raise CogumiError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
-        yield
-
-
-def _run_step(p: Plan, folder: Path, inputs: Inputs, context: Context) -> None:
-    """Run one stage and finish its folder; what it needed to go on is removed only when it is done."""
-    started = time.perf_counter()
-    metrics = p.stage.run(p.config, inputs, folder, context)
-    artifact.finish(
-        folder,
-        kind=p.stage.KIND,
-        fingerprint=p.fingerprint,
-        parents={role: parent.fingerprint for role, parent in inputs.items()},
-        metrics=metrics,
-        environment={**environment(context.threads), "peak_rss_bytes": peak_rss_bytes()},
-        seconds=time.perf_counter() - started,
-    )
-
-
-def build(recipe: Recipe, runs: Path, *, seed: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def build(
+    recipe: Recipe,
+    runs: Path,
+    *,
+    seed: int | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Run what is not done yet of a recipe in `runs/<recipe>` and return the report, also written there.
 
+    Up to `jobs` steps run side by side (None: as many as cores and recipe allow), each with its share of the threads.
     Raises `RecipeError` before anything runs, `GateError` at a failed gate, and what a stage raises, with its
     step named. Whatever is finished stays finished.
     """
     began = time.perf_counter()
     seed = recipe.seed if seed is None else seed
-    progress = Silent() if progress is None else progress
     plans = plan(recipe, seed)
     home = runs / recipe.folder
-    context = Context(seed, usable_threads(), recipe.root, progress.advanced)
-    done: dict[str, Artifact] = {}
-    rows: list[dict[str, Any]] = []
     if ranks.rank() > 0:
-        return _help(plans, home, context)
-    with _only_build(home), ranks.leading(home) as leader:
-        for number, p in enumerate(plans, 1):
-            name, folder = p.step.name, home / p.step.name
-            with _Named(f"step '{name}'", folder):
-                skipped, reason = _prepare(folder, p.fingerprint)
-                progress.started(name, p.step.stage, number, len(plans), reason)
-                if not skipped:
-                    inputs = Inputs({role: done[parent] for role, parent in p.step.inputs.items()})
-                    if p.trains:
-                        leader.train(name)
-                    _run_step(p, folder, inputs, replace(context, logs=home / LOGS / name))
-                for rest in (artifact.PENDING, CHECKPOINT):
-                    _remove(folder / rest)
-                done[name] = artifact.load(folder)
-            seconds = artifact.read_manifest(folder).seconds
-            progress.finished(seconds, skipped, done[name].metrics)
-            rows.append(
-                {
-                    "name": name,
-                    "stage": p.step.stage,
-                    "seconds": seconds,
-                    "skipped": skipped,
-                    "metrics": dict(done[name].metrics),
-                }
-            )
+        return _help(plans, home, seed, recipe.root)
+    with (
+        _only_build(home) as lock,
+        ranks.leading(home) as leader,
+        closing(_executor(recipe, jobs, lock)) as executor,
+    ):
+        run = _Run(plans, home, seed, recipe.root, executor, leader, progress or Silent())
+        run.to_the_end()
+        return _report(recipe, plans, home, run.rows, time.perf_counter() - began)
+
+
+@contextmanager
+def _only_build(folder: Path) -> Iterator[int]:
+    """Make the folder and lock it for this build; yields the lock's descriptor."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".lock").touch()
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    lock = stack.enter_context(held(folder / ".lock"))
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.1)
+        except BlockingIOError:
+            raise CogumiError(f"another build is running in {folder}; wait for it or choose another folder") from None
+        except OSError as error:
+            raise CogumiError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
+        yield lock
+
+
+def _executor(recipe: Recipe, jobs: int | None, lock: int) -> Executor:
+    """Where steps run: a function of recipe, machine and `jobs` only, since the bytes depend on the threads.
+
+    By default steps that could all use one GPU run one after another, as do those of a launch of several processes.
+    """
+    threads = usable_threads()
+    most = 1 if ranks.several() else min(width(recipe.graph), jobs or threads)
+    if most > 1 and jobs is None and _has_gpu():
+        most = 1
+    return LocalProcesses(most, max(1, threads // most), lock) if most > 1 else InProcess(threads)
+
+
+def _has_gpu() -> bool:
+    try:
+        from torch import cuda
+    except ModuleNotFoundError:
+        return False
+    return cuda.is_available()
+
+
+class _Run:
+    """The steps of one build: which are done, under way, or still to come."""
+
+    def __init__(
+        self,
+        plans: list[PlannedStep],
+        home: Path,
+        seed: int,
+        root: Path,
+        executor: Executor,
+        leader: ranks.Leader,
+        progress: Progress,
+    ) -> None:
+        self._waiting = {p.name: p for p in plans}
+        self._numbers = {p.name: number for number, p in enumerate(plans, 1)}
+        self._running: dict[str, PlannedStep] = {}
+        self._done: dict[str, Artifact] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._error: BaseException | None = None
+        self._peak = peak_rss_bytes()
+        self._home, self._seed, self._root = home, seed, root
+        self._executor, self._leader, self._progress = executor, leader, progress
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What the report says of each step, in the order of the recipe."""
+        return [self._rows[name] for name in self._numbers]
+
+    def to_the_end(self) -> None:
+        """Run all steps; raises the first error, when no step runs any more.
+
+        After an error nothing starts, but what runs is left to end: its work would be lost up to its last
+        checkpoint, and the user, who is told the error at once, can still stop it.
+        """
+        while self._waiting or self._running:
+            while (p := self._next()) is not None:
+                self._begin(p)
+            if self._running:
+                ended = self._executor.wait(self._progress)
+                p = self._running.pop(ended.step)
+                if ended.error is not None:
+                    self._fail(p, ended.error)
+                else:
+                    self._finish(p, skipped=False)
+            if self._error is not None and not self._running:
+                raise self._error
+
+    def _next(self) -> PlannedStep | None:
+        """The step to begin now: the first in the recipe's order whose inputs are done, if there is room for it."""
+        if self._error is not None or not self._executor.has_room(HEADROOM * self._peak):
+            return None
+        return next((p for p in self._waiting.values() if all(name in self._done for name in p.step.needs)), None)
+
+    def _begin(self, p: PlannedStep) -> None:
+        """Skip the step if it is done, else hand it to the executor."""
+        name, folder = p.name, self._home / p.name
+        del self._waiting[name]
+        try:
+            with named(f"step '{name}'", folder):
+                skipped, reason = step_folder.prepare(folder, p.fingerprint)
+        except Exception as error:
+            self._fail(p, error)
+            return
+        self._progress.started(name, p.step.stage, self._numbers[name], len(self._numbers), reason)
+        if skipped:
+            self._finish(p, skipped=True)
+            return
+        if p.trains:
+            self._leader.train(name)
+        self._running[name] = p
+        inputs = {role: self._done[parent].path for role, parent in p.step.inputs.items()}
+        logs = self._home / LOGS / name
+        self._executor.start(
+            Task(name, STAGES[p.step.stage], p.config, self._seed, self._root, inputs, folder, p.fingerprint, logs)
+        )
+
+    def _finish(self, p: PlannedStep, skipped: bool) -> None:
+        """Note what a step came to and check its gates."""
+        name, folder = p.name, self._home / p.name
+        try:
+            with named(f"step '{name}'", folder):
+                step_folder.clean(folder)
+                manifest, self._done[name] = artifact.read_manifest(folder), artifact.load(folder)
+        except Exception as error:
+            self._fail(p, error)
+            return
+        self._peak = max(self._peak, manifest.environment["peak_rss_bytes"])
+        self._progress.finished(name, manifest.seconds, skipped, manifest.metrics)
+        self._rows[name] = {
+            "name": name,
+            "stage": p.step.stage,
+            "seconds": manifest.seconds,
+            "skipped": skipped,
+            "metrics": manifest.metrics,
+        }
+        try:
             for gate in p.step.gates:
-                check_gate(name, gate, done)
-        return _report(recipe, plans, home, rows, time.perf_counter() - began)
+                check_gate(name, gate, self._done)
+        except GateError as error:
+            self._fail(p, error)
+
+    def _fail(self, p: PlannedStep, error: BaseException) -> None:
+        """Keep the first error for the end; say at once what a user would otherwise have to wait for."""
+        if self._running or self._error is not None:
+            self._progress.failed(p.name, str(error), list(self._running))
+        self._error = self._error or error
 
 
-def _help(plans: list[Plan], home: Path, context: Context) -> dict[str, Any]:
+def _help(plans: list[PlannedStep], home: Path, seed: int, root: Path) -> dict[str, Any]:
     """Train along with process 0 wherever it trains; it alone writes artifacts, and there is nothing to report."""
-    by_name = {p.step.name: p for p in plans}
-    quiet = replace(context, progress=lambda done, total, figures: None)
+    by_name = {p.name: p for p in plans}
+    context = Context(seed, usable_threads(), root, lambda done, total, figures: None)
     for name in ranks.steps_to_join(home):
         p = by_name[name]
         inputs = Inputs({role: artifact.load(home / parent) for role, parent in p.step.inputs.items()})
         with ranks.helping(home, name) as folder:
-            p.stage.run(p.config, inputs, folder, quiet)
+            p.stage.run(p.config, inputs, folder, context)
     return {}
 
 
 def _report(
-    recipe: Recipe, plans: list[Plan], home: Path, rows: list[dict[str, Any]], seconds: float
+    recipe: Recipe, plans: list[PlannedStep], home: Path, rows: list[dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
-    """Write `report.json`: the report step's figures at top level, its page and pictures beside it.
+    """Write `report.json`: the figures of the step that reports at top level, its page and pictures beside it.
 
-    A recipe that extends another leaves that one's report as it is, and writes `<recipe>-report.json`.
+    `seconds` is the time of this build, `build_seconds` the sum over its steps. A recipe that extends another leaves
+    that one's report as it is, and writes `<recipe>-report.json`.
     """
     own = recipe.name == recipe.folder
-    manifests = [artifact.read_manifest(home / p.step.name) for p in plans]
+    manifests = [artifact.read_manifest(home / p.name) for p in plans]
     report: dict[str, Any] = {}
     for p, manifest in zip(plans, manifests, strict=True):
-        if p.step.stage == REPORT_STAGE:
+        if p.reports:
             report |= manifest.metrics
             for name in manifest.files if own else ():
                 if name == PAGE or ("/" not in name and name.endswith(".png")):
-                    shutil.copyfile(home / p.step.name / name, home / name)
+                    shutil.copyfile(home / p.name / name, home / name)
     peaks = [m.environment["peak_rss_bytes"] for m in manifests]
     report |= {
         "recipe": recipe.name,
-        "fingerprint": _digest([p.fingerprint for p in plans]),
+        "fingerprint": digest([p.fingerprint for p in plans]),
         "seconds": round(seconds, 3),
         "build_seconds": round(sum(m.seconds for m in manifests), 3),
         "peak_rss_bytes": max(peak_rss_bytes(), *peaks),
         "steps": rows,
         "pages": [
-            str(home / p.step.name / PAGE)
+            str(home / p.name / PAGE)
             for p, manifest in zip(plans, manifests, strict=True)
-            if PAGE in manifest.files and not (own and p.step.stage == REPORT_STAGE)
+            if PAGE in manifest.files and not (own and p.reports)
         ],
     }
-    with _Named("report", home):
+    with named("report", home):
         write_json(home / ("report.json" if own else f"{recipe.name}-report.json"), report)
     return report

@@ -1,4 +1,4 @@
-"""Quality gates: a bound on a step's metric, alone or relative to an earlier step's (SPEC H1)."""
+"""Quality gates: a bound on a step's metric, alone or relative to the same metric of another step (SPEC H1)."""
 
 from __future__ import annotations
 

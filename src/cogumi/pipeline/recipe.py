@@ -1,4 +1,4 @@
-"""A recipe: the list of steps that makes a cascade, read from YAML.
+"""A recipe: the steps that make a cascade, read from YAML.
 
 A wrong one is refused before anything runs. Errors are one line that names the place and, for an unknown
 name, the nearest known one.
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from cogumi.core.errors import RecipeError
 from cogumi.core.registry import nearest
+from cogumi.pipeline.graph import in_order
 
 LOGS = "logs"
 """The folder beside the steps' folders where training writes what TensorBoard shows."""
@@ -26,7 +27,7 @@ FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 class GateSpec(BaseModel):
     """A bound on one metric, given by its dotted path.
 
-    With `relative_to` the bound multiplies the same metric of that earlier step.
+    With `relative_to` the bound multiplies the same metric of that step, which then runs first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,7 +44,7 @@ class GateSpec(BaseModel):
 
 
 class Step(BaseModel):
-    """One run of a stage; `inputs` maps the stage's roles to earlier steps."""
+    """One run of a stage; `inputs` maps the stage's roles to other steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: FolderName
@@ -52,12 +53,18 @@ class Step(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
     gates: list[GateSpec] = Field(default_factory=list)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The steps that must be done before this one: its inputs, and those that its gates compare it with."""
+        compared = (gate.relative_to for gate in self.gates if gate.relative_to is not None)
+        return tuple(dict.fromkeys((*self.inputs.values(), *compared)))
+
 
 class Recipe(BaseModel):
-    """Steps in the order they run. `root` is where relative paths in their configs start.
+    """Steps, sorted so that each comes after those it needs. `root` is where relative paths in their configs start.
 
-    One that `extends` another (a built-in name, or a file beside it) goes on after its steps, in the same folder and
-    with its seed.
+    The YAML file may list the steps in any order. A recipe that `extends` another (a built-in name, or a file beside
+    it) adds steps to it, builds in its folder and uses its seed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,27 +86,31 @@ class Recipe(BaseModel):
         """The name of the folder that its steps are built in."""
         return self._folder or self.name
 
-    @model_validator(mode="after")
-    def _only_earlier_steps(self) -> Recipe:
-        earlier: list[str] = []
-        for step in self.steps:
-            if step.name in earlier:
+    @property
+    def graph(self) -> dict[str, tuple[str, ...]]:
+        """Each step with the steps it waits for."""
+        return {step.name: step.needs for step in self.steps}
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: list[Step]) -> list[Step]:
+        by_name: dict[str, Step] = {}
+        for step in steps:
+            if step.name in by_name:
                 raise ValueError(f"step '{step.name}': there are two steps of this name")
             if step.name == LOGS:
                 raise ValueError(f"step '{step.name}': the folder of training curves has this name; choose another")
-            for role, name in step.inputs.items():
-                if name not in earlier:
-                    hint = nearest(name, earlier)
-                    raise ValueError(f"step '{step.name}': input '{role}' is not an earlier step: '{name}'; {hint}")
-            for gate in step.gates:
-                if gate.relative_to is not None and gate.relative_to not in earlier:
-                    hint = nearest(gate.relative_to, earlier)
-                    raise ValueError(
-                        f"step '{step.name}': gate on '{gate.metric}': relative_to is not an earlier step: "
-                        f"'{gate.relative_to}'; {hint}"
-                    )
-            earlier.append(step.name)
-        return self
+            by_name[step.name] = step
+        for step in steps:
+            named = {f"input '{role}'": name for role, name in step.inputs.items()}
+            named |= {
+                f"gate on '{g.metric}': relative_to": g.relative_to for g in step.gates if g.relative_to is not None
+            }
+            for what, name in named.items():
+                if name not in by_name:
+                    hint = nearest(name, by_name.keys() - {step.name})
+                    raise ValueError(f"step '{step.name}': {what} is not a step of this recipe: '{name}'; {hint}")
+        return [by_name[name] for name in in_order({step.name: step.needs for step in steps})]
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -195,7 +206,7 @@ def parse_recipe(text: str, where: str, root: Path, above: tuple[str, ...] = ())
 
 
 def _extended(data: dict[str, Any], where: str, root: Path, above: tuple[str, ...]) -> Recipe | None:
-    """Put the steps of the recipe that `data` extends before its own."""
+    """Put the steps of the recipe that `data` extends before its own; returns that recipe, or None."""
     name, steps = data.get("extends"), data.get("steps")
     if not isinstance(name, str) or not isinstance(steps, list):
         return None

@@ -15,12 +15,11 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from cogumi.core.errors import DataError
-from cogumi.core.files import write_text
 from cogumi.core.types import Example, Message
 from cogumi.data.examples import example_id, to_line
 from cogumi.grading.checks import check_problem
@@ -49,20 +48,15 @@ def load(path: Path, domain: str = "general") -> tuple[list[Example], list[Rejec
     examples = [row for row in rows if isinstance(row, Example)]
     rejected = [row for row in rows if isinstance(row, Rejected)]
     if not examples:
-        raise DataError(no_usable_row(str(path), rejected))
+        raise DataError(no_usable_row(str(path), len(rejected), rejected[0] if rejected else None))
     return examples, rejected
 
 
-def no_usable_row(where: str, rejected: list[Rejected]) -> str:
-    """What to say of input without a single example."""
-    if not rejected:
+def no_usable_row(where: str, rejected: int, first: Rejected | None) -> str:
+    """The message for input without a single example: how many rows were rejected, and the first of them."""
+    if first is None:
         return f"{where} is empty: give a file with at least one row"
-    return f"{where} has no usable row; {len(rejected)} were rejected, the first is {rejected[0]}"
-
-
-def write_rejected(path: Path, rejected: list[Rejected]) -> None:
-    """List rejected rows, one JSON object {"file", "line", "reason"} per line."""
-    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rejected))
+    return f"{where} has no usable row; {rejected} were rejected, the first is {first}"
 
 
 def iterate(path: Path, domain: str = "general") -> Iterator[Example | Rejected]:

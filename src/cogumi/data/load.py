@@ -1,0 +1,77 @@
+"""Stage `load`: a user's own files become a pool of examples (SPEC A1)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.core.errors import DataError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import RowFacts
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact, Example
+from cogumi.data.examples import POOL, to_line
+from cogumi.data.sources.question_files import Rejected, iterate, no_usable_row
+
+VERSION = 1
+KIND = "pool"
+INPUTS: dict[str, str] = {}
+REJECTED_FILE = "rejected.jsonl"
+
+_ROWS_PER_REPORT = 1_000
+
+
+class Config(BaseModel):
+    """`files` lists paths by domain; a row's own "domain" wins."""
+
+    model_config = ConfigDict(extra="forbid")
+    files: dict[str, list[Path]] = Field(min_length=1)
+
+
+def _rows(config: Config, root: Path) -> Iterator[Example | Rejected]:
+    for domain, paths in config.files.items():
+        for path in paths:
+            yield from iterate(root / path, domain)
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """Lengths of the rows, by reading the files; nothing if one is missing or no row can be used."""
+    if not all((given.root / path).is_file() for paths in config.files.values() for path in paths):
+        return Estimate()
+    pairs = [
+        (sum(len(m.content.encode()) for m in row.messages), len(row.answer.encode()))
+        for row in _rows(config, given.root)
+        if isinstance(row, Example)
+    ]
+    return Estimate((RowFacts.of(pairs, len(pairs)) if pairs else None,))
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """Files -> `pool.jsonl` and `rejected.jsonl`, whatever their size; DataError if no row is usable.
+
+    A rejected row is {"file", "line", "reason"}.
+    """
+    domains, rejected = Counter[str](), 0
+    first: Rejected | None = None
+    with (
+        open(out / POOL, "w", encoding="utf-8", newline="\n") as pool,
+        open(out / REJECTED_FILE, "w", encoding="utf-8", newline="\n") as refused,
+    ):
+        for done, row in enumerate(_rows(config, context.root), 1):
+            if isinstance(row, Rejected):
+                refused.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+                rejected, first = rejected + 1, first or row
+            else:
+                pool.write(to_line(row))
+                domains[row.domain] += 1
+            if done % _ROWS_PER_REPORT == 0:
+                context.progress(done, None, {"rejected": rejected})
+    if not domains:
+        raise DataError(no_usable_row("the files of this recipe", rejected, first))
+    return {"rows": domains.total(), "domains": dict(sorted(domains.items())), "rejected": rejected}

@@ -1,0 +1,75 @@
+"""Stage `split`: a pool of examples becomes the five disjoint sets (SPEC A1).
+
+Each question belongs to one set by a hash of its normalised text and the seed: however often and wherever it
+occurs, it stays there. So the five sets share no question, and new rows move no old one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cogumi.core.errors import DataError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import RowFacts
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+from cogumi.data.examples import POOL, SPLITS, iterate_examples, normalised_question, split_of, split_path, to_line
+
+VERSION = 1
+KIND = "examples"
+INPUTS = {"pool": "pool"}
+
+_ROWS_PER_REPORT = 1_000
+
+Share = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """Relative shares of the five sets, in questions."""
+
+    model_config = ConfigDict(extra="forbid")
+    train: Share = 60
+    selection: Share = 5
+    fit: Share = 12
+    threshold: Share = 12
+    heldout: Share = 11
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The pool's rows, of which the training set gets its share."""
+    pool = given.find("pool", RowFacts)
+    if pool is None:
+        return Estimate()
+    share = config.train / sum(getattr(config, name) for name in SPLITS)
+    return Estimate((replace(pool, count=int(share * pool.count)),))
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """`pool` -> `<split>.jsonl` for every set, whatever its size; DataError if a set stays empty."""
+    shares = {name: int(getattr(config, name)) for name in SPLITS}
+    rows, domains = Counter(dict.fromkeys(SPLITS, 0)), Counter[str]()
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(open(split_path(out, name), "w", encoding="utf-8", newline="\n"))
+            for name in SPLITS
+        }
+        for done, example in enumerate(iterate_examples(inputs["pool"].path / POOL), 1):
+            name = split_of(normalised_question(example.messages), shares, context.seed)
+            files[name].write(to_line(example))
+            rows[name] += 1
+            domains[example.domain] += 1
+            if done % _ROWS_PER_REPORT == 0:
+                context.progress(done, None, {})
+    if empty := [name for name in SPLITS if not rows[name]]:
+        raise DataError(
+            f"{rows.total()} usable rows leave nothing for {', '.join(empty)}: "
+            "give more rows, or these sets a larger share"
+        )
+    return {"rows": dict(rows), "domains": dict(sorted(domains.items()))}

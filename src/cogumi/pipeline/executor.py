@@ -1,0 +1,96 @@
+"""What an executor is: something that runs steps, here or elsewhere, one or several at a time.
+
+The build decides which steps may run; an executor decides in which process a step runs and with how many threads. The
+number of threads never depends on timing, so that an interrupted build ends with the bytes of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import BaseModel
+
+from cogumi.core import artifact
+from cogumi.core.environment import environment, peak_rss_bytes
+from cogumi.core.errors import RecipeError
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+from cogumi.pipeline.build_progress import Progress
+from cogumi.pipeline.failures import named
+
+
+class Inputs(dict[str, Artifact]):
+    """Role -> artifact; a role that the recipe does not give is a `RecipeError`."""
+
+    def __missing__(self, role: str) -> Artifact:
+        raise RecipeError(f"the stage needs an input '{role}'; given: {', '.join(self) or 'none'}")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Everything that is needed to run one step; it can be pickled and sent to another process.
+
+    `module` is the stage's; `inputs` are the folders of finished steps by role; `folder` is prepared for the step.
+    """
+
+    step: str
+    module: str
+    config: BaseModel
+    seed: int
+    root: Path
+    inputs: Mapping[str, Path]
+    folder: Path
+    fingerprint: str
+    logs: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of a task: `error` is None if the step's folder now has its manifest."""
+
+    step: str
+    error: BaseException | None
+
+
+class Executor(Protocol):
+    """Runs steps. The build asks `has_room`, then starts a step, and waits when nothing more can start."""
+
+    def has_room(self, memory: int) -> bool:
+        """Whether a further step, which may need so many bytes of memory, can start now; true if nothing runs."""
+
+    def start(self, task: Task) -> None:
+        """Begin a step."""
+
+    def wait(self, progress: Progress) -> Ended:
+        """Wait until one of the steps under way ends; tell `progress` meanwhile how far all of them are."""
+
+    def close(self) -> None:
+        """End at once whatever still runs."""
+
+
+def run_task(task: Task, threads: int, progress: Callable[[int, int | None, Mapping[str, float]], None]) -> None:
+    """Run one step in this process and write its manifest; errors name the step."""
+    with named(f"step '{task.step}'", task.folder):
+        stage = importlib.import_module(task.module)
+        inputs = Inputs({role: artifact.load(folder) for role, folder in task.inputs.items()})
+        if torch := sys.modules.get("torch"):  # a stage that ran before in this process may have changed it
+            torch.set_num_threads(threads)
+        started = time.perf_counter()
+        metrics = stage.run(
+            task.config, inputs, task.folder, Context(task.seed, threads, task.root, progress, task.logs)
+        )
+        artifact.finish(
+            task.folder,
+            kind=stage.KIND,
+            fingerprint=task.fingerprint,
+            parents={role: parent.fingerprint for role, parent in inputs.items()},
+            metrics=metrics,
+            environment={**environment(threads), "peak_rss_bytes": peak_rss_bytes()},
+            seconds=time.perf_counter() - started,
+        )

@@ -1,0 +1,1 @@
+"""Executors, one per module: where the steps of a recipe run."""

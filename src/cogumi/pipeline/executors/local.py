@@ -1,0 +1,141 @@
+"""Runs steps side by side in worker processes of this machine, each with its share of the threads.
+
+A worker lives as long as the build, since importing the training libraries takes seconds. It is a fresh interpreter
+(never a fork), and starts when it is first needed. `worker.py` is the other end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import connection
+
+from cogumi.core.environment import available_memory
+from cogumi.core.errors import CogumiError
+from cogumi.pipeline.build_progress import Progress
+from cogumi.pipeline.executor import Ended, Task
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+"""What libraries read, when they are loaded, to know how many threads to use."""
+LOOK_EVERY = 1.0
+"""Seconds after which a worker that sends nothing is checked for being alive."""
+
+
+class _Worker:
+    """A worker process and the pipes to it; `task` is the step it runs, if any."""
+
+    def __init__(self, threads: int, lock: int) -> None:
+        self.task: Task | None = None
+        self._partial = b""
+        self.connection, theirs = connection.Pipe()
+        # The worker finds modules where this process does, also in folders that were added to sys.path.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+        command = [sys.executable, "-m", "cogumi.pipeline.executors.worker", *map(str, (theirs.fileno(), threads))]
+        with theirs:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(theirs.fileno(), lock),
+            )
+        assert self.process.stdout is not None
+        self.output = self.process.stdout.fileno()
+        os.set_blocking(self.output, False)
+
+    def lines(self) -> Iterator[str]:
+        """Whole lines that the worker has printed and that were not read yet."""
+        with suppress(BlockingIOError):
+            while piece := os.read(self.output, 1 << 16):
+                *whole, self._partial = (self._partial + piece).split(b"\n")
+                for line in whole:
+                    yield line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")  # as a terminal shows it
+
+    def end(self) -> int:
+        """Kill the process if it still runs; returns its exit status, negative for a signal."""
+        self.process.kill()
+        status = self.process.wait()
+        self.connection.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+
+def _death(step: str, status: int) -> CogumiError:
+    """The error for a worker that ended in the middle of a step."""
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    why = ", as the system does when memory runs out (--jobs 1 needs less)" if status == -signal.SIGKILL else ""
+    return CogumiError(
+        f"step '{step}': its process {how}{why}; run the same command again to go on: finished steps are kept"
+    )
+
+
+class LocalProcesses:
+    """An `Executor` with up to `jobs` worker processes of `threads` threads each.
+
+    `lock` is the descriptor of the build's lock. Workers inherit it, so the folder stays locked until the last process
+    that may write to it has ended, even if this one is killed.
+    """
+
+    def __init__(self, jobs: int, threads: int, lock: int) -> None:
+        self._jobs, self._threads, self._lock = jobs, threads, lock
+        self._workers: list[_Worker] = []
+
+    def _busy(self) -> dict[_Worker, Task]:
+        return {worker: worker.task for worker in self._workers if worker.task is not None}
+
+    def has_room(self, memory: int) -> bool:
+        """Whether nothing runs, or a worker is free and so much memory is available."""
+        busy = self._busy()
+        return not busy or (len(busy) < self._jobs and available_memory() >= memory)
+
+    def start(self, task: Task) -> None:
+        """Give the step to an idle worker, or to a new one."""
+        for worker in self._workers:
+            if worker.task is None and worker.process.poll() is None:
+                break
+        else:
+            worker = _Worker(self._threads, self._lock)
+            self._workers.append(worker)
+        worker.task = task
+        with suppress(BrokenPipeError):  # it has just died: `wait` finds out
+            worker.connection.send(task)
+
+    def wait(self, progress: Progress) -> Ended:
+        """Pass on what the workers send and print, until a step ends or its worker dies."""
+        while True:
+            busy = self._busy()
+            pipes = [pipe for worker in busy for pipe in (worker.connection, worker.output)]
+            connection.wait(pipes, LOOK_EVERY)
+            for worker, task in busy.items():
+                dead = worker.process.poll() is not None  # asked first: what it sent before is still read
+                ended = self._receive(worker, task, progress)
+                for line in worker.lines():
+                    progress.printed(task.step, line)
+                if ended is None and dead:
+                    self._workers.remove(worker)
+                    ended = Ended(task.step, _death(task.step, worker.end()))
+                if ended is not None:
+                    worker.task = None
+                    return ended
+
+    def _receive(self, worker: _Worker, task: Task, progress: Progress) -> Ended | None:
+        """Read the worker's messages; the end of its step if that is among them."""
+        with suppress(EOFError, OSError):  # the worker died, perhaps in the middle of a message
+            while worker.connection.poll():
+                message = worker.connection.recv()
+                if isinstance(message, Ended):
+                    return message
+                progress.advanced(task.step, *message)
+        return None
+
+    def close(self) -> None:
+        """Kill all workers; a step under way goes on from its checkpoint in the next build."""
+        while self._workers:
+            self._workers.pop().end()

@@ -1,0 +1,70 @@
+"""A worker process of `local.py`: runs one step after another, as the build asks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from cogumi.pipeline.executor import Ended, Task, run_task
+
+_PR_SET_PDEATHSIG = 1
+_LOOK_EVERY = 0.5  # seconds
+
+
+def _end_with_parent() -> None:
+    """End when the parent process does, however it ends: at once on Linux, within half a second elsewhere."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, or a plain one with its text if it cannot be sent to another process."""
+    where = "".join(traceback.format_exception(error))
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"In the step's process:\n{where}")
+    return error
+
+
+def _run(task: Task, threads: int, connection: Connection[Any, Any]) -> Ended:
+    try:
+        run_task(task, threads, lambda done, total, figures: connection.send((done, total, dict(figures))))
+    except Exception as error:
+        return Ended(task.step, _portable(error))
+    return Ended(task.step, None)
+
+
+def main(descriptor: int, threads: int) -> None:
+    """Serve the build at the other end of the connection until that is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the build ends its workers
+    _end_with_parent()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed is shown as it comes
+    connection: Connection[Any, Any] = Connection(descriptor)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(_run(task, threads, connection))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""The graph of steps: order, cycles, and how many can run at once."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogumi.pipeline.graph import in_order, width
+from cogumi.pipeline.recipe import load_recipe
+
+
+@st.composite
+def graphs(draw):
+    """Acyclic graphs whose keys are in any order."""
+    names = [str(i) for i in range(draw(st.integers(1, 7)))]
+    needs = {name: draw(st.lists(st.sampled_from(names[:i]), unique=True)) if i else [] for i, name in enumerate(names)}
+    return {name: needs[name] for name in draw(st.permutations(names))}
+
+
+def reachable(graph, step):
+    return {step}.union(*(reachable(graph, needed) for needed in graph[step]))
+
+
+@given(graphs())
+def test_every_step_comes_after_those_it_needs_and_no_later_than_it_must(graph):
+    order = in_order(graph)
+    assert sorted(order) == sorted(graph)
+    keys = list(graph)
+    for i, step in enumerate(order):
+        ready = [one for one in keys if one not in order[:i] and set(graph[one]) <= set(order[:i])]
+        assert step == ready[0]
+    assert in_order({step: graph[step] for step in order}) == order  # a recipe that is in order stays as it is
+
+
+@given(graphs())
+def test_width_is_the_largest_set_of_independent_steps(graph):
+    above = {step: reachable(graph, step) for step in graph}
+
+    def independent(steps):
+        return all(a not in above[b] and b not in above[a] for a, b in combinations(steps, 2))
+
+    sizes = [n for n in range(1, len(graph) + 1) if any(map(independent, combinations(graph, n)))]
+    assert width(graph) == max(sizes)
+
+
+def test_a_cycle_is_named_without_the_steps_that_only_lead_to_it():
+    graph = {"start": (), "late": ("b",), "a": ("start", "c"), "b": ("a",), "c": ("b",)}
+    with pytest.raises(
+        ValueError, match=r"^the steps form a cycle: 'b' needs 'a' and 'a' needs 'c' and 'c' needs 'b'; "
+    ):
+        in_order(graph)
+
+
+def test_steps_of_the_tiny_recipe_that_can_run_at_once():
+    """Modifiers and their controls, the draft, the base's export, the two nets that need nothing."""
+    assert width(load_recipe("tiny").graph) >= 10

@@ -1,0 +1,270 @@
+"""Steps side by side in worker processes: order, threads, kill, failure, output, memory."""
+
+import os
+import re
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cogumi.core import artifact, registry
+from cogumi.core.errors import CogumiError, GateError, TrainingError
+from cogumi.core.files import held
+from cogumi.pipeline import build as build_module
+from cogumi.pipeline.build import build
+from cogumi.pipeline.build_progress import Silent
+from cogumi.pipeline.executors.in_process import InProcess
+from cogumi.pipeline.executors.local import LocalProcesses
+from cogumi.pipeline.recipe import parse_recipe
+from support.toy_builds import contents, finish, recipe, start, step, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(registry.STAGES, "toy", "support.toy")
+    monkeypatch.setitem(registry.STAGES, "actor", "support.actor")
+
+
+class Log(Silent):
+    """Everything that a build tells, as tuples; `on` may act on an event."""
+
+    def __init__(self, on=lambda event: None):
+        self.events, self.on = [], on
+
+    def _note(self, *event):
+        self.events.append(event)
+        self.on(event)
+
+    def started(self, step, stage, number, of, reason):
+        self._note("started", step)
+
+    def advanced(self, step, done, total, figures):
+        self._note("advanced", step, dict(figures))
+
+    def printed(self, step, line):
+        self._note("printed", step, line)
+
+    def finished(self, step, seconds, skipped, metrics):
+        self._note("finished", step)
+
+    def failed(self, step, reason, running):
+        self._note("failed", step, reason, running)
+
+
+def actor(name, **config):
+    return step(name, stage="actor", **config)
+
+
+def test_independent_steps_run_at_the_same_time_and_others_after_their_inputs(tmp_path):
+    """Each of the pair ends only when the other is under way."""
+    files = {name: str(tmp_path / name) for name in ("left", "right")}
+    pair = [actor(name, arrive=file, wait_for=list(files.values())) for name, file in files.items()]
+    after = step("after", inputs={"l": "left", "r": "right"})
+    log = Log()
+    report = build(recipe(after, *pair), tmp_path / "runs", jobs=2, progress=log)
+    assert [row["name"] for row in report["steps"]] == ["left", "right", "after"]
+    events = [event for event in log.events if event[0] in ("started", "finished")]
+    assert events[:2] == [("started", "left"), ("started", "right")]
+    assert sorted(events[2:4]) == [("finished", "left"), ("finished", "right")]
+    assert events[4:] == [("started", "after"), ("finished", "after")]
+    left, right, last = (row["metrics"]["pid"] for row in report["steps"])
+    assert left != right
+    assert last in (left, right)  # a worker serves one step after another
+    assert not {left, right} & {os.getpid()}
+    assert not any(Path(f"/proc/{pid}").exists() for pid in (left, right))
+    assert report["build_seconds"] == pytest.approx(sum(row["seconds"] for row in report["steps"]), abs=0.01)
+
+
+def test_threads_are_a_function_of_recipe_machine_and_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "usable_threads", lambda: 7)
+    steps = [step("a"), step("b"), step("c", inputs={"a": "a"})]
+    for jobs, threads in ((1, 7), (2, 3), (5, 3)):  # never more processes than the two steps that can run at once
+        report = build(recipe(*steps), tmp_path / str(jobs), jobs=jobs)
+        manifests = [artifact.read_manifest(tmp_path / str(jobs) / "small" / name) for name in "abc"]
+        assert [m.environment["threads"] for m in manifests] == [threads] * 3
+        assert len({row["metrics"]["pid"] for row in report["steps"]}) == min(jobs, 2)
+    # Libraries in a worker see the share too.
+    assert {row["metrics"]["usable_threads"] for row in report["steps"]} == {min(3, len(os.sched_getaffinity(0)))}
+
+
+def test_one_job_a_chain_or_a_launch_of_several_processes_stay_in_this_process(tmp_path, monkeypatch):
+    def executor(*steps, jobs=None):
+        return type(build_module._executor(recipe(*steps), jobs, 0))
+
+    pair, chain = (step("a"), step("b")), (step("a"), step("b", inputs={"a": "a"}))
+    monkeypatch.setattr(build_module, "_has_gpu", lambda: False)
+    assert executor(*pair, jobs=2) is LocalProcesses
+    assert executor(*pair, jobs=1) is InProcess
+    assert executor(*chain, jobs=2) is InProcess
+    monkeypatch.setattr(build_module, "usable_threads", lambda: 4)
+    assert executor(*pair) is LocalProcesses
+    monkeypatch.setattr(build_module, "_has_gpu", lambda: True)
+    assert executor(*pair) is InProcess
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert executor(*pair, jobs=2) is InProcess
+
+
+def test_bytes_do_not_depend_on_jobs_nor_on_kills(tmp_path):
+    slow = {"steps": 8, "delay": 0.03}
+    steps = [step("a", **slow), step("b", **slow), step("c", inputs={"w": "a"}, **slow)]
+    steps.append(step("d", inputs={"x": "b", "y": "c"}, **slow))
+    path = write_recipe(tmp_path, *steps)
+    build(parse_recipe(path.read_text(), "small", tmp_path), tmp_path / "calm", jobs=1)
+    killed = 0
+    moments = (r"advanced b 3", r"finished \w+ False", r"started d")
+    for moment in moments:
+        process = start(path, tmp_path / "stormy", jobs=2)
+        while (line := process.stdout.readline()) and not re.match(moment, line):
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        killed += finish(process)[0] == -signal.SIGKILL
+    code, _, err = finish(start(path, tmp_path / "stormy", jobs=2))
+    assert (code, err) == (0, "")
+    assert killed  # on a busy machine a build may end before this process has read its line
+    assert contents(tmp_path / "stormy") == contents(tmp_path / "calm")
+
+
+def test_workers_end_with_a_build_that_is_killed_and_the_folder_is_free_again(tmp_path):
+    path = write_recipe(tmp_path, step("a", steps=2000, delay=0.05), step("b", steps=2000, delay=0.05))
+    process = start(path, tmp_path / "runs", jobs=2)
+    seen = set()
+    while len(seen) < 2:
+        line = process.stdout.readline().split()
+        if line[0] == "advanced":
+            seen.add(line[1])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    lock = tmp_path / "runs/small/.lock"
+    with pytest.raises(BlockingIOError), held(lock):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with held(lock):
+        pass
+
+
+def test_a_worker_that_is_killed_ends_the_build_with_its_step_named(tmp_path):
+    steps = [actor("a", wait_for=["nothing"]), step("b")]
+    pids, seen = [], set()
+
+    def kill(event):
+        if event[:2] == ("advanced", "a"):
+            pids.append(event[2]["pid"])
+            seen.add("a")
+        elif event == ("finished", "b"):
+            seen.add("b")
+        if seen == {"a", "b"}:
+            seen.clear()
+            os.kill(pids[0], signal.SIGKILL)
+
+    with pytest.raises(CogumiError) as caught:
+        build(recipe(*steps), tmp_path, jobs=2, progress=Log(kill))
+    said = str(caught.value)
+    assert said.startswith("step 'a': its process was killed by SIGKILL, as the system does when memory runs out")
+    assert said.endswith("run the same command again to go on: finished steps are kept")
+    assert artifact.verify(tmp_path / "small/b")
+    assert not (tmp_path / "small/a/manifest.json").exists()
+
+
+def test_a_worker_that_exits_ends_the_build_with_its_status(tmp_path):
+    with pytest.raises(CogumiError, match=r"^step 'a': its process ended with exit status 3; run the same command"):
+        build(recipe(actor("a", exits=3), step("b")), tmp_path, jobs=2)
+
+
+@pytest.mark.parametrize("kind", ["gate", "stage"])
+def test_after_a_failure_running_steps_end_and_nothing_starts(tmp_path, kind):
+    """The slow step ends only once the failure has been told."""
+    told = tmp_path / "told"
+    gate = {"metric": "score", "at_least": 0.6}
+    bad = step("bad", gates=[gate]) if kind == "gate" else step("bad", fail=True)
+    steps = [
+        actor("slow", wait_for=[str(told)]),
+        bad,
+        step("never", inputs={"w": "slow"}),
+        step("nor", inputs={"w": "bad"}),
+    ]
+
+    def tell(event):
+        if event[0] == "failed":
+            told.touch()
+
+    log = Log(tell)
+    with pytest.raises(GateError if kind == "gate" else TrainingError, match=r"^step 'bad'"):
+        build(recipe(*steps), tmp_path / "runs", jobs=2, progress=log)
+    (failed,) = [event for event in log.events if event[0] == "failed"]
+    assert failed[1] == "bad"
+    assert failed[2].startswith("step 'bad'")
+    assert failed[3] == ["slow"]
+    assert log.events[-1] == ("finished", "slow")
+    home = tmp_path / "runs/small"
+    assert artifact.verify(home / "slow")
+    assert not (home / "never").exists()
+    assert not (home / "nor").exists()
+    assert (home / "bad/manifest.json").exists() == (kind == "gate")
+    again = build(recipe(steps[0], step("bad"), *steps[2:]), tmp_path / "runs", jobs=2)
+    assert [row["skipped"] for row in again["steps"]] == [True, kind == "gate", False, False]
+
+
+def test_an_unforeseen_error_keeps_its_type_and_the_traceback_of_the_worker(tmp_path):
+    with pytest.raises(ZeroDivisionError) as caught:
+        build(recipe(actor("a", divide_by=0), step("b")), tmp_path, jobs=2)
+    assert "actor.py" in caught.value.__notes__[0]
+
+
+def test_what_a_step_prints_is_passed_on(tmp_path):
+    log = Log()
+    build(recipe(actor("a", prints="50%\r100%\nhello\n"), step("b")), tmp_path, jobs=2, progress=log)
+    assert [event for event in log.events if event[0] == "printed"] == [
+        ("printed", "a", "100%"),
+        ("printed", "a", "hello"),
+    ]
+
+
+def test_a_step_waits_while_memory_is_short(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogumi.pipeline.executors.local.available_memory", lambda: 1000)
+    log = Log()
+    build(recipe(step("a"), step("b"), step("c")), tmp_path, jobs=3, progress=log)
+    events = [event[:2] for event in log.events if event[0] != "advanced"]
+    assert events == [(what, name) for name in "abc" for what in ("started", "finished")]
+
+
+def test_a_full_disk_in_a_worker_is_said_plainly(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(CogumiError, match=r"^step 'b': the disk is full while writing .*finished steps are kept"):
+        build(recipe(step("a"), step("b", writer="full")), tmp_path, jobs=2)
+
+
+def test_the_memory_of_a_step_is_that_of_its_process(tmp_path):
+    """A worker starts small, whatever the process that started it holds."""
+    ballast = b"x" * (400 << 20)
+    build(recipe(step("a"), step("b")), tmp_path, jobs=2)
+    peak = artifact.read_manifest(tmp_path / "small/a").environment["peak_rss_bytes"]
+    assert 5 << 20 < peak < len(ballast)
+
+
+def test_close_ends_what_still_runs(tmp_path):
+    """As after Ctrl-C."""
+
+    class Stop(KeyboardInterrupt):
+        pass
+
+    pids = []
+
+    def stop(event):
+        if event[0] == "advanced":
+            pids.append(event[2]["pid"])
+            raise Stop
+
+    steps = [actor(name, wait_for=["nothing"]) for name in "ab"]
+    with pytest.raises(Stop):
+        build(recipe(*steps), tmp_path, jobs=2, progress=Log(stop))
+    assert not Path(f"/proc/{pids[0]}").exists()
+    with closing(LocalProcesses(2, 1, 0)) as executor:
+        assert executor.has_room(1 << 60)  # nothing runs

@@ -1,0 +1,54 @@
+"""Recipes of toy stages, builds of them in processes of their own, and what a build leaves on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cogumi
+from cogumi.core import artifact
+from cogumi.core.files import sha256
+from cogumi.pipeline.recipe import parse_recipe
+from support import toy
+
+TESTS = Path(__file__).parents[1]
+
+
+def recipe(*steps, root=Path(), seed=0):
+    return parse_recipe(json.dumps({"name": "small", "seed": seed, "steps": steps}), "small", root)
+
+
+def step(name, stage="toy", inputs=None, gates=(), **config):
+    return {"name": name, "stage": stage, "inputs": inputs or {}, "gates": list(gates), "config": config}
+
+
+def contents(home):
+    """Every file's hash below a folder; of manifests, which hold times, only the list of files."""
+    found = {}
+    for path in home.rglob("*"):
+        if path.name == "manifest.json":
+            found[path.relative_to(home)] = artifact.read_manifest(path.parent).files
+        elif path.is_file() and path.name not in ("report.json", ".lock"):
+            found[path.relative_to(home)] = sha256(path)
+    return found
+
+
+def start(path, runs, jobs=1, **limits):
+    source = str(Path(cogumi.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, toy.__file__, str(path), str(runs), str(jobs)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **limits
+    )
+
+
+def write_recipe(folder, *steps):
+    path = folder / "small.yaml"
+    path.write_text(json.dumps({"name": "small", "steps": steps}))
+    return path
+
+
+def finish(process):
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
