@@ -84,7 +84,7 @@ def test_the_suite_learns_and_unlearns(tmp_path, monkeypatch):
         "Learner": partial(learner.Learner, need=300),
         "personal": partial(learning.personal, each=2),
     }.items():
-        monkeypatch.setattr(learner, name, value)
+        monkeypatch.setattr(learning, name, value)
     found = suite("learning").run(Task(out=tmp_path / "out"))
     assert isinstance(found, Findings)
     assert SUITES["learning"] == learning.__name__
