@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cogumi.compress import compress_adapter
 from cogumi.compress.compress_adapter import Config, energy_kept, pruned, reduced
 from cogumi.compress.gguf import export
-from cogumi.core.errors import ArtifactError, DataError, ExportError, RecipeError
+from cogumi.core.errors import ArtifactError, DataError, ExportError
 from cogumi.core.files import sha256
 from cogumi.core.types import Artifact, Request
 from cogumi.data.examples import split_path, write_examples
