@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cogumi.compress import compress_adapter
 from cogumi.compress.compress_adapter import Config, energy_kept, pruned, reduced
 from cogumi.compress.gguf import export
-from cogumi.core.errors import ArtifactError, DataError, ExportError, RecipeError
+from cogumi.core.errors import ArtifactError, DataError, ExportError
 from cogumi.core.files import sha256
 from cogumi.core.types import Artifact, Request
 from cogumi.data.examples import split_path, write_examples
@@ -233,8 +233,6 @@ def test_bad_input_is_named(given_artifacts, tmp_path):
     refused(changed(inputs, tmp_path / "zero", nothing), out, ArtifactError, "every update of the adapter is zero")
     nobody = inputs | {"adapter": replace(inputs["adapter"], metrics={"domain": "poetry"})}
     refused(nobody, out, DataError, "no selection question of domain 'poetry'")
-    without = {name: artifact for name, artifact in inputs.items() if name != "responses"}
-    refused(without, out, RecipeError, "`responses`", loop={"steps": 1})
     folder = inputs["adapter"].path
     with pytest.raises(ExportError, match="an adapter cannot be of type 'q4_k_m'; known: f32, f16, q4_0"):
         export.export_adapter(folder, inputs["model"].path, Path(tmp_path / "a.gguf"), "q4_k_m")

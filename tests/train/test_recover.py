@@ -193,8 +193,6 @@ def test_the_hardest_are_the_hardest(nats, share):
 def test_what_cannot_be_recovered_says_so(world, tmp_path):
     with pytest.raises(TrainingError, match="mask: keep holds zeros in merged weights"):
         recovered(world, tmp_path, mask="keep", merge=False)
-    with pytest.raises(TrainingError, match="by: rise compares with the uncompressed model"):
-        recovered(world, tmp_path, by="rise", original=False)
     pico.make_model(tmp_path / "other", hidden=32, layers=1, vocab=400)
     inputs = {name: artifact(world / path) for name, path in (("examples", "data"), ("model", "pruned"))}
     with pytest.raises(TrainingError, match="another vocabulary than the model to recover"):

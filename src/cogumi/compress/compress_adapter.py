@@ -146,8 +146,6 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`adapter`, the `model` it was trained on and `examples`; for `loop` also `responses` -> a PEFT folder."""
-    if config.loop and "responses" not in inputs:
-        raise RecipeError("'loop' trains on questions that the base failed; give its answers as the input `responses`")
     torch.set_num_threads(context.threads)
     base, adapter = inputs["model"].path, inputs["adapter"]
     before = _checked(adapter, base)

@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.core.errors import RecipeError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Request
 from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
@@ -50,8 +49,6 @@ def acceptance(engine: LlamaEngine, examples: Sequence[Example], config: Config)
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`data`, `base` and `draft_<name>` (artifacts of stage `gguf`) -> acceptance by kind (easy, hard)."""
     drafts = {role.removeprefix(DRAFT): a.path / MODEL for role, a in inputs.items() if role.startswith(DRAFT)}
-    if not drafts:
-        raise RecipeError(f"name the drafts to compare as inputs '{DRAFT}<name>'")
     heldout = read_examples(split_path(inputs["data"].path, SPLITS[-1]))
     easy = [e for e in heldout if is_easy(e, config.easy_up_to)]
     kinds = {"easy": easy, "hard": [e for e in heldout if e not in easy]}

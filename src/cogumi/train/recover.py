@@ -161,8 +161,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     """`model` (the damaged one), `examples`, optionally `original` -> a model folder."""
     if config.mask and not config.merge:
         raise TrainingError("mask: keep holds zeros in merged weights; drop it, or set merge: true")
-    if config.by == "rise" and "original" not in inputs:
-        raise TrainingError("by: rise compares with the uncompressed model; give it as the input `original`")
     torch.set_num_threads(context.threads)
     folder, data = inputs["model"].path, inputs["examples"].path
     tokenizer, model = HFTokenizer.load(folder), load(folder)
