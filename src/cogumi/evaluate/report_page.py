@@ -65,8 +65,8 @@ def _modifiers(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         "## Did the modifiers help?",
         "",
-        "On the answerable questions of their domain. Control: an adapter of the same shape and steps, trained on random",
-        "questions of the domain.",
+        "On the answerable questions of their domain. Control: an adapter of the same shape and steps, trained on",
+        "random questions of the domain.",
         "",
         *_table(["domain", "base", "modifier", "control", "questions"], rows),
     ]
