@@ -70,7 +70,7 @@ def test_what_the_draft_answers_for_sure_is_accepted_too():
     sure = Decision("draft", "p_correct", 0.9, 0.8, True, "")
     reply = Reply("x", (), "stop", Usage(), decisions=(sure,), tier="draft", route="draft", accepted=True)
     unsure = replace(reply, route="low_confidence", accepted=False)
-    asked = report.Asked([example, example], [reply, unsure], [True, False])
+    asked = report.GradedAnswers([example, example], [reply, unsure], [True, False])
     assert report.unanswerable_figures(asked, ())["kinds"] == {"fiction": [1, 2]}
     promise = report.Guarantee(0.8, 0.05, 0.95, 100, 50, 0, 0.05)
     gate = report.gate_figures(asked, asked, promise)

@@ -149,7 +149,7 @@ def test_a_draft_of_another_tokenizer_is_bridged_or_refused(tmp_path):
     own = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(own | {"pre_tokenizer": None, "decoder": None}))
     (line,) = problems(tmp_path, DATA, BASE, RESPONSES, changed(draft, init="mine"))
-    assert re.search("is none over bytes, so drafts cannot be bridged", line)
+    assert re.search("is not byte-level, so drafts cannot be bridged", line)
     (folder / "tokenizer.json").unlink()
     (line,) = problems(tmp_path, DATA, changed(BASE, init="mine"))
     assert "has no tokenizer.json" in line

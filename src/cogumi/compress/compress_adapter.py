@@ -130,12 +130,12 @@ def _heal(
 
 
 def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
-    """What the base answered, to train on what it failed."""
+    """The base's responses, for training on the questions that it failed."""
     return OPTIONAL if config.loop else {}
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The adapter at its new rank, and the steps of its training."""
+    """The adapter with its new rank, and the steps of its training."""
     adapter = given.find("adapter", AdapterFacts)
     if adapter:
         adapter = AdapterFacts(dict.fromkeys(adapter.ranks, config.rank), adapter.head)

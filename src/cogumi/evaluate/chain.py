@@ -168,12 +168,12 @@ def page(rows: Sequence[Mapping[str, Any]], n: int) -> str:
 
 
 def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
-    """The models that are compared."""
+    """One GGUF model for each of `steps` and `beside`."""
     return dict.fromkeys((*config.steps, *config.beside), "gguf")
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """Nothing is counted."""
+    """The cost is not estimated."""
     return uncounted()
 
 

@@ -53,7 +53,7 @@ _WANTED = (
 
 
 class Config(BaseModel):
-    """`easy_up_to` says which questions speculation is measured on."""
+    """Speculation is measured on questions up to difficulty `easy_up_to`."""
 
     model_config = ConfigDict(extra="forbid")
     rows: int | None = Field(None, ge=1, description="held-out questions to ask; none: all")
@@ -65,8 +65,8 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """Held-out questions with one tier's replies and verdicts."""
+class GradedAnswers:
+    """Questions with the replies of one tier and their verdicts."""
 
     examples: Sequence[Example]
     replies: Sequence[Reply]
@@ -78,7 +78,7 @@ class Asked:
         return [c for e, c in zip(self.examples, self.correct, strict=True) if e.id in wanted]
 
     def table(self) -> dict[str, dict[str, list[int]]]:
-        """`{domain: {difficulty: [correct, n]}}`; difficulty 0 holds the questions without an answer."""
+        """`{domain: {difficulty: [correct, n]}}`; difficulty 0 holds the unanswerable questions."""
         cells: dict[str, dict[str, list[int]]] = {}
         for example, correct in zip(self.examples, self.correct, strict=True):
             cell = cells.setdefault(example.domain, {}).setdefault(str(example.difficulty), [0, 0])
@@ -88,16 +88,16 @@ class Asked:
 
 
 @dataclass(slots=True)
-class Desk:
-    """Asks, grades and counts how far it is."""
+class AnswerCollector:
+    """Collects graded answers of engines and reports the progress."""
 
     config: Config
     context: Context
     total: int
     done: int = 0
 
-    def ask(self, engine: Engine, examples: Sequence[Example], adapter: str | None = None) -> Asked:
-        """Put every question to an engine, greedily and without speculation, and grade the answers."""
+    def ask(self, engine: Engine, examples: Sequence[Example], adapter: str | None = None) -> GradedAnswers:
+        """An engine's graded answers to all questions, greedy and without speculation."""
         requests = [
             Request(messages=e.messages, max_tokens=self.config.max_tokens, adapter=adapter, speculate=False)
             for e in examples
@@ -109,23 +109,23 @@ class Desk:
             if self.done % 100 == 0 or self.done == self.total:
                 self.context.progress(self.done, self.total, {})
         verdicts = grade_all([(e, without_note(a.text)) for e, a in zip(examples, answers, strict=True)])
-        return Asked(examples, answers, [v.correct for v in verdicts])
+        return GradedAnswers(examples, answers, [v.correct for v in verdicts])
 
 
-def base_probabilities(base: Asked, cascade: Asked) -> tuple[Asked, Doubles]:
-    """The base's answers to the questions for which the cascade asked the base, and the P(correct) it gave them [n].
+def base_probabilities(base: GradedAnswers, cascade: GradedAnswers) -> tuple[GradedAnswers, Doubles]:
+    """The base's answers to the questions on which the cascade used the base, and their P(correct) [n].
 
-    A mode may ask the draft or a modifier first, and the base not at all.
+    In some modes the draft or a modifier answers first, and the base is not used.
     """
     of_base = ("base", "p_correct")
     found = [next((d.value for d in r.decisions if (d.tier, d.signal) == of_base), None) for r in cascade.replies]
     at = [i for i, p in enumerate(found) if p is not None]
-    judged = Asked([base.examples[i] for i in at], [base.replies[i] for i in at], [base.correct[i] for i in at])
+    judged = GradedAnswers([base.examples[i] for i in at], [base.replies[i] for i in at], [base.correct[i] for i in at])
     return judged, np.array([found[i] for i in at], dtype=np.float64)
 
 
-def gate_figures(base: Asked, cascade: Asked, promise: Guarantee) -> dict[str, Any]:
-    """How well P(correct) of the base's answers holds, and the promise about what the cascade accepted."""
+def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee) -> dict[str, Any]:
+    """Calibration and ranking of the base's P(correct), and error and coverage of the answers the cascade accepted."""
     judged, p = base_probabilities(base, cascade)
     signals = [answer_signals(reply) for reply in judged.replies]
     kept = [c for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.accepted]
@@ -147,7 +147,7 @@ def gate_figures(base: Asked, cascade: Asked, promise: Guarantee) -> dict[str, A
 
 
 def speculation_figures(base: Engine, examples: Sequence[Example], config: Config) -> dict[str, Any]:
-    """One request at a time, speculation forced on against forbidden: acceptance, equality and the time ratio."""
+    """One request at a time with speculation forced on and off: acceptance rate, equal answers and speed-up."""
     seconds, drafted, accepted, identical = {True: 0.0, False: 0.0}, 0, 0, 0
     for example in examples:
         outputs = []
@@ -167,20 +167,20 @@ def speculation_figures(base: Engine, examples: Sequence[Example], config: Confi
     }
 
 
-def unanswerable_figures(asked: Asked, unseen: Sequence[str]) -> dict[str, Any]:
-    """Questions without an answer that the cascade answered and accepted all the same, by kind."""
+def unanswerable_figures(answers: GradedAnswers, unseen: Sequence[str]) -> dict[str, Any]:
+    """Unanswerable questions with an accepted answer, by kind."""
     kinds: dict[str, list[int]] = {}
-    for example, reply in zip(asked.examples, asked.replies, strict=True):
+    for example, reply in zip(answers.examples, answers.replies, strict=True):
         cell = kinds.setdefault(str(example.meta["unanswerable"]), [0, 0])
         cell[0] += reply.accepted
         cell[1] += 1
     confident = sum(cell[0] for cell in kinds.values())
-    return {"confident": confident, "n": len(asked.examples), "kinds": kinds, "unseen_kinds": list(unseen)}
+    return {"confident": confident, "n": len(answers.examples), "kinds": kinds, "unseen_kinds": list(unseen)}
 
 
-def showcase(asked: Sequence[Asked]) -> list[dict[str, str]]:
-    """Six questions that took different routes, no domain twice on the same route; fewer if there are none."""
-    rows = [(e, r) for a in asked for e, r in zip(a.examples, a.replies, strict=True)]
+def showcase(answers: Sequence[GradedAnswers]) -> list[dict[str, str]]:
+    """Up to six questions with different routes, no domain twice on the same route."""
+    rows = [(e, r) for a in answers for e, r in zip(a.examples, a.replies, strict=True)]
     chosen: list[dict[str, str]] = []
     used: set[tuple[str, str]] = set()
     for route, why in _WANTED:
@@ -205,18 +205,18 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         of = {name: [e for e in answerable if e.domain == name] for name in domains}
         asked_adapters = sum(len(of[d]) * (1 + (d in controls)) for d in domains)
         whole = 2 + tiers.has_draft  # draft, base and cascade
-        desk = Desk(config, context, whole * len(heldout) + len(without) + asked_adapters)
-        base = desk.ask(tiers.base, heldout)
-        answers = {"draft": desk.ask(tiers.draft, heldout)} if tiers.has_draft else {}
+        collector = AnswerCollector(config, context, whole * len(heldout) + len(without) + asked_adapters)
+        base = collector.ask(tiers.base, heldout)
+        answers = {"draft": collector.ask(tiers.draft, heldout)} if tiers.has_draft else {}
         answers["base"] = base
-        modifiers = {name: desk.ask(tiers.base, of[name], name) for name in domains}
-        answers["modifier"] = Asked(
+        modifiers = {name: collector.ask(tiers.base, of[name], name) for name in domains}
+        answers["modifier"] = GradedAnswers(
             [e for a in modifiers.values() for e in a.examples],
             [r for a in modifiers.values() for r in a.replies],
             [c for a in modifiers.values() for c in a.correct],
         )
-        answers["cascade"] = desk.ask(cascade, heldout)
-        refused = desk.ask(cascade, without)
+        answers["cascade"] = collector.ask(cascade, heldout)
+        refused = collector.ask(cascade, without)
         compared = {}
         for name in domains:
             before, after = base.on(of[name]), modifiers[name].correct
@@ -227,11 +227,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 "lost_elsewhere": lost_elsewhere(name, base, answers["cascade"]),
                 "n": len(after),
             }
-        for name, asked in _controls(desk, open_bundle(folder).base, controls, of).items():
-            compared[name]["control"] = _share(asked.correct)
+        for name, control in _controls(collector, open_bundle(folder).base, controls, of).items():
+            compared[name]["control"] = _share(control.correct)
         easy = [e for e in heldout if is_easy(e, config.easy_up_to)][: config.speculation_prompts]
         metrics = {
-            "accuracy": {tier: asked.table() for tier, asked in answers.items()},
+            "accuracy": {tier: graded.table() for tier, graded in answers.items()},
             "modifiers": compared,
             "speculation": speculation_figures(tiers.base, easy, config),
             "gate": gate_figures(base, answers["cascade"], cascade.promise),
@@ -249,29 +249,28 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     return metrics
 
 
-def lost_elsewhere(name: str, base: Asked, cascade: Asked) -> float:
-    """Questions of other domains that a modifier got wrong and the base right, less those the other way round.
-
-    A share of all questions; negative where the modifier helped there too.
+def lost_elsewhere(name: str, base: GradedAnswers, cascade: GradedAnswers) -> float:
+    """Questions of other domains answered correctly by the base only, minus those by the modifier only, as a share of
+    all questions; negative if the modifier helped there too.
     """
     lost = 0
-    asked = zip(base.examples, cascade.replies, base.correct, cascade.correct, strict=True)
-    for example, reply, before, after in asked:
+    rows = zip(base.examples, cascade.replies, base.correct, cascade.correct, strict=True)
+    for example, reply, before, after in rows:
         if example.domain != name and reply.tier == f"modifier:{name}":
             lost += before - after
     return lost / len(base.examples)
 
 
 def _controls(
-    desk: Desk, base: Path, adapters: Mapping[str, Path], of: Mapping[str, Sequence[Example]]
-) -> dict[str, Asked]:
-    """The controls answer the questions of their domains."""
+    collector: AnswerCollector, base: Path, adapters: Mapping[str, Path], of: Mapping[str, Sequence[Example]]
+) -> dict[str, GradedAnswers]:
+    """Graded answers of the controls to the questions of their domains."""
     if not adapters:
         return {}
-    size = desk.config
+    size = collector.config
     engine = LlamaEngine(base, slots=size.slots, context=size.context, lookup=False, adapters=adapters)
     with closing(engine):
-        return {name: desk.ask(engine, of[name], name) for name in adapters if name in of}
+        return {name: collector.ask(engine, of[name], name) for name in adapters if name in of}
 
 
 def _share(correct: Sequence[bool]) -> float:

@@ -232,7 +232,7 @@ def logit_changes(model: Learner, task: Task, config: Config) -> dict[str, float
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The adapter, and what its training takes without the inner loop."""
+    """The adapter, and the cost of its training without the inner loop."""
     head = 0 if config.method == "fomaml" else config.head_rank
     adapter, model = AdapterFacts(config.lora.by_target, head), given.find("model", ModelFacts)
     if model is None:

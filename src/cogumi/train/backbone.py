@@ -202,7 +202,7 @@ def similarity(
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """Adapters of the shared rank and a head's, on what the given ones adapt; and the steps of training."""
+    """Adapters with the sum of shared and head rank on the targets of the given ones, and the steps of training."""
     adapted = [adapter for role in given.inputs if (adapter := given.find(role, AdapterFacts))]
     rank = config.shared + config.head
     adapter = AdapterFacts({target: rank for one in adapted for target in one.ranks}) if adapted else None

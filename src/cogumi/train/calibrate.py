@@ -361,7 +361,7 @@ def _finite(x: float) -> float | None:
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """Its file, as large as that of the recipe tiny."""
+    """The file of the calibration, with its size in the recipe tiny."""
     return Estimate((FileFacts({FILE: FileSize(290_000, 0.73)}),))
 
 

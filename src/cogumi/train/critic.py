@@ -285,7 +285,7 @@ def figures(net: CriticNet, rows: Sequence[LabelledAnswer]) -> dict[str, Any]:
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The net's file, as large as that of the recipe tiny."""
+    """The file of the net, with its size in the recipe tiny."""
     return Estimate((FileFacts({FILE: FileSize(602_420, 0.11)}),))
 
 

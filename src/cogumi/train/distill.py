@@ -85,7 +85,7 @@ def known(apply: Apply, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The same model, and what its training takes."""
+    """The same model, and the cost of its training."""
     model = given.find("model", ModelFacts)
     if model is None:
         return Estimate()

@@ -205,7 +205,7 @@ def _judged(model: DraftModel, rows: DraftBatch) -> tuple[Tensor, Tensor, Tensor
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The draft that is trained, with its difficulty head, and what that takes."""
+    """The trained draft with its difficulty head, and the cost of its training."""
     base = given.find("model", ModelFacts)
     tokenizer = TokenizerFacts(base.tokenizer, base.shape.vocabulary, base.own) if base else None
     draft = model_to_train(config.init, config.shape, tokenizer, given.root)
@@ -224,16 +224,16 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def _bridge(base: ModelFacts | None, draft: ModelFacts) -> tuple[list[str], list[str]]:
-    """Notes and problems of a draft that speaks another vocabulary than its base."""
+    """Notes and problems of a draft whose vocabulary differs from the base's."""
     if base is None or base.tokenizer == draft.tokenizer:
         return [], []
     problems = [
-        f"the tokenizer {one.tokenizer} is none over bytes, so drafts cannot be bridged; use "
+        f"the tokenizer {one.tokenizer} is not byte-level, so drafts cannot be bridged; use "
         "a draft with the base's tokenizer"
         for one in (base, draft)
         if not one.bytewise
     ]
-    return [f"tokenizer {draft.tokenizer}, the base's is {base.tokenizer}: the runtime drafts through text"], problems
+    return [f"tokenizer {draft.tokenizer}, the base's is {base.tokenizer}: the engine drafts through text"], problems
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:

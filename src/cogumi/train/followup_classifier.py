@@ -65,7 +65,7 @@ class Config(BaseModel):
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The net's file, as large as that of the recipe tiny."""
+    """The file of the net, with its size in the recipe tiny."""
     return Estimate((FileFacts({FILE: FileSize(2_727_549, 0.75)}),))
 
 

@@ -54,7 +54,7 @@ def _exact(model: Any, rows: list[Row]) -> float | None:
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The adapter, and what its training takes."""
+    """The adapter, and the cost of its training."""
     adapter, model = AdapterFacts(config.lora.by_target), given.find("model", ModelFacts)
     if model is None:
         return Estimate((adapter,))

@@ -145,12 +145,12 @@ def zeros(model: nn.Module) -> int:
 
 
 def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
-    """The uncompressed model, to compare with."""
+    """The uncompressed model, for comparison."""
     return OPTIONAL if config.by == "rise" else {}
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The same model, and what its training takes."""
+    """The same model, and the cost of its training."""
     model = given.find("model", ModelFacts)
     if model is None:
         return Estimate()

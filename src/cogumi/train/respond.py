@@ -40,7 +40,7 @@ class Config(BaseModel):
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """Memory to answer: the weights in fp32, and a key-value cache for the answers of one batch."""
+    """Memory for generation: the weights in fp32, and a key-value cache for one batch."""
     model = given.find("model", ModelFacts)
     if model is None:
         return Estimate()

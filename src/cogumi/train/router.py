@@ -31,7 +31,7 @@ KIND = "router"
 INPUTS = {"draft_gguf": "gguf", "data": "examples"}
 FILE = "router.safetensors"
 CLASSES = 6
-"""Domains that a router is planned for; one more is 132 bytes."""
+"""Assumed number of domains in estimates; each further domain adds 132 bytes."""
 
 
 class Config(BaseModel):
@@ -52,7 +52,7 @@ def train(x: NDArray[np.float64], domains: Sequence[str], epochs: int, seed: int
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The net's file: fp32 behind a safetensors header, its input twice as wide as the draft."""
+    """The file of the net: a safetensors header and fp32 weights, with an input twice as wide as the draft."""
     draft = given.find("draft_gguf", ModelFacts)
     if draft is None:
         return Estimate()

@@ -67,12 +67,12 @@ def weighted(examples: Sequence[Example], weights: Mapping[str, float], seed: in
 
 
 def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
-    """A tokenizer, to train from nothing."""
+    """A tokenizer, for training from scratch."""
     return OPTIONAL if config.init == "scratch" else {}
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The model that is trained, and what that takes."""
+    """The trained model, and the cost of its training."""
     model = model_to_train(config.init, config.shape, given.find("tokenizer", TokenizerFacts), given.root)
     if model is None:
         return Estimate()

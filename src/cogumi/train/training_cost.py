@@ -1,4 +1,4 @@
-"""What training by `train.loop` takes, before it begins: the `estimate` of every stage that trains (SPEC D1)."""
+"""Cost of training with `train.loop`, estimated in advance for every stage that trains (SPEC D1)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ASSUMED = Rows(0, 512, 512, 512)
 
 
 def model_to_train(init: str, shape: Shape, tokenizer: TokenizerFacts | None, root: Path) -> ModelFacts | None:
-    """The model that `init` names: a folder, a Hub id, or `scratch` for `shape`, with which None without a tokenizer.
+    """The model named by `init`: a folder, a Hub id, or `scratch` for `shape` (None if the tokenizer is unknown).
 
-    Raises `ArtifactError` if it is neither there nor known.
+    Raises `ArtifactError` for a model that is neither a folder nor known.
     """
     if init != "scratch":
         return model_at(init, root)
@@ -41,10 +41,10 @@ def training_estimate(
     merged: bool = True,
     whole_rows: bool = False,
 ) -> Estimate:
-    """Cost, notes and problems of training a model on the input `examples`; its facts are left to the stage.
+    """Cost, notes and problems of training a model on the input `examples`; the stage adds the facts.
 
-    Without `lora` all weights are trained. `merged`: the whole model is written, not an adapter alone. `whole_rows`:
-    questions are learned as well as answers.
+    Without `lora` all weights are trained. `merged`: the output is the whole model, not only an adapter. `whole_rows`:
+    the loss includes questions.
     """
     shape, known = model.shape, given.rows("examples", model)
     rows = known or ASSUMED
@@ -91,14 +91,14 @@ def _cost(t: Training, memory: Footprint, loop: LoopConfig, tokens: int, merged:
 def unknown_targets(lora: LoraShape | None, shape: ModelShape) -> list[str]:
     """A line for each target of a LoRA that a model does not have."""
     return [
-        f"LoRA target '{target}' is no layer of this model; {nearest(target, shape.linear)}"
+        f"LoRA target '{target}' is not a layer of this model; {nearest(target, shape.linear)}"
         for target in (lora.by_target if lora else ())
         if target not in shape.linear
     ]
 
 
 def too_large(given: Given, memory: Footprint, training: Training) -> list[str]:
-    """A line with ways out if training does not fit the GPUs there are."""
+    """A line with possible remedies if training does not fit the available GPUs."""
     limit = given.hardware.memory
     if limit is None or memory.peak <= limit:
         return []

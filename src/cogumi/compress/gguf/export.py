@@ -287,7 +287,7 @@ def writing(writer: GGUFWriter, tensors: Sequence[Tensor], out: Path) -> Iterato
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The file of the model, or of the adapter; an adapter is known with the model that it belongs to."""
+    """The file of the model, or the file of the adapter and its model."""
     model = given.find("model", ModelFacts)
     if "adapter" in given.inputs:
         trained = given.find("adapter", AdapterFacts)

@@ -76,7 +76,7 @@ def measure(
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """Nothing is counted."""
+    """The cost is not estimated."""
     return uncounted()
 
 

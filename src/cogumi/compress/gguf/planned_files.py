@@ -1,6 +1,6 @@
-"""GGUF files before they are there: what stage `gguf` will write, from shapes alone (SPEC D1).
+"""Planned GGUF files: those that stage `gguf` will write, from shapes alone (SPEC D1).
 
-The records hold what is asked for; counting bytes asks llama.cpp's quantizer, so it waits until somebody wants them.
+The records hold the parameters of the files. Sizes are computed on first use, because they need llama.cpp's quantizer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from cogumi.compress.gguf.file_sizes import GgufFile
 
 TYPE = "q4_k_m"
-"""The type of a model that no recipe asks for in another."""
+"""The default type of a model."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model as a GGUF file; `vocabulary` bytes are those of its tokenizer's keys.
+    """A model as a GGUF file; `vocabulary` is the size of its tokenizer's keys in bytes.
 
-    `type`, `types` and `importance` are what stage `gguf` is told.
+    `type`, `types` and `importance` are settings of stage `gguf`.
     """
 
     shape: ModelShape
@@ -36,32 +36,32 @@ class Weights:
 
     @cached_property
     def file(self) -> GgufFile:
-        """Its file."""
+        """The file with its sizes."""
         from cogumi.compress.gguf.file_sizes import model_file
 
         return model_file(self.shape, self.type, self.vocabulary, dict(self.types), self.importance)
 
     def with_ids(self, ids: int) -> Weights:
-        """The same with a vocabulary of `ids`, at as many bytes an id."""
+        """The same with a vocabulary of `ids`, with the same bytes per id."""
         keys = self.vocabulary * ids // self.shape.vocabulary
         return replace(self, shape=replace(self.shape, vocabulary=ids), vocabulary=keys)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA as a GGUF file: its ranks by target, and the type it is written in."""
+    """A LoRA as a GGUF file: ranks by target, and tensor type."""
 
     ranks: Mapping[str, int]
     type: str = "f32"
 
     def file(self, shape: ModelShape) -> GgufFile:
-        """Its file, on a base of that shape."""
+        """The file with its sizes, for a base of that shape."""
         from cogumi.compress.gguf.file_sizes import adapter_file
 
         return adapter_file(shape, self.ranks, self.type)
 
     def reduced(self, rank: int, type: str) -> Adapter:
-        """The same at another rank and type, unless that has more bits."""
+        """The same with another rank and type, unless that is larger."""
         from cogumi.compress.gguf.file_sizes import bits
 
         smaller = Adapter(dict.fromkeys(self.ranks, rank), type)
@@ -70,7 +70,7 @@ class Adapter:
 
 
 def planned_weights(model: ModelFacts, type: str = TYPE) -> Weights:
-    """The file of a model; a folder's own vocabulary is counted, any other estimated from its family's."""
+    """The file of a model; the vocabulary of a folder is measured, any other is estimated from its family."""
     from cogumi.compress.gguf.file_sizes import typical_vocabulary, vocabulary_bytes
     from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
     from cogumi.compress.gguf.layout import Llama
@@ -78,22 +78,22 @@ def planned_weights(model: ModelFacts, type: str = TYPE) -> Weights:
     shape, folder = model.shape, Path(model.folder)
     if not model.folder:
         return Weights(shape, type, typical_vocabulary("own" if model.own else shape.kind, shape.vocabulary))
-    there = Llama.load(folder)
+    llama = Llama.load(folder)
     if (folder / "tokenizer.json").is_file():
-        keys = vocabulary_bytes(Vocabulary.load(folder), there.vocabulary)
+        keys = vocabulary_bytes(Vocabulary.load(folder), llama.vocabulary)
     else:
-        keys = typical_vocabulary(there.kind, there.vocabulary)
-    left = {figure.name: getattr(shape, figure.name) for figure in fields(ModelShape)}
-    return replace(Weights(there, type, keys).with_ids(shape.vocabulary), shape=replace(there, **left))
+        keys = typical_vocabulary(llama.kind, llama.vocabulary)
+    planned = {figure.name: getattr(shape, figure.name) for figure in fields(ModelShape)}
+    return replace(Weights(llama, type, keys).with_ids(shape.vocabulary), shape=replace(llama, **planned))
 
 
 def known_weights(shape: ModelShape) -> Weights:
-    """The file of a model of known shape, with a vocabulary like that of its family."""
+    """The file of a model of known shape, with a vocabulary typical of its family."""
     return planned_weights(ModelFacts(shape, ""))
 
 
 def weights_of_folder(model: ModelFacts) -> Weights:
-    """The file of a model folder, with the types of its matrices where stage `awq` or `gptq` left them beside it."""
+    """The file of a model folder, with the types of its matrices if stage `awq` or `gptq` wrote them to the folder."""
     from cogumi.compress.gguf.layout import read_json
     from cogumi.compress.gguf.type_mixture import OVERRIDES
 
@@ -102,7 +102,7 @@ def weights_of_folder(model: ModelFacts) -> Weights:
 
 
 def weights_of_gguf(path: Path) -> Weights:
-    """The model of a GGUF file, as it would be planned from its shape and type."""
+    """The plan that corresponds to an existing GGUF file."""
     from cogumi.compress.gguf.file_sizes import read_model
 
     shape, type, vocabulary = read_model(path)

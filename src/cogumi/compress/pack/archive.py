@@ -289,7 +289,7 @@ def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
 
 
 def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
-    """A bundle, or else a model's folder."""
+    """A bundle or a model folder."""
     return {} if "model" in roles else {"bundle": OPTIONAL["bundle"]}
 
 

@@ -1,7 +1,7 @@
-"""What a bundle will consist of, and how large each of its files will be (SPEC D1).
+"""The planned parts of a bundle and the sizes of their files (SPEC D1).
 
-Models and adapters are counted to the byte (`compress.gguf.file_sizes`); the other files as the stages that make them
-say.
+Sizes of models and adapters are exact (`compress.gguf.file_sizes`); those of the other files are estimates of the
+stages that make them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a bundle is made of. `adapters` by file name; `shared`: the draft speaks the base's vocabulary.
+    """The parts of a bundle. `adapters` by file name; `shared`: the draft has the base's vocabulary.
 
     `head` is the rank of a LoRA on the base's output head, or 0; `small` are the other files.
     """
@@ -57,12 +57,12 @@ class Parts:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(self.files.values())
 
     @cached_property
     def packed(self) -> dict[str, int]:
-        """Bytes that zstd would leave of every file: an estimate."""
+        """Estimated bytes of every file after zstd."""
         shares = {name: file.packed for name, file in self.small.items()}
         found = {name: int(shares.get(name, FP32_PACKED) * bytes) for name, bytes in self.files.items()}
         return found | {name: file.packed for name, file in self.models.items()}

@@ -158,7 +158,7 @@ def candidates(
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """A model of so many ids as are asked for; of all, if the corpus decides."""
+    """A model with `size` ids; with all its ids if the corpus decides."""
     model = given.find("model", ModelFacts)
     if config.size is None:
         return Estimate((model,), notes=(NOT_COUNTED, UNKNOWN_IDS))
