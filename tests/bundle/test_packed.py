@@ -15,8 +15,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cogumi.bundle.packed import DICTIONARY, ENDING, FRAME, INDEX, staged
-from cogumi.bundle.unpack import WAYS, Files
+from cogumi.bundle.packed import DICTIONARY, FRAME, INDEX, SUFFIX, staged
+from cogumi.bundle.unpack import UNPACK_MODES, BundleFiles
 from cogumi.cli import packing as commands
 from cogumi.cli.inspection import look
 from cogumi.compress.pack.archive import Config, pack, pack_folder, run, unpack
@@ -63,7 +63,7 @@ def edit(folder, change):
 
 
 def refuse(folder, match):
-    """Neither unpacking nor opening in any way leaves anything behind, and the archive is as it was."""
+    """Neither unpacking nor opening in any mode leaves anything behind, and the archive is as it was."""
     before = content_of(folder)
     out = folder.with_name("out")
     with pytest.raises(BundleError, match=match) as caught:
@@ -71,7 +71,7 @@ def refuse(folder, match):
     assert "\n" not in str(caught.value)
     assert not list(folder.parent.glob("out*"))
     with pytest.raises(BundleError):
-        Files(folder, "eager")
+        BundleFiles(folder, "eager")
     assert content_of(folder) == before
 
 
@@ -86,7 +86,7 @@ def test_the_same_bytes_come_out(plain, packed, tmp_path):
     index = json.loads((packed / INDEX).read_bytes())
     for name, file in index["files"].items():
         assert (file["bytes"], file["sha256"]) == ((plain / name).stat().st_size, sha256(plain / name))
-        assert file["packed_sha256"] == sha256(packed / (name + ENDING))
+        assert file["packed_sha256"] == sha256(packed / (name + SUFFIX))
     assert len(index["files"]["base.gguf"]["frames"]) == 2
 
 
@@ -231,7 +231,7 @@ def test_a_link_that_leaves_the_folder(copy):
 
 def swapped(copy, name, frame, size):
     """Put another frame in place of a small file, with everything in the index right but what the frame says."""
-    path = copy / (name + ENDING)
+    path = copy / (name + SUFFIX)
     path.write_bytes(frame)
 
     def change(index):
@@ -266,7 +266,7 @@ def test_sizes_that_do_not_add_up_or_have_no_room(copy, monkeypatch):
         refuse(copy, "do not add up|greater than")
         (copy / INDEX).write_text(good)
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))
-    refuse(copy, "bytes, 1,000 are free; make room there")
+    refuse(copy, "bytes, 1,000 are free; free disk space there")
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", '{"format": 2}', '{"format": 1}', "[" * 100_000, '{"format": null}'])
@@ -283,9 +283,9 @@ def test_an_archive_of_nothing(copy):
 def test_an_archive_of_something_else(tmp_path, copy, cache):
     write(tmp_path / "in", {"README.md": b"x"})
     other = packed_of(tmp_path / "in", tmp_path / "other", ["README.md"])
-    for way in WAYS:
-        with pytest.raises(BundleError, match="no packed bundle"):
-            Files(other, way)
+    for mode in UNPACK_MODES:
+        with pytest.raises(BundleError, match="is not a packed bundle"):
+            BundleFiles(other, mode)
     assert not cache.exists()
     found = look(str(other))
     assert (found["what"], found["bytes"], list(found["files"])) == ("packed files", 1, ["README.md"])
@@ -296,14 +296,14 @@ def test_an_archive_of_something_else(tmp_path, copy, cache):
         look(str(other))
     path.write_bytes(good)
     for name in ("README.md", "base.gguf"):  # right in itself, but not what bundle.json says
-        shutil.copy(other / "README.md.zst", copy / (name + ENDING))
+        shutil.copy(other / "README.md.zst", copy / (name + SUFFIX))
         entry = json.loads((other / INDEX).read_text())["files"]["README.md"]
         edit(copy, lambda index, name=name, entry=entry: index["files"].update({name: entry}))
-        for way in WAYS:
+        for mode in UNPACK_MODES:
             with pytest.raises(BundleError, match=rf"^{copy}: .*is not the file that bundle\.json lists"):
-                Files(copy, way)
-    with pytest.raises(BundleError, match="unknown way"):
-        Files(copy, "tomorrow")
+                BundleFiles(copy, mode)
+    with pytest.raises(BundleError, match="unknown unpack mode"):
+        BundleFiles(copy, "tomorrow")
 
 
 # Where to
@@ -312,7 +312,7 @@ def test_an_archive_of_something_else(tmp_path, copy, cache):
 def test_nothing_is_overwritten(plain, packed, tmp_path):
     write(tmp_path / "there", {"precious": b"x"})
     for out in (tmp_path / "there", tmp_path / "there/precious"):
-        with pytest.raises(BundleError, match="is there already"):
+        with pytest.raises(BundleError, match="already exists"):
             unpack(packed, out)
     with pytest.raises(BundleError, match="lies in"):
         unpack(packed, packed / "out")
@@ -354,7 +354,7 @@ def file_size_limit(count):
 ENDED = """
 import os, signal, sys
 from pathlib import Path
-from cogumi.archive import staged
+from cogumi.bundle.packed import staged
 with staged(Path(sys.argv[1]), Path(sys.argv[2])) as part:
     (part / "half").write_text("x")
     os.kill(os.getpid(), signal.SIGTERM)

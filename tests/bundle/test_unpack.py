@@ -14,7 +14,7 @@ import pytest
 
 from cogumi.bundle.format import EMBEDDER, EXAMPLES, VOCABULARY, write_bundle
 from cogumi.bundle.packed import staged
-from cogumi.bundle.unpack import STALE, Files
+from cogumi.bundle.unpack import STALE_SECONDS, BundleFiles
 from cogumi.cascade.opening import open_cascade
 from cogumi.cli import packing as commands
 from cogumi.cli.console import print_inspection, size
@@ -41,17 +41,17 @@ def cache(tmp_path, monkeypatch):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from cogumi.runtime.unpacking import Files
+from cogumi.bundle.unpack import BundleFiles
 def progress(done, total):
     if sys.argv[3] == "die" and done >= 1 << 20:
         os.kill(os.getpid(), signal.SIGKILL)
-Files(Path(sys.argv[1]), sys.argv[2], progress)
+BundleFiles(Path(sys.argv[1]), sys.argv[2], progress)
 print("opened")
 """
 
 
-def child(packed, way, *words, **options):
-    command = [sys.executable, "-c", CHILD, str(packed), way, *(words or ("live",))]
+def child(packed, mode, *words, **options):
+    command = [sys.executable, "-c", CHILD, str(packed), mode, *(words or ("live",))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -59,17 +59,17 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 
 
-@pytest.mark.parametrize("way", ["cached", "eager"])
-def test_a_full_disk(packed, tmp_path, cache, way, monkeypatch):
+@pytest.mark.parametrize("mode", ["cached", "eager"])
+def test_a_full_disk(packed, tmp_path, cache, mode, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = child(packed, way, preexec_fn=limited)
+    process = child(packed, mode, preexec_fn=limited)
     errors = process.communicate()[1].strip().splitlines()
     assert errors[-1].startswith("cogumi.core.errors.BundleError: cannot unpack base.gguf")
     assert "File too large" in errors[-1]
     left = {name for name in content_of(tmp_path) if "unpacked" in name or "cogumi-" in name}
     assert not any("base.gguf" in name or "/parts/" in name for name in left)
-    assert way == "cached" or not left
-    with contextlib.closing(Files(packed, way)) as files:  # and when there is room, it works
+    assert mode == "cached" or not left
+    with contextlib.closing(BundleFiles(packed, mode)) as files:  # and when there is room, it works
         assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
 
 
@@ -79,16 +79,16 @@ def test_killed_while_unpacking_to_the_cache(packed, cache):
     assert process.returncode == -signal.SIGKILL
     (left,) = cache.glob("*/parts/*")
     assert not list(cache.glob("*/files/base.gguf"))
-    files = Files(packed)
+    files = BundleFiles(packed)
     assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
     assert left.exists()  # somebody else may be at it still
-    os.utime(left, (0, left.stat().st_mtime - STALE - 1))
-    Files(packed)
+    os.utime(left, (0, left.stat().st_mtime - STALE_SECONDS - 1))
+    BundleFiles(packed)
     assert not left.exists()
 
 
 def test_processes_that_unpack_at_once(packed, cache):
-    processes = [child(packed, way) for way in ("cached", "cached", "lazy")]
+    processes = [child(packed, mode) for mode in ("cached", "cached", "lazy")]
     for process in processes:
         out, errors = process.communicate()
         assert out == "opened\n", errors
@@ -99,15 +99,15 @@ def test_processes_that_unpack_at_once(packed, cache):
 
 def test_the_cache_is_used_again_and_repaired(packed, cache):
     told = []
-    first = Files(packed, "cached", lambda done, total: told.append(total))
+    first = BundleFiles(packed, "cached", lambda done, total: told.append(total))
     assert told
     told.clear()
-    Files(packed, "cached", lambda done, total: told.append(total))
+    BundleFiles(packed, "cached", lambda done, total: told.append(total))
     assert not told
     stamp = first.bundle.base.stat().st_mtime_ns
     assert stamp == (packed / "base.gguf.zst").stat().st_mtime_ns
     first.bundle.base.write_bytes(CONTENT["base.gguf"][:-1] + b"!")
-    assert Files(packed).bundle.base.read_bytes() == CONTENT["base.gguf"]
+    assert BundleFiles(packed).bundle.base.read_bytes() == CONTENT["base.gguf"]
 
 
 # As a cascade
@@ -129,9 +129,9 @@ def real(tmp_path_factory):
     return root / "whole", root / "packed"
 
 
-def answers(folder, way=None):
+def answers(folder, mode=None):
     questions = [Request(messages=(Message("user", q),), max_tokens=8, seed=1) for q in ("What is 2 + 3?", "def f")]
-    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=way)) as cascade:
+    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=mode)) as cascade:
         direct = Request(prompt="def f", max_tokens=8, adapter="code")
         return [final_reply(cascade.generate(q)).text for q in questions] + [
             final_reply(cascade.tiers.base.generate(direct)).text
@@ -190,5 +190,5 @@ def test_commands(real, tmp_path, capsys):
     chat = ("chat", tmp_path / "packed", "--once", "What is 2 + 3?", "--json", "--threads", "1", "--unpack", "lazy")
     done = subprocess.run([sys.executable, "-m", "cogumi", *map(str, chat)], capture_output=True, text=True)
     assert json.loads(done.stdout)["finish_reason"] in ("stop", "length")
-    with pytest.raises(BundleError, match="is there already"):
+    with pytest.raises(BundleError, match="already exists"):
         commands.unpack(tmp_path / "packed", tmp_path / "back")

@@ -18,7 +18,7 @@ from cogumi.cascade.memory.learned_file import FILE, Learned, LearnedFile
 from cogumi.cascade.memory.learner import Learner
 from cogumi.cascade.memory.turns import Memory, Turn
 from cogumi.confidence.nets import sigmoid
-from cogumi.confidence.recalibration import Layer, Vote
+from cogumi.confidence.recalibration import Correction, Vote
 from cogumi.core.errors import StateError
 from support.votes import CANARIES, PROMISE, votes_of
 
@@ -72,7 +72,7 @@ def test_a_damaged_file_is_set_aside(tmp_path_factory, content):
 
 
 def test_a_state_survives_the_file(memory, tmp_path):
-    layer = Layer(-0.5, 0.1, {"domain_math": (-0.3, 0.0)}, certified=True)
+    layer = Correction(-0.5, 0.1, {"domain_math": (-0.3, 0.0)}, certified=True)
     state = Learned(layer=layer, promoted=1.0, tests=3).told("promoted", {}, gain=0.02)
     learner = Learner(memory, tmp_path, [PROMISE])
     learner._save(state)
@@ -83,7 +83,7 @@ def test_a_state_survives_the_file(memory, tmp_path):
 
 def test_what_another_process_learned_is_taken_over(memory, tmp_path):
     one, other = (Learner(memory, tmp_path, [PROMISE]) for _ in range(2))
-    one._save(Learned(layer=Layer(-1.0)))
+    one._save(Learned(layer=Correction(-1.0)))
     assert other.p_correct("t", "", 0.8, {}) == one.p_correct("t", "", 0.8, {}) < 0.7
     (tmp_path / FILE).unlink()
     assert other.p_correct("t", "", 0.8, {}) == 0.8
@@ -91,7 +91,7 @@ def test_what_another_process_learned_is_taken_over(memory, tmp_path):
 
 def test_a_candidate_serves_the_canary_only(memory, tmp_path):
     learner = Learner(memory, tmp_path, [PROMISE])
-    learner._save(Learned(canary=Layer(-1.0)))
+    learner._save(Learned(canary=Correction(-1.0)))
     changed = [i for i in range(40) if learner.p_correct(f"turn-{i}", "", 0.8, {}) != 0.8]
     assert changed == CANARIES
 
@@ -142,7 +142,7 @@ def test_promotion_and_rollback(memory, tmp_path, monkeypatch):
 def test_an_attacker_neither_withdraws_a_layer_nor_hides_its_harm(memory, tmp_path):
     """The votes of one who began to vote against everybody after the last fit are known before they decide."""
     learner = Learner(memory, tmp_path, [])
-    layer = Layer(-1.5)
+    layer = Correction(-1.5)
     rng = np.random.default_rng(7)
 
     def look(votes):

@@ -19,7 +19,7 @@ from cogumi.cascade.modes import Mode, Settings
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.template_bank import Templates
 from cogumi.confidence.gate import QuestionGate
-from cogumi.confidence.nearest_examples import NEAR, OTHERS, SHAPES, nearest, shape
+from cogumi.confidence.nearest_examples import DEFAULT_COUNT, EXAMPLE_COUNTS, MIN_COSINE, example_count, nearest
 from cogumi.core.errors import BundleError, CogumiError, ContextError, RequestError
 from cogumi.core.types import Example, Message, Request
 from cogumi.engine.few_shot import ADAPTER
@@ -37,15 +37,16 @@ cosines = st.lists(st.floats(-1, 1, width=32), max_size=30).map(np.array)
 @given(cosines, st.sampled_from(["code", "reasoning", "music"]))
 def test_the_nearest_are_shown_best_last_and_none_that_is_far(found, domain):
     picked = nearest(found, [domain] * len(found))
-    assert len(picked) == min(shape(domain), int((found >= NEAR).sum()))
+    assert len(picked) == min(example_count(domain), int((found >= MIN_COSINE).sum()))
     assert sorted(found[picked]) == list(found[picked])
     left = np.delete(found, picked)
-    assert not picked or not len(left) or left.max() <= found[picked].min() or left.max() < NEAR
+    assert not picked or not len(left) or left.max() <= found[picked].min() or left.max() < MIN_COSINE
 
 
 def test_the_domain_of_the_nearest_says_how_many():
-    assert (shape("code"), shape("math"), shape("reasoning"), shape("music")) == (3, 3, 5, OTHERS)
-    assert set(SHAPES.values()) == {3, 5}
+    counts = {name: example_count(name) for name in ("code", "math", "reasoning", "music")}
+    assert counts == {"code": 3, "math": 3, "reasoning": 5, "music": DEFAULT_COUNT}
+    assert set(EXAMPLE_COUNTS.values()) == {3, 5}
     values = np.linspace(0.99, 0.9, 10)
     assert nearest(values, ["reasoning", *["code"] * 9]) == [4, 3, 2, 1, 0]
     assert nearest(values, ["code", *["reasoning"] * 9]) == [2, 1, 0]
@@ -85,7 +86,7 @@ def test_without_an_embedder_some_of_the_domain_are_shown_always_the_same():
     bank = Templates(BANK)
     assert bank.near("code a function three") == ()
     shown = bank.suiting("anything", "code", 5)
-    assert len(set(shown)) == SHAPES["code"]
+    assert len(set(shown)) == EXAMPLE_COUNTS["code"]
     assert set(shown) <= set(BANK["code"])
     assert bank.suiting("anything", "code", 5) == shown
     assert {bank.suiting(f"q{i}", "code", 2) for i in range(9)} != {bank.suiting("q0", "code", 2)}
@@ -201,7 +202,7 @@ def test_near_examples_fill_up_given_ones_where_they_fit(tiers):
     wanted = ask("code a function five", examples=(("q", "a"),))
     reply = final_reply(cascade(tiers, templates=near).generate(wanted))
     filled = replace(wanted, examples=(*near.near("code a function five")[1:], ("q", "a")))
-    assert len(filled.examples) == SHAPES["code"]
+    assert len(filled.examples) == EXAMPLE_COUNTS["code"]
     assert reply.text.removesuffix(LOW_CONFIDENCE) == final_reply(base.generate(filled)).text
     assert next(d for d in reply.decisions if d.signal == "examples").value == 3
     long = Templates({"code": [("code a function " * 30, "a")] * 3}, Letters)

@@ -210,7 +210,11 @@ def test_chat_answers_after_the_examples_of_a_file(folder, tmp_path):
     answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--examples", file, "--json").stdout)
     assert (answer["tier"], answer["p_correct"]) == ("base+examples", None)
     assert next(d for d in answer["decisions"] if d["signal"] == "examples")["value"] == 2
-    for text, why in (("", "holds no example"), ('{"question": "q"}', "line 1 is no example"), ("\nx", "line 2 is no")):
+    for text, why in (
+        ("", "holds no example"),
+        ('{"question": "q"}', "line 1 is not an example"),
+        ("\nx", "line 2 is not"),
+    ):
         file.write_text(text)
         refused = cogumi("chat", folder, "--once", "x", "--examples", file, ok=1)
         assert why in refused.stderr

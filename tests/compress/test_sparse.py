@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from cogumi.bundle.unpack import Files
+from cogumi.bundle.unpack import BundleFiles
 from cogumi.cli.inspection import look
 from cogumi.compress.pack.archive import Config, pack_folder, run, unpack
 from cogumi.compress.pack.sparse import Sparse, decode, encode, encode_file, expand_file
@@ -163,7 +163,7 @@ def test_sizes_are_not_believed(tmp_path):
     stored = {"0.values": np.empty(0, np.uint8), "0.where": np.array([0xFF, 0xFF, 0xFF, 0xFF], np.uint8)}
     told = {"format": 1, "header": header, "sha256": "", "kinds": ["runs4"]}
     save_file(stored, tmp_path / "huge", {"sparse": json.dumps(told)})
-    with pytest.raises(BundleError, match="make room"):
+    with pytest.raises(BundleError, match="free disk space"):
         expand_file(tmp_path / "huge", tmp_path / "out")
     save_file(stored, tmp_path / "new", {"sparse": json.dumps(told | {"format": 2})})
     with pytest.raises(ArtifactError, match="sparse format 2"):
@@ -268,4 +268,4 @@ def test_the_record_of_a_build_is_left_out(model, tmp_path):
     assert (found["what"], found["fingerprint"]) == ("packed files", "f")
     assert (found["bytes"], found["packed_bytes"]) == (metrics["bytes"], metrics["packed_bytes"])
     with pytest.raises(BundleError, match=r"holds no bundle\.json: it is no packed bundle"):
-        Files(tmp_path / "out", "eager")
+        BundleFiles(tmp_path / "out", "eager")

@@ -11,34 +11,34 @@ from cogumi.confidence import personal
 from cogumi.confidence.nets import sigmoid
 from cogumi.confidence.recalibration import (
     CANARY,
-    LIMIT,
-    Layer,
+    MAX_SHIFT,
+    Correction,
     Vote,
     Votes,
+    cap_below_thresholds,
     certified,
+    cusum_harm,
     features,
-    fit_layer,
+    fit_correction,
     gain,
-    hold,
     in_canary,
     learn,
     logit,
     trust,
     weights,
-    worst_stretch,
 )
 from support.votes import CANARIES, DOMAINS, PROMISE, votes_of
 
-# Layer
+# Correction
 
 
 @given(st.floats(0, 1), st.dictionaries(st.sampled_from(["domain_a", "x"]), st.floats(-1e6, 1e6)))
 def test_an_empty_layer_changes_nothing(p, seen):
-    assert Layer().p_correct(p, seen, ()) == pytest.approx(p, abs=1e-3)
+    assert Correction().p_correct(p, seen, ()) == pytest.approx(p, abs=1e-3)
 
 
 LAYERS = st.builds(
-    Layer,
+    Correction,
     st.floats(-9, 9),
     st.floats(-3, 3),
     st.dictionaries(st.sampled_from(["domain_a", "mean_logprob"]), st.tuples(st.floats(-9, 9), st.floats(-9, 9))),
@@ -51,7 +51,7 @@ def test_an_uncertified_layer_never_lifts_an_answer_over_a_threshold(layer, p, s
     q = layer.p_correct(p, seen, thresholds)
     assert 0.0 <= q <= 1.0
     assert all(p >= t for t in thresholds if q >= t)
-    assert abs(logit(q) - logit(p)) <= LIMIT + 1e-6
+    assert abs(logit(q) - logit(p)) <= MAX_SHIFT + 1e-6
 
 
 @given(LAYERS, st.lists(st.floats(0, 1), min_size=1, max_size=5))
@@ -62,7 +62,7 @@ def test_many_answers_are_corrected_like_one(layer, ps):
 
 
 def test_hold_keeps_just_below():
-    held = hold([0.2, 0.5, 0.95, 0.2], [0.95, 0.95, 0.99, 0.4], (0.5, 0.9))
+    held = cap_below_thresholds([0.2, 0.5, 0.95, 0.2], [0.95, 0.95, 0.99, 0.4], (0.5, 0.9))
     assert held[0] < 0.5 <= held[1] < 0.9
     np.testing.assert_allclose(held, [0.5, 0.9, 0.99, 0.4])
 
@@ -85,7 +85,7 @@ def test_without_votes_or_drift_a_fit_stays_close_to_no_change():
     rng = np.random.default_rng(1)
     for n, most in ((0, 1e-9), (20, 0.1), (10_000, 0.1)):
         votes = Votes.of(votes_of(rng, n))
-        layer = fit_layer(votes, weights(votes, {}))
+        layer = fit_correction(votes, weights(votes, {}))
         assert max(abs(layer.offset), abs(layer.slope), *(abs(w) for w, _ in layer.terms.values()), 0) <= most
 
 
@@ -164,9 +164,9 @@ def test_the_worst_stretch_lasts_until_now():
     costs = np.array([0.5, -0.3, 0.2, 0.4])
     after = 1 - np.sqrt(np.maximum(costs, 0))
     before = 1 - np.sqrt(np.maximum(-costs, 0))
-    assert worst_stretch(votes, np.ones(4), before, after) == pytest.approx(0.8)
-    assert worst_stretch(votes, np.ones(4), after, before) == 0.0
-    assert worst_stretch(Votes.of([]), np.zeros(0), np.zeros(0), np.zeros(0)) == 0.0
+    assert cusum_harm(votes, np.ones(4), before, after) == pytest.approx(0.8)
+    assert cusum_harm(votes, np.ones(4), after, before) == 0.0
+    assert cusum_harm(Votes.of([]), np.zeros(0), np.zeros(0), np.zeros(0)) == 0.0
 
 
 def test_a_certificate_needs_the_exact_bound_and_gets_harder_with_every_test():
@@ -220,7 +220,7 @@ EVIDENCE = st.builds(evidence, st.integers(50, 500), *[st.tuples(st.floats(-500,
 
 @given(EVIDENCE, st.lists(EVIDENCE, max_size=4))
 def test_personal_offsets_are_bounded(own, others):
-    assert all(abs(x) <= personal.FURTHEST for x in personal.offsets(own, others).values())
+    assert all(abs(x) <= personal.MAX_OFFSET for x in personal.offsets(own, others).values())
 
 
 def test_neighbours_help_only_who_differs():
@@ -233,4 +233,4 @@ def test_neighbours_help_only_who_differs():
 
 @given(st.dictionaries(st.sampled_from(["domain_a", "domain_b", "x"]), st.floats(-1, 1)))
 def test_shares_sum_to_one(seen):
-    assert sum(personal.shares(seen).values()) == pytest.approx(1.0)
+    assert sum(personal.domain_shares(seen).values()) == pytest.approx(1.0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogumi.confidence.reuse import FEATURES, conflict, pair_features
-from cogumi.confidence.verified_reuse import Verifier, proven
+from cogumi.confidence.verified_reuse import Verifier, proven_threshold
 
 CONFLICTS = [
     ("numbers", "Who won in 1998?", "Who won in 1999?"),
@@ -93,8 +93,8 @@ def test_what_no_bound_can_prove_is_not_trusted():
 
 
 def test_proven_takes_counts_and_equal_bounds_together():
-    assert proven([(0.9, True)] * 298, 0.01) == np.inf
-    assert proven([(0.9, True)] * 299, 0.01) == 0.9
-    assert proven([(0.9, True)] * 299 + [(0.9, False)] * 5, 0.01) == np.inf
-    assert proven([(0.9, True)] * 299 + [(0.5, False)] * 300, 0.01) == 0.9
-    assert proven([], 0.01) == np.inf
+    assert proven_threshold([(0.9, True)] * 298, 0.01) == np.inf
+    assert proven_threshold([(0.9, True)] * 299, 0.01) == 0.9
+    assert proven_threshold([(0.9, True)] * 299 + [(0.9, False)] * 5, 0.01) == np.inf
+    assert proven_threshold([(0.9, True)] * 299 + [(0.5, False)] * 300, 0.01) == 0.9
+    assert proven_threshold([], 0.01) == np.inf

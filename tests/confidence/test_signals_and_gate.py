@@ -13,11 +13,11 @@ from sklearn.preprocessing import StandardScaler
 
 from cogumi.confidence import signals
 from cogumi.confidence.calibrators import Calibrator
-from cogumi.confidence.domain_router import fold, route
+from cogumi.confidence.domain_router import modifier_probabilities, route
 from cogumi.confidence.gate import Calibration, Gate, QuestionGate, check
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.nets import Net, load_head, load_net, sigmoid, softmax
-from cogumi.confidence.policy import POLICIES, Answers, Policy, settle
+from cogumi.confidence.policy import POLICIES, Policy, PolicyAnswers, select_answer
 from cogumi.core.errors import BundleError, RequestError
 from cogumi.core.types import ABSTENTION, Reading, Reply, Score, Token, Usage
 from cogumi.grading.graders import normalise
@@ -135,7 +135,7 @@ def test_domains_without_a_modifier_belong_to_the_base():
     seen = {"math": 0.4, "code": 0.3, "reading": 0.3}
     assert route(seen, ["math", "code"]) == "math"
     assert route(seen, ["code"]) is None
-    assert fold(seen, ["code"])["base"] == pytest.approx(0.7)
+    assert modifier_probabilities(seen, ["code"])["base"] == pytest.approx(0.7)
     assert route(seen, []) is None
     assert route({}, ["math"]) is None
 
@@ -187,7 +187,7 @@ chances = st.lists(st.floats(0, 1), min_size=1, max_size=4)
 @settings(deadline=None)
 @given(chances, st.floats(0, 1))
 def test_settle_never_gives_confidence_below_the_threshold(p, threshold):
-    which, accepted = settle(p, [x >= threshold for x in p])
+    which, accepted = select_answer(p, [x >= threshold for x in p])
     assert accepted == (p[which] >= threshold) == (max(p) >= threshold)
     assert accepted or p[which] == max(p)
     assert not any(x >= threshold for x in p[:which])  # the first that is sure answers
@@ -198,10 +198,10 @@ def test_settle_never_gives_confidence_below_the_threshold(p, threshold):
 def test_all_rows_at_once_are_settled_like_each(rows, threshold):
     rows = [[0.5, *row] for row in rows]  # somebody always answers
     p = np.array([[math.nan if x is None else x for x in row] for row in rows])
-    which, accepted = Answers(p, p > 2, p > -1, p).given(threshold)
+    which, accepted = PolicyAnswers(p, p > 2, p > -1, p).given(threshold)
     for row, i, sure in zip(rows, which, accepted, strict=True):
         asked = [j for j, x in enumerate(row) if x is not None]
-        mine, was = settle([row[j] for j in asked], [row[j] >= threshold for j in asked])
+        mine, was = select_answer([row[j] for j in asked], [row[j] >= threshold for j in asked])
         assert (asked[mine], was) == (i, sure)
 
 
@@ -209,7 +209,7 @@ def test_answers_count_what_is_claimed_and_what_it_cost():
     p = np.array([[0.9, math.nan], [0.4, 0.95], [0.3, 0.2], [0.95, math.nan]])
     correct = np.array([[True, False], [False, True], [True, False], [False, False]])
     claims = np.array([[True, True], [True, True], [True, True], [False, True]])
-    answers = Answers(p, correct, claims, np.full((4, 2), 2.0))
+    answers = PolicyAnswers(p, correct, claims, np.full((4, 2), 2.0))
     assert answers.count(0.9) == (2, 0)
     assert answers.count(0.0) == (3, 1)
     assert answers.outcome(0.9) == (0.75, 3.0)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogumi.cascade.self_consistency import Sampling, finish, gather, vote
-from cogumi.confidence.vote import Answer, dbscan, final_answer, grouped, tally
+from cogumi.confidence.vote import Answer, dbscan, final_answer, merge_similar, tally
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Message, Request
 from cogumi.engine.llama.engine import LlamaEngine
@@ -166,7 +166,7 @@ def test_clusters_are_those_of_the_definition(seed, n, eps):
 def test_rows_at_the_border_join_their_nearest_core():
     angles = np.radians([0, 20, 40, 60, 180])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert dbscan(rows, eps=0.061, least=3) == [1, 1, 1, 1, 4]
+    assert dbscan(rows, eps=0.061, min_samples=3) == [1, 1, 1, 1, 4]
 
 
 def test_only_free_texts_are_grouped_by_meaning():
@@ -176,7 +176,7 @@ def test_only_free_texts_are_grouped_by_meaning():
         return np.array([meaning[text] for text in texts], np.float32)
 
     said = [Answer("text", "yes it is"), Answer("text", "no"), None, Answer("text", "yes"), Answer("number", "1")]
-    assert grouped(said, embed) == [Answer("text", "yes"), said[1], None, Answer("text", "yes"), said[4]]
+    assert merge_similar(said, embed) == [Answer("text", "yes"), said[1], None, Answer("text", "yes"), said[4]]
 
 
 @pytest.fixture(scope="module")

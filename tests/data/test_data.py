@@ -90,7 +90,7 @@ def test_a_damaged_split_is_refused_by_file_and_line(tmp_path):
         read_examples(path)
     with pytest.raises(DataError, match="does not exist"):
         read_examples(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="no split 'test'"):
+    with pytest.raises(DataError, match="unknown split 'test'"):
         split_path(tmp_path, "test")
 
 

@@ -135,12 +135,12 @@ def test_a_family_without_enough_questions_says_so():
 
 
 def test_files_that_cannot_be_used_are_named(world, tmp_path):
-    with pytest.raises(DataError, match=r"train\.jsonl does not exist: build the step"):
+    with pytest.raises(DataError, match=r"train\.jsonl does not exist: build the `episodes` step"):
         read_episodes(tmp_path, "train")
-    with pytest.raises(DataError, match="no set of episodes 'test'"):
+    with pytest.raises(DataError, match="unknown set of episodes 'test'"):
         read_episodes(tmp_path, "test")
     (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no episode"):
+    with pytest.raises(DataError, match="is empty"):
         read_episodes(tmp_path, "train")
     run(world, tmp_path / "out")
     line = json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0])

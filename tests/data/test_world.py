@@ -74,7 +74,7 @@ def test_sets_are_disjoint_and_exact(world):
     out, metrics = world
     sets = everything(out)
     cells = len(DOMAINS) * len(DIFFICULTIES) + 2  # two known kinds of unanswerable
-    more = {n: 0 if n == "train" else 2 * (world_stage.WITHOUT - 1) for n in SPLITS}
+    more = {n: 0 if n == "train" else 2 * (world_stage.UNANSWERABLE_FACTOR - 1) for n in SPLITS}
     assert metrics["rows"] == {**{n: SMALL[n] * (cells + more[n]) for n in SPLITS}, "unanswerable": 30}
     questions = [normalised_question(e.messages) for rows in sets.values() for e in rows]
     questions += [normalised_question(e.messages) for e in read_examples(out / "unanswerable.jsonl")]
@@ -101,14 +101,14 @@ def test_same_seed_same_bytes_other_seed_other_bytes(world, tmp_path):
 def test_training_takes_what_a_small_cell_holds_but_other_sets_are_exact_or_refused(tmp_path):
     metrics = run(tmp_path / "much", train=1000)
     assert metrics["rows"]["train"] < 1000 * 32
-    assert metrics["rows"]["heldout"] == SMALL["heldout"] * (30 + 2 * world_stage.WITHOUT)
+    assert metrics["rows"]["heldout"] == SMALL["heldout"] * (30 + 2 * world_stage.UNANSWERABLE_FACTOR)
     with pytest.raises(DataError, match=r"too few different questions in .*heldout"):
         run(tmp_path / "too-much", heldout=5000)
 
 
 def test_fresh_questions_are_new_and_of_the_held_out_part(world):
     out, _ = world
-    found = world_stage.fresh(12, 7, lambda done, total, figures: None)
+    found = world_stage.draw_fresh(12, 7, lambda done, total, figures: None)
     questions = [normalised_question(e.messages) for e in found]
     assert len(set(questions)) == len(questions) == 12 * 33
     read = {
@@ -116,13 +116,13 @@ def test_fresh_questions_are_new_and_of_the_held_out_part(world):
     }
     assert not read & set(questions)
     assert {e.source for e in found} == {*(f"{d}/{k}" for d in DOMAINS for k in DIFFICULTIES), *UNANSWERABLE}
-    assert found == world_stage.fresh(12, 7, lambda done, total, figures: None)
+    assert found == world_stage.draw_fresh(12, 7, lambda done, total, figures: None)
 
 
 def test_unknown_names_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"unseen kinds \['sphinx'\] do not exist"):
+    with pytest.raises(DataError, match=r"unknown kinds \['sphinx'\] in `unseen`"):
         run(tmp_path / "a", unseen=("sphinx",))
-    with pytest.raises(DataError, match="train_by_domain names"):
+    with pytest.raises(DataError, match="in `train_by_domain`"):
         run(tmp_path / "b", train_by_domain={"maths": 3})
 
 

@@ -152,7 +152,7 @@ def test_a_model_of_another_kind_is_refused(root, tmp_path):
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / MODEL)
     assert open_session(tmp_path / MODEL).run(None, {"x": np.ones(2, np.float32)})[0].tolist() == [-1, -1]
-    with pytest.raises(BundleError, match="no sentence encoder"):
+    with pytest.raises(BundleError, match="not a sentence encoder"):
         Embedder(tmp_path)
 
 

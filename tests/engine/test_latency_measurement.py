@@ -10,15 +10,15 @@ from cogumi.core.environment import cache_folder
 from cogumi.engine.llama.speculative.latency_measurement import (
     GPU,
     LAPTOP_8_CORES,
+    estimate_speedups,
     file_key,
     machine_key,
-    measured_costs,
-    on_paper,
+    stored_latency,
 )
-from cogumi.engine.llama.speculative.latency_model import Costs
+from cogumi.engine.llama.speculative.latency_model import LatencyCurve
 
 KEY = {"cpu": "one", "processors": 2}
-FIRST, SECOND = Costs(0.001, (0.01, 0.1 + 0.2, 0.5)), Costs(0.002, (0.02, 0.03))
+FIRST, SECOND = LatencyCurve(0.001, (0.01, 0.1 + 0.2, 0.5)), LatencyCurve(0.002, (0.02, 0.03))
 
 
 @pytest.fixture
@@ -32,15 +32,15 @@ def never():
 
 
 def test_measured_once_and_exactly_the_same_afterwards(cache):
-    assert measured_costs(lambda: FIRST, KEY) == FIRST
-    assert measured_costs(never, dict(reversed(KEY.items()))) == FIRST
+    assert stored_latency(lambda: FIRST, KEY) == FIRST
+    assert stored_latency(never, dict(reversed(KEY.items()))) == FIRST
     assert [path.suffix for path in cache.iterdir()] == [".json"]
 
 
 def test_another_machine_or_model_is_measured_for_itself(cache):
-    measured_costs(lambda: FIRST, KEY)
-    assert measured_costs(lambda: SECOND, {**KEY, "processors": 4}) == SECOND
-    assert measured_costs(never, KEY) == FIRST
+    stored_latency(lambda: FIRST, KEY)
+    assert stored_latency(lambda: SECOND, {**KEY, "processors": 4}) == SECOND
+    assert stored_latency(never, KEY) == FIRST
 
 
 DAMAGES = {
@@ -58,25 +58,25 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_foreign_file_is_measured_again_and_replaced(cache, damage):
-    measured_costs(lambda: FIRST, KEY)
+    stored_latency(lambda: FIRST, KEY)
     (path,) = cache.iterdir()
     path.write_bytes(DAMAGES[damage](path.read_text()).encode("utf-8", "surrogateescape"))
-    assert measured_costs(lambda: SECOND, KEY) == SECOND
-    assert measured_costs(never, KEY) == SECOND
+    assert stored_latency(lambda: SECOND, KEY) == SECOND
+    assert stored_latency(never, KEY) == SECOND
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("COGUMI_CACHE", str(tmp_path / "file"))
-    assert measured_costs(lambda: FIRST, KEY) == FIRST
-    assert measured_costs(lambda: SECOND, KEY) == SECOND
+    assert stored_latency(lambda: FIRST, KEY) == FIRST
+    assert stored_latency(lambda: SECOND, KEY) == SECOND
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_no_error(cache):
     cache.mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-    assert measured_costs(lambda: FIRST, KEY) == FIRST
-    assert measured_costs(lambda: SECOND, KEY) == SECOND
+    assert stored_latency(lambda: FIRST, KEY) == FIRST
+    assert stored_latency(lambda: SECOND, KEY) == SECOND
 
 
 def test_an_error_of_the_measurement_is_not_swallowed(cache):
@@ -84,7 +84,7 @@ def test_an_error_of_the_measurement_is_not_swallowed(cache):
         raise OSError("the engine is gone")
 
     with pytest.raises(OSError, match="gone"):
-        measured_costs(broken, KEY)
+        stored_latency(broken, KEY)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.uname().sysname == "Darwin", reason="the XDG folder is of Linux")
@@ -112,8 +112,8 @@ def test_keys_tell_machines_and_files_apart(tmp_path):
 def test_on_paper_drafting_pays_more_the_more_is_accepted():
     for costs in (LAPTOP_8_CORES, GPU):
         assert len(costs.verify) == 16
-        rows = on_paper(costs)
+        rows = estimate_speedups(costs)
         assert [row.acceptance for row in rows] == [0.3, 0.6, 0.75, 0.9]
         assert [row.k for row in rows] == sorted(row.k for row in rows)
         assert 1 < rows[0].speedup < rows[-1].speedup
-    assert {(row.k, row.speedup) for row in on_paper(Costs(0.01, (0.01, 0.02)))} == {(0, 1.0)}
+    assert {(row.k, row.speedup) for row in estimate_speedups(LatencyCurve(0.01, (0.01, 0.02)))} == {(0, 1.0)}

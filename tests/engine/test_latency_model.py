@@ -3,16 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.engine.llama.speculative.latency_model import RECENT, REVIEW, Costs, Pace
+from cogumi.engine.llama.speculative.latency_model import UPDATE_INTERVAL, WINDOW, LatencyCurve, LatencyTracker
 
 TRUE = [0.03 + 0.016 * i for i in range(16)]
-curves = st.lists(st.floats(1e-4, 1.0), min_size=16, max_size=16).map(lambda c: Costs(0.01, tuple(c)))
+curves = st.lists(st.floats(1e-4, 1.0), min_size=16, max_size=16).map(lambda c: LatencyCurve(0.01, tuple(c)))
 passes = st.lists(st.tuples(st.integers(0, 20), st.floats(1e-4, 1.0)), max_size=200)
 
 
 @given(curves, passes)
 def test_a_larger_pass_never_costs_less(before, seen):
-    pace = Pace(before)
+    pace = LatencyTracker(before)
     for tokens, seconds in seen:
         now = pace.observe(tokens, seconds)
         assert list(now.verify) == sorted(now.verify)
@@ -21,8 +21,8 @@ def test_a_larger_pass_never_costs_less(before, seen):
 
 @given(curves, st.lists(st.integers(1, 16), min_size=1, max_size=8, unique=True))
 def test_what_is_seen_in_work_replaces_what_was_measured(before, sizes):
-    pace = Pace(before)
-    for _ in range(RECENT * REVIEW):
+    pace = LatencyTracker(before)
+    for _ in range(WINDOW * UPDATE_INTERVAL):
         for tokens in sizes:
             now = pace.observe(tokens, TRUE[tokens - 1])
     assert all(now.verify[tokens - 1] == TRUE[tokens - 1] for tokens in sizes)
@@ -30,8 +30,8 @@ def test_what_is_seen_in_work_replaces_what_was_measured(before, sizes):
 
 def test_a_curve_measured_on_a_busy_machine_recovers():
     """Flat, because every pass waited for others: drafting looked free until passes were seen."""
-    pace = Pace(Costs(0.2, (1.6,) * 16))
-    for _ in range(REVIEW):
+    pace = LatencyTracker(LatencyCurve(0.2, (1.6,) * 16))
+    for _ in range(UPDATE_INTERVAL):
         pace.observe(6, TRUE[5])
         pace.observe(1, TRUE[0])
         now = pace.observe(0, 0.006)
@@ -40,11 +40,11 @@ def test_a_curve_measured_on_a_busy_machine_recovers():
 
 
 def test_a_busy_moment_passes():
-    before = Costs(0.006, tuple(TRUE))
-    pace = Pace(before)
-    for _ in range(REVIEW):
+    before = LatencyCurve(0.006, tuple(TRUE))
+    pace = LatencyTracker(before)
+    for _ in range(UPDATE_INTERVAL):
         now = pace.observe(1, 2.0)
     assert now.verify[0] == 2.0
-    for _ in range(RECENT + REVIEW):
+    for _ in range(WINDOW + UPDATE_INTERVAL):
         now = pace.observe(1, TRUE[0])
     assert now == before

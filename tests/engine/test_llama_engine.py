@@ -20,7 +20,7 @@ from cogumi.engine.llama.binding.greedy import greedy_loop
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.binding.quantize import mixture
 from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.engine.llama.speculative.latency_model import Costs
+from cogumi.engine.llama.speculative.latency_model import LatencyCurve
 from cogumi.engine.protocol import final_reply, replies
 from cogumi.models.tokenization import HFTokenizer
 from support.engines import pico
@@ -54,7 +54,7 @@ def test_a_cut_file_is_refused_in_one_line(tmp_path, share):
     whole = pico().base_q8.read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(BundleError, match=r"cut\.gguf is not a whole GGUF model \(.+\); export") as caught:
+    with pytest.raises(BundleError, match=r"cut\.gguf is not a complete GGUF model \(.+\); export") as caught:
         Model(cut)
     assert "\n" not in str(caught.value)
 
@@ -63,7 +63,7 @@ def test_files_that_do_not_exist_or_belong(tmp_path):
     files = pico()
     with pytest.raises(BundleError, match="does not exist"):
         Model(tmp_path / "none.gguf")
-    with pytest.raises(BundleError, match="no adapter for"):
+    with pytest.raises(BundleError, match="is not an adapter for"):
         LlamaEngine(files.base_q8, threads=1, adapters={"x": files.other_adapter_gguf})
     with pytest.raises(BundleError, match=r"adapter .* does not exist"):
         LlamaEngine(files.base_q8, threads=1, adapters={"x": tmp_path / "none.gguf"})
@@ -214,10 +214,10 @@ def test_sampled_speculation_draws_from_the_same_distribution(engine):
 @pytest.mark.parametrize(("draft", "slope", "drafts"), [(2.0, 1.0, False), (0.01, 0.01, True)])
 def test_drafting_is_on_only_where_it_can_pay(monkeypatch, draft, slope, drafts):
     """On a machine where drafting and verifying cost too much whatever is accepted, and on one where they are free."""
-    files, costs = pico(), Costs(draft, tuple(1 + slope * i for i in range(16)))
-    monkeypatch.setattr(engine_module, "measured_costs", lambda measure, key: costs)
+    files, costs = pico(), LatencyCurve(draft, tuple(1 + slope * i for i in range(16)))
+    monkeypatch.setattr(engine_module, "stored_latency", lambda measure, key: costs)
     engine = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8)
-    assert engine.costs is costs
+    assert engine.latency is costs
     assert (engine.drafting_speedup > 1) == drafts
     reply = final_reply(engine.generate(Request(prompt="Tom", max_tokens=40)))
     assert (reply.usage.drafted > 0) == drafts
@@ -226,19 +226,19 @@ def test_drafting_is_on_only_where_it_can_pay(monkeypatch, draft, slope, drafts)
 
 def test_costs_are_measured_once_and_kept(monkeypatch):
     files = pico()
-    first = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).costs
+    first = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).latency
     assert len(first.verify) == 16
     assert 0 < first.verify[0] <= first.verify[-1]
     assert first.draft > 0
     monkeypatch.setattr(engine_module, "pass_seconds", None)  # not asked again
-    assert LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).costs == first
+    assert LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).latency == first
 
 
 def test_costs_follow_the_clock(engine):
-    before = engine.costs
+    before = engine.latency
     for prompt in prompts(5):
         final_reply(engine.generate(Request(prompt=prompt, max_tokens=40, speculate=False)))
-    assert engine.costs.verify[0] != before.verify[0]
+    assert engine.latency.verify[0] != before.verify[0]
 
 
 def test_cancel_frees_the_slot_and_harms_nobody(engine):

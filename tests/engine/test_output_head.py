@@ -122,14 +122,14 @@ def test_a_file_that_is_no_such_head_is_refused(tmp_path):
     start = low_rank()
     good = {"scale": "1", "lr": "0.1", "steps": "2", "base_sha256": "one"}
     for tensors, known, why in (
-        ({"a": start.a}, good, "not a head"),
-        ({"a": start.a, "b": start.b}, good | {"lr": "much"}, "not a head"),
-        ({"a": start.a, "b": start.b}, {"scale": "1"}, "not a head"),
+        ({"a": start.a}, good, "not a few-shot head"),
+        ({"a": start.a, "b": start.b}, good | {"lr": "much"}, "not a few-shot head"),
+        ({"a": start.a, "b": start.b}, {"scale": "1"}, "not a few-shot head"),
         ({"a": start.a[:3], "b": start.b}, good, "width 64"),
         ({"a": start.a, "b": start.b[:9]}, good, "width 64"),
-        ({"a": start.a, "b": start.b}, good | {"lr": "0"}, "mean nothing"),
-        ({"a": start.a, "b": start.b}, good | {"steps": "100000"}, "mean nothing"),
-        ({"a": start.a * np.float32(np.inf), "b": start.b}, good, "mean nothing"),
+        ({"a": start.a, "b": start.b}, good | {"lr": "0"}, "invalid numbers"),
+        ({"a": start.a, "b": start.b}, good | {"steps": "100000"}, "invalid numbers"),
+        ({"a": start.a * np.float32(np.inf), "b": start.b}, good, "invalid numbers"),
     ):
         save_file(tensors, path, metadata={"head": json.dumps(known)})
         with pytest.raises(BundleError, match=why):
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_such_head_is_refused(tmp_path):
     with pytest.raises(BundleError, match="another base"):
         load_head(path, **size, base_sha256="two")
     path.write_bytes(b"nothing")
-    with pytest.raises(BundleError, match="not a head"):
+    with pytest.raises(BundleError, match="not a few-shot head"):
         load_head(path, **size)
 
 
@@ -289,7 +289,7 @@ def test_without_adaptation_examples_are_earlier_turns(engine):
         assert told.usage.prompt_tokens == len(one.tokenizer.render(in_context(SHOWN)))
         assert one.score(SHOWN, "It is 105.") == one.score(in_context(SHOWN), "It is 105.")
     assert ask(bare, SHOWN).text == told.text
-    with pytest.raises(RequestError, match="no head"):
+    with pytest.raises(RequestError, match="no adaptable head"):
         bare.generate(replace(SHOWN, adapt=True))
     assert ask(engine, replace(SHOWN, adapt=True)).text == ask(engine, SHOWN).text
     bare.close()
@@ -316,10 +316,10 @@ LONG = "word " * 400
         ({"echo": True}, RequestError, "neither speculates nor echoes"),
         ({"examples": (("a", LONG),)}, ContextError, "the context holds"),
         ({"examples": SHOTS * 4}, RequestError, "12 examples are too many"),
-        ({"examples": (("a",),)}, RequestError, "example 0 is no pair"),
+        ({"examples": (("a",),)}, RequestError, "example 0 is not a pair"),
         ({"examples": (*SHOTS, ("a", " "))}, RequestError, "example 3 has an empty"),
         ({"messages": (), "prompt": "a"}, RequestError, "give messages"),
-        ({"examples": (), "adapt": True}, RequestError, "nothing to adapt to"),
+        ({"examples": (), "adapt": True}, RequestError, "has no examples"),
     ],
 )
 def test_what_cannot_be_adapted_to_is_refused_by_the_call(engine, wrong, error, why):

@@ -5,7 +5,7 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.engine.llama.prefix_reuse import Held, choose, common_prefix
+from cogumi.engine.llama.prefix_reuse import CachedSequence, choose_sequence, common_prefix
 
 ids = st.lists(st.integers(0, 2), max_size=30)
 
@@ -18,19 +18,21 @@ def test_common_prefix_is_the_longest(start, one, two):
 
 
 def test_a_conversation_finds_its_sequence_again():
-    free = {0: Held([1, 2, 3, 4, 5, 6], used=1), 3: Held([1, 2, 9, 9], used=7), 5: Held()}
-    assert choose([1, 2, 3, 4, 5, 6, 7, 8], free) == (0, 6)
-    assert choose([1, 2, 9, 9, 9], free) == (3, 4)
+    free = {0: CachedSequence([1, 2, 3, 4, 5, 6], used=1), 3: CachedSequence([1, 2, 9, 9], used=7), 5: CachedSequence()}
+    assert choose_sequence([1, 2, 3, 4, 5, 6, 7, 8], free) == (0, 6)
+    assert choose_sequence([1, 2, 9, 9, 9], free) == (3, 4)
 
 
 def test_strangers_take_the_longest_unused_and_keep_what_is_alike():
-    free = {0: Held([1, 2, 3], used=5), 3: Held([1, 4], used=2), 4: Held([9], used=9)}
-    assert choose([1, *range(20, 60)], free) == (3, 1)
-    assert choose([7] * 10, free | {6: Held()}) == (6, 0)
-    assert choose([7] * 10, {4: Held([7] * 30, used=1)}) == (4, 10)
+    free = {0: CachedSequence([1, 2, 3], used=5), 3: CachedSequence([1, 4], used=2), 4: CachedSequence([9], used=9)}
+    assert choose_sequence([1, *range(20, 60)], free) == (3, 1)
+    assert choose_sequence([7] * 10, free | {6: CachedSequence()}) == (6, 0)
+    assert choose_sequence([7] * 10, {4: CachedSequence([7] * 30, used=1)}) == (4, 10)
 
 
-@given(ids.filter(len), st.dictionaries(st.integers(0, 7), st.builds(Held, ids, st.integers(0, 99)), min_size=1))
+@given(
+    ids.filter(len), st.dictionaries(st.integers(0, 7), st.builds(CachedSequence, ids, st.integers(0, 99)), min_size=1)
+)
 def test_what_is_kept_is_always_common(prompt, free):
-    sequence, kept = choose(prompt, free)
+    sequence, kept = choose_sequence(prompt, free)
     assert free[sequence].ids[:kept] == prompt[:kept]

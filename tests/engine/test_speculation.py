@@ -12,14 +12,14 @@ from scipy import stats
 
 from cogumi.engine.llama.speculative.latency_measurement import GPU, LAPTOP_8_CORES
 from cogumi.engine.llama.speculative.speculation import (
-    MOST,
+    MAX_DRAFT,
     PRIOR,
     Acceptance,
     Choice,
     Controller,
-    Costs,
+    DraftOptions,
+    LatencyCurve,
     Tracker,
-    Wish,
     best_k,
     expected_speedup,
     expected_tokens,
@@ -27,7 +27,9 @@ from cogumi.engine.llama.speculative.speculation import (
     verify_sampled,
 )
 
-TWO_CORES = Costs(0.0065, tuple((np.interp(range(1, 17), [1, 2, 4, 6, 16], [32, 54, 84, 128, 290]) / 1000).tolist()))
+TWO_CORES = LatencyCurve(
+    0.0065, tuple((np.interp(range(1, 17), [1, 2, 4, 6, 16], [32, 54, 84, 128, 290]) / 1000).tolist())
+)
 """Measured with a base of 608 MB and a draft of 108 MB (DESIGN, "Runtime")."""
 
 
@@ -35,8 +37,8 @@ def random_costs(seed):
     """A curve that never falls: flat, steep, or in steps; and a draft of any speed."""
     generator = random.Random(seed)
     steepness, shape = generator.choice([0.05, 0.2, 0.5, 1.0, 1.5]), generator.choice([0.5, 1, 6])
-    rises = (steepness * generator.random() ** shape for _ in range(MOST))
-    return Costs(
+    rises = (steepness * generator.random() ** shape for _ in range(MAX_DRAFT))
+    return LatencyCurve(
         generator.choice([0.02, 0.1, 0.3]) * 2 * generator.random(), tuple(itertools.accumulate(rises, initial=1.0))
     )
 
@@ -195,15 +197,15 @@ def test_a_request_starts_from_what_the_engine_knows_and_goes_its_own_way():
     assert controller.rate("ngram") == pytest.approx(PRIOR)
 
 
-# Costs
+# LatencyCurve
 
 
 def test_costs_never_fall_and_go_on_linearly():
-    costs = Costs(0.0, (1.0, 3.0, 2.0, 4.0))
+    costs = LatencyCurve(0.0, (1.0, 3.0, 2.0, 4.0))
     assert [costs.seconds(n) for n in range(1, 5)] == [1.0, 3.0, 3.0, 4.0]
     assert costs.step == 1.0
     assert costs.seconds(7) - costs.seconds(6) == pytest.approx(costs.seconds(6) - costs.seconds(5)) == 0.5
-    assert Costs(0.0, (2.0,)).seconds(3) == 6.0
+    assert LatencyCurve(0.0, (2.0,)).seconds(3) == 6.0
 
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=6), st.integers(0, 50))
@@ -222,7 +224,7 @@ def test_passes_take_equally_many_tokens_of_every_sequence(drafted, seed):
 
 def wish(limits, **permille):
     """A request whose acceptances are known exactly."""
-    return Wish(Tracker({source: Acceptance(n / 1000) for source, n in permille.items()}), limits)
+    return DraftOptions(Tracker({source: Acceptance(n / 1000) for source, n in permille.items()}), limits)
 
 
 permilles, limits, seeds = st.integers(1, 999), st.integers(0, 15), st.integers(0, 10_000)
@@ -323,7 +325,7 @@ class Stream:
         active = [[i, self.controller.tracker(), length] for i in range(together)]
         written, number = 0, together
         while written < tokens:
-            wishes = [Wish(tracker, {source: 15}) for _, tracker, _ in active]
+            wishes = [DraftOptions(tracker, {source: 15}) for _, tracker, _ in active]
             choices = self.controller.plan(wishes)
             drafted = [choice.k for choice in choices]
             drafting = costs.drafting(sum(k > 0 for k in drafted)) if source == "model" else 0.0
@@ -358,7 +360,8 @@ def fixed_speeds(costs, rate, together=1, drafting=None):
     """Tokens per second with each fixed k."""
     drafting = costs.drafting(together) if drafting is None else drafting
     return [
-        together * expected_tokens(rate, k) / (costs.passes([k] * together) + k * drafting) for k in range(MOST + 1)
+        together * expected_tokens(rate, k) / (costs.passes([k] * together) + k * drafting)
+        for k in range(MAX_DRAFT + 1)
     ]
 
 
@@ -425,14 +428,14 @@ def test_probes_keep_their_budget():
 
 
 def test_a_probe_drafts_what_is_expected_to_lose_least():
-    costs = Costs(0.02, (1.0, 1.9, 2.0, *(4.0,) * 13))
+    costs = LatencyCurve(0.02, (1.0, 1.9, 2.0, *(4.0,) * 13))
     for rate, k in ((50, 1), (600, 2)):
         assert Controller(costs).best([wish({"model": 15}, model=rate, ngram=500)]).choices == [Choice(None, 0)]
         assert Controller(costs).plan([wish({"model": 15}, model=rate, ngram=500)]) == [Choice("model", k)]
 
 
 def test_nothing_is_tried_that_cannot_win():
-    costs = Costs(0.04, TWO_CORES.verify)  # drafting a token takes longer than writing one
+    costs = LatencyCurve(0.04, TWO_CORES.verify)  # drafting a token takes longer than writing one
     stream = Stream(costs, lambda *_: 1.0, tokens=500)
     assert stream.share(0) == 0
     assert stream.controller.speedup() < 1
@@ -441,5 +444,5 @@ def test_nothing_is_tried_that_cannot_win():
 def test_the_speedup_told_is_that_of_the_best_k():
     controller = Controller(GPU)
     assert controller.speedup() == pytest.approx(max(fixed_speeds(GPU, PRIOR)) * GPU.step)
-    ngram_only = Controller(Costs(0.0, GPU.verify))
+    ngram_only = Controller(LatencyCurve(0.0, GPU.verify))
     assert ngram_only.speedup() == pytest.approx(max(fixed_speeds(GPU, PRIOR, drafting=0.0)) * GPU.step)

@@ -11,7 +11,7 @@ import pytest
 
 from cogumi.core import artifact, registry
 from cogumi.core.errors import CogumiError, GateError, TrainingError
-from cogumi.core.files import held
+from cogumi.core.files import exclusive_lock
 from cogumi.pipeline import build as build_module
 from cogumi.pipeline.build import build
 from cogumi.pipeline.build_progress import Silent
@@ -137,7 +137,7 @@ def test_workers_end_with_a_build_that_is_killed_and_the_folder_is_free_again(tm
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     lock = tmp_path / "runs/small/.lock"
-    with pytest.raises(BlockingIOError), held(lock):
+    with pytest.raises(BlockingIOError), exclusive_lock(lock):
         pass
     os.kill(process.pid, signal.SIGKILL)
     finish(process)
@@ -145,7 +145,7 @@ def test_workers_end_with_a_build_that_is_killed_and_the_folder_is_free_again(tm
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with held(lock):
+    with exclusive_lock(lock):
         pass
 
 

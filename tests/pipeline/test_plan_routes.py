@@ -390,7 +390,7 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
         return str(error)
 
     assert "write it like 80GB" in refused("tiny", "--disk", "lots")
-    assert "less than a byte" in refused("tiny", "--ram", "0GB")
+    assert "less than one byte" in refused("tiny", "--ram", "0GB")
     assert "is no speed" in refused("tiny", "--tokens-per-second", "-3")
     assert "write it like 50GB/s" in refused("tiny", "--bandwidth", "fast")
     assert "did you mean 'Llama-3.2-1B'" in refused("Llama-3.2-1X")
@@ -435,4 +435,4 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
     assert "not a complete GGUF model" in refused(str(tmp_path / "some.gguf"))
     assert refused(str(tmp_path / "nosuch.gguf")).startswith("there is no file")
-    assert "'lots' is no amount of bytes" in refused("tiny", "--disk", "lots")
+    assert "'lots' is not an amount of bytes" in refused("tiny", "--disk", "lots")

@@ -13,7 +13,7 @@ import yaml
 from cogumi.bundle.format import open_bundle
 from cogumi.core.artifact import read_manifest, verify
 from cogumi.core.files import sha256
-from cogumi.data.world.questions import WITHOUT
+from cogumi.data.world.questions import UNANSWERABLE_FACTOR
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe
 
 RECIPE = Path(__file__).parent / "pico.yaml"
@@ -68,7 +68,7 @@ def test_the_report_has_its_keys_and_its_figures_agree(built):
     assert json.loads((home / "report.json").read_text()) == report
     assert set(report["accuracy"]) == {"draft", "base", "modifier", "cascade"}
     heldout = sum(n for cells in report["accuracy"]["cascade"].values() for _, n in cells.values())
-    assert heldout == report["gate"]["n"] == 8 * (30 + 2 * WITHOUT)
+    assert heldout == report["gate"]["n"] == 8 * (30 + 2 * UNANSWERABLE_FACTOR)
     assert sum(report["routes"].values()) == pytest.approx(1)
     assert set(report["modifiers"]["math"]) == {"before", "after", "gain", "lost_elsewhere", "control", "n"}
     assert report["unanswerable"]["n"] == sum(n for _, n in report["unanswerable"]["kinds"].values()) == 30

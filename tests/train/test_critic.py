@@ -14,8 +14,18 @@ from safetensors.numpy import load_file, save_file
 
 from cogumi.cascade.self_consistency import finish
 from cogumi.cascade.self_critique import HINT, Critic, Critique, improve, told
-from cogumi.confidence.critic_net import BUCKETS, CLASSES, ERRORS, FILE, NONE, SUMMARY, load_critic, look, passage
-from cogumi.confidence.metrics import gained
+from cogumi.confidence.critic_net import (
+    BUCKETS,
+    CLASSES,
+    ERRORS,
+    FILE,
+    NONE,
+    SUMMARY,
+    critic_input,
+    load_critic,
+    passage,
+)
+from cogumi.confidence.metrics import bootstrap_gain
 from cogumi.confidence.nets import Net
 from cogumi.core.errors import BundleError, CogumiError, DataError, RequestError
 from cogumi.core.stage import Context
@@ -84,7 +94,7 @@ def test_it_ranks_names_and_points(net):
 
 def test_numpy_computes_what_torch_trained():
     torch.manual_seed(0)
-    rows = [row.seen for row, _ in made_up(20, 5)] + [look("", answer([], []))]
+    rows = [row.seen for row, _ in made_up(20, 5)] + [critic_input("", answer([], []))]
     reader = TrainableCritic(SMALL, rows).eval()
     with torch.no_grad():
         reader.known[rows[0].question] = 0.0
@@ -95,7 +105,7 @@ def test_numpy_computes_what_torch_trained():
 
 
 def test_a_file_holds_it_exactly(net, file):
-    seen = look("What is 1 + 1?", answer(["2"], [False]))
+    seen = critic_input("What is 1 + 1?", answer(["2"], [False]))
     again = load_critic(file)
     assert again.judge(seen).p_correct == net.judge(seen).p_correct
     assert again.judge(seen).errors == net.judge(seen).errors
@@ -133,7 +143,7 @@ tokens = st.builds(
 @given(question=st.text(), said=st.lists(tokens, max_size=8), reason=st.sampled_from(["stop", "length"]))
 def test_any_answer_gets_a_score(net, question, said, reason):
     reply = Reply("".join(t.text for t in said), tuple(said), reason, Usage())
-    opinion = net.judge(look(question, reply))
+    opinion = net.judge(critic_input(question, reply))
     assert 0 <= opinion.p_correct <= 1
     assert math.isclose(sum(opinion.errors.values()), 1)
     assert opinion.error in ERRORS
@@ -162,13 +172,13 @@ def test_the_passage_is_whole_words():
 def test_words_never_met_say_nothing(net):
     """A question that praises its answer in words like the critic's own changes no score."""
     praise = " ".join(
-        word for word in PRAISE.split() if not net.weights["known"][look(word, answer([], [])).question].any()
+        word for word in PRAISE.split() if not net.weights["known"][critic_input(word, answer([], [])).question].any()
     )
     assert len(praise.split()) > 20
     assert net.weights["known"].sum() < 100 < BUCKETS
     for row, _ in made_up(100, 4):
         question = stage.question_of(row.example)
-        praised = net.judge(look(f"{praise} {question} {praise}", row.reply))
+        praised = net.judge(critic_input(f"{praise} {question} {praise}", row.reply))
         assert praised.p_correct == pytest.approx(net.judge(row.seen).p_correct, abs=1e-6)
 
 
@@ -353,7 +363,7 @@ def test_the_suite_counts_gains_and_costs(inputs, tmp_path, monkeypatch):
 
 def test_gains_have_paired_bounds():
     before, after = np.zeros(200), np.repeat([0.0, 1.0], [150, 50])
-    gain, low, high = gained(before, after, 0)
+    gain, low, high = bootstrap_gain(before, after, 0)
     assert gain == 0.25
     assert 0.18 < low < 0.22 < 0.28 < high < 0.32
-    assert gained(after, after, 0) == (0.0, 0.0, 0.0)
+    assert bootstrap_gain(after, after, 0) == (0.0, 0.0, 0.0)

@@ -43,7 +43,7 @@ def talk(*texts):
 def root(tmp_path_factory):
     """A folder with a pico encoder that knows the words of the dialogues, and `bundle` with what the stage makes."""
     root = tmp_path_factory.mktemp("escalation")
-    texts = [m.content.lower() for d in draw("train", 600, 1, hurried=False) for m in d.messages]
+    texts = [m.content.lower() for d in draw("train", 600, 1, registers=False) for m in d.messages]
     found = sorted({word for text in texts for word in re.findall(r"[a-z]+|[^\w\s]", text)} | set("abcdefghij0"))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *found]
     raw = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
@@ -87,7 +87,7 @@ def test_no_held_out_follow_up_is_met_in_training():
     trained, held_out = (
         {
             re.sub(r"[\s.,:;!?'()-]", "", d.messages[-1].content.lower())
-            for d in draw(name, rows, 0, hurried=False)
+            for d in draw(name, rows, 0, registers=False)
             if d.template != "<error>"  # a message that somebody pasted is the same for everybody
         }
         for name, rows in (("train", 8000), ("heldout", 1500))

@@ -12,7 +12,7 @@ from cogumi.core.errors import ArtifactError, DataError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Message
 from cogumi.data.examples import example_id, split_path, write_examples
-from cogumi.data.solutions import FILE, Paths, path_examples, read_paths, write_paths
+from cogumi.data.solutions import FILE, Solutions, read_solutions, solution_examples, write_solutions
 from cogumi.grading.graders import grade_all
 from cogumi.models.folders import Shape
 from cogumi.train import sft, solution_paths
@@ -77,14 +77,14 @@ def found(world, out, **config):
 
 def test_both_programs_of_a_question_are_found_once_each_and_all_are_right(world, tmp_path):
     metrics = found(world, tmp_path, samples=40)
-    rows = read_paths(tmp_path)
+    rows = read_solutions(tmp_path)
     assert metrics["asked"] == 5  # neither the easy question nor the one without an answer
     code = metrics["by_domain"]["code"]
     assert code["with_2"] == 4 >= code["with_3"]
     assert metrics["by_domain"]["facts"]["paths"] == 1  # one right text, however often it is asked
     asked = {e.question: e for e in rows}
-    assert {"def f(x):\n    return x + 4", "def f(x):\n    return 4 + x"} <= set(asked["adds 4"].paths)
-    taught = path_examples(rows, [adding(c) for c in (2, 3, 4, 5)] + [
+    assert {"def f(x):\n    return x + 4", "def f(x):\n    return 4 + x"} <= set(asked["adds 4"].answers)
+    taught = solution_examples(rows, [adding(c) for c in (2, 3, 4, 5)] + [
         example("capital of France", "Paris", {"kind": "exact"}, "facts")
     ])  # fmt: skip
     assert len(taught) == metrics["paths"] == len({e.id for e in taught})
@@ -180,19 +180,19 @@ def test_what_cannot_be_used_says_so(world, tmp_path):
         found(world, tmp_path, domains=("cod",))
     with pytest.raises(DataError, match=r"has difficulty 5 or more; lower hard_from"):
         found(world, tmp_path, hard_from=5)
-    with pytest.raises(ArtifactError, match="holds no paths"):
-        read_paths(tmp_path)
+    with pytest.raises(ArtifactError, match="is not a file of solutions"):
+        read_solutions(tmp_path)
     (tmp_path / FILE).write_text(json.dumps({"id": "x"}) + "\n")
-    with pytest.raises(ArtifactError, match=r"holds no paths .*build the `paths` step again"):
-        read_paths(tmp_path)
-    with pytest.raises(DataError, match="question x, which is not among the examples"):
-        path_examples([Paths("x", "?", ("1",))], [BELOW])
+    with pytest.raises(ArtifactError, match=r"is not a file of solutions .*build the `paths` step again"):
+        read_solutions(tmp_path)
+    with pytest.raises(DataError, match="no example for the solutions of question x"):
+        solution_examples([Solutions("x", "?", ("1",))], [BELOW])
 
 
 @given(st.lists(st.tuples(st.text(max_size=8), st.lists(st.text(max_size=9), max_size=4)), max_size=5))
 @settings(max_examples=30, deadline=None)
 def test_paths_are_read_as_they_were_written(tmp_path_factory, rows):
     out = tmp_path_factory.mktemp("rows")
-    written = [Paths(str(i), question, tuple(texts)) for i, (question, texts) in enumerate(rows)]
-    write_paths(out, written)
-    assert read_paths(out) == written
+    written = [Solutions(str(i), question, tuple(texts)) for i, (question, texts) in enumerate(rows)]
+    write_solutions(out, written)
+    assert read_solutions(out) == written

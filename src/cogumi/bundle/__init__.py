@@ -1,1 +1,1 @@
-"""The shippable folder of a cascade: its format, its packed form, and how it is unpacked."""
+"""The shippable folder of a cascade: its format, its packed form, and unpacking."""

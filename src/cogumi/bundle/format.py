@@ -1,27 +1,27 @@
-"""The shippable folder: all that a cascade needs to answer, with a checksum of every file (DESIGN, "Bundle").
+"""The shippable folder: everything a cascade needs to answer, with a checksum of every file (DESIGN, "Bundle").
 
-    bundle.json                 format version, what each model belongs to, files, description; written last
+    bundle.json                 format version, origin of each model, files, description; written last
     base.gguf                   the model that answers
     modifiers/<domain>.gguf     LoRA adapters on the base, any number
-    difficulty.safetensors      head that reads a question's difficulty
-    router.safetensors          which domain a question is from
-    calibration.json            from signals to P(correct), and the guaranteed threshold
+    difficulty.safetensors      head that predicts a question's difficulty
+    router.safetensors          classifier of a question's domain
+    calibration.json            gates from signals to P(correct), and the guaranteed thresholds
     README.md                   model card
 
-and, where the recipe makes them:
+and optionally, depending on the recipe:
 
     draft.gguf                  a smaller model that reads questions first, and drafts for the base
-    escalation.onnx             notices a dissatisfied follow-up
-    critic.safetensors          scores an answer and names what is wrong with it
+    escalation.onnx             classifier of dissatisfied follow-ups
+    critic.safetensors          scores an answer and predicts its error type
     embedder.onnx, .json        sentence embeddings, for the semantic cache
-    examples.jsonl              questions with answers, shown to the base before hard ones
+    examples.jsonl              questions with answers, shown to the base before hard questions
     head.safetensors            LoRA on the base's output head, adapted to the examples of a request
-    fewshot.gguf                LoRA adapter on the base that answers with that head
+    fewshot.gguf                LoRA adapter on the base for use with that head
 
 A mobile package (SPEC D10) is a bundle without draft.gguf: its base is the draft of a larger cascade, its modifiers are
-adapters of that, and the base reads the questions itself.
+adapters of that model, and the base reads the questions itself.
 
-No file can run code when it is opened. A folder with anything missing, extra, damaged or foreign is refused.
+No file can run code when it is opened. A folder with a missing, unknown or damaged file is rejected.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cogumi.core.artifact import file_names
 from cogumi.core.errors import BundleError
-from cogumi.core.files import FileEntry, difference, entries, read_index, write_json
+from cogumi.core.files import FileEntry, difference, file_entries, read_index, write_json
 
 FORMAT = 1
 INDEX = "bundle.json"
@@ -56,10 +56,10 @@ _MODIFIER = re.compile(MODIFIERS + r"([A-Za-z0-9][A-Za-z0-9_-]*)\.gguf")
 
 
 class Part(BaseModel):
-    """What a GGUF file belongs to.
+    """The base model and tokenizer of one GGUF file.
 
     `base_fingerprint`: SHA-256 of the weights a model was exported from, or that an adapter was trained on.
-    `tokenizer_sha256`: hash over vocabulary and merges; ids mean the same only where it is the same.
+    `tokenizer_sha256`: hash over vocabulary and merges; token ids are compatible only if it is equal.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,10 +79,10 @@ class Index(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened, verified bundle; `description` is what its maker said about it (figures, provenance).
+    """An opened, verified bundle; `description` holds metrics and provenance.
 
-    None for an optional part that it lacks; `embedder` is the folder of the two files. Bundles of the same
-    `fingerprint` hold the same bytes; `base_fingerprint` is that of the weights that the base was exported from.
+    A missing optional file is None; `embedder` is the folder of its two files. Bundles of the same `fingerprint` hold
+    the same bytes; `base_fingerprint` identifies the weights that the base was exported from.
     """
 
     path: Path
@@ -104,19 +104,19 @@ class Bundle:
 
 
 def modifier_name(domain: str) -> str:
-    """Where the modifier of a domain lies inside a bundle."""
+    """Path of a domain's modifier inside a bundle."""
     return f"{MODIFIERS}{domain}.gguf"
 
 
 def _check_names(folder: Path, index: Index) -> None:
-    """Every listed name is one of the format's, stays inside the folder, and nothing is missing or extra."""
+    """Check that every listed name is known and inside the folder, and that no file is missing or extra."""
     root = folder.resolve()
     for name in index.files:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or not (folder / name).resolve().is_relative_to(root):
             raise BundleError(f"{folder}: the path '{name}' leaves the folder; do not use this bundle")
         if name not in (*REQUIRED, *OPTIONAL) and not _MODIFIER.fullmatch(name):
-            raise BundleError(f"{folder}: '{name}' is no file of this format; build the bundle again")
+            raise BundleError(f"{folder}: '{name}' is not a file of the bundle format; build the bundle again")
     for name in REQUIRED:
         if name not in index.files:
             raise BundleError(f"{folder}: {INDEX} does not list {name}; build the bundle again")
@@ -125,11 +125,11 @@ def _check_names(folder: Path, index: Index) -> None:
 
 
 def _check_parts(folder: Path, index: Index) -> None:
-    """Modifiers speak the base's tokenizer, and were trained on this very base."""
+    """Check that adapters were trained on this base, and that models (except the draft) share its tokenizer."""
     models = {name for name in index.files if name.endswith(".gguf")}
     if models != set(index.parts):
         name = sorted(models ^ set(index.parts))[0]
-        raise BundleError(f"{folder}: 'parts' must say what each GGUF file belongs to, no more and no less: {name}")
+        raise BundleError(f"{folder}: 'parts' must list exactly the GGUF files of the bundle; check {name}")
     base = index.parts[BASE]
     for name, part in sorted(index.parts.items()):
         match = _MODIFIER.fullmatch(name)
@@ -141,17 +141,16 @@ def _check_parts(folder: Path, index: Index) -> None:
             )
         if part.tokenizer_sha256 != base.tokenizer_sha256 and name != DRAFT:  # a draft's tokens are bridged by text
             raise BundleError(
-                f"{folder}: {name} has another tokenizer ({part.tokenizer_sha256[:12]}) than the base "
-                f"({base.tokenizer_sha256[:12]}); use one that shares the base's tokenizer"
+                f"{folder}: the tokenizer of {name} ({part.tokenizer_sha256[:12]}) differs from the base's "
+                f"({base.tokenizer_sha256[:12]}); use a model with the base's tokenizer"
             )
 
 
 def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str, Any]) -> None:
-    """Copy `files` (name inside the bundle -> where it lies now) into `out` and describe them in bundle.json.
+    """Copy `files` (name inside the bundle -> source path) into `out` and describe them in bundle.json.
 
-    `description["parts"]` maps each GGUF name to its `Part` values; everything else in it is free (figures,
-    provenance) and must be JSON. Raises `BundleError`, before bundle.json is written, if parts do not belong
-    together.
+    `description["parts"]` maps each GGUF name to its `Part` values; the other keys are free (metrics, provenance) and
+    must be JSON. Raises `BundleError`, before bundle.json is written, if the files do not belong together.
     """
     for name, source in files.items():
         target = out / name
@@ -165,34 +164,34 @@ def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str,
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise BundleError(f"{out}: 'parts' of the description: {where}: {problem['msg']}") from error
-    index = Index(format=FORMAT, parts=parts, files=entries(out, files), description=free)
+    index = Index(format=FORMAT, parts=parts, files=file_entries(out, files), description=free)
     _check_names(out, index)
     _check_parts(out, index)
     write_json(out / INDEX, index.model_dump())
 
 
-def _disagreement(files: Mapping[str, FileEntry], checked: Mapping[str, FileEntry]) -> str | None:
-    """Where the index says something else of a file than those who have checked it."""
-    wrong = [name for name in sorted({*files, *checked} - {INDEX}) if files.get(name) != checked.get(name)]
+def _index_mismatch(files: Mapping[str, FileEntry], verified: Mapping[str, FileEntry]) -> str | None:
+    """The first file whose size or hash in the index differs from the `verified` one, as an error message."""
+    wrong = [name for name in sorted({*files, *verified} - {INDEX}) if files.get(name) != verified.get(name)]
     return f"{wrong[0]} is not the file that {INDEX} lists" if wrong else None
 
 
-def open_bundle(folder: Path, checked: Mapping[str, FileEntry] | None = None) -> Bundle:
-    """Verify sizes, then bytes, then that the parts belong together; `BundleError` says what is wrong.
+def open_bundle(folder: Path, verified: Mapping[str, FileEntry] | None = None) -> Bundle:
+    """Verify sizes, then hashes, then that the files belong together; `BundleError` names the first problem.
 
-    Whoever unpacks a bundle checks every file on the way, and says in `checked` what they are: then only the index
-    and the calibration are read, and the others may come later.
+    `verified` gives size and hash of every file if unpacking checks them: then only the index and the calibration must
+    exist already.
     """
     index = read_index(
         folder / INDEX,
         Index,
         FORMAT,
         "bundle",
-        f"is not a bundle: it has no {INDEX}; build one: cogumi build",
+        f"is not a bundle (no {INDEX}); build one: cogumi build",
         "copy or build the bundle",
     )
     _check_names(folder, index)
-    if problem := difference(folder, index.files) if checked is None else _disagreement(index.files, checked):
+    if problem := difference(folder, index.files) if verified is None else _index_mismatch(index.files, verified):
         raise BundleError(f"{folder}: {problem}; copy or build the bundle again")
     _check_parts(folder, index)
     try:

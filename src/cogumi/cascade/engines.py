@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-from cogumi.bundle.unpack import Files
+from cogumi.bundle.unpack import BundleFiles
 from cogumi.engine.few_shot import ADAPTER
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine
@@ -34,11 +34,11 @@ class Engines(NamedTuple):
     draft: Engine | None
 
 
-EngineFactory: TypeAlias = Callable[[Files, EngineOptions], Engines]
+EngineFactory: TypeAlias = Callable[[BundleFiles, EngineOptions], Engines]
 """Opens the engines of a bundle; the cascade closes them."""
 
 
-def llama_engines(files: Files, options: EngineOptions) -> Engines:
+def llama_engines(files: BundleFiles, options: EngineOptions) -> Engines:
     """The bundle's own models. Raises `BundleError` if a file cannot be used."""
     bundle, size = files.bundle, asdict(options)
     adapters = bundle.modifiers | ({ADAPTER: bundle.fewshot} if bundle.fewshot else {})

@@ -24,7 +24,7 @@ from cogumi.cascade.self_critique import question_of
 from cogumi.cascade.services import Services
 from cogumi.cascade.tiers import Question
 from cogumi.cascade.worker_stream import Flow, answered
-from cogumi.confidence.policy import settle
+from cogumi.confidence.policy import select_answer
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import ContextError
 from cogumi.core.types import Decision, Reply, Request, Revision, Usage
@@ -131,7 +131,7 @@ class RequestFlow:
             yield judge.record(attempts[-1].decision())
             if attempts[-1].check.accepted:
                 break
-        which, accepted = settle([a.check.p for a in attempts], [a.check.accepted for a in attempts])
+        which, accepted = select_answer([a.check.p for a in attempts], [a.check.accepted for a in attempts])
         if accepted or plan.deliberation is None:
             return attempts[which]
         attempt, usage = yield from deliberate(judge, plan.deliberation, request, attempts[which])

@@ -37,7 +37,7 @@ class Mode(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     draft: bool = False
     modifier: bool = False
-    straight: bool = False
+    modifier_first: bool = False
     votes: int = 0
     critique: int = Field(0, ge=0, le=3)
     examples: int = Field(0, ge=0, le=10)
@@ -52,7 +52,7 @@ class Mode(BaseModel):
     @property
     def policy(self) -> Policy:
         """Which tiers answer."""
-        return Policy(self.draft, self.modifier, self.straight)
+        return Policy(self.draft, self.modifier, self.modifier_first)
 
     @property
     def deliberates(self) -> bool:
@@ -65,7 +65,7 @@ MODES: Mapping[str, Mode] = {
     "balanced": Mode(modifier=True),
     "accurate": Mode(modifier=True, votes=5, critique=1),
     "desktop": Mode(modifier=True, votes=5, critique=1, examples=5),
-    "mobile": Mode(draft=True, modifier=True, straight=True),
+    "mobile": Mode(draft=True, modifier=True, modifier_first=True),
     "turbo": Mode(draft=True),
 }
 FILES = {

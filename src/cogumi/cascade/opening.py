@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from cogumi.bundle.format import Bundle
-from cogumi.bundle.packed import Progress, quiet
-from cogumi.bundle.unpack import Files
+from cogumi.bundle.packed import Progress, no_progress
+from cogumi.bundle.unpack import BundleFiles
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.dissatisfaction import Escalation
 from cogumi.cascade.engines import EngineFactory, EngineOptions, Engines, llama_engines
@@ -47,7 +47,7 @@ def open_cascade(
     reuse: str | None = None,
     repack: bool = True,
     unpack: str | None = None,
-    progress: Progress = quiet,
+    progress: Progress = no_progress,
     engines: EngineFactory = llama_engines,
 ) -> Cascade:
     """Open and verify a bundle as a cascade.
@@ -55,16 +55,16 @@ def open_cascade(
     `slots`, `context`, `threads`, `cache` and `repack` are for its engines (see `EngineOptions`), which come from the
     factory `engines`: it may give another base, on a server say; `Cascade.missing` tells what then cannot be had.
     `state` is the folder of what is kept between runs: session memory, what was learned, and answers to `reuse` (one
-    of `REUSE`; these can also be kept in memory only). None: nothing is kept. A packed bundle is unpacked in the way
-    `unpack`, telling its `progress` (see `bundle.unpack.Files`). Raises `BundleError` for a bundle that must not be
-    opened.
+    of `REUSE`; these can also be kept in memory only). None: nothing is kept. `unpack` is the mode of
+    unpacking a packed bundle, with `progress` (see `bundle.unpack.BundleFiles`). Raises `BundleError` for a bundle that
+    must not be opened.
     """
     folder, state = Path(folder), Path(state) if state else None
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise BundleError(f"{folder} {what}: name the folder of a bundle, or build one: cogumi build")
     with ExitStack() as opened:
-        files = Files(folder, unpack, progress)
+        files = BundleFiles(folder, unpack, progress)
         opened.callback(files.close)
         bundle = files.bundle
         calibration = Calibration.from_json(bundle.calibration)
@@ -93,7 +93,7 @@ def _settings(settings: Settings, bundle: Bundle) -> Settings:
     return settings if chosen else settings.model_copy(update={"default": "mobile"})
 
 
-def _embedder(files: Files, folder: Path) -> Embedder:
+def _embedder(files: BundleFiles, folder: Path) -> Embedder:
     """The encoder of sentences; opening it takes longer than all the rest of a cascade."""
     for name in (MODEL, TOKENIZER):
         files.file(folder / name)

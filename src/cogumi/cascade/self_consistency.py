@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from cogumi.confidence.signals import answer_signals, perplexity
-from cogumi.confidence.vote import Embed, final_answer, grouped, tally
+from cogumi.confidence.vote import Embed, final_answer, merge_similar, tally
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Reply, Request, Usage
 from cogumi.engine.protocol import Engine, Event, missing_reply
@@ -79,7 +79,7 @@ def vote(
         raise RequestError(f"{paths} paths cannot vote; give {FEWEST} to {MOST}")
     found = yield from gather(engine, sampling.requests(request, paths))
     answers = [final_answer(reply.text) if reply.finish_reason == "stop" else None for reply in found]
-    counted = tally(grouped(answers, embed) if embed else answers, [perplexity(answer_signals(r)) for r in found])
+    counted = tally(merge_similar(answers, embed) if embed else answers, [perplexity(answer_signals(r)) for r in found])
     winner = None if counted.winner is None else found[counted.winner]
     return Vote(winner, counted.agreement, tuple(found), spent(found))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cogumi.cascade.self_consistency import SAMPLING, Sampling, gather, spent
-from cogumi.confidence.critic_net import NONE, load_critic, look, passage
+from cogumi.confidence.critic_net import NONE, critic_input, load_critic, passage
 from cogumi.core.errors import RequestError
 from cogumi.core.text import last_user_message
 from cogumi.core.types import Message, Reply, Request, Usage
@@ -36,7 +36,7 @@ class Critic:
 
     def judge(self, question: str, reply: Reply) -> Critique:
         """Judge an answer by the question and its tokens alone; any texts."""
-        opinion = self._net.judge(look(question, reply))
+        opinion = self._net.judge(critic_input(question, reply))
         error = opinion.error if opinion.p_correct < 0.5 else NONE
         return Critique(10 * opinion.p_correct, error, passage(reply.tokens, opinion.attention))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from cogumi.bundle.unpack import Files
+from cogumi.bundle.unpack import BundleFiles
 from cogumi.cascade.dissatisfaction import Escalation
 from cogumi.cascade.history import History
 from cogumi.cascade.modes import Settings
@@ -31,7 +31,7 @@ class Services:
     escalation: Escalation | None = None
     critic: Critic | None = None
     templates: Templates | None = None
-    files: Files | None = None
+    files: BundleFiles | None = None
 
     @property
     def wants_hidden(self) -> bool:

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.confidence.nearest_examples import nearest, shape
+from cogumi.confidence.nearest_examples import example_count, nearest
 from cogumi.engine.embedder import Embedder
 
 Pair = tuple[str, str]
@@ -36,7 +36,7 @@ class Templates:
     def at_random(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
         """Up to `most` examples of a domain, as many as suit it; the same ones for the same question."""
         pairs = list(self._by_domain.get(domain, ()))
-        return tuple(random.Random(question).sample(pairs, min(most, shape(domain), len(pairs))))
+        return tuple(random.Random(question).sample(pairs, min(most, example_count(domain), len(pairs))))
 
     def near(self, question: str) -> tuple[Pair, ...]:
         """The nearest examples, the best last; none where none is near, or nobody can say so."""

@@ -14,7 +14,7 @@ import numpy as np
 from cogumi.confidence.domain_router import in_scope, route
 from cogumi.confidence.gate import Calibration
 from cogumi.confidence.nets import Net, sigmoid
-from cogumi.confidence.signals import FLOOR, answer_signals, opinion_signals, question_signals
+from cogumi.confidence.signals import FLOOR, answer_signals, draft_score_signals, question_signals
 from cogumi.core.errors import ContextError, RequestError
 from cogumi.core.text import last_user_message
 from cogumi.core.types import Reading, Reply, Request, Score
@@ -127,7 +127,7 @@ class Tiers:
             opinion = self.draft.score(_alone(request), reply.text)
         except ContextError:
             opinion = Score(FLOOR, 1, len(reply.text.encode()))
-        return {**own, **question.signals, **opinion_signals(opinion, own)}
+        return {**own, **question.signals, **draft_score_signals(opinion, own)}
 
     def drafting_speedup(self) -> float:
         """How many times faster the base is expected to answer with drafts; 0 where it cannot have any."""

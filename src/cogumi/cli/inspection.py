@@ -62,9 +62,9 @@ def _packed(folder: Path) -> dict[str, Any]:
     """What was packed, a bundle or other files, and what its packed form takes."""
     archive = Archive(folder)
     if INDEX in archive.files:
-        from cogumi.bundle.unpack import Files
+        from cogumi.bundle.unpack import BundleFiles
 
-        with closing(Files(folder, "eager")) as unpacked:
+        with closing(BundleFiles(folder, "eager")) as unpacked:
             found = _bundle(unpacked.bundle.path) | {"what": "packed bundle"}
     else:
         for name in archive.files:

@@ -97,7 +97,7 @@ def _model(tier: str, models: Sequence[str]) -> str:
 def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None, seed: int, json: bool) -> None:
     """Run a suite and print its table; with `out` the figures are kept beside the pictures."""
     from cogumi.bundle.packed import is_packed
-    from cogumi.bundle.unpack import Files
+    from cogumi.bundle.unpack import BundleFiles
     from cogumi.core.files import write_json
     from cogumi.evaluate.suite import Task, suite
 
@@ -106,7 +106,7 @@ def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None
         bundle = chosen_bundle(None)
     with ExitStack() as opened:
         if bundle is not None and is_packed(bundle):  # suites read files of the bundle by themselves
-            bundle = opened.enter_context(closing(Files(bundle))).bundle.path
+            bundle = opened.enter_context(closing(BundleFiles(bundle))).bundle.path
         progress = opened.enter_context(SuiteProgress(name))
         found = measured.run(Task(bundle, data, out, seed, progress.advanced))
     figures = console.findings(name, found)

@@ -1,4 +1,4 @@
-"""Calibrators: monotone maps from a logit to a probability that means what it says (SPEC F3).
+"""Calibrators: monotone maps from a gate's logit to a calibrated probability (SPEC F3).
 
 Temperature (Guo et al. 2017) and Platt scaling (Platt 1999, with his smoothed targets) are the same sigmoid
 with one or two parameters, fitted by Newton steps; isotonic regression pools adjacent violators (Ayer et
@@ -23,9 +23,7 @@ NAMES = ("none", "temperature", "platt", "isotonic")
 
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """p = sigmoid(slope z + offset), or, where knots are given, linear between the knots (z, p) and flat
-    outside.
-    """
+    """p = sigmoid(slope z + offset); with knots: linear between the knots (z, p), constant outside."""
 
     name: str
     slope: float = 1.0
@@ -33,7 +31,7 @@ class Calibrator:
     knots: tuple[tuple[float, float], ...] = ()
 
     def __call__(self, logits: ArrayLike) -> Doubles:
-        """Probabilities in [0, 1], never falling as the logit rises."""
+        """Probabilities in [0, 1], non-decreasing in the logit."""
         z = np.asarray(logits, dtype=np.float64)
         if self.knots:
             xs, ys = zip(*self.knots, strict=True)
@@ -57,7 +55,7 @@ class Calibrator:
 
 
 def fit(name: str, logits: ArrayLike, correct: ArrayLike) -> Calibrator:
-    """Fit one of `NAMES` to logits [n] of rows that were correct (1) or not (0) [n]."""
+    """Fit the calibrator `name` (one of `NAMES`) to logits [n] and outcomes, 1 correct or 0 wrong [n]."""
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if name == "none":
         return Calibrator(name)
@@ -67,14 +65,14 @@ def fit(name: str, logits: ArrayLike, correct: ArrayLike) -> Calibrator:
     smoothed = np.where(y > 0, (positive + 1) / (positive + 2), 1 / (n - positive + 2))
     columns = z[:, None] if name == "temperature" else np.stack([z, np.ones(n)], axis=1)
     slope, offset = (*newton(columns, smoothed), 0.0)[:2]
-    return Calibrator(name, max(float(slope), 1e-6), float(offset))  # a falling map would turn the gate round
+    return Calibrator(name, max(float(slope), 1e-6), float(offset))  # a decreasing map would invert the gate
 
 
 def _isotonic(z: Doubles, y: Doubles) -> tuple[tuple[float, float], ...]:
     """Knots: each pool's mean logit and its smoothed share of correct rows.
 
-    Pools are shrunk towards one half by one pseudo-row, so that no small pool claims certainty; shrinking
-    can break the order between pools of different sizes, so the running maximum restores it.
+    Pools are shrunk towards one half by one pseudo-row, so that a small pool does not get probability 0 or 1;
+    shrinking can break the order between pools of different sizes, so the running maximum restores it.
     """
     pools: list[tuple[float, float, float]] = []  # rows, sum of logits, sum of correct
     values, index = np.unique(z, return_inverse=True)  # equal logits must share one value

@@ -1,11 +1,12 @@
-"""The critic: a small net that reads a question and an answer and says how good the answer is (SPEC F14).
+"""The critic: a small net that estimates the quality of an answer to a question (SPEC F14).
 
-Per token of the answer it sees the signals of the pass that made it and a hashed embedding of its word and of the two
-beside it, before the mean embedding of the question's words. One attention pooling over the tokens, whose weights name
-the passage; then the chances of `none` and of the six error types of SPEC B3. numpy only; trained elsewhere.
+The input per answer token is the signals of its forward pass, hashed embeddings of its word and the two neighbouring
+words, and the mean embedding of the question's words. Attention pooling over the tokens, whose weights locate the
+faulty passage, is followed by a classifier over `none` and the six error types of SPEC B3. numpy only; trained in
+`train.critic`.
 
-It reads the question and the answer and nothing else of a conversation. Words of a question that training never met are
-not there for it, so that a text which praises its own answer says nothing.
+The critic reads only the question and the answer of a conversation. Question words that did not occur in training are
+ignored, so that a prompt cannot influence the critic by praising its own answer.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ SUMMARY = (
     *("mean_logprob", "min_logprob", "q10_logprob", "first_logprob", "max_entropy", "min_margin", "mean_margin"),
     *("log_length", "cut", "abstains"),
 )
-"""Signals of the whole answer that stand beside the pooled ones."""
+"""Signals of the whole answer, concatenated with the pooled token features."""
 FEATURES = 7
-"""Numbers per token: log-probability, entropy, margin, whether the draft agreed (0: nobody asked it), whether its word
-stands in the question, position, whether it is the last."""
+"""Features per token: log-probability, entropy, margin, draft agreement (1, -1, or 0 without a draft), whether its word
+occurs in the question, relative position, whether it is the last token."""
 
 _WORD = re.compile(r"\d|[^\W\d]+|[^\w\s]")
-_NOTHING = Token(0, "", -FLOOR, FLOOR, 0.0)  # as in `answer_signals`: an answer without tokens
+_EMPTY = Token(0, "", -FLOOR, FLOOR, 0.0)  # stands for an answer without tokens, as in `answer_signals`
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """What the critic sees: buckets of the question's words [m] and of the answer's tokens [n] (never empty),
-    `features` [n, FEATURES] and `summary` [len(SUMMARY)].
+class CriticInput:
+    """Hash buckets of the question's words [m] and of the answer's tokens [n] (never empty), `features` [n, FEATURES]
+    and `summary` [len(SUMMARY)].
     """
 
     question: Ints
@@ -62,12 +63,12 @@ class Seen:
     summary: Floats
 
 
-def look(question: str, reply: Reply) -> Seen:
-    """The critic's view of an answer; any texts, any signals."""
-    asked = [word.casefold() for word in _WORD.findall(question)]
-    tokens = reply.tokens or (_NOTHING,)
+def critic_input(question: str, reply: Reply) -> CriticInput:
+    """Features of a question and an answer; accepts any text and any signal values."""
+    question_words = [word.casefold() for word in _WORD.findall(question)]
+    tokens = reply.tokens or (_EMPTY,)
     words = _words(tokens)
-    known = set(asked)
+    known = set(question_words)
     n = len(tokens)
     rows = [
         (t.logprob, t.entropy, t.margin, 0.0 if t.draft_agreed is None else 2.0 * t.draft_agreed - 1, w in known, i / n)
@@ -78,11 +79,11 @@ def look(question: str, reply: Reply) -> Seen:
     features[-1, -1] = 1.0
     signals = answer_signals(reply)
     summary = np.array([signals[name] for name in SUMMARY], np.float32)
-    return Seen(_buckets(asked), _buckets(words), features, summary)
+    return CriticInput(_buckets(question_words), _buckets(words), features, summary)
 
 
 def _words(tokens: Sequence[Token]) -> list[str]:
-    """For each token the word it begins in, in lower case; empty where it holds only space or nothing."""
+    """For each token the first word that it overlaps, in lower case; empty for white space or an empty token."""
     text = "".join(token.text for token in tokens)
     word_at: list[str] = [""] * len(text)
     for found in _WORD.finditer(text):
@@ -100,8 +101,8 @@ def _buckets(words: Sequence[str]) -> Ints:
 
 
 @dataclass(frozen=True, slots=True)
-class Opinion:
-    """`p_correct` calibrated; `errors` that of each of `ERRORS` if it is wrong; `attention` per token [n]."""
+class CriticResult:
+    """Calibrated `p_correct`; `errors`: P(error type | wrong) for each of `ERRORS`; `attention` per token [n]."""
 
     p_correct: float
     errors: dict[str, float]
@@ -109,50 +110,50 @@ class Opinion:
 
     @property
     def error(self) -> str:
-        """The likeliest of `ERRORS`, were the answer wrong."""
+        """The most probable error type if the answer is wrong."""
         return max(self.errors, key=lambda name: self.errors[name])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CriticNet:
-    """Weights by name (see `shapes`; `known` is 1 for words of the training) and the calibrator of `correct_logit`."""
+    """Weights by name (see `shapes`; `known` is 1 for training words) and the calibrator of `correct_logit`."""
 
     weights: dict[str, Floats]
     calibrator: Calibrator
 
-    def logits(self, seen: Seen) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def logits(self, inputs: CriticInput) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logits of `CLASSES` and attention weights [n]."""
         w = self.weights
         embedding = w["embedding"]
-        question = seen.question[w["known"][seen.question] > 0]
-        asked = embedding[question].mean(axis=0) if len(question) else np.zeros_like(embedding[0])
-        words = np.pad(embedding[seen.words], ((1, 1), (0, 0)))
-        features = (seen.features - w["feature_mean"]) / w["feature_scale"]
-        around = np.tile(asked, (len(features), 1))
-        x = np.concatenate([features, words[1:-1], words[:-2], words[2:], around], axis=1)
+        known = inputs.question[w["known"][inputs.question] > 0]
+        question = embedding[known].mean(axis=0) if len(known) else np.zeros_like(embedding[0])
+        words = np.pad(embedding[inputs.words], ((1, 1), (0, 0)))
+        features = (inputs.features - w["feature_mean"]) / w["feature_scale"]
+        context = np.tile(question, (len(features), 1))
+        x = np.concatenate([features, words[1:-1], words[:-2], words[2:], context], axis=1)
         h = np.maximum(x @ w["token_weight"] + w["token_bias"], 0.0)
         attention = softmax(h @ w["attention"])
-        summary = (seen.summary - w["summary_mean"]) / w["summary_scale"]
-        u = np.maximum(np.concatenate([attention @ h, asked, summary]) @ w["hidden_weight"] + w["hidden_bias"], 0.0)
+        summary = (inputs.summary - w["summary_mean"]) / w["summary_scale"]
+        u = np.maximum(np.concatenate([attention @ h, question, summary]) @ w["hidden_weight"] + w["hidden_bias"], 0.0)
         return np.asarray(u @ w["out_weight"] + w["out_bias"], np.float64), attention
 
-    def judge(self, seen: Seen) -> Opinion:
-        """The critic's opinion of one answer."""
-        logits, attention = self.logits(seen)
+    def judge(self, features: CriticInput) -> CriticResult:
+        """Evaluate one answer."""
+        logits, attention = self.logits(features)
         errors = softmax(logits[1:])
         p = float(self.calibrator(correct_logit(logits)))
-        return Opinion(p, dict(zip(ERRORS, map(float, errors), strict=True)), attention)
+        return CriticResult(p, dict(zip(ERRORS, map(float, errors), strict=True)), attention)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors, the calibrator in its metadata."""
+        """Write a safetensors file with the calibrator in its metadata."""
         from safetensors.numpy import save_file
 
         head = {"format": FORMAT, "classes": CLASSES, "summary": SUMMARY, "calibrator": self.calibrator.to_json()}
-        save_file(self.weights, path, {"critic": json.dumps(head)})  # one key: safetensors keeps no order of several
+        save_file(self.weights, path, {"critic": json.dumps(head)})  # one key: safetensors does not order several
 
 
 def correct_logit(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """The logit of `NONE` against all errors together, from logits [..., classes]."""
+    """The logit of `NONE` against all error types combined, from logits [..., classes]."""
     errors = np.asarray(logits[..., 1:], np.float64)
     top = errors.max(axis=-1)
     return np.asarray(logits[..., 0] - top - np.log(np.exp(errors - top[..., None]).sum(axis=-1)))
@@ -179,7 +180,7 @@ def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def load_critic(path: Path) -> CriticNet:
-    """A critic written by `CriticNet.save`. Raises `BundleError` if the file is none."""
+    """Load a critic written by `CriticNet.save`; `BundleError` if the file is not a valid critic."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -194,14 +195,14 @@ def load_critic(path: Path) -> CriticNet:
             raise ValueError(f"format {head['format']}")
         expected = shapes(weights["embedding"].shape[1], len(weights["attention"]))
         if {name: w.shape for name, w in weights.items()} != expected:
-            raise ValueError("weights of other shapes")
+            raise ValueError("unexpected weight shapes")
         return CriticNet(weights, Calibrator.from_json(head["calibrator"]))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a critic of this version ({error!r}); build the bundle again") from error
 
 
 def passage(tokens: Sequence[Token], attention: NDArray[np.float64]) -> str:
-    """The words around the token that the critic looks at most: its neighbours with at least half of its weight."""
+    """The words around the token of highest attention: its neighbours with at least half of that weight."""
     if not tokens:
         return ""
     peak = int(attention.argmax())

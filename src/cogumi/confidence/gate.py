@@ -1,7 +1,7 @@
-"""The answer gates: from an answer's signals to P(correct), and what counts as sure (SPEC F1 to F4, F10).
+"""The answer gates: from an answer's signals to P(correct), and the acceptance rule (SPEC F1 to F4, F10).
 
-Gate kinds: `calibrated` accepts where P(correct) reaches the guaranteed threshold of the policy, `searched` where it
-reaches the one with the best accuracy for its cost, `perplexity` where the answer's perplexity is low enough.
+Gate kinds: `calibrated` accepts if P(correct) reaches the guaranteed threshold of the policy, `searched` if it reaches
+the threshold with the best trade-off of accuracy and cost, `perplexity` if the answer's perplexity is low enough.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cogumi.core.errors import BundleError, RequestError
 
 KINDS = ("calibrated", "searched", "perplexity")
 TIERS = ("draft", "base", "modifier", "direct")
-"""Whose answers have a gate; `direct` is the modifier's where the base was not asked before it."""
+"""Tiers with a gate; `direct` is a modifier that answers without the base's answer before it."""
 FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gate:
-    """P(correct) = calibrator(net(signals in the order of `names`))."""
+    """P(correct) = calibrator(net(signals ordered as `names`))."""
 
     names: tuple[str, ...]
     net: Net
@@ -40,7 +40,7 @@ class Gate:
         return float(self.p_all([signals])[0])
 
     def p_all(self, rows: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
-        """The same for many rows [n]."""
+        """`p_correct` for many rows [n]."""
         return self.calibrator(self.net.logits(matrix(rows, self.names))[:, 0])
 
     def to_json(self) -> dict[str, Any]:
@@ -63,17 +63,17 @@ def matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> NDArray
 
 
 def with_probe(signals: Mapping[str, float], probe: Net | None, hidden: Sequence[float]) -> Mapping[str, float]:
-    """The base's signals with the probe's logit, if there is a probe."""
+    """The base's signals, with the probe's logit added if there is a probe."""
     return {**signals, "probe": float(probe.logits(hidden)[0])} if probe else signals
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionGate:
-    """A question is easy if the draft reads it without surprise and its difficulty head agrees.
+    """Thresholds on a question: easy up to the draft's perplexity `perplexity` if P(easy) is at least `p_easy`.
 
-    A prompt of which the base's perplexity lies above `base_perplexity` surprises it. Beyond the draft's perplexity
-    `novelty` (None: no bound) a question is unlike those that the gates were calibrated on, so that no P(correct)
-    means anything: no answer to it counts as sure.
+    Above the base's perplexity `base_perplexity` a prompt is surprising for the base. Above the draft's perplexity
+    `novelty` (None: no bound) a question is out of distribution for the gates: P(correct) is then not calibrated, and
+    no answer is accepted.
     """
 
     perplexity: float
@@ -82,20 +82,20 @@ class QuestionGate:
     base_perplexity: float = math.inf
 
     def easy(self, perplexity: float, p_easy: float) -> bool:
-        """Whether the draft finds a question easy."""
+        """Whether a question is easy for the draft."""
         return perplexity <= self.perplexity and p_easy >= self.p_easy
 
     def novel(self, perplexity: float) -> bool:
-        """Whether a question of this perplexity is outside of what was calibrated."""
+        """Whether a question of this perplexity is outside the calibrated distribution."""
         return self.novelty is not None and perplexity > self.novelty
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """calibration.json: the gates of the `TIERS` there are, and thresholds by the name of a policy.
+    """calibration.json: the gates of the existing `TIERS`, and thresholds by policy name.
 
-    `probe` (None: none) reads the base's hidden state behind its answer, its logit is a signal of the base's gate.
-    An answer's perplexity up to `perplexity` is accepted by the gate kind of that name.
+    `probe` (or None) maps the base's hidden state after its answer to a logit, a signal of the base's gate.
+    The gate kind `perplexity` accepts answers of a perplexity up to `perplexity`.
     """
 
     question: QuestionGate
@@ -111,16 +111,16 @@ class Calibration:
         return "modifier" in self.gates
 
     def promise(self, policy: Policy) -> Guarantee:
-        """The promise for a policy. Raises `BundleError` for one that was never calibrated."""
+        """The guarantee of a policy. Raises `BundleError` for a policy without calibration."""
         if policy.name not in self.guarantees:
-            raise BundleError(f"calibration.json promises nothing for the tiers {policy.name}; build the bundle again")
+            raise BundleError(f"calibration.json has no guarantee for the policy {policy.name}; build the bundle again")
         return self.guarantees[policy.name]
 
     def threshold(self, kind: str, policy: Policy) -> float:
-        """What the gate of a `kind` compares an answer with (see `check`).
+        """The value that the gate of a `kind` compares an answer with (see `check`).
 
-        The highest perplexity for that kind, else the lowest P(correct); infinite for a policy that was never
-        calibrated.
+        The highest accepted perplexity for that kind, else the lowest P(correct); infinite for a policy without
+        calibration.
         """
         if kind == "perplexity":
             return self.perplexity
@@ -144,10 +144,10 @@ class Calibration:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Calibration:
-        """Inverse of `to_json`. Raises `BundleError` if the value is no calibration of this version."""
+        """Inverse of `to_json`. Raises `BundleError` if the value is not a calibration of this version."""
         if value.get("format") != FORMAT:
             raise BundleError(
-                f"calibration.json has format {value.get('format')}, this version reads {FORMAT}; build again"
+                f"calibration.json has format {value.get('format')}, this version reads {FORMAT}; rebuild the bundle"
             )
         try:
             question = dict(value["question"])
@@ -167,7 +167,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One gate's judgement of one answer: `value` of `signal` against `threshold`."""
+    """Result of a gate for one answer: `value` of `signal` compared with `threshold`."""
 
     p: float
     signal: str
@@ -177,7 +177,7 @@ class Check:
 
 
 def check(kind: str, p: float, signals: Mapping[str, float], threshold: float) -> Check:
-    """Judge an answer by gate `kind`; `threshold` is the highest perplexity for that kind, else the lowest P(correct).
+    """Apply a gate; `threshold` is the highest accepted perplexity for that `kind`, else the lowest P(correct).
 
     Raises `RequestError` for an unknown kind.
     """

@@ -1,15 +1,14 @@
-"""A threshold with a guarantee: of accepted answers at most `risk` are wrong, with confidence 95% (SPEC F4).
+"""A threshold with a guarantee: at most `risk` of the accepted answers are wrong, with confidence 95% (SPEC F4).
 
 Fixed-sequence testing (Angelopoulos et al. 2021, "Learn then Test") with the exact binomial bound of
-Clopper and Pearson (1934). Each threshold names one whole policy of the cascade; its hypothesis "more than
-`risk` of what it accepts is wrong" is rejected if the upper bound of the error rate lies at or under
-`risk`. Thresholds are tested in an order fixed by other data (from the best supported one downwards) and
-testing stops at the first failure, so the chance that any accepted threshold breaks the promise is at most
-1 - confidence, without dividing it among the tests.
+Clopper and Pearson (1934). Each threshold stands for the whole policy of the cascade; the null hypothesis "more than
+`risk` of the accepted answers are wrong" is rejected if the upper bound of the error rate is at most `risk`.
+Thresholds are tested in an order fixed on other data (from the best supported one downwards) and testing stops at the
+first failure, so the probability that any passed threshold violates the guarantee is at most 1 - confidence, without
+a correction for multiple tests.
 
-Assumption: questions asked later are exchangeable with the rows of the threshold split (same kinds of
-questions, answered the same way, greedily). Different questions or sampling void the promise, not the
-calibration's usefulness.
+Assumption: later questions are exchangeable with the rows of the threshold split (same kinds of questions, answered
+the same way, greedily). With other questions or with sampling the guarantee does not hold.
 """
 
 from __future__ import annotations
@@ -31,20 +30,18 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
         return 1.0
     if p >= 1.0:
         return 0.0
-    steps = np.arange(1, k + 1)  # each term of the sum is the one before times (n - i + 1) p / (i (1 - p))
+    steps = np.arange(1, k + 1)  # term i = term (i - 1) times (n - i + 1) p / (i (1 - p))
     ratios = np.log((n - steps + 1) / steps) + (math.log(p) - math.log1p(-p))
     logs = n * math.log1p(-p) + np.concatenate([[0.0], np.cumsum(ratios)])
     return min(1.0, float(np.exp(logs).sum()))
 
 
 def upper_bound(wrong: int, n: int, confidence: float) -> float:
-    """Exact one-sided upper confidence bound of an error rate after `wrong` errors in `n` trials; 1 without
-    trials.
-    """
+    """Exact one-sided upper confidence bound of an error rate after `wrong` errors in `n` trials; 1 for n = 0."""
     if wrong >= n:
         return 1.0
     low, high = wrong / n, 1.0
-    for _ in range(45):  # bisection; `high` stays on the safe side
+    for _ in range(45):  # bisection; `high` is always a valid bound
         middle = (low + high) / 2
         if binomial_cdf(wrong, n, middle) > 1.0 - confidence:
             low = middle
@@ -55,10 +52,10 @@ def upper_bound(wrong: int, n: int, confidence: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Guarantee:
-    """What was promised and on what evidence. `threshold` is infinite if no threshold can keep the promise.
+    """A certified threshold and its evidence. `threshold` is infinite if no threshold passed.
 
     `accepted` of `n` rows were accepted, non-abstaining answers, `wrong` of them wrong; `bound` is the
-    upper bound of their error rate at this threshold (1 where nothing is accepted).
+    upper bound of their error rate at this threshold (1 if no answer is accepted).
     """
 
     threshold: float
@@ -72,7 +69,7 @@ class Guarantee:
 
     @property
     def coverage(self) -> float:
-        """Share of rows answered with confidence."""
+        """Share of rows with an accepted answer."""
         return self.accepted / max(self.n, 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -86,36 +83,36 @@ class Guarantee:
 
 
 Count = Callable[[float], tuple[int, int]]
-"""Threshold -> (what is counted, wrong ones among it) of a policy on some split."""
+"""Threshold -> (counted rows, wrong rows among them) of a policy on some split."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """At most `risk` of what is counted may be wrong: of accepted answers, or of questions without an answer."""
+class RiskLimit:
+    """At most `risk` of the counted rows (accepted answers, or unanswerable questions) may be wrong."""
 
     count: Count
     risk: float
 
     def p_value(self, threshold: float) -> float:
-        """How likely so few wrong ones were if more than `risk` of all were; 1 where nothing was counted."""
+        """P(at most this many wrong rows) if the error rate were `risk`; 1 without counted rows."""
         n, wrong = self.count(threshold)
         return binomial_cdf(wrong, n, self.risk)
 
 
-def sequence(limits: Sequence[Limit], grid: Sequence[float] = GRID) -> list[float]:
-    """The order of tests, from data the tests do not use: from the best-supported threshold downwards.
+def threshold_order(limits: Sequence[RiskLimit], grid: Sequence[float] = GRID) -> list[float]:
+    """The order in which thresholds are tested: from the best-supported one downwards, chosen on separate data.
 
-    Starting at the highest would end the tests at once: it accepts too few rows to prove anything.
+    Starting at the highest threshold would fail at once: it accepts too few rows for a significant test.
     """
     evidence = [max(limit.p_value(threshold) for limit in limits) for threshold in grid]
     return list(grid[evidence.index(min(evidence)) :])
 
 
-def guarantee(order: Sequence[float], limits: Sequence[Limit], rows: int, confidence: float) -> Guarantee:
-    """Test thresholds in `order` on the threshold split of `rows` rows; the last that passes is returned.
+def guarantee(order: Sequence[float], limits: Sequence[RiskLimit], rows: int, confidence: float) -> Guarantee:
+    """Test thresholds in `order` on the threshold split of `rows` rows; returns the last one that passes.
 
-    A threshold passes if it keeps every limit with `confidence` (a test of their union needs no correction). The first
-    limit is that of accepted answers, which the result tells about.
+    A threshold passes if it meets every limit with `confidence` (an intersection-union test needs no correction). The
+    first limit must be that of accepted answers; the result reports its counts.
     """
     count, risk = limits[0].count, limits[0].risk
     passed = None

@@ -1,5 +1,4 @@
-"""Figures about confidence: calibration error, Brier score, ranking and selective risk. Pure functions on
-arrays [n].
+"""Metrics of confidence: calibration error, Brier score, ranking and selective risk. Pure functions on arrays [n].
 
 ECE: Guo et al. 2017, ten fixed bins. AURC: area under the risk-coverage curve (Geifman and El-Yaniv 2017).
 AUROC by ranks (Mann-Whitney), ties counting one half.
@@ -55,7 +54,7 @@ def log_loss(p: ArrayLike, correct: ArrayLike) -> float:
 
 
 def auroc(score: ArrayLike, positive: ArrayLike) -> float:
-    """Chance that a positive row scores above a negative one; one half where either kind is missing."""
+    """P(a positive row scores above a negative one); one half if either class is missing."""
     score, positive = _pair(score, positive)
     _, index, counts = np.unique(score, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]
@@ -69,7 +68,7 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float:
 def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Mean error rate of the most confident k rows, over all k; 0 without rows.
 
-    Rows of equal confidence count as if in random order: each stands for the mean of all of them.
+    Rows of equal confidence count as if in random order: each gets their mean error.
     """
     confidence, correct = _pair(confidence, correct)
     if not len(correct):
@@ -81,17 +80,15 @@ def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
 
 
 def coverage(p: ArrayLike, threshold: float) -> float:
-    """Share of rows whose probability reaches the threshold; 0 without rows."""
+    """Share of rows with a probability of at least the threshold; 0 without rows."""
     p = np.asarray(p, dtype=np.float64)
     return float(np.mean(p >= threshold)) if len(p) else 0.0
 
 
 def crossing(lower: ArrayLike, upper: ArrayLike) -> float:
-    """Where the densities of two groups of values cross: the cut (kept value <= cut) that separates them
-    best.
+    """The threshold that separates two groups of values best (lower group: value <= threshold).
 
-    It maximises F_lower(cut) - F_upper(cut), which is where the two densities are equal, without choosing
-    bins.
+    It maximises F_lower - F_upper, which is where the two densities cross, without choosing bins.
     """
     lower, upper = np.sort(np.asarray(lower, dtype=np.float64)), np.sort(np.asarray(upper, dtype=np.float64))
     if not len(lower) or not len(upper):
@@ -101,8 +98,8 @@ def crossing(lower: ArrayLike, upper: ArrayLike) -> float:
     return float(values[int(np.argmax(gain))])
 
 
-def gained(before: Doubles, after: Doubles, seed: int) -> tuple[float, float, float]:
-    """Mean gain of paired outcomes [n], with the bounds of 95% by bootstrap."""
+def bootstrap_gain(before: Doubles, after: Doubles, seed: int) -> tuple[float, float, float]:
+    """Mean gain of paired outcomes [n] and its 95% bootstrap interval."""
     difference = after - before
     draws = np.random.default_rng(seed).integers(0, len(difference), (RESAMPLES, len(difference)))
     low, high = np.quantile(difference[draws].mean(axis=1), (0.025, 0.975))

@@ -1,8 +1,7 @@
 """Small feed-forward nets in numpy: the gates, the domain router (SPEC F5), the difficulty head (SPEC F1).
 
-Trained elsewhere, run here without any training library. Weights are float32; on disk they are safetensors,
-or JSON where a net is part of a calibration. ReLU between layers, logits out; inputs are standardised by
-the net's own mean and scale.
+Inference only; needs no training library. Weights are float32, stored as safetensors, or as JSON inside a calibration.
+ReLU between layers, logits as output; inputs are standardised by the net's own mean and scale.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Net:
         biases: Sequence[ArrayLike],
         classes: Sequence[str] = (),
     ) -> Net:
-        """Any arrays as a float32 net. Raises ValueError where shapes do not chain."""
+        """Make a float32 net of arrays. Raises ValueError if the shapes of consecutive layers do not match."""
         layers = tuple((_f32(w), _f32(b)) for w, b in zip(weights, biases, strict=True))
         net = cls(_f32(mean), _f32(scale), layers, tuple(classes))
         width = len(net.mean)
@@ -81,7 +80,7 @@ class Net:
         return {name: float(value) for name, value in zip(self.classes, p, strict=True)}
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values that `from_json` turns into the very same net."""
+        """JSON values that `from_json` turns into exactly the same net."""
         return {
             "mean": _pack(self.mean),
             "scale": _pack(self.scale),
@@ -102,7 +101,7 @@ class Net:
         )
 
     def save(self, path: Path, *, scope: float = 0.0) -> None:
-        """Write as safetensors, class names in its metadata; `scope` (0: everything): see `domain_router`."""
+        """Write a safetensors file with the class names as metadata; for `scope` (0: no limit) see `domain_router`."""
         from safetensors.numpy import save_file
 
         tensors = {"mean": self.mean, "scale": self.scale, "scope": _f32([scope])}
@@ -116,7 +115,7 @@ def _f32(x: ArrayLike) -> Floats:
 
 
 def _pack(x: Floats) -> dict[str, Any]:
-    """Base64 of little-endian float32: exact, and a fifth of the bytes of printed numbers."""
+    """Base64 of little-endian float32: exact, and a fifth of the size of decimal numbers."""
     return {"shape": list(x.shape), "float32": base64.b64encode(x.astype("<f4").tobytes()).decode("ascii")}
 
 
@@ -136,7 +135,7 @@ def _tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def load_net(path: Path) -> Net:
-    """A net written by `Net.save`. Raises `BundleError` if the file is none."""
+    """Load a net written by `Net.save`; `BundleError` if the file is not a valid net."""
     tensors, metadata = _tensors(path)
     depth = sum(name.startswith("weight_") for name in tensors)
     try:
@@ -152,13 +151,13 @@ def load_net(path: Path) -> Net:
 
 
 def load_scope(path: Path) -> float:
-    """The scope saved with a net; 0, in which everything lies, where none was. Raises `BundleError`."""
+    """The scope saved with a net; 0 (no limit) if the file has none. Raises `BundleError`."""
     tensors, _ = _tensors(path)
     return float(np.ravel(tensors.get("scope", 0.0))[0])
 
 
 def load_head(path: Path) -> Net:
-    """A linear head with one logit, saved as `weight` [width] and `bias` [1]. Raises `BundleError`."""
+    """Load a linear head with one logit, saved as `weight` [width] and `bias` [1]. Raises `BundleError`."""
     tensors, _ = _tensors(path)
     try:
         weight = np.asarray(tensors["weight"], dtype=np.float32).reshape(-1, 1)

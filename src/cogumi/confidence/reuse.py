@@ -1,8 +1,8 @@
-"""The second check before an answer to a similar question is reused (SPEC F12).
+"""Lexical check before the cached answer of a similar question is reused (SPEC F12).
 
-A cosine cannot tell "Who won in 1998?" from "Who won in 1999?". `conflict` looks for what it misses: other numbers,
-names, negations, kinds of question, opposites. It knows English; in other languages only its numbers, symbols and
-names count. `pair_features` are the same observations as numbers, for a check that is learned.
+The cosine of embeddings hardly separates "Who won in 1998?" from "Who won in 1999?". `conflict` detects differing
+numbers, names, negations, question types and antonyms. The word lists are English; in other languages only numbers,
+symbols and names are compared. `pair_features` gives the same observations as numbers, for a learned check.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _OPPOSITES = (
 )
 _PAIRS = tuple(tuple(pair.split("/")) for pair in _OPPOSITES.split())
 _LONGEST = 64
-"""Words that the order of words is compared over: the comparison takes quadratic time."""
+"""Number of words whose order is compared: the comparison takes quadratic time."""
 
 KINDS = ("code", "numbers", "symbols", "names", "negation", "question", "order", "opposites")
 FEATURES = (
@@ -73,12 +73,12 @@ FEATURES = (
 
 
 def conflict(question: str, cached: str) -> str | None:
-    """Why the answer to `cached` must not be used for `question`; None if nothing speaks against it."""
+    """The reason why the answer to `cached` must not be reused for `question`; None without a conflict."""
     return next((f"{kind}: {reason}" for kind, reason in _conflicts(question, cached)), None)
 
 
 def pair_features(question: str, cached: str, cosine: float) -> NDArray[np.float64]:
-    """What distinguishes two questions [len(FEATURES)]: shares in [0, 1], lengths in tens of characters, flags."""
+    """Features of a pair of questions [len(FEATURES)]: shares in [0, 1], lengths in tens of characters, flags."""
     a, b = _words(question), _words(cached)
     content_a, content_b = ({_stem(w) for w in words if w not in _PLAIN} for words in (a, b))
     missing, extra = content_a - content_b, content_b - content_a
@@ -102,9 +102,9 @@ def pair_features(question: str, cached: str, cosine: float) -> NDArray[np.float
 
 
 def _conflicts(one: str, other: str) -> Iterator[tuple[str, str]]:
-    """(kind, what differs), most telling first."""
+    """Conflicts as (kind, difference), the strongest evidence first."""
     if one != other and (_CODE.search(one) or _CODE.search(other)):
-        yield "code", "code is reused only for the very same text"
+        yield "code", "answers about code are reused only for identical text"
     a, b = _words(one), _words(other)
     for kind, x, y in (
         ("numbers", _numbers(a), _numbers(b)),
@@ -113,15 +113,15 @@ def _conflicts(one: str, other: str) -> Iterator[tuple[str, str]]:
         ("question", [_opening(a)], [_opening(b)]),
     ):
         if x != y:
-            yield kind, f"{' '.join(x) or 'none'} against {' '.join(y) or 'none'}"
-    if strange := _strange(one, other) or _strange(other, one):
-        yield "names", f"only one of the two names '{strange}'"
+            yield kind, f"{' '.join(x) or 'none'} versus {' '.join(y) or 'none'}"
+    if name := _missing_name(one, other) or _missing_name(other, one):
+        yield "names", f"only one question mentions '{name}'"
     if _swapped(one, other, a, b):
-        yield "order", "the same words in another order"
+        yield "order", "the same words in a different order"
     set_a, set_b = set(a), set(b)
     for this, that in _PAIRS:
         if {(this in set_a, that in set_a), (this in set_b, that in set_b)} == {(True, False), (False, True)}:
-            yield "opposites", f"{this} against {that}"
+            yield "opposites", f"{this} versus {that}"
 
 
 def _words(text: str) -> list[str]:
@@ -129,7 +129,7 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(words: list[str]) -> list[str]:
-    """Numbers in their order: 7 - 5 is not 5 - 7."""
+    """Numbers in the order of the text: 7 - 5 differs from 5 - 7."""
     found = []
     for word in words:
         if word in _NUMERALS:
@@ -148,7 +148,7 @@ def _negated(words: list[str]) -> str:
 
 
 def _opening(words: list[str]) -> str:
-    """What kind of answer is asked for, by the first word that tells."""
+    """The expected kind of answer, by the first interrogative or auxiliary word."""
     for word, following in zip_longest(words, words[1:]):
         if word in _KINDS:
             return _KINDS[word]
@@ -161,8 +161,8 @@ def _opening(words: list[str]) -> str:
     return "what or how"  # as in "Tell me .."
 
 
-def _strange(text: str, other: str) -> str | None:
-    """A name in `text` that the other lacks: capitals inside a sentence or word, single letters, quotations."""
+def _missing_name(text: str, other: str) -> str | None:
+    """A name in `text` that `other` lacks: capitals inside a sentence or word, single letters, quotations."""
     known, exact = _words(other), set(_WORD.findall(other))
     stems = {_stem(word) for word in known}
     for match in _WORD.finditer(text):
@@ -173,7 +173,7 @@ def _strange(text: str, other: str) -> str | None:
         if name and word.lower() not in _PLAIN and _stem(word.lower()) not in stems:
             return word
         if word.isupper() and len(word) > 1 and word.lower() in _PLAIN and word not in exact:
-            return word  # US is not us, WHO not who
+            return word  # US versus us, WHO versus who
     for quoted in _QUOTED.finditer(text):
         phrase = _words(quoted[1] or quoted[2])
         if phrase and not any(known[i : i + len(phrase)] == phrase for i in range(len(known))):
@@ -182,7 +182,7 @@ def _strange(text: str, other: str) -> str | None:
 
 
 def _swapped(one: str, other: str, a: list[str], b: list[str]) -> bool:
-    """Whether equal content words, or names of both, change places: dollars to euros is not euros to dollars."""
+    """Whether shared content words or names are swapped: "dollars to euros" versus "euros to dollars"."""
     content_a, content_b = (list(dict.fromkeys(_stem(w) for w in words if _placed(w))) for words in (a, b))
     if content_a != content_b and sorted(content_a) == sorted(content_b):
         return True
@@ -194,12 +194,12 @@ def _swapped(one: str, other: str, a: list[str], b: list[str]) -> bool:
 
 
 def _placed(word: str) -> bool:
-    """Whether a word's place matters; an adverb may stand anywhere."""
+    """Whether the position of a word matters; adverbs can move freely."""
     return word not in _PLAIN and not word.endswith("ly")
 
 
 def _stem(word: str) -> str:
-    """Without possessive and plural, so that "Trump's" is "trump"."""
+    """Strip possessive and plural endings: "trump's" becomes "trump"."""
     word = word.removesuffix("'s").removesuffix("'")
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 

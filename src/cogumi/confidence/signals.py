@@ -1,7 +1,7 @@
-"""Signals of an answer and of a question, all from passes that ran anyway (SPEC F1, F2).
+"""Confidence signals of an answer and of a question, taken from forward passes that run anyway (SPEC F1, F2).
 
-Pure functions from records to named numbers. Calibration and the cascade call the same ones, so a gate sees
-at run time what it was fitted on. Every value is finite, whatever the answer (an empty one included).
+Pure functions from records to named numbers. Calibration and the cascade call the same functions, so a gate gets the
+same signals at run time as in fitting. Every value is finite for any answer, including an empty one.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 from cogumi.core.text import normalise
 from cogumi.core.types import ABSTENTION, Reading, Reply, Score
 
-FLOOR = 20.0  # nats: surprises beyond this carry no more information, and keep -inf out of the gates
-_EMPTY = (-FLOOR, FLOOR, 0.0)  # an answer without tokens counts as one token of which the model knew nothing
+FLOOR = 20.0  # nats: larger surprisals carry no more information; also keeps -inf out of the gates
+_EMPTY = (-FLOOR, FLOOR, 0.0)  # an answer without tokens counts as one token of maximum surprisal
 
 
 def abstains(text: str) -> bool:
-    """Whether a text is the abstention sentence, apart from case, spacing, quotes and the final stop."""
+    """Whether a text is the abstention sentence, ignoring case, spacing, quotes and the final full stop."""
     return normalise(text) == normalise(ABSTENTION)
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two answers say the same, apart from case, spacing, quotes and the final stop."""
+    """Whether two answers are equal, ignoring case, spacing, quotes and the final full stop."""
     return normalise(one) == normalise(other)
 
 
@@ -55,7 +55,7 @@ def perplexity(signals: Mapping[str, float]) -> float:
 
 
 def question_signals(reading: Reading, p_easy: float, domains: Mapping[str, float], text: str) -> dict[str, float]:
-    """Signals of a question `text`: how the draft read it (nats), what its heads say, length and digits."""
+    """Signals of a question `text`: the draft's surprisal (nats), outputs of its heads, length and digits."""
     surprise = np.minimum(np.array(reading.surprise or (0.0,)), FLOOR)
     return {
         "question_nats": min(reading.score.nats / max(reading.score.tokens, 1), FLOOR),
@@ -67,16 +67,16 @@ def question_signals(reading: Reading, p_easy: float, domains: Mapping[str, floa
     }
 
 
-def opinion_signals(score: Score, own: Mapping[str, float]) -> dict[str, float]:
-    """What the draft makes of the base's answer, and how far it disagrees with the base's `own` signals; nats."""
+def draft_score_signals(score: Score, base: Mapping[str, float]) -> dict[str, float]:
+    """The draft's score of the base's answer, and its difference from the base's own signals; nats per token."""
     nats = min(score.nats / max(score.tokens, 1), FLOOR)
-    return {"draft_nats": nats, "draft_gap": nats + own["mean_logprob"]}
+    return {"draft_nats": nats, "draft_gap": nats + base["mean_logprob"]}
 
 
 def modifier_signals(
     modifier: Mapping[str, float], base: Mapping[str, float], base_p: float, agree: bool
 ) -> dict[str, float]:
-    """Signals of a modifier's answer (question included) beside those of the base's answer before it."""
+    """Signals of a modifier's answer (including the question's) and of the base's answer before it."""
     return {
         **modifier,
         **{f"base_{name}": base[name] for name in ("mean_logprob", "min_logprob", "log_length", "abstains")},

@@ -1,8 +1,8 @@
-"""Self-consistency: what several answers to one question agree on (SPEC F13; Wang et al. 2022).
+"""Self-consistency: majority vote over several sampled answers (SPEC F13; Wang et al. 2022).
 
-`final_answer` takes the answer out of a text, in a form in which equal answers are equal; `tally` counts. Free text
-can be grouped by embeddings with `grouped` (DBSCAN, Ester et al. 1996, on cosine distance). Pure functions; no text
-makes them raise.
+`final_answer` extracts the answer of a text in canonical form; `tally` counts votes. Free-text answers can be merged by
+embeddings with `merge_similar` (DBSCAN, Ester et al. 1996, on cosine distance). Pure functions that never raise on any
+text.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cogumi.confidence.signals import abstains
 from cogumi.core.text import FENCE, NUMBER, normalise
 
 EPS = 0.3
-"""Cosine distance within which two free texts say the same."""
+"""Cosine distance up to which two free texts count as equivalent."""
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts to rows [n, width]."""
+"""Texts -> embeddings [n, width]."""
 
 _UNIT = r"\s*(?:%|[^\W\d]+(?:\s+[^\W\d]+){0,2})?\W*$"
 _ONLY_NUMBER = re.compile(rf"[\s$€£*(\"'`]*({NUMBER}){_UNIT}")
@@ -38,25 +38,25 @@ _EQUALS = re.compile(r"=|\b(?:is|are|equals|makes|gives)\b", re.IGNORECASE)
 _CHOICE = re.compile(r"\W*([A-Z])(?:\W*$|[).:]\s)")
 _CODE = re.compile(r"^(?:def|class|import|from|async def|@\w+)\b", re.M)
 _REASONED = re.compile(r"[.!?]\s|\n")
-_LONGEST = 200  # characters of a line in which a number or a letter can be the answer
+_MAX_LINE = 200  # characters of a line that is searched for a number or a choice
 _LAYOUT = {tokenize.INDENT: "{", tokenize.DEDENT: "}", tokenize.NEWLINE: "\n"}
 _IGNORED = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Answer:
-    """`kind` is abstain, json, code, choice, number or text; `value` is equal where the answers are."""
+    """`kind` is abstain, json, code, choice, number or text; equal answers have equal values."""
 
     kind: str
     value: str
 
 
 def final_answer(text: str) -> Answer | None:
-    """The answer that a text ends in; None if it says nothing.
+    """The final answer of a text in canonical form; None for an empty text.
 
-    Tool calls and code count as a whole, without their layout. Else what follows "answer:" (or #### or in \\boxed{}),
-    or the last line, if it is a choice's letter or a number (units are left out; in a single sentence only behind "is",
-    an equals sign or the like). Anything else is its whole text without case, spacing and quotes.
+    Tool calls and code count as a whole, without layout. Otherwise the text after "answer:" (or #### or in \\boxed{}),
+    else the last line, is searched for a choice letter or a number (without unit; in a single sentence only after "is",
+    an equals sign or similar). Else the answer is the whole normalised text.
     """
     if not text.strip():
         return None
@@ -71,13 +71,13 @@ def final_answer(text: str) -> Answer | None:
         return Answer("code", _code(body))
     marked = [first or second for first, second in _MARKED.findall(text)]
     line = (marked[-1] if marked else text.strip().splitlines()[-1]).strip()
-    return (_short(line, bool(marked) or bool(_REASONED.search(text.strip()))) if len(line) <= _LONGEST else None) or (
+    return (_short(line, bool(marked) or bool(_REASONED.search(text.strip()))) if len(line) <= _MAX_LINE else None) or (
         Answer("text", normalise(line if marked else text))
     )
 
 
 def _short(line: str, reasoned: bool) -> Answer | None:
-    """A letter or a number; a number at a sentence's end counts if a longer text leads to it."""
+    """A choice letter or a number; a number at the end of a sentence counts only after reasoning text."""
     if choice := _CHOICE.match(line):
         return Answer("choice", choice.group(1))
     line = line.replace("\u2212", "-")
@@ -90,23 +90,23 @@ def _short(line: str, reasoned: bool) -> Answer | None:
 
 
 def _json(text: str) -> str | None:
-    """A JSON object or a list of them, in one spelling; a lone object is a list of one. None for anything else."""
+    """Canonical JSON of an object or a list; a single object becomes a list of one. None for any other text."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
-        value = json.loads(text, parse_float=_whole)
+        value = json.loads(text, parse_float=_int_if_integral)
         return json.dumps(value if isinstance(value, list) else [value], sort_keys=True)
     except (ValueError, RecursionError):
         return None
 
 
-def _whole(digits: str) -> float | int:
+def _int_if_integral(digits: str) -> float | int:
     value = float(digits)
     return int(value) if value.is_integer() else value
 
 
 def _code(text: str) -> str:
-    """Code without comments, blank lines and spacing; what is no Python only without its spacing."""
+    """Python code without comments, blank lines and spacing; other text only with white space collapsed."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(text.strip() + "\n").readline))
     except (tokenize.TokenError, SyntaxError):  # IndentationError is one
@@ -114,17 +114,17 @@ def _code(text: str) -> str:
     return " ".join(_LAYOUT.get(t.type, t.string) for t in tokens if t.type not in _IGNORED).strip()
 
 
-def dbscan(rows: NDArray[Any], eps: float = EPS, least: int = 2) -> list[int]:
-    """A cluster's number for each of the rows [n, width], by cosine distance; what belongs to none gets its own.
+def dbscan(rows: NDArray[Any], eps: float = EPS, min_samples: int = 2) -> list[int]:
+    """Cluster label of each row [n, width] by DBSCAN on cosine distance; a noise row gets its own label.
 
-    A row with `least` rows within `eps` (itself among them) is a core; cores within `eps` share a cluster, and any
-    other row joins that of its nearest core within reach, so that the order of rows does not matter.
+    A row with `min_samples` rows within `eps` (including itself) is a core; cores within `eps` share a cluster, and any
+    other row joins its nearest core within `eps`, so that the result does not depend on the order of rows.
     """
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     distance = 1.0 - unit @ unit.T
     np.fill_diagonal(distance, 0.0)
     near = distance <= eps
-    cores = near.sum(axis=1) >= least
+    cores = near.sum(axis=1) >= min_samples
     labels = list(range(len(rows)))
     for start in np.flatnonzero(cores):
         reached, border = {int(start)}, [int(start)]
@@ -141,8 +141,8 @@ def dbscan(rows: NDArray[Any], eps: float = EPS, least: int = 2) -> list[int]:
     return labels
 
 
-def grouped(answers: Sequence[Answer | None], embed: Embed) -> list[Answer | None]:
-    """The same answers, but free texts that mean the same by their embeddings all become the first by alphabet."""
+def merge_similar(answers: Sequence[Answer | None], embed: Embed) -> list[Answer | None]:
+    """The answers with each cluster of similar free texts replaced by its alphabetically first text."""
     texts = sorted({answer.value for answer in answers if answer and answer.kind == "text"})
     if len(texts) < 2:
         return list(answers)
@@ -154,16 +154,16 @@ def grouped(answers: Sequence[Answer | None], embed: Embed) -> list[Answer | Non
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """`winner` is the index of the chosen answer, None if no two agree; `agreement` the share of all paths that do."""
+    """`winner`: index of the chosen answer, None if no two samples agree; `agreement`: share of agreeing samples."""
 
     winner: int | None
     agreement: float
 
 
 def tally(answers: Sequence[Answer | None], perplexities: Sequence[float]) -> Tally:
-    """Count the votes of all paths; None is a path without an answer, which still counts in the share.
+    """Majority vote over samples; None is a sample without an answer, which still counts in the share.
 
-    The largest group wins, among equals that with the path of lowest perplexity, which is also the group's voice.
+    The largest group wins, ties by lowest perplexity; the winner is the group's sample of lowest perplexity.
     """
     groups: dict[Answer, list[int]] = {}
     for i, answer in enumerate(answers):

@@ -1,4 +1,4 @@
-"""What every package may use: nouns, errors, files and artifacts, the stage contract, shapes, chat templates.
+"""The ground of every package: record types, errors, files and artifacts, the stage contract, shapes, chat templates.
 
 Imports no other package.
 """

@@ -1,7 +1,7 @@
 """A finished step on disk: a folder with a `manifest.json` that is written last, and atomically.
 
-The manifest names every file with its size and SHA-256, so an artifact is whole or it does not count
-(DESIGN, "Stage contract").
+The manifest lists every file with its size and SHA-256, so an incomplete artifact is detected (DESIGN, "Stage
+contract").
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cogumi.core.errors import ArtifactError
-from cogumi.core.files import FileEntry, difference, entries, plain, write_json
+from cogumi.core.files import FileEntry, difference, file_entries, to_json_types, write_json
 from cogumi.core.stage import CHECKPOINT
 from cogumi.core.types import Artifact
 
@@ -22,7 +22,7 @@ PENDING = "pending.json"
 
 
 class Manifest(BaseModel):
-    """Everything there is to know about an artifact; `seconds` is what its last run took."""
+    """Content of `manifest.json`; `seconds` is the duration of the last run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
@@ -36,7 +36,7 @@ class Manifest(BaseModel):
 
 
 def file_names(folder: Path) -> list[str]:
-    """Posix names of an artifact's own files, sorted: no manifest, no trace of a run under way."""
+    """Sorted POSIX names of an artifact's files, without the manifest, the pending marker and checkpoints."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(n.as_posix() for n in names if n.parts[0] not in (MANIFEST, PENDING, CHECKPOINT))
 
@@ -51,22 +51,22 @@ def finish(
     environment: Mapping[str, Any],
     seconds: float = 0.0,
 ) -> Artifact:
-    """Hash every file of `folder` and write its manifest: from here on the artifact counts as done."""
+    """Hash every file of `folder` and write its manifest, which marks the artifact as finished."""
     manifest = Manifest(
         kind=kind,
         fingerprint=fingerprint,
         parents=dict(parents),
-        metrics=plain(metrics),
-        environment=plain(environment),
+        metrics=to_json_types(metrics),
+        environment=to_json_types(environment),
         seconds=round(seconds, 3),
-        files=entries(folder, file_names(folder)),
+        files=file_entries(folder, file_names(folder)),
     )
     write_json(folder / MANIFEST, manifest.model_dump())
     return load(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished folder; `ArtifactError` if there is none or it cannot be read."""
+    """The manifest of a finished folder; `ArtifactError` if it is missing or invalid."""
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -78,13 +78,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load(folder: Path) -> Artifact:
-    """Open a finished artifact by its manifest alone; its files are not read."""
+    """Open a finished artifact by reading its manifest only."""
     manifest = read_manifest(folder)
     return Artifact(manifest.kind, folder, manifest.fingerprint, manifest.parents, manifest.metrics)
 
 
 def verify(folder: Path) -> Artifact:
-    """Open a finished artifact and check size and SHA-256 of its files; `ArtifactError` names the bad one."""
+    """Open a finished artifact and check size and SHA-256 of its files; `ArtifactError` names the first bad file."""
     if problem := difference(folder, read_manifest(folder).files):
         raise ArtifactError(f"{folder}: {problem}; build it again")
     return load(folder)

@@ -1,7 +1,7 @@
 """Renders chat messages through a model's own template, for training and serving alike.
 
 Message contents never reach the template: it is rendered around placeholders, and the contents are put back as
-separate pieces that are tokenized without special tokens. So no user can type a control token into a prompt.
+separate pieces that are tokenized without special tokens. So a user cannot inject a control token into a prompt.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template 
 def _compile(source: str) -> Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
-    def refuse(message: str) -> None:
+    def reject(message: str) -> None:
         raise TemplateError(message)
 
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = reject
     return environment.from_string(source)
 
 
@@ -35,7 +35,7 @@ def render_pieces(
 ) -> list[tuple[str, bool]]:
     """Split a rendered chat into `(text, is_template)` pieces, in order.
 
-    Raises `RequestError` if the template refuses these messages (an unknown role, say).
+    Raises `RequestError` if the template rejects the messages (for example because of an unknown role).
     """
     marked = [{"role": m.role, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
     try:
@@ -43,7 +43,7 @@ def render_pieces(
             messages=marked, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos
         )
     except TemplateError as error:
-        raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+        raise RequestError(f"the model's chat template rejects these messages: {error}") from error
     pieces: list[tuple[str, bool]] = []
     for i, part in enumerate(_MARK.split(text)):
         if i % 2:

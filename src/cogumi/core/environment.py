@@ -1,4 +1,4 @@
-"""What a build runs on: the facts that every manifest records."""
+"""The machine and library versions that every manifest records, and the cache folder."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LIBRARIES = (
 
 
 def usable_threads() -> int:
-    """Threads this process should use: its processors, or fewer if OMP_NUM_THREADS says so.
+    """Number of threads to use: the available processors, or OMP_NUM_THREADS if smaller.
 
-    Launchers of several processes, such as `accelerate launch`, set that variable to 1 for work on GPUs; with them it
-    does not count.
+    Under launchers of several processes (WORLD_SIZE is set), such as `accelerate launch`, which sets OMP_NUM_THREADS to
+    1 for work on GPUs, that variable is ignored.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chosen = os.environ.get("OMP_NUM_THREADS", "")
@@ -47,10 +47,10 @@ def available_memory() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process or of any one child it has waited for, so far."""
+    """Peak resident memory of this process or of its largest finished child."""
     unit = 1 if platform.system() == "Darwin" else 1024
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
-    try:  # getrusage counts, for a process started by another, also the memory of that one
+    try:  # after a fork, getrusage also counts the memory of the parent process
         status = Path("/proc/self/status").read_text("ascii")
         return max(children, int(status.partition("VmHWM:")[2].split()[0]) * 1024)
     except (OSError, IndexError):
@@ -58,7 +58,7 @@ def peak_rss_bytes() -> int:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """What equal bytes depend on besides the fingerprint: versions, threads, the source's commit or null."""
+    """What determines output bytes besides the fingerprint: versions, threads, the source's commit or null."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -69,8 +69,8 @@ def environment(threads: int) -> dict[str, Any]:
     commit = None
     if (source / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(source), "rev-parse", "HEAD"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = answer.stdout.strip() or None
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = result.stdout.strip() or None
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -81,14 +81,14 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept: COGUMI_CACHE, else a folder of the platform's place for the user's caches."""
+    """Folder for measurements and unpacked files: $COGUMI_CACHE, else the platform's user cache folder."""
     if chosen := os.environ.get("COGUMI_CACHE"):
         return Path(chosen)
     home = Path(os.path.expanduser("~"))
     if sys.platform == "darwin":
-        place = str(home / "Library" / "Caches")
+        base = str(home / "Library" / "Caches")
     elif sys.platform == "win32":
-        place = os.environ.get("LOCALAPPDATA", str(home / "AppData" / "Local"))
+        base = os.environ.get("LOCALAPPDATA", str(home / "AppData" / "Local"))
     else:
-        place = os.environ.get("XDG_CACHE_HOME") or str(home / ".cache")
-    return Path(place) / "cogumi"
+        base = os.environ.get("XDG_CACHE_HOME") or str(home / ".cache")
+    return Path(base) / "cogumi"

@@ -1,17 +1,17 @@
-"""Everything that can go wrong and be said plainly. Each message states what happened and what to do next.
+"""The errors shown to users. Each message states what happened and what to do next.
 
 CogumiError
 ├── RecipeError      a recipe that cannot be run
 ├── DataError        input data that cannot be used
-├── ArtifactError    a folder on disk that is not what its manifest says
+├── ArtifactError    a folder on disk that does not match its manifest
 ├── GateError        a quality gate that failed: the build stops with the figure
-├── TrainingError    training that cannot start or go on
-├── ExportError      a model that cannot be written faithfully
+├── TrainingError    training that cannot start or continue
+├── ExportError      a model that cannot be exported without loss
 ├── BundleError      a bundle that must not be opened
-├── StateError       what was kept of earlier use (memory, cache, learning) cannot be read
-└── RequestError     a request that cannot be answered as asked
+├── StateError       saved state (memory, cache, learning) that cannot be read
+└── RequestError     a request that cannot be answered as given
     ├── ContextError     prompt and answer do not fit the context
-    └── BusyError        no slot is free; come back later
+    └── BusyError        all slots and the queue are full; retry later
 """
 
 
@@ -28,7 +28,7 @@ class DataError(CogumiError):
 
 
 class ArtifactError(CogumiError):
-    """A folder on disk that is not what its manifest says."""
+    """A folder on disk that does not match its manifest."""
 
 
 class GateError(CogumiError):
@@ -36,11 +36,11 @@ class GateError(CogumiError):
 
 
 class TrainingError(CogumiError):
-    """Training that cannot start or go on."""
+    """Training that cannot start or continue."""
 
 
 class ExportError(CogumiError):
-    """A model that cannot be written faithfully."""
+    """A model that cannot be exported without loss."""
 
 
 class BundleError(CogumiError):
@@ -48,11 +48,11 @@ class BundleError(CogumiError):
 
 
 class StateError(CogumiError):
-    """What was kept of earlier use (memory, cache, learning) cannot be read."""
+    """Saved state (memory, cache, learning) that cannot be read."""
 
 
 class RequestError(CogumiError):
-    """A request that cannot be answered as asked."""
+    """A request that cannot be answered as given."""
 
 
 class ContextError(RequestError):
@@ -60,4 +60,4 @@ class ContextError(RequestError):
 
 
 class BusyError(RequestError):
-    """No slot is free; come back later."""
+    """All slots and the queue are full; retry later."""

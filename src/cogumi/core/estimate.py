@@ -1,7 +1,7 @@
-"""The `estimate` of a stage: what a step makes and takes, said before it runs (SPEC D1).
+"""The `estimate` of a stage: outputs and costs of a step before it runs (SPEC D1).
 
-`estimate(config, given) -> Estimate` is a pure function of the stage's module. It may read what the config names (a
-file's size, a model's config.json), but loads no weights and downloads nothing. How long a step takes is not guessed.
+`estimate(config, given) -> Estimate` is a pure function in the stage's module. It may read files that the config names
+(a file's size, a model's config.json), but loads no weights and downloads nothing. Durations are not estimated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What there is to train on: `gpus` alike, each with `memory` bytes (None: unknown, nothing is checked)."""
+    """Training hardware: `gpus` identical devices, each with `memory` bytes (None: unknown, not checked)."""
 
     memory: int | None = None
     gpus: int = 1
@@ -32,11 +32,11 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a step takes. Sizes are bytes; a figure that has no meaning for the step, or is unknown, is None.
+    """Cost of a step. Sizes are bytes; a figure that does not apply or is unknown is None.
 
-    `shape` is that of the model it works on, `parameters` its weights, `trained` those that change. `tokens` are read
-    in training, `flops` the arithmetic on them; `memory` is that of each device; `output` and `checkpoint` (with its
-    replacement beside it) lie on disk.
+    `shape` is that of the model, `parameters` its number of weights, `trained` the number of trained weights. `tokens`
+    are processed in training with `flops` operations; `memory` is per device; `output` and `checkpoint` (including its
+    temporary replacement) are sizes on disk.
     """
 
     method: str = ""
@@ -54,10 +54,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a stage says of a step before it runs.
+    """Estimate of a step before it runs.
 
-    `facts` are what later steps may know of its artifact: at most one record of a type; None where it is unknown.
-    `notes` are worth a line to the user. `problems` would stop or spoil the build, a line each.
+    `facts` describe its artifact for later steps: at most one record per type; None if unknown. `notes` are lines for
+    the user. `problems` are lines about errors that would stop or spoil the build.
     """
 
     facts: tuple[object | None, ...] = ()
@@ -68,7 +68,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input before it is there: the step that makes it, and what is known of its artifact."""
+    """A planned input: the step that makes it, and the known facts about its artifact."""
 
     step: str
     facts: tuple[object, ...] = ()
@@ -76,10 +76,10 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What an `estimate` may look at beside its config: the step's name, where relative paths start, inputs by role.
+    """Arguments of an `estimate` besides the config: the step's name, the root of relative paths, inputs by role.
 
-    `length` replaces the estimated tokens of the longest row. A role may be absent that the stage needs: the pipeline
-    has said so already, and the estimate says what it can without it.
+    `length` replaces the estimated tokens of the longest row. A required role may be missing: the pipeline reports that
+    separately, and the estimate covers the rest.
     """
 
     step: str
@@ -89,7 +89,7 @@ class Given:
     length: int | None = None
 
     def find(self, role: str, of: type[T]) -> T | None:
-        """What is known of an input, of one type of record; None if nothing is."""
+        """The facts of one type about an input; None if unknown."""
         facts = self.inputs[role].facts if role in self.inputs else ()
         return next((fact for fact in facts if isinstance(fact, of)), None)
 
@@ -100,13 +100,13 @@ class Given:
 
 
 def estimate(stage: Stage, config: Any, given: Given) -> Estimate:
-    """What the stage says of a step; an empty estimate if its module has no `estimate`."""
+    """The stage's estimate of a step; empty if its module has no `estimate`."""
     hook = getattr(stage, "estimate", None)
     return hook(config, given) if hook else Estimate()
 
 
 def uncounted(*facts: object | None, model: ModelFacts | None = None, steps: int | None = None) -> Estimate:
-    """The estimate of a step that computes for long, of which nothing is counted but the `steps` it trains, if any."""
+    """The estimate of a long-running step whose cost is not estimated, except the number of training `steps`."""
     if steps is None or model is None:
         return Estimate(facts, notes=(NOT_COUNTED,))
     return Estimate(facts, Cost(shape=model.shape, steps=steps), notes=(MEMORY_NOT_COUNTED,))

@@ -1,6 +1,6 @@
-"""What is known of an artifact before it is there: records that one stage's `estimate` leaves and another's reads.
+"""Facts about a planned artifact: records produced by one stage's `estimate` and used by another's (SPEC D1).
 
-A stage may leave records of any frozen type; those that stages of several packages share are here (SPEC D1).
+A stage may produce records of any frozen type; this module has those shared by several packages.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from cogumi.core.files import sha256
 from cogumi.core.shapes import ModelShape, find_shape, known
 
 BYTES_PER_TOKEN = 3.0
-"""Cautious: the tiny recipe's vocabulary of 1,024 has 3.2 on its own data, larger ones more on English and code."""
+"""Conservative: the tiny recipe's vocabulary of 1,024 has 3.2 on its own data, larger ones more on English and code."""
 OWN_TEMPLATE, TEMPLATE = 6, 40
-"""Tokens that the template of stage `tokenizer` adds to a question, and the most that those of known models do."""
+"""Tokens added to a question by the chat template of stage `tokenizer`, and the maximum for known models."""
 FP32_PACKED = 0.93
-"""Share that zstd (level 10) leaves of fp32 weights drawn from a normal distribution."""
+"""Compression ratio of zstd (level 10) on normally distributed fp32 weights: packed size by original size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokens of a model's training rows: the longest whole row, the longest answer, a row on average. `count` rows."""
+    """Lengths in tokens of a model's `count` training rows: longest row, longest answer, mean row."""
 
     count: int
     longest: int
@@ -35,7 +35,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class RowFacts:
-    """Bytes of training rows, `longest` and `mean` of question and answer together."""
+    """Lengths in bytes of training rows; `longest` and `mean` include question and answer."""
 
     count: int
     longest: int
@@ -44,12 +44,12 @@ class RowFacts:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[int, int]], count: int) -> RowFacts:
-        """From a sample of `count` rows: bytes of (question, answer) of each."""
+        """Facts about `count` rows from a sample of byte lengths (question, answer)."""
         whole = [question + answer for question, answer in pairs]
         return cls(count, max(whole), max(answer for _, answer in pairs), sum(whole) / len(whole))
 
     def rows(self, template: int, length: int | None = None) -> Rows:
-        """The same in tokens, with the `template` tokens of each row; `length` replaces the estimate of the longest."""
+        """Lengths in tokens, with `template` tokens added per row; `length` replaces the estimated longest row."""
         longest = length or template + math.ceil(self.longest / BYTES_PER_TOKEN)
         answer = min(longest, 1 + math.ceil(self.answer / BYTES_PER_TOKEN))
         return Rows(self.count, longest, answer, min(longest, template + self.mean / BYTES_PER_TOKEN))
@@ -66,8 +66,8 @@ class TokenizerFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """A model: `tokenizer` is equal for equal vocabularies; `own` if the recipe trains that, `bytewise` if it works
-    on bytes. `folder` is where its weights lie, or "" if they do not exist yet.
+    """A model: `tokenizer` is equal for equal vocabularies; `own` if the recipe trains the tokenizer, `bytewise` if it
+    is byte-level. `folder` contains its weights, or is "" if they do not exist yet.
     """
 
     shape: ModelShape
@@ -78,7 +78,7 @@ class ModelFacts:
 
     @property
     def template(self) -> int:
-        """The most tokens that its chat template adds to a row."""
+        """Maximum number of tokens that the chat template adds to a row."""
         return OWN_TEMPLATE if self.own else TEMPLATE
 
 
@@ -92,7 +92,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True)
 class FileSize:
-    """Bytes of a file, and the share of them that zstd leaves."""
+    """Size of a file in bytes, and its zstd compression ratio."""
 
     bytes: int
     packed: float = FP32_PACKED
@@ -100,7 +100,7 @@ class FileSize:
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """Files that a bundle takes over as they are, by their names there."""
+    """Files that are copied into a bundle unchanged, by their names in it."""
 
     sizes: Mapping[str, FileSize]
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, locks, and versioned indexes."""
+"""Atomic writes, checksums, file locks and versioned index files."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class FileEntry(BaseModel):
     sha256: str
 
 
-def plain(value: Any) -> Any:
-    """The JSON form of a value: paths as text, arrays as lists, what is not finite as null."""
+def to_json_types(value: Any) -> Any:
+    """Convert a value to JSON types: paths to text, arrays to lists, non-finite numbers to null."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_json_types(item) for item in value]
     if isinstance(value, Path):
         return value.as_posix()
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_json_types(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that readers see the old content or the new, never a part."""
+    """Write a UTF-8 file atomically: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8", newline="\n") as file:
@@ -52,15 +52,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically; arrays become lists, and what is not finite null."""
-    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `value` as JSON, atomically; converted by `to_json_types`."""
+    write_text(path, json.dumps(to_json_types(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
-def held(path: Path) -> Iterator[int]:
+def exclusive_lock(path: Path) -> Iterator[int]:
     """Lock an existing file or folder for this process; yields the lock's descriptor.
 
-    The lock ends with the process, however that ends, or with the last process that inherits the descriptor.
+    The system releases the lock when this process and all processes that inherited the descriptor have ended.
     Raises `BlockingIOError` if another process holds the lock.
     """
     lock = os.open(path, os.O_RDONLY)
@@ -77,39 +77,40 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+def file_entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Size and hash of each named file of a folder, in sorted order."""
     return {
         name: FileEntry(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in sorted(names)
     }
 
 
-def read_index(path: Path, model: type[M], version: int, what: str, absent: str, again: str) -> M:
-    """What describes a shipped folder, if its `format` is `version`; `BundleError` for anything else.
+def read_index(path: Path, model: type[M], version: int, kind: str, missing: str, recreate: str) -> M:
+    """Read and validate the JSON index of a shipped folder whose `format` must be `version`; else `BundleError`.
 
-    `what` it is a format of; what to say where it is `absent`, and how to have it `again`.
+    For error messages: `kind` of folder, the message if the index is `missing`, and how to `recreate` the folder.
     """
     try:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{path.parent} {absent}") from None
+        raise BundleError(f"{path.parent} {missing}") from None
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON; {again} again") from error
+        raise BundleError(f"{path} is not JSON; {recreate} again") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != version:
         raise BundleError(
-            f"{path.parent} has {what} format {found!r}, this cogumi reads {version}; upgrade cogumi, or {again} again"
+            f"{path.parent} has {kind} format {found!r}, this cogumi reads {version}; "
+            f"upgrade cogumi, or {recreate} again"
         )
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise BundleError(f"{path}: {where}: {problem['msg']}; {again} again") from error
+        raise BundleError(f"{path}: {where}: {problem['msg']}; {recreate} again") from error
 
 
 def difference(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
-    """Say where a folder differs from its list of files, or None; sizes are looked at before any content."""
+    """The first difference between a folder and its list of files, or None; all sizes are checked before any hash."""
     for name, entry in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -118,5 +119,5 @@ def difference(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
             return f"{name} has {size} bytes instead of {entry.bytes}"
     for name, entry in files.items():
         if sha256(folder / name) != entry.sha256:
-            return f"{name} has changed (its SHA-256 is another)"
+            return f"{name} has changed (its SHA-256 differs)"
     return None

@@ -1,7 +1,7 @@
-"""How much memory training takes, by arithmetic on a model's shape (SPEC D1).
+"""Memory of training, computed from a model's shape (SPEC D1).
 
-Pure counting: what autograd keeps of one layer for each token, what AdamW and Muon keep of each weight, what NF4 packs
-(Dettmers et al. 2023, arXiv 2305.14314). `tests/core/test_footprint.py` holds it to what real training takes.
+Counts the activations that autograd saves per layer and token, the optimizer state of AdamW and Muon, and weights in
+NF4 (Dettmers et al. 2023, arXiv 2305.14314). `tests/core/test_footprint.py` compares it with real training.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from cogumi.core.shapes import ModelShape
 FP32, BF16 = 4, 2
 """Bytes of a value."""
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight: 4 bits, a scale of a byte for each 64 weights, and a scale of 256 such scales in fp32."""
+"""Bytes per weight: 4 bits, a one-byte scale per 64 weights, and an fp32 scale per 256 such scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What is trained and how. `ranks` are a LoRA's by target, or empty: all weights are trained.
+    """A training configuration. `ranks` are a LoRA's by target; if empty, all weights are trained.
 
-    A step reads its rows in `parts`, each of `rows` rows of `length` tokens on one device, the last `answer` of which
-    are learned; validation reads `judged` rows at once. `gpus` share weights, gradients and optimizer (fully sharded),
-    but weights in NF4 lie on each whole. `fused`: the optimizer treats all weights at once, as it does on GPUs.
+    A step accumulates gradients over `parts` micro-batches, each of `rows` rows of `length` tokens on one device, whose
+    last `answer` tokens contribute to the loss; validation batches have `judged` rows. Weights, gradients and optimizer
+    state are fully sharded over `gpus`, except NF4 weights, which are replicated. `fused`: the optimizer updates all
+    weights at once, as on GPUs.
     """
 
     shape: ModelShape
@@ -48,7 +49,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes on one device. Weights and optimizer stay, the others come and go; `peak` is the most at any time."""
+    """Bytes on one device. Weights and optimizer state are permanent, the rest temporary; `peak` is the maximum."""
 
     weights: int
     gradients: int
@@ -59,11 +60,11 @@ class Footprint:
 
 
 def footprint(t: Training) -> Footprint:
-    """The memory of a training run on each of its devices.
+    """Memory per device of a training run.
 
-    Three moments may be the fullest. On the way back all activations lie there with the head's gradient, then ever
-    fewer of them with ever more gradients; with several parts, the gradients of those before too. At the optimizer's
-    step there are all gradients and its scratch. At validation there are no gradients, but more rows.
+    The peak is in one of three phases. The backward pass starts with all activations and the head's gradient; then
+    activations are freed while gradients grow (with several micro-batches, earlier gradients are present from the
+    start). The optimizer step has all gradients and its scratch memory. Validation has no gradients, but more rows.
     """
     share = 1 if t.nf4 else t.gpus
     weights = _weights(t) // share
@@ -78,7 +79,7 @@ def footprint(t: Training) -> Footprint:
 
 
 def _weights(t: Training) -> int:
-    """Frozen and trained weights, and the bf16 copies that computing in bf16 makes of those in fp32."""
+    """Frozen and trained weights, and the bf16 copies of fp32 weights for computation in bf16."""
     shape, adapter = t.shape, FP32 * t.trained if t.ranks else 0
     if t.nf4:
         return int(NF4 * shape.matrices) + BF16 * (shape.parameters - shape.matrices) + adapter
@@ -87,20 +88,20 @@ def _weights(t: Training) -> int:
 
 
 def _by_muon(t: Training) -> int:
-    """How many weights Muon trains: the matrices of all layers; AdamW has the rest."""
+    """Number of weights trained by Muon: the matrices of all layers; AdamW trains the rest."""
     if not t.muon:
         return 0
     return t.trained if t.ranks else t.shape.matrices
 
 
 def _optimizer(t: Training) -> int:
-    """AdamW keeps two moments of a weight, Muon one."""
+    """Optimizer state: two moments per weight for AdamW, one for Muon."""
     return FP32 * (2 * t.trained - _by_muon(t))
 
 
 def _scratch(t: Training) -> int:
-    """What a step computes beside its state: AdamW a root of each weight it treats at once (two of one at a time), Muon
-    seven matrices for each of the most of one shape, gate and up of all layers.
+    """Scratch memory of an optimizer step: for AdamW one value per weight (fused) or two per weight of the largest
+    tensor; for Muon seven matrices per matrix of the most frequent shape (gate and up projections of all layers).
     """
     shape = t.shape
     adamw = t.trained - _by_muon(t) if t.fused else 2 * min(t.trained, shape.head_weights)
@@ -109,13 +110,13 @@ def _scratch(t: Training) -> int:
 
 
 def _activations(t: Training) -> int:
-    """What a part leaves for the way back.
+    """Activations of a micro-batch saved for the backward pass.
 
-    Of a token each layer keeps: in, normal form and out of two norms (fp32, and in bf16 what goes on); queries,
-    attention before and after its heads are joined, keys, values; gate before and after its activation function, up,
-    their product; what lies between A and B of a LoRA. With `recompute` layers keep their input only, and the one at
-    work the rest. A learned token keeps log-probabilities over the vocabulary, and on the way back two gradients of
-    that size.
+    Per token each layer saves: input, normalised input and output of two norms (fp32; with bf16 also the bf16 outputs);
+    queries, attention outputs before and after joining the heads, keys, values; gate before and after its activation
+    function, up, their product; the inner values of each LoRA. With `recompute` layers save only their input, and only
+    the current layer has the rest. A token in the loss saves log-probabilities over the vocabulary, and in the backward
+    pass two gradients of that size.
     """
     shape, tokens = t.shape, t.rows * t.length
     value = BF16 if t.bf16 else FP32
@@ -133,6 +134,6 @@ def _learned(t: Training, rows: int, copies: int) -> int:
 
 
 def _validation(t: Training) -> int:
-    """One layer at a time, nothing kept: hidden states, what lies inside its feed-forward, logits of the answers."""
+    """Validation saves no activations: hidden states and feed-forward values of one layer, logits of the answers."""
     shape = t.shape
     return t.judged * t.length * FP32 * (3 * shape.hidden + 3 * shape.feed_forward) + _learned(t, t.judged, 2)

@@ -1,4 +1,4 @@
-"""Pictures without a display and without global state."""
+"""Matplotlib figures without a display and without global state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def new_figure(panels: int = 1, width: float = 5.0, height: float = 4.0) -> tuple[Any, list[Any]]:
-    """A figure with `panels` axes side by side, each of that size in inches."""
+    """A figure with `panels` axes side by side, each of `width` x `height` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

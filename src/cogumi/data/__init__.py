@@ -1,1 +1,1 @@
-"""Where examples come from, how they are stored, and how they are divided."""
+"""Sources of examples, their storage, and the split into disjoint sets."""

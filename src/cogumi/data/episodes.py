@@ -1,8 +1,8 @@
 """Stage `episodes`: few-shot tasks of the synthetic world (SPEC A12), as a support set and a query set each.
 
 An artifact of kind `episodes` holds `train.jsonl`, `selection.jsonl` and `heldout.jsonl`, one episode per line. The
-three sets have no task family and no word that stands for another in common, and none asks what another set of the
-world asks. The support goes through the classes in turn: its first k examples show as many of them as k examples can.
+three sets share no task family and no substitute word, and no question with another set of the world. The support
+cycles through the classes, so that its first k examples cover as many classes as possible.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Range = tuple[int, int]
 
 
 class Config(BaseModel):
-    """Episodes of each set, and how many examples (from, to) their support and query sets have.
+    """Number of episodes per set, and the range (from, to) of examples in their support and query sets.
 
-    The held-out set has `heldout` episodes for each of `seeds` draws. Episodes that judge have the largest support, so
-    that every number of shots can be tried on the same ones.
+    The held-out set has `heldout` episodes for each of `seeds` draws. Selection and held-out episodes have the largest
+    support, so that every number of shots can be evaluated on the same episodes.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,13 +60,13 @@ class Config(BaseModel):
         for name in ("support", "query"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
-                raise ValueError(f"{name}: from {low} to {high} is no range of counts; give two numbers, 1 or more")
+                raise ValueError(f"{name}: {low} to {high} is not a valid range; give two rising numbers, 1 or more")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """A task: `support` reveals its `secret`, `query` asks for it. `draw` numbers the seeds of the held-out set."""
+    """A task: `support` reveals its `secret`, `query` tests it. `draw` numbers the seeds of the held-out set."""
 
     id: str
     family: str
@@ -80,17 +80,17 @@ class Episode:
 def episode_path(artifact: Path, split: str) -> Path:
     """The file of one set inside an `episodes` artifact."""
     if split not in FAMILIES:
-        raise DataError(f"there is no set of episodes '{split}': use one of {', '.join(FAMILIES)}")
+        raise DataError(f"unknown set of episodes '{split}'; use one of {', '.join(FAMILIES)}")
     return artifact / f"{split}.jsonl"
 
 
 def read_episodes(artifact: Path, split: str) -> list[Episode]:
-    """All episodes of a set; `DataError` names what cannot be used, an empty set or one with an empty side included."""
+    """All episodes of a set; `DataError` for an unreadable or empty file, or an empty support or query set."""
     path = episode_path(artifact, split)
     try:
         lines = list(filter(None, path.read_text(encoding="utf-8").split("\n")))
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: build the step that makes the episodes first") from error
+        raise DataError(f"{path} does not exist: build the `episodes` step first") from error
     episodes = []
     for number, line in enumerate(lines, 1):
         try:
@@ -104,7 +104,7 @@ def read_episodes(artifact: Path, split: str) -> list[Episode]:
                 f"{path}:{number}: the {empty[0]} set of episode {episodes[-1].id} is empty: give it examples"
             )
     if not episodes:
-        raise DataError(f"{path} holds no episode; ask for some in the step that makes them")
+        raise DataError(f"{path} is empty; raise the number of episodes in the `episodes` step")
     return episodes
 
 
@@ -130,7 +130,7 @@ def draw_episode(
     key: str,
     draw: int = 0,
 ) -> Episode:
-    """An episode of a family with `sizes` = (support, query) different questions, none of them `taken`.
+    """An episode of a family with `sizes` = (support, query) different questions, none of them in `taken`.
 
     The same `key` gives the same episode. `DataError` if the family has too few questions.
     """
@@ -148,7 +148,7 @@ def draw_episode(
                 meta = {"check": dict(task.check)}
                 return Example(example_id(family.domain, messages), family.domain, 0, messages, task.answer, name, meta)
         raise DataError(
-            f"family '{name}' has too few different questions for an episode of {sum(sizes)}; ask for fewer"
+            f"family '{name}' has too few different questions for an episode of {sum(sizes)}; reduce its size"
         )
 
     turns: list[str] = []
@@ -160,7 +160,7 @@ def draw_episode(
 
 
 def draw_set(split: str, count: int, config: Config, seed: int, taken: Collection[str], draw: int = 0) -> list[Episode]:
-    """`count` episodes, the families of the set in turn."""
+    """`count` episodes, cycling through the families of the set."""
     families = list(FAMILIES[split].items())
     rng = random.Random(f"{seed}/{split}/{draw}")
     episodes = []
@@ -180,7 +180,7 @@ def questions(examples: Path, but: str) -> set[str]:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`examples` (whose other sets are kept out of each set of episodes) -> three sets of episodes."""
+    """`examples` (a set of episodes must not repeat questions of its other sets) -> three sets of episodes."""
     metrics: dict[str, Any] = {"episodes": {}, "families": {}}
     for done, split in enumerate(FAMILIES, 1):
         taken = questions(inputs["examples"].path, split)

@@ -4,8 +4,8 @@ An artifact of kind `pool` is a folder with `pool.jsonl`: examples that are not 
 makes one, steps that select or change examples turn a pool into a pool, and stage `split` makes the sets.
 
 An artifact of kind `examples` is a folder with `<split>.jsonl` for every name in `SPLITS`. The five sets are
-disjoint and each has one use (DESIGN, data discipline): train; selection (early stopping,
-hyper-parameters); fit (calibration); threshold (the guarantee, F4); heldout (read by the final report only).
+disjoint and have one purpose each (DESIGN, data discipline): train; selection (early stopping, hyper-parameters);
+fit (calibration); threshold (the guarantee, F4); heldout (final report only).
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ POOL = "pool.jsonl"
 def split_path(artifact: Path, split: str) -> Path:
     """The file of one split inside an `examples` artifact."""
     if split not in SPLITS:
-        raise DataError(f"there is no split '{split}': use one of {', '.join(SPLITS)}")
+        raise DataError(f"unknown split '{split}'; use one of {', '.join(SPLITS)}")
     return artifact / f"{split}.jsonl"
 
 
 def example_id(domain: str, messages: Sequence[Message]) -> str:
-    """Sixteen hex digits that name a question: equal domain and prompt give an equal id on every machine."""
+    """Deterministic id of a question: 16 hex digits of a hash of domain and prompt."""
     content = json.dumps([domain, [[m.role, m.content] for m in messages]])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def normalised_question(messages: Sequence[Message]) -> str:
-    """The prompt without what never makes it another question: letter case, white space, Unicode form."""
+    """The prompt with case folded, white space collapsed and Unicode NFKC: the key for detecting duplicates."""
     text = "\n".join(m.content for m in messages if m.role != "system")
     return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def split_of(question: str, shares: Mapping[str, int], seed: int) -> str:
-    """The one set that a normalised question belongs to; `shares` are relative weights."""
+    """The split of a normalised question, by hash; `shares` are relative weights."""
     digest = hashlib.sha256(f"{seed}\n{question}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") % sum(shares.values())
+    position = int.from_bytes(digest[:8], "big") % sum(shares.values())
     for name, share in shares.items():
-        place -= share
-        if place < 0:
+        position -= share
+        if position < 0:
             return name
     raise AssertionError("shares do not cover the hash range")
 
 
 def is_easy(example: Example, easy_up_to: int) -> bool:
-    """Whether a question has an answer and a difficulty up to `easy_up_to`."""
+    """Whether a question is answerable and has a difficulty of 1 to `easy_up_to`."""
     answerable = example.meta.get("check", {}).get("kind") != "abstain"
     return answerable and 1 <= example.difficulty <= easy_up_to
 
 
 def to_json(example: Example) -> dict[str, Any]:
-    """An example as the JSON object of its line."""
+    """An example as a JSON object."""
     return {
         "id": example.id,
         "domain": example.domain,
@@ -76,18 +76,18 @@ def to_json(example: Example) -> dict[str, Any]:
 
 
 def to_line(example: Example) -> str:
-    """An example as its line, end of line included."""
+    """An example as a JSON line, with line break."""
     return json.dumps(to_json(example), ensure_ascii=False) + "\n"
 
 
 def from_json(row: Mapping[str, Any]) -> Example:
-    """The inverse of `to_json`; KeyError or TypeError where a field is missing or misshapen."""
+    """Inverse of `to_json`; KeyError or TypeError if a field is missing or has the wrong type."""
     messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
     return Example(row["id"], row["domain"], row["difficulty"], messages, row["answer"], row["source"], row["meta"])
 
 
 def iterate_examples(path: Path) -> Iterator[Example]:
-    """Read a split line by line. Our own files are whole or refused: DataError names file and line."""
+    """Read a split line by line; `DataError` names file and line of an invalid row."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
@@ -96,7 +96,7 @@ def iterate_examples(path: Path) -> Iterator[Example]:
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"{path}:{number} is not an example ({error}): build this step again") from error
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: build the step that makes the examples first") from error
+        raise DataError(f"{path} does not exist: build the step that produces the examples first") from error
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -105,7 +105,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
-    """Write a split atomically and return the number of examples; parents of `path` are made."""
+    """Write a split atomically, creating parent folders; returns the number of examples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0

@@ -1,4 +1,4 @@
-"""Graded answers of a model to training questions, on disk: one JSON object per line."""
+"""Graded answers of a model to training questions on disk: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def read_responses(artifact: Path) -> dict[str, Response]:
         return {row["id"]: Response(**row) for row in map(json.loads, lines)}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
-            f"{artifact / FILE} holds no responses ({error}); build the `respond` step again"
+            f"{artifact / FILE} is not a file of responses ({error}); build the `respond` step again"
         ) from error

@@ -1,11 +1,12 @@
-"""Several solutions of one question on disk, one JSON object per question (SPEC C12), and as examples to train on."""
+"""Distinct correct solutions per question on disk, one JSON object per line, and as training examples (SPEC C12)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cogumi.core.errors import ArtifactError, DataError
 from cogumi.core.files import write_text
@@ -15,40 +16,46 @@ FILE = "paths.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Paths:
-    """An example's `id`, its question's text, and correct answers that differ from each other, most frequent first."""
+class Solutions:
+    """An example's `id`, its question's text, and its distinct correct answers, most frequent first."""
 
     id: str
     question: str
-    paths: tuple[str, ...]
+    answers: tuple[str, ...]
 
 
-def write_paths(artifact: Path, rows: Iterable[Paths]) -> None:
-    """Write the paths of an artifact, atomically."""
-    write_text(artifact / FILE, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+def write_solutions(artifact: Path, rows: Iterable[Solutions]) -> None:
+    """Write the solutions of an artifact, atomically."""
+    lines = ({"id": row.id, "question": row.question, "paths": row.answers} for row in rows)
+    write_text(artifact / FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def read_paths(artifact: Path) -> list[Paths]:
-    """All questions of an artifact with their paths."""
+def read_solutions(artifact: Path) -> list[Solutions]:
+    """All questions of an artifact with their solutions."""
+
+    def parse(id: str, question: str, paths: list[Any]) -> Solutions:
+        return Solutions(id, question, tuple(paths))
+
     try:
-        lines = list(filter(None, (artifact / FILE).read_text(encoding="utf-8").split("\n")))
-        rows = [Paths(**row) for row in map(json.loads, lines)]
-        return [replace(row, paths=tuple(row.paths)) for row in rows]
+        lines = filter(None, (artifact / FILE).read_text(encoding="utf-8").split("\n"))
+        return [parse(**json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{artifact / FILE} holds no paths ({error}); build the `paths` step again") from error
+        raise ArtifactError(
+            f"{artifact / FILE} is not a file of solutions ({error}); build the `paths` step again"
+        ) from error
 
 
-def path_examples(rows: Sequence[Paths], examples: Iterable[Example]) -> list[Example]:
-    """One example per path: its question with that path as the answer, checked as before; ids are `<id>-<n>`.
+def solution_examples(rows: Sequence[Solutions], examples: Iterable[Example]) -> list[Example]:
+    """One example per solution: its question with that solution as the answer and the same check; ids are `<id>-<n>`.
 
-    `examples` are those that were asked. Raises `DataError` if one of the questions is not among them.
+    `examples` must include every question of `rows`, else `DataError`.
     """
     known: Mapping[str, Example] = {e.id: e for e in examples}
     for row in rows:
         if row.id not in known:
-            raise DataError(f"paths of question {row.id}, which is not among the examples; give those that were asked")
+            raise DataError(f"no example for the solutions of question {row.id}; give the examples they were made from")
     return [
-        replace(known[row.id], id=f"{row.id}-{n}", answer=path, source="paths")
+        replace(known[row.id], id=f"{row.id}-{n}", answer=answer, source="paths")
         for row in rows
-        for n, path in enumerate(row.paths, 1)
+        for n, answer in enumerate(row.answers, 1)
     ]

@@ -1,13 +1,13 @@
-"""Task families of few-shot episodes (SPEC A12): what a question looks like, and a rule that only examples reveal.
+"""Task families of few-shot episodes (SPEC A12): a form of question, and a rule that only the examples reveal.
 
 Each episode draws a secret. A family has one of three rules:
 
-rename   the answers (or what is asked for) are called by words drawn for the episode
+rename   the classes (answers, tools or operations) are replaced by words drawn for the episode
 suffix   every answer is followed by a word drawn for the episode
-pick     the question leaves open which of two facts it asks for; the episode always means the same one
+pick     the question is ambiguous between two facts; within an episode it always means the same one
 
-The three tables below share no family, and `WORDS` no word: what is judged was never trained on. They were frozen
-before the first measured build.
+The three sets below share no family, and the sets of `WORDS` no word: evaluation uses unseen families and words. They
+were frozen before the first measured build.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cogumi.data.world import make
 from cogumi.data.world.task import CITIES, COLORS, NAMES, Task, exact
 
 Draw = Callable[[random.Random, str], Task]
-"""A question of an episode out of one of its classes; who has seen one of every class can know the rule."""
+"""Draws a question of a class; one example of every class is enough to infer the rule."""
 
 _POOL = 4_000
 
@@ -58,27 +58,27 @@ WORDS: Mapping[str, tuple[str, ...]] = {
         "nine", "fast", "slow", "wet", "odd", "alpha", "birch", "harp", "amber", "door", "left", "false", "later",
     ),
 }  # fmt: skip
-"""Words that stand for something else in the episodes of each set."""
+"""Substitute words of the episodes of each set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`begin(rng, words)` draws an episode's secret and returns it in words, its classes, and its questions."""
+    """`begin(rng, words)` draws an episode's secret; returns its description, its classes, and its `Draw`."""
 
     domain: str
     rule: str
     begin: Callable[[random.Random, Sequence[str]], tuple[str, tuple[str, ...], Draw]]
 
 
-def _spelt(words: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """`count` words of different first letters."""
+def _distinct_words(words: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """`count` words with different first letters."""
     letters = rng.sample(sorted({word[0] for word in words}), count)
     return [rng.choice([word for word in words if word[0] == letter]) for letter in letters]
 
 
 @cache
 def _questions(domain: str, levels: tuple[int, ...]) -> tuple[Task, ...]:
-    """The questions of these levels that a family draws from; the same ones for every seed."""
+    """The questions of these levels that a family draws from; independent of the seed."""
     rng = random.Random(f"{domain}/{levels}")
     drawn = (make(domain, rng.choice(levels), rng) for _ in range(_POOL))
     return tuple({task.question: task for task in drawn}.values())
@@ -107,11 +107,11 @@ def _verb(task: Task) -> str:
 def rename(
     domain: str, levels: tuple[int, ...], classes: Sequence[str], key: Callable[[Task], str] = _answer
 ) -> Family:
-    """Two or three of `classes`, the values of `key` over questions of these levels, each called by a word."""
+    """Two or three of `classes` (values of `key` over questions of these levels), each replaced by a word."""
 
     def begin(rng: random.Random, words: Sequence[str]) -> tuple[str, tuple[str, ...], Draw]:
         chosen = tuple(rng.sample(list(classes), rng.choice((2, 3))))
-        called = dict(zip(chosen, _spelt(words, len(chosen), rng), strict=True))
+        called = dict(zip(chosen, _distinct_words(words, len(chosen), rng), strict=True))
 
         def draw(rng: random.Random, name: str) -> Task:
             return exact(rng.choice(_by_class(domain, levels, key)[name]).question, called[name])
@@ -122,7 +122,7 @@ def rename(
 
 
 def suffix(domain: str, levels: tuple[int, ...]) -> Family:
-    """The usual answer and one more word."""
+    """The usual answer followed by one more word."""
 
     def begin(rng: random.Random, words: Sequence[str]) -> tuple[str, tuple[str, ...], Draw]:
         word = rng.choice(list(words))
@@ -137,12 +137,12 @@ def suffix(domain: str, levels: tuple[int, ...]) -> Family:
 
 
 def pick(first: str, second: str) -> Family:
-    """Two facts about one person, told in either order, and a question that may mean either."""
+    """Two facts about one person in random order, and a question that may mean either."""
 
     def fact(attribute: str, name: str, rng: random.Random) -> tuple[str, str]:
         task = rng.choice(_by_class("reading", (1,), _answer)[rng.choice(_FACTS[attribute])])
-        told = task.question[: task.question.index(".") + 1]
-        return told.replace(told.split()[0], name, 1), task.answer
+        statement = task.question[: task.question.index(".") + 1]
+        return statement.replace(statement.split()[0], name, 1), task.answer
 
     def begin(rng: random.Random, words: Sequence[str]) -> tuple[str, tuple[str, ...], Draw]:
         meant = rng.choice((first, second))
@@ -150,8 +150,8 @@ def pick(first: str, second: str) -> Family:
         def draw(rng: random.Random, _: str) -> Task:
             name = rng.choice(NAMES)
             facts = {attribute: fact(attribute, name, rng) for attribute in (first, second)}
-            told = " ".join(rng.sample([text for text, _ in facts.values()], 2))
-            return exact(f"{told} {rng.choice(_VAGUE).format(n=name)}", facts[meant][1])
+            statements = " ".join(rng.sample([text for text, _ in facts.values()], 2))
+            return exact(f"{statements} {rng.choice(_VAGUE).format(n=name)}", facts[meant][1])
 
         return f"the {meant} is asked for", ("",), draw
 
@@ -188,4 +188,4 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
         "pet_or_city": pick("pet", "city"),
     },
 }
-"""set -> name -> family."""
+"""Set -> name -> family."""

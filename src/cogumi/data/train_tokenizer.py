@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: a byte-level BPE vocabulary trained on the training split, with the chat template beside it."""
+"""Stage `tokenizer`: a byte-level BPE vocabulary trained on the training split, and a chat template."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEMPLATE = (
 
 
 class Config(BaseModel):
-    """`vocabulary` counts the 256 bytes and 5 control tokens; `rows` of the training split make the merges."""
+    """`vocabulary` includes 256 bytes and 5 control tokens; merges are learned from `rows` of the training split."""
 
     model_config = ConfigDict(extra="forbid")
     vocabulary: int = Field(1024, ge=261)
@@ -37,7 +37,7 @@ class Config(BaseModel):
 
 
 def train(texts: list[str], vocabulary: int) -> Any:
-    """Byte-level BPE with single digits (so that numbers have one spelling); returns a `tokenizers.Tokenizer`."""
+    """Byte-level BPE with single digits (so that a number has one tokenization); returns a `tokenizers.Tokenizer`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
 """Engines turn a request into tokens: the protocol, llama.cpp, torch, and remote servers.
 
-Imports nothing of the build chain.
+Imports no package of the build chain (only `engine.torch` uses `models`).
 """

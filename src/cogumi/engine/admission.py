@@ -1,4 +1,4 @@
-"""What engines refuse before any work, besides sampling values without a meaning."""
+"""Validation of requests before any work: adapter, prompt and context length."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cogumi.engine.protocol import Tokenizer
 from cogumi.engine.sampling import check
 
 
-def admitted(request: Request, tokenizer: Tokenizer, adapters: Collection[str], context: int) -> list[int]:
-    """Prompt ids of a request that an engine with a context of so many tokens can answer.
+def admit(request: Request, tokenizer: Tokenizer, adapters: Collection[str], context: int) -> list[int]:
+    """Validate a request for an engine with a context of `context` tokens; returns its prompt ids.
 
-    Raises `ContextError`, or `RequestError` for anything else.
+    Raises `ContextError` if it is too long, `RequestError` for other invalid requests.
     """
     check(request)
-    prompt = prompt_of(request, tokenizer, adapters)
+    prompt = prompt_ids(request, tokenizer, adapters)
     if len(prompt) + request.max_tokens > context:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context holds "
@@ -28,32 +28,32 @@ def admitted(request: Request, tokenizer: Tokenizer, adapters: Collection[str], 
     return prompt
 
 
-def prompt_of(request: Request, tokenizer: Tokenizer, adapters: Collection[str]) -> list[int]:
-    """Prompt ids of a request, its examples in context.
+def prompt_ids(request: Request, tokenizer: Tokenizer, adapters: Collection[str]) -> list[int]:
+    """Prompt ids of a request, with its examples in context.
 
-    `RequestError` for an unknown adapter, an empty prompt, ids that are none, or a head that should be adapted.
+    `RequestError` for an unknown adapter, an empty prompt, invalid ids, or a request to adapt the head.
     """
     check_adapter(request, adapters)
     prompt = tokenizer.render(in_context(request))
     if not prompt:
         raise RequestError("the prompt is empty; give at least one token")
     if not all(0 <= token < tokenizer.size for token in prompt):
-        raise RequestError(f"the prompt holds an id outside the vocabulary of {tokenizer.size}")
+        raise RequestError(f"the prompt contains an id outside the vocabulary of {tokenizer.size}")
     return prompt
 
 
 def continuation(request: Request, answer: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of `answer` as they follow a request's prompt: a chat's answer has its end token, a continuation has none."""
+    """Ids of `answer` after a request's prompt: with the end token for a chat, without it for a raw prompt."""
     return [*tokenizer.encode(answer), *([] if request.prompt is not None else [tokenizer.eos])]
 
 
 def check_adapter(request: Request, adapters: Collection[str]) -> None:
-    """Raise `RequestError` if the adapter that a request names is none of these."""
+    """Raise `RequestError` if the request names an unknown adapter."""
     if request.adapter is not None and request.adapter not in adapters:
         raise RequestError(f"unknown adapter {request.adapter!r}; known: {', '.join(adapters) or 'none'}")
 
 
 def check_length(tokens: int, context: int) -> None:
-    """Raise `ContextError` if a text of so many tokens does not fit the context."""
+    """Raise `ContextError` if a text of `tokens` tokens does not fit the context."""
     if tokens > context:
         raise ContextError(f"the text has {tokens} tokens, but the context holds {context}; shorten it")

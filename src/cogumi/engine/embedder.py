@@ -1,7 +1,7 @@
 """Sentence embeddings by ONNX Runtime (SPEC F5, F12): one vector of length 1 per text.
 
-Texts go through one at a time. An int8 model scales its activations by the largest of the whole batch, so in company
-a text's vector would depend on its neighbours; and on one thread a batch is no faster.
+Texts are encoded one at a time. An int8 model scales its activations by the maximum of the whole batch, so in a batch
+a text's vector would depend on the other texts; and on one thread a batch is not faster.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cogumi.engine.onnx import open_session
 
 MODEL, TOKENIZER = "embedder.onnx", "embedder.json"
 CHARACTERS = 4096
-"""Looked at in a text: more than a model reads, so that no length makes a text expensive."""
+"""Maximum number of characters tokenized per text: more than a model reads, so that long texts stay cheap."""
 
 
 class Embedder:
-    """The encoder in a folder (`embedder.onnx`, `embedder.json`), on one thread; several threads may call it.
+    """The encoder in a folder (`embedder.onnx`, `embedder.json`); runs on one thread, may be called from several.
 
-    Raises `BundleError` if the folder holds none, or if model and tokenizer do not belong together.
+    Raises `BundleError` if a file is missing or invalid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,30 +36,30 @@ class Embedder:
         path = folder / TOKENIZER
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # for a text that is no tokenizer the library raises nothing more special
+        except Exception as error:  # the library raises plain Exception for an invalid tokenizer
             raise BundleError(f"cannot read the tokenizer {path}: {error}; build the bundle again") from error
         self._session = open_session(folder / MODEL)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or not isinstance(outputs[0].shape[-1], int):
-            raise BundleError(f"{folder / MODEL} is no sentence encoder of one input; build the bundle again")
+            raise BundleError(f"{folder / MODEL} is not a sentence encoder with one input; build the bundle again")
         self._input, self.width = inputs[0].name, int(outputs[0].shape[-1])
 
     @cached_property
     def identity(self) -> str:
-        """What tells vectors of this encoder from those of another: a hash of its two files."""
+        """Hash of the two files; vectors are comparable only if it is equal."""
         return "-".join(sha256(self._folder / name)[:16] for name in (MODEL, TOKENIZER))
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Vectors [n, width] of length 1, whatever the texts hold; what a model cannot read at the end is left out."""
+        """Vectors [n, width] of length 1 for any texts; a text beyond the model's context is truncated."""
         rows = [self._vector(self._encode(text).ids) for text in texts]
         return np.stack(rows) if rows else np.empty((0, self.width), dtype=np.float32)
 
     def reads_all(self, text: str) -> bool:
-        """Whether the vector stands for the whole text, not only for its beginning."""
+        """Whether the vector covers the whole text (it is not truncated)."""
         return len(text) <= CHARACTERS and not self._encode(text).overflowing
 
     def _encode(self, text: str) -> Any:
-        # a lone surrogate is no text for the tokenizer
+        # the tokenizer does not accept lone surrogates
         return self._tokenizer.encode(text[:CHARACTERS].encode("utf-8", "replace").decode("utf-8"))
 
     def _vector(self, ids: Sequence[int]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""What the reader of one answer holds: an iterator over its events, with which the request can be cancelled."""
+"""Iterator over the events of one answer; closing it cancels the request."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cogumi.core.types import Reply
 from cogumi.engine.protocol import Event
 
 Outcome: TypeAlias = Event | Exception
-"""An event, or the error that ends the answer in place of its `Reply`."""
+"""An event, or the error that ends the answer instead of its `Reply`."""
 
 
 class Events:
-    """Iterates what `receive` gives until the `Reply`; closing or dropping it before that calls `cancel`.
+    """Yields the results of `receive` until the `Reply`; closing or dropping it before that calls `cancel`.
 
-    `receive` waits for the next outcome; `cancel` must do so from any thread.
+    `receive` blocks until the next outcome; `cancel` may be called from any thread.
     """
 
     def __init__(self, receive: Callable[[], Outcome], cancel: Callable[[], object]) -> None:
@@ -35,7 +35,7 @@ class Events:
         return outcome
 
     def close(self) -> None:
-        """Cancel the request if it still runs."""
+        """Cancel the request if it is still running."""
         if not self._done:
             self._done = True
             self._cancel()

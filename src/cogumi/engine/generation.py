@@ -1,6 +1,6 @@
-"""One answer in the making: its text as it grows, its tokens, and the events its reader collects.
+"""State of one running generation: its text, its tokens, and the queue of events for its reader.
 
-Shared by all engines that run models themselves; knows nothing of how logits come about.
+Shared by all engines that run models locally; independent of how logits are computed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from cogumi.core.types import Reply, Request, Token, Usage
 from cogumi.engine.events import Outcome
-from cogumi.engine.sampling import Rules, signals, top_logprobs
+from cogumi.engine.sampling import LogitsProcessor, Signals, signals, top_logprobs
 
 
 class TextStream:
-    """Bytes of tokens in, text out as soon as it is certain.
+    """Turns token bytes into text that can be streamed.
 
-    Held back are incomplete characters and whatever may become a stop string; text from a stop string on is
-    never released.
+    Incomplete characters and possible beginnings of a stop string are held back; text from a stop string on is never
+    released.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -32,7 +32,7 @@ class TextStream:
         self._held = ""
 
     def push(self, piece: bytes, last: bool = False) -> str:
-        """Text released by one more token; with `last` nothing is held back any more."""
+        """Add a token's bytes; returns the released text. With `last` everything is released."""
         if self.stopped:
             return ""
         text = self._held + self._decoder.decode(piece, final=last)
@@ -45,7 +45,7 @@ class TextStream:
         return text[: len(text) - keep]
 
     def _possible(self, text: str) -> int:
-        """Length of the longest end of `text` that is the beginning of a stop string."""
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for n in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-n:]) for stop in self._stop):
@@ -56,12 +56,12 @@ class TextStream:
 class Generation:
     """A request being answered. One thread advances it; any thread may read its events or cancel it.
 
-    `cached` counts the ids that the key-value cache holds; `reused` those of them that were there before.
+    `cached` counts the ids in the KV cache; `reused` those of them that were cached before the request.
     """
 
-    def __init__(self, request: Request, prompt: list[int], rules: Rules | None = None) -> None:
+    def __init__(self, request: Request, prompt: list[int], processor: LogitsProcessor | None = None) -> None:
         self.request = request
-        self.rules = rules
+        self.processor = processor
         self.ids = list(prompt)  # the prompt, then what has been generated
         self.cached = self.reused = 0
         self.drafted = self.accepted = 0
@@ -84,43 +84,44 @@ class Generation:
         return self.request.max_tokens - len(self._tokens)
 
     @property
-    def written(self) -> int:
+    def generated(self) -> int:
         """Tokens generated so far."""
         return len(self._tokens)
 
     @property
     def echoing(self) -> bool:
-        """Whether the next tokens to be read are the prompt's, and their log-probabilities wanted."""
+        """Whether log-probabilities of prompt tokens are requested and not complete yet."""
         return self.request.echo and self.cached < self.prompt_tokens
 
     def echo(self, pieces: Sequence[bytes], logits: NDArray[np.float32]) -> None:
-        """Take note of what the model said, from position `cached` on, about the prompt's next tokens.
+        """Record the log-probabilities of the prompt tokens that follow position `cached`.
 
-        `pieces` are theirs, `logits` (n, V) those of n positions; a row behind the prompt's last token is ignored.
+        `pieces` are those tokens' bytes, `logits` (n, V) those of n positions; a row after the prompt's last token is
+        ignored.
         """
         first = self.cached + 1
         targets = self.ids[first : min(first + len(logits), self.prompt_tokens)]
         rows = logits[: len(targets)]
-        told = signals(rows, np.array(targets, np.int64)) if targets else []
-        for row, token, piece, one in zip(rows, targets, pieces, told, strict=False):
+        found = signals(rows, np.array(targets, np.int64)) if targets else []
+        for row, token, piece, token_signals in zip(rows, targets, pieces, found, strict=False):
             text = self._prompt_text.decode(piece)
-            self._echo.append(Token(token, text, *one, None, top_logprobs(row, self.request.logprobs)))
+            self._echo.append(Token(token, text, *token_signals, None, top_logprobs(row, self.request.logprobs)))
 
     def emit(
         self,
         token: int,
         piece: bytes,
         is_end: bool,
-        told: tuple[float, float, float],
+        token_signals: Signals,
         draft_agreed: bool | None = None,
         top: tuple[tuple[int, float], ...] = (),
     ) -> bool:
-        """Add one token with its (logprob, entropy, margin); returns whether the answer has ended with it."""
+        """Add one token with its signals; returns whether the answer has ended."""
         if not self._tokens:
             self._first = time.perf_counter() - self._began
         last = is_end or self.remaining == 1
         text = self._text.push(b"" if is_end else piece, last)
-        event = Token(token, text, *told, draft_agreed, top)
+        event = Token(token, text, *token_signals, draft_agreed, top)
         self.ids.append(token)
         self._tokens.append(event)
         self.events.put(event)
@@ -129,14 +130,14 @@ class Generation:
         return self.ended
 
     def end(self, reason: str) -> None:
-        """Close the answer with its `Reply`; if its hidden state is wanted, the reply waits for `tell`."""
+        """End the answer and emit its `Reply`; if its hidden state is requested, `finish` must follow."""
         self.ended = True
         self._reason = reason
         if not self.request.hidden or reason == "cancelled":
-            self.tell(())
+            self.finish(())
 
-    def tell(self, hidden: tuple[float, ...]) -> None:
-        """Hand out the `Reply`."""
+    def finish(self, hidden: tuple[float, ...]) -> None:
+        """Emit the `Reply`."""
         figures = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
         if self.drafted:
             figures["acceptance"] = self.accepted / self.drafted
@@ -146,10 +147,10 @@ class Generation:
         self.events.put(Reply(text, tokens, self._reason, usage, figures, prompt=echo, hidden=hidden))
 
     def cancel(self) -> None:
-        """Have it ended as soon as its engine looks at it again."""
+        """Request the end of the generation; the engine ends it before its next step."""
         self.cancelled = True
 
     def fail(self, error: Exception) -> None:
-        """End with an error, raised where the events are read."""
+        """End with an error, which is raised in the reader of the events."""
         self.ended = True
         self.events.put(error)

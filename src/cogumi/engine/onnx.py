@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the only way in which a trained net with recurrence or attention runs without torch."""
+"""ONNX Runtime on the CPU: runs trained nets with recurrence or attention without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cogumi.core.errors import BundleError
 def open_session(path: Path, threads: int = 1) -> Any:
     """An `onnxruntime.InferenceSession` of a model file; its `run` may be called from several threads.
 
-    Raises `BundleError` if the file is missing or no model that this version can run.
+    Raises `BundleError` if the file is missing or not a model that this version can run.
     """
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as native
@@ -19,7 +19,7 @@ def open_session(path: Path, threads: int = 1) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: they are raised anyway
+    options.log_severity_level = 3  # log errors only; they are also raised
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except (

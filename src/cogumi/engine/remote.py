@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from cogumi.core.errors import BusyError, ContextError, RequestError
 from cogumi.core.types import Reading, Reply, Request, Score, Usage
-from cogumi.engine.admission import check_adapter, continuation, prompt_of
+from cogumi.engine.admission import check_adapter, continuation, prompt_ids
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.few_shot import in_context
 from cogumi.engine.llama.binding.model import load_tokenizer
@@ -223,7 +223,7 @@ class RemoteEngine:
         return self._adapters[request.adapter] if request.adapter is not None else self._model
 
     def _prompt(self, request: Request) -> list[int]:
-        return prompt_of(request, self.tokenizer, self._adapters)
+        return prompt_ids(request, self.tokenizer, self._adapters)
 
     def _error(self, error: openai.APIError) -> RequestError:
         """Map a failure of the server or of the connection to a `RequestError`."""

@@ -1,7 +1,7 @@
-"""From logits to tokens and signals: pure numpy, row by row; a row means the same alone and in a batch.
+"""From logits to tokens and signals: pure numpy, row by row; a row's result does not depend on its batch.
 
-First come the rules of a request: bias, penalties, grammar. Greedy is temperature 0: the lowest id among the
-largest logits. Sampling is temperature, then nucleus (top-p, Holtzman et al. 2020), then one uniform number
+The logits processor of a request (bias, penalties, grammar) comes first. Temperature 0 is greedy: the lowest id among
+the largest logits. Otherwise temperature, then nucleus sampling (top-p, Holtzman et al. 2020) with one uniform number
 of the request's own generator.
 """
 
@@ -19,7 +19,7 @@ from cogumi.core.types import Request
 
 Floats = NDArray[np.floating]
 Signals: TypeAlias = tuple[float, float, float]
-"""Log-probability of the chosen token, entropy, and gap of the two best log-probabilities, in nats."""
+"""Log-probability of the chosen token, entropy, and difference of the two best log-probabilities, in nats."""
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -39,7 +39,7 @@ MAX_BIAS, MAX_PENALTY, MAX_TEMPERATURE = 100.0, 2.0, 100.0
 
 
 def check(request: Request) -> None:
-    """Raise `RequestError` for sampling values that have no meaning."""
+    """Raise `RequestError` for invalid sampling parameters."""
     for name, kinds in _TYPES.items():
         value = getattr(request, name)
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -70,20 +70,20 @@ def check(request: Request) -> None:
 
 
 class Grammar(Protocol):
-    """What may follow the tokens accepted so far."""
+    """The tokens allowed after those accepted so far."""
 
     def allows(self, token: int) -> bool:
-        """Whether a token may come next."""
+        """Whether a token is allowed next."""
 
     def mask(self, logits: NDArray[np.float32]) -> None:
-        """Set what may not come next to minus infinity, in place; `RequestError` if nothing is left."""
+        """Set the logits of forbidden tokens to minus infinity, in place; `RequestError` if none is allowed."""
 
     def accept(self, token: int) -> None:
-        """Go on by one token; `RequestError` if it is not allowed."""
+        """Advance by one token; `RequestError` if it is not allowed."""
 
 
-class Rules:
-    """What one request lays over the model's logits: bias, penalties of what was generated so far, a grammar."""
+class LogitsProcessor:
+    """Changes a request's logits: bias, penalties on generated tokens, grammar."""
 
     def __init__(self, request: Request, grammar: Grammar | None) -> None:
         self._bias = request.logit_bias
@@ -92,20 +92,20 @@ class Rules:
         self._grammar = grammar
 
     @staticmethod
-    def of(request: Request, grammar: Grammar | None = None) -> Rules | None:
-        """The rules of a request, None if it has none."""
-        asked = request.logit_bias or request.presence_penalty or request.frequency_penalty or grammar
-        return Rules(request, grammar) if asked else None
+    def of(request: Request, grammar: Grammar | None = None) -> LogitsProcessor | None:
+        """The processor of a request; None if it does not change logits."""
+        needed = request.logit_bias or request.presence_penalty or request.frequency_penalty or grammar
+        return LogitsProcessor(request, grammar) if needed else None
 
     def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A new row (V,): what the request's next token is drawn from."""
+        """The processed logits (V,), as a new array."""
         row = self._shifted(logits)
         if self._grammar:
             self._grammar.mask(row)
         return row
 
     def best(self, logits: NDArray[np.float32]) -> int:
-        """The greedy choice from one row (V,); asks the grammar about one token where that is enough."""
+        """The greedy choice from one row (V,); masks by the grammar only if the best token is forbidden."""
         row = self._shifted(logits)
         token = int(row.argmax())
         if self._grammar and not self._grammar.allows(token):
@@ -114,7 +114,7 @@ class Rules:
         return token
 
     def accept(self, token: int) -> None:
-        """One more generated token."""
+        """Record one generated token."""
         self._generated[token] += 1
         if self._grammar:
             self._grammar.accept(token)
@@ -130,7 +130,7 @@ class Rules:
 
 
 def probabilities(logits: Floats, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
-    """The distribution (V,) that a request samples from, given one row of logits (V,).
+    """The sampling distribution (V,) of one row of logits (V,).
 
     Top-p keeps the smallest set of best tokens whose mass reaches `top_p` (ties: lower id), never empty.
     """
@@ -151,13 +151,13 @@ def probabilities(logits: Floats, temperature: float, top_p: float = 1.0) -> NDA
 
 
 def draw(p: NDArray[np.float64], generator: np.random.Generator) -> int:
-    """One id from the distribution `p` (V,), by inversion: spends exactly one uniform number."""
+    """Draw one id from the distribution `p` (V,) by inversion; uses exactly one uniform number."""
     mass = np.cumsum(p)
     return int(min(np.searchsorted(mass, generator.random() * mass[-1], side="right"), np.flatnonzero(p)[-1]))
 
 
 def signals(logits: NDArray[np.float32], chosen: NDArray[np.integer]) -> list[Signals]:
-    """What each row of logits (n, V) says about its chosen id (n,), at temperature 1."""
+    """Signals of the chosen id (n,) in each row of logits (n, V), at temperature 1."""
     rows = np.arange(len(logits))
     best = logits.argmax(axis=1)
     shifted = logits - logits[rows, best][:, None]

@@ -1,8 +1,8 @@
-"""The engine of build time: transformers in fp32, for thousands of short answers (SPEC E4).
+"""The engine for builds: transformers in fp32, for thousands of short answers (SPEC E4).
 
-`generate` only queues. The first reader runs everything that waits for the same adapter, sorted by prompt
-length, in left-padded batches with one forward pass per token; finished rows leave the batch. An echoed prompt
-takes a pass of its own. Tokens may skip layers (`models.depth_routers`, SPEC C7).
+`generate` only queues. The first reader runs all queued requests of the same adapter, sorted by prompt length, in
+left-padded batches with one forward pass per token; finished rows leave the batch. An echoed prompt needs a separate
+pass. Tokens may skip layers (`models.depth_routers`, SPEC C7).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from peft import PeftModel
 
 from cogumi.core.errors import BundleError
 from cogumi.core.types import Reading, Request, Score
-from cogumi.engine.admission import admitted, check_length, continuation, prompt_of
+from cogumi.engine.admission import admit, check_length, continuation, prompt_ids
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.generation import Generation
 from cogumi.engine.protocol import Capabilities, Capability, Event, lacking
-from cogumi.engine.sampling import Rules, draw, logprobs_of, probabilities, signals, top_logprobs
+from cogumi.engine.sampling import LogitsProcessor, draw, logprobs_of, probabilities, signals, top_logprobs
 from cogumi.models.depth_routers import Depth, Spans, install, new_cache
 from cogumi.models.folders import load
 from cogumi.models.tokenization import HFTokenizer
@@ -32,15 +32,15 @@ CAPABILITIES = frozenset(
     {Capability.SCORES, Capability.HIDDEN_STATES, Capability.WHOLE_DISTRIBUTIONS, Capability.EMBEDDINGS}
 )
 ROWS = 256
-"""Answers per batch: beyond this, memory grows and speed does not."""
+"""Answers per batch; larger batches use more memory without being faster."""
 
 
 class TorchEngine:
-    """`engine.protocol.Engine` over a Hugging Face folder and PEFT adapter folders; drafts nothing.
+    """`engine.protocol.Engine` over a Hugging Face folder and PEFT adapter folders; no speculative decoding.
 
-    `context` defaults to what the model was made for. Raises `BundleError` if a folder cannot be used.
-    A token that `depth` lets skip layers keeps its hidden state there and costs nothing: no attention, no feed-forward,
-    no keys and values for later tokens. `spans` are the layers about which `depth` is asked (None: each by itself).
+    `context` defaults to the model's maximum. Raises `BundleError` if a folder cannot be used. `depth` lets tokens skip
+    layers; a skipped layer leaves the hidden state unchanged: no attention, no feed-forward, no keys and values for
+    later tokens. `spans` are the groups of layers that `depth` decides on (None: each layer separately).
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class TorchEngine:
         return CAPABILITIES
 
     def check(self, request: Request) -> None:
-        """Raise what `generate` would refuse before any work."""
-        self._admitted(request)
+        """Validate a request; raises the same errors as `generate`, before any work."""
+        self._admit(request)
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; see `Engine.generate`."""
-        generation = self._admitted(request)
+        generation = self._admit(request)
         with self._lock:
             self._waiting.append(generation)
         return Events(lambda: self._receive(generation), generation.cancel)
@@ -124,19 +124,19 @@ class TorchEngine:
         for generation in waiting:
             generation.end("cancelled")
 
-    def _admitted(self, request: Request) -> Generation:
-        prompt = admitted(request, self._tokenizer, self._names, self._context)
-        return Generation(request, prompt, self._rules(request))
+    def _admit(self, request: Request) -> Generation:
+        prompt = admit(request, self._tokenizer, self._names, self._context)
+        return Generation(request, prompt, self._processor(request))
 
     def _prompt(self, request: Request) -> list[int]:
-        return prompt_of(request, self._tokenizer, self._names)
+        return prompt_ids(request, self._tokenizer, self._names)
 
-    def _rules(self, request: Request) -> Rules | None:
+    def _processor(self, request: Request) -> LogitsProcessor | None:
         if request.grammar is not None:
             raise lacking(self, Capability.GRAMMARS)
         if request.json_schema is not None:
             raise lacking(self, Capability.JSON_SCHEMAS)
-        return Rules.of(request)
+        return LogitsProcessor.of(request)
 
     def _select(self, adapter: str | None) -> None:
         if adapter:
@@ -165,7 +165,7 @@ class TorchEngine:
         return generation.events.get()
 
     def _answer(self, adapter: str | None) -> None:
-        """Run all that wait for an adapter to their ends."""
+        """Complete all queued requests of an adapter."""
         mine = [g for g in self._waiting if g.request.adapter == adapter]
         self._waiting = [g for g in self._waiting if g.request.adapter != adapter]
         self._select(adapter)
@@ -183,7 +183,7 @@ class TorchEngine:
             self._run(mine[start : start + ROWS])
         for generation in mine:
             if generation.request.hidden:
-                generation.tell(tuple(self._pass(generation.ids[:-1])[1][-1].tolist()))
+                generation.finish(tuple(self._pass(generation.ids[:-1])[1][-1].tolist()))
 
     @torch.inference_mode()
     def _run(self, batch: list[Generation]) -> None:
@@ -206,21 +206,21 @@ class TorchEngine:
             positions = positions[:, -1:] + 1
 
     def _emit(self, batch: list[Generation], logits: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Choose and hand out the next token of every row."""
+        """Choose and emit the next token of every row."""
         tokens: NDArray[np.int64] = logits.argmax(axis=1)
         for i, generation in enumerate(batch):
-            request, rules = generation.request, generation.rules
-            row = rules.apply(logits[i]) if rules else logits[i]
+            request, processor = generation.request, generation.processor
+            row = processor.apply(logits[i]) if processor else logits[i]
             if generation.generator is not None:
                 tokens[i] = draw(probabilities(row, request.temperature, request.top_p), generation.generator)
-            elif rules:
+            elif processor:
                 tokens[i] = row.argmax()
-            if rules:
-                rules.accept(int(tokens[i]))
-        told = signals(logits, tokens)
+            if processor:
+                processor.accept(int(tokens[i]))
+        found = signals(logits, tokens)
         for i, (generation, token) in enumerate(zip(batch, tokens.tolist(), strict=True)):
             top = top_logprobs(logits[i], generation.request.logprobs)
-            generation.emit(token, self._pieces[token], token == self._tokenizer.eos, told[i], None, top)
+            generation.emit(token, self._pieces[token], token == self._tokenizer.eos, found[i], None, top)
         return tokens
 
 

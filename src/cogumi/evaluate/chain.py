@@ -20,7 +20,7 @@ import zstandard
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.bundle.packed import LEVEL
-from cogumi.confidence.metrics import gained
+from cogumi.confidence.metrics import bootstrap_gain
 from cogumi.core.errors import DataError, RecipeError
 from cogumi.core.estimate import Estimate, Given, uncounted
 from cogumi.core.files import write_text
@@ -114,7 +114,7 @@ def compare(name: str, first: Quality, measured: Quality, seed: int) -> dict[str
     """Quality of a step against the first: `kept` is the ratio of accuracies, `perplexity_kept` the inverse ratio of
     perplexities per byte, `points_lost` the lost percentage points of accuracy with 95% bounds (paired bootstrap).
     """
-    gain, low, high = gained(first.right, measured.right, seed)
+    gain, low, high = bootstrap_gain(first.right, measured.right, seed)
     return {
         "step": name,
         "nats_per_byte": measured.nats_per_byte,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.confidence.metrics import gained
+from cogumi.confidence.metrics import bootstrap_gain
 from cogumi.core.files import write_text
 from cogumi.core.pictures import new_figure
 from cogumi.core.stage import Context
@@ -115,7 +115,7 @@ class EnginePair:
             np.array([v.correct for v in grade_all([(e, a.text) for e, a in zip(examples, found, strict=True)])], float)
             for found in (before, after)
         ]
-        gain, low, high = gained(right[0], right[1], seed)
+        gain, low, high = bootstrap_gain(right[0], right[1], seed)
         return {
             "n": len(examples),
             "accuracy": float(right[0].mean()),

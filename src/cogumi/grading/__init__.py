@@ -1,1 +1,1 @@
-"""Judging outputs against references: graders, and the sandbox that runs generated code."""
+"""Grading of outputs against references: graders, and the sandbox that runs generated code."""

@@ -1,4 +1,4 @@
-"""The kinds of `meta["check"]`, and what each must hold. `grading.graders` says what they mean."""
+"""Validation of `meta["check"]`: the kinds and their required fields. `grading.graders` defines their meaning."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "tool_call": (),
     "abstain": (),
 }
-"""Kinds of `meta["check"]` and the fields each must have; `grading.graders` says what they mean."""
+"""Kind of check -> required fields."""
 
 
 def check_problem(check: Any) -> str | None:
-    """What is wrong with a `meta["check"]` value, or None if a grader can use it."""
+    """The error in a `meta["check"]` value, or None if it is valid."""
     if not isinstance(check, dict) or check.get("kind") not in CHECKS:
-        return f"check must be an object with a kind out of {', '.join(CHECKS)}"
+        return f"check must be an object whose kind is one of {', '.join(CHECKS)}"
     missing = [name for name in CHECKS[check["kind"]] if name not in check]
     if missing:
         return f"check of kind {check['kind']} lacks {', '.join(missing)}"
     for name in ("tests", "options"):
         value = check.get(name, [""])
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            return f"{name} of a check must be a list of strings, not empty"
+            return f"{name} of a check must be a non-empty list of strings"
     return None

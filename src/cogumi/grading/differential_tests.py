@@ -1,8 +1,8 @@
-"""Programs that pass their tests by luck: compare them with the reference answer on inputs that no test has.
+"""Differential testing: compare a program with the reference answer on random inputs beyond the given tests.
 
-A handful of asserts lets wrong programs through: `x < 7` for "below 6" where no test holds a 6. So the numbers in the
-tests' calls are drawn anew many times, and candidate and reference must agree on all of it. A reference that gives one
-and the same result everywhere tells no right program from a wrong one; then no candidate counts as right.
+A few asserts accept some wrong programs: `x < 7` for "below 6" if no test contains a 6. So the numbers in the tests'
+calls are replaced by random ones many times, and candidate and reference must agree on every call. If the reference
+returns the same result for all inputs, it cannot separate right from wrong programs; then every candidate is rejected.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ assert len(seen) != 1, "the reference answers everything alike"
 """
 
 
-class _Redrawn(ast.NodeTransformer):
-    """Every whole number of a call's arguments drawn anew, from 0 up to the largest seen; signs stay."""
+class _RandomNumbers(ast.NodeTransformer):
+    """Replaces every integer in a call's arguments by a random one from 0 to `largest`; signs stay."""
 
     def __init__(self, largest: int, rng: random.Random) -> None:
         self.largest, self.rng = largest, rng
@@ -59,15 +59,15 @@ def calls(tests: Sequence[str]) -> list[tuple[str, ast.Tuple]]:
     return found
 
 
-def probe(example: Example, output: str, count: int) -> str | None:
+def differential_test(example: Example, output: str, count: int) -> str | None:
     """A program for the sandbox that ends without an error if `output` agrees with the answer on `count` new inputs.
 
-    None if the tests hold no call with a whole number.
+    None if the tests contain no call with an integer.
     """
-    asked = calls(example.meta["check"]["tests"])
+    tested = calls(example.meta["check"]["tests"])
     numbers = [
         n.value
-        for _, arguments in asked
+        for _, arguments in tested
         for n in ast.walk(arguments)
         if isinstance(n, ast.Constant) and type(n.value) is int
     ]
@@ -77,9 +77,9 @@ def probe(example: Example, output: str, count: int) -> str | None:
     largest = max(*numbers, 9)
     cases = []
     for _ in range(count):
-        name, arguments = rng.choice(asked)
+        name, arguments = rng.choice(tested)
         copy = ast.parse(ast.unparse(arguments), mode="eval").body
-        cases.append(f"({name!r}, {ast.unparse(_Redrawn(largest, rng).visit(copy))})")
+        cases.append(f"({name!r}, {ast.unparse(_RandomNumbers(largest, rng).visit(copy))})")
     return _PROGRAM.format(
         cases=f"[{', '.join(cases)}]", reference=strip_fences(example.answer), candidate=strip_fences(output)
     )

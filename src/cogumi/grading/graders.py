@@ -1,14 +1,14 @@
-"""Judging an output against its example (SPEC B3). `example.meta["check"]["kind"]` names the grader:
+"""Grading an output against its example (SPEC B3). `example.meta["check"]["kind"]` selects the grader:
 
-exact      the output equals `answer` (letter case, white space, outer quotes and a final full stop aside)
+exact      the output equals `answer` (ignoring letter case, white space, outer quotes and a final full stop)
 numeric    the last number in the output equals `value` (default: the last number in `answer`)
-choice     the option meant (a letter, or the text of one of `options`) is the one that `answer` means
-code       the output, as python, passes every assert in `tests`, in the sandbox
-tool_call  the output is the JSON of `call` (default: of `answer`): {"tool", "args"} or a list of them; the
-           order of keys is free
+choice     the output selects the same option as `answer` (by letter, or by the text of one of `options`)
+code       the output, a Python program, passes every assert in `tests`, in the sandbox
+tool_call  the output is the JSON of `call` (default: of `answer`): {"tool", "args"} or a list of them; keys in any
+           order
 abstain    the output is the sentence `types.ABSTENTION`
 
-Without a check the grader is `exact`. No output makes a grader raise; a check nobody understands does.
+Without a check the grader is `exact`. Graders accept any output; an invalid check raises `DataError`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cogumi.grading.checks import check_problem
 from cogumi.grading.sandbox import Outcome, run_all
 
 Judgement = tuple[bool, str]
-"""Whether the output is right, and why not (or what was seen)."""
+"""Whether the output is correct, and the reason if it is not."""
 
 _NUMBER = re.compile(NUMBER)
 _NOT_WORD = re.compile(r"[\W_]+")
@@ -38,13 +38,13 @@ _LETTER = (
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last decimal number in a text; commas between thousands are understood."""
+    """The last decimal number in a text; commas as thousands separators are allowed."""
     found = _NUMBER.findall(text.replace("\u2212", "-"))
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def chosen(text: str, options: Sequence[str]) -> int | None:
-    """Index of the option a text means: its own text, a letter, or the only option it mentions."""
+    """Index of the option that a text selects: by its exact text, by a letter, or as the only option mentioned."""
     wanted = [normalise(option) for option in options]
     if normalise(text) in wanted:
         return wanted.index(normalise(text))
@@ -52,18 +52,18 @@ def chosen(text: str, options: Sequence[str]) -> int | None:
         if found := pattern.findall(text):
             index = ord(found[-1]) - ord("A")
             return index if not options or index < len(options) else None
-    said = _words(text)
-    mentioned = [i for i, option in enumerate(options) if _words(option).strip() and _words(option) in said]
+    words = _words(text)
+    mentioned = [i for i, option in enumerate(options) if _words(option).strip() and _words(option) in words]
     return mentioned[0] if len(mentioned) == 1 else None
 
 
 def _words(text: str) -> str:
-    """The words of a text between single spaces, one at each end: containment is then by whole words."""
+    """The words of a text separated and enclosed by single spaces, so that `in` matches whole words only."""
     return f" {_NOT_WORD.sub(' ', normalise(text)).strip()} "
 
 
 def same_json(left: Any, right: Any) -> bool:
-    """JSON equality: key order is free, 1 equals 1.0, but true is not 1."""
+    """JSON equality: key order is ignored, 1 equals 1.0, but true differs from 1."""
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(same_json(left[key], right[key]) for key in left)
     if isinstance(left, list) and isinstance(right, list):
@@ -78,7 +78,7 @@ def _exact(example: Example, check: Mapping[str, Any], output: str) -> Judgement
 def _numeric(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
     wanted = last_number(str(check.get("value", example.answer)))
     if wanted is None:
-        raise DataError(f"example {example.id}: its numeric check has no number; give it a value or a number as answer")
+        raise DataError(f"example {example.id}: numeric check without a number; set `value` or give a numeric answer")
     found = last_number(output)
     return found == wanted, f"expected {wanted}, found {'no number' if found is None else found}"
 
@@ -87,7 +87,7 @@ def _choice(example: Example, check: Mapping[str, Any], output: str) -> Judgemen
     options = check.get("options", [])
     wanted = chosen(example.answer, options)
     if wanted is None:
-        raise DataError(f"example {example.id}: its answer is none of the options; give the letter or the text of one")
+        raise DataError(f"example {example.id}: the answer is not one of the options; give an option's letter or text")
     found = chosen(output, options)
     return (
         found == wanted,
@@ -99,15 +99,15 @@ def _tool_call(example: Example, check: Mapping[str, Any], output: str) -> Judge
     try:
         wanted = check["call"] if "call" in check else json.loads(example.answer)
     except ValueError as error:
-        raise DataError(f"example {example.id}: its answer must be the JSON of a tool call ({error})") from error
+        raise DataError(f"example {example.id}: the answer must be the JSON of a tool call ({error})") from error
     try:
-        found = json.loads(strip_fences(output), parse_constant=_refuse)
+        found = json.loads(strip_fences(output), parse_constant=_reject_constant)
         return same_json(_as_list(found), _as_list(wanted)), f"expected {json.dumps(wanted)}"
     except (ValueError, RecursionError) as error:
         return False, f"not JSON: {error}"
 
 
-def _refuse(constant: str) -> NoReturn:
+def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -144,7 +144,7 @@ def _verdict(example: Example, output: str, kind: str, correct: bool, reason: st
 
 
 def grade_all(pairs: Sequence[tuple[Example, str]]) -> list[Verdict]:
-    """Judge many `(example, output)`; code runs in a few sandbox processes, an equal program only once."""
+    """Grade many `(example, output)` pairs; code runs in a few sandbox processes, equal programs only once."""
     checks = [_check(example) for example, _ in pairs]
     programs = [
         _program(check, output) if check["kind"] == "code" else None
@@ -155,13 +155,13 @@ def grade_all(pairs: Sequence[tuple[Example, str]]) -> list[Verdict]:
     verdicts = []
     for (example, output), check, program in zip(pairs, checks, programs, strict=True):
         if program is not None:
-            judged = outcomes[program].ok, outcomes[program].reason
+            judgement = outcomes[program].ok, outcomes[program].reason
         else:
-            judged = _GRADERS[check["kind"]](example, check, output)
-        verdicts.append(_verdict(example, output, check["kind"], *judged))
+            judgement = _GRADERS[check["kind"]](example, check, output)
+        verdicts.append(_verdict(example, output, check["kind"], *judgement))
     return verdicts
 
 
 def grade(example: Example, output: str) -> Verdict:
-    """Judge one output. Many are cheaper through `grade_all`."""
+    """Grade one output; `grade_all` is faster for many."""
     return grade_all([(example, output)])[0]

@@ -1,10 +1,10 @@
-"""Running untrusted python programs (SPEC B4, first form): few processes, one forked child per program.
+"""Running untrusted Python programs (SPEC B4, first form): a few processes, one forked child per program.
 
-`grading.sandbox_child` is what runs inside; it says what each layer of isolation does. A program succeeds if it runs
-to its end without an exception: leaving early by `sys.exit` or `os._exit` is a failure. Which layers were in
-force is told by `Outcome.isolation`; limits and the audit hook always are. Limit of this form: a program is
-judged by the interpreter it runs in, so one that deliberately searches that interpreter's memory could forge
-its own success; it cannot reach another program or the machine that way.
+`grading.sandbox_child` is the script that runs inside and documents each layer of isolation. A program succeeds if it
+runs to its end without an exception; `sys.exit` or `os._exit` is a failure. `Outcome.isolation` lists the active
+layers; limits and the audit hook are always active. Known limitation: the result is reported by the interpreter that
+runs the program, so a program that searches that interpreter's memory could forge its own success; it cannot reach
+another program or the machine that way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PROGRAMS_PER_PROCESS = 256
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use. CPU time decides, and only sleepers reach the wall: verdicts must not hang on load."""
+    """Resources of one program. CPU time is the main limit, so that results do not depend on machine load."""
 
     cpu_seconds: int = 1
     wall_seconds: float = 60.0
@@ -39,7 +39,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a program: `output` is the end of what it printed, `reason` why it is not `ok`."""
+    """Result of a program: `output` is the end of its output, `reason` the error if not `ok`."""
 
     ok: bool
     output: str
@@ -48,12 +48,12 @@ class Outcome:
 
 
 def run(program: str, limits: Limits | None = None) -> Outcome:
-    """Run one program. Many are far cheaper through `run_all`."""
+    """Run one program; `run_all` is much faster for many."""
     return run_all([program], limits)[0]
 
 
 def run_all(programs: Sequence[str], limits: Limits | None = None) -> list[Outcome]:
-    """Run programs, each in a child of its own, and return their outcomes in order."""
+    """Run programs, each in its own child process, and return their outcomes in order."""
     limits = limits or Limits()
     # Two processes per core: one works while the other waits for its child.
     workers = max(1, min(2 * (os.cpu_count() or 1), len(programs) // 16))
@@ -64,7 +64,7 @@ def run_all(programs: Sequence[str], limits: Limits | None = None) -> list[Outco
 
 
 def _run_group(programs: Sequence[str], limits: Limits) -> list[Outcome]:
-    """Outcomes of one group. If its process dies, the program it was at fails and the rest goes on."""
+    """Outcomes of one group. If the process dies, the running program fails and a new process runs the rest."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(programs):
         reported = _run_process(programs[len(outcomes) :], limits)
@@ -75,9 +75,9 @@ def _run_group(programs: Sequence[str], limits: Limits) -> list[Outcome]:
 
 
 def _run_process(programs: Sequence[str], limits: Limits) -> list[Outcome]:
-    """Outcomes of the programs that one sandbox process, begun in an empty folder, got through."""
+    """Outcomes of the programs that one sandbox process, started in an empty folder, completed."""
     plan = {"programs": list(programs), "limits": asdict(limits)}
-    # Isolated mode but for -E: a fixed hash seed makes the order of sets, and so every verdict, reproducible.
+    # Like isolated mode (-I) but without -E: a fixed hash seed makes set order, and so every outcome, reproducible.
     command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD)]
     with tempfile.TemporaryDirectory(prefix="cogumi-sandbox-") as empty:
         process = subprocess.Popen(
@@ -98,7 +98,7 @@ def _run_process(programs: Sequence[str], limits: Limits) -> list[Outcome]:
                 results, errors = process.communicate()
     lines = results.split(b"\n")[:-1]
     if not lines:
-        complaint = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise CogumiError(f"the code sandbox does not start ({complaint[0]}): run code checks on Linux or macOS")
+        message = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise CogumiError(f"the code sandbox does not start ({message[0]}): run code checks on Linux or macOS")
     isolation = tuple(json.loads(lines[0]))
     return [Outcome(isolation=isolation, **json.loads(line)) for line in lines[1:]]

@@ -1,16 +1,16 @@
-"""The inside of the sandbox: a script run by `grading.sandbox`, standard library only, imported by nobody.
+"""The sandbox's child process: a script run by `grading.sandbox`, standard library only, never imported.
 
-It reads {"programs", "limits"} from standard input, writes one line naming the isolation in force and then
+It reads {"programs", "limits"} from standard input, writes one line with the active isolation layers and then
 one line per program. Layers, from the outside in:
 
-network    Linux namespaces, where allowed: no network device,
-processes  no other process to be seen,
-files      only the python library (read-only) and a scratch folder in memory, empty for each program
-user       started as root, programs run as nobody; otherwise without any capability
+network    Linux namespaces, if allowed: no network device,
+processes  other processes are invisible,
+files      only the Python library (read-only) and a scratch folder in memory, empty for each program
+user       if started as root, programs run as user nobody; otherwise without any capability
 limits     always: CPU time, memory, file size, open files, wall time, no further process or thread
-audit      always: an audit hook refuses sockets, processes, signals, native code and foreign files
+audit      always: an audit hook rejects sockets, processes, signals, native code and files outside the allowed folders
 
-Where namespaces are forbidden the hook alone guards sockets and foreign files, and programs can write none.
+Without namespaces only the hook protects sockets and files, and programs cannot write any file.
 """
 
 import bisect  # noqa: F401
@@ -43,7 +43,7 @@ import traceback
 import typing  # noqa: F401
 from typing import Any
 
-# The unused imports are for the programs: loaded once and shared by every fork, they cost them nothing.
+# The unused imports are for the programs: loaded once, they are shared by all forked children.
 
 NOBODY = 65534
 SCRATCH = "/scratch"
@@ -64,7 +64,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def kernel(function: str, *arguments: Any) -> None:
-    """Call a C function that returns 0, or raise its OSError."""
+    """Call a C function that returns 0 on success; raise OSError otherwise."""
     if getattr(_libc, function)(*arguments) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{function}: {os.strerror(code)}")
@@ -77,7 +77,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 
 
 def enter_namespaces(limits: dict[str, Any]) -> list[str]:
-    """Cut this process off as far as the kernel allows; the layers in force ("processes": for children)."""
+    """Enter the namespaces that the kernel allows; returns the active layers ("processes" applies to children)."""
     if sys.platform != "linux":
         return []
     user, group = os.geteuid(), os.getegid()
@@ -102,20 +102,20 @@ def enter_namespaces(limits: dict[str, Any]) -> list[str]:
 
 
 def mount_scratch(limits: dict[str, Any]) -> None:
-    """Put a new, empty file system in memory where programs may write."""
+    """Mount a new, empty in-memory file system at the scratch folder."""
     options = f"size={8 * limits['file_bytes']},nr_inodes=256,mode=777"
     mount("none", SCRATCH, "tmpfs", NO_SUID | NO_DEV | NO_EXEC, options)
 
 
 def enter_own_root(root: str) -> None:
-    """Make `root`, an empty folder, a file system of the python library only, and move into it for good."""
+    """Make `root`, an empty folder, a file system with only the Python library, and chroot into it."""
     mount("none", "/", None, RECURSIVE | PRIVATE)
     mount("none", root, "tmpfs", NO_SUID | NO_DEV, "size=1m,mode=755")
     for folder in filter(os.path.isdir, LIBRARIES):
         inside = root + folder
         os.makedirs(inside, exist_ok=True)
         mount(folder, inside, None, BIND)
-        # A user namespace may not lift what the outside mount forbids, so those flags are repeated.
+        # A user namespace must keep the restrictions of the outer mount, so its flags are repeated.
         kept = os.statvfs(folder).f_flag & (NO_SUID | NO_DEV | NO_EXEC)
         mount("none", inside, None, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV | kept)
     os.mkdir(root + SCRATCH)
@@ -125,13 +125,13 @@ def enter_own_root(root: str) -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends; a fork or a change of user forgets it."""
+    """Let the kernel kill this process when its parent ends; must be repeated after a fork or a change of user."""
     if sys.platform == "linux":
         kernel("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def drop_privileges() -> None:
-    """Give up root for nobody, or every capability of a user namespace; neither can come back."""
+    """Irrevocably change from root to user nobody, or drop every capability of a user namespace."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -144,7 +144,7 @@ def drop_privileges() -> None:
 
 
 def set_limits(limits: dict[str, Any], may_write: bool) -> None:
-    """Resource limits of one program, none of which it can raise again."""
+    """Set the resource limits of one program; it cannot raise them."""
     for kind, value in (
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory_bytes"]),
@@ -153,12 +153,12 @@ def set_limits(limits: dict[str, Any], may_write: bool) -> None:
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        with contextlib.suppress(ValueError):  # macOS knows no limit on memory
+        with contextlib.suppress(ValueError):  # macOS has no memory limit
             resource.setrlimit(kind, (value, value))
 
 
 def add_audit_hook(may_write: bool) -> None:
-    """Refuse, for the rest of this process, what a program that only computes never needs."""
+    """Block, for the rest of this process, all operations that a purely computing program does not need."""
     realpath, decode, under = os.path.realpath, os.fsdecode, tuple(f"{folder}/" for folder in LIBRARIES)
 
     def permitted(path: Any, writing: bool) -> bool:
@@ -171,30 +171,30 @@ def add_audit_hook(may_write: bool) -> None:
         if event.startswith(FORBIDDEN) or (event == "import" and arguments[0] in ("ctypes", "_ctypes")):
             raise PermissionError(f"the sandbox forbids {event}")
         if event == "open":
-            fine = permitted(arguments[0], bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
+            allowed = permitted(arguments[0], bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
         elif event in READS_PATH or event in WRITES_PATH:
             paths = arguments[: 2 if event == "os.rename" else 1]
-            fine = all(permitted(path, event in WRITES_PATH) for path in paths)
+            allowed = all(permitted(path, event in WRITES_PATH) for path in paths)
         else:
             return
-        if not fine:
+        if not allowed:
             raise PermissionError(f"the sandbox forbids {event} of {arguments[0]}")
 
     sys.addaudithook(hook)
 
 
 def explain(error: BaseException, program: str) -> str:
-    """One line on why a program failed, with the line of it that raised."""
+    """One-line description of a failure, with the source line that raised."""
     if isinstance(error, SystemExit):
         return "left before its end through SystemExit"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<program>"]
-    what = traceback.format_exception_only(error)[-1].strip()
+    message = traceback.format_exception_only(error)[-1].strip()
     source = program.split("\n")[lines[-1] - 1].strip() if lines and lines[-1] else ""
-    return (f"{what} at: {source}" if source else what)[:400]
+    return (f"{message} at: {source}" if source else message)[:400]
 
 
 def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, layers: list[str]) -> None:
-    """The child: shut the doors, run the program, and put `mark` and the judgement behind its output."""
+    """In the child: isolate, run the program, and write `mark` and the error (or "") after its output."""
     os.setpgid(0, 0)
     os.dup2(write, 1)
     os.dup2(write, 2)
@@ -210,7 +210,7 @@ def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, la
     for name in ("ctypes", "_ctypes", "ctypes._endian"):
         sys.modules.pop(name, None)
     if hasattr(signal, "pidfd_send_signal"):
-        del signal.pidfd_send_signal  # the one way to send a signal that no audit event covers
+        del signal.pidfd_send_signal  # the only way to send a signal without an audit event
     add_audit_hook(may_write)
     reason, printed = "", sys.stdout
     try:
@@ -223,7 +223,7 @@ def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, la
 
 
 def drain(read: int, deadline: float, limit: int) -> tuple[bytes, bool]:
-    """The last bytes of a pipe until it closes, and whether it did before `deadline`."""
+    """Read a pipe until it closes; returns its last `limit` bytes, and whether it closed before `deadline`."""
     data = b""
     while (left := deadline - time.monotonic()) > 0:
         if select.select([read], [], [], left)[0]:
@@ -235,7 +235,7 @@ def drain(read: int, deadline: float, limit: int) -> tuple[bytes, bool]:
 
 
 def wait(pid: int, deadline: float) -> int | None:
-    """Exit status of a child, or None if it lives at `deadline` and had to be killed."""
+    """Exit status of a child, or None if it was killed at `deadline`."""
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -247,7 +247,7 @@ def wait(pid: int, deadline: float) -> int | None:
 
 
 def why_ended(status: int | None, limits: dict[str, Any]) -> str:
-    """What to say of a program that ended without its mark."""
+    """The reason for a program that ended without its mark."""
     if status is None:
         return f"took longer than {limits['wall_seconds']:g} s"
     if not os.WIFSIGNALED(status):
@@ -260,7 +260,7 @@ def why_ended(status: int | None, limits: dict[str, Any]) -> str:
 
 def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str, Any]:
     """Fork a child for one program and judge how it ended."""
-    mark = secrets.token_bytes(16)  # a program cannot print it by chance, and one that leaves early never does
+    mark = secrets.token_bytes(16)  # a program cannot guess it, and an early exit skips it
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -275,7 +275,7 @@ def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str
     status = wait(pid, deadline if closed else 0.0)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    if "files" in layers and os.listdir(SCRATCH):  # renewed only if used: unmounting waits milliseconds
+    if "files" in layers and os.listdir(SCRATCH):  # replaced only if used: unmounting takes milliseconds
         kernel("umount2", SCRATCH.encode(), DETACH)
         mount_scratch(limits)
     output, marked, judgement = data.partition(mark)
@@ -284,13 +284,13 @@ def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str
 
 
 def main() -> None:
-    """Read the plan, isolate, run every program in turn."""
+    """Read the plan, isolate this process, run every program in turn."""
     plan = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # The first process of a namespace is deaf to signals from inside that it has no handler for.
+    # The init process of a PID namespace ignores signals from inside for which it has no handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.geteuid() == 0:
-        os.seteuid(NOBODY)  # fails here, and plainly, where root may not become nobody
+        os.seteuid(NOBODY)  # fails early with a clear error if root may not change to nobody
         os.seteuid(0)
     layers = enter_namespaces(plan["limits"])
     die_with_parent()

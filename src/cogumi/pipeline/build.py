@@ -16,7 +16,7 @@ from typing import Any
 from cogumi.core import artifact
 from cogumi.core.environment import peak_rss_bytes, usable_threads
 from cogumi.core.errors import CogumiError, GateError
-from cogumi.core.files import held, write_json
+from cogumi.core.files import exclusive_lock, write_json
 from cogumi.core.registry import STAGES
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -78,7 +78,7 @@ def _only_build(folder: Path) -> Iterator[int]:
             deadline = time.monotonic() + PATIENCE
             while True:
                 try:
-                    lock = stack.enter_context(held(folder / ".lock"))
+                    lock = stack.enter_context(exclusive_lock(folder / ".lock"))
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:

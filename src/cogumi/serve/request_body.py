@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from cogumi.core.types import Reply, Request, Token, Usage
 from cogumi.core.version import __version__
-from cogumi.engine.few_shot import MOST
+from cogumi.engine.few_shot import MAX_EXAMPLES
 from cogumi.engine.reply_extension import extension
 
 
@@ -47,7 +47,7 @@ class CogumiOptions(BaseModel):
     session: str | None = None
     files: Annotated[list[str], Field(max_length=100)] = []
     progressive: bool = False
-    examples: Annotated[list[WorkedExample], Field(min_length=1, max_length=MOST)] | None = None
+    examples: Annotated[list[WorkedExample], Field(min_length=1, max_length=MAX_EXAMPLES)] | None = None
     adapt: bool | None = None
 
 

@@ -20,10 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.cascade.tiers import Tiers
 from cogumi.confidence.gate import Calibration, Gate, QuestionGate
-from cogumi.confidence.guarantee import Guarantee, Limit, guarantee, sequence
+from cogumi.confidence.guarantee import Guarantee, RiskLimit, guarantee, threshold_order
 from cogumi.confidence.metrics import aurc, auroc, brier, crossing, ece, log_loss
 from cogumi.confidence.nets import Net, load_head, load_net, load_scope
-from cogumi.confidence.policy import POLICIES, Answers, Policy
+from cogumi.confidence.policy import POLICIES, Policy, PolicyAnswers
 from cogumi.confidence.signals import perplexity
 from cogumi.core.errors import DataError
 from cogumi.core.estimate import Estimate, Given
@@ -207,7 +207,7 @@ def compare_benefit(rows: Mapping[str, list[Row]], gates: Mapping[str, Gate], pr
     }
 
 
-def search(answers: Answers) -> tuple[float, list[tuple[float, float, float]]]:
+def search(answers: PolicyAnswers) -> tuple[float, list[tuple[float, float, float]]]:
     """The threshold of `SEARCH` with the best accuracy / cost, and every (threshold, accuracy, cost)."""
     tried = [(t, *answers.outcome(t)) for t in SEARCH]
     return max(tried, key=lambda row: row[1] / row[2] if row[2] else 0.0)[0], tried
@@ -250,16 +250,16 @@ def calibrate(
 
     known = {name: familiar(rows[name], without_guarantee) for name in p}
 
-    def answers(split: str, policy: Policy) -> Answers:
+    def answers(split: str, policy: Policy) -> PolicyAnswers:
         every = policy_answers(rows[split], p[split], policy, question.base_perplexity, cost)
         return every.rows(np.flatnonzero(known[split]))
 
-    def limits(split: str, answers: Answers, config: Config) -> list[Limit]:
+    def limits(split: str, answers: PolicyAnswers, config: Config) -> list[RiskLimit]:
         """Limits on the errors of accepted answers and, if the split has any, on accepted unanswerable questions."""
         without = np.array([r.example.meta.get("check", {}).get("kind") == "abstain" for r in rows[split]], dtype=bool)
-        found = [Limit(answers.count, config.e)]
+        found = [RiskLimit(answers.count, config.e)]
         if without.any():
-            found.append(Limit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable))
+            found.append(RiskLimit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable))
         return found
 
     policies = [policy for policy in POLICIES if "modifier" in gates or not policy.modifier]
@@ -267,7 +267,7 @@ def calibrate(
     searched: dict[str, tuple[float, list[tuple[float, float, float]]]] = {}
     for policy in policies:
         chosen, tested = answers("selection", policy), answers("threshold", policy)
-        order = sequence(limits("selection", chosen, config))
+        order = threshold_order(limits("selection", chosen, config))
         tests = limits("threshold", tested, config)
         promises[policy.name] = guarantee(order, tests, len(rows["threshold"]), config.confidence)
         searched[policy.name] = search(chosen)

@@ -27,7 +27,17 @@ from torch.nn.utils.rnn import pad_sequence
 from cogumi.cascade.self_consistency import SAMPLING, Sampling
 from cogumi.confidence import calibrators
 from cogumi.confidence.calibrators import Calibrator
-from cogumi.confidence.critic_net import BUCKETS, CLASSES, FILE, NONE, CriticNet, Seen, correct_logit, look, shapes
+from cogumi.confidence.critic_net import (
+    BUCKETS,
+    CLASSES,
+    FILE,
+    NONE,
+    CriticInput,
+    CriticNet,
+    correct_logit,
+    critic_input,
+    shapes,
+)
 from cogumi.confidence.metrics import auroc
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import DataError
@@ -77,9 +87,9 @@ class LabelledAnswer:
     error: str
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> CriticInput:
         """The critic's input."""
-        return look(question_of(self.example), self.reply)
+        return critic_input(question_of(self.example), self.reply)
 
 
 def question_of(example: Example) -> str:
@@ -180,7 +190,7 @@ class TrainableCritic(nn.Module):
     out_weight: Tensor
     out_bias: Tensor
 
-    def __init__(self, config: Config, rows: Sequence[Seen]) -> None:
+    def __init__(self, config: Config, rows: Sequence[CriticInput]) -> None:
         super().__init__()
         self.unknown = config.unknown
         for name, shape in shapes(config.width, config.hidden).items():
@@ -225,7 +235,7 @@ class TrainableCritic(nn.Module):
         return {name: value.detach().numpy().copy() for name, value in self.named_parameters()}
 
 
-def _batch(rows: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _batch(rows: Sequence[CriticInput]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def padded(arrays: Sequence[NDArray[Any]], filling: float) -> Tensor:
         return pad_sequence([torch.from_numpy(a) for a in arrays], batch_first=True, padding_value=filling)
 

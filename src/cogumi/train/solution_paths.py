@@ -29,9 +29,9 @@ from cogumi.core.stage import Context
 from cogumi.core.text import normalise, strip_fences
 from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
-from cogumi.data.solutions import Paths, write_paths
+from cogumi.data.solutions import Solutions, write_solutions
 from cogumi.engine.protocol import replies
-from cogumi.grading.differential_tests import probe
+from cogumi.grading.differential_tests import differential_test
 from cogumi.grading.graders import grade_all
 from cogumi.grading.sandbox import run_all
 
@@ -192,7 +192,7 @@ def agreeing(pairs: Sequence[tuple[Example, str]], passed: Sequence[bool], probe
     programs: dict[int, str] = {}
     for i, ((example, output), good) in enumerate(zip(pairs, passed, strict=True)):
         if good and probes and example.meta.get("check", {}).get("kind") == "code":
-            program = probe(example, output, probes)
+            program = differential_test(example, output, probes)
             if program:
                 programs[i] = program
     distinct = list(dict.fromkeys(programs.values()))
@@ -218,8 +218,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         _ask(model, found, config, context)
     finally:
         model.close()
-    kept = [Paths(row.example.id, row.example.messages[-1].content, row.paths(config.paths)) for row in found]
-    write_paths(out, [row for row in kept if row.paths])
+    kept = [Solutions(row.example.id, row.example.messages[-1].content, row.paths(config.paths)) for row in found]
+    write_solutions(out, [row for row in kept if row.answers])
     by_domain = {name: [row for row in found if row.example.domain == name] for name in {e.domain for e in questions}}
     return {
         **_figures(found, config),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cogumi.cascade.tiers import Question, Tiers
 from cogumi.confidence.gate import Calibration, Gate, with_probe
 from cogumi.confidence.nets import Net
-from cogumi.confidence.policy import Answers, Policy
+from cogumi.confidence.policy import Policy, PolicyAnswers
 from cogumi.confidence.signals import abstains, answer_signals, modifier_signals, same_text
 from cogumi.core.types import Example, Reply, Request
 from cogumi.engine.protocol import replies
@@ -27,7 +27,7 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 T = TypeVar("T")
 
 COLUMNS = ("draft", "base", "modifier", "direct")
-"""The order of `Answers`' columns; a policy uses those of its tiers."""
+"""The order of `PolicyAnswers`' columns; a policy uses those of its tiers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def probabilities(rows: Sequence[Row], gates: Mapping[str, Gate], probe: Net | N
 
 def policy_answers(
     rows: Sequence[Row], p: Doubles, policy: Policy, surprising: float, cost: Mapping[str, float]
-) -> Answers:
+) -> PolicyAnswers:
     """The answers of a policy's tiers to these rows; `cost` is the cost per token of `draft` and of `base`."""
     used = np.full(p.shape, np.nan)
     facts = np.zeros((*p.shape, 3))
@@ -169,7 +169,7 @@ def policy_answers(
                 used[i, at] = p[i, at]
                 price = cost["draft" if tier == "draft" else "base"]
                 facts[i, at] = answer.correct, not abstains(answer.reply.text), price * len(answer.reply.tokens)
-    return Answers(used, facts[..., 0] > 0, facts[..., 1] > 0, facts[..., 2])
+    return PolicyAnswers(used, facts[..., 0] > 0, facts[..., 1] > 0, facts[..., 2])
 
 
 def familiar(rows: Sequence[Row], calibration: Calibration) -> NDArray[np.bool_]:

@@ -38,7 +38,7 @@ from cogumi.cascade.memory.neighbours import Neighbours
 from cogumi.confidence.nets import Net
 from cogumi.confidence.reuse import conflict, pair_features
 from cogumi.confidence.signals import same_text
-from cogumi.confidence.verified_reuse import AFRESH, Verifier
+from cogumi.confidence.verified_reuse import RECHECK_SHARE, Verifier
 from cogumi.core.types import Reply
 from cogumi.engine.embedder import Embedder
 
@@ -238,7 +238,7 @@ class AnswerCache:
         assert self._verifier is not None
         bound = self._verifier.bound(hit.score, self._answers.judgements(hit.entry, self._basis))
         hit = replace(hit, bound=bound)
-        if self._verifier.trusts(bound) and self._random.random() >= AFRESH:
+        if self._verifier.trusts(bound) and self._random.random() >= RECHECK_SHARE:
             return hit
         self._pending[hit.scope, key] = hit
         while len(self._pending) > _PENDING:

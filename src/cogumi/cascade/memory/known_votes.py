@@ -8,7 +8,7 @@ import time
 from itertools import islice
 
 from cogumi.cascade.memory.turns import Memory, Turn
-from cogumi.confidence.recalibration import Doubles, Layer, Vote, Votes, features, learn, trust, weights
+from cogumi.confidence.recalibration import Correction, Doubles, Vote, Votes, features, learn, trust, weights
 
 REPLAY = 20_000  # votes
 HALF_LIFE = 5_000.0  # votes
@@ -48,12 +48,12 @@ class KnownVotes:
         """The newest votes on answers given since then."""
         return Votes.of([vote for at, vote in self.votes.values() if at >= time][-newest:])
 
-    def study(self, votes: Votes) -> Layer:
+    def study(self, votes: Votes) -> Correction:
         """Fit a layer, and take over what the votes say of their users."""
         layer, self.trust = learn(votes, HALF_LIFE)
         return layer
 
-    def study_voters(self, votes: Votes, layer: Layer) -> None:
+    def study_voters(self, votes: Votes, layer: Correction) -> None:
         """Know those who began to vote against everybody after the last fit, before anything is decided by votes."""
         self.trust = trust(votes, layer.p_all(votes, ()))
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cogumi.confidence.recalibration import Layer
+from cogumi.confidence.recalibration import Correction
 from cogumi.core.errors import StateError
 from cogumi.core.files import write_json
 
@@ -26,9 +26,9 @@ class Learned(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     format: Literal[1] = 1
-    layer: Layer | None = None
+    layer: Correction | None = None
     promoted: float = 0.0
-    canary: Layer | None = None
+    canary: Correction | None = None
     started: float = 0.0
     fitted: float = 0.0
     since: float = 0.0

@@ -26,19 +26,19 @@ from cogumi.cascade.memory.turns import Memory, Turn
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.nets import sigmoid
 from cogumi.confidence.recalibration import (
-    GAIN,
-    HARM,
+    MAX_HARM,
+    MIN_GAIN,
+    Correction,
     Doubles,
-    Layer,
     Votes,
+    cap_below_thresholds,
     certified,
+    cusum_harm,
     features,
     gain,
-    hold,
     in_canary,
     logit,
     weights,
-    worst_stretch,
 )
 
 NEED = 10_000  # votes, within the caps, before anything is learned
@@ -84,7 +84,7 @@ class Learner:
         layer = state.canary if state.canary and in_canary(turn_id) else state.layer
         q = layer.p_correct(p, seen, self._thresholds) if layer else p
         shift = self._personal.shift(user, seen, state.layer)
-        return float(hold(q, sigmoid(logit(q) + shift), self._thresholds)) if shift else q
+        return float(cap_below_thresholds(q, sigmoid(logit(q) + shift), self._thresholds)) if shift else q
 
     def rated(self, turn: Turn) -> None:
         """To be called after each `Memory.rate`, with what it returned. Raises `StateError` where memory cannot be
@@ -93,7 +93,7 @@ class Learner:
         self._personal.renew(turn.user)
         self._unchecked += 1
         self._suspicion = max(self._suspicion + self._cost(turn), 0.0)
-        if (self._unchecked >= CHECK or self._suspicion >= HARM) and self._lock.acquire(blocking=False):
+        if (self._unchecked >= CHECK or self._suspicion >= MAX_HARM) and self._lock.acquire(blocking=False):
             try:
                 self._unchecked = 0
                 with self._file.alone() as alone:
@@ -143,7 +143,7 @@ class Learner:
             self._suspicion = 0.0
         self._personal.renew()
 
-    def _serve(self, layer: Layer | None, votes: Votes) -> Doubles:
+    def _serve(self, layer: Correction | None, votes: Votes) -> Doubles:
         return layer.p_all(votes, self._thresholds) if layer else votes.p
 
     def _look(self) -> None:
@@ -164,22 +164,22 @@ class Learner:
         if self._neighbours:
             self._personal.compare(self._votes.since(0.0), state.layer)
 
-    def _watched(self, state: Learned, layer: Layer) -> Learned:
+    def _watched(self, state: Learned, layer: Correction) -> Learned:
         """The same, or without the layer if it does harm."""
         votes = self._votes.since(state.promoted, WATCH)
         q = self._serve(layer, votes)
-        harm = worst_stretch(votes, self._votes.weights(votes), votes.p, q)
-        if harm >= HARM:
+        harm = cusum_harm(votes, self._votes.weights(votes), votes.p, q)
+        if harm >= MAX_HARM:
             self._votes.study_voters(self._votes.since(state.since), layer)
-            harm = worst_stretch(votes, self._votes.weights(votes), votes.p, q)
-        if harm < HARM:
+            harm = cusum_harm(votes, self._votes.weights(votes), votes.p, q)
+        if harm < MAX_HARM:
             self._suspicion = harm  # what the caps have left of it
             return state
         now = time.time()  # earlier votes describe conditions that no longer hold: they are not replayed
         changes = {"layer": None, "canary": None, "fitted": now, "since": now}
         return state.told("rolled back", changes, harm=harm, votes=len(votes))
 
-    def _decided(self, state: Learned, canary: Layer) -> Learned:
+    def _decided(self, state: Learned, canary: Correction) -> Learned:
         """The candidate promoted, dropped, or left to go on."""
         fresh = self._votes.since(state.started)
         votes = fresh.select(np.array([in_canary(row.id) for row in fresh.rows], dtype=bool))
@@ -187,7 +187,7 @@ class Learner:
 
         def open_still() -> bool:
             w = self._votes.weights(votes)
-            return bool(w.sum() < ENOUGH) and worst_stretch(votes, w, before, after) < HARM
+            return bool(w.sum() < ENOUGH) and cusum_harm(votes, w, before, after) < MAX_HARM
 
         if open_still():
             return state
@@ -195,14 +195,14 @@ class Learner:
         if open_still():
             return state
         w = self._votes.weights(votes)
-        harm = worst_stretch(votes, w, before, after)
+        harm = cusum_harm(votes, w, before, after)
         lifting = replace(canary, certified=True)
         test = state.tests + 1
         if certified(fresh, self._votes.weights(fresh), self._serve(lifting, fresh), self._promises, test):
             canary = lifting
         found = gain(votes, w, before, self._serve(canary, votes))
         figures = {"harm": harm, "certified": canary.certified, **asdict(found)}
-        if harm >= HARM or found.gain < GAIN or found.low <= 0.0:
+        if harm >= MAX_HARM or found.gain < MIN_GAIN or found.low <= 0.0:
             return state.told("dropped", {"canary": None, "tests": test}, **figures)
         return state.told(
             "promoted", {"layer": canary, "promoted": time.time(), "canary": None, "tests": test}, **figures

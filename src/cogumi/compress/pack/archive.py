@@ -27,27 +27,27 @@ from cogumi.bundle.format import INDEX as BUNDLE_INDEX
 from cogumi.bundle.format import open_bundle
 from cogumi.bundle.packed import (
     DICTIONARY,
-    DICTIONARY_BYTES,
-    ENDING,
     FORMAT,
     FRAME,
     INDEX,
     LEVEL,
+    MAX_DICTIONARY_BYTES,
+    SUFFIX,
     Archive,
+    CountBytes,
     Index,
     PackedFile,
     Progress,
-    Told,
-    in_order,
-    may_be_named,
-    named,
-    quiet,
+    errors_name,
+    is_valid_name,
+    map_in_order,
+    no_progress,
     staged,
 )
 from cogumi.compress.pack import sparse
 from cogumi.core.artifact import file_names
 from cogumi.core.errors import BundleError
-from cogumi.core.files import entries, write_json
+from cogumi.core.files import file_entries, write_json
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 
@@ -73,7 +73,9 @@ class Config(BaseModel):
     sparse: bool = False
 
 
-def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
+def pack(
+    folder: Path, names: Iterable[str], out: Path, config: Config, progress: Progress = no_progress
+) -> dict[str, Any]:
     """Pack the named files of a folder into the empty folder `out` and return the figures.
 
     `{bytes, packed_bytes, ratio, dictionary_bytes, files: {name: {bytes, packed_bytes, ratio, plain_bytes,
@@ -83,7 +85,7 @@ def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress
     equal bytes. `BundleError` for a file name that cannot be packed.
     """
     sources = {name: folder / name for name in sorted(names)}
-    if refused := [name for name in sources if not may_be_named(name)]:
+    if refused := [name for name in sources if not is_valid_name(name)]:
         raise BundleError(f"{folder / refused[0]} cannot be packed under that name; rename it or move it elsewhere")
     sizes = {name: path.stat().st_size for name, path in sources.items()}
     tensors = sum(size for name, size in sizes.items() if config.sparse and name.endswith(TENSORS))
@@ -96,7 +98,7 @@ def pack(folder: Path, names: Iterable[str], out: Path, config: Config, progress
 
     with TemporaryDirectory(dir=out) as scratch:
         plain = {
-            name: _packed(path, out / (name + ENDING), config.level, None, count_bytes)
+            name: _packed(path, out / (name + SUFFIX), config.level, None, count_bytes)
             for name, path in sources.items()
         }
         tried = _sparse(sources, sizes, plain, Path(scratch), out, config.level, count_bytes) if config.sparse else {}
@@ -114,7 +116,7 @@ def _sparse(
     scratch: Path,
     out: Path,
     level: int,
-    count_bytes: Told,
+    count_bytes: CountBytes,
 ) -> dict[str, Any]:
     """Replace each safetensors file by its sparse form if that is smaller when packed.
 
@@ -122,14 +124,14 @@ def _sparse(
     """
     tried: dict[str, Any] = {}
     for name in [name for name in sources if name.endswith(TENSORS)]:
-        other = name + sparse.ENDING
+        other = name + sparse.SUFFIX
         figures = sparse.encode_file(sources[name], scratch / "sparse", count_bytes)
         path = (scratch / "sparse").rename(scratch / str(len(tried)))
-        packed = _packed(path, out / (other + ENDING), level, None, count_bytes)
+        packed = _packed(path, out / (other + SUFFIX), level, None, count_bytes)
         count_bytes(max(sizes[name] - packed.bytes, 0))
         tried[name] = figures | {"packed_bytes": packed.packed_bytes, "zstd_alone_bytes": plain[name].packed_bytes}
         loser = name if packed.packed_bytes < plain[name].packed_bytes else other
-        (out / (loser + ENDING)).unlink()
+        (out / (loser + SUFFIX)).unlink()
         if loser == name:
             del sources[name], plain[name]
             sources[other], sizes[other], plain[other] = path, sizes.pop(name), packed
@@ -137,7 +139,7 @@ def _sparse(
 
 
 def _with_dictionary(
-    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, count_bytes: Told
+    sources: Mapping[str, Path], plain: Mapping[str, PackedFile], out: Path, level: int, count_bytes: CountBytes
 ) -> dict[str, PackedFile]:
     """Write every file packed with a dictionary beside its plain form; empty if no dictionary can be trained."""
     dictionary = _train(sources.values(), level)
@@ -156,7 +158,7 @@ def _choose(plain: Mapping[str, PackedFile], trials: Mapping[str, PackedFile], o
         better = {}
     for name in trials:
         if name in better:
-            (out / (name + TRIAL)).replace(out / (name + ENDING))
+            (out / (name + TRIAL)).replace(out / (name + SUFFIX))
         else:
             (out / (name + TRIAL)).unlink()
     return dict(sorted((dict(plain) | better).items()))
@@ -175,14 +177,14 @@ def _train(paths: Iterable[Path], level: int) -> Any:
                 at += stride
         at -= size
     try:
-        return zstandard.train_dictionary(DICTIONARY_BYTES, samples, k=SEGMENT, d=8, level=level)
+        return zstandard.train_dictionary(MAX_DICTIONARY_BYTES, samples, k=SEGMENT, d=8, level=level)
     except zstandard.ZstdError:
         return None
 
 
-def _finish(out: Path, files: Mapping[str, PackedFile], count_bytes: Told) -> None:
+def _finish(out: Path, files: Mapping[str, PackedFile], count_bytes: CountBytes) -> None:
     """Write the index and unpack every file as a check; if that fails, delete the index and raise `BundleError`."""
-    dictionary = entries(out, [DICTIONARY])[DICTIONARY] if (out / DICTIONARY).is_file() else None
+    dictionary = file_entries(out, [DICTIONARY])[DICTIONARY] if (out / DICTIONARY).is_file() else None
     write_json(out / INDEX, Index(format=FORMAT, dictionary=dictionary, files=dict(files)).model_dump())
     try:
         archive = Archive(out)
@@ -222,7 +224,7 @@ def ratio(before: int, after: int) -> float:
     return round(before / after, 4) if after else 1.0
 
 
-def _packed(source: Path, target: Path, level: int, dictionary: Any, count_bytes: Told) -> PackedFile:
+def _packed(source: Path, target: Path, level: int, dictionary: Any, count_bytes: CountBytes) -> PackedFile:
     """Compress a file frame by frame on several threads; the result does not depend on their number."""
     target.parent.mkdir(parents=True, exist_ok=True)
     before, after, size = hashlib.sha256(), hashlib.sha256(), 0
@@ -232,7 +234,7 @@ def _packed(source: Path, target: Path, level: int, dictionary: Any, count_bytes
         return content, zstandard.ZstdCompressor(level=level, dict_data=dictionary).compress(content)
 
     with source.open("rb") as read, target.open("wb") as write:
-        for content, packed in in_order(frame, iter(lambda: read.read(FRAME), b"")):
+        for content, packed in map_in_order(frame, iter(lambda: read.read(FRAME), b"")):
             before.update(content)
             after.update(packed)
             write.write(packed)
@@ -249,7 +251,7 @@ def _packed(source: Path, target: Path, level: int, dictionary: Any, count_bytes
     )
 
 
-def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = quiet) -> dict[str, Any]:
+def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = no_progress) -> dict[str, Any]:
     """Pack a bundle, which is verified first, or a model folder into the empty folder `out`; figures as from `pack`.
 
     Raises `BundleError` for a folder that is neither, and `DataError` for a safetensors file that is damaged.
@@ -275,15 +277,15 @@ def _model_files(folder: Path) -> list[str]:
     return names
 
 
-def unpack(folder: Path, out: Path, progress: Progress = quiet) -> int:
+def unpack(folder: Path, out: Path, progress: Progress = no_progress) -> int:
     """Unpack an archive into the new folder `out`, all files or none; returns the number of bytes written."""
     archive = Archive(folder)
     with staged(out, folder) as part:
         archive.extract_all(part, progress)
         for name in archive.files:
-            if name.endswith(TENSORS + sparse.ENDING):
-                with named(part / name, archive.packed(name)):
-                    sparse.expand_file(part / name, part / name.removesuffix(sparse.ENDING))
+            if name.endswith(TENSORS + sparse.SUFFIX):
+                with errors_name(archive.packed(name), part / name):
+                    sparse.expand_file(part / name, part / name.removesuffix(sparse.SUFFIX))
                 (part / name).unlink()
         return sum((part / name).stat().st_size for name in file_names(part))
 

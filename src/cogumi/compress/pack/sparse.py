@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cogumi.bundle.packed import Told, check_room
+from cogumi.bundle.packed import CountBytes, check_disk_space
 from cogumi.core.errors import ArtifactError, DataError
 from cogumi.core.files import sha256
 
 FORMAT = 1
 KEY = "sparse"
 """Key of the file's metadata under which the format is described."""
-ENDING = ".sparse"
+SUFFIX = ".sparse"
 WIDTHS = (1, 2, 4)
 """Widths in bytes of a run length; a longer run is split by runs of length 0."""
 
@@ -155,7 +155,7 @@ def check_file(source: Path) -> None:
     _opened(source)
 
 
-def encode_file(source: Path, target: Path, count_bytes: Told = lambda count: None) -> dict[str, Any]:
+def encode_file(source: Path, target: Path, count_bytes: CountBytes = lambda count: None) -> dict[str, Any]:
     """Write the sparse form of a safetensors file; `count_bytes(bytes)` is called after every tensor.
 
     Returns `{bytes, sparse_bytes, zeros, kinds}`: sizes before and after, the share of bytes omitted as zeros, and the
@@ -195,7 +195,7 @@ def expand_file(source: Path, target: Path) -> None:
                 raise ArtifactError(f"{source} has sparse format {about.get('format')!r}, this cogumi reads {FORMAT}")
             header, kinds = about["header"].encode(), about["kinds"]
             tensors, digest = _layout(about["header"]), hashlib.sha256()
-            check_room(target.parent, 8 + len(header) + (tensors[-1].end if tensors else 0))
+            check_disk_space(target.parent, 8 + len(header) + (tensors[-1].end if tensors else 0))
             with part.open("wb") as out:
                 for piece in (len(header).to_bytes(8, "little"), header):
                     out.write(piece)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cogumi.bundle.packed import Progress, quiet
+from cogumi.bundle.packed import Progress, no_progress
 from cogumi.compress.trim.essential import covering, essential, of_size
 from cogumi.compress.trim.fertility import count, measure, tokens_per_word
 from cogumi.compress.trim.trimmed_vocabulary import Vocabulary
@@ -60,7 +60,7 @@ class Choice:
 
 
 def survey(
-    choice: Choice, texts: Sequence[str], asked: Sequence[float], progress: Progress = quiet
+    choice: Choice, texts: Sequence[str], asked: Sequence[float], progress: Progress = no_progress
 ) -> list[dict[str, Any]]:
     """Effect on texts of trimming to each of these sizes (ints) or covers (floats); no model is needed."""
     rows = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from cogumi.bundle.packed import Progress, quiet
+from cogumi.bundle.packed import Progress, no_progress
 from cogumi.core.errors import DataError
 from cogumi.models.tokenization import HFTokenizer
 
@@ -47,7 +47,7 @@ class Fertility:
         }
 
 
-def read_texts(paths: Iterable[Path], progress: Progress = quiet) -> Iterator[str]:
+def read_texts(paths: Iterable[Path], progress: Progress = no_progress) -> Iterator[str]:
     """Texts of files, and of the `SUFFIXES` files of folders, in pieces that end with a line.
 
     `DataError` for a missing file, a file that is not UTF-8 text, and a folder without texts.

@@ -1,1 +1,1 @@
-"""Synthetic dialogues with a contented or a dissatisfied follow-up."""
+"""Synthetic dialogues with satisfied or dissatisfied follow-ups."""

@@ -1,12 +1,11 @@
-"""Short dialogues with a contented or a dissatisfied follow-up, made from templates (SPEC F7).
+"""Short dialogues with a satisfied or dissatisfied follow-up, made from templates (SPEC F7).
 
 The templates are lines of `contented.txt` and `dissatisfied.txt` under a heading `[kind]`. `{a|b}` is a choice, `$name`
-a value that stays the same through one dialogue, `<slot>` a word of its kind or something of the dialogue's topic.
+a value that is fixed within one dialogue, `<slot>` a word of that kind or a text of the dialogue's topic.
 
-The sets `train`, `selection` and `heldout` share no topic and no template: a template's text decides where it belongs
-(those that are nothing but a slot belong everywhere), two kinds are held out as a whole, and a follow-up that a
-training template could say as well is drawn again. Both labels get the same registers: lower case, no punctuation,
-capitals, typos.
+The sets `train`, `selection` and `heldout` share no topic and no template: a hash of the template selects its set (a
+bare slot belongs to every set), two kinds occur only in `heldout`, and a follow-up that a training template could also
+produce is drawn again. Both labels use the same registers: lower case, no punctuation, capitals, typos.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ FAILURES: dict[Set, tuple[str, ...]] = {
     "selection": ("Sorry, no results.", "I'm afraid I can't do that."),
     "heldout": ("My apologies, {that failed|nothing came up}.", "There are no matches, unfortunately. Anything else?"),
 }
-"""Answers that are none."""
+"""Answers that fail to answer the question."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     kind: tuple(words.split())
@@ -75,7 +74,7 @@ TOPICS: dict[Set, tuple[Topic, ...]] = {
     "heldout": topics.listed("heldout"),
 }
 UNSEEN = ("amazement", "small_talk")
-"""Kinds that are only in the held-out set."""
+"""Kinds that occur only in the held-out set."""
 
 _MAY_FOLLOW_A_FAILURE = ("thanks", "decline", "new")
 
@@ -116,7 +115,7 @@ def _belongs(line: str, kind: str) -> Set | None:
 
 @cache
 def _trained() -> re.Pattern[str]:
-    """Whatever a training template may say, as `_bare` text."""
+    """Pattern of all `_bare` texts that training templates can produce."""
     lines = [line for bad in (False, True) for found in templates("train", bad).values() for line in found]
     lines += [line for topic in TOPICS["train"] for line in (*topic.questions, *topic.nexts)]
     return re.compile(
@@ -138,26 +137,26 @@ def _pattern(line: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """In lower case, without spaces and signs."""
+    """Text in lower case without white space and punctuation."""
     return re.sub(r"[\s!-/:-@\[-`{-~]", "", text.lower())
 
 
-def draw(name: Set, rows: int, seed: int, *, hurried: bool = True) -> list[Dialogue]:
-    """`rows` dialogues of a set; the same for the same seed.
+def draw(name: Set, rows: int, seed: int, *, registers: bool = True) -> list[Dialogue]:
+    """`rows` dialogues of a set; deterministic for a seed.
 
-    Two at a time share question and answer, and one of them is dissatisfied: only the follow-up tells which. They are
-    written in all registers, or with care only, if not `hurried`.
+    Pairs of dialogues share question and answer, and one of them is dissatisfied: only the follow-up differs. With
+    `registers` the user's texts are written in random registers, else only in standard spelling.
     """
     rng = random.Random(f"{seed}/{name}")
     lines = {bad: templates(name, bad) for bad in (False, True)}
     dialogues: list[Dialogue] = []
     while len(dialogues) < rows:
-        dialogues += _pair(rng, name, lines, hurried)
+        dialogues += _pair(rng, name, lines, registers)
     return dialogues[:rows]
 
 
 def _pair(
-    rng: random.Random, name: Set, lines: Mapping[bool, Mapping[str, tuple[str, ...]]], hurried: bool
+    rng: random.Random, name: Set, lines: Mapping[bool, Mapping[str, tuple[str, ...]]], registers: bool
 ) -> list[Dialogue]:
     topic, another = rng.sample(TOPICS[name], 2)
     if name == "train" and rng.random() < 0.5:
@@ -179,27 +178,27 @@ def _pair(
     question, answer = (
         _fill(rng, text, slots, values) for text in (asked, rng.choice(FAILURES[name] if failed else topic.answers))
     )
-    question = _register(rng, question) if hurried else question
+    question = _register(rng, question) if registers else question
     pair = []
-    for unhappy in (False, True):
-        fitting = {kind: found for kind, found in lines[unhappy].items() if _fits(kind, unhappy, failed)}
-        said = ""
-        while not said or (name != "train" and _trained().fullmatch(_bare(said))):
+    for dissatisfied in (False, True):
+        fitting = {kind: found for kind, found in lines[dissatisfied].items() if _fits(kind, dissatisfied, failed)}
+        followup = ""
+        while not followup or (name != "train" and _trained().fullmatch(_bare(followup))):
             kind, line = _template(rng, fitting)
-            said = _fill(rng, line, slots, values)
-        said = _register(rng, said) if hurried else said
-        messages = (Message("user", question), Message("assistant", answer), Message("user", said))
-        pair.append(Dialogue(messages, unhappy, kind, line))
+            followup = _fill(rng, line, slots, values)
+        followup = _register(rng, followup) if registers else followup
+        messages = (Message("user", question), Message("assistant", answer), Message("user", followup))
+        pair.append(Dialogue(messages, dissatisfied, kind, line))
     return pair
 
 
-def _fits(kind: str, unhappy: bool, failed: bool) -> bool:
-    """Whether a kind of follow-up makes sense after an answer, or one that is none."""
-    return (failed or kind != "after_failure") if unhappy else (kind in _MAY_FOLLOW_A_FAILURE or not failed)
+def _fits(kind: str, dissatisfied: bool, failed: bool) -> bool:
+    """Whether a kind of follow-up makes sense after an answer, or after a failed one."""
+    return (failed or kind != "after_failure") if dissatisfied else (kind in _MAY_FOLLOW_A_FAILURE or not failed)
 
 
 def _template(rng: random.Random, lines: Mapping[str, tuple[str, ...]]) -> tuple[str, str]:
-    """A kind and a template; half the time the kind comes first, so that kinds with few templates are not rare."""
+    """Draw a template; half the time uniformly over kinds, so that kinds with few templates are not rare."""
     if rng.random() < 0.5:
         kind = rng.choice(sorted(lines))
         return kind, rng.choice(lines[kind])
@@ -213,7 +212,7 @@ def _fill(rng: random.Random, text: str, slots: Mapping[str, Callable[[], str]],
 
 
 def _register(rng: random.Random, text: str) -> str:
-    """The text as written in a hurry, on a phone, or with care."""
+    """The text in a random register: lower case, no punctuation, capitals, typo, filler word, or unchanged."""
     roll = rng.random()
     if roll < 0.25:
         text = text.lower()

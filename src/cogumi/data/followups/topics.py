@@ -1,8 +1,8 @@
-"""The topics of synthetic dialogues: questions in several wordings, answers, and what may come next.
+"""The topics of synthetic dialogues: paraphrased questions, answers, and next questions.
 
-A block of `topics.txt` holds the set and the subject; then, each on a line and separated by ` / `, questions that ask
-the same, answers, what may come next, and what the answer claims with a rival of it. `{a|b}` is a choice, `$name` a
-value of `VALUES` that stays the same through one dialogue. The three sets share no topic.
+A block of `topics.txt` starts with the set and the subject; then follow four lines, items separated by ` / `:
+paraphrased questions, answers, next questions, and the claimed fact with a wrong alternative. `{a|b}` is a choice,
+`$name` a value of `VALUES` that is fixed within one dialogue. The three sets share no topic.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """`subject` fits into a sentence; `questions` ask the same; `fact` is what the answer claims, `other` its rival."""
+    """`subject` is a noun phrase; `questions` are paraphrases; `fact` is the answer's claim, `other` an alternative."""
 
     subject: str
     questions: tuple[str, ...]
@@ -99,14 +99,14 @@ _FRAMES = (
 
 
 def attribute(rng: random.Random) -> Topic:
-    """A topic that asks for one thing's attribute; what comes next changes the thing or the attribute."""
+    """A topic about one attribute of a thing; next questions change the thing or the attribute."""
     one, two = rng.sample(_ATTRIBUTES, 2)
     this, that = rng.sample(_THINGS, 2)
 
-    def asked(attribute: str, thing: str) -> str:
+    def question(attribute: str, thing: str) -> str:
         return rng.choice(_FRAMES).replace("ATTRIBUTE", attribute).replace("THING", thing)
 
     questions = tuple(frame.replace("ATTRIBUTE", one).replace("THING", this) for frame in rng.sample(_FRAMES, 4))
     answers = (f"The {one} of {this} is $count.", "It is $count.", f"About $count, as far as I know, is the {one}.")
-    nexts = (asked(two, this), asked(one, that), asked(two, that), f"And the {two}?", f"And of {that}?")
+    nexts = (question(two, this), question(one, that), question(two, that), f"And the {two}?", f"And of {that}?")
     return Topic(f"the {one} of {this}", questions, answers, nexts, "$count", "$other")

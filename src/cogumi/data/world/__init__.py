@@ -1,7 +1,7 @@
-"""The embedded synthetic world (SPEC A2): six domains, five difficulties, a checker for every question.
+"""The embedded synthetic world (SPEC A2): six domains, five difficulties, an automatic check for every question.
 
-One file per domain; each offers `make(difficulty, rng) -> Task`, and `UNANSWERABLE`, its kinds of questions that have
-no answer. A difficulty is a fixed family of questions; the table of families stands at the head of each file and was
+One file per domain; each offers `make(difficulty, rng) -> Task`, and `UNANSWERABLE`, its kinds of unanswerable
+questions. A difficulty is a fixed family of questions; the families are listed in the docstring of each file and were
 frozen before the first measured build.
 """
 
@@ -27,7 +27,7 @@ DIFFICULTIES = (1, 2, 3, 4, 5)
 UNANSWERABLE: Mapping[str, tuple[str, Callable[[random.Random], Task]]] = {
     kind: (domain, make) for domain, module in DOMAINS.items() for kind, make in module.UNANSWERABLE.items()
 }
-"""kind -> (domain, generator)."""
+"""Kind -> (domain, generator)."""
 
 
 def make(domain: str, difficulty: int, rng: random.Random) -> Task:

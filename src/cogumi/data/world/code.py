@@ -1,4 +1,4 @@
-"""Small Python functions, checked by running them.
+"""Small Python functions, checked by executing them.
 
 1  one operation on a number                2  one operation on a list
 3  two operations on a number, in order     4  a list filtered and changed
@@ -18,9 +18,9 @@ UNANSWERABLE: Mapping[str, Callable[[random.Random], Task]] = {}
 _FUNCTIONS = ("f", "g", "h", "run", "solve", "calc", "work", "apply")
 _NUMBERS = ("x", "n", "a", "k", "v")
 _LISTS = ("xs", "items", "nums", "data", "rows")
-_ASKED = ("Write {f}({a}) that {s}.", "Define {f}({a}): it {s}.", "Code {f}({a}) which {s}.")
+_QUESTIONS = ("Write {f}({a}) that {s}.", "Define {f}({a}): it {s}.", "Code {f}({a}) which {s}.")
 
-# how it is said of x, how it is said as a second step, how it is written
+# description with x, description as a second step, Python expression
 _OPERATIONS = (
     ("adds {c} to {x}", "adds {c}", "{x} + {c}"),
     ("subtracts {c} from {x}", "subtracts {c}", "{x} - {c}"),
@@ -42,47 +42,47 @@ _CHANGES = (("doubled", "x * 2"), ("squared", "x ** 2"), ("plus {c}", "x + {c}")
 _TOTALS = ("sum", "len")
 
 
-def _task(argument: str, said: str, body: str, samples: Sequence[Any], rng: random.Random) -> Task:
+def _task(argument: str, description: str, body: str, samples: Sequence[Any], rng: random.Random) -> Task:
     name = rng.choice(_FUNCTIONS)
     code = f"def {name}({argument}):\n    return {body}"
     scope: dict[str, Any] = {}
     exec(code, scope)  # our own templates, no model output
     tests = [f"assert {name}({sample!r}) == {scope[name](sample)!r}" for sample in samples]
-    question = rng.choice(_ASKED).format(f=name, a=argument, s=said)
+    question = rng.choice(_QUESTIONS).format(f=name, a=argument, s=description)
     return Task(question, code, {"kind": "code", "tests": tests})
 
 
 def _fill(pair: tuple[str, str], c: int, xs: str) -> tuple[str, str]:
-    said, written = pair
-    return said.format(c=c, l=xs), written.format(c=c, l=xs)
+    description, code = pair
+    return description.format(c=c, l=xs), code.format(c=c, l=xs)
 
 
 def _on_number(steps: int, rng: random.Random) -> Task:
     x = rng.choice(_NUMBERS)
     first, *rest = rng.sample(_OPERATIONS, steps)
     c = rng.randint(2, 60 if steps == 1 else 9)
-    said, body = first[0].format(x=x, c=c), first[2].format(x=x, c=c)
-    for _, then, written in rest:
+    description, body = first[0].format(x=x, c=c), first[2].format(x=x, c=c)
+    for _, then, code in rest:
         d = rng.randint(2, 9)
-        said, body = f"{said}, then {then.format(c=d)}", written.format(x=f"({body})", c=d)
-    return _task(x, said, body, (0, 3, -7, 12), rng)
+        description, body = f"{description}, then {then.format(c=d)}", code.format(x=f"({body})", c=d)
+    return _task(x, description, body, (0, 3, -7, 12), rng)
 
 
 def _on_list(filters: int, rng: random.Random) -> Task:
     xs = rng.choice(_LISTS)
     samples = [[rng.randint(-9, 30) for _ in range(8)] for _ in range(3)] + [[4, 5, 4]]
     if filters == 0:
-        said, body = _fill(rng.choice(_LIST_OPERATIONS), rng.randint(1, 5), xs)
-        return _task(xs, f"returns {said}", body, samples, rng)
+        description, body = _fill(rng.choice(_LIST_OPERATIONS), rng.randint(1, 5), xs)
+        return _task(xs, f"returns {description}", body, samples, rng)
     kept = [_fill(chosen, rng.randint(2, 9), xs) for chosen in rng.sample(_FILTERS, filters)]
     changed, change = _fill(rng.choice(_CHANGES), rng.randint(2, 9), xs)
-    said = f"{xs} that are {' and '.join(s for s, _ in kept)}, {changed}"
+    description = f"{xs} that are {' and '.join(s for s, _ in kept)}, {changed}"
     body = f"{change} for x in {xs} if {' and '.join(b for _, b in kept)}"
     if filters == 1:
-        return _task(xs, f"returns the {said}", f"[{body}]", samples, rng)
+        return _task(xs, f"returns the {description}", f"[{body}]", samples, rng)
     total = rng.choice(_TOTALS)
     word = {"sum": "sum", "len": "length"}[total]
-    return _task(xs, f"returns the {word} of the {said}", f"{total}([{body}])", samples, rng)
+    return _task(xs, f"returns the {word} of the {description}", f"{total}([{body}])", samples, rng)
 
 
 def make(difficulty: int, rng: random.Random) -> Task:

@@ -1,6 +1,6 @@
-"""What everybody knows about everyday things.
+"""Common knowledge about everyday things.
 
-1  what kind of thing it is                 2  where it belongs
+1  kind of a thing                          2  usual place of a thing
 3  which of two is bigger                   4  which of three is of another kind
 5  which of four is biggest
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from cogumi.data.world.task import OPENINGS, Task, exact, no_answer
 
-# thing -> (kind, where it belongs, size rank)
+# thing -> (kind, usual place, size rank)
 _THINGS: Mapping[str, tuple[str, str, int]] = {
     "ant": ("animal", "garden", 0), "bee": ("animal", "garden", 1), "mouse": ("animal", "house", 5),
     "frog": ("animal", "water", 4), "cat": ("animal", "house", 9), "dog": ("animal", "house", 11),
@@ -51,7 +51,7 @@ def _size(thing: str) -> int:
 
 
 def make(difficulty: int, rng: random.Random) -> Task:
-    """A question about one thing, or about how some things compare."""
+    """A question about one thing, or a comparison of several things."""
     things = sorted(_THINGS)
     if difficulty <= 2:
         thing = rng.choice(things)

@@ -17,7 +17,7 @@ UNANSWERABLE: Mapping[str, Callable[[random.Random], Task]] = {}
 _PLUS = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {b} to {a}.")
 _MINUS = ("What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}.")
 _RANGES = {1: ((0, 9), (0, 9)), 2: ((0, 19), (0, 9)), 3: ((10, 99), (0, 9)), 4: ((10, 99),) * 2, 5: ((10, 99),) * 2}
-"""difficulty -> where the two numbers come from."""
+"""Difficulty -> ranges of the two numbers."""
 
 
 def make(difficulty: int, rng: random.Random) -> Task:

@@ -1,4 +1,4 @@
-"""Stage `world`: the five disjoint sets of questions that a recipe trains, tunes, calibrates and judges itself on."""
+"""Stage `world`: five disjoint sets of generated questions for training, selection, calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ KIND = "examples"
 INPUTS: dict[str, str] = {}
 
 UNANSWERABLE_FILE = "unanswerable.jsonl"
-"""Held-out questions without an answer, those of the unseen kinds among them."""
+"""Held-out unanswerable questions, including the unseen kinds."""
 
-# Where a question may ever appear: a function of its text, so that no two sets can share one.
+# A question's split is a hash of its text, so that two sets never share one.
 _SHARES = {"train": 60, "selection": 5, "fit": 12, "threshold": 12, "heldout": 11}
 _TRIES = 2_000
 DRAWN = 30
-"""Questions drawn of each cell to tell how long they are."""
-WITHOUT = 3
-"""A bound on how many unanswerable questions are answered with confidence needs some hundreds of them."""
+"""Questions drawn of each cell for the estimate of row lengths."""
+UNANSWERABLE_FACTOR = 3
+"""Bounding the share of confidently answered unanswerable questions needs some hundreds of them."""
 
 
 class Config(BaseModel):
-    """Questions per cell (a domain at one difficulty) in each set; each known kind of unanswerable is one more cell, of
-    which all sets but training hold `WITHOUT` times as many.
+    """Questions per cell (a domain at one difficulty) in each set. Each seen kind of unanswerable questions is one more
+    cell, with `UNANSWERABLE_FACTOR` times as many questions in all sets but training.
 
-    Training takes fewer where a cell holds no more. Kinds that are `unseen` appear only in the held-out file
+    Training gets fewer questions if a cell is exhausted. Kinds in `unseen` occur only in the held-out file
     `unanswerable.jsonl`, which holds `unanswerable` questions of each kind.
     """
 
@@ -66,7 +66,7 @@ def _example(task: Task, domain: str, difficulty: int, kind: str | None) -> Exam
 def draw(
     cell: str, counts: Mapping[str, int], make_task: Callable[[random.Random], Task], seed: int
 ) -> dict[str, list[Task]]:
-    """Distinct questions of one cell for every set; `DataError` if the cell holds too few."""
+    """Distinct questions of one cell for every set; `DataError` if the cell has too few."""
     rng = random.Random(f"{seed}/{cell}")
     drawn: dict[str, list[Task]] = {name: [] for name in counts}
     seen: set[str] = set()
@@ -84,16 +84,18 @@ def draw(
             break
         elif tries > _TRIES:
             short = {n: counts[n] - len(drawn[n]) for n in counts if len(drawn[n]) < counts[n]}
-            raise DataError(f"the world has too few different questions in {cell}: {short} are missing; ask for fewer")
+            raise DataError(
+                f"the world has too few different questions in {cell}: {short} are missing; lower the count"
+            )
     return drawn
 
 
-def fresh(
+def draw_fresh(
     per_cell: int, seed: int, progress: Callable[[int, int, Mapping[str, float]], None], split: str = "heldout"
 ) -> list[Example]:
-    """Up to `per_cell` distinct questions of each cell that belong to a split of `seed`, the unanswerable kinds too.
+    """Up to `per_cell` distinct questions of each cell, including unanswerable kinds, that `seed` assigns to a split.
 
-    A cell that holds fewer gives what was found of them. Each has its cell's name as `source`.
+    The `source` of each example is the name of its cell.
     """
     makers: dict[str, tuple[str, int, str | None, Callable[[random.Random], Task]]] = {
         kind: (domain, 0, kind, make_task) for kind, (domain, make_task) in UNANSWERABLE.items()
@@ -117,7 +119,7 @@ def fresh(
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """Lengths of the rows, from some questions of each cell; their number is an upper bound."""
+    """Row lengths estimated from some questions of each cell; the number of rows is an upper bound."""
     rng, pairs, count = random.Random(0), [], 0
     for domain in DOMAINS:
         for difficulty in DIFFICULTIES:
@@ -128,15 +130,15 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Nothing -> `<split>.jsonl` for every set, and `unanswerable.jsonl`."""
+    """No inputs -> `<split>.jsonl` for every set, and `unanswerable.jsonl`."""
     unknown = sorted(set(config.unseen) - set(UNANSWERABLE))
     if unknown:
-        raise DataError(f"unseen kinds {unknown} do not exist; choose from {sorted(UNANSWERABLE)}")
+        raise DataError(f"unknown kinds {unknown} in `unseen`; choose from {sorted(UNANSWERABLE)}")
     counts = {name: int(getattr(config, name)) for name in SPLITS}
     sets: dict[str, list[Example]] = {name: [] for name in SPLITS}
     unknown = sorted(set(config.train_by_domain) - set(DOMAINS))
     if unknown:
-        raise DataError(f"train_by_domain names {unknown}; choose from {sorted(DOMAINS)}")
+        raise DataError(f"unknown domains {unknown} in `train_by_domain`; choose from {sorted(DOMAINS)}")
     cells = [(domain, difficulty) for domain in DOMAINS for difficulty in DIFFICULTIES]
     for done, (domain, difficulty) in enumerate(cells):
         tasks = draw(
@@ -148,13 +150,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         for name in SPLITS:
             sets[name] += [_example(task, domain, difficulty, None) for task in tasks[name]]
         context.progress(done + 1, len(cells) + len(UNANSWERABLE), {})
-    without: list[Example] = []
+    unanswerable: list[Example] = []
     for done, (kind, (domain, make_task)) in enumerate(UNANSWERABLE.items()):
         unseen = kind in config.unseen
-        wanted = {name: n if name == "train" else WITHOUT * n for name, n in counts.items()}
-        known = dict.fromkeys(SPLITS, 0) if unseen else wanted
-        tasks = draw(kind, {**known, "heldout": known["heldout"] + config.unanswerable}, make_task, context.seed)
-        without += [_example(t, domain, 0, kind) for t in tasks["heldout"][: config.unanswerable]]
+        per_set = {name: n if name == "train" else UNANSWERABLE_FACTOR * n for name, n in counts.items()}
+        wanted = dict.fromkeys(SPLITS, 0) if unseen else per_set
+        tasks = draw(kind, {**wanted, "heldout": wanted["heldout"] + config.unanswerable}, make_task, context.seed)
+        unanswerable += [_example(t, domain, 0, kind) for t in tasks["heldout"][: config.unanswerable]]
         tasks["heldout"] = tasks["heldout"][config.unanswerable :]
         for name in SPLITS:
             sets[name] += [_example(task, domain, 0, kind) for task in tasks[name]]
@@ -162,9 +164,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     for name in SPLITS:
         random.Random(f"{context.seed}/{name}").shuffle(sets[name])
         write_examples(split_path(out, name), sets[name])
-    write_examples(out / UNANSWERABLE_FILE, without)
+    write_examples(out / UNANSWERABLE_FILE, unanswerable)
     return {
-        "rows": {**{name: len(rows) for name, rows in sets.items()}, "unanswerable": len(without)},
+        "rows": {**{name: len(rows) for name, rows in sets.items()}, "unanswerable": len(unanswerable)},
         "domains": list(DOMAINS),
         "unanswerable_kinds": sorted(UNANSWERABLE),
         "unseen_kinds": list(config.unseen),

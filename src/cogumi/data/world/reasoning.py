@@ -1,8 +1,8 @@
-"""Ordering people by what is said of pairs.
+"""Ordering people by comparisons of pairs.
 
-1  one pair, asked as said                  2  one pair, asked the other way round
-3  three people in a chain, said in order   4  three people, pairs shuffled and turned round
-5  four people, pairs shuffled and turned round
+1  one pair, asked with the same word       2  one pair, asked with the opposite word
+3  three people in a chain, in order        4  three people, pairs shuffled and inverted
+5  four people, pairs shuffled and inverted
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def make(difficulty: int, rng: random.Random) -> Task:
     people = rng.sample(NAMES, {1: 2, 2: 2, 3: 3, 4: 3, 5: 4}[difficulty])
     facts = [f"{a} is {more} than {b}." for a, b in pairwise(people)]
     if difficulty <= 2:
-        said = more if difficulty == 1 else less
-        question = rng.choice((f"Who is {said}?", f"Who is the {said} one?", f"Name the {said} one."))
+        word = more if difficulty == 1 else less
+        question = rng.choice((f"Who is {word}?", f"Who is the {word} one?", f"Name the {word} one."))
         return exact(f"{facts[0]} {question}", people[0] if difficulty == 1 else people[1])
     if difficulty >= 4:
         pairs = list(pairwise(people))
         facts = [f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}." for a, b in pairs]
         rng.shuffle(facts)
     top = rng.random() < 0.5
-    asked = _SUPERLATIVE[more if top else less]
-    return exact(f"{' '.join(facts)} Who is the {asked}?", people[0] if top else people[-1])
+    superlative = _SUPERLATIVE[more if top else less]
+    return exact(f"{' '.join(facts)} Who is the {superlative}?", people[0] if top else people[-1])

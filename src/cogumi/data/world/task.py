@@ -1,4 +1,4 @@
-"""What a domain makes, and the words that several domains share."""
+"""The record of a generated question, and word lists shared by several domains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CITIES = (
     "Vienna",
 )
 OPENINGS = ("", "Tell me: ", "Quick: ", "Please say: ", "Question: ", "I wonder: ", "Think: ", "Say: ")
-"""What may stand before a question, so that few facts still make many different questions."""
+"""Optional prefixes of a question, so that few facts still make many different questions."""
 COLORS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 
 
@@ -40,10 +40,10 @@ class Task:
 
 
 def exact(question: str, answer: str) -> Task:
-    """A question whose answer is one text."""
+    """A question with an exact text as answer."""
     return Task(question, answer, {"kind": "exact"})
 
 
 def no_answer(question: str) -> Task:
-    """A question that only an abstention answers rightly."""
+    """An unanswerable question: only an abstention is correct."""
     return Task(question, ABSTENTION, {"kind": "abstain"})

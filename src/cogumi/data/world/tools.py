@@ -1,4 +1,4 @@
-"""Calls of tools, as JSON.
+"""Tool calls as JSON.
 
 1  two tools offered, one argument          2  four tools offered, one argument
 3  three tools offered, two arguments       4  three tools offered, three arguments
@@ -19,7 +19,7 @@ _SONGS = ("jazz", "rock", "folk", "blues", "disco", "opera")
 _ITEMS = ("milk", "bread", "rice", "tea", "soap", "cheese", "sugar", "salt")
 _COUNT = tuple(str(n) for n in range(2, 50))
 
-# name -> (parameters, ways of asking); {city} and the like are drawn from _VALUES
+# name -> (parameters, request templates); {city} etc. are drawn from _VALUES
 _VALUES: Mapping[str, tuple[str, ...]] = {
     "city": CITIES, "to": CITIES, "name": NAMES, "day": _DAYS, "genre": _SONGS, "item": _ITEMS, "count": _COUNT,
     "hour": tuple(str(n) for n in range(1, 13)),
@@ -78,7 +78,7 @@ def _offer(names: list[str], rng: random.Random) -> str:
 
 
 def make(difficulty: int, rng: random.Random) -> Task:
-    """A wish and the call, or the two calls, that fulfil it."""
+    """A request and the tool call, or the two calls, that fulfil it."""
     pool = {1: _ONE, 2: _ONE, 3: _TWO, 4: _THREE, 5: _ONE}[difficulty]
     wanted = rng.sample(sorted(pool), 2 if difficulty == 5 else 1)
     others = sorted(set(_ALL) - set(wanted))
@@ -90,7 +90,7 @@ def make(difficulty: int, rng: random.Random) -> Task:
 
 
 def _missing_tool(rng: random.Random) -> Task:
-    """A wish that none of the offered tools can fulfil."""
+    """A request that the offered tools cannot fulfil."""
     wanted, *offered = rng.sample(sorted(_ONE), 1 + rng.choice((1, 2, 3)))
     asked, _ = _call(wanted, rng)
     return no_answer(_offer(offered, rng) + asked)

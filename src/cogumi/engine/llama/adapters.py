@@ -1,4 +1,4 @@
-"""The adapters of a running engine: loaded when needed, freed when memory is short, remembered (SPEC E8)."""
+"""The LoRA adapters of a running engine: loaded on demand, freed when memory is short, persisted (SPEC E8)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cogumi.core.files import write_json
 from cogumi.engine.llama.binding.model import Model
 
 Source = Path | Callable[[], Path]
-"""A LoRA file, or what makes one when it is first needed; only then is it known whether that fits the model."""
+"""A LoRA file, or a function that provides it at first use; only then is it checked against the model."""
 
 
 class Adapters:
-    """Names and LoRA files for one model; the weights of each are loaded or not. Belongs to the engine's thread.
+    """Named LoRA files for one model, with loaded or unloaded weights. Used only on the engine's thread.
 
-    `given` are there from the start; with `remember`, what is added later stands in that file (JSON, name to
-    path) and is there again after a restart.
+    `given` are the initial adapters. With `remember`, adapters added later are stored in that file (JSON, name to path)
+    and restored at the next start.
     """
 
     def __init__(self, model: Model, given: Mapping[str, Source], remember: Path | None) -> None:
@@ -32,17 +32,17 @@ class Adapters:
                 self._put(name, source)
             else:
                 self._paths[name] = source
-        self._added = _recall(remember)
+        self._added = _read_list(remember)
         for name, path in self._added.items():
             self._put(name, path)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """In the order of adding."""
+        """Names in order of addition."""
         return tuple(self._paths)
 
     def add(self, name: str, path: Path) -> None:
-        """Load a file under a name; `BundleError`, and nothing changed, if it does not fit the model."""
+        """Load a file under a name; `BundleError` without any change if it does not fit the model."""
         self._put(name, path)
         if self._remember:
             self._added[name] = path.resolve()
@@ -50,11 +50,11 @@ class Adapters:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Those whose weights are in memory, longest unused first."""
+        """Names of adapters whose weights are in memory, least recently used first."""
         return tuple(self._loaded)
 
     def weights(self, name: str) -> Any:
-        """The loaded weights, loaded again if they were freed."""
+        """The weights of an adapter; loads them if necessary and marks them as most recently used."""
         if name not in self._loaded:
             source = self._paths[name]
             self._put(name, source if isinstance(source, Path) else source())
@@ -68,21 +68,23 @@ class Adapters:
         self._paths[name], self._loaded[name], self._bytes[name] = path, loaded, path.stat().st_size
 
     def bytes(self, name: str) -> int:
-        """What the weights take in memory, loaded or not."""
+        """Size of the weights in memory when loaded."""
         return self._bytes[name]
 
     def free(self, name: str) -> None:
-        """Free the weights, if loaded; no context may use them any more."""
+        """Free the weights if loaded; no context may be using them."""
         loaded = self._loaded.pop(name, None)
         if loaded is not None:
             self._model.free_adapter(loaded)
 
 
-def _recall(file: Path | None) -> dict[str, Path]:
+def _read_list(file: Path | None) -> dict[str, Path]:
     if file is None or not file.exists():
         return {}
     try:
         known = json.loads(file.read_text("utf-8"))
         return {str(name): Path(path) for name, path in known.items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise BundleError(f"{file} does not list adapters ({error}); delete it and add them again") from error
+        raise BundleError(
+            f"{file} is not a list of adapters ({error}); delete it and add the adapters again"
+        ) from error

@@ -1,4 +1,4 @@
-"""What a lane does besides answering: measuring texts (SPEC E7), reading ahead (SPEC E6), adapting a head (SPEC C9)."""
+"""Jobs of an adapter context besides generation: scoring (SPEC E7), prefill (SPEC E6), adapting a head (SPEC C9)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from cogumi.core.types import Request
 from cogumi.engine.generation import Generation
 from cogumi.engine.llama.output_head import Head
-from cogumi.engine.sampling import Rules, logprobs_of
+from cogumi.engine.sampling import LogitsProcessor, logprobs_of
 
 Logits = NDArray[np.float32]
 
 
 class Measurement:
-    """Log-probabilities of `ids[first:]` given what stands before them, and hidden states if wanted.
+    """Log-probabilities of `ids[first:]` given the ids before them, and optionally hidden states.
 
-    `greedy`: whether each of them is the likeliest token at its place.
+    `greedy`: whether each of these ids is the most probable token at its position.
     """
 
     def __init__(self, ids: list[int], first: int, hidden: bool = False) -> None:
         self.ids, self.first, self.hidden = ids, first, hidden
         self.cached = 0
-        self.cancelled = False  # nobody can
+        self.cancelled = False  # measurements cannot be cancelled
         self.logprobs: list[float] = []
         self.greedy = True
         self.last = self.total = np.zeros(0, np.float32)
@@ -33,7 +33,7 @@ class Measurement:
         self.result.set_running_or_notify_cancel()  # only the engine ends it
 
     def take(self, logits: Logits, states: NDArray[np.float32] | None) -> None:
-        """Use the outputs of the next `len(logits)` positions."""
+        """Add the outputs of the next `len(logits)` positions."""
         start, self.cached = self.cached, self.cached + len(logits)
         skip = max(self.first - 1 - start, 0)
         targets = np.array(self.ids[start + skip + 1 : self.cached + 1], np.int64)
@@ -47,16 +47,16 @@ class Measurement:
             self.total = self.total + total if len(self.total) else total
 
     def end(self, _reason: str = "stop") -> None:
-        """Hand over the result."""
+        """Set the result."""
         self.result.set_result(self)
 
     def fail(self, error: Exception) -> None:
-        """Hand the error to whoever waits."""
+        """Set the error as the result."""
         self.result.set_exception(error)
 
 
-class Shot:
-    """A worked example that is read for an `Adaptation`: what the model says where `ids[first:]` should follow."""
+class SupportExample:
+    """An example of an `Adaptation`: collects logits and hidden states at the positions that predict `ids[first:]`."""
 
     hidden = True
 
@@ -68,12 +68,12 @@ class Shot:
 
     @property
     def targets(self) -> list[int]:
-        """What should follow."""
+        """The ids to predict: the answer."""
         return self.ids[self.first :]
 
     def take(self, logits: Logits, states: NDArray[np.float32] | None) -> None:
-        """Keep the outputs of the next `len(logits)` positions, as far as part of the answer follows them."""
-        assert states is not None  # they are wanted
+        """Add the outputs of the next `len(logits)` positions; keeps those that predict the answer."""
+        assert states is not None  # requested by `hidden`
         kept = slice(max(self.first - 1 - self.cached, 0), max(len(self.ids) - 1 - self.cached, 0))
         self.cached += len(logits)
         self.logits.append(logits[kept].copy())
@@ -81,37 +81,43 @@ class Shot:
 
 
 class Adaptation(Generation):
-    """An answer by a head that is first adapted to `shots`: they are read, then each turn makes one step of descent.
+    """A generation by a head that is first adapted to `support`: after prefill, each engine step is one gradient step.
 
-    So nobody waits for more than one step. `low_rank` is the head as far as it is adapted, and goes with the job.
+    So other jobs never wait for more than one gradient step. `low_rank` is the current head; it is discarded with the
+    job.
     """
 
     def __init__(
-        self, request: Request, prompt: list[int], rules: Rules | None, head: Head, shots: Sequence[Shot]
+        self,
+        request: Request,
+        prompt: list[int],
+        processor: LogitsProcessor | None,
+        head: Head,
+        support: Sequence[SupportExample],
     ) -> None:
-        super().__init__(request, prompt, rules)
-        self.prompt_tokens += sum(len(shot.ids) for shot in shots)
+        super().__init__(request, prompt, processor)
+        self.prompt_tokens += sum(len(example.ids) for example in support)
         self.low_rank = head.start
-        self._head, self._shots, self._left = head, shots, head.steps
+        self._head, self._examples, self._left = head, support, head.steps
         self._support: tuple[Logits, NDArray[np.int64], Logits] | None = None
 
     @property
-    def unread(self) -> Shot | None:
-        """The example to be read next."""
-        return next((shot for shot in self._shots if shot.cached < len(shot.ids)), None)
+    def unread(self) -> SupportExample | None:
+        """The next example to process."""
+        return next((example for example in self._examples if example.cached < len(example.ids)), None)
 
     @property
     def ready(self) -> bool:
-        """Whether the answer can begin."""
+        """Whether the adaptation is complete and the answer can begin."""
         return not self._left
 
     def step(self) -> None:
-        """Once all examples are read: one step."""
+        """One gradient step, after all examples have been processed."""
         if self._support is None:
-            states = np.concatenate([part for shot in self._shots for part in shot.states])
-            logits = np.concatenate([part for shot in self._shots for part in shot.logits])
-            self._support = states, np.array([i for shot in self._shots for i in shot.targets]), logits
-            self._shots = ()
+            states = np.concatenate([part for example in self._examples for part in example.states])
+            logits = np.concatenate([part for example in self._examples for part in example.logits])
+            self._support = states, np.array([i for example in self._examples for i in example.targets]), logits
+            self._examples = ()
         self.low_rank = self._head.step(self.low_rank, *self._support)
         self._left -= 1
         if self.ready:
@@ -119,7 +125,7 @@ class Adaptation(Generation):
 
 
 class Prefill:
-    """A prompt to be read into the cache before anybody asks; its result is the number of tokens cached."""
+    """A prompt to be processed into the KV cache before its request; the result is the number of tokens cached."""
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
@@ -129,9 +135,9 @@ class Prefill:
         self.result.set_running_or_notify_cancel()  # only the engine ends it
 
     def end(self, _reason: str = "stop") -> None:
-        """Say how far it came."""
+        """Set the number of cached tokens as the result."""
         self.result.set_result(self.cached)
 
     def fail(self, error: Exception) -> None:
-        """Hand the error to whoever waits."""
+        """Set the error as the result."""
         self.result.set_exception(error)

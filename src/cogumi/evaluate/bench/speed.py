@@ -12,7 +12,7 @@ from cogumi.engine.llama.binding.greedy import greedy_loop
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.llama.speculative.latency_measurement import GPU, LAPTOP_8_CORES
-from cogumi.engine.llama.speculative.latency_measurement import on_paper as paper
+from cogumi.engine.llama.speculative.latency_measurement import estimate_speedups as paper
 from cogumi.engine.protocol import Engine, final_reply
 from cogumi.evaluate.bench.llama_server import LlamaServer
 from cogumi.evaluate.bench.paired import Row, Setup, alternate, answer, decode_rate
@@ -112,15 +112,15 @@ def speculation(setup: Setup, accept: float) -> Row:
         rate(False)
         pairs = alternate(lambda: rate(None), lambda: rate(False), setup.tick, 9)
         forced = alternate(lambda: rate(True), lambda: rate(False), setup.tick, 2)
-    assert engine.costs
+    assert engine.latency
     return pairs.row(
         f"speculation_{accept:g}",
         "tokens/s",
         least=0.97,
         forced=round(forced.ratio, 3),
         draft_bytes=draft.stat().st_size,
-        draft_ms=_ms(engine.costs.draft),
-        verify_ms=[_ms(seconds) for seconds in engine.costs.verify],
+        draft_ms=_ms(engine.latency.draft),
+        verify_ms=[_ms(seconds) for seconds in engine.latency.verify],
         kept_of_drafted=_kept(kept),
     )
 

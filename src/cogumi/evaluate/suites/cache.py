@@ -23,7 +23,7 @@ from cogumi.cascade.memory.answer_cache import SIMILARITY
 from cogumi.confidence.guarantee import upper_bound
 from cogumi.confidence.nets import Net
 from cogumi.confidence.reuse import FEATURES, KINDS, pair_features
-from cogumi.confidence.verified_reuse import AFRESH, Verifier, proven
+from cogumi.confidence.verified_reuse import RECHECK_SHARE, Verifier, proven_threshold
 from cogumi.core.errors import CogumiError, DataError
 from cogumi.core.pictures import new_figure
 from cogumi.engine.embedder import MODEL, Embedder
@@ -109,7 +109,7 @@ def run(task: Task) -> Findings:
     if task.out:
         task.out.mkdir(parents=True, exist_ok=True)
         pictures.append(_picture(task.out / "cache.png", {n: f(judged) for n, f in scores.items()}, judged, points))
-        edge = proven(_rows(scores["fitted check"](threshold), threshold.same), RISK)
+        edge = proven_threshold(_rows(scores["fitted check"](threshold), threshold.same), RISK)
         if np.isfinite(edge):
             _shifted(check, edge).save(task.out / CHECK)
     counts = {"fit": fit, "threshold": threshold, "judged": judged}
@@ -148,7 +148,7 @@ def stream(scores: Doubles, part: Part, risk: float, seed: int) -> Truths:
         score, right = float(scores[i]), bool(part.same[i])
         evidence = own.setdefault(part.questions[i], [])
         bound = verifier.bound(score, evidence)
-        if verifier.trusts(bound) and rng.random() >= AFRESH:
+        if verifier.trusts(bound) and rng.random() >= RECHECK_SHARE:
             hits[i] = True
         else:
             verifier.learn(score, bound, right)
@@ -212,7 +212,7 @@ def _interval(k: int, n: int) -> tuple[float, float]:
 def _thresholds(name: str, score: Score, threshold: Part, judged: Part) -> list[Figure]:
     """Hits with the threshold proven on its own part, and with the one that only satisfies `RISK` empirically there."""
     rows = sorted(_rows(score(threshold), threshold.same), reverse=True)
-    edges = {"proven": proven(rows, RISK), "seen": _empirical(rows)}
+    edges = {"proven": proven_threshold(rows, RISK), "seen": _empirical(rows)}
     found = []
     for how, edge in edges.items():
         note = f"threshold {edge:.3f}" if np.isfinite(edge) else f"no threshold was {how} to keep {RISK:.0%}"

@@ -24,8 +24,8 @@ from cogumi.cascade.disclaimers import without_note
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.self_consistency import SAMPLING, Sampling, finish, vote
 from cogumi.cascade.self_critique import Critic, improve
-from cogumi.confidence.critic_net import FILE, load_critic, look
-from cogumi.confidence.metrics import auroc, gained
+from cogumi.confidence.critic_net import FILE, critic_input, load_critic
+from cogumi.confidence.metrics import auroc, bootstrap_gain
 from cogumi.confidence.vote import final_answer
 from cogumi.core.errors import CogumiError
 from cogumi.core.pictures import new_figure
@@ -175,7 +175,7 @@ def gain_figures(first: Measured, found: Mapping[str, Measured], chosen: str, se
     """Accuracy gained and cost of each method."""
     rows = [Figure("accuracy of the cascade on hard questions", first.accuracy, note=f"mode {START}, greedy")]
     for name, one in found.items():
-        gain, low, high = gained(first.correct, one.correct, seed)
+        gain, low, high = bootstrap_gain(first.correct, one.correct, seed)
         cost = f"{one.tokens.sum() / first.tokens.sum():.1f}x tokens, {one.seconds / first.seconds:.1f}x seconds"
         note = f"{cost}; chosen on the selection split" if name == chosen else cost
         rows.append(Figure(f"accuracy gained: {name}", gain, low=low, high=high, note=note))
@@ -196,7 +196,7 @@ def confidence_figures(starts: Sequence[FirstAnswer], first: Measured, votes: Me
 def critic_figures(path: Path, starts: Sequence[FirstAnswer], first: Measured) -> list[Figure]:
     """AUROC of the critic, accuracy of its error class, and how often it finds the first wrong token."""
     net = load_critic(path)
-    opinions = [net.judge(look(question_of(s.example), s.reply)) for s in starts]
+    opinions = [net.judge(critic_input(question_of(s.example), s.reply)) for s in starts]
     named, near, chance = [], [], []
     for opinion, start, correct in zip(opinions, starts, first.correct, strict=True):
         if correct:

@@ -27,7 +27,7 @@ from cogumi.confidence.domain_router import PRELOAD, confidences, preload, scope
 from cogumi.confidence.nets import Net, load_net, load_scope
 from cogumi.core.errors import CogumiError, ContextError
 from cogumi.core.types import Example, Message, Request
-from cogumi.data.world.questions import fresh
+from cogumi.data.world.questions import draw_fresh
 from cogumi.engine.embedder import Embedder
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.evaluate.suite import Figure, Findings, Task
@@ -198,7 +198,7 @@ def own_router(task: Task, folder: Path, foreign: Questions) -> list[Figure]:
             "this bundle was not made for the built-in world: leave the bundle out to judge real questions"
         )
     net, scope = load_net(bundle.router), load_scope(bundle.router)
-    examples = fresh(PER_CELL, int(bundle.description.get("seed", 0)), task.progress)
+    examples = draw_fresh(PER_CELL, int(bundle.description.get("seed", 0)), task.progress)
     with closing(LlamaEngine(bundle.draft or bundle.base, slots=1, context=CONTEXT, lookup=False)) as draft:
         own = _rows(draft, [e.messages for e in examples])
         other = _rows(draft, [(Message("user", text),) for text in foreign.texts])

@@ -75,8 +75,8 @@ def run(task: Task) -> Findings:
 
 def _clean(net: Escalation, seed: int) -> list[Figure]:
     figures: list[Figure] = []
-    for name, hurried, goal in (("clean follow-ups", False, ">= 0.94"), ("the same, written in a hurry", True, "")):
-        dialogues = draw("heldout", ROWS, seed, hurried=hurried)
+    for name, registers, goal in (("clean follow-ups", False, ">= 0.94"), ("the same, written in a hurry", True, "")):
+        dialogues = draw("heldout", ROWS, seed, registers=registers)
         p = np.array([net.dissatisfied(d.messages) for d in dialogues])
         dissatisfied = np.array([d.dissatisfied for d in dialogues])
         right = (p >= net.threshold) == dissatisfied
@@ -87,7 +87,7 @@ def _clean(net: Escalation, seed: int) -> list[Figure]:
         weakest = ", ".join(f"{kind} {share:.2f}" for share, kind in shares[:3])
         note = f"accuracy; {templates.max() + 1} templates, none of them in training; weakest kinds: {weakest}"
         figures.append(Figure(name, float(np.mean(right)), goal, low, high, note))
-        if not hurried:
+        if not registers:
             acted = p >= net.sure
             figures.append(
                 Figure("acted on, of the dissatisfied", float(acted[dissatisfied].mean()), note="where it is sure")

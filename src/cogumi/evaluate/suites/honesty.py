@@ -25,14 +25,14 @@ from cogumi.cascade.disclaimers import LOW_CONFIDENCE
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.tiers import Tiers
 from cogumi.confidence.gate import Calibration
-from cogumi.confidence.guarantee import Limit, guarantee, sequence
+from cogumi.confidence.guarantee import RiskLimit, guarantee, threshold_order
 from cogumi.confidence.metrics import aurc, auroc, brier, ece
-from cogumi.confidence.policy import Answers, Policy
+from cogumi.confidence.policy import Policy, PolicyAnswers
 from cogumi.confidence.signals import perplexity
 from cogumi.core.errors import CogumiError
 from cogumi.core.types import Example, Message
 from cogumi.data.sources.question_files import load
-from cogumi.data.world.questions import WITHOUT, fresh
+from cogumi.data.world.questions import UNANSWERABLE_FACTOR, draw_fresh
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.train.calibrate import fit_base
 from cogumi.train.confidence_plots import histogram_picture, reliability_picture, risk_coverage_picture
@@ -68,7 +68,7 @@ class Pool:
         self.unseen = unseen
         self.correct = np.array([r.base.correct for r in rows], dtype=np.float64)
 
-    def answers(self, index: Index, policy: Policy = POLICY) -> Answers:
+    def answers(self, index: Index, policy: Policy = POLICY) -> PolicyAnswers:
         """A policy's answers to some rows; no answer to a novel question is accepted."""
         rows, p = [self.rows[i] for i in index], self.p[index].copy()
         p[~self.known[index]] = np.where(np.isnan(p[~self.known[index]]), np.nan, 0.0)
@@ -119,7 +119,7 @@ def _questions(task: Task, description: Mapping[str, Any], seed: int) -> list[Ex
         return examples
     if "unseen_kinds" not in _made_for(description):
         raise CogumiError("this bundle was not made for the built-in world: give questions of its domains with --data")
-    return fresh(PER_CELL, seed, task.progress)
+    return draw_fresh(PER_CELL, seed, task.progress)
 
 
 def _made_for(description: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,7 +139,7 @@ def _balanced(pool: Pool, draw: np.random.Generator) -> Index:
         cells[row.example.source].append(i)
     return np.concatenate(
         [
-            draw.permutation(rows)[: BALANCED * (1 if "/" in cell else WITHOUT)]
+            draw.permutation(rows)[: BALANCED * (1 if "/" in cell else UNANSWERABLE_FACTOR)]
             for cell, rows in cells.items()
             if cell not in pool.unseen
         ]
@@ -213,8 +213,8 @@ def _promise(pool: Pool, judged: Index, draw: np.random.Generator) -> list[Figur
     for _ in range(RECALIBRATIONS):
         order = draw.permutation(len(index))
         first, second = order[:ORDER_ROWS], order[ORDER_ROWS : ORDER_ROWS + THRESHOLD_ROWS]
-        order_of_tests = sequence([Limit(answers.rows(first).count, promise.risk)])
-        tests = [Limit(answers.rows(second).count, promise.risk)]
+        order_of_tests = threshold_order([RiskLimit(answers.rows(first).count, promise.risk)])
+        tests = [RiskLimit(answers.rows(second).count, promise.risk)]
         found = guarantee(order_of_tests, tests, THRESHOLD_ROWS, promise.confidence)
         accepted, wrong = answers.rows(order[ORDER_ROWS + THRESHOLD_ROWS :]).count(found.threshold)
         errors.append(wrong / max(accepted, 1))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cogumi.cascade.memory.learner import Learner
 from cogumi.cascade.memory.turns import Memory, Turn
-from cogumi.confidence.guarantee import Guarantee, Limit, guarantee, sequence
+from cogumi.confidence.guarantee import Guarantee, RiskLimit, guarantee, threshold_order
 from cogumi.confidence.nets import sigmoid
 from cogumi.confidence.recalibration import logit
 from cogumi.evaluate.suite import Figure, Findings, Task
@@ -182,7 +182,7 @@ def promise_of(rng: np.random.Generator) -> Guarantee:
         wrong = rng.random(n) > p
         return lambda t: (int((p >= t).sum()), int((wrong & (p >= t)).sum()))
 
-    return guarantee(sequence([Limit(counter(3_000), RISK)]), [Limit(counter(6_000), RISK)], 6_000, 0.95)
+    return guarantee(threshold_order([RiskLimit(counter(3_000), RISK)]), [RiskLimit(counter(6_000), RISK)], 6_000, 0.95)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

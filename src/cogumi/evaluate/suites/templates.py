@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from cogumi.bundle.format import open_bundle
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.template_bank import Pair, Templates
-from cogumi.confidence.metrics import gained
-from cogumi.confidence.nearest_examples import SHAPES
+from cogumi.confidence.metrics import bootstrap_gain
+from cogumi.confidence.nearest_examples import EXAMPLE_COUNTS
 from cogumi.core.errors import CogumiError, ContextError
 from cogumi.core.types import Example, Request
 from cogumi.data.examples import read_examples, split_path
@@ -43,7 +43,7 @@ def selectors(templates: Templates) -> dict[str, Selector]:
     """The ways to select few-shot examples for a question, by name."""
 
     def at_random(example: Example) -> tuple[Pair, ...]:
-        return templates.at_random(_question(example), example.domain, max(SHAPES.values()))
+        return templates.at_random(_question(example), example.domain, max(EXAMPLE_COUNTS.values()))
 
     return {
         ALONE: lambda example: (),
@@ -86,7 +86,7 @@ def measure(base: Engine, templates: Templates, examples: Sequence[Example], tas
     for tail in tails:
         for name in [name for name in table if name != ALONE]:
             right, pairs = correct[name + tail], float(np.mean([len(one) for one in shown[name]]))
-            gain, low, high = gained(correct[ALONE], right, task.seed)
+            gain, low, high = bootstrap_gain(correct[ALONE], right, task.seed)
             note = f"accuracy {right.mean():.3f}, {pairs:.1f} examples each"
             figures.append(Figure(f"accuracy gained: {name}{tail}", gain, low=low, high=high, note=note))
         better = max(float(correct[name + tail].mean()) for name in (OWN, NEAREST))

@@ -94,11 +94,11 @@ def _buffers(shape: ModelShape, serving: Serving, whole: bool) -> int:
     """
     from cogumi.engine.llama.binding.context import MAX_LOGITS
     from cogumi.engine.llama.engine import BATCH
-    from cogumi.engine.llama.speculative.latency_model import MOST
+    from cogumi.engine.llama.speculative.latency_model import MAX_DRAFT
 
-    batch = max(BATCH, serving.slots * (MOST + 1))
+    batch = max(BATCH, serving.slots * (MAX_DRAFT + 1))
     outputs = max(min(batch, MAX_LOGITS // shape.vocabulary), min(batch, 64), serving.slots)
-    used = outputs if whole else min(outputs, serving.slots * (MOST + 1))
+    used = outputs if whole else min(outputs, serving.slots * (MAX_DRAFT + 1))
     return 4 * (2 * used * shape.vocabulary + batch * (2 * shape.feed_forward + 4 * shape.hidden))
 
 

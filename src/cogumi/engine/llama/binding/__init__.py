@@ -1,4 +1,4 @@
-"""A thin typed wrap of llama.cpp's C interface: the only package that imports llama_cpp.
+"""A thin typed wrapper of llama.cpp's C interface: the only package that imports llama_cpp.
 
-What would kill the process is refused before the call.
+Calls that would abort the process are rejected beforehand.
 """

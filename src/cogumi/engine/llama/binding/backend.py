@@ -1,4 +1,4 @@
-"""llama.cpp as a whole: what it logs and complains about, and the one thread that its parallel work runs in."""
+"""Process-wide llama.cpp state: log and error messages, and the single thread for its parallel computation."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from cogumi.core.errors import RequestError
 T = TypeVar("T")
 
 _ERROR_LEVEL = 4  # ggml.h
-complaints: list[str] = []
-"""What llama.cpp has complained about since somebody cleared the list."""
-_listeners: list[list[str]] = []
+errors: list[str] = []
+"""llama.cpp's error messages since the list was last cleared."""
+_captures: list[list[str]] = []
 
 
 @c.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep(level: int, text: bytes, _user_data: Any) -> None:
-    said = text.decode("utf-8", "replace")
-    if level == _ERROR_LEVEL and said.strip():
-        complaints.append(said.strip())
-    for listener in _listeners:
-        listener.append(said)
+    message = text.decode("utf-8", "replace")
+    if level == _ERROR_LEVEL and message.strip():
+        errors.append(message.strip())
+    for capture in _captures:
+        capture.append(message)
 
 
 c.llama_log_set(_keep, ctypes.c_void_p(0))
@@ -34,37 +34,37 @@ c.llama_backend_init()
 
 
 @contextmanager
-def listening() -> Iterator[list[str]]:
-    """Everything llama.cpp logs meanwhile; a line may come in several pieces."""
-    heard: list[str] = []
-    _listeners.append(heard)
+def captured_log() -> Iterator[list[str]]:
+    """Collects everything that llama.cpp logs in the meantime; a line may be split into several pieces."""
+    messages: list[str] = []
+    _captures.append(messages)
     try:
-        yield heard
+        yield messages
     finally:
-        _listeners[:] = [listener for listener in _listeners if listener is not heard]
+        _captures[:] = [capture for capture in _captures if capture is not messages]
 
 
 def reason() -> str:
-    """llama.cpp's first complaint since the last clearing: later ones only say that the caller failed too."""
-    return complaints[0] if complaints else "llama.cpp gave no reason"
+    """llama.cpp's first error message since the last clearing: later ones are only consequences."""
+    return errors[0] if errors else "llama.cpp gave no reason"
 
 
 _compute = ThreadPoolExecutor(1, thread_name_prefix="llama")
 
 
-def computed(threads: int, work: Callable[[], T]) -> T:
-    """Run llama.cpp's parallel work, always in the same thread of this process.
+def compute(threads: int, work: Callable[[], T]) -> T:
+    """Run llama.cpp's parallel computation, always in the same thread of this process.
 
-    OpenMP keeps a team of threads for each thread that ever called it, and lets all of them doze at every barrier
-    once their sum exceeds the processors: measured on two cores, 42 instead of 33 ms a token. Two models computing
-    at a time would be slower still.
+    OpenMP keeps a thread team for each calling thread, and its barriers stop spinning once all teams together exceed
+    the processors: measured on two cores, 42 instead of 33 ms a token. Two models computing at the same time would be
+    slower still.
     """
     return work() if threads == 1 else _compute.submit(work).result()
 
 
 def utf8(text: str) -> bytes:
-    """The bytes of a text; `RequestError` for half of a surrogate pair."""
+    """UTF-8 bytes of a text; `RequestError` for a lone surrogate."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RequestError("the text holds half of a surrogate pair; send whole characters") from error
+        raise RequestError("the text contains a lone surrogate; send whole characters") from error

@@ -1,4 +1,4 @@
-"""One key-value cache with one preallocated batch; belongs to one thread."""
+"""A llama.cpp context: one KV cache with one preallocated batch, used by a single thread."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from llama_cpp import llama_cpp as c
 from numpy.typing import NDArray
 
 from cogumi.core.errors import BundleError, RequestError
-from cogumi.engine.llama.binding.backend import complaints, computed, reason
+from cogumi.engine.llama.binding.backend import compute, errors, reason
 from cogumi.engine.llama.binding.model import Model, cache_types
 
 MAX_LOGITS = 1 << 24
-"""Most logits one batch may return (64 MiB of floats), so that a large vocabulary does not eat the memory."""
+"""Maximum number of logits returned by one batch (64 MiB of floats); bounds memory for large vocabularies."""
 
 
 class Row(NamedTuple):
-    """A run of tokens of one sequence from position `start` on; the last `outputs` of them return logits."""
+    """Consecutive tokens of one sequence from position `start` on; the last `outputs` of them return logits."""
 
     sequence: int
     tokens: Sequence[int]
@@ -28,12 +28,12 @@ class Row(NamedTuple):
 
 
 class Context:
-    """A key-value cache for `sequences` sequences of up to `length` tokens each; its adapter is for life.
+    """A KV cache for `sequences` sequences of up to `length` tokens each; the adapter is fixed.
 
-    What a request computes must not depend on its neighbours nor on how its tokens were cut into batches.
-    Hence a stream of its own in the cache for each sequence, and values in bf16 beside keys in f16: on CPUs the
-    unequal types keep llama.cpp on its one attention kernel that works query by query. Measured at Q8_0: all
-    logits bit-identical; with equal types, prompt chunks of 64 and contexts of 512 change them by whole units.
+    The logits of a request must not depend on other requests nor on how its tokens are split into batches. Hence each
+    sequence has its own stream in the cache, and values are bf16 with keys in f16: on CPUs the different types make
+    llama.cpp use its attention kernel that works query by query. Measured at Q8_0: all logits bit-identical; with equal
+    types, prompt chunks of 64 and contexts of 512 change logits by more than 1.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Context:
         params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k, params.type_v = cache_types(cache)
         self._vocab, self._width, self.sequences = model.tokenizer.size, model.width, sequences
-        complaints.clear()
+        errors.clear()
         self._weights = model.weights
         self._context = c.llama_init_from_model(model.weights.pointer, params)
         if not self._context:
-            raise BundleError(f"no context for {model.path.name} ({reason()}); lower the slots or the context")
+            raise BundleError(f"cannot create a context for {model.path.name} ({reason()}); lower slots or context")
         if adapter is not None:
             scales = (ctypes.c_float * 1)(1.0)
             c.llama_set_adapters_lora(self._context, (c.llama_adapter_lora_p_ctypes * 1)(adapter), 1, scales)
@@ -74,9 +74,9 @@ class Context:
         self._allocate(batch)
 
     def _allocate(self, batch: int) -> None:
-        """Arrays that the batch structure points into for ever; filling them is the only work per step."""
+        """Allocate the arrays that the batch structure points to; each step only fills them."""
         self._token, self._position, self._sequence = (np.zeros(batch, np.int32) for _ in range(3))
-        self._wanted = np.zeros(batch, np.int8)
+        self._returned = np.zeros(batch, np.int8)
         self._ones = np.ones(batch, np.int32)
         int_p = ctypes.POINTER(ctypes.c_int32)
         first = self._sequence.ctypes.data
@@ -88,7 +88,7 @@ class Context:
             pos=self._position.ctypes.data_as(int_p),
             n_seq_id=self._ones.ctypes.data_as(int_p),
             seq_id=self._sequence_p,
-            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            logits=self._returned.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
     def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
@@ -99,35 +99,35 @@ class Context:
         tokens: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
-        wanted: list[int] = []
+        returned: list[int] = []
         for sequence, run, start, outputs in rows:
             n = len(run)
             tokens += run
             positions += range(start, start + n)
             sequences += [sequence] * n
-            wanted += [0] * (n - outputs) + [1] * outputs
-        n, outputs = len(tokens), sum(wanted)
+            returned += [0] * (n - outputs) + [1] * outputs
+        n, outputs = len(tokens), sum(returned)
         if not 0 < n <= self.batch or outputs > self.outputs:
             raise RequestError(f"a batch of {n} tokens and {outputs} outputs exceeds {self.batch} and {self.outputs}")
         self._token[:n] = tokens
         self._position[:n] = positions
         self._sequence[:n] = sequences
-        self._wanted[:n] = wanted
+        self._returned[:n] = returned
         self._batch.n_tokens = n
-        status = computed(self._threads, lambda: c.llama_decode(self._context, self._batch))
+        status = compute(self._threads, lambda: c.llama_decode(self._context, self._batch))
         if status:
             raise RequestError(f"llama.cpp could not run a batch of {n} tokens (status {status}: {reason()})")
         return self._view(c.llama_get_logits(self._context), self._vocab)[:outputs]
 
     def hidden(self) -> NDArray[np.float32]:
-        """Hidden states (outputs, width) after the final norm of the last batch, if they were wanted."""
+        """Hidden states (outputs, width) after the final norm of the last batch, if `return_hidden` is on."""
         return self._view(c.llama_get_embeddings(self._context), self._width)
 
-    def want_hidden(self, wanted: bool) -> None:
-        """Also return hidden states from now on; every token of a batch must then be an output."""
-        if wanted != self._hidden:
-            c.llama_set_embeddings(self._context, wanted)
-            self._hidden = wanted
+    def return_hidden(self, on: bool) -> None:
+        """Switch hidden states on or off; when on, every token of a batch must be an output."""
+        if on != self._hidden:
+            c.llama_set_embeddings(self._context, on)
+            self._hidden = on
 
     def _view(self, pointer: Any, columns: int) -> NDArray[np.float32]:
         address = ctypes.addressof(pointer.contents)
@@ -140,11 +140,11 @@ class Context:
         return view
 
     def trim(self, sequence: int, length: int) -> None:
-        """Forget all of a sequence from position `length` on."""
+        """Remove a sequence's tokens from position `length` on."""
         c.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all tokens of all sequences."""
         c.llama_memory_clear(self._memory, False)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cogumi.core.errors import RequestError
 from cogumi.engine.json_schema import check_grammar, check_schema
-from cogumi.engine.llama.binding.backend import complaints, reason, utf8
+from cogumi.engine.llama.binding.backend import errors, reason, utf8
 from cogumi.engine.llama.binding.tokenizer import Tokenizer
 
 _ANY_CHARACTER, _NO_CONTROL = r'[^"\\]', r'[^"\\\x00-\x1f\x7f]'  # of a string; raw control characters are no JSON
@@ -23,7 +23,7 @@ class Grammar:
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         check_grammar(text)
-        complaints.clear()
+        errors.clear()
         self._tokenizer = tokenizer  # keeps the vocabulary alive
         self._sampler = c.llama_sampler_init_grammar(tokenizer.vocab, utf8(text), b"root")
         if not self._sampler:

@@ -1,4 +1,4 @@
-"""Bare greedy decoding: the yardstick of benchmarks."""
+"""Minimal greedy decoding: the baseline of benchmarks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from llama_cpp import llama_cpp as c
 
 from cogumi.core.errors import BundleError, RequestError
-from cogumi.engine.llama.binding.backend import computed
+from cogumi.engine.llama.binding.backend import compute
 from cogumi.engine.llama.binding.model import Model
 
 
 def greedy_loop(model: Model, prompt: Sequence[int], n: int, *, length: int, threads: int) -> tuple[list[int], float]:
-    """The barest greedy decoding that llama.cpp allows, with its default settings: the yardstick of benchmarks.
+    """Minimal greedy decoding with llama.cpp's default settings: the baseline of benchmarks.
 
     Returns `n` ids after `prompt`, and the seconds of all steps after the first.
     """
@@ -22,9 +22,9 @@ def greedy_loop(model: Model, prompt: Sequence[int], n: int, *, length: int, thr
     params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = length, length, threads, threads
     context = c.llama_init_from_model(model.weights.pointer, params)
     if not context:
-        raise BundleError(f"no context for {model.path.name}; lower its length")
+        raise BundleError(f"cannot create a context for {model.path.name}; lower its length")
     size, ids = model.tokenizer.size, list(prompt)
-    first, one = (c.llama_token * len(ids))(*ids), (c.llama_token * 1)()  # a batch points into them
+    first, one = (c.llama_token * len(ids))(*ids), (c.llama_token * 1)()  # the batch points to these arrays
     batch = c.llama_batch_get_one(first, len(ids))
     began = 0.0
 
@@ -41,7 +41,7 @@ def greedy_loop(model: Model, prompt: Sequence[int], n: int, *, length: int, thr
                 began = time.perf_counter()
 
     try:
-        computed(threads, decode)
+        compute(threads, decode)
         return ids[len(prompt) :], time.perf_counter() - began
     finally:
         c.llama_free(context)

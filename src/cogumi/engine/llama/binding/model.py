@@ -11,7 +11,7 @@ from llama_cpp import llama_cpp as c
 from llama_cpp._ggml import libggml as ggml
 
 from cogumi.core.errors import BundleError
-from cogumi.engine.llama.binding.backend import complaints, reason
+from cogumi.engine.llama.binding.backend import errors, reason
 from cogumi.engine.llama.binding.tokenizer import Tokenizer, Weights
 
 _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
@@ -20,20 +20,20 @@ _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
 class Model:
     """A GGUF file mapped into memory. Raises `BundleError` if llama.cpp cannot use the file.
 
-    `repack`: llama.cpp keeps a second copy of the weights of some types (Q4_0, Q4_K, Q8_0, ..) in the order in which
-    this processor multiplies fastest. Without, the mapped file is all there is, and the system may drop its pages.
+    `repack`: llama.cpp keeps a second copy of weights of some types (Q4_0, Q4_K, Q8_0, ..) in the fastest layout for
+    this processor. Without it only the mapped file is used, whose pages the system may drop.
     """
 
     def __init__(self, path: Path, *, vocabulary_only: bool = False, repack: bool = True) -> None:
         if not path.is_file():
             raise BundleError(f"{path} does not exist; build or copy the model first")
-        complaints.clear()
+        errors.clear()
         params = c.llama_model_default_params()
         params.vocab_only = vocabulary_only
         params.use_extra_bufts = repack
         pointer = c.llama_model_load_from_file(os.fsencode(path), params)
         if not pointer:
-            raise BundleError(f"{path} is not a whole GGUF model ({reason()}); export or copy it again")
+            raise BundleError(f"{path} is not a complete GGUF model ({reason()}); export or copy it again")
         self.path = path
         self.weights = Weights(pointer)
         self.tokenizer = Tokenizer(self.weights, path)
@@ -43,24 +43,24 @@ class Model:
     def load_adapter(self, path: Path) -> Any:
         """Load a LoRA GGUF for contexts of this model; it lives as long as the model.
 
-        With f32 or f16 factors of a rank divisible by 4, llama.cpp sums the products of one token and of several in
-        different orders (about 1e-5); with any other rank, and with q8_0 or q4_0 factors of rank 32, the adapter keeps
-        results free of the batch, bit for bit.
+        With f32 or f16 factors of a rank divisible by 4, llama.cpp sums products in an order that depends on the batch
+        size (differences of about 1e-5); with any other rank, and with q8_0 or q4_0 factors of rank 32, results are
+        bit-identical in any batch.
         """
         if not path.is_file():
             raise BundleError(f"adapter {path} does not exist; build or copy it first")
-        complaints.clear()
+        errors.clear()
         adapter = c.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
         if not adapter:
-            raise BundleError(f"{path} is no adapter for {self.path.name} ({reason()}); use one trained on it")
+            raise BundleError(f"{path} is not an adapter for {self.path.name} ({reason()}); use one trained on it")
         return adapter
 
     def free_adapter(self, adapter: Any) -> None:
-        """Free a loaded adapter; no context may use it any more."""
+        """Free a loaded adapter; no context may be using it."""
         c.llama_adapter_lora_free(adapter)
 
     def cache_bytes(self, cache: str) -> int:
-        """Bytes that one token takes in a key-value cache of that type."""
+        """Bytes of one token in a KV cache of that type."""
         model = self.weights.pointer
         key, value = (self._head(name) * int(c.llama_model_n_head_kv(model)) for name in ("key", "value"))
         row = ggml.ggml_row_size
@@ -69,8 +69,8 @@ class Model:
         one = row(of_key, ctypes.c_int64(key)) + row(of_value, ctypes.c_int64(value))
         return int(c.llama_model_n_layer(model)) * int(one)
 
-    def can_hold(self, cache: str) -> bool:
-        """Whether the heads can be cut into the blocks of that cache type."""
+    def supports_cache(self, cache: str) -> bool:
+        """Whether the head widths are multiples of the block size of that cache type."""
         heads = (self._head(name) for name in ("key", "value"))
         return not any(n % ggml.ggml_blck_size(kind) for n, kind in zip(heads, cache_types(cache), strict=True))
 
@@ -86,12 +86,12 @@ class Model:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer inside a GGUF file, without its weights. Raises `BundleError` if there is none."""
+    """Load only the tokenizer of a GGUF file. Raises `BundleError` if the file has none."""
     return Model(path, vocabulary_only=True).tokenizer
 
 
 def cache_types(name: str) -> tuple[int, int]:
-    """llama.cpp's types of keys and values for a cache type of ours; `RequestError` if there is none."""
+    """llama.cpp's types of keys and values for a cache type name; `BundleError` for an unknown name."""
     on_cpu = not c.llama_supports_gpu_offload()
     types = {
         "f16": (c.GGML_TYPE_F16, _GGML_TYPE_BF16 if on_cpu else c.GGML_TYPE_F16),

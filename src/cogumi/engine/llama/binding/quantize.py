@@ -1,4 +1,4 @@
-"""llama.cpp's quantizer: which types it chooses, and the bytes it makes of rows."""
+"""llama.cpp's quantizer: the types it chooses per tensor, and quantization of rows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llama_cpp._ggml import libggml as ggml
 from numpy.typing import NDArray
 
 from cogumi.core.errors import ExportError
-from cogumi.engine.llama.binding.backend import complaints, listening, reason
+from cogumi.engine.llama.binding.backend import captured_log, errors, reason
 
 _CHOICE = re.compile(
     r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[^]]*\], type = +(?P<old>\w+), size = +[\d.]+ MiB"
     r"(?: -> +[\d.]+ MiB \((?P<new>\w+)\))?"
 )
-"""What a dry run says of each tensor: its type, and the one that it would be given if that is another."""
+"""Log line of a dry run for each tensor: its type, and the chosen type if different."""
 
 _TYPES = {name.removeprefix("GGML_TYPE_"): value for name, value in vars(c).items() if name.startswith("GGML_TYPE_")}
-_TYPES |= {"BF16": 30, "TQ1_0": 34, "TQ2_0": 35}  # ggml.h; llama_cpp leaves them out
-for _name in ("COUNT", "I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"):  # ggml ends the process over these
+_TYPES |= {"BF16": 30, "TQ1_0": 34, "TQ2_0": 35}  # ggml.h; missing in llama_cpp
+for _name in ("COUNT", "I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"):  # ggml aborts the process for these
     del _TYPES[_name]
 
 ggml.ggml_row_size.restype = ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -45,41 +45,40 @@ def _parameters(type: str) -> Any:
 
 
 def mixture(header: Path, type: str, importance: bool = False) -> dict[str, str]:
-    """The ggml type (F32, Q4_K, ...) that llama.cpp's quantizer would give each tensor of an f32 or f16 GGUF file.
+    """The ggml type (F32, Q4_K, ...) that llama.cpp's quantizer chooses for each tensor of an f32 or f16 GGUF file.
 
-    No weight is read, so the file may be sparse. `importance`: as with an importance matrix, which changes some
-    choices. Raises `ExportError` for an unknown type, one that needs an importance matrix, and shapes that it cannot
-    be given.
+    No weight is read, so the file may be sparse. `importance`: choose as if an importance matrix were given. Raises
+    `ExportError` for an unknown type, a type that needs an importance matrix, and shapes that the type does not allow.
     """
     parameters = _parameters(type)
     parameters.dry_run = True
     if importance:
-        parameters.imatrix = (c.llama_model_imatrix_data * 1)()  # its end alone: that there is one is all that counts
-    complaints.clear()
-    with listening() as heard:
+        parameters.imatrix = (c.llama_model_imatrix_data * 1)()  # an empty list: only its presence matters
+    errors.clear()
+    with captured_log() as messages:
         status = c.llama_model_quantize(os.fsencode(header), b"", ctypes.byref(parameters))
     if status:
         raise ExportError(f"llama.cpp could not quantize {header} to {type} ({reason()})")
-    said = "".join(heard)
-    if "will require an imatrix" in said:
+    log = "".join(messages)
+    if "will require an imatrix" in log:
         raise ExportError(f"type {type} needs an importance matrix; give one (stage 'importance'), or a larger type")
-    return {match["name"]: (match["new"] or match["old"]).upper() for match in _CHOICE.finditer(said)}
+    return {match["name"]: (match["new"] or match["old"]).upper() for match in _CHOICE.finditer(log)}
 
 
 def quantize_rows(
     rows: NDArray[np.float32], type: str, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """The bytes (n, bytes per row) of float rows (n, width) in a ggml type such as F16, Q8_0, Q4_K or Q6_K.
+    """Quantize float rows (n, width) to a ggml type such as F16, Q8_0, Q4_K or Q6_K; returns (n, bytes per row).
 
-    The width must be a multiple of the type's block (32, or 256 for K types). `importance` (width): how much an error
-    in each column counts. Calls from several threads run side by side.
+    The width must be a multiple of the type's block size (32, or 256 for K types). `importance` (width): weight of the
+    error in each column. Calls from several threads run in parallel.
     """
     number = _TYPES.get(type)
     if number is None:
         raise ExportError(f"unknown ggml type {type!r}; use one such as Q8_0, Q4_K or Q6_K")
     n, width = rows.shape
     if width % ggml.ggml_blck_size(number):
-        raise ExportError(f"rows of {width} values cannot be cut into {type} blocks; use a narrower type")
+        raise ExportError(f"rows of {width} values do not fit {type} blocks; use a type with smaller blocks")
     if importance is None and ggml.ggml_quantize_requires_imatrix(number):
         raise ExportError(f"type {type} needs an importance matrix; give one (stage 'importance'), or a larger type")
     out = np.empty((n, ggml.ggml_row_size(number, ctypes.c_int64(width))), np.uint8)
@@ -95,5 +94,5 @@ def quantize_rows(
         None if columns is None else ctypes.c_void_p(columns.ctypes.data),
     )
     if not ggml.ggml_validate_row_data(number, ctypes.c_void_p(out.ctypes.data), ctypes.c_size_t(out.nbytes)):
-        raise ExportError(f"values too large or far apart for {type}; use a wider type")
+        raise ExportError(f"values are out of range for {type}; use a type with a wider range")
     return out

@@ -17,7 +17,7 @@ from cogumi.engine.llama.binding.backend import reason, utf8
 
 
 class Weights:
-    """Owns a loaded model: it is unmapped when the last tokenizer and context that use it are gone."""
+    """Owns a loaded model; it is unmapped when the last tokenizer and context that use it are collected."""
 
     def __init__(self, pointer: Any) -> None:
         self.pointer = pointer
@@ -42,7 +42,7 @@ class Tokenizer:
         turn_end, text_end = int(c.llama_vocab_eot(self.vocab)), int(c.llama_vocab_eos(self.vocab))
         self._eos = turn_end if turn_end >= 0 else text_end
         if self._eos < 0:
-            raise BundleError(f"{path} names no end-of-answer token; export it again with its tokenizer")
+            raise BundleError(f"{path} has no end-of-answer token; export it again with its tokenizer")
         self._name = path.name
 
     @property
@@ -64,7 +64,7 @@ class Tokenizer:
         return {"bos_token": start, "eos_token": eos, "chat_template": self.template}
 
     def ends(self, token: int) -> bool:
-        """Whether a token ends generation (a vocabulary may hold several such tokens)."""
+        """Whether a token ends generation (a vocabulary may have several such tokens)."""
         return bool(c.llama_vocab_is_eog(self.vocab, token))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -105,7 +105,7 @@ class Tokenizer:
                 bos = [int(c.llama_vocab_bos(self.vocab))] if c.llama_vocab_get_add_bos(self.vocab) else []
                 return bos + self.encode(request.prompt)
             if not all(0 <= i < self._size for i in request.prompt):
-                raise RequestError(f"the prompt holds an id outside the vocabulary of {self._size}")
+                raise RequestError(f"the prompt contains an id outside the vocabulary of {self._size}")
             return list(request.prompt)
         if self.template is None:
             raise RequestError(f"{self._name} has no chat template; give a prompt instead of messages")
@@ -114,7 +114,7 @@ class Tokenizer:
         return [i for text, is_template in pieces for i in self.encode(text, special=is_template)]
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
-        """Whether every id means the same in both, special tokens included."""
+        """Whether both vocabularies map every id to the same text, including special tokens."""
         if self._size != other._size or self._eos != other._eos:
             return False
         text, vocab, rival = c.llama_vocab_get_text, self.vocab, other.vocab

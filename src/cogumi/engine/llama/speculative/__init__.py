@@ -1,1 +1,1 @@
-"""Speculative decoding: where drafts come from, what is accepted, and when drafting pays."""
+"""Speculative decoding: sources of drafts, verification, and the choice of the draft length."""

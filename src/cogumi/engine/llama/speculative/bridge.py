@@ -1,9 +1,9 @@
-"""Lets a draft model with another vocabulary draft for a base (SPEC E3): both meet in the text they share.
+"""Speculative decoding with a draft model of another vocabulary (SPEC E3): ids are translated via their text.
 
 String-level exact match (SLEM) of "Accelerating LLM Inference with Lossless Speculative Decoding Algorithms for
 Heterogeneous Vocabularies" (arXiv 2502.05202): drafted ids become text, the text becomes ids of the base, and the base
-verifies those. It is lossless, because only what the base's own verification settles is ever emitted; the ids proposed
-are deterministic given the draft's (a point mass in `speculate.verify_sampled`).
+verifies those. It is lossless, because only ids accepted by the base are emitted; the proposed ids are deterministic
+given the draft's (a point mass in `speculation.verify_sampled`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cogumi.core.types import Request
 from cogumi.engine.protocol import Tokenizer
 
 TAIL = 8
-"""Ids of the draft at the end of the settled text that more text may still change; those before them are kept."""
+"""Number of the draft's last ids that may still change when text is appended; earlier ids are final."""
 
 PROBES = (
     "The quick Brown fox; it's 3 or 42,007.50?",
@@ -34,11 +34,11 @@ PROBES = (
     "مرحبا नमस्ते",
     "🙂👩\u200d🔬",
 )
-"""Texts that both tokenizers must give back unchanged: scripts, code, white space, digits, emoji."""
+"""Texts that both tokenizers must round-trip: scripts, code, white space, digits, emoji."""
 
 
 class PieceTokenizer(Tokenizer, Protocol):
-    """A tokenizer that also tells the bytes of each id, as `engine.llama.binding.tokenizer.Tokenizer` does."""
+    """A tokenizer that also gives the bytes of each id, such as `engine.llama.binding.tokenizer.Tokenizer`."""
 
     template: str | None
 
@@ -50,16 +50,16 @@ class PieceTokenizer(Tokenizer, Protocol):
 
 
 class _Vocabulary:
-    """A tokenizer for text from the middle of a text: nothing is added in front.
+    """Encodes text fragments without anything added in front.
 
-    SentencePiece vocabularies put a space before what they encode. They get a line break to put it before, and its
-    ids are taken off again.
+    SentencePiece vocabularies prepend a space. For them a line break is prepended to the text, and its ids are removed
+    from the result.
     """
 
     def __init__(self, tokenizer: PieceTokenizer, owner: str) -> None:
         self.tokenizer, self.piece = tokenizer, tokenizer.piece
         if not 0 <= tokenizer.eos < tokenizer.size:
-            raise BundleError(f"the {owner}'s tokenizer has no end-of-answer token; drop the draft, or use another")
+            raise BundleError(f"the {owner}'s tokenizer has no end-of-answer token; remove or replace the draft")
         lost = ""
         for self._mark in ("", "\n"):
             self._marks = len(tokenizer.encode(self._mark))
@@ -68,27 +68,27 @@ class _Vocabulary:
                 return
         back = self.text(self.encode(lost)).decode("utf-8", "replace")
         raise BundleError(
-            f"the {owner}'s tokenizer loses text ({lost!r} comes back as {back!r}), so text cannot carry drafts from "
-            "one model to the other; drop the draft, or use one with the base's tokenizer"
+            f"the {owner}'s tokenizer does not round-trip text ({lost!r} becomes {back!r}), so drafts cannot be "
+            "translated; remove the draft, or use one with the base's tokenizer"
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, and of nothing else."""
+        """Ids of exactly `text`."""
         return self.tokenizer.encode(self._mark + text)[self._marks :]
 
     def text(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for."""
+        """The bytes of `ids`."""
         return b"".join(map(self.piece, ids))
 
     def pieces(self) -> set[bytes]:
-        """All pieces of text in the vocabulary."""
+        """The bytes of all ids, without empty ones."""
         return {self.piece(i) for i in range(self.tokenizer.size)} - {b""}
 
 
 class Bridge:
     """Translates between the vocabularies of a base and its draft.
 
-    Raises `BundleError` with the reason where one of the tokenizers loses text or cannot end an answer.
+    Raises `BundleError` if one of the tokenizers does not round-trip text or has no end-of-answer token.
     """
 
     def __init__(self, base: PieceTokenizer, draft: PieceTokenizer) -> None:
@@ -96,43 +96,43 @@ class Bridge:
 
     @cached_property
     def overlap(self) -> float:
-        """Share of the base's pieces that are pieces of the draft too; reads both vocabularies at first use."""
+        """Share of the base's pieces that the draft also has; reads both vocabularies at first use."""
         base, draft = self._base.pieces(), self._draft.pieces()
         return len(base & draft) / len(base)
 
     def prompt(self, request: Request, ids: Sequence[int]) -> list[int]:
-        """What the draft reads in place of the prompt `ids` of the base; at least one id.
+        """The draft's prompt ids for the prompt `ids` of the base; at least one id.
 
-        Messages go through the draft's own chat template if it takes them; else it reads the text of `ids`.
+        Messages are rendered by the draft's own chat template if it accepts them; else the text of `ids` is encoded.
         """
         draft = self._draft.tokenizer
         try:
             own = [] if isinstance(request.prompt, tuple) else draft.render(request)
         except RequestError:
             own = []
-        return own or draft.encode(self._base.tokenizer.decode(ids)) or [draft.eos]  # an end is also a beginning
+        return own or draft.encode(self._base.tokenizer.decode(ids)) or [draft.eos]  # never empty
 
     def text(self, request: Request, ids: Sequence[int]) -> BridgedText:
-        """The translation of one answer to `request`, whose prompt is `ids` for the base."""
+        """A translator for one answer to `request`, whose prompt is `ids` for the base."""
         return BridgedText(self._base, self._draft, self.prompt(request, ids))
 
 
 class BridgedText:
-    """One answer in both vocabularies while it grows. Belongs to one generation; made by `Bridge.text`."""
+    """One growing answer in both vocabularies. Belongs to one generation; created by `Bridge.text`."""
 
     def __init__(self, base: _Vocabulary, draft: _Vocabulary, prompt: list[int]) -> None:
         self._base, self._draft = base, draft
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._open: list[int] = []  # settled ids since the last whole character
+        self._open: list[int] = []  # accepted ids since the last whole character
         self._ids = prompt
-        self._kept = len(prompt)  # ids that no longer change
-        self._tail = ""  # the text behind them
+        self._kept = len(prompt)  # number of final ids
+        self._tail = ""  # the text after them
         self._stale = False
 
     def append(self, token: int) -> None:
-        """Add a token that the base has settled."""
+        """Add a token accepted by the base."""
         text = self._decoder.decode(self._base.piece(token))
-        if self._held:
+        if self._partial:
             self._open.append(token)
         else:
             self._open.clear()
@@ -141,16 +141,15 @@ class BridgedText:
             self._stale = True
 
     @property
-    def _held(self) -> bytes:
-        """Bytes of a character that the base has begun; the draft has not seen them."""
+    def _partial(self) -> bytes:
+        """Bytes of an incomplete character of the base; not passed to the draft yet."""
         return self._decoder.getstate()[0]
 
     @property
     def ids(self) -> list[int]:
-        """What the draft should have read: its prompt, then its own ids of the settled text (whole characters only).
+        """The draft's input: its prompt, then its ids of the accepted text (whole characters only).
 
-        The list itself, not a copy: it grows when read after an `append`, and then only its last few ids may differ
-        from what they were.
+        Returns the internal list: it is updated when read after an `append`, and then only its last few ids may change.
         """
         if self._stale:
             self._stale = False
@@ -161,10 +160,10 @@ class BridgedText:
         return self._ids
 
     def _keep(self, tail: list[int]) -> list[int]:
-        """Keep the ids of the older part of the tail for good; returns those of the rest.
+        """Make the ids of the older part of the tail final; returns those of the rest.
 
-        The cut is at an id behind which the encoding is the same without what stands before it. Where no such place
-        is near, it is at the middle of the text.
+        The cut is at an id after which the encoding does not depend on the text before it. If there is no such position
+        nearby, the cut is at the middle of the text.
         """
         for cut in range(len(tail) - TAIL, len(tail) - TAIL // 2):
             before = self._draft.text(tail[:cut]).decode("utf-8", "replace")
@@ -181,35 +180,35 @@ class BridgedText:
         return new
 
     def translate(self, drafted: Sequence[int]) -> list[int]:
-        """Ids of the base for ids that the draft wrote behind `ids`: their text or a beginning of it.
+        """Ids of the base for ids drafted after `ids`; they cover the drafted text or a prefix of it.
 
-        An end of the draft becomes the base's, and stays last. Any other special token, and bytes that are no whole
-        character, end the translation before them.
+        The draft's end token becomes the base's end token, in last position. The translation stops before any other
+        special token and before an incomplete character.
         """
         draft = self._draft.tokenizer
         written = list(takewhile(lambda id: not draft.ends(id) and self._draft.piece(id), drafted))
-        data, held = self._draft.text(written), self._held
+        data, partial = self._draft.text(written), self._partial
         whole = _whole_characters(data)
-        new = self._spelling(self._encode(whole, held), whole[len(held) :])
+        new = self._matching_prefix(self._encode(whole, partial), whole[len(partial) :])
         ended = len(written) < len(drafted) and draft.ends(drafted[len(written)])
-        if ended and held + self._base.text(new) == data:
+        if ended and partial + self._base.text(new) == data:
             new.append(self._base.tokenizer.eos)
         return new
 
-    def _encode(self, text: bytes, held: bytes) -> list[int]:
-        """Ids of the base for drafted `text`, whose first bytes should be those `held`, settled already.
+    def _encode(self, text: bytes, partial: bytes) -> list[int]:
+        """Ids of the base for drafted `text`, which should start with the bytes `partial`, already accepted.
 
-        The ids settled for them must come out again, or nothing is certain.
+        The encoding must reproduce the accepted ids; otherwise the result is empty.
         """
         before = self._base.text(self._open)
-        together = before[: len(before) - len(held)] + text
+        together = before[: len(before) - len(partial)] + text
         if _whole_characters(together) != together:
             return []
         ids, n = self._base.encode(together.decode()), len(self._open)
         return ids[n:] if ids[:n] == self._open else []
 
-    def _spelling(self, ids: list[int], text: bytes) -> list[int]:
-        """The first `ids` that spell `text` byte for byte: all of them, unless the base changes what it encodes."""
+    def _matching_prefix(self, ids: list[int], text: bytes) -> list[int]:
+        """The leading `ids` whose bytes equal `text`: all of them, unless the base's tokenizer normalises text."""
         at = 0
         for i, id in enumerate(ids):
             piece = self._base.piece(id)
@@ -220,7 +219,7 @@ class BridgedText:
 
 
 def _whole_characters(data: bytes) -> bytes:
-    """`data` up to the first byte that is not part of a whole UTF-8 character."""
+    """`data` up to the first byte of an incomplete or invalid UTF-8 character."""
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""A draft model beside the base: it proposes tokens for many sequences at once and keeps its own cache in step."""
+"""The draft model: proposes tokens for many sequences in one batch, with its own KV cache."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ from cogumi.engine.sampling import draw, probabilities
 
 @dataclass(slots=True)
 class Draft:
-    """Tokens proposed for one generation. `drawn_from` holds the distributions of sampled ones; None: there are none,
-    each token was the only one it could be.
+    """Tokens proposed for one generation. `distributions` are those the tokens were sampled from; None: the draft was
+    deterministic.
     """
 
     source: Source
     tokens: list[int]
-    drawn_from: list[NDArray[np.float64]] | None = None
+    distributions: list[NDArray[np.float64]] | None = None
 
 
 @dataclass(slots=True)
 class _Run:
-    """One sequence while it is being drafted for: what remains to be read, and what came out (the draft's ids)."""
+    """Drafting state of one sequence: ids still to process, and drafted tokens (in the draft's vocabulary)."""
 
     job: Generation
     wanted: int
     unread: list[int]
-    end: int  # where the sequence will end: the draft's ids may be more than the base's
+    end: int  # final length of the sequence in the draft's ids, which may exceed the base's
     tokens: list[int] = field(default_factory=list)
-    drawn_from: list[NDArray[np.float64]] = field(default_factory=list)
+    distributions: list[NDArray[np.float64]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Translation:
-    """One generation in the draft's vocabulary, and how many of its ids have been translated."""
+    """One generation in the draft's vocabulary, and the number of base ids translated so far."""
 
     job: Generation
     text: BridgedText
-    settled: int
+    translated: int
 
 
 class Drafter:
-    """Proposes tokens of the base's vocabulary, through a `bridge` where the draft has another.
+    """Proposes tokens in the base's vocabulary, through a `bridge` if the draft's vocabulary differs.
 
-    The cache is brought up to date only when a draft is wanted, so that a draft that stays off costs nothing.
+    The KV cache is updated only when a draft is requested, so that an unused draft model costs nothing.
     """
 
     def __init__(self, context: Context, tokenizer: Tokenizer, bridge: Bridge | None) -> None:
         self._context, self._tokenizer, self._bridge = context, tokenizer, bridge
-        self._held: defaultdict[int, list[int]] = defaultdict(list)
+        self._cached: defaultdict[int, list[int]] = defaultdict(list)
         self._bridged: dict[int, _Translation] = {}
-        self.steps: list[tuple[int, float]] = []  # of the last proposal: sequences that had one token each, seconds
+        self.steps: list[tuple[int, float]] = []  # one-token steps of the last proposal: (sequences, seconds)
 
     def propose(self, wanted: Mapping[int, tuple[Generation, int]]) -> dict[int, Draft]:
-        """Drafts of up to so many tokens for the generations in these sequences.
+        """Drafts for the generations in these sequences, each of up to the given number of tokens.
 
-        None yet for one whose text is longer than a batch and still being read.
+        A generation whose unread text exceeds one batch gets no draft until the text is processed.
         """
         runs = {sequence: self._run(sequence, job, k) for sequence, (job, k) in wanted.items()}
         runs = {sequence: run for sequence, run in runs.items() if run.end <= self._context.length}
@@ -76,7 +76,7 @@ class Drafter:
             logits = self._context.decode(rows)
             at = 0
             for sequence, tokens, start, outputs in rows:
-                self._held[sequence][start:] = tokens
+                self._cached[sequence][start:] = tokens
                 runs[sequence].unread = runs[sequence].unread[len(tokens) :]
                 if outputs:
                     self._take(runs[sequence], logits[at])
@@ -85,13 +85,13 @@ class Drafter:
                 self.steps.append((len(rows), time.perf_counter() - began))
             for run in runs.values():
                 if run.unread and not run.tokens and not run.job.request.speculate:
-                    run.wanted = 0  # a long text goes on being read next time, so that nobody waits for it
+                    run.wanted = 0  # the rest of a long text is processed in later calls, so that others need not wait
         return {sequence: draft for sequence, run in runs.items() if (draft := self._draft(sequence, run)).tokens}
 
     def backlog(self, sequence: int, job: Generation) -> int:
-        """Tokens that the draft model would have to read before it could propose one."""
-        held = self._held[sequence]
-        known = len(held) if self._bridge else common_prefix(held, job.ids)
+        """Number of tokens that the draft model must process before it can propose one."""
+        cached = self._cached[sequence]
+        known = len(cached) if self._bridge else common_prefix(cached, job.ids)
         return max(len(job.ids) - known, 0)
 
     def close(self) -> None:
@@ -99,24 +99,24 @@ class Drafter:
         self._context.close()
 
     def _run(self, sequence: int, job: Generation, k: int) -> _Run:
-        ids, held = self._ids(sequence, job), self._held[sequence]
-        keep = min(common_prefix(held, ids), len(ids) - 1)
-        if keep < len(held):
+        ids, cached = self._ids(sequence, job), self._cached[sequence]
+        keep = min(common_prefix(cached, ids), len(ids) - 1)
+        if keep < len(cached):
             self._context.trim(sequence, keep)
-            del held[keep:]
+            del cached[keep:]
         return _Run(job, k, ids[keep:], len(ids) + k)
 
     def _ids(self, sequence: int, job: Generation) -> list[int]:
-        """The job's whole text in the draft's vocabulary."""
+        """All ids of the job in the draft's vocabulary."""
         if self._bridge is None:
             return job.ids
         known = self._bridged.get(sequence)
         if known is None or known.job is not job:
             n = job.prompt_tokens
             known = self._bridged[sequence] = _Translation(job, self._bridge.text(job.request, job.ids[:n]), n)
-        for token in job.ids[known.settled :]:
+        for token in job.ids[known.translated :]:
             known.text.append(token)
-        known.settled = len(job.ids)
+        known.translated = len(job.ids)
         return known.text.ids
 
     def _rows(self, runs: Mapping[int, _Run]) -> list[Row]:
@@ -127,7 +127,7 @@ class Drafter:
                 continue
             tokens = run.unread[:room]
             if tokens:
-                rows.append(Row(sequence, tokens, len(self._held[sequence]), int(len(tokens) == len(run.unread))))
+                rows.append(Row(sequence, tokens, len(self._cached[sequence]), int(len(tokens) == len(run.unread))))
                 room -= len(tokens)
         return rows
 
@@ -136,13 +136,13 @@ class Drafter:
         if run.job.generator is not None and self._bridge is None:
             q = probabilities(logits, run.job.request.temperature, run.job.request.top_p)
             token = draw(q, run.job.generator)
-            run.drawn_from.append(q)
+            run.distributions.append(q)
         run.tokens.append(token)
         run.unread = [token]
         if self._tokenizer.ends(token):
-            run.wanted = 0  # nothing follows an end
+            run.wanted = 0  # no token follows the end token
 
     def _draft(self, sequence: int, run: _Run) -> Draft:
         if self._bridge is not None:
             return Draft("model", self._bridged[sequence].text.translate(run.tokens))
-        return Draft("model", run.tokens, run.drawn_from or None)
+        return Draft("model", run.tokens, run.distributions or None)

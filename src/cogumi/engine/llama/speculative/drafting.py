@@ -1,4 +1,4 @@
-"""Where drafts come from and how many tokens of them pay, for the requests of one lane (SPEC E2, E3)."""
+"""Speculative drafting for the requests of one adapter context: source and length of drafts (SPEC E2, E3)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from dataclasses import dataclass
 from cogumi.core.errors import CogumiError
 from cogumi.engine.generation import Generation
 from cogumi.engine.llama.speculative.drafter import Draft, Drafter
-from cogumi.engine.llama.speculative.latency_model import MOST
+from cogumi.engine.llama.speculative.latency_model import MAX_DRAFT
 from cogumi.engine.llama.speculative.lookup import Lookup
-from cogumi.engine.llama.speculative.speculation import Choice, Controller, Tracker, Wish
+from cogumi.engine.llama.speculative.speculation import Choice, Controller, DraftOptions, Tracker
 
 LOG = logging.getLogger("cogumi")
-PLANNING, LONGEST_PAUSE = 0.02, 32
-"""Share of the time that may go into finding that nothing should be drafted, and turns between two looks at most."""
-LEAST_GAIN = 1.05
-"""Speed-up that drafting is given credit for even where it seems to be none, so that it can be tried."""
+MAX_PLANNING, MAX_PAUSE = 0.02, 32
+"""Maximum share of time for planning without drafting as a result, and maximum number of steps between two plans."""
+MIN_SPEEDUP = 1.05
+"""Speed-up assumed at least, so that drafting is tried even if its estimate is lower."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """How an engine drafts. `forced` tokens per round where a request insists; `open_drafter` None: no draft model."""
+    """Drafting settings of an engine. `forced`: tokens per round if a request forces it; `open_drafter` None: no draft
+    model.
+    """
 
     controller: Controller
     forced: int
@@ -33,19 +35,19 @@ class Drafting:
 
 @dataclass(slots=True)
 class _State:
-    """What drafting knows of one generation."""
+    """Drafting state of one generation."""
 
     job: Generation
     tracker: Tracker
     lookup: Lookup | None
-    known: int  # ids that the lookup has seen
-    guess: list[int]  # its proposal of this turn
+    known: int  # number of ids added to the lookup
+    guess: list[int]  # the lookup's proposal of this step
 
 
-class Speculation:
-    """Drafts for the generations of one lane and learns from what became of them.
+class Speculator:
+    """Drafts for the generations of one adapter context and tracks acceptance.
 
-    A draft model whose context fails is given up with a warning; the requests go on without it.
+    If the context of the draft model fails, a warning is logged and requests continue without it.
     """
 
     def __init__(self, drafting: Drafting) -> None:
@@ -55,45 +57,45 @@ class Speculation:
         self._states: dict[int, _State] = {}
         self._pause = 0
 
-    def propose(self, writing: Mapping[int, Generation], outputs: int, slots: int) -> dict[int, Draft]:
-        """Drafts for those of the generations (by sequence) that should have one in this turn.
+    def propose(self, decoding: Mapping[int, Generation], outputs: int, slots: int) -> dict[int, Draft]:
+        """Drafts for those generations (by sequence) for which drafting pays in this step.
 
-        One pass of the base returns the logits of `outputs` tokens, for up to `slots` who write. Where steps are so
-        short that planning them would be felt, a plan without drafts stands for a few turns.
+        One pass of the base returns the logits of `outputs` tokens, for up to `slots` generations. If steps are so
+        short that planning takes a noticeable share of them, a plan without drafts is reused for a few steps.
         """
-        forced = any(job.request.speculate for job in writing.values())
-        if not forced and (self._pause or not any(map(_may_choose, writing.values()))):
+        forced = any(job.request.speculate for job in decoding.values())
+        if not forced and (self._pause or not any(map(_is_automatic, decoding.values()))):
             self._pause = max(self._pause - 1, 0)
             return {}
         began = time.perf_counter()
-        most = {s: outputs // (slots if _seeded(job) else len(writing)) - 1 for s, job in writing.items()}
-        drafts = self._drafts(writing, most)
+        most = {s: outputs // (slots if _is_seeded(job) else len(decoding)) - 1 for s, job in decoding.items()}
+        drafts = self._drafts(decoding, most)
         if not drafts:
-            allowed = PLANNING * self._controller.costs.seconds(len(writing))
-            self._pause = min(int((time.perf_counter() - began) / allowed), LONGEST_PAUSE)
+            allowed = MAX_PLANNING * self._controller.latency.seconds(len(decoding))
+            self._pause = min(int((time.perf_counter() - began) / allowed), MAX_PAUSE)
         return drafts
 
-    def _drafts(self, writing: Mapping[int, Generation], most: Mapping[int, int]) -> dict[int, Draft]:
-        wishes = {sequence: self._wish(sequence, job) for sequence, job in writing.items()}
-        choices = dict(zip(wishes, self._controller.plan(list(wishes.values())), strict=True))
+    def _drafts(self, decoding: Mapping[int, Generation], most: Mapping[int, int]) -> dict[int, Draft]:
+        options = {sequence: self._options(sequence, job) for sequence, job in decoding.items()}
+        choices = dict(zip(options, self._controller.plan(list(options.values())), strict=True))
         drafts: dict[int, Draft] = {}
         model: dict[int, tuple[Generation, int]] = {}
-        for sequence, job in writing.items():
+        for sequence, job in decoding.items():
             choice = self._forced(sequence) if job.request.speculate else choices[sequence]
-            k = min(choice.k, _room(job), most[sequence])
+            k = min(choice.k, _max_draft(job), most[sequence])
             if k <= 0 or choice.source is None:
                 continue
             if choice.source == "model":
                 model[sequence] = (job, k)
             else:
                 drafts[sequence] = Draft("ngram", self._states[sequence].guess[:k])
-        for sequence, draft in self._ask(model).items():
-            room = min(_room(writing[sequence]), most[sequence])  # a bridge may say in more tokens what was drafted
-            drafts[sequence] = Draft("model", draft.tokens[:room], draft.drawn_from)
+        for sequence, draft in self._draft_with_model(model).items():
+            room = min(_max_draft(decoding[sequence]), most[sequence])  # a bridge may return more tokens than drafted
+            drafts[sequence] = Draft("model", draft.tokens[:room], draft.distributions)
         return drafts
 
     def learn(self, sequence: int, draft: Draft | None, tokens: list[int]) -> None:
-        """What the base made of a turn: `tokens` were settled; of a draft, all but the last of them."""
+        """Record the result of a step: the accepted `tokens`, of which all but the last were drafted."""
         state = self._states.get(sequence)
         if state is None:
             return
@@ -104,46 +106,46 @@ class Speculation:
         state.guess = []
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """What one pass of the base over so many tokens took."""
+        """Record the duration of one pass of the base over `tokens` tokens."""
         self._controller.observe(tokens, seconds)
 
     def close(self) -> None:
-        """Free the draft's cache."""
+        """Free the draft's KV cache."""
         if self._drafter:
             self._drafter.close()
             self._drafter = None
 
-    def _wish(self, sequence: int, job: Generation) -> Wish:
+    def _options(self, sequence: int, job: Generation) -> DraftOptions:
         state = self._states.get(sequence)
         if state is None or state.job is not job:
             lookup = Lookup([]) if self._drafting.lookup and job.request.speculate is not False else None
             state = self._states[sequence] = _State(job, self._controller.tracker(), lookup, 0, [])
-        most = min(MOST, _room(job))
+        most = min(MAX_DRAFT, _max_draft(job))
         if state.lookup:
             for token in job.ids[state.known :]:
                 state.lookup.append(token)
             state.known = len(job.ids)
             state.guess = state.lookup.propose(most)
-        if not _may_choose(job):
-            return Wish(state.tracker, {})  # it only takes its place in the batch
-        from_model = most if self._has_model and self._worth_reading(sequence, job) else 0
-        return Wish(state.tracker, {"ngram": len(state.guess), "model": from_model})
+        if not _is_automatic(job):
+            return DraftOptions(state.tracker, {})  # only counts as one row of the batch
+        from_model = most if self._has_model and self._worth_prefill(sequence, job) else 0
+        return DraftOptions(state.tracker, {"ngram": len(state.guess), "model": from_model})
 
-    def _worth_reading(self, sequence: int, job: Generation) -> bool:
-        """Whether what the draft would have to read first has been paid for, had it drafted from the beginning.
+    def _worth_prefill(self, sequence: int, job: Generation) -> bool:
+        """Whether the draft's prefill costs at most the time that drafting would have saved on this answer so far.
 
-        Nobody knows how long an answer gets; one that has gone on for a while is likely to go on.
+        The remaining length of an answer is unknown; an answer that is already long is likely to continue.
         """
         unread = self._drafter.backlog(sequence, job) if self._drafter else len(job.ids)
-        costs, saved = self._controller.costs, 1 - 1 / max(self._controller.speedup(), LEAST_GAIN)
-        return unread <= MOST or unread * costs.reading <= saved * job.written * costs.step
+        latency, saved = self._controller.latency, 1 - 1 / max(self._controller.speedup(), MIN_SPEEDUP)
+        return unread <= MAX_DRAFT or unread * latency.reading <= saved * job.generated * latency.step
 
     def _forced(self, sequence: int) -> Choice:
         if self._has_model:
             return Choice("model", self._drafting.forced)
         return Choice("ngram", min(self._drafting.forced, len(self._states[sequence].guess)))
 
-    def _ask(self, wanted: Mapping[int, tuple[Generation, int]]) -> dict[int, Draft]:
+    def _draft_with_model(self, wanted: Mapping[int, tuple[Generation, int]]) -> dict[int, Draft]:
         if not wanted or not self._has_model or self._drafting.open_drafter is None:
             return {}
         try:
@@ -151,7 +153,7 @@ class Speculation:
                 self._drafter = self._drafting.open_drafter()
             drafts = self._drafter.propose(wanted)
         except CogumiError as error:
-            LOG.warning("the draft model failed (%s); answers go on without it", error)
+            LOG.warning("the draft model failed (%s); continuing without it", error)
             self._has_model = False
             self.close()
             return {}
@@ -160,20 +162,20 @@ class Speculation:
         return drafts
 
 
-def _room(job: Generation) -> int:
-    """Tokens that may be drafted; the first of an answer never is, because it could be only where its whole prompt is
-    cached, and that is not to change what a seed gives.
+def _max_draft(job: Generation) -> int:
+    """Maximum number of drafted tokens. The first token of an answer is never drafted: that would only be possible with
+    a cached prompt, and a seeded result must not depend on the cache.
     """
-    return job.remaining - 1 if job.written else 0
+    return job.remaining - 1 if job.generated else 0
 
 
-def _seeded(job: Generation) -> bool:
-    """Whether it was promised the same text again, so that what is drafted may not depend on the moment: it decides
-    which random numbers are spent on what.
+def _is_seeded(job: Generation) -> bool:
+    """Whether the answer must be reproducible. Its drafts then must not depend on timing, because they determine how
+    random numbers are used.
     """
     return job.generator is not None and job.request.seed is not None
 
 
-def _may_choose(job: Generation) -> bool:
-    """Whether the controller may decide."""
-    return job.request.speculate is None and not _seeded(job)
+def _is_automatic(job: Generation) -> bool:
+    """Whether the controller decides about drafting."""
+    return job.request.speculate is None and not _is_seeded(job)

@@ -1,4 +1,4 @@
-"""What passes cost: measured once per machine and model and kept on disk, or assumed on paper (SPEC E2)."""
+"""Latency of forward passes: measured once per machine and model and stored on disk, or assumed (SPEC E2)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from cogumi.core.environment import cache_folder, usable_threads
 from cogumi.core.files import write_json
 from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.model import Model
-from cogumi.engine.llama.speculative.latency_model import MOST, Costs
+from cogumi.engine.llama.speculative.latency_model import MAX_DRAFT, LatencyCurve
 from cogumi.engine.llama.speculative.speculation import best_k, expected_speedup
 
 Key = Mapping[str, str | int]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-QUICK = 0.005
-"""Seconds of a pass below which timing every size takes no time that anybody notices."""
+SHORT_PASS = 0.005
+"""Seconds of a one-token pass below which every size is measured."""
 
 
 def pass_seconds(model: Model, most: int, threads: int) -> tuple[float, ...]:
-    """Seconds of passes over 1, 2, .. `most` tokens of one sequence, each the fastest of a few.
+    """Seconds of passes over 1, 2, .. `most` tokens of one sequence, each the minimum of several runs.
 
-    Slow passes are timed at 1, 2, 4, 8, .. tokens only, with straight lines between them.
+    Slow passes are measured at 1, 2, 4, 8, .. tokens only, with linear interpolation.
     """
     context = Context(model, sequences=1, length=2 * most, batch=most, threads=threads)
 
@@ -49,16 +49,16 @@ def pass_seconds(model: Model, most: int, threads: int) -> tuple[float, ...]:
 
     try:
         one = fastest(1, 3)
-        quick = one < QUICK
-        sizes = [n for n in range(1, most + 1) if quick or n == most or n & (n - 1) == 0]
-        known = [fastest(n, 5 if quick else 2) for n in sizes]
+        short = one < SHORT_PASS
+        sizes = [n for n in range(1, most + 1) if short or n == most or n & (n - 1) == 0]
+        known = [fastest(n, 5 if short else 2) for n in sizes]
     finally:
         context.close()
     return tuple(np.interp(range(1, most + 1), sizes, np.maximum.accumulate(known)).tolist())
 
 
-class Stored(BaseModel):
-    """The file of a measurement; `key` says what was measured."""
+class StoredLatency(BaseModel):
+    """Content of a measurement file; `key` identifies machine and models."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     key: dict[str, str | int]
@@ -66,27 +66,27 @@ class Stored(BaseModel):
     verify: Annotated[tuple[Seconds, ...], Field(min_length=1)]
 
 
-def measured_costs(measure: Callable[[], Costs], key: Key) -> Costs:
-    """The costs measured earlier under the same `key`, else those measured now, kept for the next time.
+def stored_latency(measure: Callable[[], LatencyCurve], key: Key) -> LatencyCurve:
+    """The latency stored under `key`, else the result of `measure`, which is then stored.
 
-    A file that cannot be read, or is of another key, is replaced; a folder that cannot be written is no error.
+    An unreadable file, or one with another key, is replaced; a failure to write is ignored.
     """
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{name}.json"
     try:
-        stored = Stored.model_validate_json(path.read_bytes())
+        stored = StoredLatency.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         stored = None
     if stored and stored.key == dict(key):
-        return Costs(stored.draft, stored.verify)
-    costs = measure()
+        return LatencyCurve(stored.draft, stored.verify)
+    latency = measure()
     with suppress(OSError):
-        write_json(path, {"key": key, "draft": costs.draft, "verify": costs.verify})
-    return costs
+        write_json(path, {"key": key, "draft": latency.draft, "verify": latency.verify})
+    return latency
 
 
 def machine_key() -> dict[str, str | int]:
-    """What the speed of a pass depends on besides the model: processor, how many of them, and llama.cpp's version."""
+    """What the latency depends on besides the model: processor model, processor count, llama-cpp-python version."""
     return {
         "cpu": _cpu(),
         "processors": usable_threads(),
@@ -95,7 +95,7 @@ def machine_key() -> dict[str, str | int]:
 
 
 def file_key(path: Path) -> dict[str, str | int]:
-    """What tells one model file from another without reading it. Raises `OSError` if there is none."""
+    """Identifies a model file without reading it. Raises `OSError` if it does not exist."""
     stat = path.stat()
     return {"name": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
@@ -109,35 +109,37 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _curve(draft: float, milliseconds: Mapping[int, float]) -> Costs:
-    """Costs through a few points (tokens: milliseconds), linear between them; `draft` in milliseconds."""
-    verify = np.interp(range(1, MOST + 2), list(milliseconds), list(milliseconds.values()))
-    return Costs(draft / 1000, tuple((verify / 1000).tolist()))
+def _curve(draft: float, milliseconds: Mapping[int, float]) -> LatencyCurve:
+    """A latency curve through a few points (tokens: milliseconds), linear between them; `draft` in milliseconds."""
+    verify = np.interp(range(1, MAX_DRAFT + 2), list(milliseconds), list(milliseconds.values()))
+    return LatencyCurve(draft / 1000, tuple((verify / 1000).tolist()))
 
 
 LAPTOP_8_CORES = _curve(4.0, {1: 30, 2: 32, 4: 36, 8: 48, 16: 80})
-"""Assumed, not measured: eight cores and a 600 MB base. One token waits for memory (20 GB/s), and the cores can do
-the arithmetic of about four in that time; from then on each token adds 3 to 4 ms. The draft has a tenth of the size.
+"""Assumed, not measured: eight cores and a 600 MB base. One token is limited by memory bandwidth (20 GB/s); about four
+tokens can be computed in that time, each further token adds 3 to 4 ms. The draft has a tenth of the size.
 """
 GPU = _curve(1.5, {1: 10, 16: 11})
-"""Assumed, not measured: a graphics card and a base of some gigabytes. Reading the weights takes 10 ms whatever the
-tokens, up to 16 of which add a tenth. The draft is small, and its time is mostly that of starting kernels.
+"""Assumed, not measured: a GPU and a base of a few gigabytes. Reading the weights takes 10 ms independent of the number
+of tokens; 16 tokens add a tenth. The draft is small, and its time is dominated by kernel launches.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class OnPaper:
-    """What the controller would settle on for one request alone."""
+class SpeedupEstimate:
+    """Draft length and speed-up that the controller would choose for a single request."""
 
     acceptance: float
     k: int
     speedup: float
 
 
-def on_paper(costs: Costs, acceptances: Sequence[float] = (0.3, 0.6, 0.75, 0.9)) -> list[OnPaper]:
-    """Drafted tokens and speed-up over plain decoding for given acceptances, one row each."""
+def estimate_speedups(
+    latency: LatencyCurve, acceptances: Sequence[float] = (0.3, 0.6, 0.75, 0.9)
+) -> list[SpeedupEstimate]:
+    """Draft length and speed-up over plain decoding for given acceptance rates, one row each."""
     rows = []
     for acceptance in acceptances:
-        k = best_k(acceptance, costs.draft, costs.verify)
-        rows.append(OnPaper(acceptance, k, expected_speedup(acceptance, k, costs.draft, costs.verify)))
+        k = best_k(acceptance, latency.draft, latency.verify)
+        rows.append(SpeedupEstimate(acceptance, k, expected_speedup(acceptance, k, latency.draft, latency.verify)))
     return rows

@@ -1,4 +1,4 @@
-"""What passes cost: a curve measured beforehand, and what the clock says while the engine works (SPEC E2)."""
+"""Forward-pass latency model: a curve measured beforehand, updated from live timings (SPEC E2)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
 
-MOST = 15
-"""Drafted tokens per request and turn, at most."""
-RECENT, REVIEW = 9, 32
-"""Passes of one size whose median counts, and passes between two looks at the curve."""
+MAX_DRAFT = 15
+"""Maximum number of drafted tokens per request and step."""
+WINDOW, UPDATE_INTERVAL = 9, 32
+"""Number of passes per size whose median is used, and of passes between two updates of the curve."""
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
-    """Measured seconds of one drafted token (0 without a draft model), and of base passes over 1, 2, .. tokens.
+class LatencyCurve:
+    """Seconds of one drafted token (0 without a draft model), and of base passes over 1, 2, .. tokens.
 
-    More tokens never cost less: where the clock says so, the larger pass gets the smaller one's time.
+    `verify` is made non-decreasing: a larger pass takes at least the time of a smaller one.
     """
 
     draft: float
@@ -29,11 +29,11 @@ class Costs:
 
     @property
     def step(self) -> float:
-        """Seconds of a plain base step."""
+        """Seconds of a base step without drafting."""
         return self.verify[0]
 
     def seconds(self, tokens: int) -> float:
-        """Seconds of a base pass over so many tokens; beyond the last point with the slope of the upper half."""
+        """Seconds of a base pass over `tokens` tokens; extrapolated with the slope of the upper half."""
         last = len(self.verify)
         if tokens <= last:
             return self.verify[tokens - 1]
@@ -42,19 +42,20 @@ class Costs:
         return self.verify[-1] + (tokens - last) * slope
 
     def drafting(self, requests: int) -> float:
-        """Seconds of one draft step for so many requests at a time: it grows with them as the base's passes do."""
+        """Seconds of one draft step for a batch of requests; scales with the batch like the base's passes."""
         return self.draft * self.seconds(requests) / self.step if self.draft and requests else 0.0
 
     @property
     def reading(self) -> float:
-        """Seconds in which the draft reads one token of a long text."""
+        """Seconds per token of the draft's prefill."""
         most = len(self.verify)
         return self.drafting(most) / most
 
     def passes(self, drafted: Sequence[int]) -> float:
-        """Seconds of the base passes of one batch, in which each request has its last token and so many drafted.
+        """Seconds of the base passes of one batch, with the last token and the drafted tokens of each request.
 
-        llama.cpp takes equally many tokens of every sequence that has some left: one pass per different number.
+        llama.cpp splits a batch into passes with equally many tokens of every remaining sequence: one pass per distinct
+        number.
         """
         seconds, done = 0.0, -1
         for k in sorted(set(drafted)):
@@ -63,36 +64,36 @@ class Costs:
         return seconds
 
 
-class Pace:
-    """A curve that follows the clock.
+class LatencyTracker:
+    """A latency curve updated from live timings.
 
-    A machine that was busy when it was measured, or is now, and a context that grows make a curve wrong. So passes
-    that the engine runs anyway take the place of its points. A larger pass never costs less than a smaller one: where
-    that is violated, the later word is believed.
+    Other load on the machine, during the measurement or now, and a growing context make the measured curve wrong. So
+    its points are replaced by the times of the passes that the engine runs. The curve stays non-decreasing: in a
+    conflict the most recently observed size takes precedence.
     """
 
-    def __init__(self, before: Costs) -> None:
-        self._before, self._now = before, before
-        self._seen: dict[int, deque[float]] = {}  # by size, the one seen last at the end
-        self._unread = 0
+    def __init__(self, measured: LatencyCurve) -> None:
+        self._measured, self._current = measured, measured
+        self._times: dict[int, deque[float]] = {}  # by size, most recently observed size last
+        self._since_update = 0
 
-    def observe(self, tokens: int, seconds: float) -> Costs:
-        """Add a pass over so many tokens (0: a step of the draft); returns the curve as it stands."""
-        if tokens <= len(self._before.verify):
-            times = self._seen.pop(tokens, None) or deque(maxlen=RECENT)
+    def observe(self, tokens: int, seconds: float) -> LatencyCurve:
+        """Add the time of a pass over `tokens` tokens (0: a draft step); returns the current curve."""
+        if tokens <= len(self._measured.verify):
+            times = self._times.pop(tokens, None) or deque(maxlen=WINDOW)
             times.append(seconds)
-            self._seen[tokens] = times
-            self._unread += 1
-        if self._unread >= REVIEW:
-            self._unread = 0
-            self._now = self._review()
-        return self._now
+            self._times[tokens] = times
+            self._since_update += 1
+        if self._since_update >= UPDATE_INTERVAL:
+            self._since_update = 0
+            self._current = self._update()
+        return self._current
 
-    def _review(self) -> Costs:
-        seen = {tokens: median(times) for tokens, times in self._seen.items()}
-        draft = seen.pop(0, self._before.draft)
-        verify = list(self._before.verify)
-        for tokens, seconds in seen.items():
+    def _update(self) -> LatencyCurve:
+        observed = {tokens: median(times) for tokens, times in self._times.items()}
+        draft = observed.pop(0, self._measured.draft)
+        verify = list(self._measured.verify)
+        for tokens, seconds in observed.items():
             verify[tokens - 1 :] = [max(seconds, known) for known in verify[tokens - 1 :]]
             verify[:tokens] = [min(seconds, known) for known in verify[:tokens]]
-        return Costs(draft, tuple(verify))
+        return LatencyCurve(draft, tuple(verify))

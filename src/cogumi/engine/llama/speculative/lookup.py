@@ -1,7 +1,7 @@
-"""Prompt-lookup decoding: drafts read off the text itself (Saxena 2023, "Prompt Lookup Decoding"; SPEC E2).
+"""Prompt-lookup decoding: drafts copied from the text itself (Saxena 2023, "Prompt Lookup Decoding"; SPEC E2).
 
-What followed the last time that the most recent ids stood next to each other is proposed to follow again. It costs
-no model pass, and pays where answers repeat their prompt or themselves: code edits, extraction, loops.
+The ids that followed the previous occurrence of the last n-gram are proposed. It needs no model pass, and pays if
+answers repeat their prompt or themselves: code edits, extraction, loops.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 
 class Lookup:
-    """The n-grams of one growing id sequence, and where each was last seen. Belongs to one generation.
+    """The n-grams of one growing id sequence, and the last position of each. Belongs to one generation.
 
-    `append` costs O(longest); memory grows by one small entry per id and n-gram length.
+    `append` takes O(longest); memory grows by one small entry per id and n-gram length.
     """
 
     def __init__(self, ids: Sequence[int], longest: int = 3, shortest: int = 2) -> None:
         self._ids: list[int] = []
         self._ends: list[tuple[int, dict[tuple[int, ...], int]]] = [(n, {}) for n in range(longest, shortest - 1, -1)]
-        self._follows: int | None = None  # where the longest match of the present end was followed
+        self._follows: int | None = None  # position after the previous occurrence of the longest matching n-gram
         for id in ids:
             self.append(id)
 
@@ -39,8 +39,7 @@ class Lookup:
     def propose(self, k: int) -> list[int]:
         """`k` ids that followed the latest earlier occurrence of the longest n-gram matching the end, or none.
 
-        An occurrence fewer than `k` ids back overlaps the proposal: the text then repeats with that period, and so
-        does the proposal.
+        If the occurrence is fewer than `k` ids back, the text repeats with that period, and the proposal continues it.
         """
         if self._follows is None:
             return []

@@ -1,6 +1,6 @@
-"""Speculative decoding, the pure part: what to accept of a draft, and when drafting pays (SPEC E2).
+"""Speculative decoding, the pure part: verification of drafts, and the choice of the draft length (SPEC E2).
 
-Acceptance follows Leviathan et al. 2023 and Chen et al. 2023: a token drawn from the draft's q is kept with
+Verification follows Leviathan et al. 2023 and Chen et al. 2023: a token drawn from the draft's q is accepted with
 probability min(1, p/q), else one is drawn from the residual max(p - q, 0). The result is distributed exactly
 as p; at temperature 0 it is the verifier's own greedy choice. Expected tokens assume that each drafted token is
 accepted independently; exploration within a budget follows conservative bandits (Wu et al. 2016).
@@ -19,27 +19,27 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.engine.llama.speculative.latency_model import MOST, Costs, Pace
+from cogumi.engine.llama.speculative.latency_model import MAX_DRAFT, LatencyCurve, LatencyTracker
 from cogumi.engine.sampling import draw
 
 Row: TypeAlias = NDArray[np.float64]
 Source: TypeAlias = Literal["model", "ngram"]
 
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0
-"""Acceptance assumed before anything is known, and the tested tokens that it is worth."""
+"""Prior acceptance rate, and its weight in tested tokens."""
 SEED_WEIGHT = 24.0
-"""Tested tokens that the engine's acceptance is worth to a new request."""
+"""Weight, in tested tokens, of the engine's acceptance rate as the prior of a new request."""
 ENGINE_MEMORY, MEMORY = 400.0, 80.0
-"""Tested tokens after which old ones fade: of all requests, and of one."""
+"""Window of an acceptance rate in tested tokens: of the engine, and of one request."""
 PROBE_SHARE, PROBE_STEPS = 0.01, 3.0
-"""Share of the time that probes may lose, and the plain steps that they may lose at once, as at the start."""
+"""Exploration budget: share of the time that probes may lose, and its maximum (also initial) value in plain steps."""
 
 
 def verify_greedy(drafted: Sequence[int], best: Callable[[int], int]) -> list[int]:
-    """Tokens to emit: drafted ones while they equal the verifier's own, then its own next; 1 to k + 1 of them.
+    """Tokens to emit: drafted ones while they equal the verifier's choice, then its next choice; 1 to k + 1 tokens.
 
-    `best(i)` is the verifier's choice after i emitted tokens. It is asked in order, each i once, and only as far
-    as needed: a row may depend on what was emitted before it (penalties, a grammar).
+    `best(i)` is the verifier's choice after i emitted tokens. It is called in order, once per i, and only as far as
+    needed: a row may depend on the tokens emitted before it (penalties, a grammar).
     """
     emitted: list[int] = []
     for i, token in enumerate(drafted):
@@ -55,9 +55,9 @@ def verify_sampled(
 ) -> list[int]:
     """Tokens to emit, 1 to k + 1 of them, distributed as if each had been drawn from its own p (V,).
 
-    `p(i)` is the verifier's distribution after i emitted tokens, asked as in `verify_greedy`. `q` holds the
-    distributions (V,) that the k drafted ids were drawn from; None means that the draft was deterministic. All
-    but the last emitted token are drafted ones that were accepted.
+    `p(i)` is the verifier's distribution after i emitted tokens, called as in `verify_greedy`. `q` holds the
+    distributions (V,) that the k drafted ids were drawn from; None for a deterministic draft. All but the last emitted
+    token are accepted drafted tokens.
     """
     for i, token in enumerate(drafted):
         row = p(i)
@@ -79,7 +79,7 @@ def expected_tokens(acceptance: float, k: int) -> float:
 
 
 def expected_speedup(acceptance: float, k: int, draft_cost: float, verify_costs: Sequence[float]) -> float:
-    """Throughput with `k` drafted tokens per round over plain decoding.
+    """Throughput with `k` drafted tokens per round, relative to plain decoding.
 
     `draft_cost` is the time of one drafted token, `verify_costs[i]` that of a base pass over i + 1 tokens.
     """
@@ -94,11 +94,11 @@ def best_k(acceptance: float, draft_cost: float, verify_costs: Sequence[float]) 
 
 
 class Acceptance:
-    """Running share of drafted tokens that the verifier accepts; `prior` counts as so many tokens at first.
+    """Running acceptance rate of drafted tokens; `prior` initially counts as `weight` tokens.
 
-    Only tested tokens count: those behind the first rejection of a round were never looked at. What lies more
-    than `memory` tested tokens back fades, and so does the prior. A prior that is itself an `Acceptance` is
-    followed: a request on a new text starts from what the engine knows by then.
+    Only tested tokens count: those after the first rejection of a round are not verified. Observations older than
+    `memory` tested tokens fade, and so does the prior. A prior that is an `Acceptance` is evaluated at use: a request
+    starts from the engine's current rate.
     """
 
     __slots__ = ("_accepted", "_memory", "_prior", "_tested", "_weight")
@@ -110,7 +110,7 @@ class Acceptance:
         self._prior, self._weight, self._memory = prior, weight, memory
 
     def update(self, drafted: int, accepted: int) -> None:
-        """Count one round."""
+        """Add one round."""
         self._accepted += accepted
         self._tested += min(accepted + 1, drafted)
         if self._tested > self._memory:
@@ -119,25 +119,25 @@ class Acceptance:
 
     @property
     def rate(self) -> float:
-        """Probability that the next drafted token is accepted, as far as known."""
+        """Estimated probability that the next drafted token is accepted."""
         prior = self._prior if isinstance(self._prior, float) else self._prior.rate
         weight = self._weight * (1 - self._tested / self._memory)
         return (self._accepted + prior * weight) / (self._tested + weight)
 
 
 class Tracker:
-    """What is known of one request: an acceptance per source."""
+    """Acceptance rates of one request, by source."""
 
     __slots__ = ("acceptance", "credit")
 
     def __init__(self, acceptance: Mapping[Source, Acceptance]) -> None:
         self.acceptance = acceptance
-        self.credit = 0.0  # seconds that an accepted token of the probe under way earns back
+        self.credit = 0.0  # seconds returned to the budget for each accepted token of the running probe
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """A request that writes, and how many tokens each source could draft for it now (absent or 0: it cannot)."""
+class DraftOptions:
+    """A decoding request, and the number of tokens each source can draft for it now (absent or 0: none)."""
 
     tracker: Tracker
     limits: Mapping[Source, int]
@@ -145,108 +145,110 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`k` tokens to draft from `source`; for a plain step k is 0 and source None."""
+    """Draft `k` tokens from `source`; a step without drafting has k = 0 and source None."""
 
     source: Source | None
     k: int
 
 
 @dataclass(slots=True)
-class Turn:
-    """One choice per request, and what they are expected to bring: tokens, and seconds for all."""
+class StepPlan:
+    """One choice per request, with the expected number of tokens and seconds of the step."""
 
     choices: list[Choice]
     tokens: float
     seconds: float
 
 
-PLAIN = Choice(None, 0)
+NO_DRAFT = Choice(None, 0)
 
 
 class Controller:
-    """Chooses for every turn who drafts how much, so that most tokens are settled per second.
+    """Chooses the draft length of every request in each step, to maximise accepted tokens per second.
 
-    One batch serves all requests of a turn: those who draft share one k (or have fewer, if their source has no
-    more), the others have a pass over one token each. What is not known is found out by probes, which draft
-    where the estimates advise against it, and may lose `PROBE_SHARE` of the time. Belongs to one thread.
+    One batch serves all requests of a step: drafting requests share one k (or have fewer tokens if their source has no
+    more), the others one token each. Probes explore: they draft although the estimates advise against it, and may lose
+    `PROBE_SHARE` of the time. Used by one thread.
     """
 
-    def __init__(self, costs: Costs) -> None:
-        self._costs, self._pace = costs, Pace(costs)
+    def __init__(self, latency: LatencyCurve) -> None:
+        self._latency, self._latency_tracker = latency, LatencyTracker(latency)
         self._known: dict[Source, Acceptance] = {"model": Acceptance(), "ngram": Acceptance()}
         self._tables: dict[tuple[int, bool], list[list[float]]] = {}
-        self._budget = PROBE_STEPS * costs.step
+        self._budget = PROBE_STEPS * latency.step
 
     def tracker(self) -> Tracker:
-        """For a new request: what the engine knows, worth a few tokens."""
+        """Acceptance rates of a new request, with the engine's rates as prior."""
         return Tracker({s: Acceptance(known, SEED_WEIGHT, MEMORY) for s, known in self._known.items()})
 
     def rate(self, source: Source) -> float:
-        """Running acceptance of all requests."""
+        """Running acceptance rate over all requests."""
         return self._known[source].rate
 
     def speedup(self) -> float:
-        """Best expected speed-up by drafting (k > 0) for one request alone; up to 1 it does not pay.
+        """Best expected speed-up by drafting (k > 0) for a single request; drafting does not pay up to 1.
 
-        From the draft model if there is one, else from n-grams where any are found.
+        With the draft model if there is one, else with n-grams.
         """
-        draft, verify = self._costs.draft, self._costs.verify
+        draft, verify = self._latency.draft, self._latency.verify
         rate = self.rate("model" if draft else "ngram")
         return max((expected_speedup(rate, k, draft, verify) for k in range(1, len(verify))), default=0.0)
 
     @property
-    def costs(self) -> Costs:
-        """What passes cost, as far as known."""
-        return self._costs
+    def latency(self) -> LatencyCurve:
+        """The current latency curve."""
+        return self._latency
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Take note of what one base pass over so many tokens took."""
-        self._follow(self._pace.observe(tokens, seconds))
+        """Record the duration of one base pass over `tokens` tokens."""
+        self._update(self._latency_tracker.observe(tokens, seconds))
 
     def observe_draft(self, requests: int, seconds: float) -> None:
-        """Take note of what one draft step for so many requests took."""
-        self._follow(self._pace.observe(0, seconds * self._costs.step / self._costs.seconds(requests)))
+        """Record the duration of one draft step for `requests` requests."""
+        self._update(self._latency_tracker.observe(0, seconds * self._latency.step / self._latency.seconds(requests)))
 
-    def _follow(self, costs: Costs) -> None:
-        if costs != self._costs:
-            self._costs = costs
+    def _update(self, latency: LatencyCurve) -> None:
+        if latency != self._latency:
+            self._latency = latency
             self._tables.clear()
 
     def learn(self, tracker: Tracker, source: Source, drafted: int, accepted: int) -> None:
-        """Count a verification. N-gram proposals merely compared with the token that came count as drafted 1."""
+        """Add a verification result. An n-gram proposal only compared with the next token counts as 1 drafted."""
         self._known[source].update(drafted, accepted)
         tracker.acceptance[source].update(drafted, accepted)
         if source == "model":
             self._budget += tracker.credit * accepted
             tracker.credit = 0.0
 
-    def plan(self, wishes: Sequence[Wish]) -> list[Choice]:
-        """One choice per wish: the best as far as known, now and then with a probe of the draft model.
+    def plan(self, options: Sequence[DraftOptions]) -> list[Choice]:
+        """One choice per request: the best estimate, occasionally with a probe of the draft model.
 
-        N-grams need no probes: comparing them costs nothing.
+        N-grams need no probes: comparing their proposals costs nothing.
         """
-        turn = self.best(wishes)
-        self._budget = min(self._budget + PROBE_SHARE * turn.seconds, PROBE_STEPS * self._costs.step)
+        plan = self.best(options)
+        self._budget = min(self._budget + PROBE_SHARE * plan.seconds, PROBE_STEPS * self._latency.step)
         if self._budget > 0:
-            self._probe(wishes, turn)
-        return turn.choices
+            self._probe(options, plan)
+        return plan.choices
 
-    def best(self, wishes: Sequence[Wish]) -> Turn:
-        """The turn with the most expected tokens per second at the running acceptances."""
-        n = len(wishes)
-        turn = Turn([PLAIN] * n, n, self._costs.seconds(n) if n else 0.0)
-        free = self._table(n, False) if any(wish.limits.get("ngram") for wish in wishes) else []
-        paid = self._table(n, True) if any(wish.limits.get("model") for wish in wishes) else []
+    def best(self, options: Sequence[DraftOptions]) -> StepPlan:
+        """The plan with the most expected tokens per second at the current acceptance rates."""
+        n = len(options)
+        plan = StepPlan([NO_DRAFT] * n, n, self._latency.seconds(n) if n else 0.0)
+        free = self._table(n, False) if any(option.limits.get("ngram") for option in options) else []
+        paid = self._table(n, True) if any(option.limits.get("model") for option in options) else []
         if not (free or paid):
-            return turn
-        ngram = [_gains(wish, "ngram") for wish in wishes]
-        both = [_larger(own, _gains(wish, "model")) for own, wish in zip(ngram, wishes, strict=True)] if paid else []
-        rate, found = n / turn.seconds, None
+            return plan
+        ngram = [_gains(option, "ngram") for option in options]
+        both = (
+            [_larger(own, _gains(option, "model")) for own, option in zip(ngram, options, strict=True)] if paid else []
+        )
+        rate, found = n / plan.seconds, None
         for gains, table in ((ngram, free), (both, paid)):
             most = n + sum(max(own) for own in gains if own)
             for k, (column, seconds) in enumerate(zip(zip_longest(*gains, fillvalue=0.0), table, strict=False), 1):
                 if most <= rate * min(seconds[1], seconds[-1]):
-                    break  # longer drafts take longer still
+                    break  # longer drafts only take longer
                 able = sorted(filter(None, column), reverse=True)
                 rates = list(map(truediv, accumulate(able, initial=n), seconds))
                 top = max(rates)
@@ -254,45 +256,45 @@ class Controller:
                     rate, found = top, (gains, k, rates.index(top))
         if found:
             gains, k, m = found
-            drafted = self._assign(gains, k, m, 0.0 if gains is ngram else k * self._costs.drafting(m), turn)
+            drafted = self._assign(gains, k, m, 0.0 if gains is ngram else k * self._latency.drafting(m), plan)
             for i, own in enumerate(drafted):
                 if own:
                     free_too = len(ngram[i]) >= own and ngram[i][own - 1] == gains[i][own - 1]
-                    turn.choices[i] = Choice("ngram" if free_too else "model", own)
-        return turn
+                    plan.choices[i] = Choice("ngram" if free_too else "model", own)
+        return plan
 
-    def _assign(self, gains: Sequence[list[float]], k: int, m: int, drafting: float, turn: Turn) -> list[int]:
-        """Tokens to draft per request: k for the m with most to gain; those who have fewer join if that pays."""
+    def _assign(self, gains: Sequence[list[float]], k: int, m: int, drafting: float, plan: StepPlan) -> list[int]:
+        """Tokens to draft per request: k for the m requests of highest gain; shorter drafts are added if they pay."""
         drafted = [0] * len(gains)
         order = sorted((i for i, own in enumerate(gains) if own), key=lambda i: -gains[i][:k][-1])
         for i in [i for i in order if len(gains[i]) >= k][:m]:
             drafted[i] = k
-            turn.tokens += gains[i][k - 1]
-        turn.seconds = self._costs.passes(drafted) + drafting
+            plan.tokens += gains[i][k - 1]
+        plan.seconds = self._latency.passes(drafted) + drafting
         for i in order:
             if len(gains[i]) < k:
                 drafted[i] = len(gains[i])
-                tokens, seconds = turn.tokens + gains[i][-1], self._costs.passes(drafted) + drafting
-                if tokens * turn.seconds > turn.tokens * seconds:
-                    turn.tokens, turn.seconds = tokens, seconds
+                tokens, seconds = plan.tokens + gains[i][-1], self._latency.passes(drafted) + drafting
+                if tokens * plan.seconds > plan.tokens * seconds:
+                    plan.tokens, plan.seconds = tokens, seconds
                 else:
                     drafted[i] = 0
         return drafted
 
-    def _probe(self, wishes: Sequence[Wish], turn: Turn) -> None:
-        """Let those draft who would not: at the k that is expected to lose least, of those that may pay at all."""
-        gains = {i: _gains(wishes[i], "model") for i, choice in enumerate(turn.choices) if not choice.k}
-        if not any(gains.values()) or not self._table(len(wishes), True):
+    def _probe(self, options: Sequence[DraftOptions], plan: StepPlan) -> None:
+        """Let requests draft that would not, at the k with the least expected loss among those that may pay."""
+        gains = {i: _gains(options[i], "model") for i, choice in enumerate(plan.choices) if not choice.k}
+        if not any(gains.values()) or not self._table(len(options), True):
             return
-        token = turn.seconds / turn.tokens
+        token = plan.seconds / plan.tokens
         least, found = math.inf, None
-        shared = max(choice.k for choice in turn.choices)
+        shared = max(choice.k for choice in plan.choices)
         for k in [shared] if shared else range(1, max(map(len, gains.values())) + 1):
             joining = [i for i, own in gains.items() if len(own) >= k]
-            drafted = [choice.k for choice in turn.choices]
+            drafted = [choice.k for choice in plan.choices]
             for i in joining:
                 drafted[i] = k
-            cost = self._costs.passes(drafted) + k * self._costs.drafting(len(joining)) - turn.seconds
+            cost = self._latency.passes(drafted) + k * self._latency.drafting(len(joining)) - plan.seconds
             loss = cost - token * sum(gains[i][k - 1] for i in joining)
             if cost < token * k * len(joining) and loss < least:
                 least, found = loss, (k, joining, cost)
@@ -300,18 +302,18 @@ class Controller:
             k, joining, cost = found
             self._budget -= cost
             for i in joining:
-                wishes[i].tracker.credit = token
-                turn.choices[i] = Choice("model", k)
+                options[i].tracker.credit = token
+                plan.choices[i] = Choice("model", k)
 
     def _table(self, n: int, drafting: bool) -> list[list[float]]:
-        """Seconds of turns in which m of n requests draft k tokens, [k - 1][m], up to the last k that may pay."""
+        """Seconds of steps in which m of n requests draft k tokens, [k - 1][m], up to the last k that may pay."""
         key = (n, drafting)
         if key not in self._tables:
-            costs, plain = self._costs, self._costs.seconds(n)
-            steps = [costs.drafting(m) if drafting else 0.0 for m in range(n + 1)]
+            latency, plain = self._latency, self._latency.seconds(n)
+            steps = [latency.drafting(m) if drafting else 0.0 for m in range(n + 1)]
             table = []
-            for k in range(1, MOST + 1):
-                drafted = [costs.passes([k] * m + [0] * (n - m)) + k * steps[m] for m in range(1, n + 1)]
+            for k in range(1, MAX_DRAFT + 1):
+                drafted = [latency.passes([k] * m + [0] * (n - m)) + k * steps[m] for m in range(1, n + 1)]
                 table.append([plain, *drafted])
             while table and all((n + m * len(table)) * plain <= n * seconds for m, seconds in enumerate(table[-1])):
                 table.pop()
@@ -320,17 +322,17 @@ class Controller:
 
 
 def _larger(a: list[float], b: list[float]) -> list[float]:
-    """The larger gains of two sources at each k: those of the better one as far as it goes."""
+    """The gains of the better source at each k, continued by those of the longer one."""
     longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
     return longer if not shorter or longer[0] >= shorter[0] else shorter + longer[len(shorter) :]
 
 
-def _gains(wish: Wish, source: Source) -> list[float]:
-    """Expected accepted tokens of 1, 2, .. drafted ones, as many as the source has."""
-    limit = wish.limits.get(source, 0)
-    return _accepted(round(wish.tracker.acceptance[source].rate * 1000))[:limit] if limit else []
+def _gains(option: DraftOptions, source: Source) -> list[float]:
+    """Expected number of accepted tokens for 1, 2, .. drafted ones, up to the source's limit."""
+    limit = option.limits.get(source, 0)
+    return _accepted(round(option.tracker.acceptance[source].rate * 1000))[:limit] if limit else []
 
 
 @lru_cache(maxsize=1001)
 def _accepted(permille: int) -> list[float]:
-    return list(accumulate(accumulate(repeat(permille / 1000, MOST), mul)))
+    return list(accumulate(accumulate(repeat(permille / 1000, MAX_DRAFT), mul)))
