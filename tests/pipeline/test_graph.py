@@ -3,11 +3,13 @@
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cogumi.pipeline.graph import in_order, width
 from cogumi.pipeline.recipe import load_recipe
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -22,6 +24,7 @@ def reachable(graph, step):
     return {step}.union(*(reachable(graph, needed) for needed in graph[step]))
 
 
+@PATIENT
 @given(graphs())
 def test_every_step_comes_after_those_it_needs_and_no_later_than_it_must(graph):
     order = in_order(graph)
@@ -33,6 +36,7 @@ def test_every_step_comes_after_those_it_needs_and_no_later_than_it_must(graph):
     assert in_order({step: graph[step] for step in order}) == order  # a recipe that is in order stays as it is
 
 
+@PATIENT
 @given(graphs())
 def test_width_is_the_largest_set_of_independent_steps(graph):
     above = {step: reachable(graph, step) for step in graph}
