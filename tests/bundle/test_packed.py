@@ -354,7 +354,7 @@ def file_size_limit(count):
 ENDED = """
 import os, signal, sys
 from pathlib import Path
-from cogumi.archive import staged
+from cogumi.bundle.packed import staged
 with staged(Path(sys.argv[1]), Path(sys.argv[2])) as part:
     (part / "half").write_text("x")
     os.kill(os.getpid(), signal.SIGTERM)

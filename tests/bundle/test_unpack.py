@@ -41,7 +41,7 @@ def cache(tmp_path, monkeypatch):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from cogumi.runtime.unpacking import Files
+from cogumi.bundle.unpack import Files
 def progress(done, total):
     if sys.argv[3] == "die" and done >= 1 << 20:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_head import write_head
 
 from cogumi.bundle.format import BASE, EXAMPLES, FEWSHOT, HEAD, INDEX, open_bundle, write_bundle
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE
@@ -28,6 +27,7 @@ from cogumi.evaluate.suite import Task
 from cogumi.evaluate.suites import templates as suite
 from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 from support.encoder import Trigrams
+from support.output_head import write_head
 
 SHOTS = (("What is 3 plus 4?", "7"), ("What is 20 plus 1?", "21"))
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)

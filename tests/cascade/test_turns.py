@@ -225,8 +225,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from cogumi.cascade.memory import Memory, Turn
-from cogumi.errors import StateError
+from cogumi.cascade.memory.turns import Memory, Turn
+from cogumi.core.errors import StateError
 path, name, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if sys.argv[4:] and os.geteuid() == 0:
     os.seteuid(65534)  # permissions do not bind root

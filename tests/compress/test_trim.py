@@ -31,8 +31,9 @@ from cogumi.core.types import Artifact, Message
 from cogumi.data.examples import SPLITS, split_path, write_examples
 from cogumi.models.folders import load
 from cogumi.models.tokenization import HFTokenizer
-from support.gguf import DATA, MULTILINGUAL, edit, foreign_text, llama, needs_data, public_lines
+from support.gguf import MULTILINGUAL, edit, foreign_text, llama
 from support.pico import SENTENCES, make_adapter, make_model
+from support.public_data import public_data, public_lines
 from support.real import llama3, qwen2
 from support.train import context, example
 from support.vocabularies import real_vocabulary
@@ -255,8 +256,9 @@ def test_a_quality_that_is_no_number_is_a_problem():
     assert "perplexity per byte rises by nan%" in trim.quality_problem(trim.Config(), one, other)
 
 
+@pytest.mark.parametrize("source", [foreign_text, public_lines])
 @pytest.mark.parametrize("name", NAMES)
-def test_llama_cpp_cuts_the_same(folders, tmp_path, name):
+def test_llama_cpp_cuts_the_same(folders, tmp_path, name, source):
     model = Model.load(folders[name])
     kept = half(model.vocabulary, 5)
     tokenizer = model.vocabulary.write(kept, tmp_path)
@@ -264,7 +266,7 @@ def test_llama_cpp_cuts_the_same(folders, tmp_path, name):
     export_model(tmp_path, tmp_path / "m.gguf")
     stock = llama(tmp_path / "m.gguf", vocab_only=True)
     assert stock.n_vocab() == len(kept)
-    for text in foreign_text(500) + public_lines(100):
+    for text in source(500):
         text = unicodedata.normalize("NFC", text)  # llama.cpp knows no normalizer
         assert stock.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
 
@@ -426,11 +428,10 @@ def test_other_tokenizers_are_refused_by_name(folders, change, message):
         check(document, "here")
 
 
-@needs_data
 @pytest.mark.parametrize("name", ["llama2", "phi-3-mini"])
 def test_published_sentencepiece_tokenizers_are_refused(name):
     with pytest.raises(DataError, match="SentencePiece's BPE"):
-        check(json.loads((DATA / "tokenizer_hf" / name / "tokenizer.json").read_text("utf-8")), name)
+        check(json.loads(public_data(f"tokenizer_hf/{name}/tokenizer.json").read_text("utf-8")), name)
 
 
 def cut(folder):
@@ -504,7 +505,6 @@ def test_texts_that_are_none_are_named(tmp_path):
 # --- a published vocabulary
 
 
-@needs_data
 def test_llama_3_at_a_quarter_of_its_vocabulary(tmp_path):
     """Counted on one book and some code, measured on other books and code; the whole corpora are for `vocabulary`."""
     model = Model.load(real_vocabulary(tmp_path / "m", "llama3", hidden=32, layers=1))

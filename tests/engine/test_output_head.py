@@ -19,24 +19,11 @@ from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.llama.output_head import Head, LowRank, load_head
 from cogumi.engine.protocol import final_reply, replies
 from support.engines import ask, opened, pico
+from support.output_head import IDS, WIDTH, low_rank, write_head
 
-WIDTH, IDS = 64, 512
 SHOTS = (("What is 3 plus 4?", "It is 7."), ("What is 20 plus 1?", "It is 21."), ("Who is taller?", "Tom."))
 ASK = Request(messages=(Message("system", "Be short."), Message("user", "What is 48 plus 57?")), max_tokens=20)
 SHOWN = replace(ASK, examples=SHOTS)
-
-
-def low_rank(rank=4, width=WIDTH, ids=IDS, seed=0, size=0.3):
-    draw = np.random.default_rng(seed)
-    a, b = (draw.normal(0, size, shape).astype(np.float32) for shape in ((rank, width), (ids, rank)))
-    return LowRank(a, b, 0.5)
-
-
-def write_head(path, *, lr=0.5, steps=3, base="one", seed=0, size=0.3, width=WIDTH, ids=IDS):
-    start = low_rank(seed=seed, size=size, width=width, ids=ids)
-    known = {"scale": "0.5", "lr": str(lr), "steps": str(steps), "base_sha256": base}
-    save_file({"a": start.a, "b": start.b}, path, metadata={"head": json.dumps(known)})
-    return path
 
 
 def support(n, width=WIDTH, ids=IDS, seed=0):
