@@ -20,13 +20,13 @@ needs_namespaces = pytest.mark.skipif(not NAMESPACES, reason="this machine forbi
 
 def without(monkeypatch, tmp_path, *statements):
     """The real sandbox without some of its layers, so that the others are seen to hold alone."""
-    text = sandbox._JAIL.read_text()
+    text = sandbox._CHILD.read_text()
     for statement, replacement in statements:
         assert statement in text
         text = text.replace(statement, replacement)
-    jail = tmp_path / "jail.py"
-    jail.write_text(text)
-    monkeypatch.setattr(sandbox, "_JAIL", jail)
+    child = tmp_path / "sandbox_child.py"
+    child.write_text(text)
+    monkeypatch.setattr(sandbox, "_CHILD", child)
 
 
 @pytest.fixture

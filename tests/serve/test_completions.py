@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from support.serve import ByteTokenizer, Scripted, raw, running
+from support.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +20,14 @@ def engine():
 def port(engine):
     ready = threading.Event()
     with running(lambda: engine, on_ready=lambda _: ready.set(), keep_alive_seconds=0.2, max_body_bytes=20_000) as port:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE)
         yield port
     assert engine.closed
 
 
 @pytest.fixture(scope="module")
 def client(port):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=20)
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
 
 
 def complete(client, prompt, **options):

@@ -234,6 +234,7 @@ def test_meta_training_learns_to_learn(inputs, tmp_path):
 RESUMABLE = """
 import sys
 from pathlib import Path
+from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.train import anil
 config, base, episodes, out = sys.argv[1:]
