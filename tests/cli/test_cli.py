@@ -425,7 +425,8 @@ def test_many_clients_at_once_get_their_own_answers(client):
 def test_a_client_that_hangs_up_frees_its_slot(folder, mode, monkeypatch):
     """The answer is held in the middle until the base hears that nobody waits for it."""
     gate, cascade = Gate(monkeypatch), open_cascade(folder, slots=2, threads=1)
-    base = cascade.tiers.base
+    base, answers, generate = cascade.tiers.base, [], cascade.generate
+    monkeypatch.setattr(cascade, "generate", lambda request: answers.append(generate(request)) or answers[-1])
     body = {"model": f"cogumi:{mode}", "stream": True, "max_tokens": 480}
     body["messages"] = [{"role": "user", "content": "What is 3 + 4?"}]
     with running(lambda: cascade) as port:
@@ -434,7 +435,9 @@ def test_a_client_that_hangs_up_frees_its_slot(folder, mode, monkeypatch):
         for _ in range(3):
             gate.shut(after=3, engine=base)
             send_and_hang_up(port, body, gate.reached.is_set)
-            until(lambda: base._scheduler._cancelled)
+            until(lambda: answers[-1]._done)  # the server has noticed
+            gate.shut(after=1, engine=base)  # the cascade notices between two tokens
+            until(lambda: base._scheduler._cancelled or base.free_slots == 2)
             gate.open()
             until(lambda: base.free_slots == 2)
         assert ask(client, "What is 3 + 4?").usage.completion_tokens == 12

@@ -24,9 +24,8 @@ class Gate:
     """
 
     def __init__(self, monkeypatch):
-        self.reached, self._opened = threading.Event(), threading.Event()
-        self._engine, self._left = None, 0
-        self._opened.set()
+        self.reached, self._changed = threading.Event(), threading.Condition()
+        self._left, self._engine = None, None
         decode = Context.decode
 
         def held(context, rows):
@@ -38,8 +37,7 @@ class Gate:
     def shut(self, *, after=0, engine=None):
         """Let `after` more passes through and hold the next; those of one llama engine if it is given, else of all."""
         self.reached.clear()
-        self._engine, self._left = engine, after
-        self._opened.clear()
+        self._set(after, engine)
 
     def wait(self):
         """Wait until a pass is held."""
@@ -47,13 +45,19 @@ class Gate:
 
     def open(self):
         """Let everything through."""
-        self._opened.set()
+        self._set(None, None)
+
+    def _set(self, left, engine):
+        with self._changed:
+            self._left, self._engine = left, engine
+            self._changed.notify_all()
 
     def _pass(self):
-        mine = self._engine is None or threading.current_thread() is self._engine._scheduler._thread
-        if not mine or self._opened.is_set():
-            return
-        self._left -= 1
-        if self._left < 0:
-            self.reached.set()
-            assert self._opened.wait(PATIENCE)
+        with self._changed:
+            if self._engine and threading.current_thread() is not self._engine._scheduler._thread:
+                return
+            if self._left == 0:
+                self.reached.set()
+            assert self._changed.wait_for(lambda: self._left != 0, PATIENCE)
+            if self._left:
+                self._left -= 1
