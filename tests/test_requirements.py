@@ -1,4 +1,4 @@
-"""docs/requirements.md holds every requirement that is cited, and nothing else; ids in code stand in module docstrings."""
+"""docs/requirements.md holds every cited requirement and no other; ids in code stand in module docstrings."""
 
 import ast
 import io
