@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -248,10 +247,8 @@ def test_the_suite_counts_what_each_way_of_showing_gets_right(folder, whole):
         suite.run(Task(folder / "whole"))
 
 
-def test_ten_thousand_examples_are_searched_in_milliseconds():
-    """The bank's largest size; embedding the question comes on top (suite `templates`)."""
+def test_ten_thousand_examples_are_searched():
+    """The bank's largest size; suite `templates` measures how long that takes."""
     vectors = np.random.default_rng(0).normal(size=(10_000, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    began = time.perf_counter()
     assert nearest(vectors @ vectors[77], ["code"] * len(vectors)) == [77]
-    assert time.perf_counter() - began < 1.0

@@ -486,7 +486,7 @@ def test_keys_of_a_newer_server_are_ignored():
 def test_a_whole_response_carries_the_same_object(slow):
     """Not streamed, as other clients read it."""
     _, url = slow
-    client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=20)
+    client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=PATIENCE)
     completion = client.chat.completions.create(model="cogumi", messages=[{"role": "user", "content": "echo abc"}])
     extension = read_extension(completion.to_dict()["cogumi"])
     with contextlib.closing(RemoteEngine(url, "cogumi")) as engine:
@@ -500,7 +500,7 @@ def test_a_served_cascade_looks_as_it_does_here(tmp_path):
     cascade = open_cascade(bundle, threads=1)
     timing = {"seconds", "first_token_seconds"}
     with running(lambda: cascade, on_ready=lambda _: ready.set()) as port:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE)
         url = f"http://127.0.0.1:{port}/v1"
         for mode, model in ((None, "cogumi"), ("accurate", "cogumi:accurate")):
             ask = Request(messages=(Message("user", "What is 48 plus 57?"),), max_tokens=12)
