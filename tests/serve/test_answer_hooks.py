@@ -10,7 +10,7 @@ import pytest
 from cogumi.core.errors import BusyError, ContextError
 from cogumi.core.types import Reply, Usage
 from cogumi.engine.events import Events
-from support.serve import Scripted, raw, running, send_and_hang_up
+from support.serve import Scripted, client_of, raw, running, send_and_hang_up
 from support.waiting import PATIENCE, until
 
 
@@ -48,7 +48,7 @@ def port(engine, seen):
 
 @pytest.fixture
 def client(port):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
+    return client_of(port)
 
 
 def ask(client, text, **options):
@@ -212,7 +212,7 @@ def test_a_hook_that_raises_breaks_nothing(seen, caplog):
         running(Scripted, on_ready=lambda _: ready.set(), on_answer=hooks) as port,
     ):
         assert ready.wait(PATIENCE)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
+        client = client_of(port)
         for _ in range(3):
             assert ask(client, "echo abc").choices[0].message.content == "abc"
             chunks = list(ask(client, "echo abc", stream=True))
@@ -233,7 +233,7 @@ def test_no_client_waits_for_a_hook():
     ready = threading.Event()
     with running(Scripted, on_ready=lambda _: ready.set(), on_answer=[slow]) as port:
         assert ready.wait(PATIENCE)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
+        client = client_of(port)
         try:
             assert ask(client, "echo abc").choices[0].message.content == "abc"
             assert asked.wait(PATIENCE)

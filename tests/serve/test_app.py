@@ -22,25 +22,6 @@ from support.serve import Scripted, raw, running, send_and_hang_up
 from support.waiting import PATIENCE, until
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def port(engine):
-    ready = threading.Event()
-    with running(lambda: engine, on_ready=lambda _: ready.set(), keep_alive_seconds=0.2, max_body_bytes=20_000) as port:
-        assert ready.wait(PATIENCE)
-        yield port
-    assert engine.closed
-
-
-@pytest.fixture(scope="module")
-def client(port):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
-
-
 def ask(client, text, model="cogumi", **options):
     return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
 

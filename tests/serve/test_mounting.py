@@ -4,14 +4,13 @@ import contextlib
 import json
 import threading
 
-import openai
 import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse
 
 from cogumi.core.errors import CogumiError
 from cogumi.serve.app import create_app
-from support.serve import Scripted, raw, send_and_hang_up, serving
+from support.serve import Scripted, client_of, raw, send_and_hang_up, serving
 from support.waiting import PATIENCE, until
 
 CHAT = {"model": "cogumi", "messages": [{"role": "user", "content": "echo abc"}]}
@@ -26,7 +25,7 @@ async def page(scope, receive, send):
 
 
 def client_at(port, prefix=""):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}{prefix}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
+    return client_of(port, prefix)
 
 
 def until_ready(port, prefix=""):

@@ -11,6 +11,7 @@ import time
 from types import MappingProxyType
 
 import numpy as np
+import openai
 import uvicorn
 
 from cogumi.core.errors import BusyError, ContextError, RequestError
@@ -130,6 +131,20 @@ def serving(app):
         thread.join(PATIENCE)
         listener.close()
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def ready(load, **options):
+    """Serve as `running` does; yields the port once the engine is loaded."""
+    loaded = threading.Event()
+    with running(load, on_ready=lambda _: loaded.set(), **options) as port:
+        assert loaded.wait(PATIENCE)
+        yield port
+
+
+def client_of(port, prefix=""):
+    """The `openai` package's client of a server on this machine; it asks once."""
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}{prefix}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
 
 
 def raw(port, method, path, body=None, headers=None):
