@@ -1,16 +1,22 @@
-"""What is measured once per machine is measured once per test session here, and leaves nothing behind."""
+"""Settings of a test session: an empty cache of its own, and an environment for the processes that tests start."""
 
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import cogumi
 
 os.environ.pop("COLUMNS", None)  # read once, when the console is made: tests choose their own width
-# Each of several workers has one of its own inside that of the process that started them, which ends last.
+# A worker of several has its cache inside that of the process that started it, which ends last and removes both.
 _ABOVE = os.environ["COGUMI_CACHE"] if "PYTEST_XDIST_WORKER" in os.environ else None
 CACHE = os.environ["COGUMI_CACHE"] = tempfile.mkdtemp(prefix="cogumi-cache-", dir=_ABOVE)
 
+SOURCES = [str(Path(cogumi.__file__).parents[1]), str(Path(__file__).parent)]
+os.environ["PYTHONPATH"] = os.pathsep.join(SOURCES)  # child processes import this checkout and `support`
+
 LONG = ("test_tiny.py", "test_ranks.py", "test_bench.py", "test_loop.py", "test_real_models.py")
-"""Files that take longest: they are begun first, so that no process works on one alone at the end."""
+"""The slowest files. They start first, so that at the end no process runs one of them alone."""
 
 
 def pytest_collection_modifyitems(items):

@@ -50,8 +50,8 @@ print("opened")
 """
 
 
-def child(packed, mode, *words, **options):
-    command = [sys.executable, "-c", CHILD, str(packed), mode, *(words or ("live",))]
+def child(packed, way, *words, **options):
+    command = [sys.executable, "-c", CHILD, str(packed), way, *(words or ("live",))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -59,17 +59,17 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 
 
-@pytest.mark.parametrize("mode", ["cached", "eager"])
-def test_a_full_disk(packed, tmp_path, cache, mode, monkeypatch):
+@pytest.mark.parametrize("way", ["cached", "eager"])
+def test_a_full_disk(packed, tmp_path, cache, way, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = child(packed, mode, preexec_fn=limited)
+    process = child(packed, way, preexec_fn=limited)
     errors = process.communicate()[1].strip().splitlines()
     assert errors[-1].startswith("cogumi.core.errors.BundleError: cannot unpack base.gguf")
     assert "File too large" in errors[-1]
     left = {name for name in content_of(tmp_path) if "unpacked" in name or "cogumi-" in name}
     assert not any("base.gguf" in name or "/parts/" in name for name in left)
-    assert mode == "cached" or not left
-    with contextlib.closing(BundleFiles(packed, mode)) as files:  # and when there is room, it works
+    assert way == "cached" or not left
+    with contextlib.closing(BundleFiles(packed, way)) as files:  # and when there is room, it works
         assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
 
 
@@ -88,7 +88,7 @@ def test_killed_while_unpacking_to_the_cache(packed, cache):
 
 
 def test_processes_that_unpack_at_once(packed, cache):
-    processes = [child(packed, mode) for mode in ("cached", "cached", "lazy")]
+    processes = [child(packed, way) for way in ("cached", "cached", "lazy")]
     for process in processes:
         out, errors = process.communicate()
         assert out == "opened\n", errors
@@ -129,9 +129,9 @@ def real(tmp_path_factory):
     return root / "whole", root / "packed"
 
 
-def answers(folder, mode=None):
+def answers(folder, way=None):
     questions = [Request(messages=(Message("user", q),), max_tokens=8, seed=1) for q in ("What is 2 + 3?", "def f")]
-    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=mode)) as cascade:
+    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=way)) as cascade:
         direct = Request(prompt="def f", max_tokens=8, adapter="code")
         return [final_reply(cascade.generate(q)).text for q in questions] + [
             final_reply(cascade.tiers.base.generate(direct)).text

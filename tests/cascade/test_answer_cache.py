@@ -154,8 +154,8 @@ WRITER = """
 import sys
 import tarfile
 from pathlib import Path
-from cogumi.cascade.cache import AnswerCache, Hit, Scope
-from cogumi.types import Reply, Usage
+from cogumi.cascade.memory.answer_cache import AnswerCache, Hit, Scope
+from cogumi.core.types import Reply, Usage
 cache = AnswerCache(None, Path(sys.argv[1]), size=150)
 for i in range(100):
     cache.keep(Scope(user="me"), f"{sys.argv[2]} {i}", Reply(str(i), (), "stop", Usage(), accepted=True))

@@ -21,6 +21,7 @@ from cogumi.confidence.nets import sigmoid
 from cogumi.confidence.recalibration import Correction, Vote
 from cogumi.core.errors import StateError
 from support.votes import CANARIES, PROMISE, votes_of
+from support.waiting import PATIENCE
 
 
 def turn(id, user="ann", **changes):
@@ -191,7 +192,7 @@ def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
 def hold_lock(folder, ready, done):
     with LearnedFile(folder).alone() as alone:
         ready.put(alone)
-        done.get(timeout=30)
+        done.get(timeout=PATIENCE)
 
 
 def test_one_process_learns_at_a_time(tmp_path):
@@ -200,7 +201,7 @@ def test_one_process_learns_at_a_time(tmp_path):
     file = LearnedFile(tmp_path)
     process = context.Process(target=hold_lock, args=(tmp_path, ready, done))
     process.start()
-    assert ready.get(timeout=30)
+    assert ready.get(timeout=PATIENCE)
     with file.alone() as alone:
         assert not alone
     process.kill()

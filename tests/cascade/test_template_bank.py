@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_head import write_head
 
 from cogumi.bundle.format import BASE, EXAMPLES, FEWSHOT, HEAD, INDEX, open_bundle, write_bundle
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE
@@ -28,6 +26,7 @@ from cogumi.evaluate.suite import Task
 from cogumi.evaluate.suites import templates as suite
 from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 from support.encoder import Trigrams
+from support.output_head import write_head
 
 SHOTS = (("What is 3 plus 4?", "7"), ("What is 20 plus 1?", "21"))
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
@@ -249,10 +248,8 @@ def test_the_suite_counts_what_each_way_of_showing_gets_right(folder, whole):
         suite.run(Task(folder / "whole"))
 
 
-def test_ten_thousand_examples_are_searched_in_milliseconds():
-    """The bank's largest size; embedding the question comes on top (suite `templates`)."""
+def test_ten_thousand_examples_are_searched():
+    """The bank's largest size; suite `templates` measures how long that takes."""
     vectors = np.random.default_rng(0).normal(size=(10_000, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    began = time.perf_counter()
     assert nearest(vectors @ vectors[77], ["code"] * len(vectors)) == [77]
-    assert time.perf_counter() - began < 1.0

@@ -9,6 +9,8 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -106,13 +108,14 @@ def test_no_call_with_one_user_touches_another(tmp_path_factory, calls):
 
 
 def test_rated_turns_come_in_the_order_of_rating(memory, monkeypatch):
+    clock = count(time.time())
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=clock.__next__))
     monkeypatch.setattr(module, "_PAGE", 3)
     for i in range(10):
         memory.remember(turn(f"t{i}", user=f"u{i}"))
     for i in (7, 3, 5, 1, 9, 0, 2):
         memory.rate(f"t{i}", f"u{i}", True)
-    middle = time.time()
-    time.sleep(0.01)
+    middle = next(clock)
     memory.rate("t3", "u3", False)
     assert [t.id for t in memory.rated()] == ["t7", "t5", "t1", "t9", "t0", "t2", "t3"]
     assert [t.id for t in memory.rated(newest=3)] == ["t0", "t2", "t3"]
@@ -225,8 +228,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from cogumi.cascade.memory import Memory, Turn
-from cogumi.errors import StateError
+from cogumi.cascade.memory.turns import Memory, Turn
+from cogumi.core.errors import StateError
 path, name, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if sys.argv[4:] and os.geteuid() == 0:
     os.seteuid(65534)  # permissions do not bind root

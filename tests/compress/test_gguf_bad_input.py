@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_no_file(tmp_path, pico, type):
     script = f"""
 import resource, signal
 from pathlib import Path
-from cogumi.compress.formats.gguf import export_model
+from cogumi.compress.gguf.export import export_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

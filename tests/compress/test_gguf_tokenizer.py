@@ -15,8 +15,9 @@ from cogumi.compress.gguf.export import export_model
 from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
 from cogumi.core.errors import ExportError
 from cogumi.models.tokenization import HFTokenizer
-from support.gguf import DATA, edit, foreign_text, llama, needs_data, public_lines
+from support.gguf import edit, foreign_text, llama
 from support.pico import SENTENCES, SPECIALS, make_model
+from support.public_data import public_data, public_lines
 
 
 @pytest.fixture
@@ -54,14 +55,14 @@ def mismatches(path: Path, tokenizer: HFTokenizer, texts: list[str]) -> list[str
     ]
 
 
+@pytest.mark.parametrize("source", [foreign_text, public_lines])
 @pytest.mark.parametrize("kind", ["smollm", "gpt-2"])
-def test_tokenization_is_the_tokenizers(tmp_path, folder, kind):
+def test_tokenization_is_the_tokenizers(tmp_path, folder, kind, source):
     if kind == "gpt-2":
         save_tokenizer(folder, plain_tokenizer())
     export_model(folder, tmp_path / "m.gguf")
     assert llama(tmp_path / "m.gguf", vocab_only=True).metadata["tokenizer.ggml.pre"] == kind
-    texts = foreign_text(11_000) + public_lines(2_000)
-    assert len(set(texts)) > 10_000
+    texts = source(11_000)
     assert mismatches(tmp_path / "m.gguf", HFTokenizer.load(folder), texts) == []
 
 
@@ -77,10 +78,9 @@ def test_foreign_text_tells_the_two_apart(tmp_path, folder):
     assert len(mismatches(tmp_path / "plain.gguf", HFTokenizer.load(folder), foreign_text(500))) > 50
 
 
-@needs_data
 def test_a_real_vocabulary_with_plain_added_tokens(tmp_path):
     """phi-2's 50,295 tokens: plain byte-level, with runs of spaces and tabs as tokens not special."""
-    tokenizer = Tokenizer.from_file(str(DATA / "tokenizer_hf" / "phi-2" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(public_data("tokenizer_hf/phi-2/tokenizer.json")))
     folder = real_folder(tmp_path / "m", tokenizer)
     export_model(folder, tmp_path / "m.gguf")
     texts = foreign_text(1_000) + public_lines(1_000)

@@ -12,16 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
 from cogumi.core.errors import ExportError
-from support.gguf import DATA, foreign_text, llama, needs_data
+from support.gguf import foreign_text, llama
+from support.public_data import public_data
 from support.vocabularies import llama3_document, qwen2_document
-
-pytestmark = needs_data
-SOURCE = DATA / "tokenizer_hf"
-VECTORS = DATA / "tokenizers_llamacpp"
 
 
 def gpt2_document() -> dict:
-    tokenizer = Tokenizer(models.BPE.from_file(str(SOURCE / "gpt2.vocab"), str(SOURCE / "gpt2.merges.txt")))
+    vocabulary, merges = (str(public_data(f"tokenizer_hf/gpt2.{kind}")) for kind in ("vocab", "merges.txt"))
+    tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<|endoftext|>"])
     return json.loads(tokenizer.to_str())
@@ -57,8 +55,9 @@ def vocabulary_file(folder: Path, out: Path) -> Path:
 
 def vectors(name: str) -> tuple[list[str], list[list[int]]]:
     """Texts and their ids; the last text of the file has none."""
-    texts = (VECTORS / f"ggml-vocab-{name}.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    lines = (VECTORS / f"ggml-vocab-{name}.gguf.out").read_text(encoding="ascii").splitlines()
+    source = public_data("tokenizers_llamacpp")
+    texts = (source / f"ggml-vocab-{name}.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    lines = (source / f"ggml-vocab-{name}.gguf.out").read_text(encoding="ascii").splitlines()
     ids = [[int(number) for number in line.split()] for line in lines]
     return texts[: len(ids)], ids
 
@@ -84,7 +83,7 @@ def test_the_published_vectors_hold(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "eos"), [("llama2", "</s>"), ("phi-3-mini", "<|endoftext|>")])
 def test_sentencepiece_tokenizers_are_refused(tmp_path, name, eos):
-    text = (SOURCE / name / "tokenizer.json").read_text(encoding="utf-8")
+    text = public_data(f"tokenizer_hf/{name}/tokenizer.json").read_text(encoding="utf-8")
     with pytest.raises(ExportError, match="the tokenizer normalizes text"):
         Vocabulary.load(tokenizer_folder(tmp_path, text, eos))
 

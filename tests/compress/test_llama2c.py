@@ -5,7 +5,6 @@ import struct
 from contextlib import closing
 from itertools import pairwise
 
-import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -17,14 +16,19 @@ from cogumi.engine.llama.binding.model import Model, load_tokenizer
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply, replies
 from cogumi.evaluate.bench.cache_quality import perplexity
-from support.gguf import DATA, MULTILINGUAL, llama
+from support.gguf import F32_CACHE, MULTILINGUAL, llama
 from support.llama2c import convert
+from support.public_data import public_data
 
-FOLDER = DATA / "stories260k"
-CHECKPOINT, VOCABULARY = FOLDER / "stories260K.bin", FOLDER / "tok512.bin"
-needs_stories = pytest.mark.skipif(not CHECKPOINT.is_file(), reason=f"no {CHECKPOINT} (set COGUMI_TEST_DATA)")
-F32_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
 BOS, EOS = 1, 2
+
+
+def checkpoint():
+    return public_data("stories260k/stories260K.bin")
+
+
+def vocabulary():
+    return public_data("stories260k/tok512.bin")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def made(tmp_path_factory):
     def make(type="f32", head=None):
         if (type, head) not in done:
             done[type, head] = folder / f"{type}-{head}.gguf"
-            convert(CHECKPOINT, VOCABULARY, done[type, head], type, head)
+            convert(checkpoint(), vocabulary(), done[type, head], type, head)
         return done[type, head]
 
     return make
@@ -44,7 +48,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def story():
     """What run.c writes at temperature 0 in 256 steps, as its documentation shows it."""
-    document = (FOLDER / "stories260K.md").read_text(encoding="utf-8")
+    document = public_data("stories260k/stories260K.md").read_text(encoding="utf-8")
     return document.split("-t 0.0\n")[1].split("```")[0].rstrip("\n")
 
 
@@ -63,7 +67,7 @@ def greedy(path):
 
 @pytest.fixture(scope="module")
 def book():
-    return (DATA / "corpus_text" / "11.txt").read_text(encoding="utf-8", errors="replace")[2000:22000]
+    return public_data("corpus_text/11.txt").read_text(encoding="utf-8", errors="replace")[2000:22000]
 
 
 def logits(path, ids):
@@ -72,12 +76,10 @@ def logits(path, ids):
     return np.array(model.scores[: len(ids)])
 
 
-@needs_stories
 def test_known_story_comes_back(made, story):
     assert greedy(made()) == story
 
 
-@needs_stories
 @pytest.mark.parametrize("head", [16, 32, 64])
 def test_wider_heads_change_nothing(made, story, head):
     ids = [BOS, *load_tokenizer(made()).encode(story)]
@@ -86,19 +88,17 @@ def test_wider_heads_change_nothing(made, story, head):
     assert greedy(made(head=head)) == story
 
 
-@needs_stories
 def test_own_classifier(made, story, tmp_path):
-    width, *rest = struct.unpack("<7i", CHECKPOINT.read_bytes()[:28])
-    rows, body = rest[4], np.fromfile(CHECKPOINT, "<f4", offset=28)
+    width, *rest = struct.unpack("<7i", checkpoint().read_bytes()[:28])
+    rows, body = rest[4], np.fromfile(checkpoint(), "<f4", offset=28)
     header = struct.pack("<7i", width, *rest[:4], -rows, rest[5])
     doubled = np.concatenate([body, 2 * body[: rows * width]])
     (tmp_path / "own.bin").write_bytes(header + doubled.tobytes())
-    convert(tmp_path / "own.bin", VOCABULARY, tmp_path / "own.gguf")
+    convert(tmp_path / "own.bin", vocabulary(), tmp_path / "own.gguf")
     ids = [BOS, *load_tokenizer(made()).encode(story)[:50]]
     np.testing.assert_allclose(logits(tmp_path / "own.gguf", ids), 2 * logits(made(), ids), atol=1e-4)
 
 
-@needs_stories
 @pytest.mark.parametrize(("type", "head"), [("f16", None), ("q8_0", 32), ("q4_k_m", None)])
 def test_smaller_types_read_as_well(made, story, book, type, head):
     assert made(type, head).stat().st_size < made("f32", head).stat().st_size * 0.6
@@ -108,7 +108,6 @@ def test_smaller_types_read_as_well(made, story, book, type, head):
         assert perplexity(made(type, head), text, "f16", 512) == pytest.approx(expected, rel=0.02)
 
 
-@needs_stories
 @pytest.mark.parametrize("context", [64, 512])
 def test_perplexity_counts_every_token_once(made, story, context):
     ids = load_tokenizer(made()).encode(story)
@@ -121,7 +120,6 @@ def test_perplexity_counts_every_token_once(made, story, context):
     assert perplexity(made(), story, "f16", context) == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
 
 
-@needs_stories
 def test_what_a_smaller_cache_costs(made, stories):
     """Heads of 8 have few values over which errors could cancel, so q4_0 costs this model far more than larger ones."""
     assert len(load_tokenizer(made()).encode(stories)) > 2000
@@ -134,13 +132,11 @@ def test_what_a_smaller_cache_costs(made, stories):
         perplexity(made(), stories, "q4_0", 512)
 
 
-@needs_stories
 def test_perplexity_needs_a_text(made):
     with pytest.raises(DataError, match="two tokens"):
         perplexity(made(), "", "f16", 512)
 
 
-@needs_stories
 def test_special_tokens(made):
     tokenizer = load_tokenizer(made())
     assert tokenizer.size == 512
@@ -175,9 +171,8 @@ def encode_like_run_c(text, pieces):
         ids[best : best + 2] = [joined[best]]
 
 
-@needs_stories
 def test_tokens_of_run_c(made, story, book):
-    tokenizer, pieces = load_tokenizer(made()), pieces_of(VOCABULARY)
+    tokenizer, pieces = load_tokenizer(made()), pieces_of(vocabulary())
     for text in (story, *book.splitlines(), *MULTILINGUAL, "", " ", "  two  spaces ", "<s> </s> <0x41>\t\n"):
         ids = tokenizer.encode(text)
         assert ids == encode_like_run_c(text, pieces)
@@ -194,7 +189,6 @@ def test_tokens_of_run_c(made, story, book):
     same()
 
 
-@needs_stories
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,11 +202,10 @@ def test_tokens_of_run_c(made, story, book):
     ],
 )
 def test_bad_checkpoints_are_refused(change, message, tmp_path):
-    (tmp_path / "bad.bin").write_bytes(change(CHECKPOINT.read_bytes()))
-    refused(message, tmp_path, checkpoint=tmp_path / "bad.bin")
+    (tmp_path / "bad.bin").write_bytes(change(checkpoint().read_bytes()))
+    refused(message, tmp_path, model=tmp_path / "bad.bin")
 
 
-@needs_stories
 @pytest.mark.parametrize(
     "change",
     [
@@ -226,11 +219,10 @@ def test_bad_checkpoints_are_refused(change, message, tmp_path):
     ],
 )
 def test_bad_vocabularies_are_refused(change, tmp_path):
-    (tmp_path / "bad.bin").write_bytes(change(VOCABULARY.read_bytes()))
-    refused("no llama2.c tokenizer", tmp_path, vocabulary=tmp_path / "bad.bin")
+    (tmp_path / "bad.bin").write_bytes(change(vocabulary().read_bytes()))
+    refused("no llama2.c tokenizer", tmp_path, tokens=tmp_path / "bad.bin")
 
 
-@needs_stories
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -245,21 +237,21 @@ def test_what_cannot_be_written_is_refused(arguments, message, tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    refused("nowhere.bin is missing", tmp_path, checkpoint=tmp_path / "nowhere.bin")
+    nowhere = tmp_path / "nowhere.bin"
+    refused("nowhere.bin is missing", tmp_path, model=nowhere, tokens=nowhere)
 
 
-def refused(message, folder, checkpoint=CHECKPOINT, vocabulary=VOCABULARY, **arguments):
+def refused(message, folder, model=None, tokens=None, **arguments):
     before = sorted(folder.iterdir())
     with pytest.raises(ExportError, match=message) as caught:
-        convert(checkpoint, vocabulary, folder / "out.gguf", **arguments)
+        convert(model or checkpoint(), tokens or vocabulary(), folder / "out.gguf", **arguments)
     assert "\n" not in str(caught.value)
     assert sorted(folder.iterdir()) == before
 
 
-@needs_stories
 def test_failure_keeps_the_old_file(made, tmp_path):
     (tmp_path / "out.gguf").write_bytes(made().read_bytes())
-    data = CHECKPOINT.read_bytes()
+    data = checkpoint().read_bytes()
     (tmp_path / "bad.bin").write_bytes(data[:5000] + struct.pack("<f", math.inf) + data[5004:])
-    refused("infinity", tmp_path, checkpoint=tmp_path / "bad.bin")
+    refused("infinity", tmp_path, model=tmp_path / "bad.bin")
     assert Model(tmp_path / "out.gguf").tokenizer.size == 512

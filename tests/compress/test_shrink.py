@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_real_models import disagreement
 from transformers import AutoModelForCausalLM
 
 from cogumi.compress.calibration_rows import Draw, draw_rows
@@ -29,7 +28,7 @@ from cogumi.train import sft
 from cogumi.train.loop import LoopConfig
 from cogumi.train.validation import applied, judge_answers
 from support import pico
-from support.gguf import CODE, edit
+from support.gguf import CODE, disagreement, edit
 from support.real import llama3, qwen2
 from support.train import context, example
 

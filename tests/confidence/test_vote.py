@@ -1,6 +1,5 @@
 """Self-consistency: answers taken out of texts, counted, and sampled side by side from a real engine."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +13,7 @@ from cogumi.core.errors import RequestError
 from cogumi.core.types import Message, Request
 from cogumi.engine.llama.engine import LlamaEngine
 from support.engines import pico
+from support.waiting import PATIENCE
 
 QUESTION = Request(messages=(Message("user", "Is it so?"),), max_tokens=12, seed=5)
 YES_OR_NO = 'root ::= "yes" | "no"'
@@ -95,10 +95,10 @@ def test_no_text_makes_it_raise(text):
         "\ud800",
     ],
 )
-def test_long_texts_take_no_time(unit):
-    began = time.perf_counter()
-    final_answer((unit * 100_000)[:100_000])
-    assert time.perf_counter() - began < 5
+@pytest.mark.timeout(PATIENCE)
+def test_the_time_of_a_text_does_not_grow_with_its_square(unit):
+    """A million characters are read in about a second; quadratic time would be hours."""
+    final_answer((unit * 1_000_000)[:1_000_000])
 
 
 answers = st.one_of(st.none(), st.sampled_from([Answer("text", c) for c in "abcd"] + [Answer("number", "1")]))

@@ -1,9 +1,7 @@
 """A user's files become examples: nothing usable is lost, nothing broken silent, no question in two sets."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -27,8 +25,8 @@ from cogumi.data.examples import (
     write_examples,
 )
 from cogumi.data.sources.question_files import Rejected, iterate, load
+from support.public_data import public_data
 
-DATA = Path(os.environ.get("COGUMI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TEXT = st.text(alphabet=st.characters(codec="utf-8"))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
@@ -322,9 +320,7 @@ def test_load_and_split_say_when_there_is_too_little(tmp_path):
     ],
 )
 def test_real_files_lose_no_row(name, usable, rejected):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing: set COGUMI_TEST_DATA to the folder of public data")
+    path = public_data(name)
     rows = list(iterate(path))
     assert len(rows) == len(json.loads(path.read_text()))
     assert sum(isinstance(row, Example) for row in rows) == usable
@@ -332,9 +328,7 @@ def test_real_files_lose_no_row(name, usable, rejected):
 
 
 def test_a_real_file_that_is_cut_off_is_listed_to_its_last_line():
-    path = DATA / "multihop_reading" / "musique_test.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is missing: set COGUMI_TEST_DATA to the folder of public data")
+    path = public_data("multihop_reading/musique_test.jsonl")
     rows = list(iterate(path))
     assert len(rows) == len(path.read_bytes().splitlines())
     assert "not JSON" in rows[-1].reason

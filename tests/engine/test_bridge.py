@@ -20,10 +20,10 @@ from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.model import Model, load_tokenizer
 from cogumi.engine.llama.binding.tokenizer import Tokenizer
 from cogumi.engine.llama.speculative.bridge import TAIL, Bridge
-from support.gguf import CODE, DATA, EMOJI, MULTILINGUAL
+from support.gguf import CODE, EMOJI, MULTILINGUAL
 from support.pico import SENTENCES, make_model, make_tokenizer
+from support.public_data import public_data
 
-FOLDER = DATA / "tokenizers_llamacpp"
 PICO = ["pico-512", "pico-330"]
 REAL = ["gpt-2", "falcon", "starcoder", "deepseek-llm", "deepseek-coder", "llama-spm", "phi-3"]
 PAIRS = [(PICO[i], PICO[1 - i]) for i in (0, 1)] + [(base, draft) for base in REAL for draft in REAL if base != draft]
@@ -58,13 +58,11 @@ def reciting(vocab: int) -> Path:
 def tokenizer(name: str) -> Tokenizer:
     if name in PICO:
         return load_tokenizer(reciting(int(name.removeprefix("pico-"))))
-    return load_tokenizer(FOLDER / f"ggml-vocab-{name}.gguf")
+    return load_tokenizer(public_data(f"tokenizers_llamacpp/ggml-vocab-{name}.gguf"))
 
 
 @cache
 def bridge(base: str, draft: str) -> Bridge:
-    if (base in REAL or draft in REAL) and not FOLDER.is_dir():
-        pytest.skip(f"no vocabularies at {FOLDER} (set COGUMI_TEST_DATA)")
     return Bridge(tokenizer(base), tokenizer(draft))
 
 
@@ -277,9 +275,7 @@ def test_what_loses_text_or_cannot_end_is_refused():
 
 
 def test_a_vocabulary_without_an_end_is_refused_at_load():
-    path = FOLDER / "ggml-vocab-bert-bge.gguf"
-    if not path.is_file():
-        pytest.skip(f"no {path} (set COGUMI_TEST_DATA)")
+    path = public_data("tokenizers_llamacpp/ggml-vocab-bert-bge.gguf")
     with pytest.raises(BundleError, match="no end-of-answer token"):
         load_tokenizer(path)
 

@@ -1,10 +1,11 @@
 """The llama engine on real files: exactness, speculation, and what must be refused."""
 
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from scipy import stats
 
 from cogumi.core.errors import BundleError, BusyError, ExportError, RequestError
 from cogumi.core.types import Message, Reply, Request, Token
+from cogumi.engine.llama import adapter_context
 from cogumi.engine.llama import engine as engine_module
 from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.greedy import greedy_loop
@@ -24,6 +26,7 @@ from cogumi.engine.llama.speculative.latency_model import LatencyCurve
 from cogumi.engine.protocol import final_reply, replies
 from cogumi.models.tokenization import HFTokenizer
 from support.engines import pico
+from support.waiting import Gate, until
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +177,7 @@ def test_a_crowd_changes_no_bit(engine):
 
 
 def assert_idle(engine):
-    deadline = time.monotonic() + 20
-    while engine.free_slots < 8 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert engine.free_slots == 8
+    until(lambda: engine.free_slots == 8)
 
 
 @pytest.mark.parametrize("adapter", [None, "a"])
@@ -234,11 +234,15 @@ def test_costs_are_measured_once_and_kept(monkeypatch):
     assert LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).latency == first
 
 
-def test_costs_follow_the_clock(engine):
-    before = engine.latency
+def test_costs_follow_the_clock(monkeypatch):
+    """Where every pass takes a second, a step costs one; whatever was measured before."""
+    engine = LlamaEngine(pico().base_q8, threads=1)
+    assert engine.latency.step < 1
+    monkeypatch.setattr(adapter_context, "time", SimpleNamespace(perf_counter=count().__next__))
     for prompt in prompts(5):
         final_reply(engine.generate(Request(prompt=prompt, max_tokens=40, speculate=False)))
-    assert engine.latency.verify[0] != before.verify[0]
+    assert engine.latency.step == 1
+    engine.close()
 
 
 def test_cancel_frees_the_slot_and_harms_nobody(engine):
@@ -254,30 +258,39 @@ def test_cancel_frees_the_slot_and_harms_nobody(engine):
     assert_idle(engine)
 
 
-def test_a_full_queue_says_busy():
+def test_a_full_queue_says_busy(monkeypatch):
+    gate, request = Gate(monkeypatch), Request(prompt="Tom", max_tokens=400)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=1, queue=2)
-    streams = [engine.generate(Request(prompt="Tom", max_tokens=400)) for _ in range(2)]
-    next(streams[0])
-    with pytest.raises(BusyError, match="try again"):
-        streams.extend(engine.generate(Request(prompt="Tom", max_tokens=400)) for _ in range(3))
+    gate.shut()
+    streams = [engine.generate(request)]
+    gate.wait()  # it has left the queue
+    streams += [engine.generate(request) for _ in range(2)]
+    with pytest.raises(BusyError, match="2 requests are waiting already; try again"):
+        engine.generate(request)
+    engine._scheduler.stop()  # before the first pass has ended
+    gate.open()
     engine.close()
-    assert [list(stream)[-1].finish_reason for stream in streams] == ["cancelled"] * len(streams)
+    assert [list(stream)[-1].finish_reason for stream in streams] == ["cancelled"] * 3
     with pytest.raises(RequestError, match="closed"):
         engine.generate(Request(prompt="Tom"))
     engine.close()
 
 
 def test_a_broken_engine_fails_everybody_and_hangs_nobody(monkeypatch):
+    gate = Gate(monkeypatch)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=2)
+    gate.shut(after=3)
     first = engine.generate(Request(prompt="Tom", max_tokens=400))
     assert isinstance(next(first), Token)
     waiting = [engine.generate(Request(prompt="Tom", max_tokens=400)) for _ in range(5)]
+    gate.wait()
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def broken(self, rows):
         raise SystemExit("no more")
 
     monkeypatch.setattr(Context, "decode", broken)
+    gate.open()
     for stream in [first, *waiting]:
         with pytest.raises(RequestError, match=r"stopped \(no more\)"):
             final_reply(stream)

@@ -2,8 +2,8 @@
 
 import gc
 import json
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from cogumi.engine.llama.binding.context import Context
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from support.engines import CHAT, ask, ids, opened, pico, plain
+from support.waiting import PATIENCE, Gate, until
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +83,6 @@ def test_added_adapters_are_remembered(tmp_path):
     with pytest.raises(BundleError):
         engine.add_adapter("late", files.other_adapter_gguf)
     assert ask(engine, request).tokens == told
-    stream = engine.generate(replace(request, max_tokens=400))
-    next(stream)
-    with pytest.raises(RequestError, match="is in use"):
-        engine.add_adapter("late", files.adapter_gguf)
     engine.close()
     assert list(json.loads(file.read_text())) == ["late"]
     again = LlamaEngine(files.base_q8, threads=1, remember=file, lookup=False)
@@ -99,6 +96,22 @@ def test_added_adapters_are_remembered(tmp_path):
     file.write_text(json.dumps({"gone": str(tmp_path / "gone.gguf")}))
     with pytest.raises(BundleError, match="does not exist"):
         LlamaEngine(files.base_q8, threads=1, remember=file)
+
+
+def test_an_adapter_that_is_answering_is_not_replaced(monkeypatch):
+    files, gate = pico(), Gate(monkeypatch)
+    engine = LlamaEngine(files.base_q8, threads=1, adapters={"a": files.adapter_gguf}, lookup=False)
+    gate.shut()
+    stream = engine.generate(Request(prompt=ids(20, 14), max_tokens=400, adapter="a"))
+    gate.wait()
+    with ThreadPoolExecutor(1) as other:
+        added = other.submit(engine.add_adapter, "a", files.adapter_gguf)
+        until(lambda: engine._scheduler._calls)  # it runs behind the pass that is held
+        gate.open()
+        with pytest.raises(RequestError, match="is in use"):
+            added.result(PATIENCE)
+    stream.close()
+    engine.close()
 
 
 def test_no_adapter_is_the_base_bit_for_bit(engine):
@@ -132,28 +145,29 @@ def test_sizes_that_mean_nothing_are_refused(size):
         LlamaEngine(pico().base_q8, **size)
 
 
-def test_who_is_cancelled_while_waiting_leaves_the_queue():
-    engine = LlamaEngine(pico().base_q8, threads=1, slots=1, context=8192, queue=2, lookup=False)
-    busy = engine.generate(Request(prompt="Tom", max_tokens=8000, logit_bias={77: 100.0}))
-    next(busy)
+def test_who_is_cancelled_while_waiting_leaves_the_queue(monkeypatch):
+    gate = Gate(monkeypatch)
+    engine = LlamaEngine(pico().base_q8, threads=1, slots=1, queue=2, lookup=False)
+    gate.shut()
+    busy = engine.generate(Request(prompt="Tom", max_tokens=400))
+    gate.wait()
     first, second = (engine.generate(Request(prompt="Ann", max_tokens=3)) for _ in range(2))
     with pytest.raises(BusyError, match="2 requests are waiting"):
         engine.generate(Request(prompt="Bob"))
-    told = []
-    reader = threading.Thread(target=lambda: told.extend(first))
-    reader.start()
-    first.close()
-    third = engine.generate(Request(prompt="Bob", max_tokens=3))
-    reader.join(5)
-    assert not reader.is_alive()
-    assert [event.finish_reason for event in told] in (["cancelled"], [])  # []: closed before it began to read
+    with ThreadPoolExecutor(1) as reader:
+        told = reader.submit(first._receive)  # as a reader that came before it was closed
+        first.close()
+        third = engine.generate(Request(prompt="Bob", max_tokens=3))
+        assert told.result(PATIENCE).finish_reason == "cancelled"
+    assert list(first) == []
     with pytest.raises(BusyError):
         engine.prefill("s", "Tom")
     second.close()
     ahead = engine.prefill("s", "Tom is")
     engine.prefill("s", "Tom is taller")
-    assert ahead.result(5) == 0
+    assert ahead.result(PATIENCE) == 0
     busy.close()
+    gate.open()
     assert final_reply(third).finish_reason == "length"
     engine.close()
 
@@ -166,7 +180,7 @@ def test_an_engine_that_is_dropped_closes_by_itself():
     assert final_reply(events).finish_reason == "length"  # who still reads keeps it open
     assert thread.is_alive()
     del events
-    thread.join(5)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     gc.collect()
     assert weights() is None

@@ -1,7 +1,6 @@
 """Few-shot adaptation of the head (SPEC C9): its gradients, and that no request leaves anything in it."""
 
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,31 +11,19 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cogumi.core.errors import BundleError, ContextError, RequestError
-from cogumi.core.types import Message, Request
+from cogumi.core.types import Message, Request, Token
 from cogumi.engine.few_shot import ADAPTER, in_context
 from cogumi.engine.llama import output_head as head_module
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.llama.output_head import Head, LowRank, load_head
 from cogumi.engine.protocol import final_reply, replies
 from support.engines import ask, opened, pico
+from support.output_head import IDS, WIDTH, low_rank, write_head
+from support.waiting import Gate
 
-WIDTH, IDS = 64, 512
 SHOTS = (("What is 3 plus 4?", "It is 7."), ("What is 20 plus 1?", "It is 21."), ("Who is taller?", "Tom."))
 ASK = Request(messages=(Message("system", "Be short."), Message("user", "What is 48 plus 57?")), max_tokens=20)
 SHOWN = replace(ASK, examples=SHOTS)
-
-
-def low_rank(rank=4, width=WIDTH, ids=IDS, seed=0, size=0.3):
-    draw = np.random.default_rng(seed)
-    a, b = (draw.normal(0, size, shape).astype(np.float32) for shape in ((rank, width), (ids, rank)))
-    return LowRank(a, b, 0.5)
-
-
-def write_head(path, *, lr=0.5, steps=3, base="one", seed=0, size=0.3, width=WIDTH, ids=IDS):
-    start = low_rank(seed=seed, size=size, width=width, ids=ids)
-    known = {"scale": "0.5", "lr": str(lr), "steps": str(steps), "base_sha256": base}
-    save_file({"a": start.a, "b": start.b}, path, metadata={"head": json.dumps(known)})
-    return path
 
 
 def support(n, width=WIDTH, ids=IDS, seed=0):
@@ -239,17 +226,24 @@ def test_others_answer_with_the_same_bits_beside_it(engine):
     assert len({tuple(t.id for t in tokens) for tokens in alone[1::2]}) > 1
 
 
-def test_cancelled_at_any_moment_it_leaves_its_place(head_file):
+def test_cancelled_at_any_moment_it_leaves_its_place(head_file, monkeypatch):
+    gate = Gate(monkeypatch)
     engine = opened(head=head_file, slots=2, queue=30)
     expected = ask(engine, SHOWN).tokens
-    for pause in (0.0, 0.001, 0.003, 0.01, 0.03):
+    for passes in range(12):  # examples are read, the head is adapted, the answer begins
+        gate.shut(after=passes)
         streams = [engine.generate(replace(SHOWN, max_tokens=200)) for _ in range(4)]
-        time.sleep(pause)
+        gate.wait()
         for stream in streams:
             stream.close()
+        gate.open()
         assert ask(engine, SHOWN).tokens == expected
+    gate.shut(after=12)
     stream = engine.generate(replace(SHOWN, max_tokens=200))
-    next(stream)
+    assert isinstance(next(stream), Token)
+    gate.wait()
+    engine._scheduler.stop()
+    gate.open()
     engine.close()
     assert final_reply(stream).finish_reason == "cancelled"
 

@@ -11,6 +11,7 @@ from cogumi.core.types import Request
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from support.engines import CHAT, ask, ids, opened, pico, plain
+from support.waiting import PATIENCE, Gate
 
 
 @pytest.fixture(scope="module")
@@ -62,39 +63,44 @@ def test_strangers_do_not_push_out_a_conversation(engine):
 
 def test_prefill_reads_while_the_user_types(engine):
     text = "Tom is taller than Ann. Ann is taller than Bob. "
-    assert engine.prefill("s", text).result(20) == len(engine.tokenizer.encode(text))
+    assert engine.prefill("s", text).result(PATIENCE) == len(engine.tokenizer.encode(text))
     sent = Request(prompt=text + "Who is the tallest?", max_tokens=8, session="s")
     reply = ask(engine, sent)
     assert reply.usage.cached_tokens >= len(engine.tokenizer.encode(text)) - 2
     edited = text.replace("Bob", "Eve")
-    engine.prefill("s", edited).result(20)
+    engine.prefill("s", edited).result(PATIENCE)
     warm = ask(engine, Request(prompt=edited, max_tokens=3))
     assert warm.usage.cached_tokens == len(engine.tokenizer.encode(edited)) - 1
     with pytest.raises(ContextError):
         engine.prefill("s", text * 100)
     chat = Request(messages=CHAT)
-    assert engine.prefill("s", chat).result(20) == len(engine.tokenizer.render(chat))
+    assert engine.prefill("s", chat).result(PATIENCE) == len(engine.tokenizer.render(chat))
 
 
-def test_a_new_text_of_a_session_takes_the_place_of_the_old():
+def test_a_new_text_of_a_session_takes_the_place_of_the_old(monkeypatch):
+    gate = Gate(monkeypatch)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=1, context=4096, lookup=False)
+    gate.shut()
     busy = engine.generate(Request(prompt="Tom", max_tokens=60))
+    gate.wait()
     futures = [engine.prefill("s", Request(prompt=ids(2000, 6)[:n])) for n in range(500, 2001, 500)]
-    cached = [future.result(30) for future in futures]
-    assert cached[-1] == 2000
-    assert cached[0] < 500  # was waiting and had not begun
+    gate.open()
+    assert [future.result(PATIENCE) for future in futures] == [0, 0, 0, 2000]  # the others had not begun
     final_reply(busy)
     assert engine.free_slots == 1
     engine.close()
 
 
-def test_who_reads_ahead_waits_for_those_who_ask():
+def test_who_reads_ahead_waits_for_those_who_ask(monkeypatch):
+    gate = Gate(monkeypatch)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=2, context=1024, lookup=False)
-    ahead = [engine.prefill(f"s{i}", Request(prompt=ids(1000, i))) for i in range(60)]
+    gate.shut(after=20)  # far fewer passes than the texts take
+    ahead = [engine.prefill(f"s{i}", Request(prompt=ids(1000, i))) for i in range(10)]
     ask(engine, Request(prompt=ids(5, 99), max_tokens=2))
     assert not ahead[-1].done()
     assert not ahead[-1].cancel()
-    assert ahead[-1].result(60) == 1000
+    gate.open()
+    assert ahead[-1].result(PATIENCE) == 1000
     engine.close()
 
 
@@ -103,7 +109,7 @@ def test_many_threads_read_ahead_for_the_same_sessions(engine):
 
     def type_(session):
         futures = [engine.prefill(session, "Tom is taller than Ann. " * n) for n in range(1, 12)]
-        return [future.result(30) for future in futures]
+        return [future.result(PATIENCE) for future in futures]
 
     with ThreadPoolExecutor(8) as threads:
         told = list(threads.map(type_, [f"s{i % 2}" for i in range(16)]))

@@ -5,78 +5,25 @@ import json
 import math
 import socket
 import threading
-import time
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogumi.cascade.opening import open_cascade
 from cogumi.core.errors import BusyError, ContextError, RequestError
 from cogumi.core.registry import engine as registered
-from cogumi.core.types import Decision, Message, Request, Token, Usage
+from cogumi.core.types import Message, Request, Token
 from cogumi.engine.openai_protocol import entries, entropy_bound
 from cogumi.engine.protocol import final_reply
 from cogumi.engine.remote import RemoteEngine
-from cogumi.engine.reply_extension import read_extension
-from support.bundle import make_bundle
 from support.engines import pico
 from support.remote import free_port
-from support.serve import Scripted, running, until
+from support.scripted_server import begin, chunk, engine_at, scripted, send
+from support.waiting import PATIENCE, until
 
 ASK = Request(messages=(Message("user", "echo abc"),))
 RAW = Request(prompt="echo abc")
-
-
-@contextlib.contextmanager
-def scripted(behave):
-    """A server that does `behave(handler, body)` with every POST; yields its address and the bodies it got."""
-    bodies = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            bodies.append(self.body | {"path": self.path, "key": self.headers["authorization"]})
-            behave(self)
-
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", bodies
-    finally:
-        server.shutdown()
-        thread.join(10)
-        server.server_close()
-
-
-@contextlib.contextmanager
-def engine_at(url, **options):
-    with contextlib.closing(RemoteEngine(url, "m", **{"timeout": 5.0} | options)) as engine:
-        yield engine
-
-
-def begin(handler, kind="text/event-stream"):
-    handler.send_response(200)
-    handler.send_header("content-type", kind)
-    handler.end_headers()
-
-
-def send(handler, value):
-    handler.wfile.write(f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode())
-    handler.wfile.flush()
-
-
-def chunk(text, finish=None, logprobs=None):
-    return {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": finish}]}
 
 
 def refusal(status, message="no", code=None):
@@ -197,13 +144,12 @@ def test_silence_ends_at_the_timeout():
     def waits(handler):
         begin(handler)
         send(handler, chunk("ab"))
-        over.wait(20)
+        over.wait(PATIENCE)
 
     with scripted(waits) as (url, _), engine_at(url, timeout=0.3) as engine:
-        began = time.monotonic()
         with pytest.raises(RequestError, match="silent"):
             final_reply(engine.generate(ASK))
-        assert time.monotonic() - began < 5
+        assert not over.is_set()
         over.set()
 
 
@@ -313,21 +259,12 @@ def test_embeddings_that_are_no_vectors_are_refused():
         engine.embed(["a"])
 
 
-@pytest.fixture
-def slow():
-    """Our server over a scripted engine; yields it and the server's address."""
-    engine, ready = Scripted(), threading.Event()
-    with running(lambda: engine, on_ready=lambda _: ready.set()) as port:
-        assert ready.wait(10)
-        yield engine, f"http://127.0.0.1:{port}/v1"
-
-
 @pytest.mark.parametrize("question", ["slow", "think a"])
 @pytest.mark.parametrize("how", ["close", "drop", "engine"])
 def test_closing_frees_the_servers_slot(slow, question, how):
     """Also where nothing has been answered yet."""
     scripted_engine, url = slow
-    with contextlib.closing(RemoteEngine(url, "cogumi", timeout=20)) as engine:
+    with contextlib.closing(RemoteEngine(url, "cogumi", timeout=PATIENCE)) as engine:
         events = engine.generate(Request(messages=(Message("user", question),)))
         until(lambda: scripted_engine.running == 1)
         if question == "slow":
@@ -340,19 +277,18 @@ def test_closing_frees_the_servers_slot(slow, question, how):
         else:
             engine.close()
             assert final_reply(events).finish_reason == "cancelled"
-        until(lambda: scripted_engine.running == 0, seconds=3)
+        scripted_engine.thought.set()
+        until(lambda: scripted_engine.running == 0)
 
 
 def test_no_more_than_the_workers_are_on_the_wire_and_all_are_answered(slow):
     scripted_engine, url = slow
-    with contextlib.closing(RemoteEngine(url, "cogumi", workers=2, timeout=20)) as engine:
+    with contextlib.closing(RemoteEngine(url, "cogumi", workers=2, timeout=PATIENCE)) as engine:
         streams = [engine.generate(Request(messages=(Message("user", "think a"),))) for _ in range(5)]
-        most = 0
-        while len(scripted_engine.requests) < 5:
-            most = max(most, scripted_engine.running)
-            time.sleep(0.01)
-        assert most <= 2
+        until(lambda: scripted_engine.running == 2)
+        scripted_engine.thought.set()
         assert [final_reply(stream).text for stream in streams] == ["a"] * 5
+    assert scripted_engine.most_running == 2
 
 
 def test_a_closed_engine_says_so():
@@ -400,123 +336,3 @@ def test_entries_of_both_shapes():
     assert entries(chat) == [(b"\xc3", -1.0, ((b"\xc3", -1.0), (b"a", -2.0)))]
     assert entries(legacy) == [(b"\xc3", None, ()), ("é".encode(), -1.0, (("é".encode(), -1.0), ("é".encode(), -3.0)))]
     assert entries(None) == entries({}) == entries({"content": None, "refusal": None}) == []
-
-
-DECISION = {
-    "tier": "base",
-    "signal": "p_correct",
-    "value": 0.5,
-    "threshold": 0.8,
-    "accepted": False,
-    "reason": "0.50 misses 0.80",
-}
-EXTENSION = {
-    "tier": "modifier:law",
-    "route": "modifier",
-    "p_correct": 0.75,
-    "accepted": True,
-    "decisions": [DECISION],
-    "signals": {"length": 3.0, "seconds": 99.0},
-    "usage": {"prompt_tokens": 9, "completion_tokens": 5, "cached_tokens": 1, "drafted": 4, "accepted": 3},
-}
-
-
-def answers_with(extension):
-    """A server whose last chunk carries `extension` as its `cogumi` object."""
-
-    def behave(handler):
-        begin(handler)
-        for one in (chunk("ab"), chunk("c", "stop") | {"cogumi": extension}, "[DONE]"):
-            send(handler, one)
-
-    return behave
-
-
-def test_the_cogumi_object_is_read():
-    with scripted(answers_with(EXTENSION)) as (url, _), engine_at(url) as engine:
-        *tokens, decision, reply = engine.generate(ASK)
-    assert decision == Decision(**DECISION)
-    assert [token.text for token in tokens] == ["ab", "c"]
-    assert (reply.text, reply.tier, reply.route, reply.p_correct) == ("abc", "modifier:law", "modifier", 0.75)
-    assert reply.accepted
-    assert reply.decisions == (decision,)
-    assert reply.usage == Usage(9, 5, 1, 4, 3)
-    assert reply.signals["length"] == 3.0
-    assert 0 < reply.signals["first_token_seconds"] <= reply.signals["seconds"] < 99  # measured here
-
-
-@pytest.mark.parametrize(
-    "extension",
-    [
-        None,
-        7,
-        "cogumi",
-        [],
-        [EXTENSION],
-        EXTENSION | {"tier": 5},
-        EXTENSION | {"tier": None},
-        EXTENSION | {"p_correct": 1.5},
-        EXTENSION | {"accepted": "perhaps"},
-        EXTENSION | {"p_correct": float("nan")},
-        EXTENSION | {"p_correct": "much"},
-        EXTENSION | {"decisions": 5},
-        EXTENSION | {"decisions": [DECISION, {"tier": "base"}]},
-        EXTENSION | {"decisions": [DECISION | {"value": "high"}]},
-        EXTENSION | {"signals": {"length": "long"}},
-        EXTENSION | {"signals": [1, 2]},
-        EXTENSION | {"usage": {"prompt_tokens": "many"}},
-        {"tokens": 5, "nested": {"a": [{}]}},
-    ],
-)
-def test_a_malformed_or_foreign_cogumi_object_is_ignored(extension):
-    with scripted(answers_with(extension)) as (url, _), engine_at(url) as engine:
-        *tokens, reply = engine.generate(ASK)
-    assert all(isinstance(token, Token) for token in tokens)
-    assert (reply.text, reply.finish_reason, reply.usage) == ("abc", "stop", Usage(0, 2))
-    assert (reply.tier, reply.route, reply.p_correct, reply.decisions) == ("", "", None, ())
-    assert not reply.accepted
-    assert reply.signals.keys() == {"seconds", "first_token_seconds"}
-
-
-def test_keys_of_a_newer_server_are_ignored():
-    newer = EXTENSION | {"mood": "good", "decisions": [DECISION | {"mood": "good"}]}
-    with scripted(answers_with(newer)) as (url, _), engine_at(url) as engine:
-        reply = final_reply(engine.generate(ASK))
-    assert (reply.tier, reply.decisions) == ("modifier:law", (Decision(**DECISION),))
-
-
-def test_a_whole_response_carries_the_same_object(slow):
-    """Not streamed, as other clients read it."""
-    _, url = slow
-    client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=20)
-    completion = client.chat.completions.create(model="cogumi", messages=[{"role": "user", "content": "echo abc"}])
-    extension = read_extension(completion.to_dict()["cogumi"])
-    with contextlib.closing(RemoteEngine(url, "cogumi")) as engine:
-        reply = final_reply(engine.generate(ASK))
-    assert (extension.tier, extension.route, extension.p_correct) == (reply.tier, reply.route, reply.p_correct)
-    assert (extension.decisions, extension.usage) == (reply.decisions, reply.usage)
-
-
-def test_a_served_cascade_looks_as_it_does_here(tmp_path):
-    bundle, ready = make_bundle(tmp_path), threading.Event()
-    cascade = open_cascade(bundle, threads=1)
-    timing = {"seconds", "first_token_seconds"}
-    with running(lambda: cascade, on_ready=lambda _: ready.set()) as port:
-        assert ready.wait(10)
-        url = f"http://127.0.0.1:{port}/v1"
-        for mode, model in ((None, "cogumi"), ("accurate", "cogumi:accurate")):
-            ask = Request(messages=(Message("user", "What is 48 plus 57?"),), max_tokens=12)
-            near = final_reply(cascade.generate(replace(ask, mode=mode)))
-            with contextlib.closing(RemoteEngine(url, model, tokenizer=bundle / "base.gguf")) as remote:
-                *events, far = remote.generate(ask)
-            assert near.tier
-            assert near.decisions
-            assert [event for event in events if isinstance(event, Decision)] == list(near.decisions)
-            assert (far.text, far.finish_reason) == (near.text, near.finish_reason)
-            assert (far.tier, far.route, far.p_correct) == (near.tier, near.route, near.p_correct)
-            assert (far.decisions, far.accepted) == (near.decisions, near.accepted)
-            assert far.usage.completion_tokens == near.usage.completion_tokens
-            assert far.signals.keys() == near.signals.keys() | timing
-            assert {k: far.signals[k] for k in near.signals.keys() - timing} == pytest.approx(
-                {k: near.signals[k] for k in near.signals.keys() - timing}
-            )

@@ -1,7 +1,6 @@
 """What a request lays over the model in the llama engine: bias, penalties, grammars, schemas (SPEC E1)."""
 
 import json
-import time
 from contextlib import closing, suppress
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from support.engines import CHAT, ask, opened, pico, plain
+from support.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +209,10 @@ def test_grammars_that_only_look_dangerous_are_kept_to(engine, grammar):
         ("root ::= [" * 12_000, "characters"),
     ],
 )
-def test_a_grammar_that_would_hang_or_crash_is_refused_at_once(grammar, says):
-    began = time.perf_counter()
+@pytest.mark.timeout(PATIENCE)
+def test_a_grammar_that_would_hang_or_crash_is_refused(grammar, says):
     with pytest.raises(RequestError, match=says):
         check_grammar(grammar)
-    assert time.perf_counter() - began < 1
 
 
 @given(st.text(alphabet='ab"[]{}()|?*+\\,059 :=#\n.-', max_size=200))

@@ -1,10 +1,8 @@
 """The suite of the answer cache, on made-up pairs and, where they are there, public ones."""
 
 import json
-import os
 import tarfile
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from cogumi.evaluate.suites import cache
 from cogumi.evaluate.suites.cache_lookups import lookup_speed
 from cogumi.evaluate.suites.question_pairs import parts, read_pairs
 from support.encoder import Trigrams
+from support.public_data import public_data
 
 PLACES = [f"{a}{b}" for a in ("Nor", "Sur", "Wes", "Oster", "Mar", "Lin") for b in ("burg", "ville", "ton", "stad")]
 WAYS = [("How many people live in {}?", "how many people live in {}"), ("Who rules {}?", "Who is ruler of {}?")]
@@ -84,9 +83,6 @@ def test_no_question_is_in_two_parts():
 
 
 def test_public_pairs_can_be_read():
-    root = Path(os.environ.get("COGUMI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not (root / "qqp_gptcache").is_dir():
-        pytest.skip(f"no public data in {root}")
-    assert len(read_pairs(root / "qqp_gptcache")) > 31_000
-    graded = read_pairs(root / "stsb_en")
+    assert len(read_pairs(public_data("qqp_gptcache"))) > 31_000
+    graded = read_pairs(public_data("stsb_en"))
     assert 0.2 < np.mean(list(graded.values())) < 0.3

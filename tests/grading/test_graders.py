@@ -1,8 +1,6 @@
 """Graders judge what an output means, on the real benchmarks' own answers too, and no output makes them raise."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +10,8 @@ from cogumi.core.errors import DataError
 from cogumi.core.text import normalise, strip_fences
 from cogumi.core.types import ABSTENTION, Example, Message
 from cogumi.grading.graders import grade, grade_all, last_number, same_json
+from support.public_data import public_data
 
-DATA = Path(os.environ.get("COGUMI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 OPTIONS = ["a cat", "a dog", "none of these"]
 CALL = '{"tool": "add", "args": {"a": 1, "b": [true, "x"]}}'
 
@@ -199,15 +197,8 @@ def test_json_equality_is_reflexive_and_symmetric(left, right):
     assert same_json(left, right) == same_json(right, left)
 
 
-def data(name):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing: set COGUMI_TEST_DATA to the folder of public data")
-    return path
-
-
 def test_reference_solutions_of_mbpp_pass_and_swapped_ones_fail():
-    rows = json.loads(data("mbpp/sanitized-mbpp.json").read_text())[:120]
+    rows = json.loads(public_data("mbpp/sanitized-mbpp.json").read_text())[:120]
     rows = [row for row in rows if row["task_id"] != 123]  # needs seconds of CPU time
     questions = [example("", kind="code", tests=[*row["test_imports"], *row["test_list"]]) for row in rows]
     own = grade_all([(q, row["code"]) for q, row in zip(questions, rows, strict=True)])
@@ -218,6 +209,6 @@ def test_reference_solutions_of_mbpp_pass_and_swapped_ones_fail():
 
 
 def test_gsm8k_solutions_are_right_by_their_last_number():
-    rows = [json.loads(line) for line in data("gsm8k/test.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in public_data("gsm8k/test.jsonl").read_text().splitlines()]
     verdicts = grade_all([(example(row["answer"].split("####")[1], kind="numeric"), row["answer"]) for row in rows])
     assert all(v.correct for v in verdicts)

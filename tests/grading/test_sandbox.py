@@ -5,13 +5,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from cogumi.grading import sandbox
 from cogumi.grading.sandbox import Limits, run, run_all
+from support.waiting import until
 
 GOOD = "def f(x):\n    return x + 1\nassert f(1) == 2\nprint('done')"
 NAMESPACES = "files" in run("pass").isolation
@@ -20,13 +20,13 @@ needs_namespaces = pytest.mark.skipif(not NAMESPACES, reason="this machine forbi
 
 def without(monkeypatch, tmp_path, *statements):
     """The real sandbox without some of its layers, so that the others are seen to hold alone."""
-    text = sandbox._JAIL.read_text()
+    text = sandbox._CHILD.read_text()
     for statement, replacement in statements:
         assert statement in text
         text = text.replace(statement, replacement)
-    jail = tmp_path / "jail.py"
-    jail.write_text(text)
-    monkeypatch.setattr(sandbox, "_JAIL", jail)
+    child = tmp_path / "sandbox_child.py"
+    child.write_text(text)
+    monkeypatch.setattr(sandbox, "_CHILD", child)
 
 
 @pytest.fixture
@@ -202,15 +202,11 @@ def test_the_sandbox_dies_with_its_caller():
     """Killed hard, the caller takes a sleeping program along."""
     source = "from cogumi.grading.sandbox import run\nrun('import time; time.sleep(60)')"
     caller = subprocess.Popen([sys.executable, "-c", source])
-    deadline = time.monotonic() + 20
-    while len(mine := descendants(caller.pid)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(mine) >= 3 - (not NAMESPACES)
+    until(lambda: len(descendants(caller.pid)) >= 3 - (not NAMESPACES))
+    mine = descendants(caller.pid)
     caller.kill()
     caller.wait()
-    while alive(mine) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(mine)
+    until(lambda: not alive(mine))
 
 
 def descendants(pid):

@@ -1,7 +1,6 @@
 """Sizes before there are weights: equal to real files, and to those that are published of real models."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from cogumi.evaluate.bench.roofline import weight_bytes
 from cogumi.evaluate.bench.synthetic_models import SHAPES, make_weights
 from cogumi.pipeline.plan.bundle_memory import CACHES, REPACKED, Serving, memory
 from support.pico import make_adapter, make_model, make_tokenizer
+from support.public_data import public_data
 from support.real import llama3, qwen2
 
 PUBLISHED = {
@@ -145,9 +145,7 @@ def test_types_do_not_depend_on_the_vocabulary(name, type, ids, layers):
 
 
 def test_what_a_vocabulary_takes_is_estimated_from_real_ones():
-    root = Path(os.environ.get("COGUMI_TEST_DATA", "")) / "tokenizer_llama3"
-    if not (root / "encoder.json").is_file():
-        pytest.skip("COGUMI_TEST_DATA has no tokenizer_llama3")
+    root = public_data("tokenizer_llama3")
     tokens = list(json.loads((root / "encoder.json").read_text("utf-8")))
     merges = [line for line in (root / "vocab.bpe").read_text("utf-8").split("\n") if line and line[0] != "#"]
     text = sum(len(token.encode()) for token in tokens) / len(tokens)
@@ -202,9 +200,9 @@ CHILD = """
 import re, sys
 from pathlib import Path
 from cogumi.cascade import opening
-from cogumi.runtime.engine import final_reply
-from cogumi.runtime.llama_engine import LlamaEngine
-from cogumi.types import Request
+from cogumi.engine.protocol import final_reply
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.core.types import Request
 path, repack = Path(sys.argv[1]), sys.argv[2] == "1"
 engine = LlamaEngine(path, slots=1, context=1024, threads=1, repack=repack, lookup=False)
 final_reply(engine.generate(Request(prompt=tuple(range(300, 400)), max_tokens=8)))

@@ -17,7 +17,7 @@ from cogumi.models.lora import LoraShape, attach, save
 from cogumi.models.tokenization import HFTokenizer
 from cogumi.pipeline.build import build
 from cogumi.pipeline.recipe import Recipe, load_recipe
-from support.gguf import CODE, EMOJI, MULTILINGUAL, SPACES, llama
+from support.gguf import CODE, EMOJI, MULTILINGUAL, SPACES, disagreement, llama
 from support.real import llama3, qwen2
 
 HUB = {
@@ -89,15 +89,6 @@ def test_four_bits_without_a_gpu_are_refused_in_one_line(stage, models):
 
 def ids_of(folder: Path) -> list[int]:
     return HFTokenizer.load(folder).encode("\n".join([*MULTILINGUAL, *CODE]))[:400]
-
-
-def disagreement(model, path: Path, ids: list[int], **options) -> float:
-    """Largest difference of logits, as a share of the largest logit; beyond 128 tokens Llama's frequencies stretch."""
-    with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0].numpy()
-    engine = llama(path, logits_all=True, **F32_CACHE, **options)
-    engine.eval(ids)
-    return float(np.abs(np.array(engine.scores[: len(ids)]) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", HUB.values())

@@ -10,7 +10,8 @@ import pytest
 from cogumi.core.errors import BusyError, ContextError
 from cogumi.core.types import Reply, Usage
 from cogumi.engine.events import Events
-from support.serve import Scripted, raw, running, send_and_hang_up, until
+from support.serve import Scripted, client_of, raw, running, send_and_hang_up
+from support.waiting import PATIENCE, until
 
 
 class Seen:
@@ -37,7 +38,7 @@ def engine():
 def port(engine, seen):
     ready = threading.Event()
     with running(lambda: engine, on_ready=lambda _: ready.set(), on_answer=[seen], keep_alive_seconds=0.2) as port:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE)
         yield port
     # All work of the server has ended here: whatever was to be reported has been.
     ids = [answered.request.id for answered in seen.answers]
@@ -47,7 +48,7 @@ def port(engine, seen):
 
 @pytest.fixture
 def client(port):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=20)
+    return client_of(port)
 
 
 def ask(client, text, **options):
@@ -160,7 +161,7 @@ def test_the_partial_reply_of_a_cancelled_answer(port, engine, seen, monkeypatch
 
     def receive():
         waits.set()
-        gone.wait(20)
+        gone.wait(PATIENCE)
         return Reply("half", (), "cancelled", Usage(3, 1))
 
     def generate(request):
@@ -186,7 +187,7 @@ def test_a_choice_that_fails_cancels_the_others(client, seen):
 def test_an_answer_cut_off_by_the_end_of_the_server(seen):
     engine, ready = Scripted(), threading.Event()
     with running(lambda: engine, on_ready=lambda _: ready.set(), on_answer=[seen]) as port:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE)
         body = {"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "slow"}]}
         send_and_hang_up(port, body, lambda: engine.running == 1)
     (answered,) = seen.answers
@@ -210,8 +211,8 @@ def test_a_hook_that_raises_breaks_nothing(seen, caplog):
         caplog.at_level(logging.WARNING, "cogumi"),
         running(Scripted, on_ready=lambda _: ready.set(), on_answer=hooks) as port,
     ):
-        assert ready.wait(10)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=20)
+        assert ready.wait(PATIENCE)
+        client = client_of(port)
         for _ in range(3):
             assert ask(client, "echo abc").choices[0].message.content == "abc"
             chunks = list(ask(client, "echo abc", stream=True))
@@ -227,14 +228,14 @@ def test_no_client_waits_for_a_hook():
 
     def slow(answered):
         asked.set()
-        over.wait(20)
+        over.wait(2 * PATIENCE)
 
     ready = threading.Event()
     with running(Scripted, on_ready=lambda _: ready.set(), on_answer=[slow]) as port:
-        assert ready.wait(10)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=10)
+        assert ready.wait(PATIENCE)
+        client = client_of(port)
         try:
             assert ask(client, "echo abc").choices[0].message.content == "abc"
-            assert asked.wait(10)
+            assert asked.wait(PATIENCE)
         finally:
             over.set()

@@ -5,6 +5,7 @@ real bundle.
 """
 
 import contextlib
+import http.client
 import json
 import re
 import threading
@@ -17,26 +18,8 @@ from hypothesis import strategies as st
 from cogumi.core.errors import CogumiError
 from cogumi.core.types import Message
 from cogumi.serve.app import bind
-from support.serve import Scripted, raw, running, send_and_hang_up, until
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def port(engine):
-    ready = threading.Event()
-    with running(lambda: engine, on_ready=lambda _: ready.set(), keep_alive_seconds=0.2, max_body_bytes=20_000) as port:
-        assert ready.wait(10)
-        yield port
-    assert engine.closed
-
-
-@pytest.fixture(scope="module")
-def client(port):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=20)
+from support.serve import Scripted, raw, running, send_and_hang_up
+from support.waiting import PATIENCE, until
 
 
 def ask(client, text, model="cogumi", **options):
@@ -179,11 +162,16 @@ def test_stream(client):
     assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 14)
 
 
-def test_the_stream_on_the_wire(port):
+def test_the_stream_on_the_wire(port, engine):
     body = json.dumps({"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "think a"}]})
-    status, headers, data = raw(port, "POST", "/v1/chat/completions", body)
-    assert status == 200
-    assert headers["content-type"].startswith("text/event-stream")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        data = response.readline()  # nothing is answered before it has come
+        engine.thought.set()
+        data += response.read()
+    assert response.status == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
     blocks = data.decode().split("\n\n")
     assert blocks[0] == ": keep-alive"
     assert blocks[-2:] == ["data: [DONE]", ""]
@@ -342,7 +330,7 @@ def test_half_a_character_in_a_message_is_refused(port):
 def test_a_client_that_hangs_up_frees_its_place(port, engine, stream):
     body = {"model": "cogumi", "stream": stream, "messages": [{"role": "user", "content": "slow"}]}
     send_and_hang_up(port, body, lambda: engine.running == 1)
-    until(lambda: engine.running == 0, seconds=3)  # the script alone would run for ten seconds
+    until(lambda: engine.running == 0)  # the script alone would never end
 
 
 class Stuck:
@@ -356,7 +344,7 @@ class Stuck:
 
     def __next__(self):
         self.asked.set()
-        self.over.wait(20)
+        self.over.wait(2 * PATIENCE)
         raise StopIteration
 
     def close(self):
@@ -369,14 +357,14 @@ def test_a_client_that_hangs_up_while_it_waits_is_forgotten(port, engine, monkey
     monkeypatch.setattr(engine, "generate", lambda request: stuck)
     body = {"model": "cogumi", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
     send_and_hang_up(port, body, stuck.asked.is_set)
-    assert stuck.over.wait(3)
+    assert stuck.over.wait(PATIENCE)
 
 
 def test_loading_and_failing_to_load():
     go, failures = threading.Event(), []
 
     def load():
-        go.wait(10)
+        go.wait(PATIENCE)
         raise CogumiError("no bundle.json in x; build one with: cogumi build")
 
     with running(load, on_failure=failures.append) as port:

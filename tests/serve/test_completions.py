@@ -1,32 +1,12 @@
 """The HTTP server's completions, embeddings and tokenizer endpoints, driven by the real `openai` package."""
 
 import json
-import threading
 
 import numpy as np
 import openai
 import pytest
 
-from support.serve import ByteTokenizer, Scripted, raw, running
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def port(engine):
-    ready = threading.Event()
-    with running(lambda: engine, on_ready=lambda _: ready.set(), keep_alive_seconds=0.2, max_body_bytes=20_000) as port:
-        assert ready.wait(10)
-        yield port
-    assert engine.closed
-
-
-@pytest.fixture(scope="module")
-def client(port):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=20)
+from support.serve import ByteTokenizer, raw
 
 
 def complete(client, prompt, **options):

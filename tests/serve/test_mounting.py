@@ -4,14 +4,14 @@ import contextlib
 import json
 import threading
 
-import openai
 import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse
 
 from cogumi.core.errors import CogumiError
 from cogumi.serve.app import create_app
-from support.serve import Scripted, raw, send_and_hang_up, serving, until
+from support.serve import Scripted, client_of, raw, send_and_hang_up, serving
+from support.waiting import PATIENCE, until
 
 CHAT = {"model": "cogumi", "messages": [{"role": "user", "content": "echo abc"}]}
 
@@ -25,7 +25,7 @@ async def page(scope, receive, send):
 
 
 def client_at(port, prefix=""):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}{prefix}/v1", api_key="any", max_retries=0, timeout=20)
+    return client_of(port, prefix)
 
 
 def until_ready(port, prefix=""):
@@ -101,7 +101,7 @@ def test_the_outer_lifespan_can_load_before_the_first_request():
     outer = FastAPI(lifespan=lifespan)
     outer.mount("/llm", inner)
     with serving(outer) as port:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE)
         assert client_at(port, "/llm").chat.completions.create(**CHAT).choices[0].message.content == "abc"
     assert engine.closed
 
@@ -124,7 +124,7 @@ def test_one_server_mounted_twice_loads_once():
     outer.mount("/a", inner)
     outer.mount("/b", inner)
     with serving(outer) as port:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE)
         check_every_route(port, "/a")
         check_every_route(port, "/b")
     assert [engine.closed for engine in engines] == [True]

@@ -10,7 +10,8 @@ import uvicorn
 import cogumi
 from cogumi.serve.app import create_app
 from support.bundle import make_bundle
-from support.serve import raw, serving, until
+from support.serve import raw, serving
+from support.waiting import until
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "server.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text("utf-8"), re.DOTALL | re.MULTILINE)
@@ -34,7 +35,7 @@ def names(tmp_path, monkeypatch):
 
 
 def answer_at(port, prefix=""):
-    until(lambda: raw(port, "GET", f"{prefix}/ready")[0] == 200, seconds=60)
+    until(lambda: raw(port, "GET", f"{prefix}/ready")[0] == 200)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}{prefix}/v1", api_key="any", max_retries=0, timeout=60)
     messages = [{"role": "user", "content": "What is 48 plus 57?"}]
     return client.chat.completions.create(model="cogumi", messages=messages, max_tokens=4)

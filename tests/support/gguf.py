@@ -6,22 +6,17 @@ import ctypes
 import json
 import os
 import random
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from support.pico import SENTENCES, SPECIALS
 
 F32_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-
-DATA = Path(os.environ.get("COGUMI_TEST_DATA") or Path(__file__).parents[1] / "../shared/data")
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data at {DATA} (set COGUMI_TEST_DATA)")
 
 
 def edit(path: Path, **changes) -> None:
@@ -58,6 +53,12 @@ def llama_logits(path: Path, ids: list[int], **options) -> np.ndarray:
 def torch_logits(model, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def disagreement(model, path: Path, ids: list[int], **options) -> float:
+    """Largest difference of logits, as a share of the largest logit; beyond 128 tokens Llama's frequencies stretch."""
+    expected = torch_logits(model, ids)
+    return float(np.abs(llama_logits(path, ids, **F32_CACHE, **options) - expected).max() / np.abs(expected).max())
 
 
 def some_ids(count: int = 300, vocabulary: int = 512) -> list[int]:
@@ -147,20 +148,3 @@ def foreign_text(count: int) -> list[str]:
         lambda: "".join(draw.choices([*CONTROL, *words[:50], *SPACES], k=draw.randrange(1, 8))),
     ]
     return [draw.choice(makers)() for _ in range(count)]
-
-
-def public_lines(count: int) -> list[str]:
-    """Lines of books, encyclopedia articles and source code; none where the data is missing."""
-    if not DATA.is_dir():
-        return []
-    lines = [
-        line
-        for name in ("input.txt", "test.txt", "1342.txt", "2701.txt")
-        for line in (DATA / "corpus_text" / name).read_text(encoding="utf-8", errors="replace").split("\n")
-    ]
-    with tarfile.open(DATA / "corpus_code" / "TheAlgorithms+Python.py.tar.gz") as archive:
-        for member in archive.getmembers()[:400]:
-            if member.isfile():
-                text = archive.extractfile(member).read().decode("utf-8", errors="replace")
-                lines += [text[i : i + 200] for i in range(0, len(text), 200)]  # cut anywhere, newlines kept
-    return random.Random(3).sample(lines, count)

@@ -7,9 +7,10 @@ import json
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
+
+from support.waiting import PATIENCE, until
 
 CONTEXT = 256
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
@@ -36,15 +37,15 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def await_answer(url, running, log, seconds=60):
+def await_answer(url, running, log):
     """Wait until a GET of `url` succeeds."""
-    deadline = time.monotonic() + seconds
-    while True:
+
+    def answers():
         assert running.poll() is None, log.read_text()[-2000:]
-        assert time.monotonic() < deadline, log.read_text()[-2000:]
-        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=5):
-            return
-        time.sleep(0.05)
+        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=PATIENCE):
+            return True
+
+    until(answers)
 
 
 @contextlib.contextmanager

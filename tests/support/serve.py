@@ -11,11 +11,13 @@ import time
 from types import MappingProxyType
 
 import numpy as np
+import openai
 import uvicorn
 
 from cogumi.core.errors import BusyError, ContextError, RequestError
 from cogumi.core.types import Decision, Reply, Revision, Token, Usage
 from cogumi.serve.app import bind, create_app
+from support.waiting import PATIENCE, until
 
 
 class ByteTokenizer:
@@ -45,7 +47,9 @@ class Scripted:
 
     def __init__(self):
         self.tokenizer = ByteTokenizer()
-        self.requests, self.running, self.closed = [], 0, False
+        self.requests, self.running, self.most_running, self.closed = [], 0, 0, False
+        self.thought = threading.Event()
+        """What an answer that begins with "think" waits for."""
 
     def resolve(self, model, request):
         if request.adapter not in (None, "code"):
@@ -66,15 +70,16 @@ class Scripted:
 
     def _events(self, word, rest, request):
         self.running += 1
+        self.most_running = max(self.most_running, self.running)
         try:
             if word == "break":
                 raise ZeroDivisionError("a defect")
             if word == "slow":
-                for _ in range(500):
+                while True:  # until it is closed
                     time.sleep(0.02)
                     yield self._token("z")
             if word == "think":
-                time.sleep(0.5)
+                assert self.thought.wait(PATIENCE)
             decision = Decision("base", "p_correct", 0.9, 0.8, True, "0.90 >= 0.80")
             yield decision
             tokens = tuple(self._token(c, request.logprobs) for c in rest)
@@ -123,25 +128,32 @@ def serving(app):
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         listener.close()
         assert not thread.is_alive()
 
 
+@contextlib.contextmanager
+def ready(load, **options):
+    """Serve as `running` does; yields the port once the engine is loaded."""
+    loaded = threading.Event()
+    with running(load, on_ready=lambda _: loaded.set(), **options) as port:
+        assert loaded.wait(PATIENCE)
+        yield port
+
+
+def client_of(port, prefix=""):
+    """The `openai` package's client of a server on this machine; it asks once."""
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}{prefix}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
+
+
 def raw(port, method, path, body=None, headers=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     connection.request(method, path, body, headers or {"content-type": "application/json"})
     response = connection.getresponse()
     data = response.read()
     connection.close()
     return response.status, response.headers, data
-
-
-def until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def send_and_hang_up(port, body, under_way, path="/v1/chat/completions"):

@@ -1,18 +1,14 @@
 """Recipes of toy stages, builds of them in processes of their own, and what a build leaves on disk."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import cogumi
 from cogumi.core import artifact
 from cogumi.core.files import sha256
 from cogumi.pipeline.recipe import parse_recipe
-from support import toy
-
-TESTS = Path(__file__).parents[1]
+from support.waiting import PATIENCE
 
 
 def recipe(*steps, root=Path(), seed=0):
@@ -35,12 +31,8 @@ def contents(home):
 
 
 def start(path, runs, jobs=1, **limits):
-    source = str(Path(cogumi.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, toy.__file__, str(path), str(runs), str(jobs)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **limits
-    )
+    command = [sys.executable, "-m", "support.toy", str(path), str(runs), str(jobs)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **limits)
 
 
 def write_recipe(folder, *steps):
@@ -50,5 +42,5 @@ def write_recipe(folder, *steps):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err

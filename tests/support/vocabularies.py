@@ -9,8 +9,9 @@ from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from support.gguf import DATA, edit
+from support.gguf import edit
 from support.pico import make_model
+from support.public_data import public_data
 from support.real import LLAMA_TEMPLATE, QWEN_TEMPLATE, REST, WORDS
 
 _CHARACTERS = {
@@ -71,7 +72,7 @@ def _document(vocab: dict[str, int], merges: list, added: list[dict], digits: st
 
 def llama3_document() -> dict:
     """tokenizer.json of Llama 3.2: 128,000 ranks and 256 control tokens."""
-    source = DATA / "tokenizer_llama3"
+    source = public_data("tokenizer_llama3")
     vocab = json.loads((source / "encoder.json").read_text("utf-8"))
     lines = (source / "vocab.bpe").read_text("utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -82,7 +83,7 @@ def llama3_document() -> dict:
 
 def qwen2_document() -> dict:
     """tokenizer.json of Qwen2.5: 151,643 ranks and 22 added tokens; a token's merge follows from the ranks below it."""
-    lines = (DATA / "tokenizer_qwen" / "qwen.tiktoken").read_text("ascii").split("\n")
+    lines = public_data("tokenizer_qwen/qwen.tiktoken").read_text("ascii").split("\n")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     spelled = {token: "".join(_CHARACTERS[b] for b in token) for token in ranks}
     merges = []
@@ -94,7 +95,7 @@ def qwen2_document() -> dict:
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
             merges.append([spelled[part] for part in parts])
-    settings = json.loads((DATA / "tokenizer_hf" / "qwen2.5" / "tokenizer_config.json").read_text("utf-8"))
+    settings = json.loads(public_data("tokenizer_hf/qwen2.5/tokenizer_config.json").read_text("utf-8"))
     added = [{"id": int(number), **token} for number, token in settings["added_tokens_decoder"].items()]
     return _document({spelled[token]: rank for token, rank in ranks.items()}, merges, added, r"\p{N}", llama=False)
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from cogumi.core.errors import ArtifactError, DataError, TrainingError
 from cogumi.core.files import sha256
-from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.episodes import read_episodes
 from cogumi.models import head_adaptation as heads
@@ -28,13 +26,10 @@ from cogumi.models.lora import LoraShape, attach
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train import anil
 from support import episodes, pico
+from support.train import context
 
 LOOP = {"steps": 4, "batch": 4, "lr": 0.01, "evaluate_every": 2, "checkpoint_every": 2, "warmup": 1}
 SMALL = {"lora": {"rank": 2, "alpha": 4}, "head_rank": 4, "inner": {"lr": 0.1, "steps": 2}, "loop": LOOP}
-
-
-def context(seed=3):
-    return Context(seed, 1, Path(), lambda done, total, figures: None)
 
 
 @pytest.fixture(scope="module")
@@ -239,26 +234,25 @@ def test_meta_training_learns_to_learn(inputs, tmp_path):
 RESUMABLE = """
 import sys
 from pathlib import Path
-from test_anil import resumable
-from cogumi.types import Artifact
-base, episodes, out = map(Path, sys.argv[1:])
-inputs = {"model": Artifact("x", base, "0"), "episodes": Artifact("x", episodes, "0")}
-resumable(inputs, out, lambda done, total, figures: print(done, flush=True))
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+from cogumi.train import anil
+config, base, episodes, out = sys.argv[1:]
+inputs = {"model": Artifact("x", Path(base), "0"), "episodes": Artifact("x", Path(episodes), "0")}
+progress = lambda done, total, figures: print(done, flush=True)
+anil.run(anil.Config.model_validate_json(config), inputs, Path(out), Context(3, 1, Path(), progress))
 """
-
-
-def resumable(inputs, out, progress):
-    loop = {**LOOP, "steps": 12, "evaluate_every": 6, "checkpoint_every": 3}
-    anil.run(anil.Config(**{**SMALL, "loop": loop}), inputs, out, Context(3, 1, Path(), progress))
 
 
 def test_killed_and_resumed_gives_the_same_bytes(inputs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    command = [sys.executable, "-c", RESUMABLE, inputs["model"].path, inputs["episodes"].path, killed]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    loop = {**LOOP, "steps": 12, "evaluate_every": 6, "checkpoint_every": 3}
+    config = anil.Config(**{**SMALL, "loop": loop})
+    paths = inputs["model"].path, inputs["episodes"].path, killed
+    command = [sys.executable, "-c", RESUMABLE, config.model_dump_json(), *map(str, paths)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if int(line) >= 8:
             os.kill(process.pid, signal.SIGKILL)
@@ -266,8 +260,8 @@ def test_killed_and_resumed_gives_the_same_bytes(inputs, tmp_path):
     process.wait()
     assert not (killed / heads.FILE).exists()
     steps = []
-    resumable(inputs, killed, lambda done, total, figures: steps.append(done))
-    resumable(inputs, whole, lambda done, total, figures: None)
+    anil.run(config, inputs, killed, context(progress=lambda done, total, figures: steps.append(done)))
+    anil.run(config, inputs, whole, context())
     assert steps[0] > 3  # it went on from its checkpoint
     for name in (heads.FILE, "adapter_model.safetensors"):
         assert sha256(killed / name) == sha256(whole / name)

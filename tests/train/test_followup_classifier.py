@@ -1,10 +1,8 @@
 """A dissatisfied follow-up: the dialogues it is learned from, the stage, the file without torch, rated dialogues."""
 
-import os
 import re
 import shutil
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +24,7 @@ from cogumi.evaluate.suites.rated_dialogues import halves, read_rated
 from cogumi.models.followup_lstm import FollowUpNet, export, pad
 from cogumi.train import followup_classifier as stage
 from cogumi.train.fit_followup_net import best_threshold
+from support.public_data import public_data
 
 SETS = ("train", "selection", "heldout")
 PICO = {"model": "pico", "teacher_rows": 32, "soft_rows": 32, "rows": 2000, "width": 16, "hidden": 16, "judged": 100}
@@ -328,10 +327,7 @@ def test_the_suite_judges_bundle_and_rated_dialogues(root, tmp_path, monkeypatch
 
 
 def test_public_ratings_are_read_whole():
-    folder = Path(os.environ.get("COGUMI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not (folder / "uss_satisfaction").is_dir():
-        pytest.skip(f"no uss_satisfaction in {folder} (set COGUMI_TEST_DATA)")
-    rated = read_rated(folder / "uss_satisfaction")
+    rated = read_rated(public_data("uss_satisfaction"))
     assert rated.malformed == 0
     assert rated.dialogues == 2000
     assert 0.1 < np.mean([turn.dissatisfied for turn in rated.turns]) < 0.2

@@ -26,7 +26,6 @@ from cogumi.train.loop import LoopConfig, learning_rate, reason_to_stop, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers
 from support import pico
-from support import train as helper
 from support.train import SHAPE, context, sums
 
 CONFIG = {
@@ -54,9 +53,9 @@ def tokenizer(tmp_path_factory):
 
 
 def launch(root, out, *before, **what):
-    """The run of `helpers_train` in a process of its own, or under a launcher."""
+    """Run `support.train` in a process of its own, or under a launcher."""
     out.mkdir(exist_ok=True)
-    command = [*(before or [sys.executable]), helper.__file__, root, out, json.dumps({"config": CONFIG} | what)]
+    command = [sys.executable, *before, "-m", "support.train", root, out, json.dumps({"config": CONFIG} | what)]
     return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -118,7 +117,7 @@ def test_two_processes_learn_like_one(tmp_path, sharded):
     """Batches of 100 rows in sevens: processes have unequal shares, once only one has a row."""
     config = CONFIG | {"batch": 7, "muon_lr": None, "accumulate": 2}
     finished(launch(tmp_path, tmp_path / "one", config=config))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher = ["-m", "accelerate.commands.launch"]
     if sharded:
         (tmp_path / "sharded.yaml").write_text(SHARDED)
         launcher += ["--config_file", tmp_path / "sharded.yaml"]

@@ -1,7 +1,6 @@
 """The training loop and its stages, on pico models: exact, honest about what is learned, plain about what is wrong."""
 
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +212,6 @@ def test_what_cannot_be_trained_says_so(world, tmp_path):
 
 def test_an_unknown_model_name_is_refused_without_a_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    began = time.monotonic()
+    monkeypatch.setattr("socket.socket.connect", None)  # a connection would fail in another way
     with pytest.raises(ArtifactError, match=r"neither a folder under .* nor a model of the Hub"):
         locate("nobody/nothing", tmp_path)
-    assert time.monotonic() - began < 20
