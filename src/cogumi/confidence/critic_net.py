@@ -2,8 +2,8 @@
 
 The input per answer token is the signals of its forward pass, hashed embeddings of its word and the two neighbouring
 words, and the mean embedding of the question's words. Attention pooling over the tokens, whose weights locate the
-faulty passage, is followed by a classifier over `none` and the six error types of SPEC B3. numpy only; trained in
-`train.critic`.
+faulty passage, is followed by a classifier over `none` and the six error types of failed answers (SPEC B3). numpy only;
+trained in `train.critic`.
 
 The critic reads only the question and the answer of a conversation. Question words that did not occur in training are
 ignored, so that a prompt cannot influence the critic by praising its own answer.

@@ -10,14 +10,15 @@ ridge-penalised logistic regression; the penalty favours no change. Three safegu
   at 95% confidence with errors clustered by user. The Brier score is a proper score, and a single vote changes it by at
   most one. A correction is withdrawn as soon as any recent stretch of votes has cost more than `MAX_HARM` compared with
   the uncorrected gate (Page's CUSUM test, 1954), so the total damage is bounded.
-- **Unproven corrections do not affect the guarantee of F4.** The threshold was certified for the gate's own P(correct).
-  A correction may lower P(correct) freely, and raise it, but not across a threshold (`cap_below_thresholds`): no answer
-  becomes accepted that was not before. Only a correction that is itself certified, by the same exact binomial bound at
-  the same risk on trusted votes it was not fitted on, may raise answers over the threshold; test number k has
-  confidence 1 - (1 - confidence) / (k (k + 1)), so that the error probability of all tests together is bounded by that
-  of one. The certificate assumes that rated answers represent the others and that trusted votes are true (honest
-  mistakes make certification harder). Lowering P(correct) accepts fewer answers, so never more wrong ones; the *share*
-  of wrong answers among the accepted ones is guaranteed only while questions stay exchangeable, as without correction.
+- **Unproven corrections do not affect the guarantee (SPEC F4).** The threshold was certified for the gate's own
+  P(correct). A correction may lower P(correct) freely, and raise it, but not across a threshold
+  (`cap_below_thresholds`): no answer becomes accepted that was not before. Only a correction that is itself certified,
+  by the same exact binomial bound at the same risk on trusted votes it was not fitted on, may raise answers over the
+  threshold; test number k has confidence 1 - (1 - confidence) / (k (k + 1)), so that the error probability of all tests
+  together is bounded by that of one. The certificate assumes that rated answers represent the others and that trusted
+  votes are true (honest mistakes make certification harder). Lowering P(correct) accepts fewer answers, so never more
+  wrong ones; the *share* of wrong answers among the accepted ones is guaranteed only while questions stay exchangeable,
+  as without correction.
 
 Personal offsets (`confidence.personal`) never raise an answer over a threshold.
 """

@@ -5,7 +5,7 @@ makes one, steps that select or change examples turn a pool into a pool, and sta
 
 An artifact of kind `examples` is a folder with `<split>.jsonl` for every name in `SPLITS`. The five sets are
 disjoint and have one purpose each (DESIGN, data discipline): train; selection (early stopping, hyper-parameters);
-fit (calibration); threshold (the guarantee, F4); heldout (final report only).
+fit (calibration); threshold (the guarantee); heldout (final report only).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The HTTP server: an ASGI application over a cascade, and uvicorn around it.
+"""The HTTP server: an ASGI application over a cascade, run by uvicorn (SPEC G1).
 
 `create_app` makes a plain FastAPI application: others can be mounted on it, and it can be mounted in others.
 `serve` runs it on a port that is already bound, and answers 503 until the bundle is loaded.

@@ -1,9 +1,9 @@
 """Which ways of making a bundle smaller fit a budget, and which of those that do costs least (SPEC D1).
 
 A route changes up to four things. The order in which it does is that of what each is expected to cost in quality: ids
-of the vocabulary that are hardly used (A11), adapters in fewer bits (D7), weights in fewer bits (D4, D5), and last
-whole layers and neurons (D2, D3), which nothing but further training makes up for. A route that leaves the later ones
-alone comes before any that does not.
+of the vocabulary that are hardly used (SPEC A11), adapters in fewer bits (SPEC D7), weights in fewer bits (SPEC D4,
+D5), and last whole layers and neurons (SPEC D2, D3), which nothing but further training makes up for. A route that
+leaves the later ones alone comes before any that does not.
 """
 
 from __future__ import annotations
