@@ -1,9 +1,8 @@
-"""Which ways of making a bundle smaller fit a budget, and which of those that do costs least (SPEC D1).
+"""Ways of making a bundle smaller: those that fit a budget, and the one of lowest expected cost (SPEC D1).
 
-A route changes up to four things. The order in which it does is that of what each is expected to cost in quality: ids
-of the vocabulary that are hardly used (SPEC A11), adapters in fewer bits (SPEC D7), weights in fewer bits (SPEC D4,
-D5), and last whole layers and neurons (SPEC D2, D3), which nothing but further training makes up for. A route that
-leaves the later ones alone comes before any that does not.
+A route changes up to four things, in the order of their expected cost in quality: rarely used vocabulary ids (SPEC A11),
+adapters in fewer bits (SPEC D7), weights in fewer bits (SPEC D4, D5), and last whole layers and neurons (SPEC D2, D3),
+for which only further training compensates. A route that changes fewer of the later things comes first.
 """
 
 from __future__ import annotations
