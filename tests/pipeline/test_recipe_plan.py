@@ -86,7 +86,7 @@ def test_each_problem_is_told_in_a_line(tmp_path):
     assert re.search("unknown key 'lorra'; did you mean 'lora'", one(DATA, changed(BASE, lorra={})))
     assert re.search("unknown stage 'sfd'; did you mean 'sft'", one(DATA, BASE | {"stage": "sfd"}))
     lora = {"targets": ["q_proj", "qkv_proj"]}
-    assert re.search("LoRA target 'qkv_proj' is no layer .* 'v_proj'", one(DATA, changed(BASE, lora=lora)))
+    assert re.search("LoRA target 'qkv_proj' is not a layer .* 'v_proj'", one(DATA, changed(BASE, lora=lora)))
     assert re.search("rows have about 40000 tokens, .* context is 32768", one(DATA, BASE, length=40_000))
     assert re.search("needs an input 'examples'; given: none", one(DATA, BASE | {"inputs": {}}))
     assert re.search(
@@ -143,7 +143,7 @@ def test_a_draft_of_another_tokenizer_is_bridged_or_refused(tmp_path):
     found = plan(parse_recipe(document, "mine", tmp_path))
     assert not found.problems
     assert re.search(
-        "tokenizer Llama, the base's is Qwen2.5: the runtime drafts through text", found.steps[-1].notes[0]
+        "tokenizer Llama, the base's is Qwen2.5: the engine drafts through text", found.steps[-1].notes[0]
     )
     folder = qwen2(tmp_path / "mine")
     own = json.loads((folder / "tokenizer.json").read_text())
