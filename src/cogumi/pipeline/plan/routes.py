@@ -1,6 +1,6 @@
 """Ways of making a bundle smaller: those that fit a budget, and the one of lowest expected cost (SPEC D1).
 
-A route changes up to four things, in the order of their expected cost in quality: rarely used vocabulary ids (SPEC A11),
+A route changes up to four things, in the order of the expected loss in quality: rarely used vocabulary ids (SPEC A11),
 adapters in fewer bits (SPEC D7), weights in fewer bits (SPEC D4, D5), and last whole layers and neurons (SPEC D2, D3),
 for which only further training compensates. A route that changes fewer of the later things comes first.
 """
