@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Message, Request
-from cogumi.engine.json_schema import LONGEST, NOT_KEPT, check_grammar, check_schema
+from cogumi.engine.gbnf import check_grammar
 from cogumi.engine.llama.binding.grammar import Grammar
 from cogumi.engine.llama.binding.model import Model
-from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from support.engines import CHAT, ask, opened, pico, plain
 from support.waiting import PATIENCE
@@ -126,53 +125,6 @@ def test_what_a_grammar_forbids_cannot_be_accepted():
     grammar.accept(tokenizer.eos)
 
 
-@pytest.mark.parametrize("keyword", sorted(NOT_KEPT))
-def test_what_no_grammar_keeps_to_is_refused_by_name(keyword):
-    inner = {"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {keyword: {}}]}}}
-    with pytest.raises(RequestError, match=keyword):
-        check_schema(json.dumps(inner))
-    check_schema(json.dumps({"properties": {keyword: {"enum": [{keyword: 1}]}}}))  # a name, and a constant
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "string", "maxLength": 20000},
-        {"type": "string", "minLength": 3, "maxLength": 2},
-        {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 0},
-        {"type": "array", "items": {"type": "integer"}, "maxItems": 20000},
-        {"type": "array", "minItems": 2},
-        {"type": "object", "required": ["a"]},
-        {"type": "object", "properties": {"": {"type": "integer"}}},
-        {"type": "object", "properties": {"a": True}},
-        {"anyOf": [{"type": "string"}], "minLength": 3},
-        {"type": ["string", "null"], "minLength": 3},
-        {"type": "string", "format": "email"},
-        {"type": "string", "pattern": "^]$"},
-    ],
-)
-def test_schemas_that_would_be_broken_or_break_the_parser_are_refused(engine, schema):
-    with pytest.raises(RequestError, match="cannot be held to"):
-        engine.generate(Request(messages=CHAT, json_schema=json.dumps(schema)))
-
-
-@pytest.mark.parametrize(
-    ("schema", "favoured", "answer"),
-    [
-        ({"type": "string", "maxLength": 500}, "b", "b" * 500),
-        ({"type": "string", "minLength": 990, "maxLength": LONGEST}, "b", "b" * LONGEST),
-        ({"type": "array", "items": {"const": 7}, "minItems": 1, "maxItems": 500}, ",", [7] * 500),
-    ],
-)
-def test_long_strings_and_lists_keep_to_their_lengths(schema, favoured, answer):
-    """Each of their characters and items is a group within a group."""
-    long = LlamaEngine(pico().base_q8, threads=1, slots=1, context=1100, lookup=False)
-    bias = {long.tokenizer.encode(favoured)[0]: 100.0, long.tokenizer.encode(" ")[0]: -100.0}
-    reply = ask(long, Request(prompt="x", max_tokens=1090, json_schema=json.dumps(schema), logit_bias=bias))
-    assert json.loads(reply.text) == answer
-    long.close()
-
-
 @pytest.mark.parametrize(
     "grammar",
     [
@@ -236,13 +188,6 @@ def test_any_text_is_checked(text):
 def test_grammars_that_would_break_the_parser_are_refused(engine, grammar):
     with pytest.raises(RequestError):
         engine.generate(Request(messages=CHAT, grammar=grammar))
-
-
-def test_strings_of_a_schema_hold_no_raw_control_characters(engine):
-    newline = engine.tokenizer.encode("\n")[0]
-    request = Request(messages=CHAT, max_tokens=40, json_schema='{"type": "string", "maxLength": 8}')
-    reply = ask(engine, replace(request, logit_bias={newline: 100.0}))
-    assert isinstance(json.loads(reply.text), str)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.core import registry
-from cogumi.core.errors import RecipeError
+from cogumi.core.errors import PackageError, RecipeError
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe, parse_recipe
 
 GOOD = """
@@ -135,5 +135,5 @@ def test_registry_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "needy_stage.py").write_text("import no_such_package_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(registry.STAGES, "needy", "needy_stage")
-    with pytest.raises(RecipeError, match=r"no_such_package_anywhere.*cogumi\[build\]"):
+    with pytest.raises(PackageError, match=r"no_such_package_anywhere.*cogumi\[build\]"):
         registry.stage("needy")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
@@ -27,11 +29,17 @@ from cogumi.cascade.tiers import Tiers
 from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.confidence.nets import load_head, load_net, load_scope
 from cogumi.core.errors import BundleError, CogumiError
+from cogumi.core.packages import installed, load
 from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
 from cogumi.engine.few_shot import read_pairs
 
 REUSE = ("exact", "static", "verified")
 """Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
+
+ONNX = ("onnxruntime", "tokenizers")
+"""Packages that run the follow-up net and the sentence encoder."""
+NEAR = ("faiss",)
+"""Packages that find near questions among many."""
 
 
 def open_cascade(
@@ -56,8 +64,8 @@ def open_cascade(
     factory `engines`: it may give another base, on a server say; `Cascade.missing` tells what then cannot be had.
     `state` is the folder of what is kept between runs: session memory, what was learned, and answers to `reuse` (one
     of `REUSE`; these can also be kept in memory only). None: nothing is kept. `unpack` is the mode of
-    unpacking a packed bundle, with `progress` (see `bundle.unpack.BundleFiles`). Raises `BundleError` for a bundle that
-    must not be opened.
+    unpacking a packed bundle, with `progress` (see `bundle.unpack.BundleFiles`). Parts whose optional packages are not
+    installed are left out, with a warning. Raises `BundleError` for a bundle that must not be opened.
     """
     folder, state = Path(folder), Path(state) if state else None
     if not folder.is_dir():
@@ -66,7 +74,7 @@ def open_cascade(
     with ExitStack() as opened:
         files = BundleFiles(folder, unpack, progress)
         opened.callback(files.close)
-        bundle = files.bundle
+        bundle = _runnable(files.bundle)
         calibration = Calibration.from_json(bundle.calibration)
         embedder = once(partial(_embedder, files, bundle.embedder)) if bundle.embedder else None
         history = _history(bundle, calibration, embedder, state, reuse, gate, opened)
@@ -91,6 +99,15 @@ def _settings(settings: Settings, bundle: Bundle) -> Settings:
     """The operator's settings; where they do not say otherwise, a mobile package is opened in that mode."""
     chosen = bundle.draft is not None or "default" in settings.model_fields_set
     return settings if chosen else settings.model_copy(update={"default": "mobile"})
+
+
+def _runnable(bundle: Bundle) -> Bundle:
+    """The bundle without the nets that ONNX Runtime runs if that is not installed; a warning then names what is off."""
+    if installed(*ONNX) or not (bundle.escalation or bundle.embedder):
+        return bundle
+    off = "complaints are not recognised and examples are chosen by domain alone"
+    warnings.warn(f"onnxruntime is not installed, so {off}; for both: pip install 'cogumi[onnx]'", stacklevel=3)
+    return replace(bundle, escalation=None, embedder=None)
 
 
 def _embedder(files: BundleFiles, folder: Path) -> Embedder:
@@ -135,11 +152,16 @@ def _history(
 def _answers(
     bundle: Bundle, embedder: Callable[[], Embedder] | None, reuse: str | None, state: Path | None
 ) -> AnswerCache | None:
-    """The answers that may be given again. Raises `CogumiError` for an unknown way, or one that the bundle lacks."""
+    """The answers that may be given again.
+
+    Raises `CogumiError` for an unknown way, one that the bundle lacks, or one whose packages are not installed.
+    """
     if reuse is None:
         return None
     if reuse not in REUSE:
         raise CogumiError(f"unknown way to reuse answers '{reuse}': choose one of {', '.join(REUSE)}")
+    for module in (*NEAR, *ONNX) if reuse != "exact" else ():
+        load(module, f"--reuse {reuse}")
     if reuse != "exact" and embedder is None:
         raise CogumiError(f"{bundle.path} holds no embedder: only --reuse exact works with it")
     near = embedder() if embedder and reuse != "exact" else None

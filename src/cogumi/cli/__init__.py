@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import typer
 
 from cogumi.cli import building, console, measuring, packing, running
 from cogumi.core.errors import CogumiError
+from cogumi.core.packages import missing
 from cogumi.core.version import __version__
 
 app = typer.Typer(
@@ -57,11 +59,12 @@ app.command()(measuring.bench)
 
 
 def main() -> None:
-    """Run the command; an error of ours is one line and exit code 1."""
+    """Run the command; an error meant for the user is one line and exit code 1, a warning is one line."""
+    warnings.formatwarning = lambda message, *_, **__: f"cogumi: warning: {message}\n"
     try:
         app()
-    except (CogumiError, OSError) as error:
+    except (CogumiError, OSError, ModuleNotFoundError) as error:
         if _debug:
             raise
-        console.print_error(error)
+        console.print_error(missing(error, "this command") if isinstance(error, ModuleNotFoundError) else error)
         raise SystemExit(1) from None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cogumi.cli import console
-from cogumi.cli.options import RUNS, JsonOption, RunsOption
+from cogumi.cli.options import RUNS, BandwidthOption, JsonOption, PlannedArgument, RunsOption
 from cogumi.cli.progress import BenchProgress, BuildProgress, ByteProgress
+
+if TYPE_CHECKING:
+    from cogumi.pipeline.plan.command import Answer
 
 JobsOption = Annotated[
     int | None,
@@ -76,14 +79,7 @@ def demo(runs: RunsOption = RUNS, jobs: JobsOption = None) -> None:
 
 
 def plan(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A built-in recipe's name or a YAML file; or a model alone: a known name such as Llama-3.2-1B, a "
-            "folder, its config.json, or a GGUF file.",
-        ),
-    ] = "tiny",
+    what: PlannedArgument = "tiny",
     disk: Annotated[str | None, typer.Option(help="Bytes that the bundle may have, such as 890MB.")] = None,
     ram: Annotated[str | None, typer.Option(help="Memory it may take when opened, such as 1.5GB.")] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="Speed at which it must at least answer.")] = None,
@@ -93,10 +89,7 @@ def plan(
         str | None,
         typer.Option(help="Type of the key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where heads allow"),
     ] = None,
-    bandwidth: Annotated[
-        str | None,
-        typer.Option(help="Memory bandwidth of another machine, such as 50GB/s.", show_default="this one's, measured"),
-    ] = None,
+    bandwidth: BandwidthOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only say what would stop it, a line each; exit code 1 if anything would.")
     ] = False,
@@ -137,17 +130,30 @@ def plan(
     answer = answer_to(what, options, BenchProgress)
     if json:
         console.emit(answer.document())
-    elif not check:
-        for title, columns, rows in answer.tables():
-            console.table(title, columns, rows)
-        for line in answer.remarks():
-            console.OUT.print(line, soft_wrap=True, markup=False)
-    for line in () if json else answer.problems if check else answer.faults:
-        console.NOTES.print(line, soft_wrap=True, markup=False)
+    elif check:
+        _print_problems(answer)
+    else:
+        _print_plan(answer)
     if answer.refused or (check and answer.problems):
         raise SystemExit(1)
-    if check and not json:
+
+
+def _print_problems(answer: Answer) -> None:
+    """What stands in the way of a plan, a line each."""
+    for line in answer.problems:
+        console.NOTES.print(line, soft_wrap=True, markup=False)
+    if not answer.problems:
         console.OUT.print(f"{answer.title}, nothing in the way")
+
+
+def _print_plan(answer: Answer) -> None:
+    """The tables of a plan, remarks, and what makes it impossible."""
+    for title, columns, rows in answer.tables():
+        console.table(title, columns, rows)
+    for line in answer.remarks():
+        console.OUT.print(line, soft_wrap=True, markup=False)
+    for line in answer.faults:
+        console.NOTES.print(line, soft_wrap=True, markup=False)
 
 
 def vocabulary(

@@ -141,12 +141,9 @@ def bench(
     Example: `cogumi bench --json bench.json --picture bench.png`, or `cogumi bench --only single_stream`
     """
     from cogumi.core.files import write_json
+    from cogumi.evaluate.bench import picture as pictures
+    from cogumi.evaluate.bench.run import ACCEPT, run
 
-    try:
-        from cogumi.evaluate.bench import picture as pictures
-        from cogumi.evaluate.bench.run import ACCEPT, run
-    except ModuleNotFoundError as error:
-        raise CogumiError(f"cogumi bench needs the package '{error.name}': pip install 'cogumi[bench]'") from error
     if picture is not None and picture.suffix not in pictures.FORMATS:
         raise CogumiError(f"{picture} is no picture; name it with one of {', '.join(pictures.FORMATS)}")
     with BenchProgress() as progress:

@@ -46,6 +46,18 @@ UnpackOption = Annotated[
         show_default="cached",
     ),
 ]
+PlannedArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A built-in recipe's name or a YAML file; or a model alone: a known name such as Llama-3.2-1B, a "
+        "folder, its config.json, or a GGUF file.",
+    ),
+]
+BandwidthOption = Annotated[
+    str | None,
+    typer.Option(help="Memory bandwidth of another machine, such as 50GB/s.", show_default="this one's, measured"),
+]
 
 
 def chosen_bundle(bundle: Path | None) -> Path:

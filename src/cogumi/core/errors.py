@@ -8,6 +8,7 @@ CogumiError
 ├── TrainingError    training that cannot start or continue
 ├── ExportError      a model that cannot be exported without loss
 ├── BundleError      a bundle that must not be opened
+├── PackageError     a feature whose optional package is not installed
 ├── StateError       saved state (memory, cache, learning) that cannot be read
 └── RequestError     a request that cannot be answered as given
     ├── ContextError     prompt and answer do not fit the context
@@ -45,6 +46,10 @@ class ExportError(CogumiError):
 
 class BundleError(CogumiError):
     """A bundle that must not be opened."""
+
+
+class PackageError(CogumiError):
+    """A feature whose optional package is not installed."""
 
 
 class StateError(CogumiError):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any, cast
 
 from cogumi.core.errors import RecipeError
+from cogumi.core.packages import load
 from cogumi.core.stage import DECLARED, Stage
 
 STAGES: dict[str, str] = {
@@ -69,22 +68,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"
 
 
-def _import(module: str, wanted_by: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "cogumi":
-            raise
-        raise RecipeError(f"{wanted_by} needs the package '{error.name}': pip install 'cogumi[build]'") from error
-
-
 def stage(name: str) -> Stage:
     """The stage module of that name; `RecipeError` names the nearest if there is none, or what the module lacks."""
     if name in REPLACED:
         raise RecipeError(f"there is no stage '{name}' any more: {REPLACED[name]}")
     if name not in STAGES:
         raise RecipeError(f"unknown stage '{name}'; {nearest(name, STAGES)}")
-    module = _import(STAGES[name], f"stage '{name}'")
+    module = load(STAGES[name], f"stage '{name}'")
     if missing := [each for each in DECLARED if not hasattr(module, each)]:
         raise RecipeError(
             f"stage '{name}': its module {module.__name__} does not declare {', '.join(missing)}; "
@@ -98,4 +88,4 @@ def engine(name: str) -> type[Any]:
     if name not in ENGINES:
         raise RecipeError(f"unknown engine '{name}'; {nearest(name, ENGINES)}")
     module, attribute = ENGINES[name].split(":")
-    return cast(type[Any], getattr(_import(module, f"engine '{name}'"), attribute))
+    return cast(type[Any], getattr(load(module, f"engine '{name}'"), attribute))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cogumi.core.errors import BundleError
 from cogumi.core.files import sha256
+from cogumi.core.packages import load
 from cogumi.engine.onnx import open_session
 
 MODEL, TOKENIZER = "embedder.onnx", "embedder.json"
@@ -26,16 +27,15 @@ CHARACTERS = 4096
 class Embedder:
     """The encoder in a folder (`embedder.onnx`, `embedder.json`); runs on one thread, may be called from several.
 
-    Raises `BundleError` if a file is missing or invalid.
+    Raises `BundleError` if a file is missing or invalid, `PackageError` if a package that it needs is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
-
         self._folder = folder
         path = folder / TOKENIZER
+        tokenizers: Any = load("tokenizers", f"the sentence encoder in {folder}")
         try:
-            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for an invalid tokenizer
             raise BundleError(f"cannot read the tokenizer {path}: {error}; build the bundle again") from error
         self._session = open_session(folder / MODEL)

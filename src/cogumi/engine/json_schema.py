@@ -1,90 +1,188 @@
-"""What the grammar of an answer may be.
+"""JSON schemas that an answer cannot leave, by llguidance: a mask over the vocabulary before every token.
 
-Of JSON Schema, what no grammar keeps to is refused by name, never silently dropped. Of GBNF, what llama.cpp's parser
-or its masks would not survive is refused before the call: the process would crash or stand still, and with it
-everybody else's answers.
+llguidance follows JSON Schema draft 2020-12 and refuses what it cannot hold an answer to. Two things are narrower
+here than the schema, so that an answer comes to an end: at most one space, or one line break with its indentation,
+stands where JSON allows white space; and an object has no properties beyond those that its schema lists, unless the
+schema speaks of others or combines schemas.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
 
 from cogumi.core.errors import RequestError
+from cogumi.engine.protocol import Tokenizer
 
-NOT_KEPT = frozenset(
+OPTIONS: Any = {"whitespace_pattern": r" ?|\n[ \t]{0,20}"}
+LIMITS = LLParserLimits(verbose_errors=False)
+MAX_CHARACTERS = 100_000
+"""Length of a schema."""
+MAX_EXACT = 2**53
+"""Largest whole number of a schema."""
+MAX_MULTIPLE = 10_000
+"""States of the automaton that counts multiples: 10,000 take half a second, 100,000 take six."""
+MAX_REASON = 300
+"""Characters of llguidance's own words in an error."""
+_COMBINED = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
+_MORE_PROPERTIES = frozenset({"additionalProperties", "patternProperties", "minProperties"})
+_NOTES = frozenset(
     {
-        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-        *("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems"),
-        *("minProperties", "maxProperties", "patternProperties", "propertyNames", "unevaluatedProperties"),
-        *("dependentRequired", "dependentSchemas", "dependencies", "not", "if", "then", "else"),
-        *("pattern", "oneOf"),
+        *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "discriminator"),
+        *("$defs", "definitions", "$schema", "$id", "$anchor", "$comment"),
     }
 )
-FORMATS = frozenset({"date", "time", "date-time", "uuid"})
-LONGEST = 1000
-"""Largest `maxLength` and the like, and repeat of a grammar; groups of a schema's grammar nest as deep as they are."""
-LONGEST_GRAMMAR = 100_000
-"""Characters of a grammar."""
-DEEPEST = 1500
-"""Groups within groups: llama.cpp's parser takes 3000 in 10 ms, 20,000 overrun its stack."""
-MOST_EMPTY = 50
-"""Parts in a row that may all be empty. The cost of a token grows with their cube: 50 take 0.1 s, 200 take 2 s."""
-_COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
-_NOTES = frozenset(
-    {"title", "description", "default", "examples", "$defs", "definitions", "$schema", "$id", "$comment"}
-)
-_SCHEMAS_BY_NAME = ("properties", "$defs", "definitions")
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 
 
-def check_schema(text: str) -> None:
-    """Raise `RequestError` if a schema (JSON text) is no object, or asks for what a grammar does not keep to."""
-    try:
-        schema = json.loads(text)
-        parts = list(_parts(schema))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"the JSON schema is no JSON text ({error}); correct it") from error
-    if not isinstance(schema, dict):
-        raise RequestError('the JSON schema must be an object, such as {"type": "object"}')
-    for part in parts:
-        problem = _problem(part)
-        if problem:
-            raise RequestError(f"the JSON schema uses {problem}, which an answer cannot be held to; leave it out")
+class SchemaCompiler:
+    """Makes grammars of JSON schemas over a tokenizer's vocabulary; `ends` says whether an id ends an answer.
+
+    Thread-safe. The vocabulary is read when the first schema comes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ends: Callable[[int], bool]) -> None:
+        self._tokenizer, self._is_end = tokenizer, ends
+
+    def compile(self, schema: str) -> SchemaGrammar:
+        """The grammar of a schema (JSON text) for one generation.
+
+        Raises `RequestError` for text that is no schema, and for what an answer cannot be held to, by its name.
+        """
+        if len(schema) > MAX_CHARACTERS:
+            raise RequestError(f"the JSON schema has {len(schema)} characters; keep it below {MAX_CHARACTERS}")
+        try:
+            known = json.loads(schema, parse_int=_exact)
+            if isinstance(known, dict):
+                known.pop("x-guidance", None)  # by which a schema could ask to be taken less strictly
+            _check_multiples(known)
+            closed = json.dumps(_closed(known), allow_nan=False)
+            grammar = LLMatcher.grammar_from_json_schema(closed, overrides=OPTIONS)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestError(f"the JSON schema cannot be read ({error}); correct it") from error
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise RequestError(
+                f"an answer cannot be held to the JSON schema ({_reason(matcher)}); leave that out or correct it"
+            )
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise RequestError("no answer of finite length meets the JSON schema; correct it")
+        return SchemaGrammar(matcher, self._tokenizer.size, self._ends)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [token for token in range(self._tokenizer.size) if self._is_end(token)]
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        return LLTokenizer(TokenizerWrapper(_Pieces(self._tokenizer)), eos_token=self._ends)
 
 
-def _problem(part: dict[str, Any]) -> str | None:
-    """What of one schema the grammar would not keep to."""
-    if found := NOT_KEPT & part.keys():
-        return min(found)
-    if part.get("format", "uuid") not in FORMATS:
-        return f"format {part['format']!r}"
-    for name in _COUNTS:
-        if name in part and not (isinstance(part[name], int) and 0 <= part[name] <= LONGEST):
-            return f"{name} {part[name]}"
-    for least, most in (_COUNTS[:2], _COUNTS[2:]):
-        if part.get(least, 0) > part.get(most, LONGEST):
-            return f"{least} {part[least]} above {most} {part[most]}"
-    alone = {"anyOf", "$ref"} & part.keys()
-    if alone and part.keys() - alone - _NOTES:
-        return f"{min(part.keys() - alone - _NOTES)} beside {min(alone)}"
-    if {"enum", "const"} & part.keys() and part.keys() - {"enum", "const", "type"} - _NOTES:
-        return "more beside enum or const"
-    if isinstance(part.get("type"), list) and part.keys() - {"type"} - _NOTES:
-        return "more beside a list of types"
-    if {"minItems", "maxItems"} & part.keys() and not part.get("items"):
-        return "minItems or maxItems without items"
-    if "items" in part and not (isinstance(part["items"], dict) and part["items"]):
-        return "items without a schema of their own"
-    properties = part.get("properties", {})
-    if not isinstance(properties, dict) or set(part.get("required", ())) - set(properties):
-        return "required names that are no properties"
-    for name, inner in properties.items():
-        if not isinstance(inner, dict) or not name or '"' in name or "\\" in name:
-            return f"property {name!r} in this form"
-    return None
+class SchemaGrammar:
+    """`engine.sampling.Grammar` of a JSON schema; belongs to one generation."""
+
+    def __init__(self, matcher: LLMatcher, size: int, ends: Sequence[int]) -> None:
+        self._matcher, self._size, self._ends = matcher, size, ends
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        if token in self._ends:  # which the matcher counts as no part of a text
+            return bool(self._matcher.is_accepting())
+        return bool(self._matcher.validate_tokens([token]) == 1)
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        """Set what may not come next to minus infinity, in place; `RequestError` if nothing is left."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed = np.unpackbits(bits, count=self._size, bitorder="little")
+        logits[allowed == 0] = -np.inf
+        if np.isneginf(logits.max()):
+            raise RequestError("the JSON schema allows no token of this vocabulary here; loosen it")
+
+    def accept(self, token: int) -> None:
+        """Go on by one token; `RequestError` if it is not allowed."""
+        if not self.allows(token):
+            raise RequestError(f"the JSON schema does not allow token {token} here")
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RequestError(f"the JSON schema is too complex here ({_reason(self._matcher)}); simplify it")
+
+
+class _Pieces:
+    """A tokenizer as llguidance reads it."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._encode = tokenizer.encode
+        self.tokens = [tokenizer.piece(token) for token in range(tokenizer.size)]
+        self.special_token_ids = [token for token, piece in enumerate(self.tokens) if not piece]
+        self.eos_token_id = tokenizer.eos
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return " ".join(matcher.get_error().split())[:MAX_REASON]
+
+
+def _exact(digits: str) -> int:
+    """A whole number of a schema. Raises ValueError if llguidance, which computes with doubles, would round it."""
+    number = int(digits)
+    if abs(number) > MAX_EXACT:
+        raise ValueError(f"{digits} is beyond 2^53, so it cannot be kept exactly")
+    return number
+
+
+def _check_multiples(schema: Any) -> None:
+    """Raise `RequestError` where the automaton that counts all multiples at once would take minutes to build."""
+    common = 1
+    rest = [schema]
+    while rest:  # everything, as a reference may point to any place
+        value = rest.pop()
+        if isinstance(value, (dict, list)):
+            rest += value.values() if isinstance(value, dict) else value
+        number = value.get("multipleOf") if isinstance(value, dict) else None
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 < number < math.inf:
+            continue
+        _, digits, places = Decimal(str(number)).as_tuple()
+        common = math.lcm(common, int("".join(map(str, digits))) * 10 ** max(int(places), 0))
+        if common > MAX_MULTIPLE:
+            what = f"the JSON schema uses multipleOf {number}"
+            raise RequestError(f"{what}, too many digits together with what else it uses; keep to {MAX_MULTIPLE}")
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with its objects closed to properties that it does not list; unchanged if it combines schemas.
+
+    A closed part of a combination would forbid what the other parts list.
+    """
+    parts = list(_parts(schema))
+    if not any(_combines(part) for part in parts):
+        for part in parts:
+            listed, needed = part.get("properties"), part.get("required", [])
+            if isinstance(listed, dict) and not part.keys() & _MORE_PROPERTIES and listed.keys() >= set(needed):
+                part["additionalProperties"] = False
+    return schema
+
+
+def _combines(part: dict[str, Any]) -> bool:
+    """Whether more than one schema holds for the same value."""
+    combined = part.keys() & _COMBINED
+    return "allOf" in combined or (bool(combined) and len(part.keys() - _NOTES - {"type"}) > 1)
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
@@ -100,92 +198,3 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
             yield from _parts(list(inner.values()))
         elif key not in ("const", "enum", "default", "examples"):
             yield from _parts(inner)
-
-
-_TOKENS = re.compile(
-    r"""\#[^\n]* | "(?:\\.|[^"\\])*"? | \[(?:\\.|[^\]\\])*\]?  # a comment, a literal, a class
-    | [\w-]+\s*::= | [\w-]+ | \.  # a rule's beginning, its name elsewhere, any character
-    | \{[^}]*\}? | [?*+()|]""",
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def check_grammar(text: str) -> None:
-    """Raise `RequestError` for a grammar on which llama.cpp would run for ever or out of its stack."""
-    if len(text) > LONGEST_GRAMMAR:
-        raise RequestError(f"the grammar has {len(text)} characters; keep it below {LONGEST_GRAMMAR}")
-    if not text.strip() or "\0" in text:
-        raise RequestError("the grammar cannot be used (it is empty or holds a NUL); write GBNF with a rule named root")
-    tokens = [token for token in _TOKENS.findall(text) if token[0] != "#"]
-    depth = 0
-    for token in tokens:
-        depth = max(depth + (token == "(") - (token == ")"), 0)
-        if depth > DEEPEST:
-            raise RequestError(f"the grammar nests more than {DEEPEST} groups; flatten it")
-        least, most = _times(token) if token[0] == "{" else (0, 0)
-        if least > most:
-            raise RequestError(f"the grammar repeats backwards ({token}); put the smaller number first")
-        if max(least, most if most < math.inf else 0) > LONGEST:
-            raise RequestError(f"the grammar repeats more than {LONGEST} times ({token}); ask for less")
-    if _empty_in_a_row(tokens) > MOST_EMPTY:
-        what = f"the grammar has more than {MOST_EMPTY} parts in a row that may all be empty"
-        raise RequestError(f"{what}; repeat something that may not, such as x{{0,50}} instead of (x?){{50}}")
-
-
-def _times(braces: str) -> tuple[float, float]:
-    """Least and most times of `{2,3}`, `{2}`, `{2,}` or `{,3}`."""
-    least, comma, most = (part.strip() for part in braces[1:].rstrip("}").partition(","))
-    low = float(least) if least.isdecimal() else 0.0
-    return low, float(most) if most.isdecimal() else math.inf if comma else low
-
-
-class _Part(NamedTuple):
-    """At how many places a parser may stand before it reads a character of a part, and whether it may read none."""
-
-    places: float
-    empty: bool
-
-    def then(self, rest: _Part) -> _Part:
-        """The part, and what follows it."""
-        return _Part(self.places + self.empty * rest.places, self.empty and rest.empty)
-
-    def either(self, other: _Part) -> _Part:
-        """One of two parts; alternatives mostly begin unlike each other, so the wider one counts."""
-        return _Part(max(self.places, other.places), self.empty or other.empty)
-
-    def repeated(self, mark: str) -> _Part:
-        """The part under `?`, `*`, `+` or a repeat in braces, which llama.cpp writes out."""
-        least, most = _times(mark) if mark[0] == "{" else (float(mark == "+"), math.inf)
-        written = max(least, 1.0) if math.isinf(most) else most
-        return _Part(self.places * written if self.empty else self.places, self.empty or least == 0)
-
-
-def _empty_in_a_row(tokens: Sequence[str]) -> float:
-    """Most places at which the parser may stand at once, read from the right.
-
-    A rule's name counts as one part that is not empty, whatever the rule says.
-    """
-    nothing, never = _Part(0.0, True), _Part(0.0, False)
-    worst, rest, others = 0.0, nothing, never  # the rest of an alternative, and the alternatives behind it
-    marks: list[str] = []  # behind the part that comes next
-    around: list[tuple[_Part, _Part, list[str]]] = []
-    for token in reversed(tokens):
-        if token[0] in "?*+{":
-            marks.append(token)
-        elif token == ")":
-            around.append((rest, others, marks))
-            rest, others, marks = nothing, never, []
-        elif token == "|":
-            rest, others = nothing, others.either(rest)
-        elif token.endswith("::="):
-            rest, others, around = nothing, never, []
-        else:
-            part = _Part(float(token != '""'), token == '""')
-            if token == "(":
-                part = rest.either(others)
-                rest, others, marks = around.pop() if around else (nothing, never, [])
-            for mark in reversed(marks):
-                part = part.repeated(mark)
-            rest, marks = part.then(rest), []
-            worst = max(worst, rest.places)
-    return worst

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from cogumi.core.errors import BundleError
+from cogumi.core.packages import load
 
 
 def open_session(path: Path, threads: int = 1) -> Any:
     """An `onnxruntime.InferenceSession` of a model file; its `run` may be called from several threads.
 
-    Raises `BundleError` if the file is missing or not a model that this version can run.
+    Raises `BundleError` if the file is missing or not a model that this version can run, `PackageError` if ONNX Runtime
+    is not installed.
     """
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as native
-
+    onnxruntime: Any = load("onnxruntime", f"the model {path}")
+    native: Any = load("onnxruntime.capi.onnxruntime_pybind11_state", f"the model {path}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

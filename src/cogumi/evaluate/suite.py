@@ -5,7 +5,6 @@ A suite measures everything that it reports. To add a suite, add a file and a ro
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from cogumi.core.errors import CogumiError
+from cogumi.core.packages import load
 from cogumi.core.registry import nearest
 
 SUITES: dict[str, str] = {
@@ -86,4 +86,4 @@ def suite(name: str) -> Suite:
     """The suite of that name; `CogumiError` with the nearest name if there is none."""
     if name not in SUITES:
         raise CogumiError(f"unknown suite '{name}'; {nearest(name, SUITES)}")
-    return cast(Suite, importlib.import_module(SUITES[name]))
+    return cast(Suite, load(SUITES[name], f"suite '{name}'"))

@@ -145,64 +145,68 @@ def export(net: FollowUpNet, path: Path, metadata: Mapping[str, str]) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _nodes(hidden: int) -> list[Any]:
-    """The graph of `FollowUpNet.forward` for one row; node names read "inputs -> outputs"."""
-    from onnx import TensorProto, helper
+def _node(kind: str, names: str, **attributes: Any) -> Any:
+    """An ONNX node; `names` holds its inputs, an arrow, and its outputs."""
+    from onnx import helper
 
-    def node(kind: str, names: str, **attributes: Any) -> Any:
-        inputs, outputs = (side.split() for side in names.split("->"))
-        return helper.make_node(kind, inputs, outputs, **attributes)
+    inputs, outputs = (side.split() for side in names.split("->"))
+    return helper.make_node(kind, inputs, outputs, **attributes)
+
+
+def _nodes(hidden: int) -> list[Any]:
+    """The graph of `FollowUpNet.forward` for one row."""
+    from onnx import TensorProto
 
     return [
-        node("Gather", "table ids -> rows"),
-        node("Cast", "rows -> floats", to=TensorProto.FLOAT),
-        node("Mul", "floats scale -> x"),
+        _node("Gather", "table ids -> rows"),
+        _node("Cast", "rows -> floats", to=TensorProto.FLOAT),
+        _node("Mul", "floats scale -> x"),
         # speaker of each token [1, tokens, 3], and tokens per speaker
-        node("Sub", "marks one -> from_zero"),
-        node("Div", "from_zero four -> who"),
-        node("Unsqueeze", "who at2 -> who_column"),
-        node("Equal", "who_column speakers -> is_speaker"),
-        node("Cast", "is_speaker -> speaker", to=TensorProto.FLOAT),
-        node("ReduceSum", "speaker at1 -> found", keepdims=0),
-        node("Max", "found unit -> counts"),
-        node("Slice", "counts at2 at3 at1 -> length"),
-        node("Cast", "length -> length_column", to=TensorProto.INT64),
-        node("Squeeze", "length_column at0 -> end"),
+        _node("Sub", "marks one -> from_zero"),
+        _node("Div", "from_zero four -> who"),
+        _node("Unsqueeze", "who at2 -> who_column"),
+        _node("Equal", "who_column speakers -> is_speaker"),
+        _node("Cast", "is_speaker -> speaker", to=TensorProto.FLOAT),
+        _node("ReduceSum", "speaker at1 -> found", keepdims=0),
+        _node("Max", "found unit -> counts"),
+        _node("Slice", "counts at2 at3 at1 -> length"),
+        _node("Cast", "length -> length_column", to=TensorProto.INT64),
+        _node("Squeeze", "length_column at0 -> end"),
         # the LSTM over the follow-up
-        node("Gather", "mark_table marks -> m"),
-        node("Concat", "x m -> read", axis=2),
-        node("Slice", "read at0 end at1 -> follow_up"),
-        node("Transpose", "follow_up -> steps", perm=[1, 0, 2]),
-        helper.make_node("LSTM", ["steps", "w", "r", "b"], ["by_direction"], hidden_size=hidden),
-        node("Squeeze", "by_direction at1 -> states"),
-        node("ReduceMean", "states -> mean", axes=[0], keepdims=0),
-        node("ReduceMax", "states -> top", axes=[0], keepdims=0),
+        _node("Gather", "mark_table marks -> m"),
+        _node("Concat", "x m -> read", axis=2),
+        _node("Slice", "read at0 end at1 -> follow_up"),
+        _node("Transpose", "follow_up -> steps", perm=[1, 0, 2]),
+        _node("LSTM", "steps w r b -> by_direction", hidden_size=hidden),
+        _node("Squeeze", "by_direction at1 -> states"),
+        _node("ReduceMean", "states -> mean", axes=[0], keepdims=0),
+        _node("ReduceMax", "states -> top", axes=[0], keepdims=0),
         # directions of question, answer and follow-up, and their cosines
-        node("MatMul", "x weight_w -> weight_x"),
-        node("Add", "weight_x weight_b -> weight_z"),
-        node("Sigmoid", "weight_z -> weight"),
-        node("Mul", "x weight -> weighted"),
-        node("Transpose", "speaker -> by_speaker", perm=[0, 2, 1]),
-        node("MatMul", "by_speaker weighted -> sums"),
-        node("ReduceL2", "sums -> norms", axes=[2], keepdims=1),
-        node("Max", "norms tiny -> lengths"),
-        node("Div", "sums lengths -> units"),
-        node("Slice", "units at0 at2 at1 -> others"),
-        node("Slice", "units at2 at3 at1 -> own"),
-        node("Mul", "others own -> products"),
-        node("ReduceSum", "products at2 -> near", keepdims=0),
-        node("Reshape", "units flat -> directions"),
-        node("Concat", "mean top directions near -> features", axis=1),
-        node("MatMul", "features head_w -> product"),
-        node("Add", "product head_b -> deep"),
+        _node("MatMul", "x weight_w -> weight_x"),
+        _node("Add", "weight_x weight_b -> weight_z"),
+        _node("Sigmoid", "weight_z -> weight"),
+        _node("Mul", "x weight -> weighted"),
+        _node("Transpose", "speaker -> by_speaker", perm=[0, 2, 1]),
+        _node("MatMul", "by_speaker weighted -> sums"),
+        _node("ReduceL2", "sums -> norms", axes=[2], keepdims=1),
+        _node("Max", "norms tiny -> lengths"),
+        _node("Div", "sums lengths -> units"),
+        _node("Slice", "units at0 at2 at1 -> others"),
+        _node("Slice", "units at2 at3 at1 -> own"),
+        _node("Mul", "others own -> products"),
+        _node("ReduceSum", "products at2 -> near", keepdims=0),
+        _node("Reshape", "units flat -> directions"),
+        _node("Concat", "mean top directions near -> features", axis=1),
+        _node("MatMul", "features head_w -> product"),
+        _node("Add", "product head_b -> deep"),
         # weights by word and speaker
-        node("Gather", "wide_table ids -> word_weights"),
-        node("Mul", "word_weights speaker -> weights"),
-        node("ReduceSum", "weights at1 -> totals", keepdims=0),
-        node("Sqrt", "counts -> roots"),
-        node("Div", "totals roots -> shares"),
-        node("ReduceSum", "shares at1 -> wide", keepdims=1),
-        node("Add", "deep wide -> logit"),
-        node("Sigmoid", "logit -> column"),
-        node("Squeeze", "column at1 -> p"),
+        _node("Gather", "wide_table ids -> word_weights"),
+        _node("Mul", "word_weights speaker -> weights"),
+        _node("ReduceSum", "weights at1 -> totals", keepdims=0),
+        _node("Sqrt", "counts -> roots"),
+        _node("Div", "totals roots -> shares"),
+        _node("ReduceSum", "shares at1 -> wide", keepdims=1),
+        _node("Add", "deep wide -> logit"),
+        _node("Sigmoid", "logit -> column"),
+        _node("Squeeze", "column at1 -> p"),
     ]

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.core.packages import load
+
 MANY = 10_000
 """Entries from which on an inverted file is worth its training."""
 LISTS, PROBED = 256, 16
 
 
 class Neighbours:
-    """Vectors [width] of length 1 under ids; not safe for threads."""
+    """Vectors [width] of length 1 under ids; not safe for threads. Raises `PackageError` if FAISS is not installed."""
 
     def __init__(self, width: int) -> None:
-        import faiss
-
         self._width = width
-        self._faiss: Any = faiss
-        self._index: Any = faiss.IndexIDMap2(faiss.IndexScalarQuantizer(width, *self._half))
+        self._faiss: Any = load("faiss", "finding near questions")
+        self._index: Any = self._faiss.IndexIDMap2(self._faiss.IndexScalarQuantizer(width, *self._half))
         self._inverted = False
 
     def add(self, ids: Sequence[int], vectors: NDArray[np.float32]) -> None:

@@ -21,10 +21,11 @@ from cogumi.engine.admission import admit, check_length, continuation, prompt_id
 from cogumi.engine.events import Events
 from cogumi.engine.few_shot import ADAPTER, check_examples, example_request
 from cogumi.engine.generation import Generation
+from cogumi.engine.json_schema import SchemaCompiler, SchemaGrammar
 from cogumi.engine.llama.adapter_context import AdapterContext
 from cogumi.engine.llama.adapters import Adapters, Source
 from cogumi.engine.llama.binding.context import Context
-from cogumi.engine.llama.binding.grammar import Grammar, schema_grammar
+from cogumi.engine.llama.binding.grammar import Grammar
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.binding.tokenizer import Tokenizer
 from cogumi.engine.llama.context_pool import ContextPool
@@ -106,6 +107,7 @@ class LlamaEngine:
             controller = Controller(_latency(self._model, self._draft, threads, repack))
             drafting = Drafting(controller, draft_tokens, lookup, open_drafter)
         self._drafting, tokenizer = drafting, self._model.tokenizer
+        self._schemas = SchemaCompiler(tokenizer, tokenizer.ends)
 
         def open_context(adapter: Any) -> AdapterContext:  # no reference to the engine, so that it can be collected
             return AdapterContext(open_base(adapter=adapter), tokenizer, Speculator(drafting) if drafting else None)
@@ -259,8 +261,12 @@ class LlamaEngine:
         return prompt_ids(request, self.tokenizer, self.adapters)
 
     def _processor(self, request: Request) -> LogitsProcessor | None:
-        text = schema_grammar(request.json_schema) if request.json_schema is not None else request.grammar
-        return LogitsProcessor.of(request, Grammar(self.tokenizer, text) if text is not None else None)
+        grammar: SchemaGrammar | Grammar | None = None
+        if request.json_schema is not None:
+            grammar = self._schemas.compile(request.json_schema)
+        elif request.grammar is not None:
+            grammar = Grammar(self.tokenizer, request.grammar)
+        return LogitsProcessor.of(request, grammar)
 
     def _replace_prefill(self, session: str, job: Prefill | None) -> None:
         """Cancel the running prefill of a session and register a new one, if given."""

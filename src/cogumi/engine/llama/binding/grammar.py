@@ -1,4 +1,4 @@
-"""Grammars that an answer cannot leave: GBNF by llama.cpp's parser, JSON schemas turned into it."""
+"""GBNF grammars that an answer cannot leave, by llama.cpp's parser."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import weakref
 
 import numpy as np
 from llama_cpp import llama_cpp as c
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 from numpy.typing import NDArray
 
 from cogumi.core.errors import RequestError
-from cogumi.engine.json_schema import check_grammar, check_schema
+from cogumi.engine.gbnf import check_grammar
 from cogumi.engine.llama.binding.backend import errors, reason, utf8
 from cogumi.engine.llama.binding.tokenizer import Tokenizer
-
-_ANY_CHARACTER, _NO_CONTROL = r'[^"\\]', r'[^"\\\x00-\x1f\x7f]'  # of a string; raw control characters are no JSON
 
 
 class Grammar:
@@ -55,12 +52,3 @@ class Grammar:
         if not self.allows(token):
             raise RequestError(f"the grammar does not allow token {token} here")
         c.llama_sampler_accept(self._sampler, token)
-
-
-def schema_grammar(schema: str) -> str:
-    """The GBNF grammar of a JSON schema (as text); `RequestError` if it is none that can be kept to."""
-    check_schema(schema)
-    try:
-        return str(json_schema_to_gbnf(schema)).replace(_ANY_CHARACTER, _NO_CONTROL)
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise RequestError(f"the JSON schema cannot be used ({error}); simplify or correct it") from error
