@@ -1,8 +1,8 @@
 """Routes: ways to make a bundle fit a budget, and the one with the smallest expected quality loss (SPEC D1).
 
-A route changes up to four things, listed by expected loss, smallest first: rarely used ids of the vocabulary (SPEC A11),
-the type of the adapters (SPEC D7), the type of the weights (SPEC D4, D5), and layers and neurons (SPEC D2, D3), whose
-loss only further training can recover. Routes without a later change come before all routes with it.
+A route changes up to four things, listed by expected loss, smallest first: rarely used vocabulary ids (SPEC A11), the
+type of the adapters (SPEC D7), the type of the weights (SPEC D4, D5), and layers and neurons (SPEC D2, D3), whose loss
+only further training can recover. Routes without a later change come before all routes with it.
 """
 
 from __future__ import annotations
