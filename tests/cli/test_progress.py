@@ -51,12 +51,12 @@ def test_on_a_terminal_each_step_under_way_has_its_bar(monkeypatch):
 def test_without_a_terminal_lines_name_their_step(monkeypatch):
     console, shown = shown_on(monkeypatch, False), BuildProgress()
     monkeypatch.setattr(BuildProgress, "PLAIN_EVERY", 0.0)
-    shown.started("base", "sft", 1, 2, "goes on where it was interrupted")
+    shown.started("base", "sft", 1, 2, "continues where it was interrupted")
     shown.started("net", "critic", 2, 2, "")
     shown.advanced("net", 3, None, {})
     shown.advanced("base", 10, 10, {"loss": 1.0})
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    assert lines[:3] == ["[1/2] base (sft): goes on where it was interrupted", "[2/2] net (critic)", "  net: 3"]
+    assert lines[:3] == ["[1/2] base (sft): continues where it was interrupted", "[2/2] net (critic)", "  net: 3"]
     assert lines[3].startswith("  base: 10 of 10, ")
     assert lines[3].endswith("left  loss 1")
 

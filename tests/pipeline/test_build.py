@@ -231,7 +231,7 @@ def test_killed_step_does_not_start_again_from_nothing(tmp_path):
     finish(process)
     code, out, _ = finish(start(path, tmp_path / "runs"))
     assert code == 0
-    assert "started first goes on where it was interrupted" in out
+    assert "started first continues where it was interrupted" in out
     assert "advanced first 5 3" in out or "advanced first 5 4" in out
 
 

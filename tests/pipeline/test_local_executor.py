@@ -167,7 +167,7 @@ def test_a_worker_that_is_killed_ends_the_build_with_its_step_named(tmp_path):
         build(recipe(*steps), tmp_path, jobs=2, progress=Log(kill))
     said = str(caught.value)
     assert said.startswith("step 'a': its process was killed by SIGKILL, as the system does when memory runs out")
-    assert said.endswith("run the same command again to go on: finished steps are kept")
+    assert said.endswith("run the same command again to continue: finished steps are kept")
     assert artifact.verify(tmp_path / "small/b")
     assert not (tmp_path / "small/a/manifest.json").exists()
 

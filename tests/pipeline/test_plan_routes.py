@@ -19,8 +19,8 @@ from cogumi.core.facts import FileSize
 from cogumi.core.shapes import KNOWN
 from cogumi.pipeline.plan.bundle_memory import Serving
 from cogumi.pipeline.plan.recipe_plan import plan
-from cogumi.pipeline.plan.refusal import instead, refusal
-from cogumi.pipeline.plan.routes import Asked, Budget
+from cogumi.pipeline.plan.refusal import alternative, refusal
+from cogumi.pipeline.plan.routes import Budget, RouteSearch
 from cogumi.pipeline.recipe import load_recipe, parse_recipe
 from support.real import qwen2
 
@@ -35,7 +35,7 @@ WHOLE = Parts("1b", BASE_1B, DRAFT_1B, True, {"modifiers/code.gguf": Adapter(RAN
 
 
 def asked(parts=WHOLE, bandwidth=BANDWIDTH, **budget):
-    return Asked(parts, Serving(), Budget(**budget), bandwidth)
+    return RouteSearch(parts, Serving(), Budget(**budget), bandwidth)
 
 
 def measures(route):
@@ -115,22 +115,22 @@ def test_adapters_are_made_smaller_only_where_that_makes_them_smaller():
     assert large.reduced(32, "q4_0") == Adapter(dict.fromkeys(RANKS, 32), "q4_0")
 
 
-def test_an_impossible_ask_is_told_the_arithmetic_and_what_fits_instead():
+def test_an_impossible_ask_is_told_the_arithmetic_and_what_fits_alternative():
     eight = Parts("8b", known_weights(KNOWN["Llama-3.1-8B"]))
     tight = asked(eight, disk=540_000_000)
     assert tight.fitting is None
     line = refusal(tight)
     assert "540.0 MB on disk for 8.03e+09 weights are 0.54 bits each" in line
-    assert "the smallest type there is has 1.56" in line
+    assert "the smallest type has 1.56" in line
     assert re.search(r"what fits instead: Qwen2\.5-1\.5B, vocabulary of 32,768 .* q2_k", line)
     assert "\n" not in line
     by_speed = refusal(asked(eight, bandwidth=12e9, tokens_per_second=10, disk=10**9 * 3))
-    assert "1.20 GB to read for each token, less 71.3 MB that is no weight, for 8.03e+09 weights" in by_speed
+    assert "1.20 GB to read for each token, less 71.3 MB for everything but weights, for 8.03e+09 weights" in by_speed
     assert "are 1.12 bits each" in by_speed
     absurd = refusal(asked(eight, tokens_per_second=1e9))
     assert "18 bytes to read for each token leave no room for 8.03e+09 weights" in absurd
     assert "0.00" not in absurd
-    assert instead(asked(eight, disk=10_000)) is None
+    assert alternative(asked(eight, disk=10_000)) is None
     assert "nothing of known shape fits either" in refusal(asked(eight, disk=10_000))
 
 
@@ -139,7 +139,7 @@ ONLY = Parts("1b", BASE_1B)
 
 def test_what_is_no_weight_is_blamed_where_it_is_more_than_the_weights():
     def told(serving, parts=ONLY, **budget):
-        return refusal(Asked(parts, serving, Budget(**budget), BANDWIDTH))
+        return refusal(RouteSearch(parts, serving, Budget(**budget), BANDWIDTH))
 
     long = told(Serving(10_000_000), ram=8 * 10**9)
     assert "1b: the cache of 10,000,000 tokens takes 174.08 GB, and there are 8.00 GB in memory; " in long
@@ -177,7 +177,7 @@ def test_amounts_are_read_and_nonsense_is_not():
         with pytest.raises(RecipeError):
             parse_rate(wrong)
     for speed in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(RecipeError, match="is no speed"):
+        with pytest.raises(RecipeError, match="is not a valid speed"):
             Budget(tokens_per_second=speed)
     with pytest.raises(RecipeError, match="unknown cache type 'q9_0'; did you mean"):
         Serving(cache="q9_0")

@@ -122,7 +122,7 @@ def test_side_by_side_and_killed_it_gives_the_same_bytes(built, tmp_path):
 
 def test_the_builtin_recipe_differs_only_in_size():
     """Whatever stage the tiny recipe uses, the small one tries; but for two that depend on nothing else."""
-    apart = {"embedder", "escalation"}  # tests/test_embedder.py, tests/test_escalation.py
+    apart = {"embedder", "escalation"}  # tests/engine/test_embedder.py, tests/train/test_followup_classifier.py
     assert {s.stage for s in load_recipe("tiny").steps} - apart == {s.stage for s in load_recipe(str(RECIPE)).steps}
 
 

@@ -1,4 +1,4 @@
-"""What exporting a model of real shape takes: `python tests/real_shape.py Llama-3.1-8B /tmp/folder q4_k_m q5_k_m`.
+"""Export of a model of real shape: `python tests/support/real_shape.py Llama-3.1-8B /tmp/folder q4_k_m q5_k_m`.
 
 Writes a bf16 checkpoint in shards whose weights repeat random numbers, with Llama 3's own vocabulary, exports it in
 a process of its own for each type, prints size, seconds and peak memory as JSON, and removes what it wrote.

@@ -1,4 +1,4 @@
-"""Two small tables, name -> where it lives; nothing is imported before it is asked for."""
+"""Tables of stages and engines, name -> module; modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ STAGES: dict[str, str] = {
 REPLACED: dict[str, str] = {
     "files": "'load' reads your files, and 'split' makes the five sets of what it read; write these two steps",
 }
-"""Stages of earlier versions, and what a recipe says instead."""
+"""Stages of earlier versions, and their replacements."""
 
 ENGINES: dict[str, str] = {
     "llama": "cogumi.engine.llama.engine:LlamaEngine",
@@ -69,7 +69,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def stage(name: str) -> Stage:
-    """The stage module of that name; `RecipeError` names the nearest if there is none, or what the module lacks."""
+    """The stage module of that name; `RecipeError` names the closest one, or the missing declarations."""
     if name in REPLACED:
         raise RecipeError(f"there is no stage '{name}' any more: {REPLACED[name]}")
     if name not in STAGES:
@@ -84,7 +84,7 @@ def stage(name: str) -> Stage:
 
 
 def engine(name: str) -> type[Any]:
-    """The engine class of that name; `RecipeError` names the nearest if there is none."""
+    """The engine class of that name; `RecipeError` names the closest one."""
     if name not in ENGINES:
         raise RecipeError(f"unknown engine '{name}'; {nearest(name, ENGINES)}")
     module, attribute = ENGINES[name].split(":")

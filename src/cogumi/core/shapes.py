@@ -1,6 +1,6 @@
-"""What a model consists of, by its figures alone: parameters and sizes are known before any weight is (SPEC D1).
+"""Model shapes, from which parameter counts and sizes follow without loading weights (SPEC D1).
 
-The shapes of the usual models are built in; any other is read from its `config.json`.
+The shapes of common models are built in; others are read from `config.json`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from cogumi.core.errors import ArtifactError
 from cogumi.core.registry import nearest
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-"""Architecture -> model type, which is all that a config saved apart from its model says."""
+"""Architecture -> model type. A config saved without its model has only the model type."""
 LIMITS = {"layers": 1000} | dict.fromkeys(
     ("hidden", "feed_forward", "heads", "kv_heads", "head", "vocabulary", "context"), 1 << 28
 )
-"""The largest figures that are believed; nothing near them exists."""
+"""Maximum accepted values, far above those of any existing model."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder of the Llama family; `head` is the width of one attention head, `context` counts tokens.
+    """A decoder of the Llama family; `head` is the width of one attention head, `context` is in tokens.
 
-    A `qwen2` is a llama with biases on the query, key and value projections.
+    Kind `qwen2` is a Llama with biases on the query, key and value projections.
     """
 
     hidden: int
@@ -52,7 +52,7 @@ class ModelShape:
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
-        """The linear maps of one layer, (out, in) by name: what a LoRA may target."""
+        """The linear maps of one layer, (out, in) by name: the possible targets of a LoRA."""
         return {
             "q_proj": (self.query, self.hidden),
             "k_proj": (self.key, self.hidden),
@@ -65,12 +65,12 @@ class ModelShape:
 
     @property
     def matrices(self) -> int:
-        """Weights of the linear maps of all layers: what quantization to 4 bits packs."""
+        """Weights of the linear maps of all layers, which 4-bit quantization packs."""
         return self.layers * sum(rows * columns for rows, columns in self.linear.values())
 
     @property
     def head_weights(self) -> int:
-        """Weights of the output head, whether its own or the embedding's."""
+        """Weights of the output head, separate or tied to the embedding."""
         return self.vocabulary * self.hidden
 
     @property
@@ -86,7 +86,7 @@ class ModelShape:
         return self.layers * sum(rank * sum(self.linear[target]) for target, rank in ranks.items())
 
     def cache_values(self) -> int:
-        """Values that one token leaves in the key-value cache."""
+        """Values per token in the key-value cache."""
         return 2 * self.layers * self.key
 
 
@@ -106,17 +106,17 @@ KNOWN = {
     "Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2, 128, 151_936, tied=True),
     "Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4, 128, 152_064, tied=False),
 }
-"""Shapes by name; an `-Instruct` model has the shape of the model it was made from."""
+"""Shapes by name; an `-Instruct` model has the shape of its base model."""
 
 
 def known(name: str) -> str | None:
-    """The name in `KNOWN` of a Hub id such as `meta-llama/Llama-3.2-1B-Instruct`; None if it is not among them."""
+    """The name in `KNOWN` of a Hub id such as `meta-llama/Llama-3.2-1B-Instruct`; None if it is unknown."""
     short = name.rsplit("/", 1)[-1].removeprefix("Meta-").removesuffix("-Instruct")
     return short if short in KNOWN else None
 
 
 def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
-    """The shape that a `config.json` describes; `ArtifactError` if it is none of the family or lacks a figure."""
+    """The shape in a `config.json`; `ArtifactError` for another model family or a missing or invalid value."""
     named = config.get("architectures")
     found = named[0] if named and isinstance(named, list) else config.get("model_type")
     kind = ARCHITECTURES.get(str(found), str(found))
@@ -138,7 +138,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
     except KeyError as error:
         raise ArtifactError(f"{where}/config.json lacks {error}; save the model with save_pretrained") from error
     except (TypeError, ZeroDivisionError) as error:
-        raise ArtifactError(f"{where}/config.json holds figures that are no numbers above 0; copy it again") from error
+        raise ArtifactError(f"{where}/config.json has values that are not numbers above 0; copy it again") from error
     for name, most in LIMITS.items():
         value = getattr(shape, name)
         if type(value) is not int or not 1 <= value <= most:
@@ -149,10 +149,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
 
 
 def find_shape(name: str, root: Path) -> ModelShape:
-    """The shape of a model folder (relative paths start at `root`) or of a Hub id that is `known`.
-
-    Raises `ArtifactError` if it is neither.
-    """
+    """The shape of a model folder (relative paths start at `root`) or of a `known` Hub id; else `ArtifactError`."""
     config = root / name / "config.json"
     try:
         return shape_of(json.loads(config.read_text("utf-8")), name)

@@ -1,4 +1,4 @@
-"""What a stage is: a module that turns artifacts into an artifact, and describes itself (DESIGN, "Stage contract")."""
+"""The contract of a stage: a self-describing module that turns artifacts into an artifact (ARCHITECTURE, "Stages")."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pydantic import BaseModel
 from cogumi.core.types import Artifact
 
 CHECKPOINT = "checkpoint"
-"""The folder in a stage's `out` that outlives a killed run; the pipeline removes it when the step is done."""
+"""The folder in a stage's `out` that is kept when a run is killed; the pipeline removes it after the step."""
 DECLARED = ("VERSION", "KIND", "INPUTS", "Config", "run")
-"""The names that every stage module has."""
+"""Names that every stage module must define."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every run of a stage is given.
+    """Arguments of every run of a stage.
 
-    `root` is where relative paths of a recipe start. `progress(done, total, figures)` shows how far the work
-    is; `total` is None where nobody can know. `logs` is a folder for TensorBoard, or None.
+    Relative paths of a recipe start at `root`. `progress(done, total, figures)` reports progress; `total` is None if
+    it is unknown. `logs` is a folder for TensorBoard, or None.
     """
 
     seed: int
@@ -33,25 +33,25 @@ class Context:
 
 
 class Stage(Protocol):
-    """A module with these five names. Nothing outside of it knows more about the stage than it says here.
+    """A module with these five names. Other modules know about the stage only what it declares.
 
-    `KIND` is the kind of artifact it makes; `INPUTS` are the inputs it cannot do without, role -> kind. A role that
-    ends in `*` stands for one or more roles that begin so (`draft_*`); kinds between which the recipe may choose are
-    joined by `|` (`adapter|backbone`). The pipeline checks inputs before anything runs.
+    `KIND` is the kind of artifact it makes; `INPUTS` are the required inputs, role -> kind. A role that ends in `*`
+    matches one or more roles with that prefix (`draft_*`); alternative kinds are joined by `|` (`adapter|backbone`).
+    The pipeline checks inputs before anything runs.
 
-    `run` writes its files into `out`, which is empty but for `out / CHECKPOINT` of an interrupted run, and
-    returns its metrics. Equal config, seed, inputs and threads must give equal bytes, interrupted or not.
-    `VERSION` grows whenever the same config would give other bytes. A `pathlib.Path` in the config names an
-    input file or folder, relative to `context.root`: its content counts in the fingerprint.
+    `run` writes its files into `out`, which is empty except for `out / CHECKPOINT` of an interrupted run, and
+    returns its metrics. Equal config, seed, inputs and threads must give equal bytes, interrupted or not. `VERSION`
+    must be raised when the same config would give other bytes. A `pathlib.Path` in the config is an input file or
+    folder, relative to `context.root`; its content is part of the fingerprint.
 
     A module may also have:
 
-    - `OPTIONAL: Mapping[str, str]`: inputs that a recipe may give, as in `INPUTS`; any other is refused.
-    - `needs(config, roles) -> Mapping[str, str]`: inputs that this config needs beside `INPUTS`, as in `INPUTS`;
-      `roles` are those that the recipe gives.
-    - `estimate(config, given) -> Estimate`: what a step makes and takes, before it runs (see `core.estimate`).
+    - `OPTIONAL: Mapping[str, str]`: optional inputs, as in `INPUTS`; any other input is refused.
+    - `needs(config, roles) -> Mapping[str, str]`: further inputs that this config requires;
+      `roles` are those in the recipe.
+    - `estimate(config, given) -> Estimate`: outputs and costs of a step before it runs (see `core.estimate`).
     - `TRAINS = True`: `run` trains by `train.loop`, so several processes may run it together (see `pipeline.ranks`).
-    - `REPORTS = True`: its metrics, `report.md` and pictures are those of the whole build.
+    - `REPORTS = True`: its metrics, `report.md` and pictures become those of the whole build.
     """
 
     VERSION: int
@@ -64,19 +64,19 @@ class Stage(Protocol):
 
 
 def needed_inputs(stage: Stage, config: Any, roles: Collection[str]) -> dict[str, str]:
-    """The inputs that a step cannot do without, role -> kind; `roles` are those that the recipe gives."""
+    """The required inputs of a step, role -> kind; `roles` are those in the recipe."""
     hook = getattr(stage, "needs", None)
     return {**stage.INPUTS, **(hook(config, roles) if hook else {})}
 
 
 def optional_inputs(stage: Stage) -> Mapping[str, str]:
-    """The inputs that a step may be given, role -> kind."""
+    """The optional inputs of a step, role -> kind."""
     found: Mapping[str, str] = getattr(stage, "OPTIONAL", {})
     return found
 
 
 def matches(role: str, declared: str) -> bool:
-    """Whether a role of a recipe is one that a stage declares: `modifier_code` is `modifier_*`."""
+    """Whether a role of a recipe matches a declared one: `modifier_code` matches `modifier_*`."""
     if not declared.endswith("*"):
         return role == declared
     return role.startswith(declared[:-1]) and role != declared[:-1]

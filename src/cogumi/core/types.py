@@ -1,4 +1,4 @@
-"""The nouns of the system: small frozen records that every part speaks in. Standard library only.
+"""The records shared by all packages: small, frozen, standard library only.
 
 Log-probabilities are natural logarithms (nats); ids are token ids of the tier's own tokenizer.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ABSTENTION = "I don't know."
-"""The one sentence by which every tier says that a question has no answer it can give."""
+"""The answer with which every tier declines a question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with its reference answer. `difficulty` runs from 1 (easy) to 5; 0 where nobody said.
+    """A question with its reference answer. `difficulty` is 1 (easy) to 5, or 0 if unknown.
 
     `meta["check"]` names the grader and its arguments (see `grading.graders`).
     """
@@ -41,18 +41,17 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of an engine: `messages` (rendered by the chat template) or a raw `prompt`.
+    """A request to an engine: `messages` (rendered by the chat template) or a raw `prompt`.
 
-    `logit_bias` (id -> value added to its logit) and the penalties follow OpenAI's API: `presence_penalty` is taken
-    once from the logit of every id generated so far, `frequency_penalty` as often as it was. `grammar` is GBNF text,
-    `json_schema` a JSON text; an answer then cannot leave them. `echo` asks for the prompt's log-probabilities.
-    `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an answer
-    below the guarantee instead of marking it. `user` and `session` travel along so that memory can be partitioned,
-    `id` so that the answer can be rated later; `files` names what the question is about (`main.py`). `hidden` asks
-    for the hidden state behind the answer. `progressive` streams the draft's answer at once and revises it.
-    `examples` are (question, answer) pairs to answer after the manner of; `adapt`: True adapts the model's head to them
-    (an engine without such a head refuses), False shows them in the prompt, None adapts if there is a head. Scores and
-    readings always see them in the prompt.
+    `logit_bias` (id -> value added to its logit) and the penalties follow OpenAI's API: `presence_penalty` is
+    subtracted once from the logit of each id generated so far, `frequency_penalty` once per occurrence. `grammar`
+    (GBNF) and `json_schema` (JSON text) constrain the answer. `echo` requests the prompt's log-probabilities.
+    `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an unsure
+    answer instead of marking it. `user` and `session` partition memory and caches, `id` identifies the answer for
+    ratings; `files` are names of files that the question is about (`main.py`). `hidden` requests the hidden state of
+    the answer. `progressive` streams the draft's answer at once and revises it. `examples` are (question, answer) pairs
+    to imitate; `adapt`: True adapts the model's head to them (an engine without such a head refuses), False puts them
+    in the prompt, None adapts if there is a head. Scores and readings always use them in the prompt.
     """
 
     messages: tuple[Message, ...] = ()
@@ -85,11 +84,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token with the signals of the pass that made it.
+    """One generated token with the signals of the forward pass that generated it.
 
     `margin` is the log-probability gap between the two best tokens, `entropy` in nats, `top` the best alternatives
-    `(id, logprob)` when asked for. All are taken from the unscaled model distribution (temperature 1), so that they
-    mean the same whatever the sampling. `text` may be empty while a multi-byte character is incomplete.
+    `(id, logprob)` if requested. All refer to the unscaled model distribution (temperature 1), so that they do not
+    depend on the sampling options. `text` may be empty while a multi-byte character is incomplete.
     """
 
     id: int
@@ -103,7 +102,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens spent; every attempt of a cascade counts. `drafted`/`accepted` count speculation."""
+    """Token counts over all attempts of a cascade; `drafted` and `accepted` are those of speculation."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -123,7 +122,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Why the cascade did what it did; shown to the user."""
+    """One step of the cascade with its reason; shown to the user."""
 
     tier: str
     signal: str
@@ -142,14 +141,13 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The end of every generation: the whole text with what it cost and why it is what it is.
+    """The last event of every generation: the whole text, its cost, and the decisions behind it.
 
-    `finish_reason` is stop, length or cancelled. From a cascade, `tier` names who answered, `p_correct` is
-    calibrated, `route` is the path taken (see `cascade.cascade`) and `accepted` says that the cascade stands by
-    this answer: the guarantee covers it; `id` is the request's, by which the answer can be rated. A bare engine
-    judges nothing and accepts nothing. `prompt`, if the request says `echo`, holds every token of the prompt but
-    the first, which nothing predicts. `hidden`, if the request says so, is the state after the final norm from
-    which the answer's last token was chosen.
+    `finish_reason` is stop, length or cancelled. From a cascade, `tier` is the model that answered, `p_correct` is
+    calibrated, `route` is the path taken (see `cascade.cascade`), and `accepted` means that the guarantee covers this
+    answer; `id` is the request's, for ratings. Other engines leave `p_correct` None and `accepted` False. `prompt`, if
+    the request sets `echo`, has all tokens of the prompt but the first, which has no prediction. `hidden`, if
+    requested, is the state after the final norm from which the answer's last token was chosen.
     """
 
     text: str
@@ -171,8 +169,8 @@ class Reply:
 class Score:
     """Summed negative log-likelihood of a text: `nats` over `tokens` tokens and `bytes` UTF-8 bytes.
 
-    `greedy`: whether every one of these tokens is the likeliest at its place, so that greedy decoding gives this text;
-    None where that is not known.
+    `greedy`: whether each token is the most likely one at its position, so that greedy decoding gives this text; None
+    if unknown.
     """
 
     nats: float
@@ -182,7 +180,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token); comparable only under one tokenizer."""
+        """exp(nats per token); comparable only for the same tokenizer."""
         return math.exp(self.nats / max(self.tokens, 1))
 
     @property
@@ -193,10 +191,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one pass over a prompt tells: its score, and hidden states after the final norm.
+    """Result of one pass over a prompt: its score, and hidden states after the final norm.
 
-    `surprise` holds nats for each prompt token but the first; `last` is the last position's hidden state, `mean` the
-    average over positions (both of the model's width).
+    `surprise` has the nats of each prompt token but the first; `last` is the hidden state of the last position, `mean`
+    the average over positions (both [hidden]).
     """
 
     score: Score

@@ -1,4 +1,4 @@
-"""Stage `load`: a user's own files become a pool of examples (SPEC A1)."""
+"""Stage `load`: reads a user's files into a pool of examples (SPEC A1)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ROWS_PER_REPORT = 1_000
 
 
 class Config(BaseModel):
-    """`files` lists paths by domain; a row's own "domain" wins."""
+    """`files` lists paths by domain; a "domain" in a row overrides it."""
 
     model_config = ConfigDict(extra="forbid")
     files: dict[str, list[Path]] = Field(min_length=1)
@@ -41,7 +41,7 @@ def _rows(config: Config, root: Path) -> Iterator[Example | Rejected]:
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """Lengths of the rows, by reading the files; nothing if one is missing or no row can be used."""
+    """Lengths of the rows, read from the files; empty if a file is missing or no row is usable."""
     if not all((given.root / path).is_file() for paths in config.files.values() for path in paths):
         return Estimate()
     pairs = [
@@ -53,7 +53,7 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Files -> `pool.jsonl` and `rejected.jsonl`, whatever their size; DataError if no row is usable.
+    """Files -> `pool.jsonl` and `rejected.jsonl` in constant memory; DataError if no row is usable.
 
     A rejected row is {"file", "line", "reason"}.
     """

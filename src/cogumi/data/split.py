@@ -1,7 +1,7 @@
-"""Stage `split`: a pool of examples becomes the five disjoint sets (SPEC A1).
+"""Stage `split`: divides a pool of examples into the five disjoint sets (SPEC A1).
 
-Each question belongs to one set by a hash of its normalised text and the seed: however often and wherever it
-occurs, it stays there. So the five sets share no question, and new rows move no old one.
+The set of a question is a hash of its normalised text and the seed. So duplicates are in the same set, the five sets
+share no question, and adding rows does not change the set of others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Config(BaseModel):
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """The pool's rows, of which the training set gets its share."""
+    """The share of the pool's rows in the training set."""
     pool = given.find("pool", RowFacts)
     if pool is None:
         return Estimate()
@@ -52,7 +52,7 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`pool` -> `<split>.jsonl` for every set, whatever its size; DataError if a set stays empty."""
+    """`pool` -> `<split>.jsonl` for every set, in constant memory; DataError if a set is empty."""
     shares = {name: int(getattr(config, name)) for name in SPLITS}
     rows, domains = Counter(dict.fromkeys(SPLITS, 0)), Counter[str]()
     with ExitStack() as stack:
@@ -70,6 +70,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     if empty := [name for name in SPLITS if not rows[name]]:
         raise DataError(
             f"{rows.total()} usable rows leave nothing for {', '.join(empty)}: "
-            "give more rows, or these sets a larger share"
+            "add rows, or give these sets a larger share"
         )
     return {"rows": dict(rows), "domains": dict(sorted(domains.items()))}

@@ -57,7 +57,7 @@ def train(texts: list[str], vocabulary: int) -> Any:
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """A vocabulary of its own, as large as asked."""
+    """A new vocabulary of the configured size."""
     return Estimate((TokenizerFacts(given.step, config.vocabulary),))
 
 

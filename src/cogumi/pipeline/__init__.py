@@ -1,1 +1,1 @@
-"""Recipes, their plan, and the build that runs them."""
+"""Recipes, their planning, and the build."""

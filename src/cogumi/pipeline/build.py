@@ -1,7 +1,7 @@
-"""Runs a recipe: every step in its own folder, as soon as its inputs are done; stops at a failed step or gate.
+"""Runs a recipe: each step in its own folder, once its inputs are finished; stops at a failed step or gate.
 
-Finished steps are skipped. Killed at any moment, the same command lets each interrupted stage go on from its own
-checkpoint (`step_folder`). Which process runs a step is the executor's business (`executors/`).
+Finished steps are skipped. If a build is killed, the same command continues each interrupted stage from its checkpoint
+(`step_folder`). The executor chooses the process that runs a step (`executors/`).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def build(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run what is not done yet of a recipe in `runs/<recipe>` and return the report, also written there.
+    """Run the unfinished steps of a recipe in `runs/<recipe>`; write the report there and return it.
 
-    Up to `jobs` steps run side by side (None: as many as cores and recipe allow), each with its share of the threads.
-    Raises `RecipeError` before anything runs, `GateError` at a failed gate, and what a stage raises, with its
-    step named. Whatever is finished stays finished.
+    Up to `jobs` steps run in parallel (None: as many as cores and recipe allow), each with its share of the threads.
+    Raises `RecipeError` before anything runs, `GateError` at a failed gate, and errors of a stage with the name of its
+    step. Finished steps are kept.
     """
     began = time.perf_counter()
     seed = recipe.seed if seed is None else seed
@@ -92,9 +92,9 @@ def _only_build(folder: Path) -> Iterator[int]:
 
 
 def _executor(recipe: Recipe, jobs: int | None, lock: int) -> Executor:
-    """Where steps run: a function of recipe, machine and `jobs` only, since the bytes depend on the threads.
+    """The executor of a build: depends on recipe, machine and `jobs` only, because bytes depend on the thread count.
 
-    By default steps that could all use one GPU run one after another, as do those of a launch of several processes.
+    With a GPU (by default) or in a launch of several processes, steps run one after another.
     """
     threads = usable_threads()
     most = 1 if ranks.several() else min(width(recipe.graph), jobs or threads)
@@ -112,7 +112,7 @@ def _has_gpu() -> bool:
 
 
 class _Run:
-    """The steps of one build: which are done, under way, or still to come."""
+    """The steps of one build: finished, running and waiting."""
 
     def __init__(
         self,
@@ -136,14 +136,14 @@ class _Run:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """What the report says of each step, in the order of the recipe."""
+        """The report's row for each step, in the order of the recipe."""
         return [self._rows[name] for name in self._numbers]
 
     def to_the_end(self) -> None:
-        """Run all steps; raises the first error, when no step runs any more.
+        """Run all steps; raise the first error after the last running step has ended.
 
-        After an error nothing starts, but what runs is left to end: its work would be lost up to its last
-        checkpoint, and the user, who is told the error at once, can still stop it.
+        After an error no further step starts. Running steps finish, because stopping them would lose all work since
+        their last checkpoint. The error is shown at once, so that the user can interrupt them.
         """
         while self._waiting or self._running:
             while (p := self._next()) is not None:
@@ -159,13 +159,13 @@ class _Run:
                 raise self._error
 
     def _next(self) -> PlannedStep | None:
-        """The step to begin now: the first in the recipe's order whose inputs are done, if there is room for it."""
+        """The first step in the recipe's order with finished inputs, if the executor has room; else None."""
         if self._error is not None or not self._executor.has_room(HEADROOM * self._peak):
             return None
         return next((p for p in self._waiting.values() if all(name in self._done for name in p.step.needs)), None)
 
     def _begin(self, p: PlannedStep) -> None:
-        """Skip the step if it is done, else hand it to the executor."""
+        """Skip the step if it is finished, else pass it to the executor."""
         name, folder = p.name, self._home / p.name
         del self._waiting[name]
         try:
@@ -188,7 +188,7 @@ class _Run:
         )
 
     def _finish(self, p: PlannedStep, skipped: bool) -> None:
-        """Note what a step came to and check its gates."""
+        """Record the results of a step and check its gates."""
         name, folder = p.name, self._home / p.name
         try:
             with named(f"step '{name}'", folder):
@@ -213,14 +213,14 @@ class _Run:
             self._fail(p, error)
 
     def _fail(self, p: PlannedStep, error: BaseException) -> None:
-        """Keep the first error for the end; say at once what a user would otherwise have to wait for."""
+        """Keep the first error to raise it at the end; show an error at once if other steps are still running."""
         if self._running or self._error is not None:
             self._progress.failed(p.name, str(error), list(self._running))
         self._error = self._error or error
 
 
 def _help(plans: list[PlannedStep], home: Path, seed: int, root: Path) -> dict[str, Any]:
-    """Train along with process 0 wherever it trains; it alone writes artifacts, and there is nothing to report."""
+    """Join the training steps of process 0, which alone writes artifacts; the report is empty."""
     by_name = {p.name: p for p in plans}
     context = Context(seed, usable_threads(), root, lambda done, total, figures: None)
     for name in ranks.steps_to_join(home):
@@ -234,10 +234,10 @@ def _help(plans: list[PlannedStep], home: Path, seed: int, root: Path) -> dict[s
 def _report(
     recipe: Recipe, plans: list[PlannedStep], home: Path, rows: list[dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
-    """Write `report.json`: the figures of the step that reports at top level, its page and pictures beside it.
+    """Write `report.json` with the metrics of the reporting step at top level; copy its page and pictures beside it.
 
-    `seconds` is the time of this build, `build_seconds` the sum over its steps. A recipe that extends another leaves
-    that one's report as it is, and writes `<recipe>-report.json`.
+    `seconds` is the duration of this build, `build_seconds` the sum over its steps. A recipe that extends another does
+    not change that recipe's report; it writes `<recipe>-report.json`.
     """
     own = recipe.name == recipe.folder
     manifests = [artifact.read_manifest(home / p.name) for p in plans]

@@ -1,7 +1,7 @@
-"""What an executor is: something that runs steps, here or elsewhere, one or several at a time.
+"""The protocol of executors: they run steps, locally or elsewhere, one or several at a time.
 
-The build decides which steps may run; an executor decides in which process a step runs and with how many threads. The
-number of threads never depends on timing, so that an interrupted build ends with the bytes of an uninterrupted one.
+The build decides which steps may run; an executor chooses the process and the number of threads of a step. That number
+never depends on timing, so that an interrupted and an uninterrupted build produce the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cogumi.pipeline.failures import named
 
 
 class Inputs(dict[str, Artifact]):
-    """Role -> artifact; a role that the recipe does not give is a `RecipeError`."""
+    """Role -> artifact; raises `RecipeError` for a role that the recipe does not give."""
 
     def __missing__(self, role: str) -> Artifact:
         raise RecipeError(f"the stage needs an input '{role}'; given: {', '.join(self) or 'none'}")
@@ -34,9 +34,9 @@ class Inputs(dict[str, Artifact]):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Everything that is needed to run one step; it can be pickled and sent to another process.
+    """All data needed to run one step; it can be pickled and sent to another process.
 
-    `module` is the stage's; `inputs` are the folders of finished steps by role; `folder` is prepared for the step.
+    `module` is the stage's module name, `inputs` the folders of finished steps by role, `folder` the prepared output.
     """
 
     step: str
@@ -52,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a task: `error` is None if the step's folder now has its manifest."""
+    """The result of a task: `error` is None if the step's folder has its manifest."""
 
     step: str
     error: BaseException | None
@@ -62,16 +62,16 @@ class Executor(Protocol):
     """Runs steps. The build asks `has_room`, then starts a step, and waits when nothing more can start."""
 
     def has_room(self, memory: int) -> bool:
-        """Whether a further step, which may need so many bytes of memory, can start now; true if nothing runs."""
+        """Whether a further step that may need `memory` bytes can start now; true if no step is running."""
 
     def start(self, task: Task) -> None:
-        """Begin a step."""
+        """Start a step."""
 
     def wait(self, progress: Progress) -> Ended:
-        """Wait until one of the steps under way ends; tell `progress` meanwhile how far all of them are."""
+        """Wait until a running step ends; until then, report the progress of all running steps."""
 
     def close(self) -> None:
-        """End at once whatever still runs."""
+        """Stop all running steps at once."""
 
 
 def run_task(task: Task, threads: int, progress: Callable[[int, int | None, Mapping[str, float]], None]) -> None:

@@ -1,4 +1,4 @@
-"""Names the step in which something failed, and says plainly that a disk is full."""
+"""Adds the step's name to errors, and detects a full disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large
 
 @contextmanager
 def named(name: str, folder: Path) -> Iterator[None]:
-    """Put `name` before the message of an error within; an error about a full disk names `folder`.
+    """Prefix errors of the block with `name`; an error about a full disk names `folder`.
 
-    Writers raise different exceptions for a full disk (OSError, RuntimeError, safetensors' own): the text counts too.
+    Libraries raise different exceptions for a full disk (OSError, RuntimeError, safetensors' own), so the message text
+    is checked too.
     """
     try:
         yield

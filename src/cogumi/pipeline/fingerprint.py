@@ -25,7 +25,7 @@ from cogumi.pipeline.recipe import Recipe, Step, explain
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """A step with everything that is known before it runs."""
+    """A step with its stage, validated config and fingerprint."""
 
     step: Step
     stage: Stage
@@ -39,23 +39,23 @@ class PlannedStep:
 
     @property
     def trains(self) -> bool:
-        """Whether other processes of a launch may help: stages that train declare `TRAINS = True`."""
+        """Whether all processes of a launch run it together: stages that train declare `TRAINS = True`."""
         return getattr(self.stage, "TRAINS", False)
 
     @property
     def reports(self) -> bool:
-        """Whether its metrics and page are those of the build: a stage that reports declares `REPORTS = True`."""
+        """Whether its metrics and page become those of the build: such stages declare `REPORTS = True`."""
         return getattr(self.stage, "REPORTS", False)
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, in hexadecimal; the order of keys does not count."""
+    """SHA-256 of a JSON value, in hexadecimal; independent of the order of keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _with_content(value: Any, root: Path) -> Any:
-    """A config value in which every path is joined by the hashes of the files there."""
+    """A config value in which each path is replaced by the path and the hashes of its files."""
     if isinstance(value, Mapping):
         return {key: _with_content(item, root) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -71,7 +71,7 @@ def _with_content(value: Any, root: Path) -> Any:
 
 
 def plan(recipe: Recipe, seed: int | None = None) -> list[PlannedStep]:
-    """Every step of a recipe, in its order, with its fingerprint; `RecipeError` names a step that is wrong."""
+    """All steps of a recipe in order, with fingerprints; `RecipeError` names an invalid step."""
     seed = recipe.seed if seed is None else seed
     plans: dict[str, PlannedStep] = {}
     for step in recipe.steps:

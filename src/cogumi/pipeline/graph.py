@@ -1,6 +1,6 @@
-"""Steps as a graph: an order in which they can run, and how many can run at once.
+"""The dependency graph of steps: execution order, cycles, and the number of steps that can run at once. Pure functions.
 
-A graph maps each step to the steps it waits for. Its keys are in the recipe's order. Everything here is pure.
+A graph maps each step to the steps it depends on. Its keys are in the recipe's order.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ Graph = Mapping[str, Collection[str]]
 
 
 def in_order(graph: Graph) -> list[str]:
-    """All steps, each after those it waits for; where several could come next, the recipe's first.
+    """All steps in topological order; the order of the recipe where the dependencies leave a choice.
 
-    Raises `ValueError` that names the steps of a cycle.
+    Raises `ValueError` with the steps of a cycle.
     """
     order: dict[str, None] = {}
     left = list(graph)
@@ -28,7 +28,7 @@ def in_order(graph: Graph) -> list[str]:
 
 
 def _cycle(graph: Graph, stuck: list[str]) -> list[tuple[str, str]]:
-    """A cycle as (step, step it waits for); each of `stuck` waits for at least one other of them."""
+    """A cycle as pairs (step, dependency); each of `stuck` depends on at least one other of them."""
     path = [stuck[0]]
     while True:
         step = next(needed for needed in graph[path[-1]] if needed in stuck)
@@ -39,10 +39,10 @@ def _cycle(graph: Graph, stuck: list[str]) -> list[tuple[str, str]]:
 
 
 def width(graph: Graph) -> int:
-    """The most steps that can run at once: the largest set of steps of which none waits for another.
+    """The maximum number of steps that can run at once: the size of the largest antichain.
 
-    By Dilworth's theorem that is the number of steps minus a maximum matching of the relation "must run before",
-    which Kuhn's algorithm finds.
+    By Dilworth's theorem it is the number of steps minus the size of a maximum matching of the relation "must run
+    before", computed with Kuhn's algorithm.
     """
     before: dict[str, set[str]] = {}
     for step in in_order(graph):

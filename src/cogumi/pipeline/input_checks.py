@@ -1,4 +1,4 @@
-"""Inputs of a step against what its stage declares, before anything runs: for `build` and `plan` alike (SPEC D1)."""
+"""Checks the inputs of a step against the declarations of its stage, for `build` and `plan` (SPEC D1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cogumi.core.stage import Stage, matches, needed_inputs, optional_inputs
 def input_problems(stage: Stage, config: Any, given: Mapping[str, str | None]) -> Iterator[str]:
     """A line for each input that is missing, of the wrong kind, or unknown to the stage.
 
-    `given` is role -> kind of the artifact; None where a problem with the step that makes it hides the kind.
+    `given` is role -> kind of the artifact; None if the kind is unknown because the step that makes it is invalid.
     """
     needed = needed_inputs(stage, config, given)
     declared = {**optional_inputs(stage), **needed}

@@ -25,7 +25,7 @@ def _metric(name: str, path: str, metrics: Mapping[str, Any]) -> float:
 
 
 def check_gate(step: str, gate: GateSpec, done: Mapping[str, Artifact]) -> None:
-    """`GateError` with the figure and the bound if a step's metric is on the wrong side, or not a number."""
+    """Raise `GateError` with the value and the bound if a step's metric violates the gate or is not a number."""
     value = _metric(step, gate.metric, done[step].metrics)
     scale, relation = 1.0, ""
     if gate.relative_to is not None:

@@ -1,8 +1,8 @@
-"""Several processes build one recipe: the first runs it, the others help where a stage trains (SPEC C1).
+"""Distributed training within a build: process 0 runs the recipe, the others join its training steps (SPEC C1).
 
 `accelerate launch --num_processes 4 -m cogumi build my_recipe.yaml` starts the same command four times on one machine.
-Process 0 does what a single one does, and writes down which training steps it begins; the others read that, train along
-in folders of their own, which are thrown away, and end when process 0 does.
+Process 0 builds as a single process would, and appends the name of each training step it starts to a file. The others
+read that file, run these steps in temporary folders, and end with process 0.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from pathlib import Path
 from cogumi.core.stage import CHECKPOINT
 
 WAIT = 0.1
-"""Seconds between two looks."""
+"""Seconds between two reads of the file."""
 
 
 def rank() -> int:
-    """Which of the processes of a launch this is; 0 where there is one."""
+    """Index of this process in its launch; 0 without a launch."""
     return int(os.environ.get("RANK", "0"))
 
 
 def several() -> bool:
-    """Whether this process is one of many."""
+    """Whether the launch has more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _file(home: Path) -> Path:
-    """Processes of one launch have one parent."""
+    """The file of the running launch, named after the parent process, which all its processes share."""
     return home / f".training-{os.getppid()}"
 
 
 class Leader:
-    """What process 0 tells the others."""
+    """The messages of process 0 to the others."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
 
     def train(self, step: str) -> None:
-        """This step begins to train now."""
+        """Announce that a training step starts now."""
         if several():
             with _file(self._home).open("a", encoding="utf-8") as file:
                 file.write(f"{step}\n")
@@ -50,7 +50,7 @@ class Leader:
 
 @contextmanager
 def leading(home: Path) -> Iterator[Leader]:
-    """Process 0, from its first step to its last."""
+    """Context of process 0 for a whole build: creates the file and removes it."""
     if several():
         home.mkdir(parents=True, exist_ok=True)
         _file(home).touch()
@@ -62,7 +62,7 @@ def leading(home: Path) -> Iterator[Leader]:
 
 
 def steps_to_join(home: Path) -> Iterator[str]:
-    """For the others: the steps that process 0 begins to train, until it ends."""
+    """For the other processes: the training steps that process 0 starts, until it ends."""
     while not _file(home).exists():
         time.sleep(WAIT)
     joined = 0
@@ -80,7 +80,7 @@ def steps_to_join(home: Path) -> Iterator[str]:
 
 @contextmanager
 def helping(home: Path, step: str) -> Iterator[Path]:
-    """A folder for a helper's copy of a step; its checkpoint is that of process 0."""
+    """A temporary output folder of another process for a step; its checkpoint links to that of process 0."""
     folder = home / f".helper-{rank()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

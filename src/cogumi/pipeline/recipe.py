@@ -1,7 +1,7 @@
-"""A recipe: the steps that make a cascade, read from YAML.
+"""A recipe: the steps that build a cascade, read from YAML.
 
-A wrong one is refused before anything runs. Errors are one line that names the place and, for an unknown
-name, the nearest known one.
+An invalid recipe is rejected before anything runs. Errors are one line with the location and, for an unknown name, the
+closest known one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cogumi.core.registry import nearest
 from cogumi.pipeline.graph import in_order
 
 LOGS = "logs"
-"""The folder beside the steps' folders where training writes what TensorBoard shows."""
+"""The folder of TensorBoard logs, beside the steps' folders."""
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class GateSpec(BaseModel):
     """A bound on one metric, given by its dotted path.
 
-    With `relative_to` the bound multiplies the same metric of that step, which then runs first.
+    With `relative_to`, the bound is a factor on the same metric of that step, which runs first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,16 +55,16 @@ class Step(BaseModel):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The steps that must be done before this one: its inputs, and those that its gates compare it with."""
+        """The steps that must finish before this one: its inputs and the steps that its gates compare with."""
         compared = (gate.relative_to for gate in self.gates if gate.relative_to is not None)
         return tuple(dict.fromkeys((*self.inputs.values(), *compared)))
 
 
 class Recipe(BaseModel):
-    """Steps, sorted so that each comes after those it needs. `root` is where relative paths in their configs start.
+    """Steps in topological order. Relative paths in their configs start at `root`.
 
-    The YAML file may list the steps in any order. A recipe that `extends` another (a built-in name, or a file beside
-    it) adds steps to it, builds in its folder and uses its seed.
+    The YAML file may list the steps in any order. A recipe that `extends` another (a built-in name, or a file in the
+    same folder) adds steps to it, builds in its folder and uses its seed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,12 +83,12 @@ class Recipe(BaseModel):
 
     @property
     def folder(self) -> str:
-        """The name of the folder that its steps are built in."""
+        """Name of the folder that contains the steps' folders."""
         return self._folder or self.name
 
     @property
     def graph(self) -> dict[str, tuple[str, ...]]:
-        """Each step with the steps it waits for."""
+        """Step -> the steps it depends on."""
         return {step.name: step.needs for step in self.steps}
 
     @field_validator("steps")
@@ -122,12 +122,12 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _first(error: ValidationError) -> ErrorDetails:
-    """The problem to tell: a misspelt key rather than the key that is missing because of it."""
+    """The problem to show: an unknown key before a missing one, which is often its correct spelling."""
     return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem pydantic found in `model`, in one line; for an unknown key with the nearest known."""
+    """The problem to show of those pydantic found in `model`, in one line; for an unknown key with the closest one."""
     first = _first(error)
     *path, last = first["loc"] or ("",)
     prefix = "".join(f"{part}: " for part in [".".join(map(str, path))] if part)
@@ -146,7 +146,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _place(error: ValidationError, data: dict[str, Any]) -> tuple[str, ValidationError]:
-    """Name the step an error lies in, and drop that part of its path."""
+    """The step that contains an error, as text, and the error with a location relative to that step."""
     loc: tuple[Any, ...] = _first(error)["loc"]
     if len(loc) < 3 or loc[0] != "steps":
         return "", error
@@ -160,7 +160,7 @@ def _place(error: ValidationError, data: dict[str, Any]) -> tuple[str, Validatio
 
 
 def _refuse_duplicates(node: yaml.Node | None, seen: set[int]) -> None:
-    """YAML lets the last of two equal keys win in silence; here that is an error."""
+    """Raise `RecipeError` for a duplicate key; PyYAML would silently keep the last one."""
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
@@ -170,7 +170,7 @@ def _refuse_duplicates(node: yaml.Node | None, seen: set[int]) -> None:
             name = str(key.value)
             if name in keys:
                 line = key.start_mark.line + 1
-                raise RecipeError(f"line {line}: the key '{name}' stands twice; keep one of them")
+                raise RecipeError(f"line {line}: the key '{name}' appears twice; keep one of them")
             keys.add(name)
             _refuse_duplicates(value, seen)
     elif isinstance(node, yaml.SequenceNode):
@@ -179,7 +179,7 @@ def _refuse_duplicates(node: yaml.Node | None, seen: set[int]) -> None:
 
 
 def parse_recipe(text: str, where: str, root: Path, above: tuple[str, ...] = ()) -> Recipe:
-    """A recipe from YAML text; `where` names it in errors, `above` are the recipes that extend it."""
+    """Parse a recipe; `where` names it in errors, `above` are the recipes that extend it."""
     try:
         _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), set())
         data = yaml.safe_load(text)
@@ -206,7 +206,7 @@ def parse_recipe(text: str, where: str, root: Path, above: tuple[str, ...] = ())
 
 
 def _extended(data: dict[str, Any], where: str, root: Path, above: tuple[str, ...]) -> Recipe | None:
-    """Put the steps of the recipe that `data` extends before its own; returns that recipe, or None."""
+    """Insert the steps of the extended recipe before those of `data`; returns that recipe, or None."""
     name, steps = data.get("extends"), data.get("steps")
     if not isinstance(name, str) or not isinstance(steps, list):
         return None
@@ -221,7 +221,7 @@ def _extended(data: dict[str, Any], where: str, root: Path, above: tuple[str, ..
 
 
 def builtin_recipes() -> dict[str, str]:
-    """Name -> YAML text of the recipes that come with the package."""
+    """Name -> YAML text of the recipes in the package."""
     folder = importlib.resources.files("cogumi") / "recipes"
     if not folder.is_dir():
         return {}
@@ -230,7 +230,7 @@ def builtin_recipes() -> dict[str, str]:
 
 
 def load_recipe(source: str | Path, above: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe from a `.yaml` file, or a built-in one by its bare name; `RecipeError` if it is wrong."""
+    """Read a recipe from a `.yaml` file, or a built-in one by name; `RecipeError` if it is invalid."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
         builtin = builtin_recipes()

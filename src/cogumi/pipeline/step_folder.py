@@ -1,6 +1,7 @@
-"""The folder of a step: skipped if it is done, continued if a run was interrupted, made anew otherwise.
+"""The folder of a step: kept if the step is finished, continued if it was interrupted, recreated otherwise.
 
-While a step runs its folder holds `pending.json` with its fingerprint. Only a manifest, written last, makes it done.
+While a step runs, its folder has a `pending.json` with its fingerprint. The manifest is written last and marks the step
+as finished.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cogumi.core.stage import CHECKPOINT
 
 
 def prepare(folder: Path, fingerprint: str) -> tuple[bool, str]:
-    """Make a folder ready for its step; returns (already done, reason to run again or to continue, else "")."""
+    """Prepare the folder of a step; returns (finished, reason for running again or continuing, else "")."""
     reason = ""
     if (folder / artifact.MANIFEST).exists():
         try:
@@ -30,16 +31,16 @@ def prepare(folder: Path, fingerprint: str) -> tuple[bool, str]:
         for path in folder.iterdir():
             if path.name not in (artifact.PENDING, CHECKPOINT):
                 _remove(path)
-        return False, "goes on where it was interrupted"
+        return False, "continues where it was interrupted"
     if folder.exists():
-        (folder / artifact.PENDING).unlink(missing_ok=True)  # first: a half-deleted folder must not look continuable
+        (folder / artifact.PENDING).unlink(missing_ok=True)  # first: a partly deleted folder must not be continued
         _remove(folder)
     write_json(folder / artifact.PENDING, {"fingerprint": fingerprint})
     return False, reason
 
 
 def clean(folder: Path) -> None:
-    """Remove what only an unfinished step needs."""
+    """Remove the files that only an unfinished step needs."""
     for name in (artifact.PENDING, CHECKPOINT):
         _remove(folder / name)
 

@@ -1,12 +1,12 @@
-"""Reading a user's own question-answer files (SPEC A1) row by row, whatever their size.
+"""Reads a user's question-answer files row by row, in constant memory (SPEC A1).
 
-A file is JSON Lines (one object per line) or one JSON array of objects. Each row is in one of two forms:
+A file is JSON Lines (one object per line) or one JSON array of objects. A row has one of two forms:
 
 Alpaca    {"instruction": ..., "input": ... (optional), "output": ... (or "response")}
-messages  {"messages": [{"role": ..., "content": ...}, ...]}; the last, an assistant's, is the answer
+messages  {"messages": [{"role": ..., "content": ...}, ...]}; the last turn, the assistant's, is the answer
 
-and may carry "domain", "difficulty" (1 to 5, 0 unknown) and "check" (see `grading.graders`). A row that
-cannot be used is never fatal and never silent: it comes out as a `Rejected` with its line and the reason.
+and may have "domain", "difficulty" (1 to 5, 0 unknown) and "check" (see `grading.graders`). An unusable row does not
+stop reading; it is returned as a `Rejected` with its line and the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OPENERS = {b"]": b"[", b"}": b"{"}
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that could not be used; `line` is where it starts, from 1."""
+    """An unusable row; `line` is its first line, counted from 1."""
 
     file: str
     line: int
@@ -43,7 +43,7 @@ class Rejected:
 
 
 def load(path: Path, domain: str = "general") -> tuple[list[Example], list[Rejected]]:
-    """All usable rows of a file and all rejected ones; DataError if none is usable."""
+    """All usable and all rejected rows of a file; DataError if none is usable."""
     rows = list(iterate(path, domain))
     examples = [row for row in rows if isinstance(row, Example)]
     rejected = [row for row in rows if isinstance(row, Rejected)]
@@ -53,14 +53,14 @@ def load(path: Path, domain: str = "general") -> tuple[list[Example], list[Rejec
 
 
 def no_usable_row(where: str, rejected: int, first: Rejected | None) -> str:
-    """The message for input without a single example: how many rows were rejected, and the first of them."""
+    """The message for input without a usable row: the number of rejected rows, and the first of them."""
     if first is None:
         return f"{where} is empty: give a file with at least one row"
     return f"{where} has no usable row; {rejected} were rejected, the first is {first}"
 
 
 def iterate(path: Path, domain: str = "general") -> Iterator[Example | Rejected]:
-    """Stream a file: an `Example` or a `Rejected` for every row. `domain` is for rows that name none."""
+    """Stream a file: an `Example` or a `Rejected` for every row. `domain` is the default for rows without one."""
     try:
         with open(path, "rb") as file:
             head = file.read(_CHUNK)
@@ -76,22 +76,22 @@ def iterate(path: Path, domain: str = "general") -> Iterator[Example | Rejected]
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, text) of every line that is not blank."""
+    """(line number, text) of every non-blank line."""
     for number, line in enumerate(file, 1):
         if line.strip():
             yield number, line.strip()
 
 
 def _array_rows(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, text) of every element of a JSON array, holding one element and one chunk at a time.
+    """(line number, text) of every element of a JSON array, with one element and one chunk in memory at a time.
 
-    Elements are cut at commas outside strings and inner brackets, so a broken one seldom spoils the next.
-    A missing element, or the missing end of the array, comes out as an empty text.
+    The array is split at commas outside strings and inner brackets, so that an invalid element rarely affects the
+    next. A missing element, or the missing end of the array, gives an empty text.
     """
     line, pending, quoted, after_comma = 1, b"", False, False
     brackets: list[bytes] = []
     while chunk := file.read(_CHUNK):
-        while chunk.endswith(b"\\") and (following := file.read(1)):  # an escape stays in one piece
+        while chunk.endswith(b"\\") and (following := file.read(1)):  # do not split an escape sequence
             chunk += following
         begin = 0
         for match in _MARKS.finditer(chunk):
@@ -103,7 +103,7 @@ def _array_rows(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
             if mark in _OPENERS.values():
                 brackets.append(mark)
             elif mark in _OPENERS and _OPENERS[mark] in brackets:
-                while brackets.pop() != _OPENERS[mark]:  # what a broken element left open ends with it
+                while brackets.pop() != _OPENERS[mark]:  # close brackets that an invalid element left open
                     pass
             if (len(brackets) == 1 and mark in b"[,") or (not brackets and mark == b"]"):
                 text = pending + chunk[begin : match.start()]
@@ -122,9 +122,9 @@ def _leading_lines(text: bytes) -> int:
 
 
 def _example(raw: bytes, domain: str, source: str) -> Example:
-    """The example of one row; ValueError or RecursionError says why there is none."""
+    """The example of one row; ValueError or RecursionError with the reason if the row is unusable."""
     if not raw:
-        raise ValueError("a row is missing here: a comma too many, or the file is cut off")
+        raise ValueError("a row is missing here: an extra comma, or the file is truncated")
     try:
         row = json.loads(raw.decode())
     except UnicodeDecodeError as error:
@@ -136,7 +136,7 @@ def _example(raw: bytes, domain: str, source: str) -> Example:
     messages, answer = _from_messages(row["messages"]) if "messages" in row else _from_alpaca(row)
     domain, difficulty = row.get("domain", domain), row.get("difficulty", 0)
     if not isinstance(domain, str) or not domain:
-        raise ValueError("domain must be a text")
+        raise ValueError("domain must be a non-empty string")
     if type(difficulty) is not int or not 0 <= difficulty <= 5:
         raise ValueError("difficulty must be a whole number from 0 (unknown) to 5")
     check = row.get("check")
@@ -147,13 +147,13 @@ def _example(raw: bytes, domain: str, source: str) -> Example:
     try:
         to_line(example).encode()
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair: no tokenizer can read that") from error
+        raise ValueError("an unpaired surrogate, which cannot be encoded as UTF-8") from error
     return example
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name} is missing or not a text")
+        raise ValueError(f"{name} is missing or not a string")
     if not value.strip():
         raise ValueError(f"{name} is empty")
     return value
@@ -161,7 +161,7 @@ def _text(value: Any, name: str) -> str:
 
 def _from_alpaca(row: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
     if "instruction" not in row:
-        raise ValueError("neither 'messages' nor 'instruction' in this row")
+        raise ValueError("the row has neither 'messages' nor 'instruction'")
     question = _text(row["instruction"], "instruction")
     if row.get("input"):
         question += "\n\n" + _text(row["input"], "input")
@@ -175,7 +175,7 @@ def _from_messages(turns: Any) -> tuple[tuple[Message, ...], str]:
     roles = [turn.get("role") for turn in turns]
     for role in roles:
         if role not in _ROLES:
-            raise ValueError(f"role {role!r} is none of {', '.join(_ROLES)}")
+            raise ValueError(f"role {role!r} is not one of {', '.join(_ROLES)}")
     if roles[-2:] != ["user", "assistant"]:
         raise ValueError("messages must end with a user's turn and the assistant's answer to it")
     messages = tuple(Message(turn["role"], _text(turn.get("content"), "content")) for turn in turns)

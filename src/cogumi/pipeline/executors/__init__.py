@@ -1,1 +1,1 @@
-"""Executors, one per module: where the steps of a recipe run."""
+"""Executors, one per module."""

@@ -16,11 +16,11 @@ class InProcess:
         self._task: Task | None = None
 
     def has_room(self, memory: int) -> bool:
-        """Whether no step is under way."""
+        """Whether no step is running."""
         return self._task is None
 
     def start(self, task: Task) -> None:
-        """Remember the step for `wait`."""
+        """Store the step until `wait`."""
         self._task = task
 
     def wait(self, progress: Progress) -> Ended:
@@ -34,4 +34,4 @@ class InProcess:
         return Ended(task.step, None)
 
     def close(self) -> None:
-        """Nothing runs outside `wait`."""
+        """Do nothing: no step runs outside `wait`."""

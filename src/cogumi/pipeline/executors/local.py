@@ -1,7 +1,7 @@
-"""Runs steps side by side in worker processes of this machine, each with its share of the threads.
+"""Runs steps in parallel in worker processes of this machine, each with its share of the threads.
 
-A worker lives as long as the build, since importing the training libraries takes seconds. It is a fresh interpreter
-(never a fork), and starts when it is first needed. `worker.py` is the other end.
+A worker is a new interpreter, not a fork. It starts when it is first needed and runs until the build ends, because
+importing the training libraries takes seconds. `worker.py` is the program of the worker.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from cogumi.pipeline.build_progress import Progress
 from cogumi.pipeline.executor import Ended, Task
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-"""What libraries read, when they are loaded, to know how many threads to use."""
+"""Environment variables from which libraries read their number of threads when they are loaded."""
 LOOK_EVERY = 1.0
-"""Seconds after which a worker that sends nothing is checked for being alive."""
+"""Seconds between two checks whether the workers are alive."""
 
 
 class _Worker:
-    """A worker process and the pipes to it; `task` is the step it runs, if any."""
+    """A worker process and its pipes; `task` is the step it runs, or None."""
 
     def __init__(self, threads: int, lock: int) -> None:
         self.task: Task | None = None
         self._partial = b""
         self.connection, theirs = connection.Pipe()
-        # The worker finds modules where this process does, also in folders that were added to sys.path.
+        # The worker imports from the same folders as this process, including those added to sys.path.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
         command = [sys.executable, "-m", "cogumi.pipeline.executors.worker", *map(str, (theirs.fileno(), threads))]
@@ -50,7 +50,7 @@ class _Worker:
         os.set_blocking(self.output, False)
 
     def lines(self) -> Iterator[str]:
-        """Whole lines that the worker has printed and that were not read yet."""
+        """Complete lines that the worker has printed since the last call."""
         with suppress(BlockingIOError):
             while piece := os.read(self.output, 1 << 16):
                 *whole, self._partial = (self._partial + piece).split(b"\n")
@@ -68,19 +68,19 @@ class _Worker:
 
 
 def _death(step: str, status: int) -> CogumiError:
-    """The error for a worker that ended in the middle of a step."""
+    """The error for a worker that ended during a step."""
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
     why = ", as the system does when memory runs out (--jobs 1 needs less)" if status == -signal.SIGKILL else ""
     return CogumiError(
-        f"step '{step}': its process {how}{why}; run the same command again to go on: finished steps are kept"
+        f"step '{step}': its process {how}{why}; run the same command again to continue: finished steps are kept"
     )
 
 
 class LocalProcesses:
     """An `Executor` with up to `jobs` worker processes of `threads` threads each.
 
-    `lock` is the descriptor of the build's lock. Workers inherit it, so the folder stays locked until the last process
-    that may write to it has ended, even if this one is killed.
+    `lock` is the descriptor of the build's lock. Workers inherit it, so that the folder stays locked until all
+    processes that may write to it have ended, even if this one is killed.
     """
 
     def __init__(self, jobs: int, threads: int, lock: int) -> None:
@@ -91,7 +91,7 @@ class LocalProcesses:
         return {worker: worker.task for worker in self._workers if worker.task is not None}
 
     def has_room(self, memory: int) -> bool:
-        """Whether nothing runs, or a worker is free and so much memory is available."""
+        """Whether no step is running, or a worker is free and `memory` bytes are available."""
         busy = self._busy()
         return not busy or (len(busy) < self._jobs and available_memory() >= memory)
 
@@ -104,17 +104,17 @@ class LocalProcesses:
             worker = _Worker(self._threads, self._lock)
             self._workers.append(worker)
         worker.task = task
-        with suppress(BrokenPipeError):  # it has just died: `wait` finds out
+        with suppress(BrokenPipeError):  # the worker just died; `wait` handles that
             worker.connection.send(task)
 
     def wait(self, progress: Progress) -> Ended:
-        """Pass on what the workers send and print, until a step ends or its worker dies."""
+        """Forward progress and printed lines of the workers until a step ends or its worker dies."""
         while True:
             busy = self._busy()
             pipes = [pipe for worker in busy for pipe in (worker.connection, worker.output)]
             connection.wait(pipes, LOOK_EVERY)
             for worker, task in busy.items():
-                dead = worker.process.poll() is not None  # asked first: what it sent before is still read
+                dead = worker.process.poll() is not None  # checked before its last messages are read
                 ended = self._receive(worker, task, progress)
                 for line in worker.lines():
                     progress.printed(task.step, line)
@@ -126,7 +126,7 @@ class LocalProcesses:
                     return ended
 
     def _receive(self, worker: _Worker, task: Task, progress: Progress) -> Ended | None:
-        """Read the worker's messages; the end of its step if that is among them."""
+        """Read the worker's messages; returns the result of its step if it was among them."""
         with suppress(EOFError, OSError):  # the worker died, perhaps in the middle of a message
             while worker.connection.poll():
                 message = worker.connection.recv()
@@ -136,6 +136,6 @@ class LocalProcesses:
         return None
 
     def close(self) -> None:
-        """Kill all workers; a step under way goes on from its checkpoint in the next build."""
+        """Kill all workers; the next build continues interrupted steps from their checkpoints."""
         while self._workers:
             self._workers.pop().end()

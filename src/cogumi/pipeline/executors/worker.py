@@ -1,4 +1,4 @@
-"""A worker process of `local.py`: runs one step after another, as the build asks."""
+"""Program of a worker process of `local.py`: runs the steps that the build sends, one after another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOK_EVERY = 0.5  # seconds
 
 
 def _end_with_parent() -> None:
-    """End when the parent process does, however it ends: at once on Linux, within half a second elsewhere."""
+    """End this process when the parent ends or is killed: at once on Linux, within half a second elsewhere."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -34,7 +34,7 @@ def _end_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or a plain one with its text if it cannot be sent to another process."""
+    """The error with its traceback as a note; a RuntimeError with its text if the error cannot be pickled."""
     where = "".join(traceback.format_exception(error))
     try:
         error = pickle.loads(pickle.dumps(error))
@@ -53,10 +53,10 @@ def _run(task: Task, threads: int, connection: Connection[Any, Any]) -> Ended:
 
 
 def main(descriptor: int, threads: int) -> None:
-    """Serve the build at the other end of the connection until that is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the build ends its workers
+    """Run the tasks that arrive on the connection until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the build stops its workers
     _end_with_parent()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed is shown as it comes
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # printed lines appear without delay
     connection: Connection[Any, Any] = Connection(descriptor)
     while True:
         try:

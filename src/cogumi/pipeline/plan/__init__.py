@@ -1,1 +1,1 @@
-"""What a recipe will take and what comes of it, before anything is built (SPEC D1)."""
+"""Cost and results of a recipe, estimated before anything is built (SPEC D1)."""

@@ -1,8 +1,8 @@
-"""What an opened bundle takes in memory, and how fast it could at most answer (SPEC D1).
+"""Memory of an opened bundle, and the upper bound of its decoding speed (SPEC D1).
 
-Weights are mapped from their files, and every page of them has been read after a few tokens. llama.cpp copies the
-matrices of some types into an order that the processor multiplies faster (`REPACKED`): decoding gains, and their bytes
-are there twice. A token reads all weights and the cache once, so memory bandwidth caps the speed.
+Weights are memory-mapped, and after a few tokens all their pages are resident. llama.cpp copies the matrices of some
+types into a layout that the processor multiplies faster (`REPACKED`): decoding is faster, and these weights are in
+memory twice. Each token reads all weights and the cache once, so memory bandwidth limits the speed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from cogumi.core.registry import nearest
 from cogumi.core.shapes import ModelShape
 
 REPACKED = ("Q4_0", "Q4_K", "IQ4_NL")
-"""Types that llama.cpp repacks on processors with AVX2; others have kernels for a few more, or none."""
+"""Types that llama.cpp repacks on processors with AVX2; on other processors it repacks a few more, or none."""
 CACHES = {"f16": (2.0, 2.0), "q8_0": (34 / 32, 34 / 32), "q4_0": (18 / 32, 18 / 32)}
-"""Bytes of a value among the keys and among the values of each type of cache."""
+"""Cache type -> bytes per element of the keys and of the values."""
 PROGRAM = 65_000_000
-"""Python with the libraries that answering needs, as measured."""
+"""Measured bytes of Python with the libraries needed for answering."""
 COPIES = 2
-"""How often small nets are there: in their session, and as they were read."""
+"""Copies of the small nets in memory: the file's content and the session's weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How a bundle will be opened: `slots` requests at a time of up to `context` tokens, a `cache` of that type.
+    """How a bundle is opened: `slots` simultaneous requests of up to `context` tokens, with a cache of type `cache`.
 
-    None: the engine's own choice, q8_0 where heads allow.
+    `cache` None is the engine's default: q8_0 if the head width allows it, else f16.
     """
 
     context: int = 2048
@@ -40,14 +40,14 @@ class Serving:
             raise RecipeError(f"unknown cache type '{self.cache}'; {nearest(self.cache, CACHES)}")
 
     def cache_bytes(self, shape: ModelShape) -> int:
-        """Bytes that one token leaves in the cache of a model."""
+        """Cache bytes per token of a model."""
         kind = self.cache or ("q8_0" if shape.head % 32 == 0 else "f16")
         return int(shape.layers * shape.key * sum(CACHES[kind]))
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident bytes. `repacked` are there only if llama.cpp may repack; `adapters` includes their caches."""
+    """Resident bytes. `repacked` counts only if llama.cpp may repack; `adapters` includes their caches."""
 
     weights: int
     repacked: int
@@ -58,16 +58,16 @@ class Memory:
     program: int = PROGRAM
 
     def total(self, repack: bool) -> int:
-        """All of it, with or without repacking."""
+        """The sum, with or without repacking."""
         rest = self.weights + self.cache + self.buffers + self.adapters + self.nets + self.program
         return rest + (self.repacked if repack else 0)
 
 
 def memory(parts: Parts, serving: Serving) -> Memory:
-    """What a bundle takes after all that is in it has answered; before, that is less.
+    """Memory of a bundle after every model in it has been used; less before that.
 
-    Each adapter has a context of its own. The draft has two, to read questions and to draft for the base; without a
-    draft, the base reads them.
+    Each adapter has its own context. The draft has two, for reading questions and for drafting; without a draft, the
+    base reads questions.
     """
     base, draft = parts.base, parts.draft
     reads = draft is None and bool(parts.small)
@@ -89,8 +89,8 @@ def memory(parts: Parts, serving: Serving) -> Memory:
 
 
 def _buffers(shape: ModelShape, serving: Serving, whole: bool) -> int:
-    """Of one context: the widest values of a batch's tokens, and logits twice, as computed and as handed out: those of
-    an answer's next tokens, or of a `whole` batch where a model reads.
+    """Compute buffers of one context: the widest intermediate values of a batch, and two copies of the logits (computed
+    and returned), for the next tokens of answers or, when a model reads questions, for the `whole` batch.
     """
     from cogumi.engine.llama.binding.context import MAX_LOGITS
     from cogumi.engine.llama.engine import BATCH
@@ -103,5 +103,5 @@ def _buffers(shape: ModelShape, serving: Serving, whole: bool) -> int:
 
 
 def bytes_per_token(parts: Parts, serving: Serving) -> int:
-    """What one token of the base reads, with its context half full."""
+    """Bytes that the base reads to generate one token, with its context half full."""
     return parts.base.file.read + serving.context // 2 * serving.cache_bytes(parts.base.shape)

@@ -1,4 +1,4 @@
-"""What `cogumi plan` answers: what training takes, what the bundle will be, and whether that fits (SPEC D1)."""
+"""The result of `cogumi plan`: cost of training, sizes of the bundle, and whether they fit a budget (SPEC D1)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cogumi.pipeline.plan import figures, recipe_plan
 from cogumi.pipeline.plan.bundle_memory import Serving
 from cogumi.pipeline.plan.recipe_plan import Plan
 from cogumi.pipeline.plan.refusal import refusal
-from cogumi.pipeline.plan.routes import Asked, Budget
+from cogumi.pipeline.plan.routes import Budget, RouteSearch
 from cogumi.pipeline.plan.target import GGUF, look_up
 from cogumi.pipeline.recipe import Recipe
 
@@ -30,7 +30,7 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is asked beside the recipe; `bandwidth` None: this machine's is measured if a budget is given."""
+    """Options of `cogumi plan`; `bandwidth` None: measured on this machine if a budget is given."""
 
     budget: Budget = field(default_factory=Budget)
     serving: Serving = field(default_factory=Serving)
@@ -41,19 +41,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Answer:
-    """`training` is that of a recipe; `sizes` are of its bundle, or of a model alone. One of them may be
-    missing. A GGUF file is also `measured`; `beside` are a recipe's models that are in no bundle, by step.
+    """`training` is the plan of a recipe's steps, `sizes` that of its bundle or of a single model; either may be None.
+    `measured` has the measurements of a GGUF file, `beside` the recipe's models outside the bundle, by step.
     """
 
     name: str
     training: Plan | None
-    sizes: Asked | None
+    sizes: RouteSearch | None
     measured: dict[str, Any] | None = None
     beside: Mapping[str, Weights] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """What it is about, in a few words."""
+        """A short description of the planned recipe or model."""
         return f"recipe {self.name}: {len(self.training.steps)} steps" if self.training else f"model {self.name}"
 
     @cached_property
@@ -63,25 +63,25 @@ class Answer:
 
     @cached_property
     def faults(self) -> list[str]:
-        """What cannot be built as it stands, or made to fit, a line each."""
+        """Problems of the recipe, and the reason why no route fits the budget: one line each."""
         found = list(self.training.problems) if self.training else []
         return [*found, refusal(self.sizes)] if self.sizes and self.refused else found
 
     @property
     def problems(self) -> list[str]:
-        """The same with what does not fit as it stands."""
+        """`faults`, and a line if the budget is missed without a change that makes it fit."""
         missed = self.sizes.route().missed if self.sizes and not self.refused else ()
         return [*self.faults, f"{self.name} does not fit: {', '.join(missed)}"] if missed else self.faults
 
     def document(self) -> dict[str, Any]:
-        """All figures under plain names."""
+        """All figures as a JSON-compatible dictionary."""
         found: dict[str, Any] = self.training.document() if self.training else {"recipe": self.name, "problems": []}
         sizes = figures.figures(self.sizes) if self.sizes else None
         beside = {name: weights.file.bytes for name, weights in self.beside.items()}
         return found | {"files_beside": beside, "problems": self.problems, "sizes": sizes, "measured": self.measured}
 
     def tables(self) -> list[Table]:
-        """To read."""
+        """The same figures as tables."""
         found: list[Table] = []
         if self.training:
             found.append((f"recipe {self.name}", recipe_plan.COLUMNS, recipe_plan.table(self.training)))
@@ -95,16 +95,16 @@ class Answer:
         return found
 
     def remarks(self) -> list[str]:
-        """Lines below the tables."""
+        """The lines to show below the tables."""
         found = recipe_plan.remarks(self.training) if self.training else []
         found += figures.lines(self.sizes) if self.sizes else []
-        return [*found, figures.said(self.measured)] if self.measured else found
+        return [*found, figures.measurement_line(self.measured)] if self.measured else found
 
 
 def answer_to(what: str, options: Options, progress: Callable[[], AbstractContextManager[Progress]]) -> Answer:
-    """Look at a recipe or a model; a GGUF file is also run, telling its `progress`.
+    """Plan a recipe or a model; a GGUF file is also measured, which reports its `progress`.
 
-    Raises what `target.look_up` does, and `RecipeError` for a budget of a recipe without a bundle.
+    Raises the errors of `target.look_up`, and `RecipeError` for a budget if the recipe makes no bundle.
     """
     target = look_up(what)
     found, parts = None, target if isinstance(target, Parts) else None
@@ -114,13 +114,13 @@ def answer_to(what: str, options: Options, progress: Callable[[], AbstractContex
         if not found.problems:
             parts, beside = found.bundle, found.beside
         if parts is None and options.budget != Budget() and not found.problems:
-            raise RecipeError(f"recipe {target.name} makes no bundle, so nothing can be said of its size; plan a model")
+            raise RecipeError(f"recipe {target.name} makes no bundle, so a budget cannot be checked; plan a model")
     if parts is None:
         return Answer(what, found, None, beside=beside)
     bandwidth = options.bandwidth or (figures.measured_bandwidth() if options.budget != Budget() else None)
     serving = replace(options.serving, context=min(options.serving.context, parts.base.shape.context))
-    asked = Asked(parts, serving, options.budget, bandwidth)
+    search = RouteSearch(parts, serving, options.budget, bandwidth)
     if Path(what).suffix != GGUF:
-        return Answer(parts.name, found, asked, beside=beside)
-    with progress() as told:
-        return Answer(parts.name, found, asked, figures.measured(Path(what), asked, told))
+        return Answer(parts.name, found, search, beside=beside)
+    with progress() as shown:
+        return Answer(parts.name, found, search, figures.measured(Path(what), search, shown))

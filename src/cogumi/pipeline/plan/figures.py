@@ -1,4 +1,4 @@
-"""A plan of sizes as figures under plain names, and as tables to read (SPEC D1)."""
+"""A plan of sizes as a JSON-compatible dictionary and as tables (SPEC D1)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cogumi.core.errors import BundleError
 from cogumi.core.footprint import BF16, FP32
 from cogumi.pipeline.plan.bundle_memory import bytes_per_token
 from cogumi.pipeline.plan.refusal import refusal
-from cogumi.pipeline.plan.routes import Asked, Budget, Route
+from cogumi.pipeline.plan.routes import Budget, Route, RouteSearch
 
 if TYPE_CHECKING:
     from cogumi.evaluate.bench.run import Progress
 
 THREADS = 8
-"""Threads that memory bandwidth is measured with at most: so many take all there is of it, and 256 MB each."""
+"""Maximum number of threads for measuring memory bandwidth: they saturate it, and each uses 256 MB."""
 ORDER = "vocabulary, adapters, type of the weights, layers and neurons"
-"""What routes change, from the least expected loss to the largest."""
+"""What routes change, in order of expected quality loss, smallest first."""
 CEILING = (
     "tokens/s are the ceiling that memory bandwidth sets; the runtime reaches about 0.4 to 0.65 of it "
     "(measure it: cogumi bench --only roofline)"
@@ -43,16 +43,16 @@ MEMORY = {
 
 
 def measured_bandwidth() -> float:
-    """Bytes per second that this machine reads from memory; takes a second."""
+    """Memory bandwidth of this machine in bytes per second; measuring takes a second."""
     from cogumi.evaluate.bench.roofline import Memory
 
     with closing(Memory(min(usable_threads(), THREADS))) as arrays:
         return arrays.bandwidth()
 
 
-def measured(path: Path, asked: Asked, progress: Progress) -> dict[str, Any]:
-    """A GGUF file as it is beside what was planned of it: its bytes, and the tokens per second that it decodes with,
-    beside the ceiling by the bandwidth measured in turns with it.
+def measured(path: Path, search: RouteSearch, progress: Progress) -> dict[str, Any]:
+    """Measurements of a GGUF file beside the planned figures: its size, and its decoding speed beside the upper bound
+    from memory bandwidth, measured alternately.
     """
     from cogumi.evaluate.bench.run import run
 
@@ -61,7 +61,7 @@ def measured(path: Path, asked: Asked, progress: Progress) -> dict[str, Any]:
         raise BundleError(f"the speed of {path} could not be measured: {row['conditions']['error']}")
     return {
         "bytes": path.stat().st_size,
-        "planned_bytes": asked.parts.base.file.bytes,
+        "planned_bytes": search.parts.base.file.bytes,
         "tokens_per_second": row["value"],
         "tokens_per_second_at_most": row["baseline"],
         "share_of_ceiling": row["ratio"],
@@ -70,25 +70,25 @@ def measured(path: Path, asked: Asked, progress: Progress) -> dict[str, Any]:
     }
 
 
-def figures(asked: Asked) -> dict[str, Any]:
-    """All there is to know of sizes, JSON-able: the bundle as asked, the routes, what changes make it fit."""
-    route = asked.route()
+def figures(search: RouteSearch) -> dict[str, Any]:
+    """All figures about sizes: the requested bundle, the routes, and the smallest change that makes it fit."""
+    route = search.route()
     shape = route.parts.base.shape
-    fitting = asked.fitting if route.missed else route
+    fitting = search.fitting if route.missed else route
     return {
-        "budget": asdict(asked.budget),
-        "serving": asdict(asked.serving),
-        "bandwidth_bytes_per_second": asked.bandwidth,
+        "budget": asdict(search.budget),
+        "serving": asdict(search.serving),
+        "bandwidth_bytes_per_second": search.bandwidth,
         "parameters": shape.parameters,
         "fp32_bytes": FP32 * shape.parameters,
         "bf16_bytes": BF16 * shape.parameters,
         "files": dict(route.parts.files),
         "memory": asdict(route.memory),
         "asked": _row(route),
-        "routes": [_row(one) for one in asked.table()],
+        "routes": [_row(one) for one in search.table()],
         "order_of_changes": ORDER,
         "smallest_change": _row(fitting) if fitting else None,
-        "refusal": None if fitting else refusal(asked),
+        "refusal": None if fitting else refusal(search),
     }
 
 
@@ -115,9 +115,9 @@ def _row(route: Route) -> dict[str, Any]:
     }
 
 
-def file_table(asked: Asked) -> list[list[str]]:
-    """A row of `FILE_COLUMNS` for each file of the bundle as asked, and one for all."""
-    parts = asked.parts
+def file_table(search: RouteSearch) -> list[list[str]]:
+    """A row of `FILE_COLUMNS` for each file of the requested bundle, and one for the sum."""
+    parts = search.parts
     rows = [
         [name, f"{bytes:,}", f"{bytes / parts.bytes:.1%}", size(parts.packed[name])]
         for name, bytes in parts.files.items()
@@ -126,33 +126,35 @@ def file_table(asked: Asked) -> list[list[str]]:
 
 
 def beside_table(models: Mapping[str, Weights]) -> list[list[str]]:
-    """A row of `BESIDE_COLUMNS` for each model that is in no bundle, by step."""
+    """A row of `BESIDE_COLUMNS` for each model outside the bundle."""
     return [[name, f"{one.file.bytes:,}", size(one.file.packed)] for name, one in models.items()]
 
 
-def memory_table(asked: Asked) -> list[list[str]]:
-    """What the bundle as asked takes in memory, a row each."""
-    route = asked.route()
-    said = asdict(route.memory)
+def memory_table(search: RouteSearch) -> list[list[str]]:
+    """A row for each part of the memory of the requested bundle."""
+    route = search.route()
+    sizes = asdict(route.memory)
     rows = [
-        [text, size(said[name])] for name, text in MEMORY.items() if said[name] and (name != "repacked" or route.repack)
+        [text, size(sizes[name])]
+        for name, text in MEMORY.items()
+        if sizes[name] and (name != "repacked" or route.repack)
     ]
     return [*rows, ["all", size(route.ram)]]
 
 
-def route_table(asked: Asked) -> tuple[str, list[str], list[list[str]]]:
+def route_table(search: RouteSearch) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows: a row for every depth and vocabulary, a column for every type."""
-    routes = asked.table()
+    routes = search.table()
     types = list(dict.fromkeys(route.parts.base.type for route in routes))
     rows = []
     for (layers, ids), some in groupby(
         routes, key=lambda r: (r.parts.base.shape.layers, r.parts.base.shape.vocabulary)
     ):
         rows.append([str(layers), f"{ids:,}", *map(_cell, some)])
-    by = ", its speed by the ceiling" if asked.budget.tokens_per_second else ""
-    said = f", + where it fits{by}" if asked.budget != Budget() else ""
-    speed = " with tokens/s at most" if asked.bandwidth else ""
-    return f"routes: MB of the bundle{speed}{said}", ["layers", "ids", *types], rows
+    by = ", its speed by the ceiling" if search.budget.tokens_per_second else ""
+    legend = f", + where it fits{by}" if search.budget != Budget() else ""
+    speed = " with tokens/s at most" if search.bandwidth else ""
+    return f"routes: MB of the bundle{speed}{legend}", ["layers", "ids", *types], rows
 
 
 def _cell(route: Route) -> str:
@@ -162,34 +164,34 @@ def _cell(route: Route) -> str:
     return f"{megabytes:,.{0 if megabytes >= 100 else 1}f}{speed}{fits}"
 
 
-def lines(asked: Asked) -> list[str]:
-    """What to know beside the tables: whether it fits, why not, and the smallest change that makes it fit."""
-    route = asked.route()
+def lines(search: RouteSearch) -> list[str]:
+    """Lines beside the tables: whether the bundle fits, why not, and the smallest change that makes it fit."""
+    route = search.route()
     base, n = route.parts.base, route.parts.base.shape.parameters
-    found = [f"{asked.parts.name}: {_summary(route)}; {8 * base.file.bytes / n:.2f} bits for each of {n:,} weights"]
-    if asked.serving.context == route.parts.base.shape.context:
-        found.append(f"planned for a context of {asked.serving.context:,} tokens: the base was made for no more")
-    if asked.budget == Budget():
+    found = [f"{search.parts.name}: {_summary(route)}; {8 * base.file.bytes / n:.2f} bits for each of {n:,} weights"]
+    if search.serving.context == route.parts.base.shape.context:
+        found.append(f"planned for a context of {search.serving.context:,} tokens: the maximum of the base")
+    if search.budget == Budget():
         return found
     if not route.missed:
-        by = ", its speed by the ceiling" if asked.budget.tokens_per_second else ""
-        return [*found, f"it fits as it is{by}", *_caveat(asked)]
-    found += _caveat(asked)
+        by = ", its speed by the ceiling" if search.budget.tokens_per_second else ""
+        return [*found, f"it fits as it is{by}", *_caveat(search)]
+    found += _caveat(search)
     found.append(f"it does not fit: {', '.join(route.missed)}")
-    change = asked.fitting
+    change = search.fitting
     if change is None:
         return found
     found.append(f"changes that cost least are tried first: {ORDER}")
     return [*found, f"smallest change that fits: {', '.join(change.changes)}: {_summary(change)}"]
 
 
-def _caveat(asked: Asked) -> list[str]:
-    """What a speed that was asked for is compared with."""
-    return [CEILING] if asked.budget.tokens_per_second else []
+def _caveat(search: RouteSearch) -> list[str]:
+    """The explanation of the upper bound, if the budget includes a speed."""
+    return [CEILING] if search.budget.tokens_per_second else []
 
 
-def said(measured: Mapping[str, Any]) -> str:
-    """The measurements of a file in a line."""
+def measurement_line(measured: Mapping[str, Any]) -> str:
+    """The measurements of a file in one line."""
     now, most, share = (
         measured[name] for name in ("tokens_per_second", "tokens_per_second_at_most", "share_of_ceiling")
     )

@@ -1,7 +1,7 @@
-"""What the steps of a recipe will take, and what is wrong with them, before anything is built (SPEC D1).
+"""Costs and problems of the steps of a recipe, before anything is built (SPEC D1).
 
-Each stage says it of itself (`core.estimate`); here are only the order of the steps and what holds for all of them.
-Nothing is loaded or downloaded.
+Each stage estimates its own steps (`core.estimate`); this module orders them and makes the checks common to all stages.
+It loads and downloads nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from cogumi.pipeline.recipe import Recipe, Step, explain
 COLUMNS = ("step", "method", "weights", "trained", "steps", "tokens", "peak memory", "disk")
 UNKNOWN = Hardware()
 WORKED_ON = ("model", "base")
-"""What stages call the model that they read rows with."""
+"""Roles of the model whose context the rows of a step must fit."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What a step will take."""
+    """The estimated cost of a step."""
 
     name: str
     stage: str
@@ -44,7 +44,7 @@ class StepPlan:
 
 @dataclass(slots=True)
 class Plan:
-    """All steps of a recipe, what is known of their artifacts, and one line for each thing that would stop it."""
+    """All steps of a recipe, facts about their artifacts, and a line for each problem that would stop the build."""
 
     recipe: Recipe
     steps: list[StepPlan] = field(default_factory=list)
@@ -52,18 +52,18 @@ class Plan:
     problems: list[str] = field(default_factory=list)
 
     def known(self, of: type[T]) -> dict[str, T]:
-        """What is known, of one type of record, by step."""
+        """The known facts of one type, by step."""
         return {name: fact for name, facts in self.facts.items() for fact in facts if isinstance(fact, of)}
 
     @property
     def bundle(self) -> Parts | None:
-        """The last bundle that the recipe makes, under the recipe's name; None if it makes none of known shapes."""
+        """The last bundle of the recipe, under the recipe's name; None if there is none or a shape is unknown."""
         found = self._last_bundle
         return found[1].named(self.recipe.name) if found else None
 
     @property
     def beside(self) -> dict[str, Weights]:
-        """The GGUF models that are no part of that bundle, by step."""
+        """The GGUF models outside that bundle, by step."""
         last = self._last_bundle[0] if self._last_bundle else ""
         held = {name for step in self.recipe.steps if step.name == last for name in step.inputs.values()}
         return {name: weights for name, weights in self.known(Weights).items() if name not in held}
@@ -73,7 +73,7 @@ class Plan:
         return next(reversed(self.known(Parts).items()), None)
 
     def document(self) -> dict[str, Any]:
-        """All figures under plain names."""
+        """All figures as a JSON-compatible dictionary."""
         return {
             "recipe": self.recipe.name,
             "steps": [
@@ -90,7 +90,7 @@ def _count(n: int) -> str:
 
 
 def table(found: Plan) -> list[list[str]]:
-    """What to show of the steps that compute: a row of `COLUMNS` each."""
+    """A row of `COLUMNS` for each step with a model."""
     rows = []
     for step in found.steps:
         cost = step.cost
@@ -105,7 +105,7 @@ def table(found: Plan) -> list[list[str]]:
 
 
 def remarks(found: Plan) -> list[str]:
-    """What else there is to know of the steps, a line each."""
+    """The notes of the steps, one line per step."""
     lines = []
     for step in found.steps:
         notes = [*step.notes, "needs a GPU"] if step.cost.needs_gpu else step.notes
@@ -115,10 +115,10 @@ def remarks(found: Plan) -> list[str]:
 
 
 def plan(recipe: Recipe, hardware: Hardware = UNKNOWN, length: int | None = None) -> Plan:
-    """Look at every step of a recipe; `length` is the tokens of the longest row, where the data should not say."""
+    """Plan all steps of a recipe; `length` overrides the estimated tokens of the longest row."""
     planner = _Planner(recipe, hardware, length)
     for step in recipe.steps:
-        planner.look(step)
+        planner.add(step)
     return planner.result
 
 
@@ -135,7 +135,7 @@ def _paths(value: Any) -> Iterator[Path]:
 
 
 def _too_long(given: Given, made: tuple[object, ...]) -> Iterator[str]:
-    """Whether rows do not fit the context of the model that a step makes, or else of the one that it works on."""
+    """A problem if rows exceed the context of the model that a step makes or, if it makes none, uses."""
     models = [fact for fact in made if isinstance(fact, ModelFacts)]
     models = models or [model for role in WORKED_ON if (model := given.find(role, ModelFacts))]
     for model in models[:1]:
@@ -148,39 +148,39 @@ def _too_long(given: Given, made: tuple[object, ...]) -> Iterator[str]:
 
 
 class _Planner:
-    """Goes through the steps in order, and remembers of each what later ones may know."""
+    """Plans the steps in order and keeps the facts about each for later steps."""
 
     def __init__(self, recipe: Recipe, hardware: Hardware, length: int | None) -> None:
         self.recipe, self.hardware, self.length = recipe, hardware, length
         self.result = Plan(recipe)
         self.stages: dict[str, Stage] = {}
 
-    def look(self, step: Step) -> None:
-        """Plan one step; what is wrong with it goes to the problems, and later steps are planned all the same."""
+    def add(self, step: Step) -> None:
+        """Plan one step; its problems are collected, and later steps are planned nevertheless."""
         inputs = {role: Input(name, self.result.facts.get(name, ())) for role, name in step.inputs.items()}
         given = Given(step.name, self.recipe.root, inputs, self.hardware, self.length)
         try:
             module = stage(step.stage)
             config: Any = module.Config.model_validate(step.config)
             self.stages[step.name] = module
-            self._tell(step, self._unfit(step, module, config))
+            self._report(step, self._input_problems(step, module, config))
             found = estimate(module, config, given)
         except ValidationError as error:
-            self._tell(step, [explain(error, module.Config)])
+            self._report(step, [explain(error, module.Config)])
             return
         except CogumiError as error:
-            self._tell(step, [str(error)])
+            self._report(step, [str(error)])
             return
         facts = tuple(fact for fact in found.facts if fact is not None)
         self.result.facts[step.name] = facts
-        self._tell(step, [*_too_long(given, facts), *found.problems])
+        self._report(step, [*_too_long(given, facts), *found.problems])
         self.result.steps.append(StepPlan(step.name, step.stage, found.cost, found.notes))
 
-    def _tell(self, step: Step, problems: Iterator[str] | list[str]) -> None:
+    def _report(self, step: Step, problems: Iterator[str] | list[str]) -> None:
         self.result.problems += [f"step '{step.name}': {problem}" for problem in problems]
 
-    def _unfit(self, step: Step, module: Stage, config: Any) -> Iterator[str]:
-        """What of a step's inputs and files is not as the stage needs it."""
+    def _input_problems(self, step: Step, module: Stage, config: Any) -> Iterator[str]:
+        """Problems with the inputs and files of a step."""
         makers = {role: self.stages.get(name) for role, name in step.inputs.items()}
         kinds = {role: maker.KIND if maker else None for role, maker in makers.items()}
         yield from input_problems(module, config, kinds)

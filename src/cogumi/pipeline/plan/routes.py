@@ -1,8 +1,8 @@
-"""Ways of making a bundle smaller: those that fit a budget, and the one of lowest expected cost (SPEC D1).
+"""Routes: ways to make a bundle fit a budget, and the one with the smallest expected quality loss (SPEC D1).
 
-A route changes up to four things, in the order of the expected loss in quality: rarely used vocabulary ids (SPEC A11),
-adapters in fewer bits (SPEC D7), weights in fewer bits (SPEC D4, D5), and last whole layers and neurons (SPEC D2, D3),
-for which only further training compensates. A route that changes fewer of the later things comes first.
+A route changes up to four things, listed by expected loss, smallest first: rarely used vocabulary ids (SPEC A11), the
+type of the adapters (SPEC D7), the type of the weights (SPEC D4, D5), and layers and neurons (SPEC D2, D3), whose loss
+only further training can recover. Routes without a later change come before all routes with it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from cogumi.core.shapes import ModelShape
 from cogumi.pipeline.plan.bundle_memory import Memory, Serving, bytes_per_token, memory
 
 VOCABULARIES = (131_072, 65_536, 32_768)
-"""Ids that a vocabulary may be cut to."""
+"""Possible sizes of a trimmed vocabulary."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
-"""Types of the base from most bits to fewest; any other that is asked for has its place among them by its bits."""
+"""Types of the base from most bits to fewest; another requested type is inserted by its size."""
 KEPT = (1.0, 0.75, 0.5)
-"""Shares of layers, and of the neurons of each, that shrinking may leave."""
+"""Shares of layers, and of neurons per layer, that shrinking may keep."""
 ADAPTERS = ((32, "q8_0"), (32, "q4_0"))
-"""Rank and type of adapters that stage `compress_adapter` has made smaller, where that makes them smaller."""
+"""Rank and type of adapters compressed by stage `compress_adapter`, used if they become smaller."""
 BLOCK = 256
-"""Neurons are left in whole blocks of the K types."""
+"""The number of neurons stays a multiple of the block size of the K types."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What there is: bytes on disk, bytes of memory, tokens per second. None: not asked."""
+    """Limits: bytes on disk, bytes of memory, tokens per second. None: no limit."""
 
     disk: int | None = None
     ram: int | None = None
@@ -43,12 +43,12 @@ class Budget:
     def __post_init__(self) -> None:
         speed = self.tokens_per_second
         if speed is not None and not 0 < speed < math.inf:
-            raise RecipeError(f"{speed:g} tokens per second is no speed; ask for a number above 0")
+            raise RecipeError(f"{speed:g} tokens per second is not a valid speed; give a number above 0")
 
 
 @dataclass(frozen=True)
 class Route:
-    """One way to make the bundle. `ceiling` is tokens per second at most; None without a bandwidth."""
+    """One way to make the bundle: its parts, the changes as text, and what they are checked against."""
 
     parts: Parts
     changes: tuple[str, ...]
@@ -58,12 +58,12 @@ class Route:
 
     @cached_property
     def memory(self) -> Memory:
-        """What it takes when it is opened."""
+        """Memory of the opened bundle."""
         return memory(self.parts, self.serving)
 
     @property
     def repack(self) -> bool:
-        """Whether llama.cpp may repack its weights: it decodes faster, so wherever the memory allows it."""
+        """Whether llama.cpp may repack weights, which is faster: yes if the memory allows it."""
         return self.budget.ram is None or self.memory.total(repack=True) <= self.budget.ram
 
     @property
@@ -73,12 +73,12 @@ class Route:
 
     @property
     def ceiling(self) -> float | None:
-        """Tokens per second that memory bandwidth allows."""
+        """Upper bound of tokens per second by memory bandwidth; None if the bandwidth is unknown."""
         return self.bandwidth / bytes_per_token(self.parts, self.serving) if self.bandwidth else None
 
     @property
     def missed(self) -> tuple[str, ...]:
-        """What of the budget it does not keep, in words; empty if it fits."""
+        """The limits of the budget that the route misses, as text; empty if it fits."""
         found, budget, parts = [], self.budget, self.parts
         if budget.disk is not None and parts.bytes > budget.disk:
             found.append(f"{size(parts.bytes)} on disk of {size(budget.disk)}")
@@ -91,7 +91,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How a route differs from what was asked, None where it does not. `layers` and `neurons` are shares that stay."""
+    """The changes of a route; None or 1.0: unchanged. `layers` and `neurons` are the shares that remain."""
 
     layers: float = 1.0
     neurons: float = 1.0
@@ -99,8 +99,8 @@ class Change:
     adapter: tuple[int, str] | None = None
     vocabulary: int | None = None
 
-    def made(self, parts: Parts) -> Parts:
-        """The parts with this change; the draft loses the same ids if it speaks the same vocabulary."""
+    def apply(self, parts: Parts) -> Parts:
+        """The parts with this change; a draft with the same vocabulary loses the same ids."""
         base, draft, adapters = parts.base, parts.draft, parts.adapters
         base = replace(base, shape=shrunk(base.shape, self.layers, self.neurons))
         if self.type:
@@ -112,8 +112,8 @@ class Change:
             adapters = {name: one.reduced(*self.adapter) for name, one in adapters.items()}
         return replace(parts, base=base, draft=draft, adapters=adapters)
 
-    def said(self, parts: Parts) -> tuple[str, ...]:
-        """The same in words."""
+    def describe(self, parts: Parts) -> tuple[str, ...]:
+        """The changes as text."""
         base, found = parts.base, []
         if self.vocabulary:
             found.append(f"vocabulary of {self.vocabulary:,} instead of {base.shape.vocabulary:,} ids")
@@ -130,8 +130,8 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A bundle as it was asked for, and what it must fit into; `bandwidth` is bytes per second, None if not known."""
+class RouteSearch:
+    """A requested bundle and the budget it must fit; `bandwidth` is in bytes per second, None if unknown."""
 
     parts: Parts
     serving: Serving
@@ -139,11 +139,11 @@ class Asked:
     bandwidth: float | None = None
 
     def route(self, change: Change = Change()) -> Route:
-        """The bundle with a change."""
-        return Route(change.made(self.parts), change.said(self.parts), self.serving, self.budget, self.bandwidth)
+        """The route with a change."""
+        return Route(change.apply(self.parts), change.describe(self.parts), self.serving, self.budget, self.bandwidth)
 
     def changes(self) -> Iterator[Change]:
-        """All of them, the one that is expected to cost least first."""
+        """All changes, smallest expected loss first."""
         shares = sorted(product(KEPT, KEPT), key=lambda share: share[0] * share[1], reverse=True)
         types = (None, *smaller_types(self.parts.base))
         adapters = (None, *ADAPTERS) if self.parts.adapters else (None,)
@@ -152,25 +152,25 @@ class Asked:
 
     @property
     def vocabularies(self) -> tuple[int, ...]:
-        """Those that the base's can be cut to."""
+        """Sizes to which the base's vocabulary can be trimmed."""
         return tuple(n for n in VOCABULARIES if n < self.parts.base.shape.vocabulary)
 
     @cached_property
     def fitting(self) -> Route | None:
-        """The route that fits at the least expected cost; None if none does, which the last one tells at once."""
+        """The fitting route with the smallest expected loss; None if even the last and smallest route does not fit."""
         every = list(self.changes())
         if self.route(every[-1]).missed:
             return None
         return next(route for change in every if not (route := self.route(change)).missed)
 
     def table(self) -> list[Route]:
-        """Every vocabulary in every depth in every type, adapters as they are; most bits and most weights first."""
+        """Routes for every vocabulary, depth and type, with unchanged adapters; most weights and most bits first."""
         base = self.parts.base
         types = sorted(
             dict.fromkeys((*TYPES, base.type)), key=lambda type: -replace(base, type=type, types=()).file.bytes
         )
         ids = (None, *self.vocabularies)
-        depths = {shrunk(base.shape, share, 1.0).layers: share for share in sorted(KEPT)}  # of few layers some coincide
+        depths = {shrunk(base.shape, share, 1.0).layers: share for share in sorted(KEPT)}  # shares may coincide
         changes = (
             Change(share, 1.0, None if type == base.type else type, None, n)
             for share, n, type in product(reversed(depths.values()), ids, types)
@@ -179,7 +179,7 @@ class Asked:
 
 
 def shrunk(shape: ModelShape, layers: float, neurons: float) -> ModelShape:
-    """A shape with that share of its layers, and of the neurons of each in whole blocks."""
+    """A shape with these shares of its layers and of the neurons per layer, in whole blocks."""
     if (layers, neurons) == (1.0, 1.0):
         return shape
     wide = max(round(neurons * shape.feed_forward / BLOCK), 1) * BLOCK
@@ -187,6 +187,6 @@ def shrunk(shape: ModelShape, layers: float, neurons: float) -> ModelShape:
 
 
 def smaller_types(base: Weights) -> list[str]:
-    """Those of `TYPES` that make the base's file smaller, largest first."""
+    """The `TYPES` that make the base's file smaller, largest first."""
     sizes = {type: replace(base, type=type, types=()).file.bytes for type in TYPES}
     return [type for type, bytes in sizes.items() if bytes < base.file.bytes]

@@ -1,4 +1,4 @@
-"""What a plan is asked about: a recipe, or a model alone (SPEC D1)."""
+"""Finds the recipe or model that a plan is about (SPEC D1)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CONFIG, GGUF = "config.json", ".gguf"
 
 
 def look_up(name: str) -> Recipe | Parts:
-    """A recipe by its built-in name or YAML file; else a model by a known name, a folder, its config.json or a GGUF.
+    """A recipe by its built-in name or YAML file; or a model by a known name, a folder, its config.json or a GGUF file.
 
-    Raises `RecipeError` or `ArtifactError`, with the nearest names, for what is none of these.
+    Raises `RecipeError` or `ArtifactError` with the closest names if there is neither.
     """
     path = Path(name)
     if name in builtin_recipes() or path.suffix in (".yaml", ".yml"):
@@ -32,5 +32,5 @@ def look_up(name: str) -> Recipe | Parts:
     short = known(name)
     if short is None:
         hint = nearest(name.rsplit("/", 1)[-1], [*builtin_recipes(), *KNOWN])
-        raise ArtifactError(f"'{name}' is no recipe, no folder with a {CONFIG} and no model of known shape; {hint}")
+        raise ArtifactError(f"'{name}' is not a recipe, a folder with a {CONFIG} or a model of known shape; {hint}")
     return Parts(short, known_weights(KNOWN[short]))
