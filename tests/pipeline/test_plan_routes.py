@@ -68,7 +68,7 @@ def test_the_route_named_is_the_first_that_fits(every, data):
     for change, (d, r, s) in every:
         route = (d <= disk, r <= ram, 0.999 / seconds * s <= 1)
         if all(route):
-            assert change.said(WHOLE) == found.changes
+            assert change.describe(WHOLE) == found.changes
             break
 
 
@@ -90,7 +90,7 @@ def test_what_costs_least_is_changed_first():
 def test_a_trimmed_vocabulary_takes_the_draft_with_it_if_it_is_the_same():
     change = next(change for change in asked().changes() if change.vocabulary == 32_768)
     for shared in (True, False):
-        made = change.made(replace(WHOLE, shared=shared))
+        made = change.apply(replace(WHOLE, shared=shared))
         assert made.base.shape.vocabulary == 32_768
         assert made.draft.shape.vocabulary == (32_768 if shared else 128_256)
         assert (made.models[DRAFT].bytes < WHOLE.models[DRAFT].bytes) is shared
