@@ -251,7 +251,7 @@ def test_examples_of_a_request_reach_the_base_and_make_no_answer_sure(client):
     assert (given.model_extra["cogumi"]["tier"], given.model_extra["cogumi"]["p_correct"]) == ("base+examples", None)
     assert given.usage.prompt_tokens > alone.usage.prompt_tokens
     for wrong, why in (
-        ({"examples": examples, "adapt": True}, "no head"),
+        ({"examples": examples, "adapt": True}, "no adaptable head"),
         ({"adapt": True}, "give examples"),
         ({"examples": [{"question": "long " * 600, "answer": "a"}]}, "shorten"),
         ({"examples": [{"question": "q", "answer": " "}]}, "example 0 has an empty"),

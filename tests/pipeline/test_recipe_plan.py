@@ -142,9 +142,7 @@ def test_a_draft_of_another_tokenizer_is_bridged_or_refused(tmp_path):
     document = yaml.safe_dump({"name": "mine", "steps": [DATA, BASE, RESPONSES, draft]})
     found = plan(parse_recipe(document, "mine", tmp_path))
     assert not found.problems
-    assert re.search(
-        "tokenizer Llama, the base's is Qwen2.5: the engine drafts through text", found.steps[-1].notes[0]
-    )
+    assert re.search("tokenizer Llama, the base's is Qwen2.5: the engine drafts through text", found.steps[-1].notes[0])
     folder = qwen2(tmp_path / "mine")
     own = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(own | {"pre_tokenizer": None, "decoder": None}))

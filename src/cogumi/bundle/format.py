@@ -187,7 +187,7 @@ def open_bundle(folder: Path, verified: Mapping[str, FileEntry] | None = None) -
         Index,
         FORMAT,
         "bundle",
-        f"is not a bundle (no {INDEX}); build one: cogumi build",
+        f"is not a bundle: it has no {INDEX}; build one: cogumi build",
         "copy or build the bundle",
     )
     _check_names(folder, index)

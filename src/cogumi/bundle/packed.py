@@ -115,7 +115,7 @@ class Archive:
                 Index,
                 FORMAT,
                 "archive",
-                f"is not packed (no {INDEX}); pack a bundle: cogumi pack",
+                f"is not packed: it has no {INDEX}; pack a bundle: cogumi pack",
                 "copy or pack it",
             ),
         )
