@@ -189,7 +189,7 @@ def test_sure_answers_stay_sure_beside_them_and_only_these_are_kept(tiers, tmp_p
     assert set(turns) == {"one", "two", "three", "four"}
     one = turns["one"]
     assert (one.p_correct, one.question, one.tier) == (None, "What is 2 + 3?", "base+examples")
-    with pytest.raises(RequestError, match="no head"):
+    with pytest.raises(RequestError, match="no adaptable head"):
         asked.generate(ask(examples=SHOTS, adapt=True))
     with pytest.raises(ContextError):
         asked.generate(ask(examples=(("long " * 400, "a"),)))
