@@ -167,7 +167,6 @@ def test_a_bundle_is_served(bundle):
         ),
         (("build", "tiny", "--runs", "RUNS"), "pip install 'cogumi[build]'"),
         (("bench",), "pip install 'cogumi[build]'"),
-        (("plan", "tiny"), "pip install 'cogumi[build]'"),
         (("eval", "BUNDLE", "--suite", "routing"), "pip install 'cogumi[build]'"),
     ],
 )
