@@ -1,4 +1,4 @@
-"""What exporting a model of real shape takes: `python tests/real_shape.py Llama-3.1-8B /tmp/folder q4_k_m q5_k_m`.
+"""What exporting a model of real shape takes; in `tests/`: `python -m support.real_shape Llama-3.1-8B FOLDER q4_k_m`.
 
 Writes a bf16 checkpoint in shards whose weights repeat random numbers, with Llama 3's own vocabulary, exports it in
 a process of its own for each type, prints size, seconds and peak memory as JSON, and removes what it wrote.
@@ -85,7 +85,9 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], numbers: np.nda
 def exported(folder: Path, out: Path, type: str) -> dict[str, float]:
     """Bytes, seconds and peak resident bytes of an export in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--one", str(folder), str(out), type], capture_output=True, text=True
+        [sys.executable, "-m", "support.real_shape", "--one", str(folder), str(out), type],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(done.stderr)

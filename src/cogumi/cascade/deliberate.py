@@ -1,4 +1,4 @@
-"""What is tried for a hard question to which no answer was sure (SPEC F1's hard path, F13, F14, F18).
+"""What is tried for a hard question to which no answer was sure (SPEC F1, F13, F14, F18).
 
 Examples that suit the question, votes of sampled answers, a critic that chooses among further answers: each may replace
 the unsure answer by another one, and says why. None makes it a sure one.

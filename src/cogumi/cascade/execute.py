@@ -1,4 +1,4 @@
-"""Carries out the plan of one request (SPEC F1, F2, F4, F6, F7, F9, F11 to F15, F18, F19).
+"""Carries out the plan of one request (SPEC F1, F2, F4, F6, F7, F9, F11, F12, F13, F14, F15, F18, F19).
 
 A request to which the user got an accepted answer before is answered by the cache. Else the reader reads the question,
 `decide` makes a plan, the tiers of its order answer in turn, each judged by its gate, until one is sure; where none is,
@@ -139,7 +139,7 @@ class RequestFlow:
         return attempt
 
     def _order(self, request: Request, plan: Plan, question: Question | None) -> tuple[str, ...]:
-        """The plan's order of tiers; the base reads the prompt first if its surprise decides (SPEC F19)."""
+        """The plan's order of tiers; the base reads the prompt first if its surprise decides."""
         if plan.surprised is None or question is None:
             return plan.order
         # Without a draft the base is the reader, and has read the prompt already.

@@ -2,7 +2,7 @@
 
 The input per answer token is the signals of its forward pass, hashed embeddings of its word and the two neighbouring
 words, and the mean embedding of the question's words. Attention pooling over the tokens, whose weights locate the
-faulty passage, is followed by a classifier over `none` and the six error types of SPEC B3. numpy only; trained in
+faulty passage, is followed by a classifier over `none` and the six error types (SPEC B3). numpy only; trained in
 `train.critic`.
 
 The critic reads only the question and the answer of a conversation. Question words that did not occur in training are

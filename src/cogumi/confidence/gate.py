@@ -1,4 +1,4 @@
-"""The answer gates: from an answer's signals to P(correct), and the acceptance rule (SPEC F1 to F4, F10).
+"""The answer gates: from an answer's signals to P(correct), and the acceptance rule (SPEC F1, F2, F3, F4, F10).
 
 Gate kinds: `calibrated` accepts if P(correct) reaches the guaranteed threshold of the policy, `searched` if it reaches
 the threshold with the best trade-off of accuracy and cost, `perplexity` if the answer's perplexity is low enough.

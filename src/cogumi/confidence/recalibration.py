@@ -10,7 +10,7 @@ ridge-penalised logistic regression; the penalty favours no change. Three safegu
   at 95% confidence with errors clustered by user. The Brier score is a proper score, and a single vote changes it by at
   most one. A correction is withdrawn as soon as any recent stretch of votes has cost more than `MAX_HARM` compared with
   the uncorrected gate (Page's CUSUM test, 1954), so the total damage is bounded.
-- **Unproven corrections do not affect the guarantee of F4.** The threshold was certified for the gate's own P(correct).
+- **Unproven corrections do not affect the guarantee (SPEC F4).** Its threshold was certified for the gate's P(correct).
   A correction may lower P(correct) freely, and raise it, but not across a threshold (`cap_below_thresholds`): no answer
   becomes accepted that was not before. Only a correction that is itself certified, by the same exact binomial bound at
   the same risk on trusted votes it was not fitted on, may raise answers over the threshold; test number k has

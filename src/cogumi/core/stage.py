@@ -1,4 +1,4 @@
-"""What a stage is: a module that turns artifacts into an artifact, and describes itself (DESIGN, "Stage contract")."""
+"""What a stage is: a module that turns artifacts into an artifact, and describes itself."""
 
 from __future__ import annotations
 

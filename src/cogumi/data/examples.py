@@ -4,8 +4,8 @@ An artifact of kind `pool` is a folder with `pool.jsonl`: examples that are not 
 makes one, steps that select or change examples turn a pool into a pool, and stage `split` makes the sets.
 
 An artifact of kind `examples` is a folder with `<split>.jsonl` for every name in `SPLITS`. The five sets are
-disjoint and have one purpose each (DESIGN, data discipline): train; selection (early stopping, hyper-parameters);
-fit (calibration); threshold (the guarantee, F4); heldout (final report only).
+disjoint and have one purpose each: train; selection (early stopping, hyper-parameters);
+fit (calibration); threshold (SPEC F4); heldout (final report only).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `generate` only queues. The first reader runs all queued requests of the same adapter, sorted by prompt length, in
 left-padded batches with one forward pass per token; finished rows leave the batch. An echoed prompt needs a separate
-pass. Tokens may skip layers (`models.depth_routers`, SPEC C7).
+pass. Tokens may skip layers by `models.depth_routers` (SPEC C7).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage `chain`: quality, size and speed after each step of a compression chain (SPEC D, H7).
+"""Stage `chain`: quality, size and speed after each step of a compression chain (SPEC H7).
 
 The model of every step is measured as a GGUF file in the llama.cpp engine: nats per byte of the held-out answers, share
 of held-out questions answered correctly, size of the file before and after zstd (pruned weights save bytes only when

@@ -1,4 +1,4 @@
-"""Stage `depth_report`: speed and quality with skipped layers (SPEC C7, Mixture of Depths).
+"""Stage `depth_report`: speed and quality with skipped layers (SPEC C7).
 
 The torch engine with routers is compared with the same engine without them. Speed: single stream, both engines in turn
 on each prompt, seconds per token after the first, the best of several repeats, to reduce the influence of other load.

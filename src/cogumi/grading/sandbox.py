@@ -1,4 +1,4 @@
-"""Running untrusted Python programs (SPEC B4, first form): a few processes, one forked child per program.
+"""Running untrusted Python programs (SPEC B4): a few processes, one forked child per program.
 
 `grading.sandbox_child` is the script that runs inside and documents each layer of isolation. A program succeeds if it
 runs to its end without an exception; `sys.exit` or `os._exit` is a failure. `Outcome.isolation` lists the active

@@ -1,7 +1,7 @@
-"""Stage `calibrate`: gates and thresholds of the cascade, fitted to graded answers (SPEC F1 to F4, F10).
+"""Stage `calibrate`: gates and thresholds of the cascade, fitted to graded answers (SPEC F1, F2, F3, F4, F10).
 
 The finished models answer three splits. Gates are fitted on `fit`. On `selection` their form and calibrator are chosen,
-thresholds are searched (F10), and the order of the tests is fixed. On `threshold` the guarantee is tested and the
+thresholds are searched, and the order of the tests is fixed. On `threshold` the guarantee is tested and the
 figures are measured. The correct answer to an unanswerable question is an abstention; the guarantee counts abstentions
 neither as accepted nor as wrong.
 """

@@ -1,4 +1,4 @@
-"""Validation of a model on held-out rows: loss and exact answers in one pass (SPEC C1: benchmark scores in training).
+"""Validation of a model on held-out rows: loss and exact answers in one pass (SPEC C1; benchmark scores in training).
 
 Greedy decoding reproduces a reference answer exactly if and only if each of its tokens has the largest logit at its
 position. So the forward pass for the loss also counts exact answers, without generation.

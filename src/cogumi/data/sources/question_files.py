@@ -1,4 +1,4 @@
-"""Reading a user's own question-answer files (SPEC A1, first two formats) row by row, whatever their size.
+"""Reading a user's own question-answer files (SPEC A1) row by row, whatever their size.
 
 A file is JSON Lines (one object per line) or one JSON array of objects. Each row is in one of two forms:
 

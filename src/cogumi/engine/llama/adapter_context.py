@@ -1,8 +1,8 @@
 """The llama.cpp context of one adapter: the jobs in its sequences, and the batches that advance them.
 
-One step runs a batch of prompt chunks, last tokens and drafted tokens (SPEC E1, E2), a batch of measurements (E7), and
-a batch of answers by adapted heads (C9), which need the hidden state of every token. An idle sequence keeps its KV
-cache for the next prompt with the same prefix. Used only on the scheduler's thread.
+One step runs a batch of prompt chunks, last tokens and drafted tokens (SPEC E1, E2), a batch of measurements
+(SPEC E7), and a batch of answers by adapted heads (SPEC C9), which need the hidden state of every token. An idle
+sequence keeps its KV cache for the next prompt with the same prefix. Used only on the scheduler's thread.
 """
 
 from __future__ import annotations

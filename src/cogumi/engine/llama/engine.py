@@ -1,4 +1,4 @@
-"""The serving engine: llama.cpp with continuous batching, adapters and speculative decoding (SPEC E1-E3, E6-E8)."""
+"""The serving engine: llama.cpp with continuous batching, adapters and speculation (SPEC E1, E2, E3, E6, E7, E8)."""
 
 from __future__ import annotations
 

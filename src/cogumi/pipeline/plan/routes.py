@@ -1,9 +1,9 @@
 """Which ways of making a bundle smaller fit a budget, and which of those that do costs least (SPEC D1).
 
-A route changes up to four things. The order in which it does is that of what each is expected to cost in quality: ids
-of the vocabulary that are hardly used (A11), adapters in fewer bits (D7), weights in fewer bits (D4, D5), and last
-whole layers and neurons (D2, D3), which nothing but further training makes up for. A route that leaves the later ones
-alone comes before any that does not.
+A route changes up to four things, in the order of what each is expected to cost in quality: rarely used ids of the
+vocabulary (SPEC A11), adapters in fewer bits (SPEC D7), weights in fewer bits (SPEC D4, D5), and last whole layers and
+neurons (SPEC D3), whose loss only further training makes up for. A route without the later changes comes before any
+route with them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompt-lookup decoding: drafts copied from the text itself (Saxena 2023, "Prompt Lookup Decoding"; SPEC E2).
+"""Prompt-lookup decoding: drafts copied from the text itself (SPEC E2; Saxena 2023, "Prompt Lookup Decoding").
 
 The ids that followed the previous occurrence of the last n-gram are proposed. It needs no model pass, and pays if
 answers repeat their prompt or themselves: code edits, extraction, loops.
