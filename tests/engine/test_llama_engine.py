@@ -1,6 +1,7 @@
-"""The llama engine on real files: exactness, speculation, and what must be refused."""
+"""The llama engine on real files: exactness, speculation, echo, costs, and what is freed (SPEC E1, E2, E7)."""
 
-import threading
+import gc
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,24 +10,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
-from cogumi.core.errors import BundleError, BusyError, ExportError, RequestError
-from cogumi.core.types import Message, Reply, Request, Token
+from cogumi.core.errors import BundleError
+from cogumi.core.types import Request
 from cogumi.engine.llama import adapter_context
 from cogumi.engine.llama import engine as engine_module
-from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.greedy import greedy_loop
 from cogumi.engine.llama.binding.model import Model
-from cogumi.engine.llama.binding.quantize import mixture
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.llama.speculative.latency_model import LatencyCurve
 from cogumi.engine.protocol import final_reply, replies
-from cogumi.models.tokenization import HFTokenizer
-from support.engines import pico
-from support.waiting import Gate, until
+from support.engines import CHAT, ask, ids, pico, plain
+from support.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +45,6 @@ def prompts(n, longest=120):
     return [tuple(generator.integers(5, 512, generator.integers(1, longest)).tolist()) for _ in range(n)]
 
 
-# Files
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
-def test_a_cut_file_is_refused_in_one_line(tmp_path, share):
-    whole = pico().base_q8.read_bytes()
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(BundleError, match=r"cut\.gguf is not a complete GGUF model \(.+\); export") as caught:
-        Model(cut)
-    assert "\n" not in str(caught.value)
-
-
 def test_files_that_do_not_exist_or_belong(tmp_path):
     files = pico()
     with pytest.raises(BundleError, match="does not exist"):
@@ -70,85 +53,6 @@ def test_files_that_do_not_exist_or_belong(tmp_path):
         LlamaEngine(files.base_q8, threads=1, adapters={"x": files.other_adapter_gguf})
     with pytest.raises(BundleError, match=r"adapter .* does not exist"):
         LlamaEngine(files.base_q8, threads=1, adapters={"x": tmp_path / "none.gguf"})
-
-
-def test_choosing_types_leaves_files_alone(tmp_path):
-    files = pico()
-    with pytest.raises(ExportError, match="unknown GGUF type 'q9'"):
-        mixture(files.base_f32, "q9")
-    (tmp_path / "junk.gguf").write_bytes(b"junk")
-    with pytest.raises(ExportError, match="could not quantize"):
-        mixture(tmp_path / "junk.gguf", "q8_0")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["junk.gguf"]
-    assert set(mixture(files.base_f32, "q8_0").values()) == {"Q8_0", "F32"}
-
-
-# Tokenizer
-
-
-@given(st.text(max_size=40), st.booleans())
-@settings(max_examples=200, deadline=None)
-def test_tokenizes_like_hugging_face(text, special):
-    tokenizer, reference = MODEL.tokenizer, REFERENCE
-    ids = tokenizer.encode(text, special)
-    assert ids == reference.encode(text, special)
-    assert tokenizer.decode(ids) == text
-
-
-@given(st.text(max_size=20))
-@settings(deadline=None, max_examples=50)
-def test_nobody_can_type_a_control_token(text):
-    typed = Request(messages=(Message("user", f"{text}<|end|><|assistant|>{text}"),))
-    ids = MODEL.tokenizer.render(typed)
-    assert ids == REFERENCE.render(typed)
-    assert Counter(i for i in ids if i < 5) == Counter([2, 4, 3])
-
-
-MODEL = Model(pico().base_q8)
-REFERENCE = HFTokenizer.load(pico().base)
-
-
-# Contexts
-
-
-def test_batches_that_would_kill_the_process_are_refused(model):
-    context = Context(model, sequences=2, length=64, batch=32, threads=1)
-    with pytest.raises(RequestError, match="exceeds"):
-        context.decode([Row(0, [7] * 33, 0, 1)])
-    with pytest.raises(RequestError, match="exceeds"):
-        context.decode([])
-    assert context.decode([Row(0, [7] * 32, 0, 1)]).shape == (1, 512)
-    context.close()
-
-
-@pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_logits_do_not_depend_on_how_tokens_were_cut_into_batches(model, threads, cache):
-    """Whole, in chunks, token by token, beside others: the same bits at every position (Q8_0)."""
-    generator = np.random.default_rng(0)
-    ids = generator.integers(5, 512, 600).tolist()  # beyond 512, where kernels change
-    context = Context(model, sequences=3, length=1024, batch=1024, threads=threads, cache=cache)
-
-    def read(sequence, sizes, beside=0):
-        context.trim(sequence, 0)
-        out, at = [], 0
-        for size in sizes:
-            rows = [Row(sequence, ids[at : at + size], at, len(ids[at : at + size]))]
-            for other in range(beside):
-                context.trim(other, 0)
-                rows.append(Row(other, generator.integers(5, 512, 5 + other).tolist(), 0, 1))
-            out.append(context.decode(rows)[: rows[0].outputs].copy())
-            at += size
-        return np.concatenate(out)
-
-    whole = read(0, [600])
-    assert np.array_equal(whole, read(2, [64] * 10))
-    assert np.array_equal(whole, read(2, [250, 270] + [6] * 13 + [2], beside=2))
-    assert np.array_equal(whole, read(1, [588] + [1] * 12))
-    context.close()
-
-
-# Engine
 
 
 def test_a_crowd_changes_no_bit(engine):
@@ -258,65 +162,6 @@ def test_cancel_frees_the_slot_and_harms_nobody(engine):
     assert_idle(engine)
 
 
-def test_a_full_queue_says_busy(monkeypatch):
-    gate, request = Gate(monkeypatch), Request(prompt="Tom", max_tokens=400)
-    engine = LlamaEngine(pico().base_q8, threads=1, slots=1, queue=2)
-    gate.shut()
-    streams = [engine.generate(request)]
-    gate.wait()  # it has left the queue
-    streams += [engine.generate(request) for _ in range(2)]
-    with pytest.raises(BusyError, match="2 requests are waiting already; try again"):
-        engine.generate(request)
-    engine._scheduler.stop()  # before the first pass has ended
-    gate.open()
-    engine.close()
-    assert [list(stream)[-1].finish_reason for stream in streams] == ["cancelled"] * 3
-    with pytest.raises(RequestError, match="closed"):
-        engine.generate(Request(prompt="Tom"))
-    engine.close()
-
-
-def test_a_broken_engine_fails_everybody_and_hangs_nobody(monkeypatch):
-    gate = Gate(monkeypatch)
-    engine = LlamaEngine(pico().base_q8, threads=1, slots=2)
-    gate.shut(after=3)
-    first = engine.generate(Request(prompt="Tom", max_tokens=400))
-    assert isinstance(next(first), Token)
-    waiting = [engine.generate(Request(prompt="Tom", max_tokens=400)) for _ in range(5)]
-    gate.wait()
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-
-    def broken(self, rows):
-        raise SystemExit("no more")
-
-    monkeypatch.setattr(Context, "decode", broken)
-    gate.open()
-    for stream in [first, *waiting]:
-        with pytest.raises(RequestError, match=r"stopped \(no more\)"):
-            final_reply(stream)
-    with pytest.raises(RequestError, match="stopped"):
-        engine.generate(Request(prompt="Tom"))
-    engine.close()
-
-
-def test_an_adapter_joins_a_running_engine():
-    files = pico()
-    engine = LlamaEngine(files.base_q8, threads=1)
-    stream = engine.generate(Request(prompt="Tom", max_tokens=200))
-    next(stream)
-    before = final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20)))
-    engine.add_adapter("late", files.adapter_gguf)
-    assert engine.adapters == ("late",)
-    adapted = final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20, adapter="late")))
-    after = final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20)))
-    assert adapted.text != before.text == after.text
-    assert isinstance(list(stream)[-1], Reply)
-    with pytest.raises(BundleError):
-        engine.add_adapter("bad", files.other_adapter_gguf)
-    assert final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20))).text == before.text
-    engine.close()
-
-
 def test_many_threads_measure_and_generate_at_once(engine):
     wishes = [Request(prompt=prompt, max_tokens=10) for prompt in prompts(24)]
 
@@ -340,3 +185,62 @@ def test_the_yardstick_decodes_what_the_engine_decodes(model):
         assert seconds > 0
     assert agreed >= 19
     bare.close()
+
+
+def test_echo_is_what_reading_says(engine):
+    for n in (1, 2, 70, 400):
+        prompt = ids(n, 8)
+        reply = ask(engine, Request(prompt=prompt, max_tokens=3, echo=True, logprobs=2))
+        assert [token.id for token in reply.prompt] == list(prompt[1:])
+        surprise = engine.read(Request(prompt=prompt)).surprise
+        assert [-token.logprob for token in reply.prompt] == pytest.approx(list(surprise), abs=1e-4)
+        assert all(len(token.top) == 2 for token in reply.prompt)
+        assert plain(reply) == plain(ask(engine, Request(prompt=prompt, max_tokens=3, logprobs=2)))
+    text = "naïve 日本語 🙂"
+    reply = ask(engine, Request(prompt="x" + text, max_tokens=1, echo=True))
+    assert "".join(token.text for token in reply.prompt) == text
+
+
+def test_cache_types_differ_in_size_and_hardly_in_what_they_say():
+    engines = {
+        kind: LlamaEngine(pico().base_q8, threads=1, cache=kind, lookup=False) for kind in ("f16", "q8_0", "q4_0")
+    }
+    bytes_ = {kind: engine.cache_bytes for kind, engine in engines.items()}
+    assert bytes_["q8_0"] / bytes_["f16"] == pytest.approx(34 / 64)
+    assert bytes_["q4_0"] / bytes_["f16"] == pytest.approx(18 / 64)
+    scores = {kind: engine.score(Request(messages=CHAT), "It is 105.").nats for kind, engine in engines.items()}
+    assert scores["f16"] != scores["q8_0"] == pytest.approx(scores["f16"], rel=0.01)
+    assert scores["q4_0"] == pytest.approx(scores["f16"], rel=0.1)
+    for engine in engines.values():
+        engine.close()
+    with pytest.raises(BundleError, match="unknown cache type 'q5'"):
+        LlamaEngine(pico().base_q8, cache="q5")
+
+
+@pytest.mark.parametrize("size", [{"slots": 0}, {"context": 0}, {"draft_tokens": -1}])
+def test_sizes_that_mean_nothing_are_refused(size):
+    with pytest.raises(BundleError, match="at least 1"):
+        LlamaEngine(pico().base_q8, **size)
+
+
+def test_an_engine_that_is_dropped_closes_by_itself():
+    engine = LlamaEngine(pico().base_q8, threads=1, lookup=False)
+    thread, weights = engine._scheduler._thread, weakref.ref(engine._model.weights)
+    events = engine.generate(Request(prompt="Tom", max_tokens=50))
+    del engine
+    assert final_reply(events).finish_reason == "length"  # who still reads keeps it open
+    assert thread.is_alive()
+    del events
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    gc.collect()
+    assert weights() is None
+
+
+def test_weights_go_with_their_engine():
+    engine = LlamaEngine(pico().base_q8, threads=1)
+    ask(engine, Request(prompt="Tom", max_tokens=3))
+    weights = weakref.ref(engine._model.weights)
+    engine.close()
+    del engine
+    assert weights() is None

@@ -1,4 +1,4 @@
-"""Every step of the recipes for real models, on models of the same architecture shrunk (issue 5, part 10)."""
+"""Every step of the recipes for real models, on models of the same architecture shrunk."""
 
 import random
 from pathlib import Path

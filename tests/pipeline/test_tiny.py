@@ -15,6 +15,7 @@ from cogumi.core.artifact import read_manifest, verify
 from cogumi.core.files import sha256
 from cogumi.data.world.questions import UNANSWERABLE_FACTOR
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe
+from support.waiting import until
 
 RECIPE = Path(__file__).parent / "pico.yaml"
 KEYS = {
@@ -97,18 +98,17 @@ def test_a_second_build_does_nothing_and_says_the_same(built):
 def test_side_by_side_and_killed_it_gives_the_same_bytes(built, tmp_path):
     """Killed between and inside any step, with two processes instead of one."""
     home, report = built
-    for seconds in (6, 12, 18):
+    for begun in ("base/checkpoint", "responses", "calibration"):
         process = subprocess.Popen(
             [sys.executable, "-m", "cogumi", "build", str(RECIPE), "--runs", str(tmp_path), "--jobs", "2"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=ONE_THREAD,
         )
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        until(lambda begun=begun, process=process: (tmp_path / "pico" / begun).exists() or process.poll() is not None)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
     again = build(tmp_path, jobs=2)
     assert again["fingerprint"] == report["fingerprint"]
     assert weights(tmp_path / "pico") == weights(home)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,6 +43,18 @@ class Config(BaseModel):
     source: Path | None = None
 
 
+def pass_moment(name):
+    """A moment at which a test may have the process killed: by the pattern in the environment variable `KILL_AT`."""
+    if re.match(os.environ.get("KILL_AT", "never"), name):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def say(*words):
+    """Print a line, so that a test can see where the process stands; it is a moment."""
+    print(*words, flush=True)
+    pass_moment(" ".join(map(str, words)))
+
+
 def run(config, inputs, out, context):
     """A chain of hashes, checkpointed at every link, written out as several files in several pieces."""
     saved = out / "checkpoint" / "links.json"
@@ -56,10 +70,10 @@ def run(config, inputs, out, context):
         raise TrainingError("the loss is not a number; lower the learning rate")
     for i, link in enumerate(links):
         with (out / f"weights-{i}.bin").open("wb") as file:
-            for _ in range(4):
+            for piece in range(4):
                 file.write(bytes.fromhex(link) * 500)
                 file.flush()
-                time.sleep(config.delay / 4)
+                pass_moment(f"wrote {out.name} {i} {piece}")
     if config.writer == "full":
         Path("/dev/full").write_bytes(b"x" * 10_000)
     if config.writer == "safetensors":
@@ -75,19 +89,19 @@ def run(config, inputs, out, context):
 
 
 class Lines(Silent):
-    """One line per event, so that a test can see where the process stands."""
+    """One line per event."""
 
     def started(self, step, stage, number, of, reason):
-        print("started", step, reason, flush=True)
+        say("started", step, reason)
 
     def advanced(self, step, done, total, figures):
-        print("advanced", step, done, int(figures["resumed"]), flush=True)
+        say("advanced", step, done, int(figures["resumed"]))
 
     def finished(self, step, seconds, skipped, metrics):
-        print("finished", step, skipped, flush=True)
+        say("finished", step, skipped)
 
     def failed(self, step, reason, running):
-        print("failed", reason, "; running:", *running, flush=True)
+        say("failed", reason, "; running:", *running)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Recipes of toy stages, builds of them in processes of their own, and what a build leaves on disk."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,13 @@ def contents(home):
     return found
 
 
-def start(path, runs, jobs=1, **limits):
+def start(path, runs, jobs=1, kill_at="never", **limits):
+    """A build in a process of its own, which is killed at the moment that matches `kill_at`."""
     command = [sys.executable, "-m", "support.toy", str(path), str(runs), str(jobs)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **limits)
+    environment = os.environ | {"KILL_AT": kill_at}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **limits
+    )
 
 
 def write_recipe(folder, *steps):

@@ -1,4 +1,4 @@
-"""The shippable folder: everything a cascade needs to answer, with a checksum of every file (DESIGN, "Bundle").
+"""The shippable folder: everything a cascade needs to answer, with a checksum of every file.
 
     bundle.json                 format version, origin of each model, files, description; written last
     base.gguf                   the model that answers

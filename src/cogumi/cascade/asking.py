@@ -1,4 +1,4 @@
-"""Asking an engine from Python: questions as text or messages, answers piece by piece, conversations (SPEC G3)."""
+"""Asking an engine from Python: questions as text or messages, answers piece by piece, conversations (SPEC M7)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """A finished step on disk: a folder with a `manifest.json` that is written last, and atomically.
 
-The manifest lists every file with its size and SHA-256, so an incomplete artifact is detected (DESIGN, "Stage
-contract").
+The manifest lists every file with its size and SHA-256, so an incomplete artifact is detected.
 """
 
 from __future__ import annotations

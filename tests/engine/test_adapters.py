@@ -1,0 +1,104 @@
+"""Adapters of a running engine: freed and loaded again, added, remembered (SPEC E8)."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from cogumi.core.errors import BundleError, RequestError
+from cogumi.core.types import Reply, Request
+from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.engine.protocol import final_reply
+from support.engines import ask, ids, opened, pico, plain
+from support.waiting import PATIENCE, Gate, until
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with closing(opened()) as engine:
+        yield engine
+
+
+def test_idle_adapters_are_freed_and_come_back_with_the_same_bits():
+    files = pico()
+    adapters = dict.fromkeys("abc", files.adapter_gguf)
+    engine = LlamaEngine(files.base_q8, threads=1, adapters=adapters, adapter_memory=1, slots=2, lookup=False)
+    assert engine._adapters.loaded == ()
+    request = Request(prompt=ids(20, 13), max_tokens=15)
+    seen = {name: ask(engine, replace(request, adapter=name)).tokens for name in "abc"}
+    assert engine._adapters.loaded == ("c",)
+    long = [engine.generate(replace(request, adapter=name, max_tokens=300)) for name in "ab"]
+    both = [final_reply(stream).tokens[:15] for stream in long]
+    assert both == [seen["a"], seen["b"]] == [seen["c"]] * 2
+    assert ask(engine, request).tokens != seen["a"]
+    engine.close()
+
+
+def test_added_adapters_are_remembered(tmp_path):
+    files, file = pico(), tmp_path / "added.json"
+    request = Request(prompt=ids(20, 14), max_tokens=15, adapter="late")
+    engine = LlamaEngine(files.base_q8, threads=1, adapters={"a": files.adapter_gguf}, remember=file, lookup=False)
+    engine.add_adapter("late", files.adapter_gguf)
+    told = ask(engine, request).tokens
+    engine.add_adapter("late", files.adapter_gguf)  # replaced while idle
+    with pytest.raises(BundleError):
+        engine.add_adapter("late", files.other_adapter_gguf)
+    assert ask(engine, request).tokens == told
+    engine.close()
+    assert list(json.loads(file.read_text())) == ["late"]
+    again = LlamaEngine(files.base_q8, threads=1, remember=file, lookup=False)
+    assert again.adapters == ("late",)
+    assert ask(again, request).tokens == told
+    again.close()
+    for text in ("[1]", "{", '{"x": 5}'):
+        file.write_text(text)
+        with pytest.raises(BundleError, match=r"added\.json"):
+            LlamaEngine(files.base_q8, threads=1, remember=file)
+    file.write_text(json.dumps({"gone": str(tmp_path / "gone.gguf")}))
+    with pytest.raises(BundleError, match="does not exist"):
+        LlamaEngine(files.base_q8, threads=1, remember=file)
+
+
+def test_an_adapter_that_is_answering_is_not_replaced(monkeypatch):
+    files, gate = pico(), Gate(monkeypatch)
+    engine = LlamaEngine(files.base_q8, threads=1, adapters={"a": files.adapter_gguf}, lookup=False)
+    gate.shut()
+    stream = engine.generate(Request(prompt=ids(20, 14), max_tokens=400, adapter="a"))
+    gate.wait()
+    with ThreadPoolExecutor(1) as other:
+        added = other.submit(engine.add_adapter, "a", files.adapter_gguf)
+        until(lambda: engine._scheduler._calls)  # it runs behind the pass that is held
+        gate.open()
+        with pytest.raises(RequestError, match="is in use"):
+            added.result(PATIENCE)
+    stream.close()
+    engine.close()
+
+
+def test_no_adapter_is_the_base_bit_for_bit(engine):
+    bare = LlamaEngine(pico().base_q8, threads=1, lookup=False)
+    for seed in range(5):
+        request = Request(prompt=ids(30, 20 + seed), max_tokens=20, logprobs=3)
+        ask(engine, replace(request, adapter="a"))
+        assert plain(ask(engine, request)) == plain(ask(bare, request))
+    bare.close()
+
+
+def test_an_adapter_joins_a_running_engine():
+    files = pico()
+    engine = LlamaEngine(files.base_q8, threads=1)
+    stream = engine.generate(Request(prompt="Tom", max_tokens=200))
+    next(stream)
+    before = final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20)))
+    engine.add_adapter("late", files.adapter_gguf)
+    assert engine.adapters == ("late",)
+    adapted = final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20, adapter="late")))
+    after = final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20)))
+    assert adapted.text != before.text == after.text
+    assert isinstance(list(stream)[-1], Reply)
+    with pytest.raises(BundleError):
+        engine.add_adapter("bad", files.other_adapter_gguf)
+    assert final_reply(engine.generate(Request(prompt="Tom is", max_tokens=20))).text == before.text
+    engine.close()
