@@ -10,29 +10,29 @@ import pytest
 import cogumi
 
 ROOT = Path(cogumi.__file__).parent
-GROUND = {"core"}
-RUN = {"engine", "confidence"}
-BUILD = GROUND | RUN | {"bundle", "cascade", "grading", "data", "models", "torch"}
+RUN = {"core", "bundle", "confidence", "engine", "cascade"}
+LEARN = RUN | {"grading", "data", "models", "torch"}
 BELOW = {
     # ground
     "core": set(),
     "bundle": {"core"},
-    # run side: no torch, nothing of the build chain
+    # run side: no torch, nothing of the build side
     "confidence": {"core"},
     "engine": {"core"},
     "cascade": {"core", "bundle", "confidence", "engine"},
-    "serve": {"core", "bundle", "confidence", "engine", "cascade"},
+    "serve": RUN,
     # build side: it may open engines and cascades, to answer, judge and calibrate
     "torch": {"core", "engine", "models"},  # engine/torch.py, the one file of `engine` that needs torch
     "models": {"core", "engine"},
-    "grading": {"core"},
-    "data": {"core", "grading"},
-    "train": BUILD,
-    "compress": BUILD | {"train"},  # it trains what it has cut
-    "evaluate": BUILD | {"train", "compress"},
+    "grading": {"core", "engine"},
+    "data": {"core", "engine", "grading"},
+    "teach": LEARN,
+    "train": LEARN | {"teach"},
+    "compress": LEARN | {"train"},  # it trains what it has cut
+    "evaluate": LEARN | {"teach", "train", "compress"},
     # top
-    "pipeline": BUILD - {"torch"} | {"evaluate", "compress"},  # stages come through the registry
-    "cli": BUILD - {"torch"} | {"serve", "compress", "evaluate", "pipeline"},
+    "pipeline": RUN | {"grading", "data", "compress", "evaluate"},  # stages come through the registry
+    "cli": RUN | {"serve", "data", "compress", "evaluate", "pipeline"},
     "": {"core", "cascade", "cli"},
 }
 """Room -> the rooms it may import. A folder that is not listed here fails the test: give it a row."""

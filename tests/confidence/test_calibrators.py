@@ -25,9 +25,9 @@ from cogumi.confidence.policy import POLICIES, Policy
 from cogumi.confidence.signals import answer_signals, question_signals
 from cogumi.core.types import ABSTENTION, Example, Message, Reading, Reply, Score, Token, Usage
 from cogumi.data.examples import is_easy
+from cogumi.teach.tier_answers import Answer, Row, policy_answers, probabilities
 from cogumi.train.calibrate import Config, calibrate, fit_question_gate
 from cogumi.train.fit_gate import fit_gate
-from cogumi.train.tier_answers import Answer, Row, policy_answers, probabilities
 
 rows = st.integers(2, 60).flatmap(
     lambda n: st.tuples(

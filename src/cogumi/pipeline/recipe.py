@@ -222,7 +222,7 @@ def _extended(data: dict[str, Any], where: str, root: Path, above: tuple[str, ..
 
 def builtin_recipes() -> dict[str, str]:
     """Name -> YAML text of the recipes in the package."""
-    folder = importlib.resources.files("cogumi") / "recipes"
+    folder = importlib.resources.files("cogumi.pipeline") / "recipes"
     if not folder.is_dir():
         return {}
     files = [f for f in folder.iterdir() if f.name.endswith(".yaml")]

@@ -33,9 +33,7 @@ from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
-from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
-from cogumi.train.tier_answers import (
+from cogumi.teach.tier_answers import (
     Answer,
     AskOptions,
     Row,
@@ -47,6 +45,8 @@ from cogumi.train.tier_answers import (
     probabilities,
     with_modifier,
 )
+from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
+from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 
 VERSION = 2
 KIND = "calibration"

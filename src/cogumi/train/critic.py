@@ -50,7 +50,7 @@ from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade_all, last_number
-from cogumi.train.tier_answers import AskOptions
+from cogumi.teach.tier_answers import AskOptions
 
 VERSION = 2
 KIND = "critic"

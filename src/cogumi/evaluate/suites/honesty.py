@@ -34,9 +34,9 @@ from cogumi.core.types import Example, Message
 from cogumi.data.sources.question_files import load
 from cogumi.data.world.questions import UNANSWERABLE_FACTOR, draw_fresh
 from cogumi.evaluate.suite import Figure, Findings, Task
+from cogumi.teach.tier_answers import AskOptions, Row, ask, base_rows, familiar, policy_answers, probabilities
 from cogumi.train.calibrate import fit_base
 from cogumi.train.confidence_plots import histogram_picture, reliability_picture, risk_coverage_picture
-from cogumi.train.tier_answers import AskOptions, Row, ask, base_rows, familiar, policy_answers, probabilities
 
 PER_CELL = 900
 BALANCED = 157

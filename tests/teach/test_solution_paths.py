@@ -15,7 +15,8 @@ from cogumi.data.examples import example_id, split_path, write_examples
 from cogumi.data.solutions import FILE, Solutions, read_solutions, solution_examples, write_solutions
 from cogumi.grading.graders import grade_all
 from cogumi.models.folders import Shape
-from cogumi.train import sft, solution_paths
+from cogumi.teach import solution_paths
+from cogumi.train import sft
 from cogumi.train.loop import LoopConfig
 from support import pico
 

@@ -1,0 +1,1 @@
+"""Models answer questions and are graded: base responses, solution paths, tier answers; later teachers."""
