@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -11,6 +13,7 @@ import pytest
 
 from cogumi.cascade.asking import Conversation
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_note
+from cogumi.cascade.memory.turns import FILE, Memory, Turn
 from cogumi.cascade.opening import open_cascade
 from cogumi.core.types import ABSTENTION
 from support.bundle import make_bundle
@@ -197,6 +200,58 @@ def test_ratings_are_kept_in_the_state_folder_and_can_be_forgotten(folder, tmp_p
     said = cogumi("chat", folder, "--state", state, stdin="What is 3 + 4?\n/right\n").stdout
     assert "noted" in said
     assert "unknown way to reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
+
+
+def test_personal_routing_is_asked_for_and_shown(folder, tmp_path):
+    state = tmp_path / "state"
+    lines = ["/personal", "/personal on", "/personal maybe", "What is 3 + 4?", "/wrong", "/personal", "/quit"]
+    said = cogumi("chat", folder, "--state", state, stdin="\n".join(lines)).stdout
+    assert said.count("personal routing of local: on") == 2
+    assert said.index("personal routing of local: off") < said.index("personal routing of local: on")
+    assert "rated answers: 1 (offsets begin with 50)" in said
+    assert "write /personal on, /personal off" in said
+    shown = json.loads(cogumi("personal", "local", "--state", state, "--json").stdout)
+    assert shown == {"user": "local", "on": True, "rated": 1, "needed": 50, "offsets": {}}
+    assert "personal routing of local: off" in cogumi("personal", "local", "--off", "--state", state).stdout
+    assert json.loads(cogumi("personal", "ann", "--on", "--state", state, "--json").stdout)["on"]
+    assert "holds no memory" in one_line(cogumi("personal", "ann", "--state", tmp_path, ok=1))
+    assert "nothing is remembered here" in cogumi("chat", folder, stdin="/personal on\n").stdout
+
+
+def test_offsets_of_a_user_are_shown(tmp_path):
+    with contextlib.closing(Memory(tmp_path / FILE)) as memory:
+        for i in range(60):
+            turn = Turn(
+                f"t{i}", "ann", "", time.time(), "q", "a", "math", "base", "base", "fast", 0.9, {"x": 1.0}, None
+            )
+            memory.remember(turn)
+            memory.rate(turn.id, "ann", False)
+    said = cogumi("personal", "ann", "--on", "--state", tmp_path).stdout
+    assert re.search(r"rated answers: 60 .*\n  all: -[01]\.\d\d on the logit of P\(correct\)", said)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--modifiers", "gone"), "gone is no folder"),
+        (("--adapter-memory", "much"), "'much' is no amount of bytes; write it like 80GB"),
+        (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model go together"),
+        (("--base-model", "m"), "--base-url and --base-model go together"),
+        (("--reuse-check", "gone.json"), "a reuse check is for answers to near questions"),
+    ],
+)
+def test_what_serve_cannot_do_is_told_before_it_listens(folder, tmp_path, words, why):
+    done = cogumi("serve", folder, "--port", "0", *words, cwd=tmp_path, ok=1)
+    assert why in done.stderr.splitlines()[-1]
+
+
+def test_a_base_on_a_server_answers_and_what_is_missing_is_told(folder, client):
+    options = ("--base-url", client.base_url, "--base-model", "cogumi:base")
+    done = cogumi("chat", folder, "--once", "What is 3 + 4?", "--json", *options, "--adapter-memory", "1MB")
+    answer = json.loads(done.stdout)
+    assert (answer["tier"], answer["accepted"], answer["p_correct"]) == ("base", False, None)
+    assert done.stderr.startswith("cogumi: the base (RemoteEngine) has no ")
+    assert len(done.stderr.splitlines()) == 3
 
 
 def test_serve_answers_under_every_name(client):

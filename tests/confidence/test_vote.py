@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cogumi.cascade.self_consistency import Sampling, finish, gather, vote
-from cogumi.confidence.vote import Answer, dbscan, final_answer, merge_similar, tally
+from cogumi.confidence.vote import Answer, final_answer, tally
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Message, Request
 from cogumi.engine.llama.engine import LlamaEngine
@@ -139,44 +138,6 @@ def test_where_no_two_agree_nobody_wins():
     assert tally([Answer("text", c) for c in "abcde"], [1.0] * 5).winner is None
     assert tally([None] * 5, [1.0] * 5) == tally([None], [1.0])
     assert tally([Answer("text", "a"), None, None], [1.0] * 3).winner is None
-
-
-def unit_rows(seed, n):
-    rows = np.random.default_rng(seed).normal(size=(n, 3))
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-@given(st.integers(0, 10_000), st.integers(1, 12), st.floats(0.01, 1.0))
-def test_clusters_are_those_of_the_definition(seed, n, eps):
-    rows = unit_rows(seed, n)
-    labels = dbscan(rows, eps)
-    order = np.random.default_rng(seed).permutation(n)
-    again = dbscan(rows[order], eps)
-    near = 1 - rows @ rows.T <= eps
-    for i in range(n):
-        for j in range(n):
-            assert (again[i] == again[j]) == (labels[order[i]] == labels[order[j]])
-            if near[i, j]:
-                assert labels[i] == labels[j]  # with two rows to a cluster, every row that is near another is a core
-    for label in set(labels):
-        inside = [i for i in range(n) if labels[i] == label]
-        assert len(inside) == 1 or all(near[i, [j for j in inside if j != i]].any() for i in inside)
-
-
-def test_rows_at_the_border_join_their_nearest_core():
-    angles = np.radians([0, 20, 40, 60, 180])
-    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert dbscan(rows, eps=0.061, min_samples=3) == [1, 1, 1, 1, 4]
-
-
-def test_only_free_texts_are_grouped_by_meaning():
-    meaning = {"yes": (1, 0), "yes it is": (0.9, 0.1), "no": (0, 1)}
-
-    def embed(texts):
-        return np.array([meaning[text] for text in texts], np.float32)
-
-    said = [Answer("text", "yes it is"), Answer("text", "no"), None, Answer("text", "yes"), Answer("number", "1")]
-    assert merge_similar(said, embed) == [Answer("text", "yes"), said[1], None, Answer("text", "yes"), said[4]]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from cogumi.cascade.memory.answer_cache import AnswerCache, Scope
+from cogumi.cascade.memory.reuse_check import read_check
 from cogumi.core.errors import CogumiError, DataError
+from cogumi.core.types import Reply, Usage
 from cogumi.evaluate.suite import Task
 from cogumi.evaluate.suites import cache
 from cogumi.evaluate.suites.cache_lookups import lookup_speed
@@ -50,6 +53,22 @@ def test_the_suite_reports_what_it_saw(suite, tmp_path):
     assert wrong.value <= 0.01
     assert figures["look-up among 300, ms"].value > 0
     assert found.pictures[0].read_bytes().startswith(b"\x89PNG")
+    assert "no threshold was proven" in found.facts["check"]
+
+
+def test_a_proven_check_is_saved_and_serves(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "RISK", 0.1)
+    rows = [{"text_a": a, "text_b": b, "label": same} for a, b, same in labelled()]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    assert suite(data=tmp_path / "pairs.json").facts["check"] == "proven; saved with --out"
+    found = suite(data=tmp_path / "pairs.json", out=out)
+    assert found.facts["check"] == f"{out / cache.CHECK}: for serve --reuse-check"
+    check = read_check(out / cache.CHECK, Trigrams.identity)
+    answers = AnswerCache(Trigrams(), None, similarity=0.5, check=check)
+    answers.keep(Scope(), "How many people live in Norburg?", Reply("12", (), "stop", Usage(), accepted=True))
+    assert answers.find(Scope(), "how many people live in Norburg").reply.text == "12"
+    assert answers.find(Scope(), "Who rules the people that live in norburg?") is None
 
 
 def test_without_labels_other_groups_are_the_different_ones(suite, tmp_path):

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogumi.core.errors import ArtifactError, DataError
+from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Message
 from cogumi.data.examples import example_id, split_path, write_examples
-from cogumi.data.solutions import FILE, Solutions, read_solutions, solution_examples, write_solutions
+from cogumi.data.solutions import FILE, Solutions, write_solutions
 from cogumi.grading.graders import grade_all
 from cogumi.models.folders import Shape
 from cogumi.teach import solution_paths
@@ -76,6 +76,11 @@ def found(world, out, **config):
     return solution_paths.run(solution_paths.Config(max_tokens=32, **config), inputs, out, CONTEXT)
 
 
+def read_solutions(out):
+    rows = [json.loads(line) for line in (out / FILE).read_text("utf-8").split("\n") if line]
+    return [Solutions(row["id"], row["question"], tuple(row["paths"])) for row in rows]
+
+
 def test_both_programs_of_a_question_are_found_once_each_and_all_are_right(world, tmp_path):
     metrics = found(world, tmp_path, samples=40)
     rows = read_solutions(tmp_path)
@@ -85,10 +90,10 @@ def test_both_programs_of_a_question_are_found_once_each_and_all_are_right(world
     assert metrics["by_domain"]["facts"]["paths"] == 1  # one right text, however often it is asked
     asked = {e.question: e for e in rows}
     assert {"def f(x):\n    return x + 4", "def f(x):\n    return 4 + x"} <= set(asked["adds 4"].answers)
-    taught = solution_examples(rows, [adding(c) for c in (2, 3, 4, 5)] + [
-        example("capital of France", "Paris", {"kind": "exact"}, "facts")
-    ])  # fmt: skip
-    assert len(taught) == metrics["paths"] == len({e.id for e in taught})
+    known = [*(adding(c) for c in (2, 3, 4, 5)), example("capital of France", "Paris", {"kind": "exact"}, "facts")]
+    by_id = {e.id: e for e in known}
+    taught = [replace(by_id[row.id], answer=answer) for row in rows for answer in row.answers]
+    assert len(taught) == metrics["paths"] == len({(e.id, e.answer) for e in taught})
     assert all(verdict.correct for verdict in grade_all([(e, e.answer) for e in taught]))
     assert {e.domain for e in taught} == {"code", "facts"}
 
@@ -181,13 +186,6 @@ def test_what_cannot_be_used_says_so(world, tmp_path):
         found(world, tmp_path, domains=("cod",))
     with pytest.raises(DataError, match=r"has difficulty 5 or more; lower hard_from"):
         found(world, tmp_path, hard_from=5)
-    with pytest.raises(ArtifactError, match="is not a file of solutions"):
-        read_solutions(tmp_path)
-    (tmp_path / FILE).write_text(json.dumps({"id": "x"}) + "\n")
-    with pytest.raises(ArtifactError, match=r"is not a file of solutions .*build the `paths` step again"):
-        read_solutions(tmp_path)
-    with pytest.raises(DataError, match="no example for the solutions of question x"):
-        solution_examples([Solutions("x", "?", ("1",))], [BELOW])
 
 
 @given(st.lists(st.tuples(st.text(max_size=8), st.lists(st.text(max_size=9), max_size=4)), max_size=5))

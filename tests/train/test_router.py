@@ -92,23 +92,11 @@ def test_habit_by_hand():
     assert with_history(even, {"math": 6})["math"] == pytest.approx(0.5 / 3 + 0.5 * 7 / 9)
 
 
-@pytest.mark.parametrize(
-    ("p", "tokens", "expected"),
-    [
-        (0.99, 2, None),
-        (0.84, 3, None),
-        (0.85, 3, "math"),
-        (0.75, 4, "math"),
-        (0.74, 4, None),
-        (0.65, 5, "math"),
-        (0.65, 99, "math"),
-        (0.64, 99, None),
-    ],
-)
-def test_preloading_gets_bolder_with_every_token(p, tokens, expected):
-    domains = {"math": p, "reading": 1 - p}
-    assert preload(domains, ["math"], tokens) == expected
-    assert preload(domains, [], tokens) is None
+def test_a_modifier_is_loaded_ahead_from_the_bar_on():
+    for p, expected in ((0.99, "math"), (0.65, "math"), (0.64, None)):
+        domains = {"math": p, "reading": 1 - p}
+        assert preload(domains, ["math"]) == expected
+        assert preload(domains, []) is None
 
 
 def write_public(data):

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, Protocol, TypeAlias, cast
 
 from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.core.errors import RequestError
 from cogumi.core.registry import nearest
 from cogumi.core.types import Message, Reply, Request
@@ -95,10 +96,13 @@ class Stream:
 
 
 class RatedEngine(Engine, Protocol):
-    """An engine whose answers can be rated."""
+    """An engine whose answers can be rated, and that may learn from ratings what one user finds right."""
 
     def feedback(self, id: str, right: bool, user: str | None = None) -> None:
         """Record whether the answer with that id was right."""
+
+    def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
+        """Switch a user's personal routing (None: as it is), and what is known of it."""
 
 
 class Conversation:
@@ -135,6 +139,10 @@ class Conversation:
     def rate(self, right: bool) -> None:
         """Record whether the last answer was right."""
         self._engine.feedback(self.id, right, self.options.get("user"))
+
+    def personal(self, on: bool | None = None) -> PersonalRouting:
+        """Switch the personal routing of this conversation's user (None: as it is), and what is known of it."""
+        return self._engine.personal(self.options.get("user") or "", on)
 
     def clear(self) -> None:
         """Forget the turns so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cogumi.cascade.decide import Plan
@@ -22,7 +22,8 @@ class Attempt:
     """`tier` is draft, base, modifier:<domain>, or one of these with what was tried besides (`base+votes`).
 
     `gate_p` is what the gate itself says, before anything learned from use corrects it; `check` is the judgement.
-    `doubt` says why the answer does not count as sure whatever the gate says.
+    `doubt` says why the answer does not count as sure whatever the gate says, `personal` that the user's own ratings
+    changed P(correct).
     """
 
     tier: str
@@ -31,6 +32,7 @@ class Attempt:
     gate_p: float
     check: Check
     doubt: str = ""
+    personal: Decision | None = None
 
     def decision(self) -> Decision:
         """The judgement in words."""
@@ -64,6 +66,12 @@ class Judge:
         self.decisions.append(decision)
         return decision
 
+    def judged(self, attempt: Attempt) -> Iterator[Decision]:
+        """The decisions about an attempt, noted for the reply."""
+        for decision in (attempt.personal, attempt.decision()):
+            if decision:
+                yield self.record(decision)
+
     def attempt(self, tier: str, name: str, request: Request, reply: Reply, before: Sequence[Attempt]) -> Attempt:
         """The answer of one of a policy's tiers (see `Policy`), a modifier's by its `name`, after those `before`."""
         if tier == "base":
@@ -91,6 +99,14 @@ class Judge:
     def _judged(self, gate: str, tier: str, reply: Reply, signals: Mapping[str, float]) -> Attempt:
         doubt = self.plan.doubt
         own = self.services.calibration.gates[gate].p_correct(signals)
-        p = self.services.history.p_correct(self.id, self.user, own, signals)
+        shared, p = self.services.history.p_correct(self.id, self.user, own, signals)
         found = check(self.services.gate, p, signals, self.plan.threshold)
-        return Attempt(tier, reply, signals, own, replace(found, accepted=found.accepted and not doubt), doubt)
+        found = replace(found, accepted=found.accepted and not doubt)
+        personal = _personal(tier, shared, p) if self.plan.calibrated and p != shared else None
+        return Attempt(tier, reply, signals, own, found, doubt, personal)
+
+
+def _personal(tier: str, shared: float, p: float) -> Decision:
+    """That P(correct) is `p` for this user and `shared` for everybody else."""
+    reason = f"personal routing: this user's ratings move P(correct) from {shared:.2f} to {p:.2f}"
+    return Decision(tier, "personal", p, shared, True, reason)

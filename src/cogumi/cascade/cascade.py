@@ -23,14 +23,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.cascade.added_modifiers import add_modifier
 from cogumi.cascade.asking import Conversation, Input, Stream, as_request
 from cogumi.cascade.decide import usable
 from cogumi.cascade.execute import RequestFlow
+from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.cascade.services import Services
 from cogumi.cascade.worker_stream import Flow, answered, start
 from cogumi.confidence.gate import KINDS
@@ -55,6 +58,7 @@ class Cascade:
         self._closed = threading.Event()
         self._room = threading.BoundedSemaphore(workers + queue)
         self._door = threading.Lock()  # no request is admitted while the cascade closes
+        self._adding = threading.Lock()  # one modifier is added at a time
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cascade")
 
     @property
@@ -151,6 +155,32 @@ class Cascade:
         """Record whether the answer of that id was right. Raises `RequestError` if this user has no such answer."""
         self._check_open()
         self.services.history.rated(id, user or "", right)
+
+    def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
+        """Switch the personal routing of a user on or off (None: as it is), and what is known of it.
+
+        Raises `RequestError` without a user, or if nothing is remembered here.
+        """
+        self._check_open()
+        return self.services.history.personal(user, on)
+
+    def forget(self, user: str) -> int:
+        """Delete what is remembered of a user: questions, answers, ratings; the number of turns.
+
+        Raises `RequestError` if nothing is remembered here.
+        """
+        self._check_open()
+        return self.services.history.forget(user)
+
+    def add_modifier(self, name: str, path: str | Path) -> None:
+        """Make a modifier (a GGUF file trained on this base) available as `name`, also while requests run.
+
+        It answers requests with `adapter=name`, and never counts as sure. With a state folder it is there again after
+        a restart. Raises `RequestError` for a name that is taken, `BundleError` for a modifier of another base.
+        """
+        self._check_open()
+        with self._adding:
+            add_modifier(self.tiers.base, name, Path(path), self.services.added)
 
     def close(self) -> None:
         """Cancel what runs or waits, then free the models and close what is kept on disk."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE
 from cogumi.cascade.modes import AUTO, Mode, Settings
 from cogumi.cascade.tiers import Question
-from cogumi.confidence.domain_router import PRELOAD, preload, with_history
+from cogumi.confidence.domain_router import preload, with_history
 from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.core.types import Decision, Request
 
@@ -25,7 +25,7 @@ class Situation:
     """What `decide` knows besides the request, the settings and the calibration.
 
     `question`: the reader's view of the question; None if the gates do not apply to these engines, for the reason
-    `gap`. `routed`: the modifier that the router chooses. `adapters`: the modifiers of the base. `speedup`: how much
+    `gap`. `routed`: the modifier that the router chooses. `modifiers`: those that may be chosen. `speedup`: how much
     faster drafting makes the base, 0 if it cannot draft. Of the user: `dissatisfied` with the answer before, domains in
     which an answer `failed`, and the `habit` (domain -> questions asked).
     """
@@ -33,7 +33,7 @@ class Situation:
     question: Question | None
     gap: str = ""
     routed: str | None = None
-    adapters: tuple[str, ...] = ()
+    modifiers: tuple[str, ...] = ()
     has_draft: bool = False
     speedup: float = 0.0
     dissatisfied: bool = False
@@ -77,7 +77,7 @@ def decide(
     mode.
     """
     question = situation.question
-    domain = settings.file_domain(request.files, situation.adapters) or situation.routed
+    domain = settings.file_domain(request.files, situation.modifiers) or situation.routed
     choice = settings.choose(request.mode, domain, situation.failed)
     automatic = request.mode in (None, AUTO)
     mode = choice.mode
@@ -88,7 +88,7 @@ def decide(
     novel = question is not None and calibration.question.novel(question.perplexity)
     hard = question is None or not calibration.question.easy(question.perplexity, question.p_easy)
 
-    has_modifier = domain in situation.adapters and not novel
+    has_modifier = domain in situation.modifiers and not novel
     order, surprised = (mode.policy.order(has_modifier, surprising) for surprising in (False, True))
     tried = mode.model_copy(update={"votes": 0, "critique": 0}) if novel else mode  # never tested on such questions
     deliberates = hard and tried.deliberates
@@ -152,8 +152,7 @@ def _foreseen(domain: str | None, situation: Situation) -> bool:
     if situation.question is None or domain is None:
         return False
     expected = with_history(situation.question.domains, situation.habit)
-    read = PRELOAD[-1][0]  # the whole question was read: more tokens than any bar waits for
-    return domain in situation.failed or preload(expected, situation.adapters, read) == domain
+    return domain in situation.failed or preload(expected, situation.modifiers) == domain
 
 
 def _reader(situation: Situation) -> str:

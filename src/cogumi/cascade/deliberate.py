@@ -54,6 +54,8 @@ def _examples(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tr
     except ContextError:
         return unsure, Usage()
     found = judge.base(shown, reply)
+    if found.personal:
+        yield judge.record(found.personal)
     better = found.check.p > unsure.check.p
     reason = f"with {len(examples)} examples the answer is {'likelier' if better else 'no likelier'}"
     least = min(max(unsure.check.p, 0.0), 1.0)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from cogumi.bundle.unpack import BundleFiles
+from cogumi.core.registry import engine
 from cogumi.engine.few_shot import ADAPTER
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine
@@ -17,7 +18,8 @@ from cogumi.engine.protocol import Engine
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """`slots` requests at a time, `context` tokens each; `threads` per model and the type of their key-value `cache`
-    (None: the engine's choice). Without `repack` models answer slower, in up to half the memory.
+    (None: the engine's choice). Without `repack` models answer slower, in up to half the memory. Modifiers that are not
+    answering are freed while all take more than `adapter_memory` bytes (None: no limit).
     """
 
     slots: int = 8
@@ -25,6 +27,7 @@ class EngineOptions:
     threads: int | None = None
     cache: str | None = None
     repack: bool = True
+    adapter_memory: int | None = None
 
 
 class Engines(NamedTuple):
@@ -40,19 +43,43 @@ EngineFactory: TypeAlias = Callable[[BundleFiles, EngineOptions], Engines]
 
 def llama_engines(files: BundleFiles, options: EngineOptions) -> Engines:
     """The bundle's own models. Raises `BundleError` if a file cannot be used."""
-    bundle, size = files.bundle, asdict(options)
+    bundle = files.bundle
     adapters = bundle.modifiers | ({ADAPTER: bundle.fewshot} if bundle.fewshot else {})
     with ExitStack() as opened:
-        draft = LlamaEngine(bundle.draft, lookup=False, **size) if bundle.draft else None
-        if draft:
-            opened.callback(draft.close)
+        draft = _draft(files, options, opened)
         base = LlamaEngine(
             bundle.base,
             draft=draft,
             adapters={name: partial(files.file, path) if files.lazy else path for name, path in adapters.items()},
             head=bundle.head,
             base_sha256=bundle.base_fingerprint,
-            **size,
+            **asdict(options),
         )
         opened.pop_all()
     return Engines(base, draft)
+
+
+def remote_base(url: str, model: str) -> EngineFactory:
+    """Engines whose base is the model named `model` of a server with OpenAI's API; the bundle's draft runs here.
+
+    The server gives no hidden states, so that no answer counts as sure, and the bundle's modifiers are not used. Token
+    ids and scores are those of the bundle's vocabulary. `url` ends in `/v1`.
+    """
+
+    def opened(files: BundleFiles, options: EngineOptions) -> Engines:
+        with ExitStack() as open_engines:
+            draft = _draft(files, options, open_engines)
+            base = engine("remote")(url, model, tokenizer=files.bundle.base, workers=options.slots)
+            open_engines.pop_all()
+        return Engines(base, draft)
+
+    return opened
+
+
+def _draft(files: BundleFiles, options: EngineOptions, opened: ExitStack) -> LlamaEngine | None:
+    """The bundle's draft, if it has one; `opened` closes it."""
+    if not files.bundle.draft:
+        return None
+    draft = LlamaEngine(files.bundle.draft, lookup=False, **asdict(options))
+    opened.callback(draft.close)
+    return draft

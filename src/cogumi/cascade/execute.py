@@ -103,7 +103,7 @@ class RequestFlow:
             question=question,
             gap=gap,
             routed=tiers.modifier_of(question) if question else None,
-            adapters=tiers.base.adapters,
+            modifiers=tiers.modifiers,
             has_draft=tiers.has_draft,
             speedup=tiers.drafting_speedup(),
             dissatisfied=dissatisfied,
@@ -128,7 +128,7 @@ class RequestFlow:
             if live:
                 self._streamed = reply.text
             attempts.append(judge.attempt(tier, name, request, reply, attempts))
-            yield judge.record(attempts[-1].decision())
+            yield from judge.judged(attempts[-1])
             if attempts[-1].check.accepted:
                 break
         which, accepted = select_answer([a.check.p for a in attempts], [a.check.accepted for a in attempts])

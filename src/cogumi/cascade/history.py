@@ -18,6 +18,7 @@ from typing import TypeVar
 from cogumi.cascade.disclaimers import without_note
 from cogumi.cascade.memory.answer_cache import AnswerCache, Scope
 from cogumi.cascade.memory.learner import Learner
+from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.cascade.memory.turns import Memory, Turn
 from cogumi.confidence.gate import KINDS
 from cogumi.core.errors import RequestError, StateError
@@ -58,9 +59,20 @@ class History:
             warnings.warn(f"the memory cannot be used: {error}", stacklevel=2)
             return nothing
 
-    def p_correct(self, id: str, user: str, p: float, signals: Mapping[str, float]) -> float:
-        """What a gate says, corrected by what was learned from use."""
-        return self.learner.p_correct(id, user, p, signals) if self.learner else p
+    def p_correct(self, id: str, user: str, p: float, signals: Mapping[str, float]) -> tuple[float, float]:
+        """What a gate says, corrected by what was learned from use: for everybody, and for this user."""
+        if self.learner is None:
+            return p, p
+        shared = self.learner.p_correct(id, "", p, signals)
+        return shared, self.learner.p_correct(id, user, p, signals) if user else shared
+
+    def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
+        """Switch a user's personal routing (None: as it is), and what is known of it. Raises `RequestError`."""
+        if self.learner is None:
+            raise RequestError("nothing is remembered here, so nothing can be personal: open it with a state folder")
+        if not user:
+            raise RequestError("personal routing belongs to a user: name one")
+        return self.learner.personal(user, on)
 
     def complained(self, request: Request) -> None:
         """The user is not satisfied with the answer before the last message: it is taken for wrong."""
@@ -150,6 +162,12 @@ class History:
             self._take_back(asked)
         if self.learner:
             self.learner.rated(turn)
+
+    def forget(self, user: str) -> int:
+        """Delete the turns of a user and what was derived from them; how many there were. Raises `RequestError`."""
+        if self.learner is None:
+            raise RequestError("nothing is remembered here, so nothing can be forgotten: open it with a state folder")
+        return self.learner.forget(user)
 
     def close(self) -> None:
         """Close what is kept on disk."""

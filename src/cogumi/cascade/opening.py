@@ -14,12 +14,14 @@ from pathlib import Path
 from cogumi.bundle.format import Bundle
 from cogumi.bundle.packed import Progress, no_progress
 from cogumi.bundle.unpack import BundleFiles
+from cogumi.cascade import added_modifiers
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.dissatisfaction import Escalation
 from cogumi.cascade.engines import EngineFactory, EngineOptions, Engines, llama_engines
 from cogumi.cascade.history import History
 from cogumi.cascade.memory.answer_cache import AnswerCache
 from cogumi.cascade.memory.learner import Learner
+from cogumi.cascade.memory.reuse_check import read_check
 from cogumi.cascade.memory.turns import FILE, Memory
 from cogumi.cascade.modes import Settings
 from cogumi.cascade.self_critique import Critic
@@ -32,6 +34,7 @@ from cogumi.core.errors import BundleError, CogumiError
 from cogumi.core.packages import installed, load
 from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
 from cogumi.engine.few_shot import read_pairs
+from cogumi.engine.protocol import Engine
 
 REUSE = ("exact", "static", "verified")
 """Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
@@ -53,19 +56,23 @@ def open_cascade(
     settings: Settings | None = None,
     state: str | Path | None = None,
     reuse: str | None = None,
+    reuse_check: str | Path | None = None,
     repack: bool = True,
+    adapter_memory: int | None = None,
     unpack: str | None = None,
     progress: Progress = no_progress,
     engines: EngineFactory = llama_engines,
 ) -> Cascade:
     """Open and verify a bundle as a cascade.
 
-    `slots`, `context`, `threads`, `cache` and `repack` are for its engines (see `EngineOptions`), which come from the
-    factory `engines`: it may give another base, on a server say; `Cascade.missing` tells what then cannot be had.
-    `state` is the folder of what is kept between runs: session memory, what was learned, and answers to `reuse` (one
-    of `REUSE`; these can also be kept in memory only). None: nothing is kept. `unpack` is the mode of
-    unpacking a packed bundle, with `progress` (see `bundle.unpack.BundleFiles`). Parts whose optional packages are not
-    installed are left out, with a warning. Raises `BundleError` for a bundle that must not be opened.
+    `slots`, `context`, `threads`, `cache`, `repack` and `adapter_memory` are for its engines (see `EngineOptions`),
+    which come from the factory `engines`: it may give another base, on a server say (`engines.remote_base`);
+    `Cascade.missing` tells what then cannot be had. `state` is the folder of what is kept between runs: session memory,
+    what was learned, modifiers that were added, and answers to `reuse` (one of `REUSE`; these can also be kept in
+    memory only), near ones only if the check in the file `reuse_check` agrees (see suite `cache`). None: nothing is
+    kept. `unpack` is the mode of unpacking a packed bundle, with `progress` (see `bundle.unpack.BundleFiles`). Parts
+    whose optional packages are not installed are left out, with a warning. Raises `BundleError` for a bundle that must
+    not be opened.
     """
     folder, state = Path(folder), Path(state) if state else None
     if not folder.is_dir():
@@ -77,8 +84,10 @@ def open_cascade(
         bundle = _runnable(files.bundle)
         calibration = Calibration.from_json(bundle.calibration)
         embedder = once(partial(_embedder, files, bundle.embedder)) if bundle.embedder else None
-        history = _history(bundle, calibration, embedder, state, reuse, gate, opened)
-        tiers = _tiers(bundle, engines(files, EngineOptions(slots, context, threads, cache, repack)), opened)
+        answers = _answers(bundle, embedder, reuse, Path(reuse_check) if reuse_check else None, state)
+        history = _history(bundle, calibration, answers, state, gate, opened)
+        options = EngineOptions(slots, context, threads, cache, repack, adapter_memory)
+        tiers = _tiers(bundle, engines(files, options), opened)
         services = Services(
             tiers,
             calibration,
@@ -89,6 +98,7 @@ def open_cascade(
             critic=Critic(bundle.critic) if bundle.critic else None,
             templates=Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
             files=files,
+            added=_restored(tiers.base, state),
         )
         cascade = Cascade(services, workers=slots)
         opened.pop_all()
@@ -126,36 +136,41 @@ def _tiers(bundle: Bundle, engines: Engines, opened: ExitStack) -> Tiers:
     difficulty, router = load_head(bundle.difficulty), load_net(bundle.router)
     if len(router.mean) != 2 * len(difficulty.mean):
         raise BundleError(f"{bundle.path}: router and difficulty head read different drafts; build it again")
-    return Tiers(base, draft or base, difficulty, router, load_scope(bundle.router))
+    scope, calibrated = load_scope(bundle.router), frozenset(bundle.modifiers)
+    return Tiers(base, draft or base, difficulty, router, scope, calibrated)
 
 
 def _history(
     bundle: Bundle,
     calibration: Calibration,
-    embedder: Callable[[], Embedder] | None,
+    answers: AnswerCache | None,
     state: Path | None,
-    reuse: str | None,
     gate: str,
     opened: ExitStack,
 ) -> History:
     """What is kept of earlier requests; `opened` closes it."""
+    if answers is not None:
+        opened.callback(answers.close)
     memory = Memory(state / FILE) if state else None
     if memory:
         opened.callback(memory.close)
     learner = Learner(memory, state, list(calibration.guarantees.values())) if memory and state else None
-    answers = _answers(bundle, embedder, reuse, state)
-    if answers is not None:
-        opened.callback(answers.close)
     return History(memory, learner, answers, model=bundle.fingerprint, gate=gate)
 
 
 def _answers(
-    bundle: Bundle, embedder: Callable[[], Embedder] | None, reuse: str | None, state: Path | None
+    bundle: Bundle,
+    embedder: Callable[[], Embedder] | None,
+    reuse: str | None,
+    check: Path | None,
+    state: Path | None,
 ) -> AnswerCache | None:
     """The answers that may be given again.
 
     Raises `CogumiError` for an unknown way, one that the bundle lacks, or one whose packages are not installed.
     """
+    if check and reuse in (None, "exact"):
+        raise CogumiError("a reuse check is for answers to near questions: add --reuse static or --reuse verified")
     if reuse is None:
         return None
     if reuse not in REUSE:
@@ -165,7 +180,16 @@ def _answers(
     if reuse != "exact" and embedder is None:
         raise CogumiError(f"{bundle.path} holds no embedder: only --reuse exact works with it")
     near = embedder() if embedder and reuse != "exact" else None
-    return AnswerCache(near, state / "answers" if state else None, verified=reuse == "verified")
+    net = read_check(check, near.identity) if near and check else None
+    return AnswerCache(near, state / "answers" if state else None, check=net, verified=reuse == "verified")
+
+
+def _restored(base: Engine, state: Path | None) -> Path | None:
+    """The list of modifiers that were added before, which the base has again; None if nothing is kept."""
+    if state is None:
+        return None
+    added_modifiers.restore_modifiers(base, state / added_modifiers.FILE)
+    return state / added_modifiers.FILE
 
 
 def _examples(path: Path) -> dict[str, list[Pair]]:

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from cogumi.confidence.signals import answer_signals, perplexity
-from cogumi.confidence.vote import Embed, final_answer, merge_similar, tally
+from cogumi.confidence.vote import final_answer, tally
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Reply, Request, Usage
 from cogumi.engine.protocol import Engine, Event, missing_reply
@@ -68,18 +68,17 @@ def vote(
     *,
     paths: int = 5,
     sampling: Sampling = SAMPLING,
-    embed: Embed | None = None,
 ) -> Generator[None, None, Vote]:
     """Ask all paths at once and count. Yields None while waiting; closing it cancels every path.
 
-    Answers that were cut or cancelled, and empty ones, have no vote. With `embed`, free texts that are near each other
-    count as one answer. Raises `RequestError` for fewer than 3 or more than 10 paths, and what the engine raises.
+    Answers that were cut or cancelled, and empty ones, have no vote. Raises `RequestError` for fewer than 3 or more
+    than 10 paths, and what the engine raises.
     """
     if not FEWEST <= paths <= MOST:
         raise RequestError(f"{paths} paths cannot vote; give {FEWEST} to {MOST}")
     found = yield from gather(engine, sampling.requests(request, paths))
     answers = [final_answer(reply.text) if reply.finish_reason == "stop" else None for reply in found]
-    counted = tally(merge_similar(answers, embed) if embed else answers, [perplexity(answer_signals(r)) for r in found])
+    counted = tally(answers, [perplexity(answer_signals(r)) for r in found])
     winner = None if counted.winner is None else found[counted.winner]
     return Vote(winner, counted.agreement, tuple(found), spent(found))
 

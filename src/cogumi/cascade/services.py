@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cogumi.bundle.unpack import BundleFiles
 from cogumi.cascade.dissatisfaction import Escalation
@@ -20,7 +21,8 @@ from cogumi.engine.protocol import Capability
 class Services:
     """`gate` is one of `confidence.gate.KINDS`; None for a part that the bundle does not hold.
 
-    `files` are the bundle's, held open as long as the models need them.
+    `files` are the bundle's, held open as long as the models need them; `added` is the list of modifiers that were
+    added while it ran (None: none is kept).
     """
 
     tiers: Tiers
@@ -32,6 +34,7 @@ class Services:
     critic: Critic | None = None
     templates: Templates | None = None
     files: BundleFiles | None = None
+    added: Path | None = None
 
     @property
     def wants_hidden(self) -> bool:

@@ -41,7 +41,8 @@ def router_input(reading: Reading) -> np.ndarray:
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiers:
     """`base` carries one adapter per modifier, named by its domain; `difficulty` and `router` read the
-    draft's states. Questions of which no domain is as likely as `scope` belong to none.
+    draft's states. Questions of which no domain is as likely as `scope` belong to none. The gates were fitted on the
+    modifiers `calibrated` (None: on all of the base).
     """
 
     base: Engine
@@ -49,6 +50,13 @@ class Tiers:
     difficulty: Net
     router: Net
     scope: float = 0.0
+    calibrated: frozenset[str] | None = None
+
+    @property
+    def modifiers(self) -> tuple[str, ...]:
+        """The base's adapters that may be chosen for a question: those whose answers the gates were fitted on."""
+        known = self.calibrated
+        return tuple(name for name in self.base.adapters if known is None or name in known)
 
     @property
     def has_draft(self) -> bool:
@@ -72,17 +80,17 @@ class Tiers:
         """One line for each thing that a cascade of these engines does without."""
         gap = self.gap(calibration)
         found = [f"{gap}, P(correct) is not known, and modifiers answer only requests that name them"] if gap else []
-        if calibration.has_modifiers and not self.base.adapters:
+        if calibration.has_modifiers and not self.modifiers:
             found.append("the base has no modifiers: it answers alone")
         if what := _lack("base", self.base, {Capability.SPECULATION}):
             found.append(f"{what}: it generates token by token")
-        if self.base.adapters and (what := _lack("base", self.base, {Capability.PREFILL})):
+        if self.modifiers and (what := _lack("base", self.base, {Capability.PREFILL})):
             found.append(f"{what}: a modifier is loaded only once it is asked")
         return tuple(found)
 
     def modifier_of(self, question: Question) -> str | None:
         """The modifier that a question belongs to, None for the base's own business."""
-        return route(question.domains, self.base.adapters) if in_scope(question.domains, self.scope) else None
+        return route(question.domains, self.modifiers) if in_scope(question.domains, self.scope) else None
 
     def read_question(self, request: Request) -> Question:
         """Let the draft read a request's messages. Raises `ContextError` if they do not fit."""

@@ -18,6 +18,7 @@ HELP = """\
 Type a question and press Enter. The conversation is remembered until /new.
   /mode NAME   answer in another mode: fast, balanced, accurate, ...; /mode alone lets each question choose
   /right       the last answer was right; /wrong, it was not (kept if the chat was started with --state)
+  /personal on let your ratings change how sure answers are for you; /personal off, /personal alone shows it
   /new         forget the conversation
   /help        this text
   /quit        end (so does Ctrl-D)"""
@@ -83,6 +84,8 @@ def _command(conversation: Conversation, settings: Settings, line: str) -> None:
             print("noted")
         except RequestError as error:
             print(error)
+    elif name == "/personal":
+        _personal(conversation, argument.strip())
     elif name == "/new":
         conversation.clear()
         print("a new conversation")
@@ -90,3 +93,13 @@ def _command(conversation: Conversation, settings: Settings, line: str) -> None:
         print(HELP)
     else:
         print(f"there is no command {name}; /help lists them")
+
+
+def _personal(conversation: Conversation, argument: str) -> None:
+    if argument not in ("", "on", "off"):
+        print("write /personal on, /personal off, or /personal alone")
+        return
+    try:
+        console.print_personal(conversation.personal(argument == "on" if argument else None))
+    except RequestError as error:
+        print(error)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,9 @@ from rich.table import Table
 
 from cogumi.core.amounts import duration, share, size
 from cogumi.core.types import Reply
+
+if TYPE_CHECKING:
+    from cogumi.cascade.memory.personal_offsets import PersonalRouting
 
 LONG = 400  # characters of a value that `inspect` still prints in full
 OUT = Console(highlight=False)
@@ -42,6 +45,14 @@ def print_reasons(reply: Reply) -> None:
     for decision in reply.decisions:
         mark = "[green]✓[/]" if decision.accepted else "[yellow]→[/]"
         OUT.print(f"  {mark} [dim]{escape(decision.tier)}: {escape(decision.reason)}[/]", soft_wrap=True)
+
+
+def print_personal(found: PersonalRouting) -> None:
+    """Whether a user has personal routing, and what it does."""
+    OUT.print(f"personal routing of {escape(found.user)}: {'on' if found.on else 'off'}", soft_wrap=True)
+    OUT.print(f"rated answers: {found.rated} (offsets begin with {found.needed})")
+    for domain, offset in found.offsets.items():
+        OUT.print(f"  {escape(domain)}: {offset:+.2f} on the logit of P(correct)", soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

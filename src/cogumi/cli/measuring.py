@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from cogumi.cli import console
-from cogumi.cli.options import RUNS, BundleArgument, JsonOption, ThreadsOption, chosen_bundle
+from cogumi.cli.options import (
+    RUNS,
+    BaseModelOption,
+    BaseUrlOption,
+    BundleArgument,
+    JsonOption,
+    ThreadsOption,
+    chosen_bundle,
+    chosen_engines,
+)
 from cogumi.cli.progress import BenchProgress, SuiteProgress
 from cogumi.core.errors import CogumiError
 from cogumi.core.types import Request
@@ -51,6 +60,8 @@ def evaluate(
     tier: Annotated[str, typer.Option(help="cascade, base, draft or modifier:NAME.")] = "cascade",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     threads: ThreadsOption = None,
+    base_url: BaseUrlOption = None,
+    base_model: BaseModelOption = None,
     json: JsonOption = False,
 ) -> None:
     """Ask a bundle the questions of a file and grade the answers, or measure one of the suites.
@@ -69,7 +80,8 @@ def evaluate(
 
     examples, rejected = load(data)
     examples = examples[:limit]
-    with closing(open_cascade(chosen_bundle(bundle), threads=threads)) as cascade:
+    engines = chosen_engines(base_url, base_model)
+    with closing(open_cascade(chosen_bundle(bundle), threads=threads, engines=engines)) as cascade:
         model = _model(tier, cascade.models)
         resolved = [cascade.resolve(model, Request(messages=example.messages)) for example in examples]
         figures = measure(resolved[0][0], [request for _, request in resolved], examples)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cogumi.core.errors import BundleError
+from cogumi.core.errors import BundleError, CogumiError
+
+if TYPE_CHECKING:
+    from cogumi.cascade.engines import EngineFactory
 
 RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option(help="Folder that builds are kept in.")]
@@ -58,6 +61,40 @@ BandwidthOption = Annotated[
     str | None,
     typer.Option(help="Memory bandwidth of another machine, such as 50GB/s.", show_default="this one's, measured"),
 ]
+AdapterMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for modifiers, such as 500MB: those that are not answering are freed beyond it, the longest "
+        "unused first.",
+        show_default="no limit",
+    ),
+]
+ModifiersOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder out of which clients may add modifiers while it runs.", show_default="they may not"),
+]
+CacheOption = Annotated[
+    str | None, typer.Option(help="Key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where it fits")
+]
+BaseUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A server with OpenAI's API (its address with /v1) that answers in place of the bundle's base; no answer "
+        "counts as sure then."
+    ),
+]
+BaseModelOption = Annotated[str | None, typer.Option(help="With --base-url: the name of its model.")]
+ReuseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Give sure answers again: to the same question (`exact`), to near ones (`static`), or only where "
+        "near ones have proven to be the same (`verified`).",
+        show_default="never",
+    ),
+]
+ReuseCheckOption = Annotated[
+    Path | None, typer.Option(help="A second check of near questions, fitted by `eval --suite cache --out FOLDER`.")
+]
 
 
 def chosen_bundle(bundle: Path | None) -> Path:
@@ -68,3 +105,14 @@ def chosen_bundle(bundle: Path | None) -> Path:
     if not built:
         raise BundleError(f"there is no bundle in {RUNS}/; build one: cogumi build tiny, or name its folder")
     return built[-1].parent
+
+
+def chosen_engines(url: str | None, model: str | None) -> EngineFactory:
+    """What opens the engines of a bundle: its own models, or the base on the server at `url`."""
+    from cogumi.cascade.engines import llama_engines, remote_base
+
+    if (url is None) != (model is None):
+        raise CogumiError(
+            "--base-url and --base-model go together: the server's address with /v1, and its model's name"
+        )
+    return remote_base(url, model) if url and model else llama_engines

@@ -1,8 +1,8 @@
 """Self-consistency: majority vote over several sampled answers (SPEC F13; Wang et al. 2022).
 
-`final_answer` extracts the answer of a text in canonical form; `tally` counts votes. Free-text answers can be merged by
-embeddings with `merge_similar` (DBSCAN, Ester et al. 1996, on cosine distance). Pure functions that never raise on any
-text.
+`final_answer` extracts the answer of a text in canonical form; `tally` counts votes. Free texts are compared by their
+words, not by embeddings: with all-MiniLM-L6-v2, "yes" and "no" are as near (cosine distance 0.27) as "Paris" and "It is
+Paris", and "The war ended in 1918." is nearer to "... in 1945." (0.19). Pure functions that never raise on any text.
 """
 
 from __future__ import annotations
@@ -11,22 +11,12 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cogumi.confidence.signals import abstains
 from cogumi.core.text import FENCE, NUMBER, normalise
-
-EPS = 0.3
-"""Cosine distance up to which two free texts count as equivalent."""
-
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts -> embeddings [n, width]."""
 
 _UNIT = r"\s*(?:%|[^\W\d]+(?:\s+[^\W\d]+){0,2})?\W*$"
 _ONLY_NUMBER = re.compile(rf"[\s$€£*(\"'`]*({NUMBER}){_UNIT}")
@@ -112,44 +102,6 @@ def _code(text: str) -> str:
     except (tokenize.TokenError, SyntaxError):  # IndentationError is one
         return re.sub(r"\s+", " ", text).strip()
     return " ".join(_LAYOUT.get(t.type, t.string) for t in tokens if t.type not in _IGNORED).strip()
-
-
-def dbscan(rows: NDArray[Any], eps: float = EPS, min_samples: int = 2) -> list[int]:
-    """Cluster label of each row [n, width] by DBSCAN on cosine distance; a noise row gets its own label.
-
-    A row with `min_samples` rows within `eps` (including itself) is a core; cores within `eps` share a cluster, and any
-    other row joins its nearest core within `eps`, so that the result does not depend on the order of rows.
-    """
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    distance = 1.0 - unit @ unit.T
-    np.fill_diagonal(distance, 0.0)
-    near = distance <= eps
-    cores = near.sum(axis=1) >= min_samples
-    labels = list(range(len(rows)))
-    for start in np.flatnonzero(cores):
-        reached, border = {int(start)}, [int(start)]
-        while border:
-            row = border.pop()
-            more = {int(i) for i in np.flatnonzero(near[row] & cores)} - reached
-            reached |= more
-            border += more
-        labels[start] = min(reached)
-    for row in map(int, np.flatnonzero(~cores)):
-        nearest = int(np.argmin(np.where(cores, distance[row], np.inf)))
-        if cores[nearest] and near[row, nearest]:
-            labels[row] = labels[nearest]
-    return labels
-
-
-def merge_similar(answers: Sequence[Answer | None], embed: Embed) -> list[Answer | None]:
-    """The answers with each cluster of similar free texts replaced by its alphabetically first text."""
-    texts = sorted({answer.value for answer in answers if answer and answer.kind == "text"})
-    if len(texts) < 2:
-        return list(answers)
-    labels = dbscan(embed(texts))
-    first = dict(reversed(list(zip(labels, texts, strict=True))))
-    named = {text: Answer("text", first[label]) for label, text in zip(labels, texts, strict=True)}
-    return [named[a.value] if a and a.kind == "text" else a for a in answers]
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,7 @@ REPLACED: dict[str, str] = {
 }
 """Stages of earlier versions, and their replacements."""
 
-ENGINES: dict[str, str] = {
-    "llama": "cogumi.engine.llama.engine:LlamaEngine",
+ENGINES: dict[str, str] = {  # those that need optional packages; llama.cpp is always there
     "torch": "cogumi.engine.torch:TorchEngine",
     "remote": "cogumi.engine.remote:RemoteEngine",
 }

@@ -9,8 +9,8 @@ from cogumi.core.errors import BundleError
 from cogumi.core.packages import load
 
 
-def open_session(path: Path, threads: int = 1) -> Any:
-    """An `onnxruntime.InferenceSession` of a model file; its `run` may be called from several threads.
+def open_session(path: Path) -> Any:
+    """An `onnxruntime.InferenceSession` of a model file, on one thread; its `run` may be called from several threads.
 
     Raises `BundleError` if the file is missing or not a model that this version can run, `PackageError` if ONNX Runtime
     is not installed.
@@ -18,7 +18,7 @@ def open_session(path: Path, threads: int = 1) -> Any:
     onnxruntime: Any = load("onnxruntime", f"the model {path}")
     native: Any = load("onnxruntime.capi.onnxruntime_pybind11_state", f"the model {path}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # log errors only; they are also raised
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,7 +20,14 @@ from cogumi.core.version import __version__
 from cogumi.serve.answer_hooks import AnswerHook, AnswerHooks
 from cogumi.serve.engine_host import EngineHost, ServedEngine
 from cogumi.serve.error_handlers import add_error_handlers
-from cogumi.serve.http_routes import feedback_routes, reading_routes, status_routes, text_routes
+from cogumi.serve.http_routes import (
+    feedback_routes,
+    modifier_routes,
+    personal_routes,
+    reading_routes,
+    status_routes,
+    text_routes,
+)
 from cogumi.serve.middleware import BodyLimit, RequestIds
 
 
@@ -29,14 +37,15 @@ def create_app(
     on_ready: Callable[[ServedEngine], None] = lambda engine: None,
     on_failure: Callable[[BaseException], None] = lambda error: None,
     on_answer: Sequence[AnswerHook] = (),
+    modifiers: Path | None = None,
     max_body_bytes: int = 4 * 2**20,
     keep_alive_seconds: float = 10.0,
 ) -> FastAPI:
     """An application that serves the engine which `load` opens, in a thread, once the application runs.
 
     `on_ready` and `on_failure` tell how the loading ended; `on_answer` are called with every finished answer (see
-    `Answered`). Bodies above `max_body_bytes` are refused. A stream without news sends a comment every
-    `keep_alive_seconds`.
+    `Answered`). Clients may add modifiers out of the folder `modifiers` (None: they may not). Bodies above
+    `max_body_bytes` are refused. A stream without news sends a comment every `keep_alive_seconds`.
     """
     host = EngineHost(load, on_ready, on_failure)
 
@@ -55,6 +64,8 @@ def create_app(
     app.include_router(text_routes(host, AnswerHooks(on_answer), keep_alive_seconds))
     app.include_router(reading_routes(host))
     app.include_router(feedback_routes(host))
+    app.include_router(personal_routes(host))
+    app.include_router(modifier_routes(host, modifiers))
     return app
 
 
@@ -72,7 +83,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(load: Callable[[], ServedEngine], listener: socket.socket, on_ready: Callable[[ServedEngine], None]) -> None:
+def serve(
+    load: Callable[[], ServedEngine],
+    listener: socket.socket,
+    on_ready: Callable[[ServedEngine], None],
+    modifiers: Path | None = None,
+) -> None:
     """Serve on `listener` until a signal; raises what `load` raised if the bundle cannot be opened."""
     failures: list[BaseException] = []
 
@@ -80,7 +96,7 @@ def serve(load: Callable[[], ServedEngine], listener: socket.socket, on_ready: C
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, on_ready=on_ready, on_failure=fail)
+    app = create_app(load, on_ready=on_ready, on_failure=fail, modifiers=modifiers)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
     server.run(sockets=[listener])
     if failures:

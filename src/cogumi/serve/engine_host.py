@@ -7,8 +7,10 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
 
+from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.core.types import Request
 from cogumi.engine.protocol import Engine, Tokenizer
 from cogumi.serve.problem import Problem
@@ -29,6 +31,12 @@ class ServedEngine(Engine, Protocol):
 
     def feedback(self, id: str, right: bool, user: str | None = None) -> None:
         """Record whether an answer was right."""
+
+    def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
+        """Switch a user's personal routing (None: as it is), and what is known of it."""
+
+    def add_modifier(self, name: str, path: Path) -> None:
+        """Add a modifier while requests run."""
 
 
 class EngineHost:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from cogumi.core.errors import RequestError
+from cogumi.core.errors import CogumiError, RequestError
 from cogumi.core.types import Reply
 from cogumi.serve.answer_hooks import AnswerHook
 from cogumi.serve.chat_completions import ChatRequest, ChatResponseBuilder
@@ -23,7 +25,14 @@ from cogumi.serve.engine_host import EngineHost
 from cogumi.serve.event_stream import server_sent
 from cogumi.serve.middleware import request_id
 from cogumi.serve.problem import Problem
-from cogumi.serve.request_body import Feedback, ResponseBuilder, answer_id, model_object
+from cogumi.serve.request_body import (
+    Feedback,
+    NewModifier,
+    PersonalChoice,
+    ResponseBuilder,
+    answer_id,
+    model_object,
+)
 from cogumi.serve.tokenizer_api import DetokenizeRequest, TokenizeRequest
 
 
@@ -138,6 +147,60 @@ def feedback_routes(host: EngineHost) -> APIRouter:
             raise Problem(404, str(error), code="answer_not_found", param="id") from error
 
     return router
+
+
+def personal_routes(host: EngineHost) -> APIRouter:
+    """Personal routing of users: off unless they ask for it."""
+    router = APIRouter()
+
+    async def chosen(user: str, on: bool | None) -> dict[str, Any]:
+        choose = host.engine.personal
+        return asdict(await asyncio.get_running_loop().run_in_executor(host.threads, choose, user, on))
+
+    @router.get("/v1/personal")
+    async def shown(user: str) -> dict[str, Any]:
+        """Whether it is on, how many answers the user has rated of those needed, and the offsets by domain."""
+        return await chosen(user, None)
+
+    @router.post("/v1/personal")
+    async def switched(body: PersonalChoice) -> dict[str, Any]:
+        """Switch it on or off; the answer is what GET shows."""
+        return await chosen(body.user, body.on)
+
+    return router
+
+
+def modifier_routes(host: EngineHost, folder: Path | None) -> APIRouter:
+    """Adding modifiers out of the operator's `folder` to the running server; refused if there is none."""
+    router = APIRouter()
+
+    @router.post("/v1/modifiers", status_code=201)
+    async def added(body: NewModifier) -> dict[str, Any]:
+        """Add a modifier; it is then one of the models."""
+        if folder is None:
+            what = "modifiers cannot be added to this server: start it with --modifiers FOLDER"
+            raise Problem(403, what, code="modifiers_off")
+        add, path = host.engine.add_modifier, _inside(folder, body.file)
+        try:
+            await asyncio.get_running_loop().run_in_executor(host.threads, add, body.name, path)
+        except CogumiError as error:
+            raise Problem(400, str(error), code="invalid_modifier") from error
+        return model_object(f"cogumi:base+{body.name}", host.created)
+
+    return router
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The file of that name in the folder; raises `Problem` for a path, and for a link to somewhere else."""
+    root, found, exists = folder.resolve(), None, False
+    with suppress(OSError, RuntimeError, ValueError):  # too long, a circle of links, a null byte
+        found = (folder / file).resolve()
+        exists = found.is_file()
+    if found is None or file != Path(file).name or not found.is_relative_to(root):
+        raise Problem(400, f"{file!r} is no name of a file in the folder of modifiers", param="file")
+    if not exists:
+        raise Problem(404, f"there is no file {file!r} in the folder of modifiers", param="file")
+    return found
 
 
 async def _first(lines: AsyncGenerator[str]) -> str:

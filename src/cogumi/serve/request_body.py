@@ -141,6 +141,22 @@ class Feedback(BaseModel):
     user: str | None = None
 
 
+class PersonalChoice(BaseModel):
+    """Body of `POST /v1/personal`: whether personal routing is on for that user."""
+
+    model_config = ConfigDict(extra="forbid")
+    user: Annotated[str, Field(min_length=1)]
+    on: bool
+
+
+class NewModifier(BaseModel):
+    """Body of `POST /v1/modifiers`: the `name` of a modifier, and the name of its `file` in the server's folder."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    file: Annotated[str, Field(min_length=1, max_length=255)]
+
+
 class ResponseBuilder(Protocol):
     """Builds the JSON objects of one response; every chunk of a stream carries the same id, time and model."""
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cogumi.cascade.self_consistency import SAMPLING, Sampling
+from cogumi.cascade.self_consistency import SAMPLING
 from cogumi.confidence import calibrators
 from cogumi.confidence.calibrators import Calibrator
 from cogumi.confidence.critic_net import (
@@ -150,7 +150,7 @@ def _leaves(value: Any) -> list[str]:
 
 
 def labelled_answers(
-    engine: Engine, examples: Sequence[Example], options: AskOptions, seed: int, sampling: Sampling = SAMPLING
+    engine: Engine, examples: Sequence[Example], options: AskOptions, seed: int
 ) -> list[LabelledAnswer]:
     """A greedy and a sampled answer to each example by the base, and by the modifier of its domain if there is one."""
     jobs: list[tuple[Example, Request]] = []
@@ -159,7 +159,7 @@ def labelled_answers(
             if adapter in (None, example.domain):
                 limit = options.max_tokens
                 greedy = Request(messages=example.messages, max_tokens=limit, adapter=adapter, speculate=False)
-                sampled = sampling.requests(replace(greedy, seed=seed + i), 1)
+                sampled = SAMPLING.requests(replace(greedy, seed=seed + i), 1)
                 jobs += [(example, request) for request in (greedy, *sampled)]
     found = []
     for reply in replies(engine, [request for _, request in jobs], options.window):

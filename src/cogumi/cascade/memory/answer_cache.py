@@ -23,7 +23,7 @@ import sqlite3
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from itertools import groupby
@@ -88,9 +88,8 @@ class AnswerCache:
     """At most `size` answers in `folder` (None: in memory only), several threads and processes at once.
 
     Without an `embedder` only the very same questions are found. `similarity` is the least cosine of a near
-    question. `verified` keeps wrong answers below a share of `risk` of the near hits; `same` then says whether a
-    fresh answer equals the kept one. Raises `StateError` for a folder that cannot be used; afterwards a file that
-    fails is told as a warning and costs hits, not answers.
+    question. `verified` keeps wrong answers below a share of `risk` of the near hits. Raises `StateError` for a folder
+    that cannot be used; afterwards a file that fails is told as a warning and costs hits, not answers.
     """
 
     def __init__(
@@ -103,9 +102,8 @@ class AnswerCache:
         check: Net | None = None,
         verified: bool = False,
         risk: float = 0.01,
-        same: Callable[[str, str], bool] = same_text,
     ) -> None:
-        self._embedder, self._size, self._similarity, self._check, self._same = embedder, size, similarity, check, same
+        self._embedder, self._size, self._similarity, self._check = embedder, size, similarity, check
         self._verifier = Verifier(risk) if verified else None
         self._basis = _digest(json.dumps([self._encoder, check.to_json() if check else None]))
         self._answers = AnswerFile(folder)
@@ -143,7 +141,7 @@ class AnswerCache:
         vector = self._vector(question)
         with self._using():
             if pending := self._pending.pop((place, key), None):
-                self._learn(pending, self._same(reply.text, pending.reply.text), compared=True)
+                self._learn(pending, same_text(reply.text, pending.reply.text), compared=True)
             self._answers.put(place, key, question, reply, self._encoder, vector)
             if place in self._near:
                 self._near[place].stale = True

@@ -21,7 +21,7 @@ import numpy as np
 
 from cogumi.cascade.memory.known_votes import KnownVotes, vote_of
 from cogumi.cascade.memory.learned_file import Learned, LearnedFile
-from cogumi.cascade.memory.personal_offsets import PersonalOffsets
+from cogumi.cascade.memory.personal_offsets import PersonalOffsets, PersonalRouting
 from cogumi.cascade.memory.turns import Memory, Turn
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.nets import sigmoid
@@ -85,6 +85,17 @@ class Learner:
         q = layer.p_correct(p, seen, self._thresholds) if layer else p
         shift = self._personal.shift(user, seen, state.layer)
         return float(cap_below_thresholds(q, sigmoid(logit(q) + shift), self._thresholds)) if shift else q
+
+    def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
+        """Switch a user's personal routing on or off (None: as it is), and what is known of it.
+
+        Raises `StateError` where memory cannot be read or written.
+        """
+        if on is not None:
+            self._memory.choose_personal(user, on)
+            self._personal.renew(user)
+        self._refresh()
+        return self._personal.describe(user, self._file.state.layer)
 
     def rated(self, turn: Turn) -> None:
         """To be called after each `Memory.rate`, with what it returned. Raises `StateError` where memory cannot be

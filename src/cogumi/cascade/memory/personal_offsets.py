@@ -6,15 +6,32 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 from cogumi.cascade.memory.known_votes import vote_of
 from cogumi.cascade.memory.turns import Memory
 from cogumi.confidence import personal
-from cogumi.confidence.recalibration import Correction, Votes
+from cogumi.confidence.recalibration import DOMAIN, Correction, Votes
 from cogumi.core.errors import StateError
 
 PERSON = 500  # turns of a user that offsets are made of
 _READY = 10_000, 60.0  # users whose offsets are held ready, seconds for which they are
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalRouting:
+    """What is known of one user's personal routing: `on` if they asked for it.
+
+    `rated` counts their rated answers, among the newest `PERSON` turns, that a gate had judged; from `needed` on they
+    have `offsets`: by domain (`all` where no router spoke), what is added to the logit of P(correct), in nats. These
+    are empty while personal routing is off.
+    """
+
+    user: str
+    on: bool
+    rated: int
+    needed: int
+    offsets: Mapping[str, float]
 
 
 class PersonalOffsets:
@@ -32,22 +49,32 @@ class PersonalOffsets:
             sum(share * own.get(name, 0.0) for name, share in personal.domain_shares(features).items()) if own else 0.0
         )
 
+    def describe(self, user: str, layer: Correction | None) -> PersonalRouting:
+        """What is known of a user. Raises `StateError` if the memory cannot be read."""
+        on, own = self._memory.personal(user), self._own(user, layer)
+        found = self._offsets(user, own) if on else {}
+        named = {name.removeprefix(DOMAIN) or "all": offset for name, offset in found.items()}
+        return PersonalRouting(user, on, own.votes if own else 0, personal.MIN_VOTES, named)
+
     def _of(self, user: str, layer: Correction | None) -> Mapping[str, float]:
         if not user:
             return {}
         made, found = self._ready.get(user, (-math.inf, {}))
         if time.monotonic() - made > _READY[1]:
             with suppress(StateError):  # an answer does not fail because a memory cannot be read
-                found = self._made(user, layer) if self._memory.personal(user) else {}
+                found = self._offsets(user, self._own(user, layer)) if self._memory.personal(user) else {}
             if len(self._ready) >= _READY[0]:
                 self._ready.clear()
             self._ready[user] = time.monotonic(), found
         return found
 
-    def _made(self, user: str, layer: Correction | None) -> Mapping[str, float]:
+    def _own(self, user: str, layer: Correction | None) -> personal.Evidence | None:
+        """A user's evidence; None if they rated nothing."""
         turns = reversed(self._memory.recent(user, PERSON))
         votes = Votes.of(vote for turn in turns if (vote := vote_of(turn)))
-        own = personal.evidence(votes, layer.p_all(votes, ()) if layer else votes.p).get(user)
+        return personal.evidence(votes, layer.p_all(votes, ()) if layer else votes.p).get(user)
+
+    def _offsets(self, user: str, own: personal.Evidence | None) -> Mapping[str, float]:
         others = [other for name, other in self._evidence.items() if name != user]
         return personal.offsets(own, others) if own else {}
 

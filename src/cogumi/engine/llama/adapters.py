@@ -1,14 +1,11 @@
-"""The LoRA adapters of a running engine: loaded on demand, freed when memory is short, persisted (SPEC E8)."""
+"""The LoRA adapters of a running engine: loaded on demand, freed when memory is short (SPEC E8)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogumi.core.errors import BundleError
-from cogumi.core.files import write_json
 from cogumi.engine.llama.binding.model import Model
 
 Source = Path | Callable[[], Path]
@@ -16,25 +13,21 @@ Source = Path | Callable[[], Path]
 
 
 class Adapters:
-    """Named LoRA files for one model, with loaded or unloaded weights. Used only on the engine's thread.
+    """Named LoRA files for one model, with loaded or unloaded weights; `given` are the initial ones.
 
-    `given` are the initial adapters. With `remember`, adapters added later are stored in that file (JSON, name to path)
-    and restored at the next start.
+    Used only on the engine's thread.
     """
 
-    def __init__(self, model: Model, given: Mapping[str, Source], remember: Path | None) -> None:
-        self._model, self._remember = model, remember
+    def __init__(self, model: Model, given: Mapping[str, Source]) -> None:
+        self._model = model
         self._paths: dict[str, Source] = {}
         self._loaded: dict[str, Any] = {}
         self._bytes: dict[str, int] = {}
         for name, source in given.items():
             if isinstance(source, Path):
-                self._put(name, source)
+                self.add(name, source)
             else:
                 self._paths[name] = source
-        self._added = _read_list(remember)
-        for name, path in self._added.items():
-            self._put(name, path)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -43,10 +36,9 @@ class Adapters:
 
     def add(self, name: str, path: Path) -> None:
         """Load a file under a name; `BundleError` without any change if it does not fit the model."""
-        self._put(name, path)
-        if self._remember:
-            self._added[name] = path.resolve()
-            write_json(self._remember, {name: str(path) for name, path in self._added.items()})
+        loaded = self._model.load_adapter(path)
+        self.free(name)
+        self._paths[name], self._loaded[name], self._bytes[name] = path, loaded, path.stat().st_size
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -57,15 +49,10 @@ class Adapters:
         """The weights of an adapter; loads them if necessary and marks them as most recently used."""
         if name not in self._loaded:
             source = self._paths[name]
-            self._put(name, source if isinstance(source, Path) else source())
+            self.add(name, source if isinstance(source, Path) else source())
         weights = self._loaded.pop(name)
         self._loaded[name] = weights
         return weights
-
-    def _put(self, name: str, path: Path) -> None:
-        loaded = self._model.load_adapter(path)
-        self.free(name)
-        self._paths[name], self._loaded[name], self._bytes[name] = path, loaded, path.stat().st_size
 
     def bytes(self, name: str) -> int:
         """Size of the weights in memory when loaded."""
@@ -76,15 +63,3 @@ class Adapters:
         loaded = self._loaded.pop(name, None)
         if loaded is not None:
             self._model.free_adapter(loaded)
-
-
-def _read_list(file: Path | None) -> dict[str, Path]:
-    if file is None or not file.exists():
-        return {}
-    try:
-        known = json.loads(file.read_text("utf-8"))
-        return {str(name): Path(path) for name, path in known.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise BundleError(
-            f"{file} is not a list of adapters ({error}); delete it and add the adapters again"
-        ) from error

@@ -59,11 +59,10 @@ class LlamaEngine:
     heads allow it, else f16. Drafts come from prompt `lookup` and from a `draft` model, given as a file or as another
     engine (whose weights are shared), bridged if its vocabulary differs; a request that forces speculation gets
     `draft_tokens` per round, other requests the most profitable number. Idle adapters are freed, least recently used
-    first, while all of them take more than `adapter_memory` bytes; adapters added later are written to the file
-    `remember` and restored at the next start. A garbage-collected engine closes itself. `head` answers requests with
-    examples after adapting to them, together with the adapter named `few_shot.ADAPTER` if given; it must have been
-    trained on the base with that `base_sha256`, if known. `repack`: see `Model`. Raises `BundleError` if a file cannot
-    be used.
+    first, while all of them take more than `adapter_memory` bytes. A garbage-collected engine closes itself. `head`
+    answers requests with examples after adapting to them, together with the adapter named `few_shot.ADAPTER` if given;
+    it must have been trained on the base with that `base_sha256`, if known. `repack`: see `Model`. Raises `BundleError`
+    if a file cannot be used.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class LlamaEngine:
         queue: int = 10_000,
         cache: str | None = None,
         adapter_memory: int | None = None,
-        remember: Path | None = None,
         head: Path | None = None,
         base_sha256: str | None = None,
         repack: bool = True,
@@ -112,7 +110,7 @@ class LlamaEngine:
         def open_context(adapter: Any) -> AdapterContext:  # no reference to the engine, so that it can be collected
             return AdapterContext(open_base(adapter=adapter), tokenizer, Speculator(drafting) if drafting else None)
 
-        self._adapters = Adapters(self._model, adapters or {}, remember)
+        self._adapters = Adapters(self._model, adapters or {})
         self._pool = ContextPool(
             self._adapters, open_context, context_bytes=slots * context * self.cache_bytes, budget=adapter_memory
         )
@@ -143,11 +141,6 @@ class LlamaEngine:
         return self._drafting.controller.latency if self._drafting else None
 
     @property
-    def acceptance(self) -> float:
-        """Running probability that a token drafted by the draft model is accepted."""
-        return self._drafting.controller.rate("model") if self._drafting else 0.0
-
-    @property
     def drafting_speedup(self) -> float:
         """Best expected speed-up of a single request by drafting; 1 without drafting."""
         return self._drafting.controller.speedup() if self._drafting else 1.0
@@ -163,7 +156,11 @@ class LlamaEngine:
         return self._model.cache_bytes(self._cache)
 
     def add_adapter(self, name: str, path: Path) -> None:
-        """Make a LoRA file available as `name`, also while requests run."""
+        """Make a LoRA file available as `name`, also while requests run.
+
+        Raises `BundleError` for a file that is no adapter of this base, `RequestError` if one of that name is
+        answering just now; else it is replaced.
+        """
         self._scheduler.call(lambda: self._pool.add(name, Path(path)))
 
     def check(self, request: Request) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.cascade.memory.answer_cache import SIMILARITY
+from cogumi.cascade.memory.reuse_check import write_check
 from cogumi.confidence.guarantee import upper_bound
 from cogumi.confidence.nets import Net
 from cogumi.confidence.reuse import FEATURES, KINDS, pair_features
@@ -38,7 +39,7 @@ RISKS = (RISK, 0.05)
 PAIRS = 20_000
 """Most pairs used; half as many if negatives are mined, because embedding their questions takes minutes."""
 SHARES = (0.25, 0.25, 0.5)
-CHECK = "check.safetensors"
+CHECK = "reuse_check.json"
 
 Doubles = NDArray[np.float64]
 Truths = NDArray[np.bool_]
@@ -105,22 +106,30 @@ def run(task: Task) -> Findings:
             points[verified] = stream(score(judged), judged, risk, task.seed)
             figures += _hits(verified, points[verified], judged.same, goal=f"<= {risk}")
     figures += lookup_speed(embedder, vectors)
+    edge = proven_threshold(_rows(scores["fitted check"](threshold), threshold.same), RISK)
     pictures = []
     if task.out:
         task.out.mkdir(parents=True, exist_ok=True)
         pictures.append(_picture(task.out / "cache.png", {n: f(judged) for n, f in scores.items()}, judged, points))
-        edge = proven_threshold(_rows(scores["fitted check"](threshold), threshold.same), RISK)
         if np.isfinite(edge):
-            _shifted(check, edge).save(task.out / CHECK)
+            write_check(task.out / CHECK, _shifted(check, edge), embedder.identity)
     counts = {"fit": fit, "threshold": threshold, "judged": judged}
     facts = {
         "pairs": len(pairs),
         "labels": "only same; the nearest question of another group stands for different" if mined else "both",
         **{name: {"same": int(part.same.sum()), "different": int((~part.same).sum())} for name, part in counts.items()},
+        "check": _saved(task.out, edge),
         "assumption": "questions to come are like these, and their labels are right",
         "seconds": round(time.perf_counter() - began, 1),
     }
     return Findings(figures, facts, pictures)
+
+
+def _saved(out: Path | None, edge: float) -> str:
+    """Where the check is, or why there is none."""
+    if not np.isfinite(edge):
+        return f"no threshold was proven to keep {RISK:.0%}, so none was saved"
+    return f"{out / CHECK}: for serve --reuse-check" if out else "proven; saved with --out"
 
 
 def fit_check(part: Part) -> Net:

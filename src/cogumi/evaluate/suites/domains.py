@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from cogumi.bundle.format import open_bundle
 from cogumi.cascade.tiers import router_input
-from cogumi.confidence.domain_router import PRELOAD, confidences, preload, scope_for
+from cogumi.confidence.domain_router import confidences, preload, scope_for
 from cogumi.confidence.nets import Net, load_net, load_scope
 from cogumi.core.errors import CogumiError, ContextError
-from cogumi.core.types import Example, Message, Request
+from cogumi.core.types import Message, Request
 from cogumi.data.world.questions import draw_fresh
 from cogumi.engine.embedder import Embedder
 from cogumi.engine.llama.engine import LlamaEngine
@@ -202,7 +202,6 @@ def own_router(task: Task, folder: Path, foreign: Questions) -> list[Figure]:
     with closing(LlamaEngine(bundle.draft or bundle.base, slots=1, context=CONTEXT, lookup=False)) as draft:
         own = _rows(draft, [e.messages for e in examples])
         other = _rows(draft, [(Message("user", text),) for text in foreign.texts])
-        early = [_early(draft, net, e, tuple(bundle.modifiers)) for e in examples]
         whole = _milliseconds(
             lambda e: net.probabilities(router_input(draft.read(Request(messages=e.messages)))), examples[:TIMED]
         )
@@ -212,11 +211,9 @@ def own_router(task: Task, folder: Path, foreign: Questions) -> list[Figure]:
     alarms = confidences(net, x) < scope
     out = confidences(net, np.array(list(other.values()))) < scope
     note = f"scope {scope:.3f}" if scope else "this bundle's router has no scope: build it again"
-    loaded = [(guess, e.domain) for guess, e in zip(early, examples, strict=True) if guess is not None]
-    wrong = np.array([guess != domain for guess, domain in loaded], dtype=bool)
-    in_time = np.array(
-        [guess is not None for guess, e in zip(early, examples, strict=True) if e.domain in bundle.modifiers]
-    )
+    loaded = [preload(net.probabilities(row), tuple(bundle.modifiers)) for row in own.values()]
+    wrong = np.array([name != domain for name, domain in zip(loaded, truth, strict=True) if name], dtype=bool)
+    ahead = np.array([bool(name) for name, domain in zip(loaded, truth, strict=True) if domain in bundle.modifiers])
     return [
         _figure("bundle's router: accuracy on fresh questions", right, ">= 0.97", _by_name(right, list(truth))),
         _figure("bundle's router: false alarms on fresh questions", alarms, "", note),
@@ -226,8 +223,8 @@ def own_router(task: Task, folder: Path, foreign: Questions) -> list[Figure]:
             "",
             f"{note}; {_by_name(out, [foreign.datasets[i] for i in other])}",
         ),
-        _figure("wrong pre-loads", wrong, "< 0.07", f"of those decided within {PRELOAD[-1][0]} tokens of a question"),
-        _figure("pre-loaded in time", in_time, "", "of the questions whose domain has a modifier"),
+        _figure("wrong pre-loads", wrong, "< 0.07", "of the questions that load a modifier ahead"),
+        _figure("pre-loaded", ahead, "", "of the questions whose domain has a modifier"),
         Figure("milliseconds per question, draft's reading and router", whole, "< 15", note="median"),
     ]
 
@@ -236,18 +233,6 @@ def _rows(draft: LlamaEngine, questions: Sequence[tuple[Message, ...]]) -> dict[
     """Router inputs by index of the question; questions that are too long are left out."""
     read = ((i, _read(draft, messages)) for i, messages in enumerate(questions))
     return {i: row for i, row in read if row is not None}
-
-
-def _early(draft: LlamaEngine, net: Net, example: Example, modifiers: Sequence[str]) -> str | None:
-    """The modifier that the first tokens of a question would pre-load, or None."""
-    ids = draft.tokenizer.encode(example.messages[-1].content)
-    for tokens, _ in PRELOAD:
-        beginning = Message("user", draft.tokenizer.decode(ids[:tokens]))
-        row = _read(draft, (*example.messages[:-1], beginning))
-        found = None if row is None else preload(net.probabilities(row), modifiers, tokens)
-        if found is not None:
-            return found
-    return None
 
 
 def run(task: Task) -> Findings:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from itertools import takewhile
 from typing import Protocol
 
@@ -80,10 +79,6 @@ class _Vocabulary:
         """The bytes of `ids`."""
         return b"".join(map(self.piece, ids))
 
-    def pieces(self) -> set[bytes]:
-        """The bytes of all ids, without empty ones."""
-        return {self.piece(i) for i in range(self.tokenizer.size)} - {b""}
-
 
 class Bridge:
     """Translates between the vocabularies of a base and its draft.
@@ -93,12 +88,6 @@ class Bridge:
 
     def __init__(self, base: PieceTokenizer, draft: PieceTokenizer) -> None:
         self._base, self._draft = _Vocabulary(base, "base"), _Vocabulary(draft, "draft")
-
-    @cached_property
-    def overlap(self) -> float:
-        """Share of the base's pieces that the draft also has; reads both vocabularies at first use."""
-        base, draft = self._base.pieces(), self._draft.pieces()
-        return len(base & draft) / len(base)
 
     def prompt(self, request: Request, ids: Sequence[int]) -> list[int]:
         """The draft's prompt ids for the prompt `ids` of the base; at least one id.

@@ -1,0 +1,90 @@
+"""The file of the second check of reused answers, and a bundle that is opened with it (SPEC F12)."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from cogumi.cascade import opening
+from cogumi.cascade.memory.reuse_check import read_check, write_check
+from cogumi.confidence.nets import Net
+from cogumi.confidence.reuse import FEATURES, pair_features
+from cogumi.core.errors import CogumiError, StateError
+from support.bundle import make_bundle
+from support.encoder import Trigrams
+
+N = len(FEATURES)
+ONE, OTHER = "How many people live in Paris?", "how many people live in Paris"
+
+
+def logistic(bias, width=N):
+    return Net.of(np.zeros(width), np.ones(width), [np.ones((width, 1))], [[bias]], ("different", "same"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("reuse"))
+
+
+@pytest.fixture
+def with_encoder(monkeypatch):
+    """The pico bundle has no encoder of sentences; it is opened as if it had one."""
+    answers = opening._answers
+    monkeypatch.setattr(opening, "_answers", lambda bundle, _, *rest: answers(bundle, Trigrams, *rest))
+
+
+def test_a_check_comes_back_as_it_was_written(tmp_path):
+    file = tmp_path / "check.json"
+    write_check(file, logistic(-1.5), "one")
+    x = pair_features(ONE, OTHER, 0.9)
+    assert read_check(file, "one").logits(x) == logistic(-1.5).logits(x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"encoder": "two"}, "was fitted with another encoder than this bundle's"),
+        ({"format": 2}, "is a reuse check of another version of cogumi"),
+        ({"features": ["cosine"]}, "is a reuse check of another version of cogumi"),
+        ({"check": logistic(0.0, 2).to_json()}, "is a reuse check of another version of cogumi"),
+        ({"check": {}}, "is no reuse check"),
+        ({"check": 5}, "is no reuse check"),
+        ({"features": 5}, "is no reuse check"),
+        (None, "is no reuse check"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, changes, why):
+    file = tmp_path / "check.json"
+    write_check(file, logistic(0.0), "one")
+    file.write_text("[1" if changes is None else json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(StateError, match=re.escape(f"{file} {why}")) as caught:
+        read_check(file, "one")
+    assert str(caught.value).endswith("cogumi eval BUNDLE --suite cache --data FOLDER --out FOLDER")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(StateError, match=r"gone\.json cannot be read \(No such file"):
+        read_check(tmp_path / "gone.json", "one")
+
+
+@pytest.mark.parametrize(("bias", "route"), [(-1e6, "base"), (1e6, "cache")])
+@pytest.mark.usefixtures("with_encoder")
+def test_a_bundle_reuses_what_the_check_allows(bundle, tmp_path, bias, route):
+    file = tmp_path / "check.json"
+    write_check(file, logistic(bias), Trigrams.identity)
+    size = {"threads": 1, "slots": 2}
+    with opening.open_cascade(bundle, reuse="static", reuse_check=str(file), **size) as bot:
+        first, second = (bot.ask(text, mode="fast", max_tokens=60, stop=("e",)) for text in (ONE, OTHER))
+    assert (first.finish_reason, first.route) == ("stop", "base")
+    assert second.route == route
+    write_check(file, logistic(bias), "another")
+    with pytest.raises(StateError, match="fitted with another encoder"):
+        opening.open_cascade(bundle, reuse="static", reuse_check=file, **size)
+
+
+def test_a_check_is_for_near_questions(bundle, tmp_path):
+    for reuse in (None, "exact"):
+        with pytest.raises(CogumiError, match="a reuse check is for answers to near questions: add --reuse static"):
+            opening.open_cascade(bundle, reuse=reuse, reuse_check=tmp_path / "check.json")
