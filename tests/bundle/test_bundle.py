@@ -1,4 +1,4 @@
-"""Bundles: opened only when every byte is there, is right, and belongs to the rest."""
+"""`bundle.format` and stage `bundle`: every file of a bundle is checked for presence, content and a matching base."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 def edit(folder, change):
-    """Change bundle.json as someone could who also puts the checksums right."""
+    """Change bundle.json; it has no checksum of its own, so only semantic checks can reject the change."""
     index = json.loads((folder / "bundle.json").read_text())
     change(index)
     (folder / "bundle.json").write_text(json.dumps(index))
@@ -61,7 +61,7 @@ def refuse(folder, match):
     assert str(folder) in str(caught.value)
 
 
-def test_opens_what_was_written(folder):
+def test_written_bundle_opens_and_can_be_moved(folder):
     bundle = open_bundle(folder)
     assert bundle.base.read_bytes() == FILES["base.gguf"]
     assert bundle.draft == folder / "draft.gguf"
@@ -74,12 +74,12 @@ def test_opens_what_was_written(folder):
     assert open_bundle(moved).base == moved / "base.gguf"
 
 
-def test_every_flipped_byte_is_refused(folder):
-    chance = random.Random(1)
+def test_any_flipped_byte_is_refused(folder):
+    random_source = random.Random(1)
     for name in FILES:
         path = folder / name
         content = bytearray(path.read_bytes())
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        content[random_source.randrange(len(content))] ^= 1 << random_source.randrange(8)
         good = path.read_bytes()
         path.write_bytes(content)
         refuse(folder, f"{name} has changed")
@@ -88,7 +88,7 @@ def test_every_flipped_byte_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_short_and_unlisted_files(folder, name):
+def test_missing_truncated_or_unlisted_file_is_refused(folder, name):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-1])
     refuse(folder, f"{name} has {len(content) - 1} bytes instead of {len(content)}")
@@ -99,27 +99,27 @@ def test_missing_short_and_unlisted_files(folder, name):
     refuse(folder, name)
 
 
-def test_extra_file(folder):
+def test_unlisted_extra_file_is_refused(folder):
     (folder / "modifiers/law.gguf").write_bytes(b"GGUF")
     refuse(folder, r"modifiers/law\.gguf is in the folder but not in bundle\.json")
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "modifiers/../../secret.gguf"])
-def test_path_that_leaves_the_folder(folder, name):
+def test_path_outside_the_folder_is_refused(folder, name):
     (folder.parent / "secret").write_bytes(b"x")
     entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     edit(folder, lambda index: index["files"].update({name: entry}))
     refuse(folder, "leaves the folder")
 
 
-def test_link_that_leaves_the_folder(folder):
+def test_symlink_outside_the_folder_is_refused(folder):
     (folder / "base.gguf").unlink()
     (folder.parent / "base.gguf").write_bytes(FILES["base.gguf"])
     (folder / "base.gguf").symlink_to(folder.parent / "base.gguf")
     refuse(folder, r"'base\.gguf' leaves the folder")
 
 
-def test_file_that_the_format_does_not_know(folder):
+def test_file_that_is_not_part_of_the_format_is_refused(folder):
     (folder / "weights.pkl").write_bytes(b"x")
     entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     edit(folder, lambda index: index["files"].update({"weights.pkl": entry}))
@@ -127,31 +127,31 @@ def test_file_that_the_format_does_not_know(folder):
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_unknown_format_version(folder, version):
+def test_unknown_format_version_is_refused(folder, version):
     edit(folder, lambda index: index.update(format=version))
     refuse(folder, "has bundle format .*upgrade")
 
 
-def test_modifier_of_another_base(folder):
+def test_modifier_of_another_base_is_refused(folder):
     edit(folder, lambda index: index["parts"]["modifiers/math.gguf"].update(base_fingerprint=OTHER))
     refuse(folder, "the modifier 'math' was trained on another base")
 
 
-def test_another_tokenizer(folder):
-    """A draft may have one: it is bridged (E3)."""
+def test_only_the_draft_may_have_another_tokenizer(folder):
+    """A draft with another tokenizer is connected by the token bridge."""
     edit(folder, lambda index: index["parts"]["draft.gguf"].update(tokenizer_sha256=OTHER))
     open_bundle(folder)
     edit(folder, lambda index: index["parts"]["modifiers/math.gguf"].update(tokenizer_sha256=OTHER))
     refuse(folder, "the tokenizer of modifiers/math.gguf .* differs")
 
 
-def test_parts_that_say_nothing(folder):
+def test_gguf_file_missing_from_parts_is_refused(folder):
     edit(folder, lambda index: index["parts"].pop("draft.gguf"))
     refuse(folder, r"must list exactly the GGUF files.*draft\.gguf")
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", '{"format": 1}', '{"format": 1, "parts": 3}', "[" * 100_000])
-def test_index_that_is_none(folder, text):
+def test_invalid_or_missing_index_is_refused(folder, text):
     (folder / "bundle.json").write_text(text)
     refuse(folder, "again|upgrade")
     (folder / "bundle.json").unlink()
@@ -159,14 +159,14 @@ def test_index_that_is_none(folder, text):
     refuse(folder / "base.gguf", "is not a bundle")
 
 
-def test_foreign_parts_are_not_even_written(tmp_path):
+def test_writing_a_modifier_of_another_base_is_refused(tmp_path):
     foreign = {**PARTS, "modifiers/math.gguf": {"base_fingerprint": OTHER, "tokenizer_sha256": WORDS}}
     with pytest.raises(BundleError, match="another base"):
         write_bundle(tmp_path / "out", sources(tmp_path), {"parts": foreign})
     assert not (tmp_path / "out/bundle.json").exists()
 
 
-def test_each_file_is_read_once(tmp_path, monkeypatch):
+def test_opening_hashes_each_file_once(tmp_path, monkeypatch):
     write_bundle(tmp_path / "out", sources(tmp_path), {"parts": PARTS})
     read = []
     monkeypatch.setattr(core_files, "sha256", lambda path: read.append(path.name) or sha256(path))
@@ -178,22 +178,22 @@ def test_each_file_is_read_once(tmp_path, monkeypatch):
 
 
 def inputs(folder, *, adapter_base=BASE):
-    def made(role, name, **metrics):
+    def artifact(role, name, **metrics):
         (folder / role).mkdir()
         content = b'{"threshold": 0.5}' if name.endswith(".json") else f"{role} {name}".encode()
         (folder / role / name).write_bytes(content)
         return finish(folder / role, kind="x", fingerprint=role * 9, parents={}, metrics=metrics, environment={})
 
     def gguf(role, name, base):
-        return made(role, name, base_fingerprint=base, tokenizer_sha256=WORDS, bytes=1234)
+        return artifact(role, name, base_fingerprint=base, tokenizer_sha256=WORDS, bytes=1234)
 
     return Inputs(
         base=gguf("base", "model.gguf", BASE),
         draft=gguf("draft", "model.gguf", OTHER),
         modifier_math=gguf("modifier_math", "adapter.gguf", adapter_base),
-        difficulty=made("difficulty", "difficulty.safetensors"),
-        router=made("router", "router.safetensors", accuracy=0.987654),
-        calibration=made("calibration", "calibration.json", gate={"ece": 0.03}),
+        difficulty=artifact("difficulty", "difficulty.safetensors"),
+        router=artifact("router", "router.safetensors", accuracy=0.987654),
+        calibration=artifact("calibration", "calibration.json", gate={"ece": 0.03}),
     )
 
 
@@ -206,7 +206,7 @@ def test_stage_packs_a_bundle_that_opens(tmp_path):
     out.mkdir()
     metrics = pack.run(pack.Config(title="Small"), given, out, CONTEXT)
     finish(out, kind="bundle", fingerprint="f", parents={}, metrics=metrics, environment={})
-    bundle = open_bundle(out)  # the manifest beside it does no harm
+    bundle = open_bundle(out)  # manifest.json in the same folder is allowed
     assert bundle.modifiers["math"].read_bytes() == b"modifier_math adapter.gguf"
     assert bundle.calibration == {"threshold": 0.5}
     assert bundle.description["provenance"]["base"] == "base" * 9
@@ -228,7 +228,7 @@ def test_stage_writes_equal_bytes(tmp_path):
     assert (tmp_path / "one/bundle.json").read_bytes() == (tmp_path / "two/bundle.json").read_bytes()
 
 
-def test_stage_refuses_what_does_not_belong(tmp_path):
+def test_stage_refuses_a_modifier_of_another_base(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(BundleError, match="the modifier 'math' was trained on another base"):
         pack.run(pack.Config(), inputs(tmp_path, adapter_base=OTHER), tmp_path / "out", CONTEXT)
@@ -242,6 +242,6 @@ def test_stage_names_bad_inputs(tmp_path):
         pack.run(pack.Config(), Inputs({k: v for k, v in given.items() if k != "router"}), out, CONTEXT)
     with pytest.raises(ExportError, match=r"input 'router' .* holds no router\.safetensors"):
         pack.run(pack.Config(), Inputs({**given, "router": given["difficulty"]}), out, CONTEXT)
-    silent = Artifact("x", given["base"].path, "f")
+    without_metrics = Artifact("x", given["base"].path, "f")
     with pytest.raises(ExportError, match="input 'base' has no metric 'base_fingerprint'"):
-        pack.run(pack.Config(), Inputs({**given, "base": silent}), out, CONTEXT)
+        pack.run(pack.Config(), Inputs({**given, "base": without_metrics}), out, CONTEXT)

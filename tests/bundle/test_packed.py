@@ -1,4 +1,4 @@
-"""Packed bundles: the same bytes come out, whatever is damaged, hostile or interrupted on the way."""
+"""`bundle.packed` and `compress.pack.archive`: round trips, and damaged, hostile or interrupted archives."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def packed(plain):
 
 @pytest.fixture
 def copy(packed, tmp_path):
-    """A packed bundle to do harm to."""
+    """A copy of the packed bundle that a test may damage."""
     return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
@@ -63,7 +63,7 @@ def edit(folder, change):
 
 
 def refuse(folder, match):
-    """Neither unpacking nor opening in any mode leaves anything behind, and the archive is as it was."""
+    """Check that unpacking and opening fail, leave no files behind and do not change the archive."""
     before = content_of(folder)
     out = folder.with_name("out")
     with pytest.raises(BundleError, match=match) as caught:
@@ -75,14 +75,14 @@ def refuse(folder, match):
     assert content_of(folder) == before
 
 
-# What comes out
+# Round trips
 
 
-def test_the_same_bytes_come_out(plain, packed, tmp_path):
-    told = []
-    unpack(packed, tmp_path / "out", lambda done, total: told.append((done, total)))
+def test_unpacking_restores_the_same_bytes(plain, packed, tmp_path):
+    reported = []
+    unpack(packed, tmp_path / "out", lambda done, total: reported.append((done, total)))
     assert content_of(tmp_path / "out") == content_of(plain)
-    assert told[-1] == (sum(map(len, content_of(plain).values())),) * 2
+    assert reported[-1] == (sum(map(len, content_of(plain).values())),) * 2
     index = json.loads((packed / INDEX).read_bytes())
     for name, file in index["files"].items():
         assert (file["bytes"], file["sha256"]) == ((plain / name).stat().st_size, sha256(plain / name))
@@ -90,7 +90,7 @@ def test_the_same_bytes_come_out(plain, packed, tmp_path):
     assert len(index["files"]["base.gguf"]["frames"]) == 2
 
 
-def test_any_zstd_reads_a_packed_file(packed):
+def test_a_packed_file_is_standard_zstd(packed):
     with (packed / "base.gguf.zst").open("rb") as file:
         reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
         assert reader.read() == CONTENT["base.gguf"]
@@ -105,7 +105,7 @@ def test_any_zstd_reads_a_packed_file(packed):
         max_size=5,
     )
 )
-def test_any_files_come_back(tmp_path, files):
+def test_round_trip_of_arbitrary_files(tmp_path, files):
     names = {name for name in files if not any(other.startswith(name + "/") for other in files)}
     root = tmp_path / str(len(list(tmp_path.iterdir())))
     write(root / "in", {name: files[name] for name in names}).mkdir(parents=True, exist_ok=True)
@@ -124,13 +124,13 @@ def pack_and_check(root, names):
 
 
 @pytest.mark.parametrize("size", [0, 1, FRAME - 1, FRAME, FRAME + 1])
-def test_sizes_around_a_frame(tmp_path, size):
+def test_round_trip_at_frame_boundaries(tmp_path, size):
     write(tmp_path / "in", {"file": random.Random(size).randbytes(size)})
     figures = pack_and_check(tmp_path, ["file"])
     assert figures["ratio"] == pytest.approx(1, abs=0.001) or size < 2
 
 
-def test_the_same_archive_from_any_number_of_threads(plain, packed, tmp_path, monkeypatch):
+def test_archive_does_not_depend_on_the_thread_count(plain, packed, tmp_path, monkeypatch):
     monkeypatch.setattr("cogumi.bundle.packed.usable_threads", lambda: 1)
     (tmp_path / "one").mkdir()
     pack_folder(plain, tmp_path / "one", Config())
@@ -138,18 +138,18 @@ def test_the_same_archive_from_any_number_of_threads(plain, packed, tmp_path, mo
 
 
 @pytest.fixture(scope="module")
-def alike(tmp_path_factory):
-    """Many small files of the same words, for which a dictionary pays; packed."""
-    root, chance = tmp_path_factory.mktemp("alike"), random.Random(0)
-    sentences = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz ", k=150)) for _ in range(500)]
-    files = {f"{i}.json": json.dumps(chance.sample(sentences, 12)).encode() for i in range(200)}
+def similar_files(tmp_path_factory):
+    """Many small files that share sentences, so that a dictionary saves space; packed."""
+    root, random_source = tmp_path_factory.mktemp("alike"), random.Random(0)
+    sentences = ["".join(random_source.choices("abcdefghijklmnopqrstuvwxyz ", k=150)) for _ in range(500)]
+    files = {f"{i}.json": json.dumps(random_source.sample(sentences, 12)).encode() for i in range(200)}
     write(root / "in", files)
     (root / "packed").mkdir()
     return root, pack(root / "in", files, root / "packed", Config())
 
 
-def test_a_dictionary_is_used_where_it_pays(alike, tmp_path):
-    root, figures = alike
+def test_dictionary_is_used_where_it_saves_space(similar_files, tmp_path):
+    root, figures = similar_files
     assert 0 < figures["dictionary_bytes"] <= 128 << 10
     assert any(file["dictionary"] for file in figures["files"].values())
     for file in figures["files"].values():
@@ -159,13 +159,13 @@ def test_a_dictionary_is_used_where_it_pays(alike, tmp_path):
     assert content_of(tmp_path / "out") == content_of(root / "in")
 
 
-def test_no_dictionary_where_it_does_not_pay(packed, plain, tmp_path):
+def test_no_dictionary_where_it_saves_nothing(packed, plain, tmp_path):
     assert not (packed / DICTIONARY).exists()
     (tmp_path / "out").mkdir()
     figures = pack_folder(plain, tmp_path / "out", Config())
     assert figures["dictionary_bytes"] == 0
     assert figures["files"]["base.gguf"]["with_dictionary_bytes"] > 0
-    assert figures["ratio"] == pytest.approx(2, rel=0.02)  # half of it is zeros
+    assert figures["ratio"] == pytest.approx(2, rel=0.02)  # half of the content is zeros
 
 
 # Damage
@@ -173,7 +173,7 @@ def test_no_dictionary_where_it_does_not_pay(packed, plain, tmp_path):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_flipped_bit_is_noticed(copy, data):
+def test_any_flipped_bit_is_detected(copy, data):
     path = data.draw(st.sampled_from(sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)))
     good = path.read_bytes()
     at, bit = data.draw(st.integers(0, len(good) - 1)), data.draw(st.integers(0, 7))
@@ -184,18 +184,19 @@ def test_every_flipped_bit_is_noticed(copy, data):
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_cut_is_noticed(copy, data):
+def test_any_truncated_or_missing_file_is_detected(copy, data):
     path = data.draw(st.sampled_from(sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)))
     good = path.read_bytes()
-    path.write_bytes(good[: data.draw(st.integers(0, len(good.rstrip(b"\n")) - 1))])  # JSON may lack its last
+    end = data.draw(st.integers(0, len(good.rstrip(b"\n")) - 1))  # the final newline of JSON is optional
+    path.write_bytes(good[:end])
     refuse(copy, None)
     path.unlink()
     refuse(copy, "missing|is not packed")
     path.write_bytes(good)
 
 
-def test_a_dictionary_that_is_another_or_too_large(alike, tmp_path):
-    copy = Path(shutil.copytree(alike[0] / "packed", tmp_path / "copy"))
+def test_wrong_missing_or_oversized_dictionary_is_refused(similar_files, tmp_path):
+    copy = Path(shutil.copytree(similar_files[0] / "packed", tmp_path / "copy"))
     good = (copy / DICTIONARY).read_bytes()
     (copy / DICTIONARY).write_bytes(good[:-1] + b"x")
     refuse(copy, "dictionary has changed")
@@ -209,13 +210,13 @@ def test_a_dictionary_that_is_another_or_too_large(alike, tmp_path):
     refuse(copy, "at most 131072 are read")
 
 
-# Malice
+# Hostile archives
 
 
 @pytest.mark.parametrize(
     "name", ["../out", "/etc/out", "a/../../out", "..", ".hidden", "a//b", "a\\..\\b", "C:x", "a\0b", ""]
 )
-def test_names_that_leave_the_folder(copy, name):
+def test_names_outside_the_folder_are_refused(copy, name):
     def rename(index):
         index["files"][name] = index["files"].pop("README.md")
 
@@ -223,14 +224,14 @@ def test_names_that_leave_the_folder(copy, name):
     refuse(copy, "leaves the folder")
 
 
-def test_a_link_that_leaves_the_folder(copy):
+def test_symlink_outside_the_folder_is_refused(copy):
     (copy / "README.md.zst").rename(copy.parent / "elsewhere")
     (copy / "README.md.zst").symlink_to(copy.parent / "elsewhere")
     refuse(copy, r"'README\.md' leaves the folder")
 
 
-def swapped(copy, name, frame, size):
-    """Put another frame in place of a small file, with everything in the index right but what the frame says."""
+def replace_frame(copy, name, frame, size):
+    """Replace a small file by another frame; the index matches it except for the size in the frame header."""
     path = copy / (name + SUFFIX)
     path.write_bytes(frame)
 
@@ -245,21 +246,21 @@ def swapped(copy, name, frame, size):
     edit(copy, change)
 
 
-def test_frames_that_expand_without_end(copy):
-    """256 MB of zeros in a few kilobytes; whether a frame says so or not, it is never given the memory."""
+def test_decompression_bombs_are_refused_without_allocating(copy):
+    """256 MB of zeros in a few kilobytes, with and without the content size in the frame header."""
     compressor = zstandard.ZstdCompressor(level=1).compressobj(size=1 << 28)
-    told = b"".join(compressor.compress(bytes(1 << 22)) for _ in range(64)) + compressor.flush()
+    with_size = b"".join(compressor.compress(bytes(1 << 22)) for _ in range(64)) + compressor.flush()
     compressor = zstandard.ZstdCompressor(level=1).compressobj()
-    untold = b"".join(compressor.compress(bytes(1 << 22)) for _ in range(64)) + compressor.flush()
+    without_size = b"".join(compressor.compress(bytes(1 << 22)) for _ in range(64)) + compressor.flush()
     small = zstandard.ZstdCompressor().compress(bytes(100))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for frame in (told, untold, small + small):
-        swapped(copy, "README.md", frame, 100)
+    for frame in (with_size, without_size, small + small):
+        replace_frame(copy, "README.md", frame, 100)
         refuse(copy, r"README\.md\.zst is damaged")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KB
 
 
-def test_sizes_that_do_not_add_up_or_have_no_room(copy, monkeypatch):
+def test_inconsistent_sizes_and_lack_of_disk_space_are_refused(copy, monkeypatch):
     good = (copy / INDEX).read_text()
     for change in ({"bytes": 1 << 60}, {"frames": [1, 2]}, {"frames": []}, {"frames": [-5]}, {"bytes": -1}):
         edit(copy, lambda index, change=change: index["files"]["README.md"].update(change))
@@ -270,17 +271,17 @@ def test_sizes_that_do_not_add_up_or_have_no_room(copy, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", '{"format": 2}', '{"format": 1}', "[" * 100_000, '{"format": null}'])
-def test_an_index_that_is_none(copy, text):
+def test_invalid_index_is_refused(copy, text):
     (copy / INDEX).write_text(text)
     refuse(copy, "again")
 
 
-def test_an_archive_of_nothing(copy):
+def test_empty_archive_is_refused(copy):
     edit(copy, lambda index: index.update(files={}))
     refuse(copy, "at least 1 item")
 
 
-def test_an_archive_of_something_else(tmp_path, copy, cache):
+def test_archive_of_other_files_does_not_open_as_a_bundle(tmp_path, copy, cache):
     write(tmp_path / "in", {"README.md": b"x"})
     other = packed_of(tmp_path / "in", tmp_path / "other", ["README.md"])
     for mode in UNPACK_MODES:
@@ -295,7 +296,7 @@ def test_an_archive_of_something_else(tmp_path, copy, cache):
     with pytest.raises(BundleError, match=r"README\.md\.zst is damaged"):
         look(str(other))
     path.write_bytes(good)
-    for name in ("README.md", "base.gguf"):  # right in itself, but not what bundle.json says
+    for name in ("README.md", "base.gguf"):  # a valid packed file, but not the one bundle.json lists
         shutil.copy(other / "README.md.zst", copy / (name + SUFFIX))
         entry = json.loads((other / INDEX).read_text())["files"]["README.md"]
         edit(copy, lambda index, name=name, entry=entry: index["files"].update({name: entry}))
@@ -306,10 +307,10 @@ def test_an_archive_of_something_else(tmp_path, copy, cache):
         BundleFiles(copy, "tomorrow")
 
 
-# Where to
+# Output folder
 
 
-def test_nothing_is_overwritten(plain, packed, tmp_path):
+def test_existing_files_are_not_overwritten(plain, packed, tmp_path):
     write(tmp_path / "there", {"precious": b"x"})
     for out in (tmp_path / "there", tmp_path / "there/precious"):
         with pytest.raises(BundleError, match="already exists"):
@@ -322,8 +323,8 @@ def test_nothing_is_overwritten(plain, packed, tmp_path):
     assert content_of(tmp_path / "empty") == content_of(plain)
 
 
-def test_a_place_that_cannot_be_written(plain, packed, tmp_path):
-    """Is named as it was given, and no folder above it is left behind."""
+def test_unwritable_output_is_named_and_leaves_no_folders(plain, packed, tmp_path):
+    """The error names the path as given, and parent folders created for it are removed."""
     write(tmp_path, {"file": b"x"})
     with pytest.raises(BundleError, match=rf"^cannot write {tmp_path}/file/out \(Not a directory\)"):
         commands.pack(plain, tmp_path / "file" / "out")
@@ -351,7 +352,7 @@ def file_size_limit(count):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-ENDED = """
+TERMINATED_WHILE_STAGING = """
 import os, signal, sys
 from pathlib import Path
 from cogumi.bundle.packed import staged
@@ -361,8 +362,8 @@ with staged(Path(sys.argv[1]), Path(sys.argv[2])) as part:
 """
 
 
-def test_what_a_killed_run_left_is_replaced(plain, packed, tmp_path):
-    done = subprocess.run([sys.executable, "-c", ENDED, str(tmp_path / "out"), str(plain)])
+def test_leftovers_of_a_killed_run_are_replaced(plain, packed, tmp_path):
+    done = subprocess.run([sys.executable, "-c", TERMINATED_WHILE_STAGING, str(tmp_path / "out"), str(plain)])
     assert done.returncode == -signal.SIGTERM
     (left,) = tmp_path.iterdir()
     assert content_of(left) == {"half": b"x"}
@@ -371,7 +372,7 @@ def test_what_a_killed_run_left_is_replaced(plain, packed, tmp_path):
     assert content_of(tmp_path / "out") == content_of(packed)
 
 
-def test_one_run_at_a_time_writes_a_place(plain, packed, tmp_path):
+def test_concurrent_runs_cannot_write_the_same_folder(plain, packed, tmp_path):
     with staged(tmp_path / "out", plain) as part:
         (part / "mine").write_text("x")
         with pytest.raises(BundleError, match=r"^another run is writing .*/out; wait"):
@@ -380,14 +381,14 @@ def test_one_run_at_a_time_writes_a_place(plain, packed, tmp_path):
     assert content_of(tmp_path / "out") == {"mine": b"x"}
 
 
-def test_stage(plain, packed, tmp_path):
+def test_stage_packs_a_bundle_and_reports_damage(plain, packed, tmp_path):
     (tmp_path / "out").mkdir()
-    told = []
-    context = Context(0, 1, Path(), lambda done, total, figures: told.append(done / total))
+    reported = []
+    context = Context(0, 1, Path(), lambda done, total, figures: reported.append(done / total))
     metrics = run(Config(), {"bundle": Artifact("bundle", plain, "f")}, tmp_path / "out", context)
     assert content_of(tmp_path / "out") == content_of(packed)
     assert set(metrics["files"]) == {*CONTENT, "bundle.json"}
-    assert told[-1] == 1
+    assert reported[-1] == 1
     finish(tmp_path / "out", kind="archive", fingerprint="f", parents={}, metrics=metrics, environment={})
     found = look(str(tmp_path / "out"))
     assert (found["what"], found["fingerprint"]) == ("packed bundle", "f")

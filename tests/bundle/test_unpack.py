@@ -1,4 +1,4 @@
-"""Packed bundles as they are opened: unpacked once, at once or when needed, on a full disk, by several at a time."""
+"""`bundle.unpack`: cached, eager and lazy unpacking, a full disk, killed and concurrent processes."""
 
 import contextlib
 import json
@@ -50,30 +50,30 @@ print("opened")
 """
 
 
-def child(packed, way, *words, **options):
-    command = [sys.executable, "-c", CHILD, str(packed), way, *(words or ("live",))]
+def child(packed, mode, *arguments, **options):
+    command = [sys.executable, "-c", CHILD, str(packed), mode, *(arguments or ("live",))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def limited():
+def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 
 
-@pytest.mark.parametrize("way", ["cached", "eager"])
-def test_a_full_disk(packed, tmp_path, cache, way, monkeypatch):
+@pytest.mark.parametrize("mode", ["cached", "eager"])
+def test_full_disk_is_reported_and_leaves_no_partial_files(packed, tmp_path, cache, mode, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = child(packed, way, preexec_fn=limited)
+    process = child(packed, mode, preexec_fn=limit_file_size)
     errors = process.communicate()[1].strip().splitlines()
     assert errors[-1].startswith("cogumi.core.errors.BundleError: cannot unpack base.gguf")
     assert "File too large" in errors[-1]
     left = {name for name in content_of(tmp_path) if "unpacked" in name or "cogumi-" in name}
     assert not any("base.gguf" in name or "/parts/" in name for name in left)
-    assert way == "cached" or not left
-    with contextlib.closing(BundleFiles(packed, way)) as files:  # and when there is room, it works
+    assert mode == "cached" or not left
+    with contextlib.closing(BundleFiles(packed, mode)) as files:  # works again once there is space
         assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
 
 
-def test_killed_while_unpacking_to_the_cache(packed, cache):
+def test_partial_file_of_a_killed_process_is_removed_when_stale(packed, cache):
     process = child(packed, "cached", "die")
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -81,14 +81,14 @@ def test_killed_while_unpacking_to_the_cache(packed, cache):
     assert not list(cache.glob("*/files/base.gguf"))
     files = BundleFiles(packed)
     assert files.bundle.base.read_bytes() == CONTENT["base.gguf"]
-    assert left.exists()  # somebody else may be at it still
+    assert left.exists()  # another process may still be writing it
     os.utime(left, (0, left.stat().st_mtime - STALE_SECONDS - 1))
     BundleFiles(packed)
     assert not left.exists()
 
 
-def test_processes_that_unpack_at_once(packed, cache):
-    processes = [child(packed, way) for way in ("cached", "cached", "lazy")]
+def test_concurrent_processes_share_the_cache(packed, cache):
+    processes = [child(packed, mode) for mode in ("cached", "cached", "lazy")]
     for process in processes:
         out, errors = process.communicate()
         assert out == "opened\n", errors
@@ -97,25 +97,25 @@ def test_processes_that_unpack_at_once(packed, cache):
     assert not list((place / "parts").iterdir())
 
 
-def test_the_cache_is_used_again_and_repaired(packed, cache):
-    told = []
-    first = BundleFiles(packed, "cached", lambda done, total: told.append(total))
-    assert told
-    told.clear()
-    BundleFiles(packed, "cached", lambda done, total: told.append(total))
-    assert not told
+def test_cache_is_reused_and_repaired(packed, cache):
+    reported = []
+    first = BundleFiles(packed, "cached", lambda done, total: reported.append(total))
+    assert reported
+    reported.clear()
+    BundleFiles(packed, "cached", lambda done, total: reported.append(total))
+    assert not reported
     stamp = first.bundle.base.stat().st_mtime_ns
     assert stamp == (packed / "base.gguf.zst").stat().st_mtime_ns
     first.bundle.base.write_bytes(CONTENT["base.gguf"][:-1] + b"!")
     assert BundleFiles(packed).bundle.base.read_bytes() == CONTENT["base.gguf"]
 
 
-# As a cascade
+# Opened as a cascade
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """A bundle of pico models, with an encoder that is none, and its packed form."""
+def model_bundle(tmp_path_factory):
+    """A bundle of pico models with an invalid encoder file, and its packed form."""
     root = tmp_path_factory.mktemp("real")
     bundle = make_bundle(root)
     index = json.loads((bundle / "bundle.json").read_bytes())
@@ -129,18 +129,18 @@ def real(tmp_path_factory):
     return root / "whole", root / "packed"
 
 
-def answers(folder, way=None):
+def answers(folder, mode=None):
     questions = [Request(messages=(Message("user", q),), max_tokens=8, seed=1) for q in ("What is 2 + 3?", "def f")]
-    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=way)) as cascade:
+    with contextlib.closing(open_cascade(folder, slots=2, context=256, threads=1, unpack=mode)) as cascade:
         direct = Request(prompt="def f", max_tokens=8, adapter="code")
         return [final_reply(cascade.generate(q)).text for q in questions] + [
             final_reply(cascade.tiers.base.generate(direct)).text
         ]
 
 
-def test_every_way_gives_the_same_answers(real, cache, tmp_path, monkeypatch):
+def test_every_mode_gives_the_same_answers(model_bundle, cache, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    whole, packed = real
+    whole, packed = model_bundle
     expected = answers(whole)
     assert answers(packed, "eager") == expected
     assert not cache.exists()
@@ -152,8 +152,8 @@ def test_every_way_gives_the_same_answers(real, cache, tmp_path, monkeypatch):
     assert content_of(next(cache.iterdir()) / "files") == content_of(whole)
 
 
-def test_what_is_unpacked_later_fails_the_request_that_needs_it(real, tmp_path):
-    copy = Path(shutil.copytree(real[1], tmp_path / "copy"))
+def test_lazily_unpacked_damage_fails_only_the_request_that_needs_it(model_bundle, tmp_path):
+    copy = Path(shutil.copytree(model_bundle[1], tmp_path / "copy"))
     path = copy / "modifiers/code.gguf.zst"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with contextlib.closing(open_cascade(copy, slots=2, context=256, threads=1, unpack="lazy")) as cascade:
@@ -164,16 +164,16 @@ def test_what_is_unpacked_later_fails_the_request_that_needs_it(real, tmp_path):
         assert final_reply(base.generate(Request(prompt="x", max_tokens=3, adapter="math"))).usage.completion_tokens
 
 
-def test_the_encoder_is_opened_when_it_is_first_used(real):
-    cascade = open_cascade(real[0], slots=2, context=256, threads=1)
+def test_encoder_is_opened_on_first_use(model_bundle):
+    cascade = open_cascade(model_bundle[0], slots=2, context=256, threads=1)
     with contextlib.closing(cascade), pytest.raises(BundleError, match="cannot read the tokenizer"):
         cascade.services.templates.near("1 + 2?")
     with pytest.raises(BundleError, match="cannot read the tokenizer"):
-        open_cascade(real[0], slots=2, context=256, threads=1, reuse="static")
+        open_cascade(model_bundle[0], slots=2, context=256, threads=1, reuse="static")
 
 
-def test_commands(real, tmp_path, capsys):
-    whole, _ = real
+def test_pack_inspect_unpack_and_chat_commands(model_bundle, tmp_path, capsys):
+    whole, _ = model_bundle
     commands.pack(whole, tmp_path / "packed", json=True)
     figures = json.loads(capsys.readouterr().out)
     assert figures["bytes"] == sum(map(len, content_of(whole).values()))

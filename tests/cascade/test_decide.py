@@ -19,7 +19,7 @@ GATES = {"draft": 0.5, "base": 0.5, "modifier": 0.5, "direct": 0.5}
 EASY = Question({}, 5.0, 0.9, {"base": 0.1, "code": 0.8, "math": 0.1})
 HARD = replace(EASY, p_easy=0.1)
 NEW = replace(EASY, perplexity=500.0)
-SITUATION = Situation(EASY, routed="code", adapters=("code", "math"), has_draft=True, speedup=2.0)
+SITUATION = Situation(EASY, routed="code", modifiers=("code", "math"), has_draft=True, speedup=2.0)
 UNREAD = replace(SITUATION, question=None, gap="the base has no hidden states", routed=None)
 SETTINGS = Settings(domains={"math": "fast"})
 

@@ -1,4 +1,4 @@
-"""AWQ and GPTQ on a pico model that knows its sums, and the maths of a mixture of precisions."""
+"""Stages `awq` and `gptq` on a pico model trained on additions, and the maths of mixed precision."""
 
 import json
 import os
@@ -62,8 +62,8 @@ def write_sums(path):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Examples, and a model that knows most of them."""
+def trained(tmp_path_factory):
+    """Examples, and a model that answers most of them correctly."""
     root = tmp_path_factory.mktemp("quantization")
     pico.make_tokenizer(root / "tokenizer")
     write_sums(root / "data")
@@ -76,19 +76,19 @@ def world(tmp_path_factory):
     return root
 
 
-def run(stage, world, out, model="model", data="data", **config):
+def run(stage, trained, out, model="model", data="data", **config):
     """The metrics of a stage on small settings."""
     module, more = STAGES[stage]
     out.mkdir(parents=True, exist_ok=True)
-    inputs = {"model": artifact(world / model), "examples": artifact(world / data)}
+    inputs = {"model": artifact(trained / model), "examples": artifact(trained / data)}
     return module.run(module.Config(**{**SMALL, **more, **config}), inputs, out, context())
 
 
 @pytest.fixture(scope="module")
-def done(world, tmp_path_factory):
+def done(trained, tmp_path_factory):
     """Both stages at four bits in groups of 32: (folder, metrics) by name."""
     root = tmp_path_factory.mktemp("done")
-    return {name: (root / name, run(name, world, root / name)) for name in STAGES}
+    return {name: (root / name, run(name, trained, root / name)) for name in STAGES}
 
 
 def logits(folder, ids=range(5, 45)):
@@ -96,8 +96,8 @@ def logits(folder, ids=range(5, 45)):
         return load(folder).eval()(torch.tensor([list(ids)])).logits
 
 
-def most_values(folder, group=32):
-    """The largest number of different weights in any group of any linear map."""
+def max_distinct_values(folder, group=32):
+    """The largest number of different weights in any group of any linear layer."""
     groups = [layer.weight.reshape(-1, group) for layer in linears(load(folder)).values()]
     return max(len(set(row.tolist())) for group in groups for row in group[:50])
 
@@ -106,7 +106,7 @@ def most_values(folder, group=32):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.sampled_from([4, 8, 16]), st.floats(-3, 3))
-def test_rounding_moves_no_weight_by_more_than_a_step_and_none_that_is_zero(seed, bits, group, shift):
+def test_rounding_error_is_at_most_one_step_and_zeros_stay_zero(seed, bits, group, shift):
     weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) + shift
     weight[0, :3] = 0
     found = rounded(weight, bits, group)
@@ -118,20 +118,20 @@ def test_rounding_moves_no_weight_by_more_than_a_step_and_none_that_is_zero(seed
     assert all(len(set(row.tolist())) <= 2**bits for row in found.reshape(-1, group))
 
 
-def test_rounding_is_that_of_llm_compressor(world):
-    model, plain = load(world / "model").eval(), load(world / "model").eval()
+def test_rounding_equals_llm_compressor(trained):
+    model, plain = load(trained / "model").eval(), load(trained / "model").eval()
     setting = Setting(**EVEN)
     level = dict.fromkeys(linears(model), "middle")
     rows = [Row(tuple(range(5, 25)), 10)]
     calibrated(model, [QuantizationModifier(config_groups=config_groups(level, setting))], rows, context())
     ids = torch.tensor([list(range(5, 45))])
     with torch.no_grad():
-        theirs = model(ids).logits
+        reference = model(ids).logits
         for layer in linears(plain).values():
             layer.weight.data = rounded(layer.weight.data, 4, 32)
-        assert torch.allclose(theirs, plain(ids).logits, atol=1e-3)
+        assert torch.allclose(reference, plain(ids).logits, atol=1e-3)
         model.apply(disable_quantization)
-        assert not torch.allclose(theirs, model(ids).logits, atol=1e-1)
+        assert not torch.allclose(reference, model(ids).logits, atol=1e-1)
 
 
 @given(
@@ -139,29 +139,33 @@ def test_rounding_is_that_of_llm_compressor(world):
     st.floats(0, 0.5),
     st.floats(0, 0.5),
 )
-def test_levels_keep_to_their_shares_and_to_the_order_of_costs(found, finer, coarser):
+def test_levels_respect_their_shares_and_follow_cost_per_weight(found, finer, coarser):
     costs = {str(i): cost for i, (cost, _) in enumerate(found)}
     sizes = {str(i): size for i, (_, size) in enumerate(found)}
     setting = Setting(finer=finer, coarser=coarser)
     level = levels(costs, sizes, setting)
-    total, apiece = sum(sizes.values()), {name: costs[name] / sizes[name] for name in costs}
+    total, cost_per_weight = sum(sizes.values()), {name: costs[name] / sizes[name] for name in costs}
     by = {kind: [n for n in costs if level[n] == kind] for kind in ("finer", "middle", "coarser")}
     for kind, share in (("finer", finer), ("coarser", coarser)):
         assert sum(sizes[n] for n in by[kind]) <= share * total + 1e-9
-    for dear, cheap in (("finer", "middle"), ("middle", "coarser"), ("finer", "coarser")):
-        assert not by[dear] or not by[cheap] or min(apiece[n] for n in by[dear]) >= max(apiece[n] for n in by[cheap])
+    for finer_level, coarser_level in (("finer", "middle"), ("middle", "coarser"), ("finer", "coarser")):
+        assert (
+            not by[finer_level]
+            or not by[coarser_level]
+            or min(cost_per_weight[n] for n in by[finer_level]) >= max(cost_per_weight[n] for n in by[coarser_level])
+        )
 
 
-def test_bits_count_scales_and_zero_points():
+def test_bits_per_weight_include_scales_and_zero_points():
     sizes, setting = {"a": 100, "b": 300}, Setting(group=128)
     assert bits_per_weight({"a": "middle", "b": "middle"}, sizes, setting) == pytest.approx(4 + 20 / 128)
     mixed = bits_per_weight({"a": "finer", "b": "coarser"}, sizes, setting)
     assert mixed == pytest.approx(0.25 * (6 + 22 / 32) + 0.75 * (3 + 19 / 128))
 
 
-def test_sensitivity_is_what_rounding_one_map_does(world):
-    model, original = load(world / "model").eval(), load(world / "model").eval()
-    rows = sums(HFTokenizer.load(world / "model"))
+def test_sensitivity_is_the_divergence_from_rounding_one_linear_layer(trained):
+    model, original = load(trained / "model").eval(), load(trained / "model").eval()
+    rows = sums(HFTokenizer.load(trained / "model"))
     found = sensitivities(model, rows, 32, context())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
     assert set(found) == set(linears(model))
@@ -169,12 +173,12 @@ def test_sensitivity_is_what_rounding_one_map_does(world):
     name = max(found, key=lambda n: found[n].divergence)
     layer = linears(model)[name]
     layer.weight.data = rounded(layer.weight.data, 4, 32)
-    apart = mean_figures(applied(model), rows, distillation(original))["loss"]
-    assert found[name].divergence == pytest.approx(apart, rel=1e-3)
+    divergence = mean_figures(applied(model), rows, distillation(original))["loss"]
+    assert found[name].divergence == pytest.approx(divergence, rel=1e-3)
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60))
-def test_batches_hold_every_row_once_and_no_padding(sizes):
+def test_batches_contain_every_row_once_without_padding(sizes):
     rows = [Row(tuple(range(i, i + size)), 0) for i, size in enumerate(sizes)]
     batches = [batch["input_ids"] for batch in equal_batches(rows)]
     assert sorted(tuple(ids) for batch in batches for ids in batch.tolist()) == sorted(row.ids for row in rows)
@@ -185,18 +189,18 @@ def test_batches_hold_every_row_once_and_no_padding(sizes):
 
 
 @pytest.mark.parametrize("kind", ["trained", "llama3", "qwen2"])
-def test_awq_changes_weights_and_not_what_is_computed(world, done, tmp_path, kind):
-    """Also with grouped queries, whose value scales cannot go into the output projection, and with biases."""
+def test_awq_rescales_weights_without_changing_the_logits(trained, done, tmp_path, kind):
+    """Also with biases, and with grouped-query attention, where value scales cannot fold into the output projection."""
     if kind == "trained":
-        before, after = world / "model", done["awq"][0]
+        before, after = trained / "model", done["awq"][0]
     else:
         before = tmp_path / kind / "model"
         _ = real.llama3(before, tied=False) if kind == "llama3" else real.qwen2(before)
         write_sums(tmp_path / kind / "data")
         after = tmp_path / "out"
         run("awq", tmp_path / kind, after)
-    was, now = logits(before), logits(after)
-    assert (now - was).abs().max() < 1e-4 * was.abs().max()
+    old_logits, new_logits = logits(before), logits(after)
+    assert (new_logits - old_logits).abs().max() < 1e-4 * old_logits.abs().max()
     old, new = load(before).state_dict(), load(after).state_dict()
     changed = [name for name in old if not torch.allclose(old[name], new[name], rtol=0.01)]
     assert any("norm" in name for name in changed)
@@ -204,21 +208,21 @@ def test_awq_changes_weights_and_not_what_is_computed(world, done, tmp_path, kin
     assert not list(after.glob("*.yaml"))
 
 
-def test_awq_rounds_where_asked(world, done, tmp_path):
-    metrics = run("awq", world, tmp_path, round=True)
+def test_awq_writes_rounded_weights_when_configured(trained, done, tmp_path):
+    metrics = run("awq", trained, tmp_path, round=True)
     assert metrics["written"]["divergence"] == pytest.approx(metrics["rounded"]["divergence"], rel=0.05)
-    assert most_values(tmp_path) <= 16 < most_values(done["awq"][0])
+    assert max_distinct_values(tmp_path) <= 16 < max_distinct_values(done["awq"][0])
 
 
-def test_gptq_writes_weights_on_a_grid_and_answers_more_like_the_original_than_plain_rounding(done):
+def test_gptq_writes_quantized_weights_and_diverges_less_than_plain_rounding(done):
     folder, metrics = done["gptq"]
-    assert most_values(folder) <= 16
+    assert max_distinct_values(folder) <= 16
     assert metrics["written"]["nats"] == pytest.approx(metrics["rounded"]["nats"], abs=1e-5)
     assert metrics["rounded"]["divergence"] < metrics["rounded_plainly"]["divergence"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_tells_what_it_did(done, stage):
+def test_metrics_and_report_of_a_stage(done, stage):
     folder, metrics = done[stage]
     assert metrics["model_sha256"] == sha256(folder / "model.safetensors")
     assert metrics["rows"] == 40
@@ -235,21 +239,23 @@ def test_a_stage_tells_what_it_did(done, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_equal_bytes_quietly_and_without_files_elsewhere(world, done, tmp_path, monkeypatch, capfd, stage):
+def test_runs_are_reproducible_silent_and_write_only_to_their_folder(
+    trained, done, tmp_path, monkeypatch, capfd, stage
+):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     torch.manual_seed(123)
-    run(stage, world, tmp_path / "out")
+    run(stage, trained, tmp_path / "out")
     assert sha256(tmp_path / "out/model.safetensors") == done[stage][1]["model_sha256"]
     assert not os.listdir(tmp_path / "here")
     assert capfd.readouterr() == ("", "")
 
 
-def searched(world, sizes, bits, least=0.97):
-    """A search over settings of these group sizes, where everything is rounded to the bits of its group size."""
-    folder = world / "model"
+def run_search(trained, sizes, bits, least=0.97):
+    """Search over settings with these group sizes; each group size is rounded to its number of `bits`."""
+    folder = trained / "model"
     original = open_model(folder)
-    judge = Judge.load(original, world / "data", HFTokenizer.load(folder))
+    judge = Judge.load(original, trained / "data", HFTokenizer.load(folder))
 
     def calibrate(model, groups):
         for layer in linears(model).values():
@@ -259,36 +265,36 @@ def searched(world, sizes, bits, least=0.97):
     return search(config, folder, judge(original), dict.fromkeys(linears(original), 1.0), calibrate, judge)
 
 
-def test_gentler_settings_are_tried_until_one_is_good_enough(world):
+def test_search_stops_at_the_first_setting_that_is_good_enough(trained):
     bits = {64: 1, 32: 8, 16: 8}
-    best, told = searched(world, (64, 32, 16), bits)
-    assert [attempt["enough"] for attempt in told] == [False, True]
+    best, attempts = run_search(trained, (64, 32, 16), bits)
+    assert [attempt["enough"] for attempt in attempts] == [False, True]
     assert best.setting.group == 32
-    assert told[1]["quality_ratio"] >= 0.97 > min(told[0]["quality_ratio"], told[0]["exact_ratio"])
-    assert len(searched(world, (16, 64), bits)[1]) == 1
+    assert attempts[1]["quality_ratio"] >= 0.97 > min(attempts[0]["quality_ratio"], attempts[0]["exact_ratio"])
+    assert len(run_search(trained, (16, 64), bits)[1]) == 1
 
 
-def test_the_best_is_kept_where_nothing_is_good_enough(world):
-    best, told = searched(world, (64, 32, 16), {64: 1, 32: 3, 16: 1}, least=1.0)
-    assert len(told) == 3
-    assert not any(attempt["enough"] for attempt in told)
+def test_search_keeps_the_best_setting_when_none_is_good_enough(trained):
+    best, attempts = run_search(trained, (64, 32, 16), {64: 1, 32: 3, 16: 1}, least=1.0)
+    assert len(attempts) == 3
+    assert not any(attempt["enough"] for attempt in attempts)
     assert best.setting.group == 32
-    assert best.figures["loss"] == min(attempt["nats"] for attempt in told)
+    assert best.figures["loss"] == min(attempt["nats"] for attempt in attempts)
 
 
-def test_gguf_keeps_sensitive_tensors_finer(world, done, tmp_path):
+def test_gguf_export_uses_finer_types_for_sensitive_tensors(trained, done, tmp_path):
     """The widths here do not fill blocks of 256: Q8_0 stands in for Q6_K, and Q4_0 for Q3_K."""
-    metrics = run("gptq", world, tmp_path / "mixed", settings=[{"group": 32, "finer": 0.2, "coarser": 0.2}])
-    said = json.loads((tmp_path / "mixed/types.json").read_text())
-    assert said == metrics["types"]
-    assert {"q8_0", "q4_0"} == set(said.values())
+    metrics = run("gptq", trained, tmp_path / "mixed", settings=[{"group": 32, "finer": 0.2, "coarser": 0.2}])
+    types = json.loads((tmp_path / "mixed/types.json").read_text())
+    assert types == metrics["types"]
+    assert {"q8_0", "q4_0"} == set(types.values())
     inputs = {"model": artifact(tmp_path / "mixed"), "types": artifact(tmp_path / "mixed")}
-    first = min(said)
+    first = min(types)
     (tmp_path / "out").mkdir()
     export.run(export.Config(type="q5_0", types={first: "f16"}), inputs, tmp_path / "out", context())
     found = {t.name: t.tensor_type.name.lower() for t in GGUFReader(tmp_path / "out/model.gguf").tensors}
-    assert {name: found[name] for name in said} == {**said, first: "f16"}
-    others = {name for name in found if name.endswith("weight") and "blk" in name and "norm" not in name} - set(said)
+    assert {name: found[name] for name in types} == {**types, first: "f16"}
+    others = {name for name in found if name.endswith("weight") and "blk" in name and "norm" not in name} - set(types)
     assert others
     assert all(found[name] == "q5_0" for name in others)
 
@@ -296,9 +302,9 @@ def test_gguf_keeps_sensitive_tensors_finer(world, done, tmp_path):
 # Bad input
 
 
-def spoil(world, tmp_path, what):
-    """A copy of the world with one thing wrong."""
-    shutil.copytree(world, tmp_path / "world")
+def spoil(trained, tmp_path, what):
+    """A copy of the test folder with one fault."""
+    shutil.copytree(trained, tmp_path / "world")
     model = tmp_path / "world/model"
     if what == "empty":
         split_path(tmp_path / "world/data", "train").write_text("")
@@ -324,8 +330,8 @@ def spoil(world, tmp_path, what):
         ("group", RecipeError, "groups of 48 .* 64 inputs .* divides 64", {"settings": [EVEN, {"group": 48}]}),
     ],
 )
-def test_bad_input_is_refused_and_leaves_nothing(world, tmp_path, what, error, message, config):
-    bad = spoil(world, tmp_path, what)
+def test_bad_input_is_refused_and_leaves_no_files(trained, tmp_path, what, error, message, config):
+    bad = spoil(trained, tmp_path, what)
     before = {path.name: sha256(path) for path in (bad / "model").iterdir()}
     with pytest.raises(error, match=message):
         run("awq", bad, tmp_path / "out", **config)
@@ -335,6 +341,6 @@ def test_bad_input_is_refused_and_leaves_nothing(world, tmp_path, what, error, m
 
 @settings(max_examples=20)
 @given(st.floats(0.51, 1), st.floats(0.5, 1))
-def test_shares_over_the_whole_are_refused(finer, coarser):
+def test_shares_that_sum_to_more_than_one_are_refused(finer, coarser):
     with pytest.raises(ValueError, match="at most 1"):
         Setting(finer=finer, coarser=coarser)

@@ -1,4 +1,4 @@
-"""Adapters in fewer values: the maths for any factors, the stage on a pico model that knows its sums."""
+"""Stage `compress_adapter` on a pico model trained on additions, and the maths of rank reduction and pruning."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,26 +36,26 @@ def updates(draw):
     return Factors(a, b * torch.rand(rank, generator=generator))
 
 
-def whole(update):
+def product(update):
     return update.b.double() @ update.a.double()
 
 
 @settings(deadline=None, max_examples=50)
 @given(updates(), ranks)
-def test_no_update_of_that_rank_is_nearer(update, rank):
+def test_rank_reduction_is_the_best_approximation_of_its_rank(update, rank):
     found = reduced(update, rank)
     assert len(found.a) == rank == found.b.shape[1]
-    u, s, vt = torch.linalg.svd(whole(update))
+    u, s, vt = torch.linalg.svd(product(update))
     k = min(rank, len(s))
     best = (u[:, :k] * s[:k]) @ vt[:k]
-    assert torch.allclose(whole(found), best, atol=1e-4)
-    lost = float(s[k:].square().sum() / s.square().sum())
-    assert energy_kept({"x": update}, {"x": found}) == pytest.approx(1 - lost, abs=1e-5)
+    assert torch.allclose(product(found), best, atol=1e-4)
+    energy_lost = float(s[k:].square().sum() / s.square().sum())
+    assert energy_kept({"x": update}, {"x": found}) == pytest.approx(1 - energy_lost, abs=1e-5)
 
 
 @settings(deadline=None, max_examples=50)
 @given(updates(), st.floats(0, 0.99))
-def test_pruning_zeroes_its_share_and_touches_nothing_else(update, share):
+def test_pruning_zeroes_its_share_and_changes_no_other_value(update, share):
     found = pruned(update, share)
     values = update.a.numel() + update.b.numel()
     gone = sum(int((x == 0).sum()) for x in (found.a, found.b))
@@ -64,18 +64,20 @@ def test_pruning_zeroes_its_share_and_touches_nothing_else(update, share):
         assert torch.equal(after, torch.where(after == 0, 0, before))
 
 
-def test_pruning_takes_the_value_whose_loss_changes_least():
+def test_pruning_removes_the_value_that_changes_the_product_least():
     update = Factors(torch.tensor([[3.0, 4.0], [0.1, 5.0]]), torch.tensor([[1.0, 10.0], [1.0, 0.5]]))
-    left = pruned(update, 1 / 8)
+    remaining = pruned(update, 1 / 8)
     costs = {}
     for side in ("a", "b"):
         for i in range(2):
             for j in range(2):
-                changed = getattr(update, side).clone()
-                changed[i, j] = 0
-                costs[side, i, j] = float((whole(update) - whole(replace(update, **{side: changed}))).norm())
+                with_changed_adapter = getattr(update, side).clone()
+                with_changed_adapter[i, j] = 0
+                costs[side, i, j] = float(
+                    (product(update) - product(replace(update, **{side: with_changed_adapter}))).norm()
+                )
     side, i, j = min(costs, key=lambda key: costs[key])
-    assert getattr(left, side)[i, j] == 0
+    assert getattr(remaining, side)[i, j] == 0
 
 
 @pytest.fixture(scope="module")
@@ -103,25 +105,25 @@ def run(inputs, out, **config):
     return compress_adapter.run(Config(**config), inputs, out, context())
 
 
-def test_the_stage_tells_what_compression_costs_and_gives_equal_bytes(given_artifacts, tmp_path):
-    told = run(given_artifacts, tmp_path / "a", rank=3)
+def test_metrics_report_the_cost_and_bytes_are_reproducible(given_artifacts, tmp_path):
+    metrics = run(given_artifacts, tmp_path / "a", rank=3)
     again = run(given_artifacts, tmp_path / "b", rank=3)
-    assert told == again
+    assert metrics == again
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     before, after = read_adapter(given_artifacts["adapter"].path), read_adapter(tmp_path / "a")
-    assert told["likeness"] == pytest.approx(energy_kept(before, after), abs=1e-6)
-    assert 0.3 < told["likeness"] < 1
-    assert told["parameters"] * 2 == told["parameters_before"]
-    assert set(told["selection"]) == {"base", "before", "compressed"}
-    assert told["domain"] == "math"
+    assert metrics["likeness"] == pytest.approx(energy_kept(before, after), abs=1e-6)
+    assert 0.3 < metrics["likeness"] < 1
+    assert metrics["parameters"] * 2 == metrics["parameters_before"]
+    assert set(metrics["selection"]) == {"base", "before", "compressed"}
+    assert metrics["domain"] == "math"
 
 
-def test_a_higher_rank_changes_nothing_and_fills_blocks(given_artifacts, tmp_path):
-    told = run(given_artifacts, tmp_path / "a")
-    assert told["rank"] == 32
-    assert told["likeness"] == pytest.approx(1, abs=1e-6)
-    seen = told["selection"]
+def test_padding_to_a_higher_rank_keeps_the_loss_and_fills_gguf_blocks(given_artifacts, tmp_path):
+    metrics = run(given_artifacts, tmp_path / "a")
+    assert metrics["rank"] == 32
+    assert metrics["likeness"] == pytest.approx(1, abs=1e-6)
+    seen = metrics["selection"]
     assert seen["compressed"]["loss"] == pytest.approx(seen["before"]["loss"], abs=1e-4)
     for type in ("q8_0", "q4_0", "f16"):
         path = tmp_path / f"{type}.gguf"
@@ -130,36 +132,36 @@ def test_a_higher_rank_changes_nothing_and_fills_blocks(given_artifacts, tmp_pat
         assert types == {type}
 
 
-def test_training_wins_back_what_pruning_cost_and_leaves_zeros_alone(given_artifacts, tmp_path):
+def test_training_after_pruning_lowers_the_loss_and_keeps_zeros(given_artifacts, tmp_path):
     loop = {"steps": 30, "batch": 8, "lr": 0.01, "warmup": 0, "evaluate_every": 10}
-    told = run(given_artifacts, tmp_path / "a", rank=6, prune=0.8, loop=loop)
-    assert told["steps"] == 30
-    assert told["zeros"] == pytest.approx(0.8 * told["parameters"], abs=len(read_adapter(tmp_path / "a")))
-    assert told["selection"]["healed"]["loss"] < told["selection"]["compressed"]["loss"]
+    metrics = run(given_artifacts, tmp_path / "a", rank=6, prune=0.8, loop=loop)
+    assert metrics["steps"] == 30
+    assert metrics["zeros"] == pytest.approx(0.8 * metrics["parameters"], abs=len(read_adapter(tmp_path / "a")))
+    assert metrics["selection"]["healed"]["loss"] < metrics["selection"]["compressed"]["loss"]
 
 
 @pytest.mark.parametrize("type", ["q8_0", "q4_0"])
-def test_rank_32_in_blocks_keeps_answers_free_of_the_batch(given_artifacts, tmp_path, type):
+def test_answers_with_a_quantized_adapter_do_not_depend_on_the_batch(given_artifacts, tmp_path, type):
     run(given_artifacts, tmp_path / "a")
     base = given_artifacts["model"].path
     export.export_model(base, tmp_path / "m.gguf")
     export.export_adapter(tmp_path / "a", base, tmp_path / "a.gguf", type)
     engine = LlamaEngine(tmp_path / "m.gguf", slots=4, context=64, threads=1, adapters={"math": tmp_path / "a.gguf"})
-    asked = [Request(prompt=f"{i} plus 4", max_tokens=12, adapter="math", speculate=False) for i in range(4)]
-    alone = [final_reply(engine.generate(request)) for request in asked]
-    crowd = [final_reply(events) for events in [engine.generate(request) for request in asked]]
-    drafted = [final_reply(engine.generate(replace(request, speculate=True))) for request in asked]
-    plain = final_reply(engine.generate(replace(asked[0], adapter=None)))
+    requests = [Request(prompt=f"{i} plus 4", max_tokens=12, adapter="math", speculate=False) for i in range(4)]
+    sequential = [final_reply(engine.generate(request)) for request in requests]
+    concurrent = [final_reply(events) for events in [engine.generate(request) for request in requests]]
+    speculative = [final_reply(engine.generate(replace(request, speculate=True))) for request in requests]
+    plain = final_reply(engine.generate(replace(requests[0], adapter=None)))
     engine.close()
 
     def bits(replies):
         return [[(t.id, t.logprob) for t in reply.tokens] for reply in replies]
 
-    assert bits(alone) == bits(crowd) == bits(drafted)
-    assert bits([plain]) != bits(alone[:1])
+    assert bits(sequential) == bits(concurrent) == bits(speculative)
+    assert bits([plain]) != bits(sequential[:1])
 
 
-def test_q4_0_takes_an_eighth_and_answers_alike(given_artifacts, tmp_path):
+def test_quantized_adapters_are_smaller_and_give_similar_hidden_states(given_artifacts, tmp_path):
     run(given_artifacts, tmp_path / "a")
     base, sizes, states = given_artifacts["model"].path, {}, {}
     export.export_model(base, tmp_path / "m.gguf", "f32")
@@ -187,7 +189,7 @@ def refused(inputs, out, error, match, **config):
     assert not (out / "adapter_model.safetensors").exists()
 
 
-def changed(inputs, folder, change):
+def with_changed_adapter(inputs, folder, change):
     """The same inputs with an adapter whose weight file was changed."""
     folder.mkdir()
     for file in inputs["adapter"].path.iterdir():
@@ -205,15 +207,15 @@ def test_settings_out_of_range_are_refused(config):
 
 @settings(deadline=None, max_examples=8)
 @given(cut=st.floats(0, 0.99))
-def test_an_adapter_cut_anywhere_is_refused(given_artifacts, tmp_path_factory, cut):
+def test_truncated_adapter_is_refused(given_artifacts, tmp_path_factory, cut):
     root = tmp_path_factory.mktemp("cut")
-    inputs = changed(
+    inputs = with_changed_adapter(
         given_artifacts, root / "cut", lambda p: p.write_bytes(p.read_bytes()[: int(cut * p.stat().st_size)])
     )
     refused(inputs, root / "out", ArtifactError, "holds no adapter that can be read")
 
 
-def test_bad_input_is_named(given_artifacts, tmp_path):
+def test_bad_input_is_refused_with_its_reason(given_artifacts, tmp_path):
     def nan(path):
         from safetensors.torch import load_file, save_file
 
@@ -221,7 +223,7 @@ def test_bad_input_is_named(given_artifacts, tmp_path):
         next(iter(tensors.values()))[0, 0] = float("nan")
         save_file(tensors, path)
 
-    def nothing(path):
+    def zero(path):
         from safetensors.torch import load_file, save_file
 
         save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path)
@@ -229,10 +231,12 @@ def test_bad_input_is_named(given_artifacts, tmp_path):
     out, inputs = tmp_path / "out", given_artifacts
     foreign = inputs | {"adapter": replace(inputs["adapter"], metrics={"base_sha256": "0" * 64})}
     refused(foreign, out, ArtifactError, "was not trained on")
-    refused(changed(inputs, tmp_path / "nan", nan), out, ArtifactError, "holds NaN or infinity")
-    refused(changed(inputs, tmp_path / "zero", nothing), out, ArtifactError, "every update of the adapter is zero")
-    nobody = inputs | {"adapter": replace(inputs["adapter"], metrics={"domain": "poetry"})}
-    refused(nobody, out, DataError, "no selection question of domain 'poetry'")
+    refused(with_changed_adapter(inputs, tmp_path / "nan", nan), out, ArtifactError, "holds NaN or infinity")
+    refused(
+        with_changed_adapter(inputs, tmp_path / "zero", zero), out, ArtifactError, "every update of the adapter is zero"
+    )
+    unknown_domain = inputs | {"adapter": replace(inputs["adapter"], metrics={"domain": "poetry"})}
+    refused(unknown_domain, out, DataError, "no selection question of domain 'poetry'")
     folder = inputs["adapter"].path
     with pytest.raises(ExportError, match="an adapter cannot be of type 'q4_k_m'; known: f32, f16, q4_0"):
         export.export_adapter(folder, inputs["model"].path, Path(tmp_path / "a.gguf"), "q4_k_m")

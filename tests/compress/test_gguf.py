@@ -1,4 +1,4 @@
-"""GGUF export: llama.cpp computes what torch does."""
+"""GGUF export: llama.cpp gives the same logits as torch, and files are reproducible."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def adapter(tmp_path_factory, pico) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Hidden 256, and sure of itself on SENTENCES: random weights leave near-ties that any rounding turns."""
+    """Hidden size 256, trained on SENTENCES: with random weights, near-ties flip under any rounding."""
     folder = make_model(tmp_path_factory.mktemp("trained"), hidden=256, scale=0.05)
     model = LlamaForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -56,12 +56,12 @@ def text_ids(folder: Path) -> list[int]:
 
 @pytest.fixture
 def copy(tmp_path, pico) -> Path:
-    """A copy of the pico model to break."""
+    """A copy of the pico model that a test may damage."""
     return Path(shutil.copytree(pico, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_f32_is_torch(tmp_path, tied):
+def test_f32_logits_equal_torch(tmp_path, tied):
     folder = make_model(tmp_path / "m", hidden=128, tied=tied)
     export_model(folder, tmp_path / "m.gguf", "f32")
     ids = some_ids()
@@ -72,8 +72,8 @@ def test_f32_is_torch(tmp_path, tied):
     assert ("output.weight" in names) != tied
 
 
-def test_one_key_value_head_and_a_theta_of_its_own(tmp_path):
-    folder = make_model(tmp_path / "m", hidden=64)  # 2 heads share 1
+def test_one_key_value_head_and_another_rope_theta(tmp_path):
+    folder = make_model(tmp_path / "m", hidden=64)  # 2 query heads share it
     edit(
         folder / "config.json",
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
@@ -87,7 +87,7 @@ def test_one_key_value_head_and_a_theta_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(("type", "agreement"), [("f16", 0.99), ("q8_0", 0.95), ("q4_k_m", 0.90)])
-def test_smaller_types_agree_with_torch(tmp_path, trained, type, agreement):
+def test_quantized_types_agree_with_torch(tmp_path, trained, type, agreement):
     export_model(trained, tmp_path / "m.gguf", type)
     ids = text_ids(trained)
     expected = torch_logits(LlamaForCausalLM.from_pretrained(trained), ids)
@@ -98,7 +98,7 @@ def test_smaller_types_agree_with_torch(tmp_path, trained, type, agreement):
     assert list(tmp_path.iterdir()) == [tmp_path / "m.gguf"]
 
 
-def test_what_training_saves_can_be_exported(tmp_path, pico):
+def test_checkpoints_saved_by_training_can_be_exported(tmp_path, pico):
     model = folders.build(folders.Shape(hidden=64, layers=1, heads=2), HFTokenizer.load(pico), seed=0)
     folders.save(model, pico, tmp_path)
     export_model(tmp_path, tmp_path / "m.gguf", "f32")
@@ -109,7 +109,7 @@ def test_what_training_saves_can_be_exported(tmp_path, pico):
     export_adapter(tmp_path, tmp_path, tmp_path / "a.gguf")
 
 
-def test_bfloat16_weights_are_read(tmp_path, copy):
+def test_bfloat16_weights_are_exported(tmp_path, copy):
     edit_weights(copy, lambda w: w.update({name: value.bfloat16() for name, value in w.items()}))
     export_model(copy, tmp_path / "m.gguf", "f32")
     ids = some_ids(50)
@@ -118,7 +118,7 @@ def test_bfloat16_weights_are_read(tmp_path, copy):
     assert np.abs(got - expected).max() < 2e-4 * np.abs(expected).max()
 
 
-def test_narrow_rows_stay_f16(tmp_path):
+def test_rows_too_narrow_for_blocks_stay_f16(tmp_path):
     folder = make_model(tmp_path / "m", hidden=64)
     edit(folder / "config.json", intermediate_size=80)
     LlamaForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True).save_pretrained(folder)
@@ -131,7 +131,7 @@ def test_narrow_rows_stay_f16(tmp_path):
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "q8_0", "q4_k_m"])
-def test_stock_llama_answers_a_chat(tmp_path, pico, type):
+def test_stock_llama_cpp_completes_a_chat(tmp_path, pico, type):
     export_model(pico, tmp_path / "m.gguf", type)
     model = llama(tmp_path / "m.gguf")
     assert model.metadata["tokenizer.chat_template"] == TEMPLATE
@@ -152,7 +152,7 @@ def test_same_input_same_bytes(tmp_path, pico, type):
 
 
 @given(heads=st.integers(1, 4), half=st.integers(1, 8), columns=st.integers(1, 3))
-def test_rotary_order_pairs_the_halves(heads, half, columns):
+def test_rotary_permutation_interleaves_the_halves(heads, half, columns):
     rows = np.arange(heads * 2 * half * columns).reshape(-1, columns)
     ordered = rotary_order(rows, heads).reshape(heads, half, 2, columns)
     split = rows.reshape(heads, 2, half, columns)

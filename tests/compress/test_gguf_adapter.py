@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF files: llama.cpp computes what peft does, or they are refused."""
+"""LoRA adapters as GGUF files: llama.cpp gives the same logits as peft, or the export is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapter(tmp_path_factory, pico) -> Path:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_adapter_is_peft(tmp_path, tied):
+def test_adapter_logits_equal_peft(tmp_path, tied):
     from peft import PeftModel
 
     base = make_model(tmp_path / "m", hidden=128, tied=tied)
@@ -40,7 +40,7 @@ def test_adapter_is_peft(tmp_path, tied):
     bare = torch_logits(model, ids)
     expected = torch_logits(PeftModel.from_pretrained(model, folder), ids)
     got = llama_logits(tmp_path / "m.gguf", ids, lora_path=str(tmp_path / "a.gguf"), **F32_CACHE)
-    assert np.abs(expected - bare).max() > 0.1 * np.abs(bare).max()  # the adapter does something
+    assert np.abs(expected - bare).max() > 0.1 * np.abs(bare).max()  # the adapter has an effect
     assert np.abs(got - expected).max() < 2e-4 * np.abs(expected).max()
 
 
@@ -94,7 +94,7 @@ def rename(old: str, new: str):
         ),
     ],
 )
-def test_adapters_that_cannot_be_mapped_are_named(tmp_path, pico, adapter, change, message):
+def test_unmappable_adapter_tensors_are_refused_by_name(tmp_path, pico, adapter, change, message):
     folder = Path(shutil.copytree(adapter, tmp_path / "a"))
     edit_weights(folder, change, "adapter_model.safetensors")
     with pytest.raises(ExportError, match=re.escape(message)):
@@ -112,14 +112,14 @@ def test_adapters_that_cannot_be_mapped_are_named(tmp_path, pico, adapter, chang
         ({"r": 9}, "rank 4"),
     ],
 )
-def test_unknown_kinds_of_adapter_are_refused(tmp_path, pico, adapter, change, message):
+def test_unsupported_adapter_types_are_refused(tmp_path, pico, adapter, change, message):
     folder = Path(shutil.copytree(adapter, tmp_path / "a"))
     edit(folder / "adapter_config.json", **change)
     with pytest.raises(ExportError, match=message):
         export_adapter(folder, pico, tmp_path / "a.gguf")
 
 
-def test_adapter_of_another_width_is_refused(tmp_path, adapter):
+def test_adapter_of_another_hidden_size_is_refused(tmp_path, adapter):
     other = make_model(tmp_path / "other", hidden=64)
     with pytest.raises(ExportError, match=r"shape .* config.json requires"):
         export_adapter(adapter, other, tmp_path / "a.gguf")

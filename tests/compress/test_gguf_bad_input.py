@@ -1,4 +1,4 @@
-"""GGUF export: what cannot be written faithfully is refused in one line, and nothing is left of it."""
+"""GGUF export refuses models it cannot write faithfully, with a one-line error, and leaves no partial file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pico(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(tmp_path, pico) -> Path:
-    """A copy of the pico model to break."""
+    """A copy of the pico model that a test may damage."""
     return Path(shutil.copytree(pico, tmp_path / "copy"))
 
 
@@ -57,7 +57,7 @@ def copy(tmp_path, pico) -> Path:
         ({"vocab_size": 400}, "highest id is 511"),
     ],
 )
-def test_configurations_that_do_not_fit_are_refused(tmp_path, copy, change, message):
+def test_configurations_that_do_not_match_the_weights_are_refused(tmp_path, copy, change, message):
     edit(copy / "config.json", **change)
     with pytest.raises(ExportError, match=message):
         export_model(copy, tmp_path / "m.gguf")
@@ -66,7 +66,7 @@ def test_configurations_that_do_not_fit_are_refused(tmp_path, copy, change, mess
 
 @pytest.mark.parametrize("type", ["f32", "q8_0", "q4_k_m"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_no_numbers_are_named(tmp_path, copy, type, value):
+def test_nan_or_infinite_weights_are_refused_by_name(tmp_path, copy, type, value):
     edit_weights(copy, lambda w: w["model.layers.1.mlp.down_proj.weight"].view(-1)[77:78].fill_(value))
     (tmp_path / "m.gguf").write_text("an earlier file")
     with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"):
@@ -75,7 +75,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, copy, type, value):
     assert list(tmp_path.glob("m.gguf*")) == [tmp_path / "m.gguf"]
 
 
-def test_values_beyond_f16_are_refused_there(tmp_path, copy):
+def test_values_outside_the_f16_range_are_refused_for_f16(tmp_path, copy):
     edit_weights(copy, lambda w: w["model.embed_tokens.weight"][3].fill_(7e4))
     with pytest.raises(ExportError, match=r"embed_tokens.weight holds values too large for f16; export as f32"):
         export_model(copy, tmp_path / "m.gguf", "f16")
@@ -91,8 +91,8 @@ def one_layer(tmp_path_factory) -> Path:
 @given(share=st.floats(0, 1, exclude_max=True), near_end=st.integers(0, 20))
 @example(share=0.0, near_end=0)
 @example(share=0.9999999, near_end=1)
-def test_weights_cut_at_any_byte_are_refused(one_layer, share, near_end):
-    """Anywhere, and often in the header, which is a small part of the file."""
+def test_truncated_weights_are_refused(one_layer, share, near_end):
+    """At any byte, and often in the header, which is a small part of the file."""
     path = one_layer / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -109,8 +109,8 @@ def test_weights_cut_at_any_byte_are_refused(one_layer, share, near_end):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_changed_byte_of_the_header_is_refused_or_changes_nothing_unseen(one_layer, data):
-    """Never anything but an `ExportError`; where the header can still be read, it says what every tensor needs."""
+def test_changed_header_byte_is_refused_or_harmless(one_layer, data):
+    """The only error is `ExportError`; a header that can still be read describes every required tensor."""
     path = one_layer / "model.safetensors"
     whole = path.read_bytes()
     at = data.draw(st.integers(0, 7 + int.from_bytes(whole[:8], "little")))
@@ -123,7 +123,7 @@ def test_a_changed_byte_of_the_header_is_refused_or_changes_nothing_unseen(one_l
     assert not list(one_layer.glob("m.gguf*"))
 
 
-def test_weights_that_are_no_floats_are_refused(tmp_path, copy):
+def test_integer_weights_are_refused(tmp_path, copy):
     name = "model.layers.1.mlp.down_proj.weight"
     edit_weights(copy, lambda w: w.update({name: w[name].to(torch.int8)}))
     with pytest.raises(ExportError, match=r"down_proj.weight is I8; save the model as one of F32, F16, BF16"):
@@ -131,13 +131,13 @@ def test_weights_that_are_no_floats_are_refused(tmp_path, copy):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
-def test_missing_files_are_named(tmp_path, copy, name):
+def test_missing_files_are_refused_by_name(tmp_path, copy, name):
     (copy / name).unlink()
     with pytest.raises(ExportError, match=f"{re.escape(name)} is missing"):
         export_model(copy, tmp_path / "m.gguf")
 
 
-def test_broken_json_and_missing_keys_are_named(tmp_path, copy):
+def test_broken_json_and_missing_keys_are_refused_by_name(tmp_path, copy):
     config = json.loads((copy / "config.json").read_text())
     del config["hidden_size"]
     (copy / "config.json").write_text(json.dumps(config))
@@ -149,8 +149,8 @@ def test_broken_json_and_missing_keys_are_named(tmp_path, copy):
 
 
 @pytest.mark.parametrize("type", ["f32", "q4_k_m"])
-def test_a_full_disk_leaves_no_file(tmp_path, pico, type):
-    """A limit on what a process may write is the closest to a full disk that needs no rights."""
+def test_full_disk_leaves_no_file(tmp_path, pico, type):
+    """A file size limit of the process stands in for a full disk, because it needs no privileges."""
     (tmp_path / "m.gguf").write_text("an earlier file")
     script = f"""
 import resource, signal

@@ -1,4 +1,4 @@
-"""Stock llama.cpp loads and runs every kind of file we write: its own Python class in a process without our code."""
+"""Stock llama.cpp loads and runs every kind of GGUF file we write: `Llama` in a process that does not import cogumi."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def importance_of(folder: Path, out: Path) -> Path:
 
 
 def trimmed(folder: Path) -> Path:
-    """As trimming leaves it: fewer tokens than a multiple of anything, and rows without a token behind them."""
+    """A model as stage `trim` writes it: an odd number of tokens, and unused rows after them."""
     make_model(folder, vocab=389)
     edit(folder / "config.json", vocab_size=397)
     more = torch.zeros(397 - 389, 64)
@@ -53,15 +53,15 @@ def trimmed(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """Name of a file -> (what stock llama.cpp finds likeliest, what torch does, tokens generated)."""
+    """Name of a file -> (most likely tokens by stock llama.cpp, the same by torch, tokens generated)."""
     root = tmp_path_factory.mktemp("stock")
     wide, plain = make_model(root / "wide", hidden=256), make_model(root / "plain", hidden=128)
     columns = importance_of(wide, root / "importance.safetensors")
     jobs: dict[str, tuple[Path, dict, Path]] = {}
 
-    def add(name: str, folder: Path, type: str, options: dict | None = None, **how) -> None:
+    def add(name: str, folder: Path, type: str, options: dict | None = None, **settings) -> None:
         path = root / f"{name.replace(' ', '-')}.gguf"
-        export_model(folder, path, type, **how)
+        export_model(folder, path, type, **settings)
         jobs[name] = (path, options or {}, folder)
 
     for type in ("f16", "q8_0", "q6_k"):
@@ -74,8 +74,8 @@ def answers(tmp_path_factory):
     export_adapter(make_adapter(root / "adapter", plain), plain, root / "adapter.gguf")
     add("an adapter", plain, "q8_0", {"lora_path": str(root / "adapter.gguf")})
     ids = some_ids(100, 380)
-    asked = [{"path": str(path), "options": options, "ids": ids} for path, options, _ in jobs.values()]
-    done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(asked), capture_output=True, text=True)
+    tasks = [{"path": str(path), "options": options, "ids": ids} for path, options, _ in jobs.values()]
+    done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(tasks), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {}
     for (name, (_, _, folder)), line in zip(jobs.items(), done.stdout.splitlines(), strict=True):
@@ -104,9 +104,9 @@ def answers(tmp_path_factory):
         ("an adapter", 0.85),
     ],
 )
-def test_stock_llama_cpp_runs_it(answers, name, agreement):
-    """Rounding turns the near-ties of random weights, and chance agrees once in 400: this finds broken files, and the
-    suite `compression` says what types cost a trained model.
+def test_stock_llama_cpp_agrees_with_torch(answers, name, agreement):
+    """Detect broken files. Rounding flips near-ties of random weights, and chance agreement is 1 in 400; the suite
+    `compression` measures the loss of each type on a trained model.
     """
     got, expected, said = answers[name]
     assert said >= 1

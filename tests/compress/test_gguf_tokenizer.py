@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file makes the ids of the Hugging Face tokenizer, on every text, or is refused."""
+"""The tokenizer in a GGUF file gives the ids of the Hugging Face tokenizer on every text, or export refuses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.public_data import public_data, public_lines
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A small model folder, free to be changed."""
+    """A small model folder that a test may change."""
     return make_model(tmp_path / "folder", hidden=32)
 
 
@@ -31,7 +31,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def plain_tokenizer() -> Tokenizer:
-    """Byte-level BPE without digit splitting, whose merges join digits, so that a wrong `pre` shows."""
+    """Byte-level BPE without digit splitting, whose merges join digits, so that a wrong `pre` changes the ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +57,7 @@ def mismatches(path: Path, tokenizer: HFTokenizer, texts: list[str]) -> list[str
 
 @pytest.mark.parametrize("source", [foreign_text, public_lines])
 @pytest.mark.parametrize("kind", ["smollm", "gpt-2"])
-def test_tokenization_is_the_tokenizers(tmp_path, folder, kind, source):
+def test_tokenization_equals_the_hugging_face_tokenizer(tmp_path, folder, kind, source):
     if kind == "gpt-2":
         save_tokenizer(folder, plain_tokenizer())
     export_model(folder, tmp_path / "m.gguf")
@@ -66,8 +66,8 @@ def test_tokenization_is_the_tokenizers(tmp_path, folder, kind, source):
     assert mismatches(tmp_path / "m.gguf", HFTokenizer.load(folder), texts) == []
 
 
-def test_foreign_text_tells_the_two_apart(tmp_path, folder):
-    """The strings above would show a wrong `pre`: an exporter that wrote one name for both fails them."""
+def test_foreign_text_detects_a_wrong_pre_tokenizer(tmp_path, folder):
+    """Check that the texts above detect a wrong `pre`: an exporter that wrote one name for both would fail on them."""
     export_model(folder, tmp_path / "m.gguf")
     save_tokenizer(folder, plain_tokenizer())
     export_model(folder, tmp_path / "plain.gguf")
@@ -78,8 +78,8 @@ def test_foreign_text_tells_the_two_apart(tmp_path, folder):
     assert len(mismatches(tmp_path / "plain.gguf", HFTokenizer.load(folder), foreign_text(500))) > 50
 
 
-def test_a_real_vocabulary_with_plain_added_tokens(tmp_path):
-    """phi-2's 50,295 tokens: plain byte-level, with runs of spaces and tabs as tokens not special."""
+def test_published_vocabulary_with_non_special_added_tokens(tmp_path):
+    """phi-2's 50,295 tokens: byte-level, with runs of spaces and tabs as added tokens that are not special."""
     tokenizer = Tokenizer.from_file(str(public_data("tokenizer_hf/phi-2/tokenizer.json")))
     folder = real_folder(tmp_path / "m", tokenizer)
     export_model(folder, tmp_path / "m.gguf")
@@ -88,7 +88,7 @@ def test_a_real_vocabulary_with_plain_added_tokens(tmp_path):
 
 
 def real_folder(folder: Path, tokenizer: Tokenizer) -> Path:
-    """A pico model as wide in vocabulary as a real tokenizer."""
+    """A pico model with the vocabulary size of a published tokenizer."""
     make_model(folder, hidden=32)
     edit(folder / "config.json", vocab_size=tokenizer.get_vocab_size(), eos_token_id=50256)
     LlamaForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True).save_pretrained(folder)
@@ -97,7 +97,7 @@ def real_folder(folder: Path, tokenizer: Tokenizer) -> Path:
     return folder
 
 
-def test_special_text_typed_by_a_user_stays_text(tmp_path, folder):
+def test_special_token_text_from_a_user_is_not_parsed_as_special(tmp_path, folder):
     export_model(folder, tmp_path / "m.gguf")
     model = llama(tmp_path / "m.gguf", vocab_only=True)
     for number, text in enumerate(SPECIALS):
@@ -107,7 +107,7 @@ def test_special_text_typed_by_a_user_stays_text(tmp_path, folder):
         assert model.detokenize(typed).decode() == f"a {text} b"
 
 
-def test_unused_rows_of_the_embedding_become_unused_tokens(tmp_path, folder):
+def test_unused_embedding_rows_become_unused_tokens(tmp_path, folder):
     save_tokenizer(folder, plain_tokenizer())  # 502 tokens, 512 rows
     export_model(folder, tmp_path / "m.gguf")
     assert llama(tmp_path / "m.gguf", vocab_only=True).n_vocab() == 512
@@ -116,7 +116,7 @@ def test_unused_rows_of_the_embedding_become_unused_tokens(tmp_path, folder):
 
 
 @pytest.mark.parametrize("explicit", [None, False], ids=["post-processor", "switched off"])
-def test_bos_is_added_when_the_tokenizer_says_so(tmp_path, folder, explicit):
+def test_bos_is_added_as_the_tokenizer_declares(tmp_path, folder, explicit):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing("<|user|> $A", special_tokens=[("<|user|>", 2)])
     save_tokenizer(folder, tokenizer)
@@ -127,7 +127,7 @@ def test_bos_is_added_when_the_tokenizer_says_so(tmp_path, folder, explicit):
     assert model._model.add_bos_token() is (explicit is None)
 
 
-def test_chat_template_may_lie_in_its_own_file(tmp_path, folder):
+def test_chat_template_is_read_from_its_own_file(tmp_path, folder):
     edit(folder / "tokenizer_config.json", chat_template=None)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     export_model(folder, tmp_path / "m.gguf")
@@ -177,13 +177,13 @@ LLAMA3_SPLIT = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}"}, "behavior"
         ),
     ],
 )
-def test_tokenizers_llama_cpp_would_get_wrong_are_refused(tmp_path, folder, change, message):
+def test_tokenizers_that_llama_cpp_would_misread_are_refused(tmp_path, folder, change, message):
     edit(folder / "tokenizer.json", **change)
     with pytest.raises(ExportError, match=message):
         export_model(folder, tmp_path / "m.gguf")
 
 
-def test_vocabularies_that_lose_text_or_lack_an_end_are_refused(folder):
+def test_vocabularies_without_all_bytes_or_an_end_token_are_refused(folder):
     document = json.loads((folder / "tokenizer.json").read_text())
     for change, message in (
         ({"ignore_merges": True}, "ignore_merges"),
@@ -206,7 +206,7 @@ def test_vocabularies_that_lose_text_or_lack_an_end_are_refused(folder):
         Vocabulary.load(folder)
 
 
-def test_tokenizer_hash_follows_the_ids_alone(folder):
+def test_tokenizer_hash_depends_only_on_the_ids(folder):
     same = Vocabulary.load(folder).sha256
     edit(folder / "tokenizer_config.json", chat_template="{{ 1 }}")
     assert Vocabulary.load(folder).sha256 == same

@@ -1,4 +1,4 @@
-"""Every type of GGUF file is, byte for byte, what llama.cpp's own quantizer makes, without its f32 file in between."""
+"""Every GGUF type is byte for byte what llama.cpp's own quantizer writes, without an intermediate f32 file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOW = ["q2_k_s", "iq2_xxs"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """8 heads share 4 keys and values; in 4 layers mixtures differ between layers."""
+    """8 query heads share 4 key-value heads; with 4 layers, mixed types differ between layers."""
     root = tmp_path_factory.mktemp("models")
     return {
         "tied": make_model(root / "tied", hidden=256, layers=4),
@@ -45,23 +45,23 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def whole(folders) -> dict[str, Path]:
-    """The same as f32 files."""
+def f32_files(folders) -> dict[str, Path]:
+    """The same models as f32 files."""
     for folder in folders.values():
         export_model(folder, folder / "f32.gguf", "f32")
     return {name: folder / "f32.gguf" for name, folder in folders.items()}
 
 
-def made_up_importance(folder: Path) -> dict[str, np.ndarray]:
-    """Columns that matter very differently, for every matrix but an embedding that is not the head too."""
+def synthetic_importance(folder: Path) -> dict[str, np.ndarray]:
+    """Column importances over a wide range, for every matrix except an embedding that is not tied to the head."""
     draw = np.random.default_rng(1)
     llama = Llama.load(folder)
     matrices = [t for t in llama.tensors() if len(t.shape) == 2 and (llama.tied or t.name != "token_embd.weight")]
     return {t.name: draw.lognormal(0, 2, t.shape[1]).astype(np.float32) for t in matrices}
 
 
-def keep_importance(folder: Path, out: Path) -> Path:
-    save_arrays(made_up_importance(folder), out, {"base_sha256": sha256(folder / "model.safetensors")})
+def save_importance(folder: Path, out: Path) -> Path:
+    save_arrays(synthetic_importance(folder), out, {"base_sha256": sha256(folder / "model.safetensors")})
     return out
 
 
@@ -79,9 +79,9 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
     [("untied", type) for type in TYPES]
     + [(kind, type) for kind in ("tied", "qwen2", "narrow") for type in ("q8_0", "q5_k_m", "q4_k_m", "q4_0")],
 )
-def test_every_type_is_what_llama_cpp_makes(tmp_path, folders, whole, kind, type):
+def test_every_type_equals_llama_cpps_quantizer(tmp_path, folders, f32_files, kind, type):
     export_model(folders[kind], tmp_path / "ours.gguf", type, threads=2)
-    stock_quantize(whole[kind], tmp_path / "theirs.gguf", type)
+    stock_quantize(f32_files[kind], tmp_path / "theirs.gguf", type)
     assert_same_tensors(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.gguf", "theirs.gguf"]
 
@@ -90,10 +90,10 @@ def test_every_type_is_what_llama_cpp_makes(tmp_path, folders, whole, kind, type
     ("kind", "type"),
     [("untied", type) for type in ("q6_k", "q5_k_m", "q4_k_m", "q5_0", "q3_k_m", "q2_k_s")] + [("tied", "q4_0")],
 )
-def test_so_it_is_with_an_importance_matrix(tmp_path, folders, whole, kind, type):
-    importance = keep_importance(folders[kind], tmp_path / "importance.safetensors")
+def test_types_with_an_importance_matrix_equal_llama_cpps_quantizer(tmp_path, folders, f32_files, kind, type):
+    importance = save_importance(folders[kind], tmp_path / "importance.safetensors")
     export_model(folders[kind], tmp_path / "ours.gguf", type, importance=importance)
-    stock_quantize(whole[kind], tmp_path / "theirs.gguf", type, made_up_importance(folders[kind]))
+    stock_quantize(f32_files[kind], tmp_path / "theirs.gguf", type, synthetic_importance(folders[kind]))
     assert_same_tensors(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
     if type not in LOW:
         export_model(folders[kind], tmp_path / "without.gguf", type)
@@ -101,38 +101,38 @@ def test_so_it_is_with_an_importance_matrix(tmp_path, folders, whole, kind, type
 
 
 @pytest.mark.parametrize("type", LOW)
-def test_types_that_need_an_importance_matrix_say_so(tmp_path, folders, type):
+def test_types_that_need_an_importance_matrix_are_refused_without(tmp_path, folders, type):
     with pytest.raises(ExportError, match=f"type {type} needs an importance matrix"):
         export_model(folders["untied"], tmp_path / "m.gguf", type)
 
 
-def test_the_mixture_is_told_from_the_shape(folders):
+def test_mixture_of_types_is_computed_from_the_shape(folders):
     llama = Llama.load(folders["tied"])
     types = types_of(llama, "q4_k_m")
     assert set(types) == {t.name for t in llama.tensors()}
     assert {types[f"blk.{i}.ffn_down.weight"].name for i in range(4)} == {"Q4_K", "Q6_K"}
-    assert types["token_embd.weight"].name == "Q6_K"  # it is the head too
+    assert types["token_embd.weight"].name == "Q6_K"  # the tied embedding is also the head
     assert types_of(replace(llama, tied=False), "q4_k_m")["token_embd.weight"].name == "Q4_K"
 
 
-def test_an_importance_matrix_changes_the_mixture(folders):
+def test_importance_matrix_changes_the_mixture_of_types(folders):
     llama = replace(Llama.load(folders["tied"]), layers=8)
     without, with_it = types_of(llama, "q4_0"), types_of(llama, "q4_0", importance=True)
     assert {name for name in without if without[name] != with_it[name]} == {"blk.0.ffn_down.weight"}
 
 
 @pytest.mark.parametrize("type", ["f32", "q8_0", "q5_k_m", "q4_k_m"])
-def test_planned_bytes_are_the_bytes_written(tmp_path, folders, type):
+def test_planned_size_equals_the_size_written(tmp_path, folders, type):
     planned = stored_tensors(Llama.load(folders["tied"]), type)
     written = export_model(folders["tied"], tmp_path / "m.gguf", type)
     assert written == planned
     assert sum(t.nbytes for t in planned) == sum(t.n_bytes for t in GGUFReader(tmp_path / "m.gguf").tensors)
 
 
-# --- types of their own ---
+# --- types by tensor ---
 
 
-def test_types_by_pattern(tmp_path, folders):
+def test_types_by_tensor_name_pattern(tmp_path, folders):
     types = {"blk.0.*": "q6_k", "blk.*.ffn_down.weight": "q8_0", "token_embd.weight": "bf16"}
     export_model(folders["tied"], tmp_path / "mixed.gguf", "q4_0", types)
     export_model(folders["tied"], tmp_path / "plain.gguf", "q4_0")
@@ -142,7 +142,7 @@ def test_types_by_pattern(tmp_path, folders):
         if name.endswith("norm.weight"):
             assert tensor.tensor_type.name == "F32"
         elif name.startswith("blk.0."):
-            assert tensor.tensor_type.name == "Q6_K"  # the first pattern that matches counts
+            assert tensor.tensor_type.name == "Q6_K"  # the first matching pattern applies
         elif name.endswith("ffn_down.weight"):
             assert tensor.tensor_type.name == "Q8_0"
         elif name == "token_embd.weight":
@@ -166,7 +166,7 @@ def test_patterns_that_match_nothing_are_refused(tmp_path, folders, types, messa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_type_too_wide_for_the_rows_is_refused(tmp_path, folders):
+def test_type_whose_blocks_do_not_fit_the_rows_is_refused(tmp_path, folders):
     with pytest.raises(ExportError, match="rows of 64 values, and q6_k takes 256"):
         export_model(folders["qwen2"], tmp_path / "m.gguf", "q8_0", {"*attn_q.weight": "q6_k"})
 
@@ -175,7 +175,7 @@ def test_a_type_too_wide_for_the_rows_is_refused(tmp_path, folders):
 
 
 def shard(folder: Path, out: Path, parts: int) -> Path:
-    """The same model in several files, as the Hub keeps large ones."""
+    """The same model in several files, as large models are stored on the Hub."""
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf"))
     weights = load_file(folder / "model.safetensors")
     placed = {name: f"model-{i % parts + 1:05d}-of-{parts:05d}.safetensors" for i, name in enumerate(sorted(weights))}
@@ -186,7 +186,7 @@ def shard(folder: Path, out: Path, parts: int) -> Path:
 
 
 @pytest.mark.parametrize("type", ["f32", "q4_k_m"])
-def test_shards_are_read_as_one(tmp_path, folders, type):
+def test_sharded_checkpoint_gives_the_same_file(tmp_path, folders, type):
     sharded = shard(folders["untied"], tmp_path / "sharded", 3)
     export_model(sharded, tmp_path / "shards.gguf", type)
     export_model(folders["untied"], tmp_path / "one.gguf", type)
@@ -213,7 +213,7 @@ def test_shards_are_read_as_one(tmp_path, folders, type):
         ),
     ],
 )
-def test_broken_indices_are_refused(tmp_path, folders, change, message):
+def test_invalid_shard_index_is_refused(tmp_path, folders, change, message):
     sharded = shard(folders["untied"], tmp_path / "sharded", 3)
     change(sharded, json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"])
     with pytest.raises(ExportError, match=message):
@@ -226,8 +226,8 @@ def test_broken_indices_are_refused(tmp_path, folders, change, message):
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_rows_are_quantized_one_by_one(data):
-    """So threads may share a tensor's rows, and no row's bytes depend on the others."""
+def test_rows_are_quantized_independently(data):
+    """So threads can split the rows of a tensor without changing bytes."""
     type = data.draw(st.sampled_from(["Q4_0", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16"]))
     rows = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=(data.draw(st.integers(1, 6)), 256))
     rows = rows.astype(np.float32)
@@ -236,7 +236,7 @@ def test_rows_are_quantized_one_by_one(data):
     assert np.array_equal(together, np.concatenate([quantize_rows(row[None], type, columns) for row in rows]))
 
 
-def test_importance_moves_the_error_to_where_it_costs_less():
+def test_importance_reduces_the_weighted_error():
     draw = np.random.default_rng(0)
     rows = draw.normal(size=(64, 512)).astype(np.float32)
     columns = draw.lognormal(0, 2, 512).astype(np.float32)
@@ -251,13 +251,13 @@ def test_importance_moves_the_error_to_where_it_costs_less():
 
 @pytest.mark.parametrize(
     "type", [t for t in TENSOR_TYPES if not t.startswith(("iq1", "iq2"))]
-)  # their tables take long
-def test_rows_of_every_type_are_as_long_as_planned(type):
+)  # their lookup tables take long to build
+def test_row_size_of_every_type_equals_the_planned_size(type):
     written = quantize_rows(np.ones((3, 512), np.float32), type.upper(), np.ones(512, np.float32))
     assert written.nbytes == Tensor("", "", (3, 512), type=TENSOR_TYPES[type]).nbytes
 
 
 @pytest.mark.parametrize("type", ["I8", "Q8_K", "COUNT", "q8_0", "NONE"])
-def test_what_ggml_would_end_the_process_over_is_refused(type):
+def test_input_that_would_abort_ggml_is_refused(type):
     with pytest.raises(ExportError, match=f"unknown ggml type '{type}'"):
         quantize_rows(np.ones((1, 256), np.float32), type)

@@ -1,4 +1,4 @@
-"""llama.cpp's published tokenizer vectors: every tokenizer is either exported such that they hold, or refused."""
+"""llama.cpp's published tokenizer vectors: an exported tokenizer reproduces them; any other is refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tokenizer_folder(folder: Path, document: dict | str, eos: str, bos: str | No
 
 
 def vocabulary_file(folder: Path, out: Path) -> Path:
-    """A GGUF file of the folder's tokenizer alone."""
+    """A GGUF file that contains only the folder's tokenizer."""
     vocabulary = Vocabulary.load(folder)
     writer = GGUFWriter(out, "llama")
     writer.add_type(GGUFType.MODEL)
@@ -54,7 +54,7 @@ def vocabulary_file(folder: Path, out: Path) -> Path:
 
 
 def vectors(name: str) -> tuple[list[str], list[list[int]]]:
-    """Texts and their ids; the last text of the file has none."""
+    """Texts and their ids; the last text in the file has no ids."""
     source = public_data("tokenizers_llamacpp")
     texts = (source / f"ggml-vocab-{name}.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     lines = (source / f"ggml-vocab-{name}.gguf.out").read_text(encoding="ascii").splitlines()
@@ -63,9 +63,9 @@ def vectors(name: str) -> tuple[list[str], list[list[int]]]:
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_the_published_vectors_hold(tmp_path, name):
-    """And so do ids of text that no vector holds, but for two differences known of Qwen2: text that is not in NFC, and
-    "</s>", an ordinary token of it that llama.cpp takes for the end of a text wherever it looks for special text.
+def test_published_vectors_are_reproduced(tmp_path, name):
+    """So are ids of other text, with two known differences for Qwen2: text that is not in NFC, and "</s>", an ordinary
+    token that llama.cpp parses as end of text wherever it parses special tokens.
     """
     document, bos, eos = EXPORTED[name]
     folder = tokenizer_folder(tmp_path, document(), eos, bos)
@@ -104,7 +104,7 @@ DEEPSEEK = [
 
 
 @pytest.mark.parametrize("parts", [FALCON, DEEPSEEK], ids=["falcon", "deepseek"])
-def test_other_pre_tokenizers_are_refused_by_what_they_are(tmp_path, parts):
+def test_other_pre_tokenizers_are_refused_by_name(tmp_path, parts):
     document = gpt2_document() | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
     with pytest.raises(ExportError, match=f"the pre-tokenizer is {parts[0]['type']}.*; supported: ByteLevel or Digits"):
         Vocabulary.load(tokenizer_folder(tmp_path, document, "<|endoftext|>"))

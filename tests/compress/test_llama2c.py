@@ -1,4 +1,4 @@
-"""llama2.c checkpoints as GGUF: the known story comes back, with heads of any width, and foreign files are refused."""
+"""llama2.c checkpoints as GGUF: the published story is reproduced for any head size; invalid files are refused."""
 
 import math
 import struct
@@ -32,8 +32,8 @@ def vocabulary():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Give a function that converts the checkpoint once per type and head size."""
+def converted(tmp_path_factory):
+    """Return a function that converts the checkpoint once per type and head size."""
     folder, done = tmp_path_factory.mktemp("stories"), {}
 
     def make(type="f32", head=None):
@@ -47,15 +47,15 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def story():
-    """What run.c writes at temperature 0 in 256 steps, as its documentation shows it."""
+    """The output of run.c at temperature 0 in 256 steps, from its documentation."""
     document = public_data("stories260k/stories260K.md").read_text(encoding="utf-8")
     return document.split("-t 0.0\n")[1].split("```")[0].rstrip("\n")
 
 
 @pytest.fixture(scope="module")
-def stories(made, story):
-    """The known story and 8 that the model makes up: about 3,000 tokens of what it was trained on."""
-    with closing(LlamaEngine(made(), slots=8, lookup=False, cache="f16")) as engine:
+def stories(converted, story):
+    """The published story and 8 that the model generates: about 3,000 tokens like its training data."""
+    with closing(LlamaEngine(converted(), slots=8, lookup=False, cache="f16")) as engine:
         asked = [Request(prompt=(BOS,), max_tokens=500, temperature=1.0, seed=seed) for seed in range(8)]
         return "\n".join([story, *(reply.text.strip() for reply in replies(engine, asked))])
 
@@ -76,74 +76,74 @@ def logits(path, ids):
     return np.array(model.scores[: len(ids)])
 
 
-def test_known_story_comes_back(made, story):
-    assert greedy(made()) == story
+def test_published_story_is_reproduced(converted, story):
+    assert greedy(converted()) == story
 
 
 @pytest.mark.parametrize("head", [16, 32, 64])
-def test_wider_heads_change_nothing(made, story, head):
-    ids = [BOS, *load_tokenizer(made()).encode(story)]
-    narrow, wide = logits(made(), ids), logits(made(head=head), ids)
-    assert np.abs(narrow - wide).max() < 1e-4  # of logits up to 20
-    assert greedy(made(head=head)) == story
+def test_padding_heads_does_not_change_the_story(converted, story, head):
+    ids = [BOS, *load_tokenizer(converted()).encode(story)]
+    narrow, wide = logits(converted(), ids), logits(converted(head=head), ids)
+    assert np.abs(narrow - wide).max() < 1e-4  # logits go up to 20
+    assert greedy(converted(head=head)) == story
 
 
-def test_own_classifier(made, story, tmp_path):
+def test_untied_classifier(converted, story, tmp_path):
     width, *rest = struct.unpack("<7i", checkpoint().read_bytes()[:28])
     rows, body = rest[4], np.fromfile(checkpoint(), "<f4", offset=28)
     header = struct.pack("<7i", width, *rest[:4], -rows, rest[5])
     doubled = np.concatenate([body, 2 * body[: rows * width]])
     (tmp_path / "own.bin").write_bytes(header + doubled.tobytes())
     convert(tmp_path / "own.bin", vocabulary(), tmp_path / "own.gguf")
-    ids = [BOS, *load_tokenizer(made()).encode(story)[:50]]
-    np.testing.assert_allclose(logits(tmp_path / "own.gguf", ids), 2 * logits(made(), ids), atol=1e-4)
+    ids = [BOS, *load_tokenizer(converted()).encode(story)[:50]]
+    np.testing.assert_allclose(logits(tmp_path / "own.gguf", ids), 2 * logits(converted(), ids), atol=1e-4)
 
 
 @pytest.mark.parametrize(("type", "head"), [("f16", None), ("q8_0", 32), ("q4_k_m", None)])
-def test_smaller_types_read_as_well(made, story, book, type, head):
-    assert made(type, head).stat().st_size < made("f32", head).stat().st_size * 0.6
-    exact = [perplexity(made(), text, "f16", 512) for text in (story, book[:3000])]
-    assert 1.1 < exact[0] < 3 < exact[1] < 512  # its own greedy words, and a book it never saw
+def test_smaller_types_keep_the_perplexity(converted, story, book, type, head):
+    assert converted(type, head).stat().st_size < converted("f32", head).stat().st_size * 0.6
+    exact = [perplexity(converted(), text, "f16", 512) for text in (story, book[:3000])]
+    assert 1.1 < exact[0] < 3 < exact[1] < 512  # its own greedy text, and a book outside its training data
     for text, expected in zip((story, book[:3000]), exact, strict=True):
-        assert perplexity(made(type, head), text, "f16", 512) == pytest.approx(expected, rel=0.02)
+        assert perplexity(converted(type, head), text, "f16", 512) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("context", [64, 512])
-def test_perplexity_counts_every_token_once(made, story, context):
-    ids = load_tokenizer(made()).encode(story)
+def test_perplexity_counts_every_token_once(converted, story, context):
+    ids = load_tokenizer(converted()).encode(story)
     nats = []
     for start in range(0, len(ids) - 1, context - 1):
         run = ids[start : start + context]
-        rows = logits(made(), run)[:-1].astype(np.float64)
+        rows = logits(converted(), run)[:-1].astype(np.float64)
         nats += (np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(run) - 1), run[1:]]).tolist()
     assert len(nats) == len(ids) - 1
-    assert perplexity(made(), story, "f16", context) == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
+    assert perplexity(converted(), story, "f16", context) == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
 
 
-def test_what_a_smaller_cache_costs(made, stories):
-    """Heads of 8 have few values over which errors could cancel, so q4_0 costs this model far more than larger ones."""
-    assert len(load_tokenizer(made()).encode(stories)) > 2000
-    f16, q8_0, q4_0 = (perplexity(made(head=32), stories, cache, 512) for cache in ("f16", "q8_0", "q4_0"))
-    assert f16 == pytest.approx(perplexity(made(), stories, "f16", 512), rel=1e-3)
-    assert f16 == pytest.approx(4, abs=0.5)  # it was trained to 1.30 nats
+def test_perplexity_with_a_quantized_cache(converted, stories):
+    """With head size 8, errors hardly average out, so q4_0 costs this model far more than larger ones."""
+    assert len(load_tokenizer(converted()).encode(stories)) > 2000
+    f16, q8_0, q4_0 = (perplexity(converted(head=32), stories, cache, 512) for cache in ("f16", "q8_0", "q4_0"))
+    assert f16 == pytest.approx(perplexity(converted(), stories, "f16", 512), rel=1e-3)
+    assert f16 == pytest.approx(4, abs=0.5)  # its training ended at 1.30 nats
     assert q8_0 == pytest.approx(f16, rel=0.01)
     assert 1.2 < q4_0 / f16 < 3
     with pytest.raises(BundleError):
-        perplexity(made(), stories, "q4_0", 512)
+        perplexity(converted(), stories, "q4_0", 512)
 
 
-def test_perplexity_needs_a_text(made):
+def test_perplexity_of_an_empty_text_is_refused(converted):
     with pytest.raises(DataError, match="two tokens"):
-        perplexity(made(), "", "f16", 512)
+        perplexity(converted(), "", "f16", 512)
 
 
-def test_special_tokens(made):
-    tokenizer = load_tokenizer(made())
+def test_special_tokens(converted):
+    tokenizer = load_tokenizer(converted())
     assert tokenizer.size == 512
     assert [tokenizer.piece(i) for i in (0, BOS, EOS)] == [b"", b"", b""]
     assert [tokenizer.piece(3 + byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
-    assert {i for i in range(512) if tokenizer.ends(i)} == {BOS, EOS}  # run.c stops where the next story begins
-    model = llama(made(), vocab_only=True)
+    assert {i for i in range(512) if tokenizer.ends(i)} == {BOS, EOS}  # run.c stops at the start of the next story
+    model = llama(converted(), vocab_only=True)
     assert (model.token_bos(), model.token_eos()) == (BOS, EOS)
     assert model.tokenize(b"a", add_bos=True)[0] == BOS
 
@@ -158,7 +158,7 @@ def pieces_of(path):
 
 
 def encode_like_run_c(text, pieces):
-    """Follow `encode` of run.c: characters or their bytes, then the best-scored neighbours merged until none is."""
+    """Like `encode` of run.c: characters or their bytes, then merge the best-scored neighbours until none is left."""
     known = {piece: i for i, (piece, _) in enumerate(pieces)}
     ids = [known[" "]] if text else []
     for character in text:
@@ -171,8 +171,8 @@ def encode_like_run_c(text, pieces):
         ids[best : best + 2] = [joined[best]]
 
 
-def test_tokens_of_run_c(made, story, book):
-    tokenizer, pieces = load_tokenizer(made()), pieces_of(vocabulary())
+def test_tokenization_equals_run_c(converted, story, book):
+    tokenizer, pieces = load_tokenizer(converted()), pieces_of(vocabulary())
     for text in (story, *book.splitlines(), *MULTILINGUAL, "", " ", "  two  spaces ", "<s> </s> <0x41>\t\n"):
         ids = tokenizer.encode(text)
         assert ids == encode_like_run_c(text, pieces)
@@ -201,7 +201,7 @@ def test_tokens_of_run_c(made, story, book):
         (lambda data: data[:5000] + struct.pack("<f", math.nan) + data[5004:], "NaN"),
     ],
 )
-def test_bad_checkpoints_are_refused(change, message, tmp_path):
+def test_invalid_checkpoints_are_refused(change, message, tmp_path):
     (tmp_path / "bad.bin").write_bytes(change(checkpoint().read_bytes()))
     refused(message, tmp_path, model=tmp_path / "bad.bin")
 
@@ -218,7 +218,7 @@ def test_bad_checkpoints_are_refused(change, message, tmp_path):
         lambda data: data[:8] + struct.pack("<i", -50) + data[12:],
     ],
 )
-def test_bad_vocabularies_are_refused(change, tmp_path):
+def test_invalid_vocabularies_are_refused(change, tmp_path):
     (tmp_path / "bad.bin").write_bytes(change(vocabulary().read_bytes()))
     refused("no llama2.c tokenizer", tmp_path, tokens=tmp_path / "bad.bin")
 
@@ -232,13 +232,13 @@ def test_bad_vocabularies_are_refused(change, tmp_path):
         ({"type": "q4"}, "unknown type 'q4'; known: f32, f16, q4_0"),
     ],
 )
-def test_what_cannot_be_written_is_refused(arguments, message, tmp_path):
+def test_unsupported_types_and_head_sizes_are_refused(arguments, message, tmp_path):
     refused(message, tmp_path, **arguments)
 
 
-def test_missing_files_are_named(tmp_path):
-    nowhere = tmp_path / "nowhere.bin"
-    refused("nowhere.bin is missing", tmp_path, model=nowhere, tokens=nowhere)
+def test_missing_files_are_refused_by_name(tmp_path):
+    missing = tmp_path / "nowhere.bin"
+    refused("nowhere.bin is missing", tmp_path, model=missing, tokens=missing)
 
 
 def refused(message, folder, model=None, tokens=None, **arguments):
@@ -249,8 +249,8 @@ def refused(message, folder, model=None, tokens=None, **arguments):
     assert sorted(folder.iterdir()) == before
 
 
-def test_failure_keeps_the_old_file(made, tmp_path):
-    (tmp_path / "out.gguf").write_bytes(made().read_bytes())
+def test_failed_conversion_keeps_the_old_file(converted, tmp_path):
+    (tmp_path / "out.gguf").write_bytes(converted().read_bytes())
     data = checkpoint().read_bytes()
     (tmp_path / "bad.bin").write_bytes(data[:5000] + struct.pack("<f", math.inf) + data[5004:])
     refused("infinity", tmp_path, model=tmp_path / "bad.bin")

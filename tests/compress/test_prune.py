@@ -1,4 +1,4 @@
-"""Pruning: which weights go, that they stay away, and that the best of a grid is the one written."""
+"""Stage `prune`: which weights are removed, that they stay zero, gradual pruning and the grid search."""
 
 import json
 import math
@@ -45,14 +45,14 @@ def world(tmp_path_factory):
     return root
 
 
-def pruned(world, out, model="base", data="data", watch=None, **config):
+def pruned(world, out, model="base", data="data", progress_context=None, **config):
     out.mkdir(exist_ok=True)
     inputs = {"model": artifact(world / model), "examples": artifact(world / data)}
-    return prune.run(prune.Config.model_validate(config), inputs, out, watch or context())
+    return prune.run(prune.Config.model_validate(config), inputs, out, progress_context or context())
 
 
 def weights(folder):
-    """By part, then by name."""
+    """Weight matrices by part of the model, then by name."""
     found = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if part := part_of(name):
@@ -75,32 +75,32 @@ matrices = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
 
 @given(matrices, st.floats(0, 1, exclude_max=True))
 @settings(max_examples=80, deadline=None)
-def test_exactly_the_share_of_least_weights_goes_and_of_equals_the_first(weight, wanted):
+def test_mask_removes_exactly_the_lowest_share_and_the_first_of_equal_scores(weight, wanted):
     scores = importance(weight, Mix())
     mask = least(scores, wanted)
-    gone = scores[mask]
-    assert len(gone) == round(wanted * weight.numel())
-    if 0 < len(gone) < weight.numel():
-        assert gone.max() <= scores[~mask].min()
-        last = gone.max()
+    removed = scores[mask]
+    assert len(removed) == round(wanted * weight.numel())
+    if 0 < len(removed) < weight.numel():
+        assert removed.max() <= scores[~mask].min()
+        last = removed.max()
         equals = mask.flatten()[scores.flatten() == last]
         assert equals.tolist() == sorted(equals.tolist(), reverse=True)
 
 
 @given(matrices, st.sampled_from([1, 2]))
 @settings(max_examples=80, deadline=None)
-def test_of_every_four_neighbours_the_least_go(weight, gone):
+def test_n_of_4_mask_removes_the_lowest_of_every_four_neighbours(weight, removed):
     scores = importance(weight, Mix())
-    mask = least_of_four(scores, gone)
+    mask = least_of_four(scores, removed)
     assert mask.shape == weight.shape
     for four, dead in zip(scores.reshape(-1, 4).tolist(), mask.reshape(-1, 4).tolist(), strict=True):
-        first = sorted(range(4), key=lambda i: four[i])[:gone]  # Python's sort keeps the order of equals
+        first = sorted(range(4), key=lambda i: four[i])[:removed]  # Python's sort is stable
         assert [i for i in range(4) if dead[i]] == sorted(first)
 
 
 @given(matrices)
 @settings(max_examples=40, deadline=None)
-def test_the_usual_measures_are_corners_of_the_mix(weight):
+def test_magnitude_wanda_and_taylor_are_special_cases_of_the_mix(weight):
     gradient, columns = weight.flip(0) + 0.5, weight[0].abs() + 0.1
     alive = weight != 0
     wanda = importance(weight, Mix(activation=1), gradient, columns)
@@ -125,24 +125,24 @@ def test_shares_are_scaled_to_an_overall_sparsity(parts):
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
-def test_the_best_score_is_on_the_front_and_nothing_beats_the_front(points):
+def test_pareto_front_contains_the_best_score_and_only_undominated_points(points):
     optimal = front(points)
     best = max(range(len(points)), key=lambda i: score(*points[i]))
     assert optimal[best]
-    for (quality, size), on in zip(points, optimal, strict=True):
-        beaten = any(q >= quality and s <= size and (q > quality or s < size) for q, s in points)
-        assert on != beaten
+    for (quality, size), on_front in zip(points, optimal, strict=True):
+        dominated = any(q >= quality and s <= size and (q > quality or s < size) for q, s in points)
+        assert on_front != dominated
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_parts_lose_their_shares(world, tmp_path, method):
+def test_each_part_reaches_its_sparsity(world, tmp_path, method):
     metrics = pruned(world, tmp_path / "out", method=method)
-    asked = {"attention": 0.6, "feed_forward": 0.7, "embeddings": 0.5}
+    target = {"attention": 0.6, "feed_forward": 0.7, "embeddings": 0.5}
     for part, names in weights(tmp_path / "out").items():
-        told = metrics["parts"][part]
-        assert told["asked"] == asked[part]
-        assert told["reached"] == share(names) == pytest.approx(asked[part], abs=0.016)  # Wanda rounds down by row
-        assert told["weights"] == sum(w.numel() for w in names.values())
+        reported = metrics["parts"][part]
+        assert reported["asked"] == target[part]
+        assert reported["reached"] == share(names) == pytest.approx(target[part], abs=0.016)  # Wanda rounds down by row
+        assert reported["weights"] == sum(w.numel() for w in names.values())
     model = load(tmp_path / "out")
     count = sum(int((p == 0).sum()) for p in model.parameters())
     assert metrics["zeros"] == {"before": 0, "after": count}
@@ -153,7 +153,7 @@ def test_the_parts_lose_their_shares(world, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_of_every_four(world, tmp_path, method):
+def test_2_4_structure(world, tmp_path, method):
     metrics = pruned(world, tmp_path / "out", method=method, structure="2:4")
     for part, names in weights(tmp_path / "out").items():
         assert metrics["parts"][part]["reached"] == 0.5
@@ -162,7 +162,7 @@ def test_two_of_every_four(world, tmp_path, method):
 
 
 def test_wanda_is_the_product_of_weight_and_input(world, tmp_path):
-    """The first layer sees the same inputs before and after, so its mask can be told from the dense model."""
+    """The inputs of the first layer do not change, so its mask can be computed from the dense model."""
     pruned(world, tmp_path / "out", method="wanda", parts={"attention": 0.5}, calibration={"rows": 20})
     model, llama = load(world / "base"), Llama.load(world / "base")
     tokenizer = HFTokenizer.load(world / "base")
@@ -174,7 +174,7 @@ def test_wanda_is_the_product_of_weight_and_input(world, tmp_path):
     assert torch.equal(weights(tmp_path / "out")["attention"][name] == 0, wanted)
 
 
-def test_gradient_and_activation_change_what_goes(world, tmp_path):
+def test_gradient_and_activation_change_the_mask(world, tmp_path):
     shas = {
         pruned(world, tmp_path / str(i), method="magnitude", mix=mix)["model_sha256"]
         for i, mix in enumerate([{}, {"gradient": 1}, {"activation": 1}, {"gradient": 1, "activation": 0.5}])
@@ -182,7 +182,7 @@ def test_gradient_and_activation_change_what_goes(world, tmp_path):
     assert len(shas) == 4
 
 
-def test_equal_bytes_nothing_said_and_nothing_left_behind(world, tmp_path, monkeypatch, capfd):
+def test_runs_are_reproducible_silent_and_leave_no_extra_files(world, tmp_path, monkeypatch, capfd):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     shas = [pruned(world, tmp_path / name)["model_sha256"] for name in ("a", "b")]
@@ -192,12 +192,12 @@ def test_equal_bytes_nothing_said_and_nothing_left_behind(world, tmp_path, monke
     shutil.rmtree(tmp_path / "a" / CHECKPOINT)
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in (tmp_path / "a").iterdir()} == files | {"generation_config.json"} & files
-    said = capfd.readouterr()
-    assert said.out == said.err == ""
+    output = capfd.readouterr()
+    assert output.out == output.err == ""
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_zero_stays_zero_when_more_is_pruned(world, tmp_path, method):
+def test_zeros_stay_zero_when_more_is_pruned(world, tmp_path, method):
     parts = {"attention": 0.3, "feed_forward": 0.5}
     pruned(world, tmp_path / "some", method="magnitude", parts=parts)
     more = pruned(
@@ -208,11 +208,11 @@ def test_what_is_zero_stays_zero_when_more_is_pruned(world, tmp_path, method):
         for name, weight in before[part].items():
             assert not after[part][name][weight == 0].any()
     for name, weight in before["feed_forward"].items():
-        assert torch.equal(after["feed_forward"][name] == 0, weight == 0)  # sparse enough: left alone
+        assert torch.equal(after["feed_forward"][name] == 0, weight == 0)  # already sparse enough: unchanged
     assert more["zeros"]["before"] > 0
 
 
-def test_zeros_are_held_against_adam_and_muon(world, tmp_path):
+def test_zeros_stay_zero_under_adam_and_muon(world, tmp_path):
     model = load(world / "base")
     with torch.no_grad():
         for weight in model.parameters():
@@ -233,20 +233,20 @@ class Killed(Exception):
     pass
 
 
-def killed_at(moment):
-    """A progress that dies at its `moment`-th call with this total."""
+def killed_at(step):
+    """A context whose progress callback raises `Killed` at its `moment`-th training step."""
     calls = 0
 
     def progress(done, total, figures):
         nonlocal calls
         calls += "loss" in figures
-        if calls == moment:
+        if calls == step:
             raise Killed
 
     return context(progress=progress)
 
 
-def test_in_phases_with_training_between_and_through_kills(world, tmp_path):
+def test_gradual_pruning_trains_between_phases_and_resumes_after_kills(world, tmp_path):
     config = {"method": "magnitude", "gradual": {"phases": 3, "loop": LOOP}}
     metrics = pruned(world, tmp_path / "whole", **config)
     for k, phase in enumerate(metrics["phases"], 1):
@@ -258,41 +258,50 @@ def test_in_phases_with_training_between_and_through_kills(world, tmp_path):
     assert metrics["parts"]["attention"]["reached"] == share(weights(tmp_path / "whole")["attention"])
     at_once = pruned(world, tmp_path / "once", method="magnitude")
     assert metrics["pruned"]["nats"] < at_once["pruned"]["nats"]
-    for moment in (3, 5, 4):  # in the first phase, in the second, in the third
+    for step in (3, 5, 4):  # in the first phase, in the second, in the third
         with pytest.raises(Killed):
-            pruned(world, tmp_path / "killed", watch=killed_at(moment), **config)
+            pruned(world, tmp_path / "killed", progress_context=killed_at(step), **config)
     again = pruned(world, tmp_path / "killed", **config)
     assert json.dumps(again) == json.dumps(metrics)
 
 
-def test_progress_goes_up_to_the_whole(world, tmp_path):
-    told = []
-    watch = context(progress=lambda done, total, figures: told.append((done, total)) if "loss" in figures else None)
-    pruned(world, tmp_path / "out", method="magnitude", gradual={"phases": 2, "loop": LOOP}, watch=watch)
-    assert told == [(step, 12) for step in range(1, 13)]
+def test_progress_reaches_the_total_number_of_steps(world, tmp_path):
+    reported = []
+    progress_context = context(
+        progress=lambda done, total, figures: reported.append((done, total)) if "loss" in figures else None
+    )
+    pruned(
+        world,
+        tmp_path / "out",
+        method="magnitude",
+        gradual={"phases": 2, "loop": LOOP},
+        progress_context=progress_context,
+    )
+    assert reported == [(number, 12) for number in range(1, 13)]
 
 
-def test_a_grid_writes_its_best_with_a_table_and_a_picture(world, tmp_path):
+def test_grid_search_writes_the_best_model_a_table_and_a_plot(world, tmp_path):
     grid = {"sparsities": [0.3, 0.6], "methods": ["magnitude", "wanda"]}
     metrics = pruned(world, tmp_path / "out", grid=grid)
-    tried = metrics["grid"]
-    assert list(tried) == ["magnitude-0.3", "magnitude-0.6", "wanda-0.3", "wanda-0.6"]
-    for name, found in tried.items():
+    grid_results = metrics["grid"]
+    assert list(grid_results) == ["magnitude-0.3", "magnitude-0.6", "wanda-0.3", "wanda-0.6"]
+    for name, found in grid_results.items():
         kept = math.exp(metrics["dense"]["nats"] - found["pruned"]["nats"])
-        right = found["pruned"]["exact"] / metrics["dense"]["exact"] if metrics["dense"]["exact"] else kept
-        assert found["quality"] == pytest.approx((kept + right) / 2)
+        exact_ratio = found["pruned"]["exact"] / metrics["dense"]["exact"] if metrics["dense"]["exact"] else kept
+        assert found["quality"] == pytest.approx((kept + exact_ratio) / 2)
         assert found["score"] == pytest.approx(found["quality"] - found["zstd_bytes"] / metrics["zstd_bytes"]["dense"])
-        assert found["sparsity"] == pytest.approx(float(name.split("-")[1]), abs=0.02)  # norms are few
-    best = max(tried, key=lambda name: tried[name]["score"])
+        # norm weights are not pruned
+        assert found["sparsity"] == pytest.approx(float(name.split("-")[1]), abs=0.02)
+    best = max(grid_results, key=lambda name: grid_results[name]["score"])
     assert metrics["chosen"] == best
-    assert tried[best]["front"]
-    assert {p: share(w) for p, w in weights(tmp_path / "out").items()} == tried[best]["reached"]
+    assert grid_results[best]["front"]
+    assert {p: share(w) for p, w in weights(tmp_path / "out").items()} == grid_results[best]["reached"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"**{best}** (chosen)" in report
     assert "score = quality - zstd bytes / zstd bytes(dense)" in report
     assert (tmp_path / "out" / "grid.png").read_bytes().startswith(b"\x89PNG")
-    # alone, the chosen one gives the same model
-    alone = pruned(world, tmp_path / "alone", method=tried[best]["method"], parts=tried[best]["asked"])
+    # the chosen setting without a grid gives the same model
+    alone = pruned(world, tmp_path / "alone", method=grid_results[best]["method"], parts=grid_results[best]["asked"])
     assert alone["model_sha256"] == metrics["model_sha256"]
 
 
@@ -311,12 +320,12 @@ def test_a_grid_writes_its_best_with_a_table_and_a_picture(world, tmp_path):
         ({"calibration": {"rows": 0}}, "greater than or equal to 1"),
     ],
 )
-def test_what_a_config_cannot_ask(config, message):
+def test_invalid_config_is_refused(config, message):
     with pytest.raises(ValidationError, match=message):
         prune.Config.model_validate(config)
 
 
-def test_the_documents_shares_by_default():
+def test_default_sparsities_sum_to_65_percent():
     shape = {"attention": 262144, "feed_forward": 589824, "embeddings": 131072}
     shares = prune.Config().shares
     assert sum(shares[part] * n for part, n in shape.items()) / sum(shape.values()) == pytest.approx(0.65, abs=0.005)
@@ -333,7 +342,7 @@ def changed(world, to, name, change):
     save_tensors(tensors, to / "model.safetensors", {"format": "pt"})
 
 
-def test_what_cannot_be_pruned_says_so_and_leaves_nothing(world, tmp_path):
+def test_unprunable_input_is_refused_and_leaves_no_files(world, tmp_path):
     def refused(error, match, model=world / "base", data=world / "data", **config):
         with pytest.raises(error, match=match):
             pruned(world, tmp_path / "out", model, data, **{"method": "magnitude", **config})
@@ -358,7 +367,7 @@ def test_what_cannot_be_pruned_says_so_and_leaves_nothing(world, tmp_path):
     refused(RecipeError, "multiple of 4 weights, and .*down_proj.weight has 66", tmp_path / "narrow", structure="2:4")
 
 
-def test_a_damaged_state_of_a_killed_run_says_so(world, tmp_path):
+def test_damaged_checkpoint_of_a_killed_run_is_reported(world, tmp_path):
     pruned(world, tmp_path, method="magnitude")
     kept = tmp_path / CHECKPOINT / "magnitude" / "pruned.safetensors"
     kept.write_bytes(kept.read_bytes()[:-5])

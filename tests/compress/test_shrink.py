@@ -1,4 +1,4 @@
-"""Shrinking: what is cut, that the rest computes the same, and that a cut model learns faster than a new one."""
+"""Stage `shrink`: selection and removal of parts, and recovery training against training from scratch."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def artifact(path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Sums, and a model that knows them."""
+    """Examples of additions, and a model trained on them."""
     root = tmp_path_factory.mktemp("shrink")
     pico.make_tokenizer(root / "tokenizer")
     rows = [example(f"{a} plus {b}", str(a + b), 1 + b % 5) for a in range(10) for b in range(10)]
@@ -74,30 +74,30 @@ def logits(model, ids):
         return model(input_ids=torch.tensor([ids])).logits[0]
 
 
-# --- which stay
+# --- selection
 
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=40), st.data())
-def test_the_strongest_stay_in_their_order(values, data):
+def test_strongest_are_kept_in_their_order(values, data):
     count = data.draw(st.integers(1, len(values)))
     kept = strongest(torch.tensor(values, dtype=torch.float64), count)
-    gone = [v for i, v in enumerate(values) if i not in kept]
+    removed = [v for i, v in enumerate(values) if i not in kept]
     assert list(kept) == sorted(set(kept))
     assert len(kept) == count
-    assert not gone or max(gone) <= min(values[i] for i in kept)
+    assert not removed or max(removed) <= min(values[i] for i in kept)
 
 
 @given(st.lists(st.floats(0, 9), min_size=8, max_size=8), st.sampled_from([(2, 1), (4, 2), (8, 4), (4, 4), (2, 2)]))
-def test_every_key_value_head_keeps_queries_of_its_own_group(values, asked):
-    heads, kv_heads = asked
+def test_each_kept_key_value_head_keeps_query_heads_of_its_group(values, targets):
+    heads, kv_heads = targets
     target = smaller(EIGHT, {"heads": heads, "kv_heads": kv_heads})
     queries, keys = strongest_heads(torch.tensor(values), EIGHT, target)
-    assert (len(queries), len(keys)) == asked
+    assert (len(queries), len(keys)) == targets
     assert [q // 2 for q in queries] == [k for k in keys for _ in range(heads // kv_heads)]
     assert list(queries) == sorted(queries)
 
 
-def test_one_of_heads_and_kv_heads_means_whole_groups():
+def test_heads_or_kv_heads_alone_removes_whole_groups():
     assert (
         smaller(EIGHT, {"heads": 4}) == smaller(EIGHT, {"kv_heads": 2}) == smaller(EIGHT, {"heads": 4, "kv_heads": 2})
     )
@@ -105,7 +105,7 @@ def test_one_of_heads_and_kv_heads_means_whole_groups():
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("targets", "message"),
     [
         ({"layers": 5}, "layers: 5 is more than the model's 4"),
         ({"hidden": 96}, "hidden: 96 is more than the model's 64"),
@@ -116,32 +116,32 @@ def test_one_of_heads_and_kv_heads_means_whole_groups():
         ({"heads": 3, "kv_heads": 3}, "heads: a width of 48 is not a multiple of 32"),
     ],
 )
-def test_figures_that_do_not_go_together_are_refused(asked, message):
+def test_inconsistent_targets_are_refused(targets, message):
     with pytest.raises(RecipeError, match=message):
-        smaller(EIGHT, asked)
+        smaller(EIGHT, targets)
 
 
-def test_a_qwen2_keeps_as_many_channels_as_its_heads_are_wide():
-    """llama.cpp would not load any other."""
+def test_qwen2_hidden_size_must_equal_its_total_head_width():
+    """llama.cpp loads no other Qwen2 shape."""
     shape = replace(EIGHT, hidden=128, kind="qwen2")
-    for asked in ({"hidden": 64}, {"heads": 4}):
+    for targets in ({"hidden": 64}, {"heads": 4}):
         with pytest.raises(RecipeError, match="cut heads and hidden alike"):
-            smaller(shape, asked)
+            smaller(shape, targets)
     assert smaller(shape, {"hidden": 64, "heads": 4}).kv_heads == 2
 
 
-# --- what is cut
+# --- removal
 
 
-def test_parts_that_do_nothing_go_and_nothing_changes(world):
-    """One layer, one head, half of the neurons and half of the channels made idle: they are found, and not missed."""
+def test_removing_idle_parts_does_not_change_the_logits(world):
+    """One layer, two heads, half of the neurons and half of the channels are idle: they are found and removed."""
     model, shape = opened(world / "model")
-    core, idle = model.model, torch.arange(0, 64, 2)
+    decoder, idle = model.model, torch.arange(0, 64, 2)
     with torch.no_grad():
-        core.layers[1].self_attn.o_proj.weight.zero_()
-        core.layers[1].mlp.down_proj.weight.zero_()
-        core.embed_tokens.weight[:, idle] = 0
-        for layer in core.layers:
+        decoder.layers[1].self_attn.o_proj.weight.zero_()
+        decoder.layers[1].mlp.down_proj.weight.zero_()
+        decoder.embed_tokens.weight[:, idle] = 0
+        for layer in decoder.layers:
             layer.self_attn.v_proj.weight[16:48] = 0
             layer.mlp.up_proj.weight[5:69] = 0
             layer.self_attn.o_proj.weight[idle] = 0
@@ -176,7 +176,7 @@ def test_padding_does_not_count(world):
 
 
 @pytest.mark.parametrize("kind", REAL)
-def test_targets_that_are_the_present_shape_change_no_byte(world, tmp_path, kind):
+def test_target_equal_to_the_present_shape_changes_no_byte(world, tmp_path, kind):
     folder = REAL[kind](tmp_path / "whole")
     model, shape = opened(folder)
     (tmp_path / "saved").mkdir()
@@ -199,17 +199,17 @@ TOGETHER = (
 
 
 @pytest.mark.parametrize("kind", REAL)
-def test_cut_models_run_in_transformers_and_in_llama(world, tmp_path, kind):
+def test_shrunk_models_run_in_transformers_and_llama_cpp(world, tmp_path, kind):
     folder = REAL[kind](tmp_path / "whole")
     ids = HFTokenizer.load(folder).encode("\n".join(CODE))[:200]
     alone = () if kind == "qwen2" else ({"hidden": 32}, {"heads": 2}, {"heads": 2, "kv_heads": 2})
-    for i, asked in enumerate((*alone, *TOGETHER)):
+    for i, targets in enumerate((*alone, *TOGETHER)):
         out = tmp_path / str(i)
-        metrics = run(tmp_path, out, "whole", world / "data", loop=None, **asked)
-        model, said = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-        assert not any(said.values())
+        metrics = run(tmp_path, out, "whole", world / "data", loop=None, **targets)
+        model, loading_info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(loading_info.values())
         found = opened(out)[1]
-        assert {name: getattr(found, name) for name in asked} == asked
+        assert {name: getattr(found, name) for name in targets} == targets
         assert found.head == metrics["shape"]["before"]["head"]
         assert metrics["parameters"]["after"] == found.parameters == sum(p.numel() for p in model.parameters())
         export_model(out, out / "m.gguf", "f32")
@@ -219,7 +219,7 @@ def test_cut_models_run_in_transformers_and_in_llama(world, tmp_path, kind):
 # --- the stage
 
 
-def test_what_was_cut_learns_faster_than_what_is_new(world, tmp_path):
+def test_shrunk_model_beats_the_same_shape_trained_from_scratch(world, tmp_path):
     metrics = run(world, tmp_path, layers=2, feed_forward=64, control="scratch")
     assert metrics["cut"]["nats"] > metrics["after"]["nats"]
     assert metrics["control"]["nats"] > metrics["after"]["nats"]
@@ -237,11 +237,11 @@ def test_what_was_cut_learns_faster_than_what_is_new(world, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
     text = (tmp_path / "report.md").read_text()
     assert f"| same shape and budget, from scratch | {metrics['control']['nats']:.4f} |" in text
-    gone = next(i for i in range(3) if i not in metrics["layers"]["kept"])
-    assert f"| {gone} | {metrics['layers']['nats_without'][gone]:.4f} | left out |" in text
+    removed = next(i for i in range(3) if i not in metrics["layers"]["kept"])
+    assert f"| {removed} | {metrics['layers']['nats_without'][removed]:.4f} | left out |" in text
 
 
-def test_the_whole_model_teaches_unless_only_answers_are_asked_for(world, tmp_path):
+def test_distillation_is_used_unless_answers_have_all_the_weight(world, tmp_path):
     found = {
         (answers, temperature): run(
             world,
@@ -262,29 +262,29 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
-    """A run that nobody disturbed: its folder and metrics."""
+def uninterrupted(world, tmp_path_factory):
+    """An uninterrupted run: its folder and metrics."""
     out = tmp_path_factory.mktemp("whole")
     return out, run(world, out, layers=2, control="scratch")
 
 
 @pytest.mark.parametrize("at", [14, 35])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(world, whole, tmp_path, at):
-    """Once while the cut model learns, once while its control does; the fourth pass over the rows was the last."""
+def test_killed_and_resumed_run_gives_the_same_bytes(world, uninterrupted, tmp_path, at):
+    """Killed while the shrunk model trains, and while the control does; the first 4 progress steps are measurements."""
 
-    def die(done, total, figures):
+    def kill(done, total, figures):
         assert total == 4 + 40
         if done == 4 + at:
             raise Killed
 
     with pytest.raises(Killed):
-        run(world, tmp_path / "killed", layers=2, control="scratch", progress=die)
+        run(world, tmp_path / "killed", layers=2, control="scratch", progress=kill)
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     assert (tmp_path / "killed" / CHECKPOINT / "checkpoint.safetensors").exists()
     again = run(world, tmp_path / "killed", layers=2, control="scratch")
-    assert json.dumps(again) == json.dumps(whole[1])
+    assert json.dumps(again) == json.dumps(uninterrupted[1])
     for name in (*FOLDER, "report.md", "curves.png"):
-        assert (tmp_path / "killed" / name).read_bytes() == (whole[0] / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (uninterrupted[0] / name).read_bytes()
 
 
 # --- bad input
@@ -300,14 +300,14 @@ def copied(world, path, **changes):
 
 def refused(world, tmp_path, error, message, **given):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(error, match=message) as said:
+    with pytest.raises(error, match=message) as caught:
         run(world, tmp_path / "out", **given)
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").iterdir())
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_what_cannot_be_shrunk_is_said_in_one_line(world, tmp_path):
+def test_unsupported_models_and_data_are_refused_in_one_line(world, tmp_path):
     refused(world, tmp_path, RecipeError, "layers: 9 is more than the model's 3; give a smaller number", layers=9)
     model = copied(world, tmp_path / "other", architectures=["MixtralForCausalLM"], model_type="mixtral")
     supported = "is a MixtralForCausalLM; supported: LlamaForCausalLM, Qwen2ForCausalLM"

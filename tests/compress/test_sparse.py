@@ -1,4 +1,4 @@
-"""Tensors without their zeros: any bits come back, and what is damaged is refused."""
+"""`compress.pack.sparse`: tensors stored without their zeros are restored bit for bit; damaged files are refused."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from cogumi.core.types import Artifact
 WIDTHS = st.sampled_from([1, 2, 4, 8])
 
 
-def same(raw, width):
+def check_round_trip(raw, width):
     sparse = encode(raw, width)
     assert np.array_equal(decode(sparse, len(raw) // width, width), raw)
     assert len(sparse.values) + len(sparse.where) <= len(raw)
@@ -33,23 +33,23 @@ def same(raw, width):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), width=WIDTHS)
-def test_any_bits_come_back(data, width):
-    """Elements from few values, in runs of any length, so that zeros, -0.0 and NaNs of all kinds come together."""
+def test_round_trip_of_any_bits(data, width):
+    """Few distinct values in runs of any length, so that zeros, -0.0 and all kinds of NaN are mixed."""
     one = st.one_of(
         st.just(bytes(width)), st.binary(min_size=width, max_size=width), st.just(bytes(width - 1) + b"\x80")
     )
     runs = data.draw(st.lists(st.tuples(one, st.integers(0, 600)), max_size=12))
-    same(np.frombuffer(b"".join(value * count for value, count in runs), np.uint8), width)
+    check_round_trip(np.frombuffer(b"".join(value * count for value, count in runs), np.uint8), width)
 
 
 @settings(max_examples=50, deadline=None)
 @given(bits=st.lists(st.integers(0, 2**32 - 1), max_size=50))
-def test_floats_come_back_bit_for_bit(bits):
+def test_round_trip_of_floats_is_exact(bits):
     special = [0x80000000, 0x7FC00001, 0xFF800001, 0, 0, 0x00000001]
-    same(np.array(bits + special, "<u4").view(np.uint8), 4)
+    check_round_trip(np.array(bits + special, "<u4").view(np.uint8), 4)
 
 
-def test_minus_zero_and_nan_are_values():
+def test_minus_zero_and_nan_count_as_non_zero():
     sparse = encode(np.array([0, -0.0, 0, np.nan] * 8, "<f4").view(np.uint8), 4)
     assert sparse.kind == "mask"
     assert len(sparse.values) == 4 * 16
@@ -57,22 +57,22 @@ def test_minus_zero_and_nan_are_values():
 
 @pytest.mark.parametrize("length", [0, 1, 254, 255, 256, 510, 511, 65535, 65536, 131071])
 @pytest.mark.parametrize("first", [0, 1])
-def test_runs_of_any_length(length, first):
-    """Lengths around what one and two bytes can count."""
+def test_round_trip_of_long_runs(length, first):
+    """Lengths around the largest counts of one and two bytes."""
     raw = np.concatenate([np.full(length, first), np.full(70_000, 1 - first), np.full(length, first), [1, 0]])
-    same(raw.astype(np.uint8), 1)
+    check_round_trip(raw.astype(np.uint8), 1)
 
 
-def test_the_shortest_form_is_taken():
+def test_shortest_encoding_is_chosen():
     values = np.random.default_rng(0).standard_normal(8000).astype("<f4")
-    assert same(values.view(np.uint8), 4).kind == "dense"
+    assert check_round_trip(values.view(np.uint8), 4).kind == "dense"
     half = values * np.random.default_rng(1).integers(0, 2, 8000).astype("<f4")
     half[half == 0] = 0.0
-    sparse = same(half.view(np.uint8), 4)
+    sparse = check_round_trip(half.view(np.uint8), 4)
     assert (sparse.kind, len(sparse.where), len(sparse.values)) == ("mask", 1000, 4 * np.count_nonzero(half))
     for length, kind in ((100, "runs1"), (5_000, "runs2"), (200_000, "runs4")):
-        assert same(np.repeat(np.arange(10) % 2, length).astype(np.uint8), 1).kind == kind
-    assert len(same(np.zeros(80_000, np.uint8), 1).where) <= 8
+        assert check_round_trip(np.repeat(np.arange(10) % 2, length).astype(np.uint8), 1).kind == kind
+    assert len(check_round_trip(np.zeros(80_000, np.uint8), 1).where) <= 8
 
 
 def pruned(share, shape=(64, 96), seed=0):
@@ -86,14 +86,14 @@ TYPES += [torch.float8_e4m3fn, torch.uint8]
 
 @pytest.fixture
 def source(tmp_path):
-    """A file with a tensor of every type, empty ones and scalars among them."""
+    """A file with a tensor of every type, including an empty one and a scalar."""
     tensors = {f"t{i}": pruned(0.6, seed=i).to(dtype) for i, dtype in enumerate(TYPES)}
     tensors |= {"empty": torch.empty(0, 5), "one": torch.tensor(0.0), "minus": torch.tensor([-0.0, 0.0])}
     save_torch(tensors, tmp_path / "model.safetensors", {"format": "pt", "ünder": "x"})
     return tmp_path / "model.safetensors"
 
 
-def test_a_file_comes_back_byte_for_byte(source, tmp_path):
+def test_file_is_restored_byte_for_byte(source, tmp_path):
     figures = encode_file(source, tmp_path / "sparse")
     assert figures["bytes"] == source.stat().st_size
     assert figures["sparse_bytes"] == (tmp_path / "sparse").stat().st_size < figures["bytes"] * 0.62
@@ -108,7 +108,7 @@ def test_a_file_comes_back_byte_for_byte(source, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"123", b"\xff" * 20, (2).to_bytes(8, "little") + b"[]"])
-def test_what_is_no_safetensors_file(tmp_path, content):
+def test_invalid_safetensors_file_is_refused(tmp_path, content):
     (tmp_path / "model").write_bytes(content)
     with pytest.raises(DataError, match="is not a valid safetensors file"):
         encode_file(tmp_path / "model", tmp_path / "out")
@@ -117,7 +117,7 @@ def test_what_is_no_safetensors_file(tmp_path, content):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_source_that_was_cut(source, share):
+def test_truncated_source_is_refused(source, share):
     good = source.read_bytes()
     cut = source.with_name("cut")
     cut.write_bytes(good[: int(share * len(good))])
@@ -127,13 +127,13 @@ def test_a_source_that_was_cut(source, share):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_damage_is_refused(source, place, bit, cut):
-    """Or does no harm: padding in front of the data, say."""
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_damaged_file_is_refused_or_restored_exactly(source, position, bit, cut):
+    """Some bytes, such as padding before the data, carry no information."""
     stored, back = source.with_name("stored"), source.with_name("back")
     encode_file(source, stored)
     good = stored.read_bytes()
-    at = int(place * len(good))
+    at = int(position * len(good))
     stored.write_bytes(good[:at] if cut else good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
     refused = ""
     try:
@@ -152,13 +152,13 @@ def test_damage_is_refused(source, place, bit, cut):
     ("kind", "where", "values"),
     [("mask", [255], 8), ("mask", [1, 128], 1), ("runs1", [200, 200], 200), ("runs1", [9, 1], 1), ("runs4", [1], 1)],
 )
-def test_forms_that_do_not_add_up(kind, where, values):
+def test_inconsistent_encodings_are_refused(kind, where, values):
     with pytest.raises(ValueError):
         decode(Sparse(kind, np.ones(values, np.uint8), np.array(where, np.uint8)), 9, 1)
 
 
-def test_sizes_are_not_believed(tmp_path):
-    """A header that wants more than any disk has, and a format of tomorrow."""
+def test_sizes_and_format_version_in_the_header_are_checked(tmp_path):
+    """A header with an absurd size, and an unknown format version."""
     header = json.dumps({"a": {"dtype": "U8", "shape": [1 << 60], "data_offsets": [0, 1 << 60]}})
     stored = {"0.values": np.empty(0, np.uint8), "0.where": np.array([0xFF, 0xFF, 0xFF, 0xFF], np.uint8)}
     told = {"format": 1, "header": header, "sha256": "", "kinds": ["runs4"]}
@@ -173,7 +173,7 @@ def test_sizes_are_not_believed(tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    """The folder of a model whose weights were pruned, beside one that was not."""
+    """The folder of a pruned model, and beside it one of a dense model."""
     folder = tmp_path / "model"
     folder.mkdir()
     save_torch({f"w{i}": pruned(0.65, (256, 512), i) for i in range(3)}, folder / "model.safetensors")
@@ -182,7 +182,7 @@ def model(tmp_path):
     return folder
 
 
-def test_a_model_is_packed_without_its_zeros_where_that_pays(model, tmp_path):
+def test_model_is_packed_without_zeros_where_that_saves_space(model, tmp_path):
     sizes = {}
     for sparse in (False, True):
         out = tmp_path / f"packed-{sparse}"
@@ -206,8 +206,8 @@ def test_a_model_is_packed_without_its_zeros_where_that_pays(model, tmp_path):
     assert told["zeros"] == pytest.approx(0.65, abs=0.01)
 
 
-def test_damage_inside_a_packed_model_leaves_nothing(model, tmp_path):
-    """The archive is right, and what it holds is not."""
+def test_damaged_tensor_in_a_packed_model_leaves_no_files(model, tmp_path):
+    """The archive is valid, but its content is not."""
     stored = tmp_path / "stored"
     stored.mkdir()
     encode_file(model / "model.safetensors", stored / "model.safetensors.sparse")
@@ -225,7 +225,7 @@ def test_damage_inside_a_packed_model_leaves_nothing(model, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_what_is_neither_bundle_nor_model(tmp_path):
+def test_folder_that_is_neither_bundle_nor_model_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     for folder in (tmp_path / "in", tmp_path / "nowhere"):
         with pytest.raises(BundleError, match="neither a bundle nor a model's folder"):
@@ -237,7 +237,7 @@ def test_what_is_neither_bundle_nor_model(tmp_path):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_a_model_that_was_cut(model, tmp_path, sparse):
+def test_truncated_model_is_refused(model, tmp_path, sparse):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     (tmp_path / "out").mkdir()
@@ -247,7 +247,7 @@ def test_a_model_that_was_cut(model, tmp_path, sparse):
 
 
 @pytest.mark.parametrize("target", ["file", "folder", "nowhere"])
-def test_links_are_not_followed(model, tmp_path, target):
+def test_symlinks_are_not_followed(model, tmp_path, target):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("secret")
     (model / "link").symlink_to(tmp_path / target)
@@ -255,8 +255,8 @@ def test_links_are_not_followed(model, tmp_path, target):
         pack_folder(model, tmp_path / "out", Config())
 
 
-def test_the_record_of_a_build_is_left_out(model, tmp_path):
-    """And a packed model can be looked at, whether a stage packed it or the command, but not talked to."""
+def test_build_manifest_is_not_packed(model, tmp_path):
+    """A packed model can be inspected, whether a stage or the command packed it, but it cannot be opened for chat."""
     (model / "manifest.json").write_text("{}")
     (tmp_path / "out").mkdir()
     metrics = run(

@@ -1,4 +1,4 @@
-"""Stage `trim`: the model around the kept tokens computes the same, and what costs too much is undone."""
+"""Stage `trim`: the trimmed model gives the same logits, and a trim that costs too much quality is rolled back."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def folders(tmp_path_factory):
     return make_folders(tmp_path_factory.mktemp("models"))
 
 
-# --- the model around it
+# --- the trimmed model
 
 
 def aligned(model):
-    """The same weights, each where a new tensor lies: the matrix kernels round by where in memory a number is."""
+    """Copy every weight to a new tensor, because rounding in the matrix kernels depends on memory alignment."""
     for weight in model.parameters():
         weight.data = weight.data.clone()
     return model
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_of_what_stays_are_the_same_bits(folders, tmp_path, name):
+def test_logits_of_kept_tokens_are_bit_identical(folders, tmp_path, name):
     model = Model.load(folders[name])
     kept = half(model.vocabulary, 4)
     model.vocabulary.write(kept, tmp_path)
@@ -76,7 +76,7 @@ def test_logits_of_what_stays_are_the_same_bits(folders, tmp_path, name):
         assert [HFTokenizer.load(tmp_path).raw.id_to_token(i) for i in eos] == ["<|eot_id|>", "<|end_header_id|>"]
 
 
-def test_an_adapter_of_the_whole_model_fits_the_trimmed_one(folders, tmp_path):
+def test_adapter_of_the_original_model_works_on_the_trimmed_one(folders, tmp_path):
     model = Model.load(folders["own"])
     kept = half(model.vocabulary, 7)
     model.vocabulary.write(kept, tmp_path)
@@ -91,7 +91,7 @@ def test_an_adapter_of_the_whole_model_fits_the_trimmed_one(folders, tmp_path):
     assert not torch.allclose(hidden[0], load(folders["own"]).model(old).last_hidden_state)
 
 
-def test_a_quality_that_is_no_number_is_a_problem():
+def test_nan_quality_is_reported_as_a_problem():
     one, other = trim.Quality(1.0, 1.0, 0.5), trim.Quality(math.nan, math.nan, 0.0)
     assert trim.quality_problem(trim.Config(), one, one) is None
     assert "perplexity per byte rises by nan%" in trim.quality_problem(trim.Config(), one, other)
@@ -99,7 +99,7 @@ def test_a_quality_that_is_no_number_is_a_problem():
 
 @pytest.mark.parametrize("source", [foreign_text, public_lines])
 @pytest.mark.parametrize("name", NAMES)
-def test_llama_cpp_cuts_the_same(folders, tmp_path, name, source):
+def test_llama_cpp_tokenizes_like_the_trimmed_tokenizer(folders, tmp_path, name, source):
     model = Model.load(folders[name])
     kept = half(model.vocabulary, 5)
     tokenizer = model.vocabulary.write(kept, tmp_path)
@@ -108,11 +108,11 @@ def test_llama_cpp_cuts_the_same(folders, tmp_path, name, source):
     stock = llama(tmp_path / "m.gguf", vocab_only=True)
     assert stock.n_vocab() == len(kept)
     for text in source(500):
-        text = unicodedata.normalize("NFC", text)  # llama.cpp knows no normalizer
+        text = unicodedata.normalize("NFC", text)  # llama.cpp has no normalizer
         assert stock.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
 
 
-def test_k_quants_need_no_padding_of_rows(tmp_path):
+def test_k_quants_do_not_need_an_even_vocabulary_size(tmp_path):
     model = Model.load(make_model(tmp_path / "m", hidden=256, layers=1, vocab=500))
     kept = half(model.vocabulary, 6, 0.9)
     kept -= {max(kept)} if len(kept) % 2 == 0 else set()
@@ -129,7 +129,7 @@ def test_k_quants_need_no_padding_of_rows(tmp_path):
 # --- the stage
 
 
-def test_what_texts_never_use_goes(folders, tmp_path):
+def test_unused_tokens_are_removed(folders, tmp_path):
     data = examples(tmp_path / "data", SENTENCES, SENTENCES)
     found = run(folders["llama3"], data, tmp_path / "out")
     assert not found["rolled_back"]
@@ -147,7 +147,7 @@ def unchanged(folder: Path, out: Path) -> bool:
     return all((out / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
 
 
-def test_a_larger_cover_is_tried_where_the_first_costs_too_much(folders, tmp_path):
+def test_larger_cover_is_tried_when_the_first_costs_too_much(folders, tmp_path):
     data = examples(tmp_path / "data", SENTENCES, SENTENCES)
     found = run(folders["own"], data, tmp_path / "out", covers=(0.3, 1.0), tokens_per_word=0.0)
     assert [attempt["problem"] is None for attempt in found["attempts"]] == [False, True]
@@ -163,8 +163,8 @@ def test_a_larger_cover_is_tried_where_the_first_costs_too_much(folders, tmp_pat
         ({"tokens_per_word": 9.0}, "perplexity per byte rises by"),
     ],
 )
-def test_what_costs_too_much_is_undone(folders, tmp_path, limits, reason):
-    """Random weights find every token alike unlikely: an answer of more tokens is less likely."""
+def test_trim_that_costs_too_much_is_rolled_back(folders, tmp_path, limits, reason):
+    """With random weights all tokens are equally likely, so an answer of more tokens is less likely."""
     data = examples(tmp_path / "data", ["xyz"], SENTENCES)
     found = run(folders["llama3"], data, tmp_path / "out", **limits)
     assert found["rolled_back"]
@@ -175,7 +175,7 @@ def test_what_costs_too_much_is_undone(folders, tmp_path, limits, reason):
     assert unchanged(folders["llama3"], tmp_path / "out")
 
 
-def test_a_draft_follows_its_base(folders, tmp_path):
+def test_draft_is_trimmed_like_its_base(folders, tmp_path):
     data = examples(tmp_path / "data", SENTENCES[:2], SENTENCES[:2])
     draft = make_model(tmp_path / "draft", vocab=700, hidden=64)
     run(folders["own"], data, tmp_path / "base")
@@ -189,7 +189,7 @@ def test_a_draft_follows_its_base(folders, tmp_path):
         run(draft, data, tmp_path / "wrong", follow=folders["qwen2"])
 
 
-def test_corpus_files_count_and_files_kept_out_are_measured(folders, tmp_path):
+def test_corpus_files_are_counted_and_held_out_files_measured(folders, tmp_path):
     data = examples(tmp_path / "data", ["xyz"], ["xyz"])
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.py").write_text(SENTENCES[1])
@@ -201,10 +201,10 @@ def test_corpus_files_count_and_files_kept_out_are_measured(folders, tmp_path):
     found = run(folders["own"], data, tmp_path / "out", tokens_per_word=1.0, perplexity=1.0, **texts)
     tokenizer = HFTokenizer.load(tmp_path / "out")
     assert len(tokenizer.encode("quick brown")) == len(HFTokenizer.load(folders["own"]).encode("quick brown"))
-    assert found["lines"]["ascii"] == 1 + 1 + 1  # question, answer, the log's line
+    assert found["lines"]["ascii"] == 1 + 1 + 1  # question, answer and the line of the log
 
 
-def test_the_command_says_what_trimming_would_do(folders, tmp_path):
+def test_vocabulary_command_estimates_the_effect_of_trimming(folders, tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(SENTENCES[:3]), "utf-8")
     (tmp_path / "b.txt").write_text("\n".join(SENTENCES), "utf-8")
     asked = ["vocabulary", str(folders["llama3"]), "--corpus", str(tmp_path / "a.txt")]
@@ -221,7 +221,7 @@ def test_the_command_says_what_trimming_would_do(folders, tmp_path):
 
 
 def test_llama_3_at_a_quarter_of_its_vocabulary(tmp_path):
-    """Counted on one book and some code, measured on other books and code; the whole corpora are for `vocabulary`."""
+    """Counted on one book and some code, measured on other books and code; `cogumi vocabulary` covers whole corpora."""
     model = Model.load(real_vocabulary(tmp_path / "m", "llama3", hidden=32, layers=1))
     lines = public_lines(40_000)
     fit, kept_out = "\n".join(lines[:35_000]), "\n".join(lines[35_000:])

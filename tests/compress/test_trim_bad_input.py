@@ -1,4 +1,4 @@
-"""Tokenizers, models and settings that cannot be trimmed are refused by name."""
+"""Stage `trim` refuses unsupported tokenizers, damaged models and bad settings with a one-line error."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def suffixes(document):
         (lambda document: document.pop("model"), "lacks 'model'"),
     ],
 )
-def test_other_tokenizers_are_refused_by_name(folders, change, message):
+def test_unsupported_tokenizers_are_refused_by_name(folders, change, message):
     document = json.loads((folders["own"] / "tokenizer.json").read_text())
     change(document)
     with pytest.raises(DataError, match=message):
@@ -99,7 +99,7 @@ def cut(folder):
         (lambda f: add_token(f), ArtifactError, "highest id is 700, but the model has 700 rows"),
     ],
 )
-def test_damaged_models_are_refused(tmp_path, damage, error, message):
+def test_models_that_do_not_match_their_tokenizer_are_refused(tmp_path, damage, error, message):
     folder = make_model(tmp_path / "m", vocab=700, hidden=32, layers=1)
     damage(folder)
     with pytest.raises(error, match=message):
@@ -122,7 +122,7 @@ def add_token(folder):
         (["a"], [], {}, "hold no words"),
     ],
 )
-def test_bad_asks_are_refused_and_leave_the_model_alone(folders, tmp_path, train, selection, config, message):
+def test_bad_settings_are_refused_and_leave_the_model_unchanged(folders, tmp_path, train, selection, config, message):
     data = examples(tmp_path / "data", train, selection)
     before = {path.name: sha256(path) for path in folders["llama3"].iterdir()}
     with pytest.raises(CogumiError, match=message):
@@ -131,7 +131,7 @@ def test_bad_asks_are_refused_and_leave_the_model_alone(folders, tmp_path, train
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_texts_that_are_none_are_named(tmp_path):
+def test_unreadable_corpus_files_are_refused_by_name(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd" / "folder.txt").mkdir(parents=True)

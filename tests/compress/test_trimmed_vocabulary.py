@@ -1,4 +1,4 @@
-"""A trimmed vocabulary is a whole tokenizer: any text comes back, and what stays is a byte-pair encoding."""
+"""A trimmed vocabulary is a complete byte-pair encoding that encodes and decodes any text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
 @settings(max_examples=6, deadline=None)
-def test_what_stays_is_a_byte_pair_encoding(folders, name, seed, share):
+def test_kept_tokens_form_a_byte_pair_encoding(folders, name, seed, share):
     vocabulary = Vocabulary.load(folders[name])
     kept = half(vocabulary, seed, share)
     new = renumbering(kept)
@@ -42,9 +42,9 @@ def test_what_stays_is_a_byte_pair_encoding(folders, name, seed, share):
         token for token in sorted(vocabulary.bpe.ids, key=vocabulary.bpe.ids.__getitem__) if token in after.ids
     ]
     assert all({left, right, left + right} <= after.ids.keys() for left, right in after.merges)
-    stay = [pair for pair in vocabulary.bpe.merges if {*pair, "".join(pair)} <= after.ids.keys()]
-    assert list(after.merges) == stay
-    bare = models.BPE(vocab=document["model"]["vocab"], merges=stay)
+    kept_merges = [pair for pair in vocabulary.bpe.merges if {*pair, "".join(pair)} <= after.ids.keys()]
+    assert list(after.merges) == kept_merges
+    bare = models.BPE(vocab=document["model"]["vocab"], merges=kept_merges)
     for token, number in document["model"]["vocab"].items():
         if vocabulary.bpe.parents(token):
             assert [t.id for t in bare.tokenize(token)] == [number]
@@ -52,7 +52,7 @@ def test_what_stays_is_a_byte_pair_encoding(folders, name, seed, share):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parents_are_what_the_tokenizer_joins(folders, name):
+def test_parents_are_the_pair_that_the_tokenizer_merges(folders, name):
     vocabulary = Vocabulary.load(folders[name])
     bpe, model = vocabulary.bpe, vocabulary.document["model"]
     without = {token: dict(bpe.merges) for token in random.Random(1).sample(sorted(model["vocab"]), 60)}
@@ -65,21 +65,21 @@ def test_parents_are_what_the_tokenizer_joins(folders, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_text_comes_back(folders, tmp_path, name):
+def test_any_text_round_trips(folders, tmp_path, name):
     vocabulary = Vocabulary.load(folders[name])
     after = vocabulary.write(half(vocabulary, 1, 0.1), tmp_path)
 
     @given(st.text(max_size=60) | st.lists(st.sampled_from([*MULTILINGUAL, *SENTENCES]), max_size=3).map(" ".join))
     @settings(max_examples=60, deadline=None)
-    def comes_back(text):
+    def check_round_trip(text):
         wanted = unicodedata.normalize("NFC", text) if name == "qwen2" else text
         assert after.plain.decode(after.encode(text), skip_special_tokens=False) == wanted
 
-    comes_back()
+    check_round_trip()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_whose_tokens_all_stay_keep_them(folders, tmp_path, name):
+def test_texts_of_kept_tokens_are_tokenized_as_before(folders, tmp_path, name):
     vocabulary = Vocabulary.load(folders[name])
     kept = half(vocabulary, 2)
     new, after = renumbering(kept), vocabulary.write(kept, tmp_path)
@@ -96,7 +96,7 @@ def test_texts_whose_tokens_all_stay_keep_them(folders, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_chat_template_and_control_tokens_are_as_before(folders, tmp_path, name):
+def test_chat_template_and_control_tokens_are_unchanged(folders, tmp_path, name):
     vocabulary = Vocabulary.load(folders[name])
     kept = half(vocabulary, 3, 1.0) - {max(vocabulary.document["model"]["vocab"].values())}
     new, after = renumbering(kept), vocabulary.write(kept, tmp_path)
@@ -105,18 +105,19 @@ def test_chat_template_and_control_tokens_are_as_before(folders, tmp_path, name)
     assert after.chat(messages) == [new[i] for i in before.chat(messages)]
     assert after.control == {new[i] for i in before.control}
     assert after.answer("fox") == [new[i] for i in before.answer("fox")]
-    assert after.raw.encode("fox").ids == [new[i] for i in before.raw.encode("fox").ids]  # with begin of text
+    # includes the begin-of-text token
+    assert after.raw.encode("fox").ids == [new[i] for i in before.raw.encode("fox").ids]
 
 
 @given(st.dictionaries(st.integers(0, 50), st.integers(1, 9), min_size=1), st.floats(0.01, 1))
-def test_a_cover_is_as_small_as_can_be(counts, share):
+def test_cover_is_minimal(counts, share):
     chosen = cover(counts, share)
     covered = sum(counts[i] for i in chosen)
     assert covered >= share * sum(counts.values()) > covered - min(counts[i] for i in chosen)
     assert min(counts[i] for i in chosen) >= max((n for i, n in counts.items() if i not in chosen), default=0)
 
 
-def test_a_size_is_met_exactly_and_closed(folders):
+def test_given_size_is_met_exactly_with_parents_kept(folders):
     bpe = Vocabulary.load(folders["own"]).bpe
     always = bpe.closed(token for token in bpe.ids if len(token) == 1)
     for size in range(len(always), len(bpe.ids) + 1, 7):
@@ -128,7 +129,7 @@ def test_a_size_is_met_exactly_and_closed(folders):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_code_symbols_and_numbers_stay_whole(folders, name):
+def test_code_symbols_and_numbers_keep_their_tokens(folders, name):
     vocabulary = Vocabulary.load(folders[name])
     kept = trim.Choice.by(vocabulary, [], ["x"]).of(0.9)
     assert len(kept) < len(vocabulary.bpe.ids)

@@ -1,6 +1,4 @@
-"""Calibrators and figures: what must hold of any probability, and agreement with scipy/sklearn where they
-have the same.
-"""
+"""`confidence.calibrators` and metrics: properties of probabilities, and agreement with scipy and sklearn."""
 
 import json
 import math
@@ -53,12 +51,13 @@ def test_calibrators_repair_overconfidence(name):
     rng = np.random.default_rng(3)
     truth = rng.normal(0, 1.5, 6000)
     y = (rng.random(6000) < sigmoid(truth)).astype(int)
-    z = 3 * truth + (0 if name == "temperature" else 1.0)  # too sure, and shifted where the form can undo it
+    # overconfident, and shifted where the calibrator has an offset
+    z = 3 * truth + (0 if name == "temperature" else 1.0)
     p = fit(name, z[:3000], y[:3000])(z[3000:])
     assert metrics.ece(p, y[3000:]) < 0.03 < metrics.ece(sigmoid(z[3000:]), y[3000:])
 
 
-def test_platt_is_logistic_regression_and_isotonic_is_isotonic():
+def test_platt_and_isotonic_equal_sklearn():
     rng = np.random.default_rng(4)
     z = rng.normal(0, 2, 4000)
     y = (rng.random(4000) < sigmoid(0.7 * z - 0.4)).astype(int)
@@ -71,7 +70,7 @@ def test_platt_is_logistic_regression_and_isotonic_is_isotonic():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_calibrators_bear_one_sided_data(name):
+def test_calibrators_accept_outcomes_of_one_class(name):
     assert np.all(np.isfinite(fit(name, [1.0, 2.0, 3.0], [1, 1, 1])([0.0, 5.0])))
     assert np.all(np.isfinite(fit(name, [1.0, 1.0], [0, 0])([0.0, 5.0])))
 
@@ -85,10 +84,10 @@ outcomes = st.integers(1, 80).flatmap(
 
 @settings(deadline=None, max_examples=40)
 @given(outcomes)
-def test_figures_lie_in_their_bounds(data):
+def test_metrics_lie_in_their_bounds(data):
     p, y = data
     assert 0.0 <= metrics.ece(p, y) <= 1.0
-    assert metrics.ece(p, y) >= abs(p.mean() - y.mean()) - 1e-9  # binning can only hide less than one bin does
+    assert metrics.ece(p, y) >= abs(p.mean() - y.mean()) - 1e-9  # more bins hide less than one bin
     assert 0.0 <= metrics.aurc(p, y) <= 1.0
     assert 0.0 <= metrics.auroc(p, y) <= 1.0
     assert metrics.auroc(p, y) + metrics.auroc(-p, y) == pytest.approx(1.0)
@@ -96,7 +95,7 @@ def test_figures_lie_in_their_bounds(data):
     assert metrics.brier(p, y) == pytest.approx(np.mean((p - y) ** 2))
 
 
-def test_figures_equal_sklearn():
+def test_metrics_equal_sklearn():
     rng = np.random.default_rng(5)
     p = np.round(rng.random(500), 2)  # ties
     y = (rng.random(500) < p).astype(int)
@@ -106,7 +105,7 @@ def test_figures_equal_sklearn():
     assert metrics.log_loss(p, y) == pytest.approx(sk_log_loss(y, inside))
 
 
-def test_figures_by_hand():
+def test_metrics_on_a_hand_computed_example():
     assert metrics.ece([0.95, 0.95, 0.05, 0.05], [1, 0, 0, 0]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
     assert metrics.aurc([0.9, 0.8, 0.1], [1, 1, 0]) == pytest.approx((0 + 0 + 1 / 3) / 3)
     assert metrics.coverage([0.2, 0.8, 0.9], 0.8) == pytest.approx(2 / 3)
@@ -116,22 +115,22 @@ def test_figures_by_hand():
         metrics.ece([0.1], [1, 0])
 
 
-def test_rows_of_equal_confidence_count_whatever_their_order():
+def test_metrics_do_not_depend_on_the_order_of_ties():
     assert metrics.aurc([0.5] * 4, [1, 1, 0, 0]) == metrics.aurc([0.5] * 4, [0, 0, 1, 1]) == pytest.approx(0.5)
     assert metrics.aurc([0.9, 0.5, 0.5], [1, 1, 0]) == metrics.aurc([0.9, 0.5, 0.5], [1, 0, 1])
 
 
-def test_the_crossing_separates_two_groups():
+def test_crossing_separates_two_groups():
     rng = np.random.default_rng(6)
     cut = metrics.crossing(rng.normal(0, 1, 20_000), rng.normal(2, 1, 20_000))
-    assert cut == pytest.approx(1.0, abs=0.15)  # equal spreads cross half way
+    assert cut == pytest.approx(1.0, abs=0.15)  # equal spreads cross halfway
     assert metrics.crossing([1.0, 2.0], [5.0]) == 2.0
     with pytest.raises(ValueError, match="both groups"):
         metrics.crossing([], [1.0])
 
 
 def row(rng, domain):
-    """A made-up answered question: the surer the tokens and the easier the question, the more often correct."""
+    """A synthetic answered question: confident tokens and easy questions are correct more often."""
     ease = rng.normal()
     difficulty = int(np.clip(3 - ease + rng.normal(0, 0.5), 1, 5))
     example = Example("x", domain, difficulty, (Message("user", "?"),), "a", meta={"check": {"kind": "exact"}})
@@ -159,13 +158,17 @@ def row(rng, domain):
 COST = {"draft": 1.0, "base": 3.0}
 
 
-def made_up(rng, n):
+def synthetic_rows(rng, n):
     return [row(rng, domain) for domain in rng.choice(["math", "code"], n)]
 
 
-def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
+def test_calibrated_gate_keeps_the_risk_limit_on_fresh_rows(tmp_path):
     rng = np.random.default_rng(9)
-    rows = {"fit": made_up(rng, 800), "selection": made_up(rng, 500), "threshold": made_up(rng, 1500)}
+    rows = {
+        "fit": synthetic_rows(rng, 800),
+        "selection": synthetic_rows(rng, 500),
+        "threshold": synthetic_rows(rng, 1500),
+    }
     figures = calibrate(rows, COST, Config(), 0, tmp_path)
     text = (tmp_path / "calibration.json").read_text()
     assert len(text) < 300_000
@@ -177,7 +180,7 @@ def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
     assert (tmp_path / "reliability.png").stat().st_size > 5_000
     assert (tmp_path / "histogram.png").stat().st_size > 5_000
 
-    fresh = made_up(rng, 3000)
+    fresh = synthetic_rows(rng, 3000)
     p = probabilities(fresh, calibration.gates, calibration.probe)
     policy = Policy(modifier=True)
     found = figures["guarantee"][policy.name]
@@ -188,13 +191,15 @@ def test_calibrate_learns_a_gate_that_keeps_its_promise_on_fresh_rows(tmp_path):
     assert min(found["coverage"], figures["guarantee"]["base"]["coverage"]) > 0.3
     assert set(figures["guarantee"]) == set(figures["searched"]) == {policy.name for policy in POLICIES}
     benefit = figures["benefit"]
-    assert benefit["auroc_benefit"] > benefit["auroc_base_wrong"]  # who is wrong is not who can be helped
+    # questions the base gets wrong are not the questions a modifier improves
+    assert benefit["auroc_benefit"] > benefit["auroc_base_wrong"]
 
 
 def test_abstentions_are_never_accepted_answers():
     rng = np.random.default_rng(10)
     rows = [
-        replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know"))) for r in made_up(rng, 20)
+        replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know")))
+        for r in synthetic_rows(rng, 20)
     ]
 
     def counted(base, modifier, policy):
@@ -202,7 +207,7 @@ def test_abstentions_are_never_accepted_answers():
         return policy_answers(rows, p, policy, math.inf, COST).count(0.5)
 
     assert counted(1.0, 0.0, Policy(modifier=True)) == (0, 0)
-    # an abstention that is not sure enough lets the modifier answer
+    # an abstention below the threshold escalates to the modifier
     speaking = [r for r in rows if r.modifier and r.modifier.reply.text != ABSTENTION]
     accepted, _ = counted(0.0, 1.0, Policy(modifier=True))
     assert accepted == len(speaking) > 0
@@ -210,7 +215,7 @@ def test_abstentions_are_never_accepted_answers():
 
 
 @pytest.mark.parametrize("correct", [0.0, 1.0])
-def test_a_gate_without_anything_to_learn_is_a_constant(correct):
+def test_gate_is_constant_when_all_outcomes_are_equal(correct):
     rows = [{"a": float(i), "b": 1.0} for i in range(50)]
     fitted = fit_gate(rows, np.full(50, correct), rows, np.full(50, correct), 0)
     p = fitted.gate.p_all(rows)
@@ -219,10 +224,10 @@ def test_a_gate_without_anything_to_learn_is_a_constant(correct):
     assert fitted.figures["form"] == "constant"
 
 
-def test_every_form_and_calibrator_is_tried_and_the_best_is_taken():
+def test_best_gate_form_and_calibrator_is_selected():
     rng = np.random.default_rng(11)
     x = rng.normal(size=(900, 2))
-    y = (x[:, 0] * x[:, 1] > 0).astype(float)  # no line separates these
+    y = (x[:, 0] * x[:, 1] > 0).astype(float)  # these are not linearly separable
     rows = [{"mean_logprob": a, "b": b} for a, b in x]
     fitted = fit_gate(rows[:600], y[:600], rows[600:], y[600:], 0)
     assert len(fitted.figures["tried"]) == 3 * len(NAMES)
@@ -232,8 +237,8 @@ def test_every_form_and_calibrator_is_tried_and_the_best_is_taken():
     assert metrics.auroc(fitted.out_of_fold, y[:600]) > 0.9
 
 
-def test_the_question_gate_when_all_questions_are_of_one_kind():
-    rows = made_up(np.random.default_rng(12), 30)
+def test_question_gate_when_all_outcomes_are_equal():
+    rows = synthetic_rows(np.random.default_rng(12), 30)
     gate = fit_question_gate(rows, [True] * 30, Config())
     assert all(r.question.perplexity <= gate.perplexity and r.question.p_easy >= gate.p_easy for r in rows)
     assert not is_easy(replace(rows[0].example, difficulty=0), 2)

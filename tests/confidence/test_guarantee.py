@@ -1,4 +1,4 @@
-"""The promise of F4: the bound is the exact one, and the promise is kept in at least 95% of repeats."""
+"""`confidence.guarantee` (F4): the exact upper bound, and a risk limit that holds in at least 95% of repeats."""
 
 import math
 
@@ -26,10 +26,10 @@ def test_upper_bound_is_clopper_pearson(n, data, confidence):
     exact = binomtest(wrong, n, alternative="less").proportion_ci(confidence, method="exact").high
     bound = upper_bound(wrong, n, confidence)
     assert bound == pytest.approx(exact, abs=1e-9)
-    assert wrong == n or binomial_cdf(wrong, n, bound) <= 1 - confidence  # never below the exact one
+    assert wrong == n or binomial_cdf(wrong, n, bound) <= 1 - confidence  # never below the exact bound
 
 
-def test_edges():
+def test_upper_bound_at_the_extremes():
     assert upper_bound(0, 0, 0.95) == 1.0
     assert upper_bound(5, 5, 0.95) == 1.0
     assert upper_bound(0, 58, 0.95) > 0.05 > upper_bound(0, 59, 0.95)
@@ -37,14 +37,14 @@ def test_edges():
     assert binomial_cdf(3, 10, 1.0) == 0.0
 
 
-def test_nothing_passes_means_nothing_is_promised():
+def test_no_threshold_is_returned_when_none_passes():
     found = guarantee(GRID, [RiskLimit(lambda t: (100, 50), 0.05)], 100, 0.95)
     assert (found.threshold, found.accepted, found.bound) == (math.inf, 0, 1.0)
     assert Guarantee.from_json(found.to_json()) == found
     assert found.to_json()["threshold"] is None
 
 
-def test_testing_stops_at_the_first_failure():
+def test_sequence_stops_at_the_first_failure():
     seen = []
 
     def count(t):
@@ -55,10 +55,8 @@ def test_testing_stops_at_the_first_failure():
     assert list(dict.fromkeys(seen)) == [0.9, 0.8, 0.7]
 
 
-def test_the_order_starts_where_there_is_evidence():
-    """The highest thresholds accept too few rows to prove anything: starting there would end the tests at
-    once.
-    """
+def test_sequence_starts_at_a_threshold_with_enough_rows():
+    """The highest thresholds accept too few rows for a proof: starting there would end the sequence at once."""
 
     def count(t):
         return {0.99: (20, 0), 0.9: (400, 4), 0.8: (600, 60)}[t]
@@ -66,10 +64,8 @@ def test_the_order_starts_where_there_is_evidence():
     assert threshold_order([RiskLimit(count, 0.05)], [0.99, 0.9, 0.8]) == [0.9, 0.8]
 
 
-def world(rng, n, miscalibrated):
-    """`n` answers: a score, and whether they are wrong. The score lies about the chance in the second kind
-    of world.
-    """
+def answers(rng, n, miscalibrated):
+    """`n` answers: their scores, and whether they are wrong. A miscalibrated score misstates P(correct)."""
     score = 1 - rng.beta(0.4, 1.6, n)
     chance = score**1.5 * 0.97 if miscalibrated else score
     return score, rng.random(n) > chance
@@ -80,31 +76,31 @@ def counter(score, wrong):
 
 
 @pytest.mark.parametrize("miscalibrated", [False, True])
-def test_the_promise_is_kept_in_95_percent_of_repeats(miscalibrated):
+def test_risk_limit_holds_in_95_percent_of_repeats(miscalibrated):
     rng = np.random.default_rng(7)
-    true_score, true_wrong = world(rng, 400_000, miscalibrated)
-    repeats, broken, promised = 200, 0, 0
+    true_score, true_wrong = answers(rng, 400_000, miscalibrated)
+    repeats, violations, guaranteed = 200, 0, 0
     for _ in range(repeats):
-        order = threshold_order([RiskLimit(counter(*world(rng, 600, miscalibrated)), 0.05)])
-        found = guarantee(order, [RiskLimit(counter(*world(rng, 1500, miscalibrated)), 0.05)], 1500, 0.95)
-        promised += math.isfinite(found.threshold)
-        broken += math.isfinite(found.threshold) and true_wrong[true_score >= found.threshold].mean() > 0.05
+        order = threshold_order([RiskLimit(counter(*answers(rng, 600, miscalibrated)), 0.05)])
+        found = guarantee(order, [RiskLimit(counter(*answers(rng, 1500, miscalibrated)), 0.05)], 1500, 0.95)
+        guaranteed += math.isfinite(found.threshold)
+        violations += math.isfinite(found.threshold) and true_wrong[true_score >= found.threshold].mean() > 0.05
     # 5% of 200 is 10; a true rate of 5% exceeds 18 with probability under 1%
-    assert broken <= 18
-    assert promised >= (0 if miscalibrated else repeats * 0.9)
+    assert violations <= 18
+    assert guaranteed >= (0 if miscalibrated else repeats * 0.9)
 
 
-def test_the_threshold_is_not_needlessly_high():
-    """With much data the promise costs little coverage against the best threshold that keeps the risk."""
+def test_threshold_is_close_to_the_ideal_one():
+    """With much data, the guarantee costs little coverage against the best threshold within the risk limit."""
     rng = np.random.default_rng(8)
-    order = threshold_order([RiskLimit(counter(*world(rng, 4000, False)), 0.05)])
-    found = guarantee(order, [RiskLimit(counter(*world(rng, 20_000, False)), 0.05)], 20_000, 0.95)
-    score, wrong = world(rng, 400_000, False)
+    order = threshold_order([RiskLimit(counter(*answers(rng, 4000, False)), 0.05)])
+    found = guarantee(order, [RiskLimit(counter(*answers(rng, 20_000, False)), 0.05)], 20_000, 0.95)
+    score, wrong = answers(rng, 400_000, False)
     ideal = min(t for t in GRID if wrong[score >= t].mean() <= 0.05)
     assert found.coverage >= (score >= ideal).mean() - 0.08
 
 
-def test_a_second_limit_may_end_the_sequence_earlier():
+def test_second_limit_can_end_the_sequence_earlier():
     few = {0.9: (500, 0), 0.8: (700, 5), 0.7: (900, 10)}
     without = {0.9: (400, 0), 0.8: (400, 2), 0.7: (400, 60)}
     limits = [RiskLimit(few.__getitem__, 0.05), RiskLimit(without.__getitem__, 0.02)]

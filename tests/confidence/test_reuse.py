@@ -1,4 +1,4 @@
-"""When a similar question may have the same answer: what speaks against it, and what proves it."""
+"""`confidence.reuse`: conflicts between similar questions, and the verifier that bounds false reuse."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ CONFLICTS = [
 
 
 @pytest.mark.parametrize(("kind", "one", "other"), CONFLICTS)
-def test_what_speaks_against_reuse(kind, one, other):
+def test_conflicting_questions_are_not_reused(kind, one, other):
     assert conflict(one, other).startswith(kind)
     assert conflict(other, one).startswith(kind)
 
@@ -45,7 +45,7 @@ def test_what_speaks_against_reuse(kind, one, other):
         ("What will Trump do?", "what will trump do?"),
     ],
 )
-def test_what_does_not(one, other):
+def test_rephrased_questions_do_not_conflict(one, other):
     assert conflict(one, other) is None
 
 
@@ -53,7 +53,7 @@ text = st.text(st.characters(codec=None), max_size=60)
 
 
 @given(text, text)
-def test_the_second_check_takes_any_text(one, other):
+def test_conflict_check_accepts_any_text(one, other):
     found = pair_features(one, other, 0.5)
     assert found.shape == (len(FEATURES),)
     assert np.isfinite(found).all()
@@ -62,7 +62,7 @@ def test_the_second_check_takes_any_text(one, other):
 
 
 def stream(n, seed, noise):
-    """Entries whose similar questions are right above a level of their own."""
+    """Synthetic entries, each with its own similarity level above which reuse is correct."""
     rng = np.random.default_rng(seed)
     levels = rng.normal(0.0, 1.0, 40)
     for _ in range(n):
@@ -72,7 +72,7 @@ def stream(n, seed, noise):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_false_share_of_verified_hits_stays_under_the_bound(seed):
+def test_share_of_false_hits_stays_below_the_bound(seed):
     verifier, own, hits, wrong = Verifier(0.05), {}, 0, 0
     for entry, score, right in stream(4000, seed, 4.0):
         bound = verifier.bound(score, own.get(entry, []))
@@ -85,14 +85,14 @@ def test_the_false_share_of_verified_hits_stays_under_the_bound(seed):
     assert wrong / hits <= 0.05
 
 
-def test_what_no_bound_can_prove_is_not_trusted():
+def test_unproven_entries_are_not_reused():
     verifier = Verifier(0.01)
     for entry, score, right in stream(2000, 9, 0.2):
         verifier.learn(score, verifier.bound(score, []), right)
         assert not verifier.trusts(verifier.bound(score, [])), entry
 
 
-def test_proven_takes_counts_and_equal_bounds_together():
+def test_proven_is_consistent_between_counts_and_bounds():
     assert proven_threshold([(0.9, True)] * 298, 0.01) == np.inf
     assert proven_threshold([(0.9, True)] * 299, 0.01) == 0.9
     assert proven_threshold([(0.9, True)] * 299 + [(0.9, False)] * 5, 0.01) == np.inf

@@ -1,4 +1,4 @@
-"""Signals, nets, domains and the gate: pure numbers."""
+"""Confidence signals, small networks, domains, the gate and policies."""
 
 import json
 import math
@@ -32,7 +32,7 @@ number = st.floats(allow_nan=True, allow_infinity=True)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(number, number, number), max_size=30), st.sampled_from(["stop", "length"]))
-def test_answer_signals_are_finite_whatever_comes(values, finish):
+def test_answer_signals_are_finite_for_any_reply(values, finish):
     found = signals.answer_signals(reply(values, finish=finish))
     assert all(math.isfinite(v) for v in found.values())
     assert found["min_logprob"] <= found["q10_logprob"] <= found["q25_logprob"]
@@ -40,7 +40,7 @@ def test_answer_signals_are_finite_whatever_comes(values, finish):
     assert set(found) == set(signals.answer_signals(reply([])))
 
 
-def test_answer_signals_by_hand():
+def test_answer_signals_on_a_hand_computed_example():
     two = [(-1.0, 0.5, 2.0), (-3.0, 1.5, 0.0)]
     found = signals.answer_signals(reply(two, text="I don't  know", finish="length"))
     assert found["mean_logprob"] == -2.0
@@ -51,7 +51,7 @@ def test_answer_signals_by_hand():
     assert signals.perplexity(found) == pytest.approx(math.exp(2))
 
 
-def test_an_empty_answer_looks_unsure_not_sure():
+def test_empty_answer_has_low_confidence_signals():
     empty, sure = signals.answer_signals(reply([])), signals.answer_signals(reply([(-0.1, 0.1, 3.0)]))
     assert empty["mean_logprob"] < sure["mean_logprob"]
     assert empty["mean_entropy"] > sure["mean_entropy"]
@@ -59,12 +59,12 @@ def test_an_empty_answer_looks_unsure_not_sure():
 
 @settings(deadline=None)
 @given(st.text(max_size=30))
-def test_abstention_means_what_the_grader_means(text):
+def test_abstention_is_detected_as_by_the_grader(text):
     assert signals.abstains(text) == (normalise(text) == normalise(ABSTENTION))
     assert signals.abstains(f" '{ABSTENTION.upper()}' ")
 
 
-def test_question_signals_count_digits_and_keep_domains():
+def test_question_signals_contain_digits_and_domains():
     reading = Reading(Score(6.0, 3, 9), (1.0, 4.0, math.inf), (0.0,), (0.0,))
     found = signals.question_signals(reading, 0.25, {"math": 0.7, "code": 0.3}, "12 + 3")
     assert found["question_nats"] == 2.0
@@ -76,7 +76,7 @@ def test_question_signals_count_digits_and_keep_domains():
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_nets_equal_sklearn(tmp_path, classes):
+def test_networks_equal_sklearn(tmp_path, classes):
     rng = np.random.default_rng(1)
     x = rng.normal(3.0, 2.0, (300, 7))
     names = [f"c{i}" for i in range(classes)]
@@ -94,7 +94,7 @@ def test_nets_equal_sklearn(tmp_path, classes):
         assert mine == net.probabilities(row)
 
 
-def test_a_net_survives_json_exactly():
+def test_network_json_round_trip_is_exact():
     rng = np.random.default_rng(2)
     weights = [rng.normal(size=(3, 5)), rng.normal(size=(5, 1))]
     net = Net.of(rng.normal(size=3), rng.uniform(1, 2, 3), weights, [np.zeros(5), [0.1]])
@@ -104,14 +104,14 @@ def test_a_net_survives_json_exactly():
     assert json.dumps(again.to_json()) == json.dumps(net.to_json())
 
 
-def test_a_net_must_fit_together():
+def test_network_with_inconsistent_shapes_is_refused():
     with pytest.raises(ValueError, match="cannot follow"):
         Net.of([0.0], [1.0], [np.zeros((2, 1))], [[0.0]])
     with pytest.raises(ValueError, match="3 outputs for 2 classes"):
         Net.of([0.0], [1.0], [np.zeros((1, 3))], [np.zeros(3)], ["a", "b"])
 
 
-def test_the_difficulty_head_and_files_that_are_none(tmp_path):
+def test_difficulty_head_loads_and_invalid_files_are_refused(tmp_path):
     path = tmp_path / "difficulty.safetensors"
     save_file({"weight": np.float32([1.0, -2.0]), "bias": np.float32([0.5])}, path)
     assert load_head(path).logits([3.0, 1.0])[0] == pytest.approx(1.5)
@@ -131,7 +131,7 @@ def test_sigmoid_and_softmax_are_probabilities(z):
     assert softmax(z).sum() == pytest.approx(1.0)
 
 
-def test_domains_without_a_modifier_belong_to_the_base():
+def test_probability_of_domains_without_a_modifier_goes_to_the_base():
     seen = {"math": 0.4, "code": 0.3, "reading": 0.3}
     assert route(seen, ["math", "code"]) == "math"
     assert route(seen, ["code"]) is None
@@ -144,7 +144,7 @@ def gate_of(weight, offset=0.0):
     return Gate(("a", "b"), Net.of([0, 0], [1, 1], [[[weight], [0.0]]], [[0.0]]), Calibrator("platt", 1.0, offset))
 
 
-def test_a_calibration_survives_json_exactly():
+def test_calibration_json_round_trip_is_exact():
     isotonic = Gate(("a", "b"), gate_of(0.3).net, Calibrator("isotonic", knots=((-1.0, 0.1), (2.0, 0.9))))
     promise = Guarantee(math.inf, 0.05, 0.95, 100, 0, 0, 1.0)
     promises = {"base": promise, "base+modifier": promise}
@@ -163,11 +163,11 @@ def test_a_calibration_survives_json_exactly():
         Calibration.from_json({"format": 2})
 
 
-def test_a_bundle_without_modifiers_has_the_base_policy_only():
+def test_bundle_without_modifiers_has_only_the_base_policy():
     promise = Guarantee(0.8, 0.05, 0.95, 100, 80, 1, 0.05)
     plain = Calibration(QuestionGate(20.0, 0.5), {"base": gate_of(1.0)}, None, 30.0, {"base": promise}, {})
     assert plain.threshold("calibrated", Policy()) == 0.8
-    assert plain.threshold("calibrated", Policy(draft=True)) == math.inf  # never calibrated, so never sure
+    assert plain.threshold("calibrated", Policy(draft=True)) == math.inf  # not calibrated, so never above the threshold
 
 
 def test_gate_kinds():
@@ -186,17 +186,17 @@ chances = st.lists(st.floats(0, 1), min_size=1, max_size=4)
 
 @settings(deadline=None)
 @given(chances, st.floats(0, 1))
-def test_settle_never_gives_confidence_below_the_threshold(p, threshold):
+def test_settle_never_accepts_an_answer_below_the_threshold(p, threshold):
     which, accepted = select_answer(p, [x >= threshold for x in p])
     assert accepted == (p[which] >= threshold) == (max(p) >= threshold)
     assert accepted or p[which] == max(p)
-    assert not any(x >= threshold for x in p[:which])  # the first that is sure answers
+    assert not any(x >= threshold for x in p[:which])  # the first answer above the threshold is taken
 
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=3, max_size=3), min_size=1), st.floats(0, 1))
-def test_all_rows_at_once_are_settled_like_each(rows, threshold):
-    rows = [[0.5, *row] for row in rows]  # somebody always answers
+def test_settling_all_rows_equals_settling_each(rows, threshold):
+    rows = [[0.5, *row] for row in rows]  # one of the tiers always answers
     p = np.array([[math.nan if x is None else x for x in row] for row in rows])
     which, accepted = PolicyAnswers(p, p > 2, p > -1, p).given(threshold)
     for row, i, sure in zip(rows, which, accepted, strict=True):
@@ -205,7 +205,7 @@ def test_all_rows_at_once_are_settled_like_each(rows, threshold):
         assert (asked[mine], was) == (i, sure)
 
 
-def test_answers_count_what_is_claimed_and_what_it_cost():
+def test_policy_answers_count_accepted_wrong_and_cost():
     p = np.array([[0.9, math.nan], [0.4, 0.95], [0.3, 0.2], [0.95, math.nan]])
     correct = np.array([[True, False], [False, True], [True, False], [False, False]])
     claims = np.array([[True, True], [True, True], [True, True], [False, True]])
@@ -216,7 +216,7 @@ def test_answers_count_what_is_claimed_and_what_it_cost():
     assert answers.rows(np.array([1])).count(0.9) == (1, 0)
 
 
-def test_policies_have_names_of_their_own_and_ask_in_order():
+def test_policies_have_unique_names_and_ordered_tiers():
     assert len({policy.name for policy in POLICIES}) == len(POLICIES) == 6
     assert Policy(modifier=True).order(True, True) == ("base", "modifier")
     assert Policy(modifier=True).order(False, True) == ("base",)

@@ -1,4 +1,4 @@
-"""Self-consistency: answers taken out of texts, counted, and sampled side by side from a real engine."""
+"""Self-consistency: final answers are extracted from texts, counted, and sampled in parallel from a real engine."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ YES_OR_NO = 'root ::= "yes" | "no"'
         ("def f(x):\n    return x*2", "```python\ndef f(x):  # twice\n\n  return x * 2\n```"),
     ],
 )
-def test_equal_answers_are_equal(texts):
+def test_equivalent_answers_compare_equal(texts):
     assert len({final_answer(text) for text in texts}) == 1
 
 
@@ -57,20 +57,20 @@ def test_equal_answers_are_equal(texts):
         ("yes", "no"),
     ],
 )
-def test_other_answers_are_not(one, other):
+def test_different_answers_compare_unequal(one, other):
     assert final_answer(one) != final_answer(other)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n\t"])
-def test_who_says_nothing_has_no_answer(text):
+def test_text_without_a_final_answer_gives_none(text):
     assert final_answer(text) is None
 
 
 @given(st.text())
-def test_no_text_makes_it_raise(text):
+def test_any_text_is_parsed_without_an_error(text):
     answer = final_answer(text)
     assert (answer is None) == (not text.strip())
-    assert final_answer(text + " \n") == answer or answer.kind == "code"  # a space may end an unfinished string there
+    assert final_answer(text + " \n") == answer or answer.kind == "code"  # a space may end an unfinished string
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_no_text_makes_it_raise(text):
     ],
 )
 @pytest.mark.timeout(PATIENCE)
-def test_the_time_of_a_text_does_not_grow_with_its_square(unit):
-    """A million characters are read in about a second; quadratic time would be hours."""
+def test_parsing_time_is_not_quadratic_in_the_length(unit):
+    """A million characters are parsed in about a second; quadratic time would be hours."""
     final_answer((unit * 1_000_000)[:1_000_000])
 
 
@@ -105,7 +105,7 @@ ballots = st.lists(st.tuples(answers, st.floats(1, 100, allow_nan=False)), min_s
 
 
 @given(ballots, st.randoms())
-def test_the_order_of_paths_does_not_matter(rows, random):
+def test_result_does_not_depend_on_the_order_of_paths(rows, random):
     def outcome(rows):
         counted = tally([a for a, _ in rows], [p for _, p in rows])
         return counted.agreement, None if counted.winner is None else rows[counted.winner]
@@ -115,7 +115,7 @@ def test_the_order_of_paths_does_not_matter(rows, random):
 
 
 @given(ballots)
-def test_the_share_is_that_of_the_largest_group(rows):
+def test_agreement_is_the_share_of_the_largest_group(rows):
     voted = [a for a, _ in rows]
     counted = tally(voted, [p for _, p in rows])
     largest = max((voted.count(a) for a in voted if a), default=0)
@@ -128,13 +128,13 @@ def test_the_share_is_that_of_the_largest_group(rows):
         assert largest == 0 or (largest == 1 < len(rows))
 
 
-def test_a_tie_goes_to_the_lowest_perplexity():
+def test_tie_is_broken_by_the_lowest_perplexity():
     a, b = Answer("text", "a"), Answer("text", "b")
     assert tally([a, b, a, b, None], [3.0, 2.0, 4.0, 5.0, 1.0]).winner == 1
     assert tally([a, b, a, b, None], [3.0, 3.5, 2.0, 5.0, 1.0]).winner == 2
 
 
-def test_where_no_two_agree_nobody_wins():
+def test_no_winner_when_no_two_paths_agree():
     assert tally([Answer("text", c) for c in "abcde"], [1.0] * 5).winner is None
     assert tally([None] * 5, [1.0] * 5) == tally([None], [1.0])
     assert tally([Answer("text", "a"), None, None], [1.0] * 3).winner is None
@@ -147,16 +147,16 @@ def engine():
     made.close()
 
 
-def test_paths_vote_over_a_real_engine(engine):
+def test_vote_over_a_real_engine(engine):
     request = replace(QUESTION, grammar=YES_OR_NO)
     found = finish(vote(engine, request, paths=7, sampling=Sampling(temperature=50.0)))
-    said = [reply.text for reply in found.replies]
-    assert set(said) == {"yes", "no"}
-    assert found.text == max(set(said), key=said.count) == found.winner.text
-    assert found.agreement == said.count(found.text) / 7
+    parsed = [reply.text for reply in found.replies]
+    assert set(parsed) == {"yes", "no"}
+    assert found.text == max(set(parsed), key=parsed.count) == found.winner.text
+    assert found.agreement == parsed.count(found.text) / 7
     assert found.usage.completion_tokens == sum(len(reply.tokens) for reply in found.replies)
     again = finish(vote(engine, request, paths=7, sampling=Sampling(temperature=50.0)))
-    assert [reply.text for reply in again.replies] == said
+    assert [reply.text for reply in again.replies] == parsed
 
 
 def test_each_path_and_each_request_has_its_own_seed():
@@ -165,8 +165,8 @@ def test_each_path_and_each_request_has_its_own_seed():
     assert {r.seed for r in Sampling().requests(replace(QUESTION, seed=None), 3)} == {None}
 
 
-class Watched:
-    """A generation that remembers whether it was closed."""
+class RecordedGeneration:
+    """A generation that records whether it was closed."""
 
     def __init__(self, events):
         self.events, self.closed = events, False
@@ -179,20 +179,20 @@ class Watched:
         self.events.close()
 
 
-class Watch:
-    """An engine that remembers what it was asked."""
+class RecordingEngine:
+    """An engine that records its requests and generations."""
 
     def __init__(self, engine):
         self.engine, self.begun = engine, []
 
     def generate(self, request):
-        self.begun.append(Watched(self.engine.generate(request)))
+        self.begun.append(RecordedGeneration(self.engine.generate(request)))
         return self.begun[-1]
 
 
-def test_all_paths_share_one_batch(engine):
-    """Every path is submitted before the first is read."""
-    watch = Watch(engine)
+def test_all_paths_are_submitted_before_the_first_is_read(engine):
+    """So that all paths run in one batch."""
+    watch = RecordingEngine(engine)
     work = gather(watch, Sampling().requests(QUESTION, 4))
     assert next(work) is None
     assert len(watch.begun) == 4
@@ -200,7 +200,7 @@ def test_all_paths_share_one_batch(engine):
 
 
 def test_closing_cancels_every_path(engine):
-    watch = Watch(engine)
+    watch = RecordingEngine(engine)
     work = vote(watch, replace(QUESTION, max_tokens=60, logit_bias={engine.tokenizer.eos: -100.0}), paths=4)
     next(work)
     assert not any(events.closed for events in watch.begun)
@@ -208,14 +208,14 @@ def test_closing_cancels_every_path(engine):
     assert [events.closed for events in watch.begun] == [True] * 4
 
 
-def test_cut_and_empty_answers_have_no_vote(engine):
+def test_truncated_and_empty_answers_do_not_vote(engine):
     cut = finish(vote(engine, replace(QUESTION, max_tokens=2, logit_bias={engine.tokenizer.eos: -100.0})))
     empty = finish(vote(engine, replace(QUESTION, logit_bias={engine.tokenizer.eos: 100.0})))
     for found in (cut, empty):
         assert (found.winner, found.text, found.agreement, len(found.replies)) == (None, None, 0.0, 5)
 
 
-def test_cancelled_paths_have_no_vote():
+def test_cancelled_paths_do_not_vote():
     engine = LlamaEngine(pico().base_q8, slots=2, context=128, threads=1, lookup=False)
     work = vote(engine, replace(QUESTION, max_tokens=100, logit_bias={engine.tokenizer.eos: -100.0}))
     next(work)
@@ -226,11 +226,11 @@ def test_cancelled_paths_have_no_vote():
 
 
 @pytest.mark.parametrize("paths", [0, 2, 11])
-def test_three_to_ten_paths(engine, paths):
+def test_number_of_paths_outside_three_to_ten_is_refused(engine, paths):
     with pytest.raises(RequestError, match="3 to 10"):
         finish(vote(engine, QUESTION, paths=paths))
 
 
-def test_what_the_engine_refuses_is_raised(engine):
+def test_request_errors_of_the_engine_are_raised(engine):
     with pytest.raises(RequestError, match="context"):
         finish(vote(engine, replace(QUESTION, max_tokens=1000)))

@@ -1,4 +1,4 @@
-"""Amounts of bytes as people write them."""
+"""`core.amounts`: amounts of memory in human notation are parsed to bytes."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from cogumi.core.amounts import parse_bytes
 from cogumi.core.errors import RecipeError
 
 
-def test_sizes_of_memory_are_read():
+def test_memory_sizes_are_parsed():
     assert parse_bytes("80GB") == 80 * 10**9
     assert parse_bytes("1.5 GiB") == 3 * 2**29
     for wrong in ("80", "GB", "80 gigabytes", "-1GB"):

@@ -1,4 +1,4 @@
-"""Artifacts: whole or not counted."""
+"""`core.artifact`: the manifest of an artifact, and incomplete or changed artifacts that are rejected."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def make(folder, files):
     )
 
 
-def test_manifest_tells_everything(tmp_path):
+def test_manifest_contains_files_parents_metrics_and_environment(tmp_path):
     done = make(tmp_path, {"a.bin": b"abc", "deep/er/b.bin": b""})
     assert load(tmp_path) == verify(tmp_path) == done
     assert done.kind == "toy"
@@ -49,7 +49,7 @@ def test_equal_content_gives_equal_manifests(tmp_path):
 
 @settings(deadline=None)
 @given(st.binary(min_size=1, max_size=200), st.data())
-def test_any_flipped_bit_is_found(tmp_path_factory, content, data):
+def test_any_flipped_bit_is_detected(tmp_path_factory, content, data):
     folder = tmp_path_factory.mktemp("flip")
     make(folder, {"w.bin": content})
     at = data.draw(st.integers(0, len(content) - 1))
@@ -59,7 +59,7 @@ def test_any_flipped_bit_is_found(tmp_path_factory, content, data):
         verify(folder)
 
 
-def test_missing_and_short_files_are_named(tmp_path):
+def test_missing_and_truncated_files_are_named(tmp_path):
     make(tmp_path, {"a.bin": b"abc", "b.bin": b"abc"})
     (tmp_path / "a.bin").write_bytes(b"ab")
     with pytest.raises(ArtifactError, match=r"a\.bin has 2 bytes instead of 3"):
@@ -67,11 +67,11 @@ def test_missing_and_short_files_are_named(tmp_path):
     (tmp_path / "a.bin").unlink()
     with pytest.raises(ArtifactError, match=r"a\.bin is missing"):
         verify(tmp_path)
-    assert load(tmp_path).kind == "toy"  # by its manifest alone
+    assert load(tmp_path).kind == "toy"  # checks the manifest only
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}'])
-def test_folder_without_a_good_manifest_does_not_count(tmp_path, text):
+def test_folder_without_a_valid_manifest_is_not_an_artifact(tmp_path, text):
     with pytest.raises(ArtifactError, match="not a finished artifact"):
         load(tmp_path)
     make(tmp_path, {"a": b""})
@@ -81,12 +81,12 @@ def test_folder_without_a_good_manifest_does_not_count(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_traces_of_a_run_are_not_part_of_the_artifact(tmp_path):
+def test_temporary_files_of_a_run_are_not_part_of_the_artifact(tmp_path):
     make(tmp_path, {"a": b"1", "pending.json": b"{}", "checkpoint/state": b"2", "deep/checkpoint": b"3"})
     assert list(read_manifest(tmp_path).files) == ["a", "deep/checkpoint"]
 
 
-def test_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):

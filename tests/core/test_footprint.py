@@ -1,4 +1,4 @@
-"""The memory of training: what real training takes, and what each way of saving it saves."""
+"""`core.footprint`: predicted training memory equals measured memory, and each option that saves memory lowers it."""
 
 import json
 import os
@@ -51,7 +51,7 @@ SHAPE = ModelShape(256, 768, 6, 4, 2, 64, 8000, 512, tied=True)
 
 
 def measured(tmp_path, shape, length, answer, cases):
-    """Bytes that two steps of training really take at most, for each (rank of a LoRA, loop), in a child process."""
+    """Measured peak bytes of two training steps for each (LoRA rank, loop), in a child process."""
     config = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.feed_forward,
@@ -62,30 +62,30 @@ def measured(tmp_path, shape, length, answer, cases):
         "vocab_size": shape.vocabulary,
         "tie_word_embeddings": shape.tied,
     }
-    always = {"steps": 2, "evaluate_every": 9, "checkpoint_every": 9}
-    asked = [str(tmp_path), config, length, answer, [(lora, always | loop) for lora, loop in cases]]
-    # malloc must give back what is freed, or its own habits are measured
+    common = {"steps": 2, "evaluate_every": 9, "checkpoint_every": 9}
+    arguments = [str(tmp_path), config, length, answer, [(lora, common | loop) for lora, loop in cases]]
+    # make malloc return freed memory at once; otherwise its caching is measured
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    command = [sys.executable, "-c", CHILD, json.dumps(asked)]
+    command = [sys.executable, "-c", CHILD, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure peak memory")
-def test_training_takes_the_memory_that_was_planned(tmp_path):
+def test_predicted_memory_equals_measured_memory(tmp_path):
     size = {"rows": 8, "length": 96, "answer": 32, "fused": False}
-    planned = [
+    predictions = [
         footprint(Training(SHAPE, **size, **options)).peak
         for options in ({}, {"ranks": dict.fromkeys(TARGETS, 16)}, {"recompute": True, "parts": 2})
     ]
     cases = [(0, {"batch": 8}), (16, {"batch": 8}), (0, {"batch": 16, "accumulate": 2, "gradient_checkpointing": True})]
     taken = measured(tmp_path, SHAPE, 96, 32, cases)
-    for said, took in zip(planned, taken, strict=True):
-        assert abs(said - took) < MARGIN * took, (planned, taken)
+    for predicted, used in zip(predictions, taken, strict=True):
+        assert abs(predicted - used) < MARGIN * used, (predictions, taken)
 
 
-def test_every_way_of_saving_memory_saves_some():
+def test_each_memory_option_lowers_the_peak():
     shape = KNOWN["Llama-3.1-8B"]
     ranks = dict.fromkeys(TARGETS, 64)
     size = {"rows": 8, "length": 1024, "answer": 256}
@@ -100,6 +100,6 @@ def test_every_way_of_saving_memory_saves_some():
         }.items()
     }
     assert list(peak.values()) == sorted(peak.values(), reverse=True)
-    assert peak["parts"] < 24e9 < 80e9 < peak["full"]  # what QLoRA is for
+    assert peak["parts"] < 24e9 < 80e9 < peak["full"]  # QLoRA fits a 24 GB GPU where full training does not fit 80 GB
     four = footprint(Training(shape, **size, gpus=4))
     assert four.optimizer == footprint(Training(shape, **size)).optimizer // 4

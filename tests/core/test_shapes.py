@@ -1,4 +1,4 @@
-"""Shapes of models: parameters as published, as transformers builds them, and every unknown shape refused."""
+"""`core.shapes`: parameter counts as published and as transformers builds them; unknown shapes are refused."""
 
 import json
 from pathlib import Path
@@ -27,13 +27,13 @@ TARGETS = tuple(KNOWN["Llama-3.2-1B"].linear)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_those_that_are_published(name):
+def test_parameter_counts_equal_the_published_ones(name):
     assert find_shape(name, Path("/nowhere")).parameters == PUBLISHED[name]
 
 
 @given(st.integers(1, 4), st.sampled_from([(2, 1), (4, 2), (4, 4)]), st.booleans(), st.booleans(), st.integers(8, 200))
 @settings(max_examples=25, deadline=None)
-def test_a_shape_counts_what_transformers_builds(layers, heads, tied, qwen, vocabulary):
+def test_parameter_count_equals_the_transformers_model(layers, heads, tied, qwen, vocabulary):
     kind = Qwen2Config if qwen else LlamaConfig
     config = kind(
         vocab_size=vocabulary,
@@ -53,7 +53,7 @@ def test_a_shape_counts_what_transformers_builds(layers, heads, tied, qwen, voca
     assert shape_of(config.to_dict(), "here").parameters == parameters(model)
 
 
-def test_a_folder_is_read_and_its_adapter_counted(tmp_path):
+def test_shape_and_adapter_size_of_a_model_folder(tmp_path):
     for folder in (llama3(tmp_path / "llama", tied=False), qwen2(tmp_path / "qwen")):
         shape = find_shape(folder.name, tmp_path)
         model = load(folder)
@@ -63,7 +63,7 @@ def test_a_folder_is_read_and_its_adapter_counted(tmp_path):
         assert shape.adapter_parameters(dict.fromkeys(TARGETS, 6) | {"up_proj": 3}) == trained
 
 
-def test_what_has_no_known_shape_is_refused_with_the_nearest(tmp_path):
+def test_unknown_shape_is_refused_with_the_nearest_name(tmp_path):
     assert known("someone/Meta-Llama-3.1-8B-Instruct") == "Llama-3.1-8B"
     with pytest.raises(ArtifactError, match=r"neither a model folder .* did you mean 'Llama-3.1-8B'\?"):
         find_shape("meta-llama/Llama-3.1-80B", tmp_path)

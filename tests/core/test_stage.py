@@ -1,4 +1,4 @@
-"""What every stage declares of itself, and the error of one that does not."""
+"""`core.stage`: the declarations of every stage, and the error for a stage that lacks one."""
 
 import re
 import sys
@@ -23,33 +23,33 @@ def declared(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_a_stage_reads_it_declares(name):
+def test_every_input_a_stage_reads_is_declared(name):
     source = Path(registry.stage(name).__file__).read_text("utf-8")
     read = {role for found in READ.findall(source) for role in found if role}
     assert not {role for role in read if not any(matches(role, one) for one in declared(name))}
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_kind_that_is_asked_for_is_made_by_a_stage(name):
+def test_every_input_kind_is_made_by_a_stage(name):
     made = {registry.stage(other).KIND for other in STAGES}
     assert {kind for kinds in declared(name).values() for kind in kinds.split("|")} <= made
 
 
 @pytest.mark.parametrize("missing", DECLARED)
-def test_a_stage_without_its_declarations_is_refused_in_a_line(monkeypatch, missing):
+def test_stage_without_a_declaration_is_refused_in_one_line(monkeypatch, missing):
     module = types.ModuleType("half_a_stage")
-    whole = {"VERSION": 1, "KIND": "x", "INPUTS": {}, "Config": BaseModel, "run": lambda *_: {}}
-    vars(module).update({name: value for name, value in whole.items() if name != missing})
+    complete = {"VERSION": 1, "KIND": "x", "INPUTS": {}, "Config": BaseModel, "run": lambda *_: {}}
+    vars(module).update({name: value for name, value in complete.items() if name != missing})
     monkeypatch.setitem(sys.modules, "half_a_stage", module)
     monkeypatch.setitem(registry.STAGES, "half", "half_a_stage")
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as caught:
         registry.stage("half")
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"stage 'half': its module half_a_stage does not declare {missing}; CONTRIBUTING.md says what a stage declares"
     )
 
 
-def test_a_role_with_a_star_stands_for_those_that_begin_so():
+def test_role_with_a_star_matches_roles_with_that_prefix():
     assert matches("modifier_math", "modifier_*")
     assert not matches("modifier_", "modifier_*")
     assert not matches("modifier", "modifier_*")

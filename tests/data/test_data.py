@@ -1,4 +1,4 @@
-"""A user's files become examples: nothing usable is lost, nothing broken silent, no question in two sets."""
+"""Stages `load` and `split`: usable rows are kept, rejected rows listed, and each question is in one set only."""
 
 import json
 import re
@@ -63,13 +63,13 @@ def folder(tmp_path_factory):
 
 
 @given(st.lists(EXAMPLES, max_size=5))
-def test_examples_come_back_as_they_were_written(folder, examples):
+def test_examples_round_trip_through_files(folder, examples):
     path = folder / "examples.jsonl"
     assert write_examples(path, examples) == len(examples)
     assert read_examples(path) == examples
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = split_path(tmp_path, "train")
     good = Example("1", "d", 1, (Message("user", "q"),), "a")
     write_examples(path, [good])
@@ -79,7 +79,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_damaged_split_is_refused_by_file_and_line(tmp_path):
+def test_damaged_split_is_refused_with_file_and_line(tmp_path):
     path = tmp_path / "train.jsonl"
     write_examples(path, [Example("1", "d", 1, (), "a")])
     with open(path, "a") as file:
@@ -92,7 +92,7 @@ def test_a_damaged_split_is_refused_by_file_and_line(tmp_path):
         split_path(tmp_path, "test")
 
 
-def test_ids_are_stable_and_differ_by_content():
+def test_ids_are_stable_and_depend_on_the_content():
     question = (Message("user", "q"),)
     assert example_id("d", question) == "381c2d14675b14c8"
     others = [
@@ -104,7 +104,7 @@ def test_ids_are_stable_and_differ_by_content():
     assert len({example_id(*other) for other in others} | {example_id("d", question)}) == 5
 
 
-def test_both_forms_are_read(tmp_path):
+def test_jsonl_and_json_array_formats_are_read(tmp_path):
     rows = [
         ALPACA,
         {"instruction": "Add", "input": "1 2", "response": "3", "domain": "math", "difficulty": 2},
@@ -155,7 +155,7 @@ def test_both_forms_are_read(tmp_path):
         ({"messages": [CHAT["messages"][1], {"role": "assistant", "content": None}]}, "content is missing"),
     ],
 )
-def test_a_broken_row_is_listed_with_its_reason_and_the_load_goes_on(tmp_path, row, reason):
+def test_invalid_row_is_listed_with_its_reason_and_skipped(tmp_path, row, reason):
     path = write(tmp_path / "a.jsonl", ALPACA, "\n", row, CHAT)
     examples, rejected = load(path)
     assert len(examples) == 2
@@ -165,14 +165,14 @@ def test_a_broken_row_is_listed_with_its_reason_and_the_load_goes_on(tmp_path, r
     assert re.search(reason, only.reason)
 
 
-def test_bytes_that_are_not_text_are_listed(tmp_path):
+def test_lines_that_are_not_utf8_are_listed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(ALPACA).encode() + b'\n{"instruction": "\xff", "output": "a"}\n')
     assert "not UTF-8" in load(path)[1][0].reason
 
 
 @given(st.lists(st.one_of(st.just(json.dumps(ALPACA).encode()), st.binary(max_size=40)), max_size=6))
-def test_garbage_never_aborts_a_load_and_is_always_counted(folder, lines):
+def test_invalid_lines_never_abort_a_load_and_are_counted(folder, lines):
     lines = [json.dumps(CHAT).encode(), *(line.replace(b"\n", b"?").replace(b"\r", b"?") for line in lines)]
     path = folder / "garbage.jsonl"
     path.write_bytes(b"\n".join(lines))
@@ -183,7 +183,7 @@ def test_garbage_never_aborts_a_load_and_is_always_counted(folder, lines):
 
 
 @given(st.lists(st.tuples(TEXT, TEXT), max_size=6), st.sampled_from([None, 0, 3]), st.booleans())
-def test_an_array_of_any_text_is_read_whole(folder, pairs, indent, ascii_only):
+def test_json_array_of_any_text_is_read_completely(folder, pairs, indent, ascii_only):
     rows = [{"instruction": f"x{a}", "output": f"y{b}"} for a, b in pairs]
     path = folder / "array.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
@@ -192,7 +192,7 @@ def test_an_array_of_any_text_is_read_whole(folder, pairs, indent, ascii_only):
 
 
 @given(st.binary(max_size=60))
-def test_an_array_with_garbage_in_it_never_aborts(folder, garbage):
+def test_invalid_json_array_never_aborts_a_load(folder, garbage):
     path = folder / "broken.json"
     path.write_bytes(b"[" + json.dumps(CHAT).encode() + b"," + garbage + b",]")
     rows = list(iterate(path))
@@ -200,7 +200,7 @@ def test_an_array_with_garbage_in_it_never_aborts(folder, garbage):
     assert any(isinstance(row, Rejected) for row in rows[1:])
 
 
-def test_a_broken_element_does_not_spoil_its_neighbours(tmp_path):
+def test_invalid_array_element_does_not_affect_its_neighbours(tmp_path):
     good = json.dumps(ALPACA)
     path = tmp_path / "a.json"
     path.write_text(f'[\n{good},\n{{"instruction": [1}},\n{good},\n,\n{good}}}\n,{good}')
@@ -211,7 +211,7 @@ def test_a_broken_element_does_not_spoil_its_neighbours(tmp_path):
     assert len([row for row in rows if isinstance(row, Example)]) == 3
 
 
-def test_an_array_longer_than_a_chunk_is_cut_at_the_right_places(tmp_path, monkeypatch):
+def test_json_array_longer_than_a_chunk_is_split_between_elements(tmp_path, monkeypatch):
     monkeypatch.setattr("cogumi.data.sources.question_files._CHUNK", 7)
     rows = [{"instruction": f'"{i}\\\\" ]}},é\n', "output": "\\" * i + "x"} for i in range(40)]
     path = tmp_path / "a.json"
@@ -219,7 +219,7 @@ def test_an_array_longer_than_a_chunk_is_cut_at_the_right_places(tmp_path, monke
     assert [e.answer for e in load(path)[0]] == [row["output"] for row in rows]
 
 
-def test_input_without_a_usable_row_is_an_error_that_says_so(tmp_path):
+def test_input_without_a_usable_row_is_refused(tmp_path):
     for text, message in (
         ("", "is empty"),
         ("\n \n", "is empty"),
@@ -235,7 +235,7 @@ def test_input_without_a_usable_row_is_an_error_that_says_so(tmp_path):
 
 
 @given(st.lists(TEXT, max_size=30), st.integers(0, 3))
-def test_a_question_has_one_set_however_it_is_written(questions, seed):
+def test_set_of_a_question_does_not_depend_on_its_formatting(questions, seed):
     shares = dict.fromkeys(SPLITS, 1)
     for question in questions:
         one, other = (Message("user", question),), (Message("user", f"  {question}\n"),)
@@ -245,7 +245,7 @@ def test_a_question_has_one_set_however_it_is_written(questions, seed):
 
 
 def loaded(folder, files, root):
-    """What stage `load` makes of files, as an artifact."""
+    """The output of stage `load` for these files, as an artifact."""
     folder.mkdir(exist_ok=True)
     metrics = load_stage.run(load_stage.Config(files=files), {}, folder, context(root))
     return artifact.finish(folder, kind=load_stage.KIND, fingerprint="0", parents={}, metrics=metrics, environment={})
@@ -258,9 +258,9 @@ def split(folder, pool, root, seed=0, **shares):
 
 def test_load_and_split_make_five_disjoint_sets(tmp_path):
     rows = [{"instruction": f"Question {i % 400}", "output": str(i)} for i in range(600)]
-    shouted = [{"instruction": f"QUESTION  {i}", "output": "!"} for i in range(400)]
+    uppercase = [{"instruction": f"QUESTION  {i}", "output": "!"} for i in range(400)]
     write(tmp_path / "a.jsonl", *rows, "broken\n")
-    write(tmp_path / "b.jsonl", *shouted)
+    write(tmp_path / "b.jsonl", *uppercase)
     pool = loaded(tmp_path / "pool", {"one": ["a.jsonl"], "two": ["b.jsonl"]}, tmp_path)
     assert pool.metrics == {"rows": 1000, "domains": {"one": 600, "two": 400}, "rejected": 1}
     (listed,) = [json.loads(line) for line in (pool.path / load_stage.REJECTED_FILE).read_text().splitlines()]
@@ -279,8 +279,8 @@ def test_load_and_split_make_five_disjoint_sets(tmp_path):
     assert split_path(out, "train").read_bytes() != split_path(tmp_path / "again", "train").read_bytes()
 
 
-def test_the_sets_are_those_of_the_hash_of_the_question(tmp_path):
-    """Line by line what one pass over the files gives: a step between `load` and `split` moves no other row."""
+def test_set_depends_on_the_hash_of_the_question(tmp_path):
+    """Sets equal those of a direct pass over the files, so a step between `load` and `split` moves no other row."""
     rows = [{"instruction": f"Naïve {i}?", "output": str(i), "difficulty": i % 6} for i in range(200)]
     path = write(tmp_path / "a.jsonl", *rows, {**CHAT, "check": {"kind": "numeric"}})
     shares = {"train": 3, "selection": 1, "fit": 2, "threshold": 2, "heldout": 2}
@@ -298,7 +298,7 @@ def test_the_sets_are_those_of_the_hash_of_the_question(tmp_path):
         assert split_path(tmp_path / "some", name).read_text("utf-8").splitlines() == left
 
 
-def test_load_and_split_say_when_there_is_too_little(tmp_path):
+def test_load_and_split_refuse_too_few_examples(tmp_path):
     write(tmp_path / "a.jsonl", ALPACA)
     write(tmp_path / "b.jsonl", "broken\n")
     pool = loaded(tmp_path / "pool", {"one": ["a.jsonl"]}, tmp_path)
@@ -319,7 +319,7 @@ def test_load_and_split_say_when_there_is_too_little(tmp_path):
         ("llamafactory_demo/alpaca_en_demo.json", 999, 0),
     ],
 )
-def test_real_files_lose_no_row(name, usable, rejected):
+def test_every_row_of_public_files_is_accepted_or_listed(name, usable, rejected):
     path = public_data(name)
     rows = list(iterate(path))
     assert len(rows) == len(json.loads(path.read_text()))
@@ -327,7 +327,7 @@ def test_real_files_lose_no_row(name, usable, rejected):
     assert sum(isinstance(row, Rejected) for row in rows) == rejected
 
 
-def test_a_real_file_that_is_cut_off_is_listed_to_its_last_line():
+def test_truncated_public_file_is_read_up_to_its_last_line():
     path = public_data("multihop_reading/musique_test.jsonl")
     rows = list(iterate(path))
     assert len(rows) == len(path.read_bytes().splitlines())

@@ -1,4 +1,4 @@
-"""Episodes: nothing that judges was ever trained on, and the support shows what there is to know."""
+"""Stage `episodes`: evaluation families and words are never trained on, and the support set determines the answers."""
 
 import json
 from functools import cache
@@ -29,7 +29,7 @@ def drawn(seed):
 
 @pytest.fixture
 def world(tmp_path):
-    """Five sets of questions, as many of each as a world would hold of one kind."""
+    """Five sets of questions, each as large as stage `world` makes them for one kind."""
     from random import Random
 
     from cogumi.data.world.questions import _example
@@ -54,8 +54,8 @@ def test_families_and_words_of_the_sets_are_disjoint_for_any_seed(seed):
     for i, one in enumerate(sets):
         for other in sets[i + 1 :]:
             assert not {e.family for e in one} & {e.family for e in other}
-    spoken = {split: {w for e in drawn(seed)[split] for w in words_of(e)} for split in FAMILIES}
-    for split, words in spoken.items():
+    used_words = {split: {w for e in drawn(seed)[split] for w in words_of(e)} for split in FAMILIES}
+    for split, words in used_words.items():
         assert words <= set(WORDS[split])
         assert not words & {w for other in FAMILIES if other != split for w in WORDS[other]}
 
@@ -68,16 +68,16 @@ def words_of(episode):
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=10, deadline=None)
-def test_no_question_is_asked_twice_in_an_episode(seed):
+def test_questions_within_an_episode_are_unique(seed):
     for split in FAMILIES:
         for episode in drawn(seed)[split]:
-            asked = [normalised_question(e.messages) for e in (*episode.support, *episode.query)]
-            assert len(set(asked)) == len(asked)
+            normalised = [normalised_question(e.messages) for e in (*episode.support, *episode.query)]
+            assert len(set(normalised)) == len(normalised)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 10))
 @settings(max_examples=10, deadline=None)
-def test_k_examples_show_as_many_answers_of_a_renaming_as_k_examples_can(seed, shots):
+def test_first_k_support_examples_show_as_many_classes_as_possible(seed, shots):
     renamings = [e for e in drawn(seed)["heldout"] if e.rule == "rename"]
     assert renamings
     for episode in renamings:
@@ -87,7 +87,7 @@ def test_k_examples_show_as_many_answers_of_a_renaming_as_k_examples_can(seed, s
         assert {e.answer for e in episode.query} <= {e.answer for e in episode.support[:classes]}
 
 
-def test_sizes_are_those_asked_for_and_judges_have_the_largest_support():
+def test_sizes_are_as_configured_and_evaluation_sets_have_full_support():
     for split, found in drawn(1).items():
         for episode in found:
             low, high = (3, 10) if split == "train" else (10, 10)
@@ -95,7 +95,7 @@ def test_sizes_are_those_asked_for_and_judges_have_the_largest_support():
             assert 10 <= len(episode.query) <= 20
 
 
-def test_every_answer_passes_its_own_check_and_no_other_answer_of_the_episode_does():
+def test_check_of_each_example_accepts_only_its_own_answer():
     for found in drawn(2).values():
         for episode in found:
             answers = {e.answer for e in episode.query}
@@ -103,13 +103,13 @@ def test_every_answer_passes_its_own_check_and_no_other_answer_of_the_episode_do
                 assert [a for a in answers if grade(example, a).correct] == [example.answer]
 
 
-def test_what_is_picked_is_always_the_same_attribute():
+def test_pick_rule_always_asks_for_the_same_attribute():
     for episode in (e for e in drawn(3)["heldout"] if e.rule == "pick"):
         told = " lives in " if "city" in episode.secret else " owns a "
         assert all(f"{told}{e.answer}." in e.messages[0].content for e in (*episode.support, *episode.query))
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_path):
+def test_bytes_depend_only_on_the_seed(world, tmp_path):
     metrics = run(world, tmp_path / "a")
     assert metrics["episodes"] == {"train": 14, "selection": 6, "heldout": 10}
     run(world, tmp_path / "b")
@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_p
     assert {e.draw for e in read_episodes(tmp_path / "a", "heldout")} == {0, 1}
 
 
-def test_no_episode_asks_what_another_set_of_the_world_asks(world, tmp_path):
+def test_episodes_do_not_share_questions_with_the_other_sets(world, tmp_path):
     run(world, tmp_path / "out")
     for split in FAMILIES:
         taken = questions(world.path, split)
@@ -129,12 +129,12 @@ def test_no_episode_asks_what_another_set_of_the_world_asks(world, tmp_path):
         assert not taken & {normalised_question(e.messages) for x in found for e in (*x.support, *x.query)}
 
 
-def test_a_family_without_enough_questions_says_so():
+def test_family_with_too_few_questions_is_refused():
     with pytest.raises(DataError, match="family 'place' has too few different questions for an episode of 3010"):
         draw_set("heldout", 1, Config(support=(3000, 3000), query=(10, 10)), 1, ())
 
 
-def test_files_that_cannot_be_used_are_named(world, tmp_path):
+def test_unusable_episode_files_are_refused_by_name(world, tmp_path):
     with pytest.raises(DataError, match=r"train\.jsonl does not exist: build the `episodes` step"):
         read_episodes(tmp_path, "train")
     with pytest.raises(DataError, match="unknown set of episodes 'test'"):
@@ -153,6 +153,6 @@ def test_files_that_cannot_be_used_are_named(world, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"support": (0, 3)}, {"query": (5, 4)}, {"train": 0}, {"colour": 1}])
-def test_configurations_that_make_no_sense_are_refused(wrong):
+def test_inconsistent_configurations_are_refused(wrong):
     with pytest.raises(ValidationError):
         Config(**wrong)

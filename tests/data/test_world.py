@@ -1,4 +1,4 @@
-"""The embedded world: seeded, disjoint, and every reference answer passes its own check."""
+"""Stage `world`: data sets are seeded and disjoint, and every reference answer passes its own check."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def everything(out):
     return {name: read_examples(split_path(out, name)) for name in SPLITS}
 
 
-def test_every_reference_answer_is_right_and_every_other_text_is_wrong():
+def test_checks_accept_reference_answers_and_reject_other_texts():
     rng = random.Random(3)
     examples = []
     for domain in DOMAINS:
@@ -56,7 +56,7 @@ def test_every_reference_answer_is_right_and_every_other_text_is_wrong():
 
 @given(st.sampled_from(sorted(UNANSWERABLE)), st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
-def test_only_an_abstention_answers_the_unanswerable(kind, seed):
+def test_only_an_abstention_is_correct_for_unanswerable_questions(kind, seed):
     domain, make_task = UNANSWERABLE[kind]
     task = make_task(random.Random(seed))
     example = Example("x", domain, 0, (Message("user", task.question),), task.answer, "", {"check": dict(task.check)})
@@ -66,14 +66,14 @@ def test_only_an_abstention_answers_the_unanswerable(kind, seed):
 
 @given(st.sampled_from(sorted(DOMAINS)), st.sampled_from(DIFFICULTIES), st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
-def test_a_generator_state_gives_one_question(domain, difficulty, seed):
+def test_question_depends_only_on_the_generator_state(domain, difficulty, seed):
     assert make(domain, difficulty, random.Random(seed)) == make(domain, difficulty, random.Random(seed))
 
 
-def test_sets_are_disjoint_and_exact(world):
+def test_sets_are_disjoint_and_have_the_configured_sizes(world):
     out, metrics = world
     sets = everything(out)
-    cells = len(DOMAINS) * len(DIFFICULTIES) + 2  # two known kinds of unanswerable
+    cells = len(DOMAINS) * len(DIFFICULTIES) + 2  # two kinds of unanswerable questions are known
     more = {n: 0 if n == "train" else 2 * (world_stage.UNANSWERABLE_FACTOR - 1) for n in SPLITS}
     assert metrics["rows"] == {**{n: SMALL[n] * (cells + more[n]) for n in SPLITS}, "unanswerable": 30}
     questions = [normalised_question(e.messages) for rows in sets.values() for e in rows]
@@ -81,14 +81,14 @@ def test_sets_are_disjoint_and_exact(world):
     assert len(set(questions)) == len(questions)
 
 
-def test_the_unseen_kind_appears_nowhere_but_in_its_own_file(world):
+def test_unseen_kind_appears_only_in_its_own_file(world):
     out, _ = world
     assert not any(e.meta.get("unanswerable") == "invented_thing" for rows in everything(out).values() for e in rows)
     kinds = [e.meta["unanswerable"] for e in read_examples(out / "unanswerable.jsonl")]
     assert kinds.count("invented_thing") == 10
 
 
-def test_same_seed_same_bytes_other_seed_other_bytes(world, tmp_path):
+def test_bytes_depend_only_on_the_seed(world, tmp_path):
     out, _ = world
     run(tmp_path / "again")
     run(tmp_path / "other", seed=8)
@@ -98,7 +98,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(world, tmp_path):
         assert split_path(tmp_path / "other", name).read_bytes() != first
 
 
-def test_training_takes_what_a_small_cell_holds_but_other_sets_are_exact_or_refused(tmp_path):
+def test_small_cells_limit_the_training_set_but_other_sets_are_exact_or_refused(tmp_path):
     metrics = run(tmp_path / "much", train=1000)
     assert metrics["rows"]["train"] < 1000 * 32
     assert metrics["rows"]["heldout"] == SMALL["heldout"] * (30 + 2 * world_stage.UNANSWERABLE_FACTOR)
@@ -106,7 +106,7 @@ def test_training_takes_what_a_small_cell_holds_but_other_sets_are_exact_or_refu
         run(tmp_path / "too-much", heldout=5000)
 
 
-def test_fresh_questions_are_new_and_of_the_held_out_part(world):
+def test_fresh_questions_are_new_and_from_the_held_out_part(world):
     out, _ = world
     found = world_stage.draw_fresh(12, 7, lambda done, total, figures: None)
     questions = [normalised_question(e.messages) for e in found]
