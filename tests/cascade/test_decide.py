@@ -183,7 +183,7 @@ def test_what_holds_of_every_plan(request, situation, modifiers):
         assert order
         assert len(set(order)) == len(order)
         assert "draft" not in order or situation.has_draft
-        assert not {"modifier", "direct"} & {*order} or (modifiers and found.domain in situation.adapters)
+        assert not {"modifier", "direct"} & {*order} or (modifiers and found.domain in situation.modifiers)
         assert {"base", "direct"} & {*order}
     assert found.preview <= situation.has_draft
     if request.abstain:
