@@ -267,5 +267,5 @@ def test_build_manifest_is_not_packed(model, tmp_path):
     found = look(str(tmp_path / "out"))
     assert (found["what"], found["fingerprint"]) == ("packed files", "f")
     assert (found["bytes"], found["packed_bytes"]) == (metrics["bytes"], metrics["packed_bytes"])
-    with pytest.raises(BundleError, match=r"holds no bundle\.json: it is no packed bundle"):
+    with pytest.raises(BundleError, match=r"is not a packed bundle \(no bundle\.json\)"):
         BundleFiles(tmp_path / "out", "eager")

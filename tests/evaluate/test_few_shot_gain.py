@@ -150,5 +150,5 @@ def test_an_adapter_of_another_base_is_refused(inputs, tmp_path):
 
 def test_episodes_without_a_held_out_set_say_so(inputs, tmp_path):
     (tmp_path / "heldout.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no episode"):
+    with pytest.raises(DataError, match="is empty"):
         few_shot_gain.run(SMALL, {**inputs, "episodes": Artifact("x", tmp_path, "0")}, tmp_path, context())
