@@ -38,8 +38,9 @@ def converted(tmp_path_factory):
 
     def make(type="f32", head=None):
         if (type, head) not in done:
-            done[type, head] = folder / f"{type}-{head}.gguf"
-            convert(checkpoint(), vocabulary(), done[type, head], type, head)
+            file = folder / f"{type}-{head}.gguf"
+            convert(checkpoint(), vocabulary(), file, type, head)
+            done[type, head] = file
         return done[type, head]
 
     return make
