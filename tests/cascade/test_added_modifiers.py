@@ -115,7 +115,7 @@ def test_a_list_that_is_none_is_refused(made, tmp_path, text):
 
 def test_what_cannot_be_added_changes_nothing(made, law, tmp_path):
     with open_cascade(made / "bundle", state=tmp_path / "state", **SIZE) as bot:
-        with pytest.raises(BundleError, match=r"is no adapter for base\.gguf .*use one trained on it"):
+        with pytest.raises(BundleError, match=r"is not an adapter for base\.gguf .*use one trained on it"):
             bot.add_modifier("other", pico().other_adapter_gguf)
         with pytest.raises(BundleError, match="does not exist"):
             bot.add_modifier("gone", tmp_path / "gone.gguf")

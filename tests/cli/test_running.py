@@ -234,7 +234,7 @@ def test_offsets_of_a_user_are_shown(tmp_path):
     ("words", "why"),
     [
         (("--modifiers", "gone"), "gone is no folder"),
-        (("--adapter-memory", "much"), "'much' is no amount of bytes; write it like 80GB"),
+        (("--adapter-memory", "much"), "'much' is not an amount of bytes; write it like 80GB"),
         (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model go together"),
         (("--base-model", "m"), "--base-url and --base-model go together"),
         (("--reuse-check", "gone.json"), "a reuse check is for answers to near questions"),

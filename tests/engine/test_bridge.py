@@ -226,13 +226,6 @@ def test_what_the_base_cannot_write_is_left_out():
     assert text.translate([*draft.encode("un gar"), draft.eos]) == [*inner.encode("un gar"), inner.eos]
 
 
-def test_overlap_is_the_share_of_the_bases_pieces():
-    big, small = ({tokenizer(name).piece(i) for i in range(tokenizer(name).size)} - {b""} for name in PICO)
-    assert small < big
-    assert bridge(*PICO).overlap == len(small) / len(big)
-    assert bridge(*PICO[::-1]).overlap == 1.0
-
-
 @settings(deadline=None, max_examples=30)
 @given(texts)
 def test_a_space_put_in_front_is_taken_off(answer):

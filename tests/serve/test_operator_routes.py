@@ -83,7 +83,7 @@ def test_a_modifier_is_added_asked_and_kept(made, tmp_path):
         ("new", "circle.gguf", 400, "is no name of a file"),
         ("code", "law.gguf", 400, "there is a modifier 'code' already"),
         ("../x", "law.gguf", 400, "cannot name a modifier"),
-        ("new", "other.gguf", 400, "is no adapter for base.gguf"),
+        ("new", "other.gguf", 400, "is not an adapter for base.gguf"),
     ],
 )
 def test_what_cannot_be_added_is_refused(refusing, name, file, status, why):
