@@ -171,7 +171,7 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
 
 def test_a_suite_needs_what_it_says(tmp_path):
     assert "did you mean 'honesty'?" in one_line(cogumi("eval", "--suite", "honest", cwd=tmp_path, ok=1))
-    assert "the suite 'honesty' judges a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
+    assert "the suite 'honesty' needs a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
     assert "--data FILE, or a --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
 
 
