@@ -75,6 +75,17 @@ def imported(path):
                 yield deeper if deeper in MODULES else node.module
 
 
+def imported_first(path):
+    """What a module imports when it is itself imported: at its top level, type checking aside."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                yield deeper if deeper in MODULES else node.module
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down_only(module):
     mine = room(module)
@@ -84,6 +95,23 @@ def test_imports_go_down_only(module):
             assert theirs in BELOW[mine], f"{module} imports {target}"
         if target.split(".")[0] == "llama_cpp":
             assert module.startswith("cogumi.engine.llama.binding.")
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Importing a package runs its `__init__`; imports within functions do not count, they happen later."""
+    graph = {module: {t for t in imported_first(MODULES[module]) if t in MODULES} for module in MODULES}
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            path.append(module)
+            for target in sorted(graph[module] - {module}):
+                visit(target)
+            done.add(path.pop())
+
+    for module in MODULES:
+        visit(module)
 
 
 def test_no_module_has_the_name_of_another():

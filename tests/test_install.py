@@ -104,7 +104,7 @@ def without_extras(code):
 
 
 def cogumi(*arguments):
-    code = f"from cogumi.cli import main\nsys.argv[1:] = {list(map(str, arguments))}\nmain()"
+    code = f"from cogumi.cli.main import main\nsys.argv[1:] = {list(map(str, arguments))}\nmain()"
     return subprocess.run(without_extras(code), capture_output=True, text=True, check=False)
 
 
@@ -137,7 +137,9 @@ def test_a_bundle_is_opened_and_answers(bundle):
 
 @contextmanager
 def serving(bundle):
-    code = f"from cogumi.cli import main\nsys.argv[1:] = ['serve', {str(bundle)!r}, '--port', '0', '--json']\nmain()"
+    code = (
+        f"from cogumi.cli.main import main\nsys.argv[1:] = ['serve', {str(bundle)!r}, '--port', '0', '--json']\nmain()"
+    )
     with subprocess.Popen(
         without_extras(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:

@@ -1,5 +1,5 @@
 """`python -m cogumi` is the `cogumi` command."""
 
-from cogumi.cli import main
+from cogumi.cli.main import main
 
 main()

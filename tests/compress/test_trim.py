@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cogumi.cli import app
+from cogumi.cli.main import app
 from cogumi.compress.gguf.export import export_model
 from cogumi.compress.trim import trim
 from cogumi.compress.trim.bpe import renumbering

@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cogumi.bundle.format import BASE, DRAFT
-from cogumi.cli import app
+from cogumi.cli.main import app
 from cogumi.compress.gguf.export import export_model
 from cogumi.core.errors import CogumiError
 from support.pico import make_model

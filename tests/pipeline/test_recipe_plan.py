@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cogumi.cli import app
+from cogumi.cli.main import app
 from cogumi.core.amounts import parse_bytes
 from cogumi.core.estimate import Given, Hardware, Input, estimate
 from cogumi.core.facts import OWN_TEMPLATE

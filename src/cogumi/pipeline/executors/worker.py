@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+from cogumi.core.errors import CogumiError
 from cogumi.pipeline.executor import Ended, Task, run_task
 
 _PR_SET_PDEATHSIG = 1
@@ -34,14 +34,14 @@ def _end_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note; a RuntimeError with its text if the error cannot be pickled."""
+    """The error as one that any process can read, with its traceback as a note."""
     where = "".join(traceback.format_exception(error))
-    try:
-        error = pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(f"In the step's process:\n{where}")
-    return error
+    if isinstance(error, CogumiError):
+        portable: Exception = type(error)(str(error))
+    else:
+        portable = RuntimeError(f"{type(error).__name__}: {error}")
+    portable.add_note(f"In the step's process:\n{where}")
+    return portable
 
 
 def _run(task: Task, threads: int, connection: Connection[Any, Any]) -> Ended:
