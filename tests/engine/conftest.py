@@ -1,4 +1,4 @@
-"""Fixtures that several files of this folder share."""
+"""Fixtures shared by the engine tests."""
 
 import threading
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from support.waiting import PATIENCE
 
 @pytest.fixture
 def slow():
-    """Our server over a scripted engine; yields it and the server's address."""
+    """`cogumi serve` over a scripted engine; yields the engine and the server's address."""
     engine, ready = Scripted(), threading.Event()
     with running(lambda: engine, on_ready=lambda _: ready.set()) as port:
         assert ready.wait(PATIENCE)
@@ -26,7 +26,7 @@ def slow():
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory):
-    """Starts the server of a kind when it is first asked for; yields a function to its address and model file."""
+    """Yields a function that starts the server of a kind on first use and returns its address and model file."""
     with ExitStack() as running:
         started = {}
 
@@ -47,7 +47,7 @@ def servers(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def opened(servers):
-    """A function that opens an engine of a kind, once; a `fresh` one is the test's own."""
+    """A function that opens an engine of a kind once; a `fresh` one is opened for a single test."""
     with ExitStack() as open_engines:
         known = {}
 

@@ -1,4 +1,4 @@
-"""Adapters of a running engine: freed and loaded again, added (SPEC E8)."""
+"""Adapters of a running llama engine (E8): unloaded and loaded again, added and replaced."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,7 +20,7 @@ def engine():
         yield engine
 
 
-def test_idle_adapters_are_freed_and_come_back_with_the_same_bits():
+def test_idle_adapters_are_unloaded_and_reloaded_with_the_same_results():
     files = pico()
     adapters = dict.fromkeys("abc", files.adapter_gguf)
     engine = LlamaEngine(files.base_q8, threads=1, adapters=adapters, adapter_memory=1, slots=2, lookup=False)
@@ -40,16 +40,16 @@ def test_adapters_are_added_and_replaced_while_idle():
     request = Request(prompt=ids(20, 14), max_tokens=15, adapter="late")
     engine = LlamaEngine(files.base_q8, threads=1, adapters={"a": files.adapter_gguf}, lookup=False)
     engine.add_adapter("late", files.adapter_gguf)
-    told = ask(engine, request).tokens
+    tokens = ask(engine, request).tokens
     engine.add_adapter("late", files.adapter_gguf)
     with pytest.raises(BundleError):
         engine.add_adapter("late", files.other_adapter_gguf)
-    assert ask(engine, request).tokens == told
+    assert ask(engine, request).tokens == tokens
     assert engine.adapters == ("a", "late")
     engine.close()
 
 
-def test_an_adapter_that_is_answering_is_not_replaced(monkeypatch):
+def test_adapter_in_use_is_not_replaced(monkeypatch):
     files, gate = pico(), Gate(monkeypatch)
     engine = LlamaEngine(files.base_q8, threads=1, adapters={"a": files.adapter_gguf}, lookup=False)
     gate.shut()
@@ -57,7 +57,7 @@ def test_an_adapter_that_is_answering_is_not_replaced(monkeypatch):
     gate.wait()
     with ThreadPoolExecutor(1) as other:
         added = other.submit(engine.add_adapter, "a", files.adapter_gguf)
-        until(lambda: engine._scheduler._calls)  # it runs behind the pass that is held
+        until(lambda: engine._scheduler._calls)  # it is active while the forward pass is held
         gate.open()
         with pytest.raises(RequestError, match="is in use"):
             added.result(PATIENCE)
@@ -65,7 +65,7 @@ def test_an_adapter_that_is_answering_is_not_replaced(monkeypatch):
     engine.close()
 
 
-def test_no_adapter_is_the_base_bit_for_bit(engine):
+def test_without_an_adapter_answers_are_bit_identical_to_the_base(engine):
     bare = LlamaEngine(pico().base_q8, threads=1, lookup=False)
     for seed in range(5):
         request = Request(prompt=ids(30, 20 + seed), max_tokens=20, logprobs=3)
@@ -74,7 +74,7 @@ def test_no_adapter_is_the_base_bit_for_bit(engine):
     bare.close()
 
 
-def test_an_adapter_joins_a_running_engine():
+def test_adapter_can_be_added_to_a_running_engine():
     files = pico()
     engine = LlamaEngine(files.base_q8, threads=1)
     stream = engine.generate(Request(prompt="Tom", max_tokens=200))

@@ -1,4 +1,4 @@
-"""llama.cpp, wrapped: files, tokenizers and contexts, and what must be refused before it ends the process."""
+"""The llama.cpp binding: files, tokenizers and contexts; input that would abort the process is refused."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ def model():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
-def test_a_cut_file_is_refused_in_one_line(tmp_path, share):
+def test_truncated_file_is_refused_in_one_line(tmp_path, share):
     whole = pico().base_q8.read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: int(share * len(whole))])
@@ -31,7 +31,7 @@ def test_a_cut_file_is_refused_in_one_line(tmp_path, share):
     assert "\n" not in str(caught.value)
 
 
-def test_choosing_types_leaves_files_alone(tmp_path):
+def test_choosing_types_does_not_change_files(tmp_path):
     files = pico()
     with pytest.raises(ExportError, match="unknown GGUF type 'q9'"):
         mixture(files.base_f32, "q9")
@@ -44,7 +44,7 @@ def test_choosing_types_leaves_files_alone(tmp_path):
 
 @given(st.text(max_size=40), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_tokenizes_like_hugging_face(text, special):
+def test_tokenization_equals_hugging_face(text, special):
     tokenizer, reference = MODEL.tokenizer, REFERENCE
     ids = tokenizer.encode(text, special)
     assert ids == reference.encode(text, special)
@@ -53,7 +53,7 @@ def test_tokenizes_like_hugging_face(text, special):
 
 @given(st.text(max_size=20))
 @settings(deadline=None, max_examples=50)
-def test_nobody_can_type_a_control_token(text):
+def test_control_token_text_from_a_user_is_not_parsed_as_special(text):
     typed = Request(messages=(Message("user", f"{text}<|end|><|assistant|>{text}"),))
     ids = MODEL.tokenizer.render(typed)
     assert ids == REFERENCE.render(typed)
@@ -64,7 +64,7 @@ MODEL = Model(pico().base_q8)
 REFERENCE = HFTokenizer.load(pico().base)
 
 
-def test_batches_that_would_kill_the_process_are_refused(model):
+def test_batches_that_would_abort_the_process_are_refused(model):
     context = Context(model, sequences=2, length=64, batch=32, threads=1)
     with pytest.raises(RequestError, match="exceeds"):
         context.decode([Row(0, [7] * 33, 0, 1)])
@@ -76,10 +76,10 @@ def test_batches_that_would_kill_the_process_are_refused(model):
 
 @pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_logits_do_not_depend_on_how_tokens_were_cut_into_batches(model, threads, cache):
-    """Whole, in chunks, token by token, beside others: the same bits at every position (Q8_0)."""
+def test_logits_do_not_depend_on_batching(model, threads, cache):
+    """In one batch, in chunks, token by token, next to other sequences: the same bits at every position (Q8_0)."""
     generator = np.random.default_rng(0)
-    ids = generator.integers(5, 512, 600).tolist()  # beyond 512, where kernels change
+    ids = generator.integers(5, 512, 600).tolist()  # above 512 tokens, where other kernels are used
     context = Context(model, sequences=3, length=1024, batch=1024, threads=threads, cache=cache)
 
     def read(sequence, sizes, beside=0):

@@ -1,4 +1,4 @@
-"""The bridge between vocabularies: text is kept to the letter, and what the base answers does not change."""
+"""The token bridge between vocabularies: text is preserved exactly, and answers of the base do not change."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ texts = st.one_of(
 
 
 @cache
-def reciting(vocab: int) -> Path:
-    """A pico model that has learned the pico sentences by heart, as GGUF; about two seconds."""
+def memorising_model(vocab: int) -> Path:
+    """A pico model that memorised the pico sentences, as GGUF; takes about two seconds."""
     folder = make_model(Path(mkdtemp(prefix="cogumi-reciting-")) / "model", vocab=vocab, seed=vocab, scale=0.05)
     tokenizer = make_tokenizer(folder, vocab)
     model = LlamaForCausalLM.from_pretrained(folder)
@@ -57,7 +57,7 @@ def reciting(vocab: int) -> Path:
 @cache
 def tokenizer(name: str) -> Tokenizer:
     if name in PICO:
-        return load_tokenizer(reciting(int(name.removeprefix("pico-"))))
+        return load_tokenizer(memorising_model(int(name.removeprefix("pico-"))))
     return load_tokenizer(public_data(f"tokenizers_llamacpp/ggml-vocab-{name}.gguf"))
 
 
@@ -67,7 +67,7 @@ def bridge(base: str, draft: str) -> Bridge:
 
 
 class Changed:
-    """A tokenizer with something else about it."""
+    """A tokenizer with some attributes replaced."""
 
     def __init__(self, inner: Tokenizer, **changes) -> None:
         self.inner = inner
@@ -78,7 +78,7 @@ class Changed:
 
 
 def encoded(name: str, text: str) -> list[int]:
-    """The ids that a model would write for `text`: without SentencePiece's leading space."""
+    """The ids that a model would generate for `text`: without SentencePiece's leading space."""
     t = tokenizer(name)
     if name in ("llama-spm", "phi-3"):
         return t.encode("\n" + text)[len(t.encode("\n")) :]
@@ -91,12 +91,12 @@ def spelled(t: Tokenizer, ids: list[int]) -> bytes:
 
 @cache
 def kept_by(name: str, character: str) -> bytes:
-    """What a vocabulary keeps of a character: all of it but for a few that lack bytes of unassigned characters."""
+    """A character after encoding and decoding; a few vocabularies lack bytes of unassigned characters."""
     return spelled(tokenizer(name), encoded(name, character))
 
 
 def check_ids(built: Bridge, base: Tokenizer, draft: Tokenizer, ids: list[int], kept=str.encode) -> None:
-    """Append `ids` one by one; the draft must read the text so far, and only the end of what it read may change."""
+    """Append `ids` one by one: the draft must read the text so far, and only the end of its ids may change."""
     text = built.text(PROMPT, base.encode("Q: "))
     prompt = list(text.ids)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -114,7 +114,7 @@ def check_ids(built: Bridge, base: Tokenizer, draft: Tokenizer, ids: list[int], 
 @some_pairs
 @settings(deadline=None, max_examples=15)
 @given(st.data())
-def test_the_draft_reads_exactly_the_settled_text(names, data):
+def test_draft_reads_exactly_the_settled_text(names, data):
     built, (base, draft) = bridge(*names), map(tokenizer, names)
     anything = st.lists(st.integers(0, base.size - 1), max_size=50)
     ids = data.draw(st.one_of(anything, texts.map(lambda text: encoded(names[0], text))))
@@ -122,7 +122,7 @@ def test_the_draft_reads_exactly_the_settled_text(names, data):
 
 
 @pairs
-def test_a_long_text_is_read_as_if_encoded_whole(names):
+def test_incremental_encoding_of_a_long_text_equals_full_encoding(names):
     long = " ".join(MULTILINGUAL + CODE + SENTENCES + EMOJI)
     text = bridge(*names).text(PROMPT, tokenizer(names[0]).encode("Q: "))
     prompt = len(text.ids)
@@ -136,7 +136,7 @@ def test_a_long_text_is_read_as_if_encoded_whole(names):
 @some_pairs
 @settings(deadline=None, max_examples=25)
 @given(st.data())
-def test_a_translation_is_the_drafted_text_or_a_beginning_of_it(names, data):
+def test_translation_is_a_prefix_of_the_drafted_text(names, data):
     built, (base, draft) = bridge(*names), map(tokenizer, names)
     text = built.text(PROMPT, base.encode("Q: "))
     settled = encoded(names[0], data.draw(texts))
@@ -160,8 +160,8 @@ def test_a_translation_is_the_drafted_text_or_a_beginning_of_it(names, data):
 
 
 @pairs
-def test_the_true_continuation_comes_out_as_the_base_would_write_it(names):
-    """Also at places in the middle of a character or a word."""
+def test_correct_draft_is_translated_to_the_ids_of_the_base(names):
+    """Also when the draft starts in the middle of a character or a word."""
     built, (base, draft) = bridge(*names), map(tokenizer, names)
     exact = total = 0
     for line in MULTILINGUAL + CODE + SENTENCES + EMOJI:
@@ -179,7 +179,7 @@ def test_the_true_continuation_comes_out_as_the_base_would_write_it(names):
     assert exact / total > 0.9
 
 
-def test_an_end_is_translated_only_behind_whole_text():
+def test_end_token_is_translated_only_after_complete_characters():
     built, (base, draft) = bridge(*PICO), map(tokenizer, PICO)
     text = built.text(PROMPT, base.encode("Q: "))
     euro = draft.encode("€")
@@ -192,7 +192,7 @@ def test_an_end_is_translated_only_behind_whole_text():
     assert text.translate([]) == text.translate([other]) == text.translate(euro[:1]) == []
 
 
-def test_a_character_that_the_base_has_begun_is_finished():
+def test_character_begun_by_the_base_is_completed():
     built, (base, draft) = bridge(*PICO), map(tokenizer, PICO)
     first, *rest = base.encode("€")
     text = built.text(PROMPT, base.encode("Q: "))
@@ -203,7 +203,7 @@ def test_a_character_that_the_base_has_begun_is_finished():
     assert text.translate(draft.encode("five")) == text.translate([draft.eos]) == []
 
 
-def test_the_draft_reads_its_own_chat_or_the_text():
+def test_draft_reads_its_own_chat_template_or_the_raw_text():
     built, (base, draft) = bridge(*PICO), map(tokenizer, PICO)
     chat = Request(messages=(Message("user", "What is 48 plus 57?"),))
     assert built.prompt(chat, base.render(chat)) == draft.render(chat)
@@ -213,12 +213,12 @@ def test_the_draft_reads_its_own_chat_or_the_text():
     assert bridge(*PICO[::-1]).prompt(Request(prompt=tuple(few)), few) == many
     assert built.prompt(Request(prompt=""), []) == [draft.eos]
     for template in (None, "{{ raise_exception('no such role') }}"):
-        plain = load_tokenizer(reciting(330))
+        plain = load_tokenizer(memorising_model(330))
         plain.template = template
         assert Bridge(base, plain).prompt(chat, base.render(chat)) == draft.encode("What is 48 plus 57?")
 
 
-def test_what_the_base_cannot_write_is_left_out():
+def test_tokens_the_base_cannot_encode_are_dropped():
     inner, draft = map(tokenizer, PICO)
     base = Changed(inner, encode=lambda text, special=False: inner.encode(text.replace("ç", "c")))
     text = Bridge(base, draft).text(PROMPT, [])
@@ -228,7 +228,7 @@ def test_what_the_base_cannot_write_is_left_out():
 
 @settings(deadline=None, max_examples=30)
 @given(texts)
-def test_a_space_put_in_front_is_taken_off(answer):
+def test_leading_space_added_by_the_tokenizer_is_removed(answer):
     base, inner = map(tokenizer, PICO)
     spaced = Changed(inner, encode=lambda text, special=False: inner.encode(" " + text))
     check_ids(Bridge(base, spaced), base, spaced, base.encode(answer))
@@ -236,19 +236,19 @@ def test_a_space_put_in_front_is_taken_off(answer):
     assert spelled(spaced, new) == answer.encode()
 
 
-def test_only_the_end_of_the_text_is_encoded_again():
+def test_only_the_end_of_the_text_is_re_encoded():
     base, inner = map(tokenizer, PICO)
     sizes = []
 
-    def restless(text: str, special: bool = False) -> list[int]:
-        """Ids that depend on the length of the text: hardly any place to cut it."""
+    def length_dependent_ids(text: str, special: bool = False) -> list[int]:
+        """Ids that depend on the length of the text, so that there are few safe split points."""
         sizes.append(len(text))
         return [i * 97 + len(text) % 97 for i in text.encode()]
 
     piece = {i * 97 + j: bytes([i]) for i in range(256) for j in range(97)}.__getitem__
     for draft in (
         Changed(inner, encode=lambda text: sizes.append(len(text)) or inner.encode(text)),
-        Changed(inner, encode=restless, piece=piece),
+        Changed(inner, encode=length_dependent_ids, piece=piece),
     ):
         built = Bridge(base, draft)
         sizes.clear()
@@ -256,7 +256,7 @@ def test_only_the_end_of_the_text_is_encoded_again():
         assert max(sizes) < 12 * TAIL
 
 
-def test_what_loses_text_or_cannot_end_is_refused():
+def test_lossy_vocabularies_and_those_without_an_end_are_refused():
     base, draft = map(tokenizer, PICO)
     lower = Changed(draft, encode=lambda text: draft.encode(text.lower()))
     with pytest.raises(BundleError, match=r"draft's tokenizer does not round-trip text.*becomes .the quick brown"):
@@ -267,14 +267,14 @@ def test_what_loses_text_or_cannot_end_is_refused():
         Bridge(base, Changed(draft, eos=-1))
 
 
-def test_a_vocabulary_without_an_end_is_refused_at_load():
+def test_vocabulary_without_an_end_token_is_refused_at_load():
     path = public_data("tokenizers_llamacpp/ggml-vocab-bert-bge.gguf")
     with pytest.raises(BundleError, match="no end-of-answer token"):
         load_tokenizer(path)
 
 
 class Greedy:
-    """One sequence of one model, fed whole id lists: what its cache already holds is not computed again."""
+    """One sequence of one model that takes complete id lists and reuses the cached prefix."""
 
     def __init__(self, path: Path) -> None:
         self.model = Model(path)
@@ -282,7 +282,7 @@ class Greedy:
         self.held: list[int] = []
 
     def best(self, ids: list[int], outputs: int) -> list[int]:
-        """The most likely id behind each of the last `outputs` of `ids`."""
+        """The most likely next id after each of the last `outputs` of `ids`."""
         keep = 0
         while keep < min(len(self.held), len(ids) - outputs) and self.held[keep] == ids[keep]:
             keep += 1
@@ -298,7 +298,7 @@ class Greedy:
 
 
 def speculated(base: Greedy, draft: Greedy, request: Request, n: int, k: int) -> tuple[list[int], int, int]:
-    """The whole algorithm in its barest form; returns the answer, and how many ids were proposed and accepted."""
+    """A minimal form of speculative decoding; returns the answer and how many ids were proposed and accepted."""
     ends, prompt = base.model.tokenizer.ends, base.model.tokenizer.render(request)
     text = Bridge(base.model.tokenizer, draft.model.tokenizer).text(request, prompt)
     answer: list[int] = []
@@ -323,8 +323,8 @@ def speculated(base: Greedy, draft: Greedy, request: Request, n: int, k: int) ->
 
 
 @pytest.mark.parametrize("sizes", [(512, 330), (330, 512)])
-def test_bridged_drafting_changes_no_answer(sizes):
-    base, draft = (Greedy(reciting(size)) for size in sizes)
+def test_bridged_drafting_does_not_change_answers(sizes):
+    base, draft = (Greedy(memorising_model(size)) for size in sizes)
     proposed = accepted = 0
     prompts = [" ".join(s.split(" ")[:n]) for s in SENTENCES for n in (1, 2, 3)] + ["€ no sentence"]
     for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Speculation in the llama engine: whatever drafts, the answer is the base's own (SPEC E2, E3)."""
+"""Speculation in the llama engine (E2, E3): answers equal those of the base for every source of drafts."""
 
 import logging
 from dataclasses import replace
@@ -23,7 +23,7 @@ from support.pico import make_model
 
 @pytest.fixture(scope="module")
 def bridged():
-    """A base whose draft has another vocabulary."""
+    """An engine whose draft model has another vocabulary."""
     opened = LlamaEngine(pico().base_q8, threads=1, draft=pico().other_q8, lookup=False, slots=4)
     yield opened
     opened.close()
@@ -42,8 +42,8 @@ prompts = st.lists(st.integers(5, 511), min_size=1, max_size=40).flatmap(
     penalty=st.sampled_from([0.0, 0.7]),
 )
 @settings(max_examples=80, deadline=None)
-def test_greedy_speculation_is_plain_whatever_drafts(prompt, k, kind, seed, penalty):
-    """Over random models, prompts, numbers of drafted tokens and sources of drafts: the same bits (Q8_0)."""
+def test_greedy_speculation_equals_plain_decoding_for_every_source(prompt, k, kind, seed, penalty):
+    """For random models, prompts, numbers of drafted tokens and sources of drafts: the same bits (Q8_0)."""
     engine = engine_of(kind, k, seed)
     request = Request(prompt=prompt, max_tokens=20, speculate=False, logprobs=2, frequency_penalty=penalty)
     assert plain(ask(engine, replace(request, speculate=True))) == plain(ask(engine, request))
@@ -51,7 +51,7 @@ def test_greedy_speculation_is_plain_whatever_drafts(prompt, k, kind, seed, pena
 
 @cache
 def random_base(seed):
-    """A base like pico's with other weights; its adapter-free draft is pico's own, which agrees only by chance."""
+    """A pico base with random weights; its draft is the original pico draft, which agrees only by chance."""
     if seed == 0:
         return pico().base_q8
     folder = make_model(pico().base.parent / f"base-{seed}", seed=seed, layers=3)
@@ -67,7 +67,7 @@ def engine_of(kind, k, seed=0):
     return LlamaEngine(base, threads=1, draft=draft, draft_tokens=k, lookup=kind == "ngram", slots=2)
 
 
-def test_every_source_drafts_and_is_sometimes_right():
+def test_every_source_drafts_and_has_some_tokens_accepted():
     looping = Request(prompt=ids(5, 9) * 12, max_tokens=60, speculate=True)
     for kind in ("model", "ngram"):
         usage = ask(engine_of(kind, 5), looping).usage
@@ -76,11 +76,11 @@ def test_every_source_drafts_and_is_sometimes_right():
 
 
 FEW = (5, 6, 7)
-AMONG_FEW = dict.fromkeys(FEW, 30.0)  # an answer out of so few ids repeats itself, so that lookups find much
+AMONG_FEW = dict.fromkeys(FEW, 30.0)  # an answer of so few distinct ids repeats itself, so that lookups find matches
 
 
-def test_a_sampled_answer_with_n_gram_drafts_has_the_same_distribution():
-    """First tokens after a prompt whose lookup proposes wrong and right ones: chi-square over many seeds."""
+def test_sampling_with_n_gram_drafts_has_the_same_distribution():
+    """Chi-square over many seeds for the first tokens after a prompt whose lookup proposes right and wrong tokens."""
     engine = engine_of("ngram", 5)
     pairs_of_few = (5, 6, 7, 5, 7, 6, 5, 5, 6, 6, 7, 7, 5)
     asked = Request(prompt=pairs_of_few, max_tokens=3, temperature=1.0, logit_bias=AMONG_FEW)
@@ -96,7 +96,7 @@ def test_a_sampled_answer_with_n_gram_drafts_has_the_same_distribution():
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
-def test_a_seed_gives_the_same_text_whatever_pays_at_the_moment():
+def test_text_of_a_seed_does_not_depend_on_the_latency_model():
     files = pico()
     engine = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8)
     for seed in range(4):
@@ -107,8 +107,8 @@ def test_a_seed_gives_the_same_text_whatever_pays_at_the_moment():
 
 
 @pytest.mark.parametrize("kind", ["model", "ngram", "bridge"])
-def test_a_seed_gives_the_same_text_with_its_prompt_in_the_cache(kind):
-    """Whoever insists on drafts gets the same random numbers for the same tokens, wherever the cache begins to help."""
+def test_text_of_a_seed_does_not_depend_on_the_prompt_cache(kind):
+    """With speculation forced on, the same tokens get the same random numbers wherever the cached prefix ends."""
     engine, drafted = engine_of(kind, 5), 0
     for seed in range(6):
         prompt = (*FEW * 8, *ids(3, seed), *FEW)
@@ -123,10 +123,9 @@ def test_a_seed_gives_the_same_text_with_its_prompt_in_the_cache(kind):
 
 
 @pytest.mark.parametrize("kind", ["model", "ngram"])
-def test_a_seed_gives_the_same_text_where_a_crowd_leaves_less_room_for_drafts(kind, monkeypatch):
-    monkeypatch.setattr(
-        "cogumi.engine.llama.binding.context.MAX_LOGITS", 1
-    )  # a batch returns the logits of 64 tokens then
+def test_text_of_a_seed_does_not_depend_on_concurrent_requests(kind, monkeypatch):
+    # a batch then returns the logits of 64 tokens
+    monkeypatch.setattr("cogumi.engine.llama.binding.context.MAX_LOGITS", 1)
     files = pico()
     draft = files.draft_q8 if kind == "model" else None
     engine = LlamaEngine(files.base_q8, threads=1, draft=draft, lookup=kind == "ngram", slots=16)
@@ -145,7 +144,7 @@ def test_bridged_sampling_is_reproducible_and_exact_in_length(bridged):
     assert one.usage.drafted > 0
 
 
-def test_a_failing_draft_is_given_up_and_nobody_notices(monkeypatch, caplog):
+def test_failing_draft_is_disabled_without_changing_answers(monkeypatch, caplog):
     files = pico()
     engine = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8, lookup=False)
     request = Request(prompt=ids(20, 11), max_tokens=60, speculate=True)
@@ -172,7 +171,7 @@ def test_a_failing_draft_is_given_up_and_nobody_notices(monkeypatch, caplog):
     engine.close()
 
 
-def test_a_draft_that_cannot_be_bridged_is_refused_with_the_reason():
+def test_draft_that_cannot_be_bridged_is_refused_with_the_reason():
     tokenizer = Model(pico().other_q8).tokenizer
     encode = tokenizer.encode
     tokenizer.encode = lambda text, special=False: encode(text.lower(), special)
@@ -180,8 +179,8 @@ def test_a_draft_that_cannot_be_bridged_is_refused_with_the_reason():
         Bridge(Model(pico().base_q8).tokenizer, tokenizer)
 
 
-def test_at_k_quants_what_is_emitted_is_what_the_base_says():
-    """Kernels round by batch size there, so near ties may flip against plain decoding; few do."""
+def test_emitted_tokens_of_k_quants_equal_the_logits_of_the_base():
+    """Kernels of K-quants round differently by batch size, so a few near-ties may flip against plain decoding."""
     folder = make_model(pico().base.parent / "wide", hidden=256, seed=3)
     export_model(folder, folder.with_suffix(".gguf"), "q4_k_m")
     engine = LlamaEngine(folder.with_suffix(".gguf"), threads=1, draft=folder.with_suffix(".gguf"), lookup=False)

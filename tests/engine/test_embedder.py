@@ -1,4 +1,4 @@
-"""Sentence embeddings without torch: the same vectors as torch gives, for any text, and clear words for bad files."""
+"""Sentence embeddings without torch: vectors equal torch's for any text; invalid files get clear errors."""
 
 import threading
 
@@ -53,7 +53,7 @@ def embedder(root):
 TEXTS = ["", "a", "abc def", "the quick brown fox jumps", "é ß 中文", "x " * 500]
 
 
-def test_vectors_are_those_of_torch(root, embedder):
+def test_vectors_equal_torch(root, embedder):
     model, tokenizer = encoder.load_encoder("pico", root)
     with torch.no_grad():
         expected = [model(torch.tensor([tokenizer.encode(t).ids]))[0].numpy() for t in TEXTS]
@@ -63,7 +63,7 @@ def test_vectors_are_those_of_torch(root, embedder):
     assert (root / "int8" / MODEL).stat().st_size < (root / "fp32" / MODEL).stat().st_size
 
 
-def test_the_mean_is_over_all_tokens(root, embedder):
+def test_mean_pooling_covers_all_tokens(root, embedder):
     model = BertModel.from_pretrained(root / "pico").eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "pico")
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_the_mean_is_over_all_tokens(root, embedder):
     np.testing.assert_allclose(embedder.embed(["abc def"])[0], mean / np.linalg.norm(mean), atol=1e-6)
 
 
-def test_equal_config_gives_equal_bytes_that_name_no_machine(root, tmp_path):
+def test_export_is_reproducible_and_contains_no_local_paths(root, tmp_path):
     stage.run(stage.Config(model="pico"), {}, tmp_path, context(root))
     for name in (MODEL, TOKENIZER):
         assert sha256(tmp_path / name) == sha256(root / "int8" / name)
@@ -83,7 +83,7 @@ def test_equal_config_gives_equal_bytes_that_name_no_machine(root, tmp_path):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.text(st.characters(codec=None), max_size=80), max_size=4))
-def test_any_text_gets_a_vector_of_length_one_whatever_its_company(embedder, texts):
+def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(embedder, texts):
     vectors = embedder.embed(texts)
     assert vectors.shape == (len(texts), 32)
     assert vectors.dtype == np.float32
@@ -92,16 +92,16 @@ def test_any_text_gets_a_vector_of_length_one_whatever_its_company(embedder, tex
         np.testing.assert_array_equal(embedder.embed([text])[0], vector)
 
 
-def test_a_long_text_is_cut(embedder):
+def test_long_text_is_truncated(embedder):
     vector = embedder.embed(["ab " * 33_334])[0]
     np.testing.assert_array_equal(vector, embedder.embed(["ab " * 200])[0])
     assert not embedder.reads_all("ab " * 33_334)
     assert not embedder.reads_all("a " * 47)
-    assert embedder.reads_all("a " * 46)  # and the two special tokens
+    assert embedder.reads_all("a " * 46)  # plus the two special tokens
     assert embedder.reads_all("")
 
 
-def test_threads_may_share_it(embedder):
+def test_embedder_is_thread_safe(embedder):
     texts = [f"{a}{b} c" for a in "abcdefgh" for b in "abcdefgh"]
     expected, wrong = embedder.embed(texts), []
 
@@ -117,7 +117,7 @@ def test_threads_may_share_it(embedder):
     assert not wrong
 
 
-def test_identity_tells_encoders_apart(root, embedder):
+def test_identity_distinguishes_encoders(root, embedder):
     assert embedder.identity == Embedder(root / "fp32").identity != Embedder(root / "int8").identity
 
 
@@ -129,7 +129,7 @@ def copied(root, folder):
 
 @pytest.mark.parametrize("name", [MODEL, TOKENIZER])
 @pytest.mark.parametrize("content", [None, b"", b"\xff\x00 nonsense", "half"])
-def test_a_folder_without_an_encoder_is_refused(root, tmp_path, name, content):
+def test_folder_without_a_valid_encoder_is_refused(root, tmp_path, name, content):
     path = copied(root, tmp_path) / name
     if content is None:
         path.unlink()
@@ -140,7 +140,7 @@ def test_a_folder_without_an_encoder_is_refused(root, tmp_path, name, content):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_another_kind_is_refused(root, tmp_path):
+def test_onnx_model_with_other_inputs_or_outputs_is_refused(root, tmp_path):
     import onnx
 
     copied(root, tmp_path)
@@ -153,7 +153,7 @@ def test_a_model_of_another_kind_is_refused(root, tmp_path):
         Embedder(tmp_path)
 
 
-def test_a_missing_model_is_explained(monkeypatch, root, tmp_path):
+def test_missing_model_error_says_how_to_get_it(monkeypatch, root, tmp_path):
     monkeypatch.setattr(encoder, "PACKAGE", "no_such_package_xyz")
     with pytest.raises(RecipeError, match="not installed: pip install no-such-package-xyz"):
         stage.run(stage.Config(), {}, tmp_path, context(root))
@@ -162,7 +162,7 @@ def test_a_missing_model_is_explained(monkeypatch, root, tmp_path):
         stage.run(stage.Config(model="empty"), {}, tmp_path, context(tmp_path))
 
 
-def test_the_default_is_a_small_file_that_tells_paraphrases():
+def test_default_encoder_is_small_and_recognises_paraphrases():
     pytest.importorskip(encoder.PACKAGE, reason="the default model is not installed")
     embedder = cached_embedder()
     a, b, c = embedder.embed(["How do I reset my password?", "I forgot my password", "Bake bread"])

@@ -1,4 +1,4 @@
-"""What every engine promises (engine.protocol.Engine): the same pico model in both libraries, and through two servers.
+"""The contract of `engine.protocol.Engine`, on the same pico model in llama.cpp, in torch and through two servers.
 
 `served` is RemoteEngine over `cogumi serve` in another process, `foreign` the same over llama-cpp-python's server.
 """
@@ -33,7 +33,7 @@ DECLARED = {
 
 
 @pytest.mark.parametrize("kind", ["llama", "torch", "served"])
-def test_an_engine_declares_what_it_can_do(kind, opened):
+def test_engine_declares_its_capabilities(kind, opened):
     engine = opened(kind)
     assert {c for c in DECLARED if c in engine.capabilities} == {
         c for c, gap in DECLARED.items() if gap not in GAPS[kind]
@@ -47,12 +47,12 @@ def test_an_engine_declares_what_it_can_do(kind, opened):
 
 
 @pytest.mark.parametrize("engine", [kind for kind in GAPS if "hidden states" in GAPS[kind]], indirect=True)
-def test_hidden_states_that_an_engine_does_not_have_are_refused(engine):
+def test_hidden_states_are_refused_without_the_capability(engine):
     with pytest.raises(RequestError, match="RemoteEngine has no hidden states; ask another engine"):
         engine.generate(replace(ASK, hidden=True))
 
 
-def test_speculation_and_head_adaptation_are_declared_where_they_are_possible():
+def test_speculation_and_head_adaptation_are_declared_when_configured():
     plain = LlamaEngine(pico().base_q8, context=CONTEXT, threads=1, lookup=False)
     drafting = LlamaEngine(pico().base_q8, context=CONTEXT, threads=1)
     missing = {Capability.SPECULATION, Capability.HEAD_ADAPTATION}
@@ -63,14 +63,14 @@ def test_speculation_and_head_adaptation_are_declared_where_they_are_possible():
 
 
 @engines("usage", "exact tokens")
-def test_usage_counts(engine):
+def test_usage_counts_tokens(engine):
     reply = final_reply(engine.generate(ASK))
     assert reply.usage.prompt_tokens == len(engine.tokenizer.render(ASK))
     assert reply.usage.completion_tokens == len(reply.tokens) == ASK.max_tokens
 
 
 @engines()
-def test_tokens_then_one_reply(engine):
+def test_stream_is_tokens_followed_by_one_reply(engine):
     events = list(engine.generate(ASK))
     reply = events[-1]
     assert isinstance(reply, Reply)
@@ -96,7 +96,7 @@ def test_signals_of_greedy_tokens(engine):
 
 
 @engines()
-def test_sampling_repeats_with_its_seed(engine):
+def test_sampling_is_reproducible_with_a_seed(engine):
     wild = replace(ASK, temperature=1.0, top_p=0.9)
     texts = [final_reply(engine.generate(replace(wild, seed=seed))).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -104,7 +104,7 @@ def test_sampling_repeats_with_its_seed(engine):
 
 
 @engines("end token")
-def test_the_end_token_ends_and_is_no_text(engine):
+def test_end_token_ends_the_answer_and_is_not_in_the_text(engine):
     wild = [replace(ASK, temperature=2.0, seed=seed, max_tokens=100) for seed in range(40)]
     stopped = [reply for reply in replies(engine, wild) if reply.finish_reason == "stop"]
     assert stopped
@@ -115,7 +115,7 @@ def test_the_end_token_ends_and_is_no_text(engine):
 
 
 @engines("exact tokens")
-def test_stop_strings_end_before_themselves_across_tokens(engine):
+def test_text_ends_before_a_stop_string_that_spans_tokens(engine):
     whole = final_reply(engine.generate(ASK)).text
     for start in range(0, len(whole) - 3, 3):
         stop = whole[start : start + 3]
@@ -126,7 +126,7 @@ def test_stop_strings_end_before_themselves_across_tokens(engine):
 
 
 @engines()
-def test_what_has_no_meaning_is_refused_by_the_call(engine):
+def test_invalid_request_values_are_refused_by_the_call(engine):
     for wrong in (
         replace(ASK, temperature=-1.0),
         replace(ASK, adapter="nobody"),
@@ -150,14 +150,14 @@ MISFITS = (
 
 
 @engines("refuses beforehand")
-def test_what_cannot_be_answered_is_refused_by_the_call(engine):
+def test_unanswerable_requests_are_refused_by_the_call(engine):
     for wrong, error in (*MISFITS, (Request(prompt=(5, -1)), RequestError)):
         with pytest.raises(error):
             engine.generate(wrong)
 
 
 @engines("status", "echo")
-def test_what_does_not_fit_is_refused(engine):
+def test_prompt_longer_than_the_context_is_refused(engine):
     for wrong, error in MISFITS:
         with pytest.raises(error):
             final_reply(engine.generate(wrong))
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused(engine):
 
 
 @engines()
-def test_adapters_change_answers_and_leave_no_trace(engine):
+def test_adapters_change_only_their_own_requests(engine):
     assert engine.adapters == ("a",)
     plain, adapted, again = replies(engine, [ASK, replace(ASK, adapter="a"), ASK])
     assert [t.id for t in plain.tokens] == [t.id for t in again.tokens]
@@ -183,7 +183,7 @@ def test_adapters_change_scores(engine):
 
 
 @engines()
-def test_examples_are_earlier_turns_where_no_head_can_be_adapted(engine):
+def test_few_shot_examples_become_earlier_turns_without_head_adaptation(engine):
     shown = replace(ASK, examples=(("What is 1 plus 1?", "two"), ("What is 2 plus 2?", "four")), max_tokens=12)
     turns = [
         Message(role, text) for pair in shown.examples for role, text in zip(("user", "assistant"), pair, strict=True)
@@ -198,15 +198,15 @@ def test_examples_are_earlier_turns_where_no_head_can_be_adapted(engine):
 
 
 @engines()
-def test_bias_forbids_and_forces(engine):
+def test_logit_bias_can_forbid_and_force_tokens(engine):
     forced = engine.tokenizer.encode("b")[0]
     reply = final_reply(engine.generate(replace(ASK, logit_bias={forced: 100.0}, max_tokens=8)))
     assert reply.text == "b" * 8
-    assert reply.tokens[0].logprob < -1  # signals are of the model, not of the bias
+    assert reply.tokens[0].logprob < -1  # signals are computed before the bias
 
 
 @engines("exact tokens", "penalties")
-def test_penalties_keep_from_repeating(engine):
+def test_penalties_reduce_repetition(engine):
     plain = final_reply(engine.generate(ASK)).tokens
     assert len({token.id for token in plain}) < len(plain)
     for penalty in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
@@ -220,7 +220,7 @@ SCHEMA = {"type": "object", "properties": {"n": {"enum": [48, 57]}}, "required":
 
 
 @engines("schemas")
-def test_an_answer_keeps_to_its_schema(engine):
+def test_answer_matches_its_json_schema(engine):
     for sampling in ({}, {"temperature": 1.0, "seed": 3}):
         reply = final_reply(engine.generate(replace(ASK, json_schema=json.dumps(SCHEMA), max_tokens=60, **sampling)))
         if reply.finish_reason == "stop":
@@ -232,18 +232,18 @@ GRAMMATICAL = replace(ASK, grammar='root ::= "yes" | "no"')
 
 
 @engines("grammars")
-def test_an_answer_keeps_to_its_grammar(engine):
+def test_answer_matches_its_grammar(engine):
     assert final_reply(engine.generate(GRAMMATICAL)).text in ("yes", "no")
 
 
 @pytest.mark.parametrize("engine", [kind for kind in GAPS if "grammars" in GAPS[kind]], indirect=True)
-def test_a_grammar_that_cannot_be_kept_to_is_refused(engine):
+def test_invalid_grammar_is_refused(engine):
     with pytest.raises(RequestError, match="grammar"):
         engine.generate(GRAMMATICAL)
 
 
 @engines("echo")
-def test_an_echoed_prompt_is_its_reading(engine):
+def test_echoed_prompt_equals_read(engine):
     for ask in (ASK, Request(prompt="Tom is taller than Ann.", max_tokens=5), Request(prompt=(7,), max_tokens=5)):
         reply = final_reply(engine.generate(replace(ask, echo=True, logprobs=2)))
         reading = engine.read(ask)
@@ -255,8 +255,8 @@ def test_an_echoed_prompt_is_its_reading(engine):
 
 
 @engines("echo")
-def test_a_prompt_can_be_echoed_alone(engine):
-    """One token, one chunk and several chunks; beside somebody who writes."""
+def test_prompt_can_be_echoed_without_an_answer(engine):
+    """One token, one chunk and several chunks, next to a generating request."""
     writer = engine.generate(ASK)
     for prompt in ((7,), tuple(range(5, 25)), LONG):
         asked = Request(prompt=prompt, max_tokens=0, echo=True, logprobs=2)
@@ -274,7 +274,7 @@ def test_a_prompt_can_be_echoed_alone(engine):
 
 @engines("echo")
 def test_score_is_the_log_probability_of_the_answer(engine):
-    """Sum over greedy steps: the score of each prefix of ids differs by the token's own log-probability."""
+    """The scores of successive prefixes of a greedy answer differ by each token's log-probability."""
     prompt = engine.tokenizer.render(ASK)
     tokens = final_reply(engine.generate(replace(ASK, max_tokens=5))).tokens
     ids = tuple(prompt) + tuple(token.id for token in tokens)
@@ -289,14 +289,14 @@ def test_score_is_the_log_probability_of_the_answer(engine):
 
 
 @engines("echo")
-def test_a_score_tells_whether_the_text_is_the_greedy_one(engine):
-    """As lm-evaluation-harness asks: a raw prompt is continued, so no end token counts."""
+def test_score_reports_whether_the_continuation_is_greedy(engine):
+    """As lm-evaluation-harness needs it: a raw prompt is continued, so no end token is scored."""
     tokenizer, found = engine.tokenizer, []
     for text in ("Tom is taller than Ann.", "hello there", "Ann", "def add(a, b):", "What is 48 plus 57?"):
         prompt = Request(prompt=text, max_tokens=1)
         (token,) = final_reply(engine.generate(prompt)).tokens
         if tokenizer.encode(token.text) != [token.id]:
-            continue  # part of a character, or a piece that is encoded otherwise alone
+            continue  # part of a character, or a piece that is encoded differently on its own
         score = engine.score(prompt, token.text)
         assert (score.tokens, score.greedy) == (1, True)
         assert -score.nats == pytest.approx(token.logprob, abs=0.02)
@@ -307,11 +307,11 @@ def test_a_score_tells_whether_the_text_is_the_greedy_one(engine):
     assert found
     nothing = engine.score(Request(prompt="Ann"), "")
     assert (nothing.nats, nothing.tokens, nothing.greedy) == (0.0, 0, True)
-    assert engine.score(ASK, "It is 105.").greedy is False  # a random model says something else
+    assert engine.score(ASK, "It is 105.").greedy is False  # a random model generates another text
 
 
 @engines("echo")
-def test_reading(engine):
+def test_read_returns_token_log_probabilities(engine):
     reading = engine.read(Request(prompt="Tom is taller than Ann."))
     ids = engine.tokenizer.encode("Tom is taller than Ann.")
     assert len(reading.surprise) == reading.score.tokens == len(ids) - 1
@@ -321,7 +321,7 @@ def test_reading(engine):
 
 
 @engines("embeddings")
-def test_embedding(engine):
+def test_embedding_vectors(engine):
     rows = engine.embed(["Ann", "Tom is taller than Ann.", "", "Ann"])
     assert rows.shape == (4, 64)
     assert np.array_equal(rows[0], rows[3])
@@ -331,14 +331,14 @@ def test_embedding(engine):
 
 
 @engines("hidden states")
-def test_hidden_states(engine):
+def test_hidden_states_of_a_prompt(engine):
     reading = engine.read(Request(prompt="Tom is taller than Ann."))
     assert len(reading.last) == len(reading.mean) == 64
     assert engine.embed(["Tom is taller than Ann."])[0] == pytest.approx(np.array(reading.mean), abs=1e-3)
 
 
 @engines("hidden states")
-def test_the_hidden_state_behind_an_answer(engine):
+def test_hidden_state_after_an_answer(engine):
     for ask in (ASK, replace(ASK, stop=("a",)), replace(ASK, adapter="a", temperature=1.0, seed=1)):
         reply = final_reply(engine.generate(replace(ask, hidden=True)))
         said = [token.id for token in reply.tokens]
@@ -349,7 +349,7 @@ def test_the_hidden_state_behind_an_answer(engine):
 
 
 @engines()
-def test_a_closed_iterator_is_over_and_others_go_on(engine):
+def test_closing_an_iterator_does_not_affect_other_requests(engine):
     streams = [engine.generate(ASK) for _ in range(6)]
     next(streams[0])
     for stream in streams[:5]:
@@ -359,7 +359,7 @@ def test_a_closed_iterator_is_over_and_others_go_on(engine):
 
 
 @engines()
-def test_many_threads_get_their_own_answers(engine):
+def test_concurrent_threads_get_their_own_answers(engine):
     wishes = [Request(prompt=f"{n} plus {n}", max_tokens=12) for n in range(16)]
     alone = [final_reply(engine.generate(wish)).text for wish in wishes]
     crowd = [""] * len(wishes)
@@ -376,7 +376,7 @@ def test_many_threads_get_their_own_answers(engine):
 
 
 @pytest.mark.parametrize("kind", GAPS)
-def test_close_ends_what_waits(kind, opened):
+def test_close_ends_waiting_requests(kind, opened):
     engine = opened(kind, fresh=True)
     streams = [engine.generate(replace(ASK, max_tokens=200)) for _ in range(30)]
     engine.close()

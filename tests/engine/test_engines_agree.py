@@ -1,4 +1,4 @@
-"""Engines over the same model give the same answers: two libraries, our server, a foreign server."""
+"""Engines over the same model give the same answers: llama.cpp, torch, our server and llama-cpp-python's server."""
 
 from dataclasses import replace
 
@@ -14,8 +14,8 @@ from support.remote import CONTEXT
 ASK = Request(messages=(Message("system", "Be short."), Message("user", "What is 48 plus 57?")), max_tokens=30)
 
 
-def test_the_engines_agree(opened):
-    """The same model in two libraries, both in fp32 (SPEC E7: scores within 1%)."""
+def test_llama_and_torch_engines_agree(opened):
+    """The same model in both libraries in fp32: scores agree within 1%."""
     files, other = pico(), opened("torch")
     llama = LlamaEngine(files.base_f32, adapters={"a": files.adapter_gguf}, context=CONTEXT, threads=1, cache="f16")
     for adapter in (None, "a"):
@@ -36,7 +36,7 @@ def test_the_engines_agree(opened):
     llama.close()
 
 
-def test_our_server_answers_as_its_model_does(opened, servers):
+def test_our_server_answers_like_its_engine(opened, servers):
     _, file = servers("served")
     near, far = LlamaEngine(file, context=CONTEXT, threads=1), opened("served")
     for ask in (ASK, Request(prompt="Tom is", max_tokens=20), replace(ASK, temperature=1.0, seed=5)):
@@ -58,8 +58,8 @@ def test_our_server_answers_as_its_model_does(opened, servers):
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_lm_eval_finds_what_is_greedy(opened, servers, more):
-    """lm-evaluation-harness asks for prompt and continuation as one echoed prompt, and compares floats."""
+def test_lm_eval_requests_detect_greedy_continuations(opened, servers, more):
+    """lm-evaluation-harness sends prompt and continuation as one echoed prompt and compares log-probabilities."""
     url, file = servers("served")
     near, client = LlamaEngine(file, context=CONTEXT, threads=1), openai.OpenAI(base_url=url, api_key="any")
     prompt = near.tokenizer.encode("Tom is taller than Ann.")
@@ -84,7 +84,7 @@ def test_lm_eval_finds_what_is_greedy(opened, servers, more):
     near.close()
 
 
-def test_a_prompt_alone_is_streamed_back(servers):
+def test_echoed_prompt_without_an_answer_is_streamed(servers):
     client = openai.OpenAI(base_url=servers("served")[0], api_key="any")
     stream = client.completions.create(model="cogumi:base", prompt="Tom is", max_tokens=0, echo=True, stream=True)
     choices = [chunk.choices[0] for chunk in stream]
@@ -94,8 +94,8 @@ def test_a_prompt_alone_is_streamed_back(servers):
         client.completions.create(model="cogumi:base", prompt="Tom is", max_tokens=0)
 
 
-def test_a_foreign_server_answers_as_its_model_does(opened):
-    """As far as its streams tell: text of whole characters, and log-probabilities up to the first lost one."""
+def test_foreign_server_answers_like_its_engine(opened):
+    """As far as its streams show: text of complete characters, and log-probabilities up to the first missing one."""
     near = LlamaEngine(pico().base_f32, context=CONTEXT, threads=1, cache="f16")
     far, ask = opened("foreign"), Request(prompt="Tom is", max_tokens=1, logprobs=1)
     for text in ("Tom is", "hello there", "What is 48 plus 57?", "Ann", "def add(a, b):"):

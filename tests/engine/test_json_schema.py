@@ -1,4 +1,4 @@
-"""JSON schemas as grammars: what they accept, what is generated under them, and what is refused by name."""
+"""JSON schemas as grammars: accepted texts, texts generated under them, and unsupported schemas."""
 
 import enum
 import json
@@ -24,7 +24,7 @@ from support.engines import CHAT, ask, opened, pico, plain
 
 
 class Bytes:
-    """A vocabulary of single bytes with two end tokens and a special one."""
+    """A vocabulary of single bytes with two end tokens and one special token."""
 
     size, eos, settings = 259, 256, {}
 
@@ -39,7 +39,7 @@ COMPILER = SchemaCompiler(Bytes(), lambda token: token in (256, 257))
 
 
 def accepts(schema, text):
-    """Whether the grammar of a schema lets a text through, to its end."""
+    """Whether the grammar of a schema accepts a complete text."""
     grammar = COMPILER.compile(json.dumps(schema))
     for byte in text.encode():
         if not grammar.allows(byte):
@@ -93,7 +93,7 @@ CHAIN = {
         ({}, [1, "x", None, [], {}], []),
     ],
 )
-def test_a_grammar_keeps_to_its_schema(schema, right, wrong):
+def test_grammar_accepts_valid_and_rejects_invalid_texts(schema, right, wrong):
     schema = schema | {"$defs": DEFS}
     for value in right:
         for text in (json.dumps(value), json.dumps(value, separators=(",", ":"))):
@@ -104,7 +104,7 @@ def test_a_grammar_keeps_to_its_schema(schema, right, wrong):
 @pytest.mark.parametrize(
     "value", ["C:\\dir", "a\nb", 'say "x"', "é😀", "\u0001", "\u2028", "", 0, -1.5, None, [1, {"a": "\\"}]]
 )
-def test_constants_are_written_as_json(value):
+def test_constants_are_encoded_as_json(value):
     assert accepts({"const": value}, json.dumps(value, ensure_ascii=False))
     assert accepts({"enum": [7, value]}, json.dumps(value, ensure_ascii=False))
     assert not accepts({"const": value}, "1")
@@ -113,13 +113,13 @@ def test_constants_are_written_as_json(value):
 @pytest.mark.parametrize(
     "name", ["space", "Status", "x[int]", "_u", "a_b", 'q"uote', "\\", "", "é", "a/b~c", "two words", "root"]
 )
-def test_a_property_may_have_any_name(name):
+def test_property_names_may_be_any_text(name):
     schema = {"type": "object", "properties": {name: {"type": "integer"}, "last": {"const": 1}}, "required": [name]}
     assert accepts(schema, json.dumps({name: 1, "last": 1}, ensure_ascii=False))
     assert not accepts(schema, '{"last": 1}')
 
 
-def test_objects_are_closed_where_their_schema_does_not_speak_of_others():
+def test_objects_are_closed_without_additional_properties():
     listed = {"type": "object", "properties": {"a": {"type": "integer"}}}
     more = '{"a": 1, "b": 2}'
     assert not accepts(listed, more)
@@ -133,7 +133,7 @@ def test_objects_are_closed_where_their_schema_does_not_speak_of_others():
         assert accepts(open_, more)
 
 
-def test_white_space_comes_to_an_end():
+def test_white_space_is_bounded():
     listed = {"type": "object", "properties": {"a": {"type": "integer"}}}
     for text in ('{"a":1}', '{ "a" : 1 }', '{\n  "a": 1\n}'):
         assert accepts(listed, text)
@@ -142,7 +142,7 @@ def test_white_space_comes_to_an_end():
 
 
 @pytest.mark.parametrize(
-    ("schema", "says"),
+    ("schema", "message"),
     [
         *(({word: {}}, word) for word in ("not", "if", "contains", "propertyNames", "unevaluatedProperties")),
         ({"uniqueItems": True}, "uniqueItems"),
@@ -172,8 +172,8 @@ def test_white_space_comes_to_an_end():
         ({"title": "x" * MAX_CHARACTERS}, "characters"),
     ],
 )
-def test_what_an_answer_cannot_be_held_to_is_refused_by_name(schema, says):
-    with pytest.raises(RequestError, match=says) as refused:
+def test_unsupported_keywords_are_refused_by_name(schema, message):
+    with pytest.raises(RequestError, match=message) as refused:
         COMPILER.compile(json.dumps(schema))
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 500
@@ -182,7 +182,7 @@ def test_what_an_answer_cannot_be_held_to_is_refused_by_name(schema, says):
 @pytest.mark.parametrize(
     "text", ["nonsense", "", "[" * 100_000, '{"a":' * 5000, '{"const": 1', '{"const": ' + "1" * 5000 + "}"]
 )
-def test_text_that_is_no_schema_is_refused(text):
+def test_text_that_is_not_a_schema_is_refused(text):
     with pytest.raises(RequestError, match="JSON schema"):
         COMPILER.compile(text)
 
@@ -246,8 +246,8 @@ MODELS = [Color, Tree, Everything, Cat | Dog | None, list[Tree], dict[str, Cat],
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_what_is_generated_under_a_schema_is_valid(model):
-    """Random logits that lean towards closing what is open; masks and single questions agree at every step."""
+def test_text_generated_under_a_schema_is_valid(model):
+    """Random logits biased towards closing brackets; token masks and single-token checks agree at every step."""
     adapter = TypeAdapter(model)
     schema = adapter.json_schema()
     tokenizer = Model(pico().base_q8).tokenizer
@@ -267,10 +267,12 @@ def test_what_is_generated_under_a_schema_is_valid(model):
             grammar.accept(ids[-1])
         value = json.loads(b"".join(map(tokenizer.piece, ids)).decode())
         jsonschema.Draft202012Validator(schema).validate(value)
-        adapter.validate_json(json.dumps(value)) if "date" not in str(schema) else None  # 30 February is a `date`
+        adapter.validate_json(json.dumps(value)) if "date" not in str(
+            schema
+        ) else None  # 30 February matches the pattern of `date`
 
 
-def test_what_a_schema_forbids_cannot_be_accepted():
+def test_tokens_forbidden_by_a_schema_cannot_be_accepted():
     grammar = COMPILER.compile('{"const": 7}')
     for token in (ord("8"), 255, 256, 258):
         assert not grammar.allows(token)
@@ -283,7 +285,7 @@ def test_what_a_schema_forbids_cannot_be_accepted():
     grammar.accept(257)
 
 
-def test_a_schema_that_grows_too_complex_fails_its_request_only():
+def test_too_complex_schema_fails_only_its_request():
     many = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
     grammar = COMPILER.compile(json.dumps(many))
     with pytest.raises(RequestError, match="too complex"):
@@ -298,7 +300,7 @@ def engine():
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4}])
-def test_drafts_change_nothing_under_a_schema(engine, sampling):
+def test_speculation_does_not_change_answers_under_a_schema(engine, sampling):
     schema = json.dumps({"type": "array", "items": {"enum": ["Paris", "Rome", "x y"]}, "minItems": 4, "maxItems": 4})
     request = Request(messages=CHAT, max_tokens=80, json_schema=schema, **sampling)
     one, two = (ask(engine, replace(request, speculate=speculate)) for speculate in (False, True))
@@ -316,7 +318,7 @@ def test_drafts_change_nothing_under_a_schema(engine, sampling):
         ({"type": "array", "items": {"const": 7}, "minItems": 1, "maxItems": 500}, ",", [7] * 500),
     ],
 )
-def test_long_strings_and_lists_keep_to_their_lengths(schema, favoured, answer):
+def test_long_strings_and_lists_respect_their_length_limits(schema, favoured, answer):
     long = LlamaEngine(pico().base_q8, threads=1, slots=1, context=1100, lookup=False)
     spaces = {i: -100.0 for i in range(long.tokenizer.size) if long.tokenizer.piece(i)[:1] in (b" ", b"\n")}
     bias = {long.tokenizer.encode(favoured)[0]: 100.0} | spaces
@@ -325,7 +327,7 @@ def test_long_strings_and_lists_keep_to_their_lengths(schema, favoured, answer):
     long.close()
 
 
-def test_strings_of_a_schema_hold_no_raw_control_characters(engine):
+def test_generated_strings_contain_no_raw_control_characters(engine):
     newline = engine.tokenizer.encode("\n")[0]
     request = Request(messages=CHAT, max_tokens=40, json_schema='{"type": "string", "maxLength": 8}')
     reply = ask(engine, replace(request, logit_bias={newline: 100.0}))

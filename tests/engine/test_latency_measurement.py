@@ -1,4 +1,4 @@
-"""A cost curve is measured once per machine and model, and a cache that is no good is no harm."""
+"""The latency curve is measured once per machine and model; an unusable cache file is not an error."""
 
 import json
 import os
@@ -27,20 +27,20 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def never():
+def must_not_measure():
     raise AssertionError("measured again")
 
 
-def test_measured_once_and_exactly_the_same_afterwards(cache):
+def test_curve_is_measured_once_and_read_back_exactly(cache):
     assert stored_latency(lambda: FIRST, KEY) == FIRST
-    assert stored_latency(never, dict(reversed(KEY.items()))) == FIRST
+    assert stored_latency(must_not_measure, dict(reversed(KEY.items()))) == FIRST
     assert [path.suffix for path in cache.iterdir()] == [".json"]
 
 
-def test_another_machine_or_model_is_measured_for_itself(cache):
+def test_another_machine_or_model_is_measured_separately(cache):
     stored_latency(lambda: FIRST, KEY)
     assert stored_latency(lambda: SECOND, {**KEY, "processors": 4}) == SECOND
-    assert stored_latency(never, KEY) == FIRST
+    assert stored_latency(must_not_measure, KEY) == FIRST
 
 
 DAMAGES = {
@@ -57,15 +57,15 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_foreign_file_is_measured_again_and_replaced(cache, damage):
+def test_damaged_or_foreign_cache_file_is_replaced(cache, damage):
     stored_latency(lambda: FIRST, KEY)
     (path,) = cache.iterdir()
     path.write_bytes(DAMAGES[damage](path.read_text()).encode("utf-8", "surrogateescape"))
     assert stored_latency(lambda: SECOND, KEY) == SECOND
-    assert stored_latency(never, KEY) == SECOND
+    assert stored_latency(must_not_measure, KEY) == SECOND
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+def test_unwritable_cache_folder_is_not_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("COGUMI_CACHE", str(tmp_path / "file"))
     assert stored_latency(lambda: FIRST, KEY) == FIRST
@@ -73,13 +73,13 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_no_error(cache):
+def test_read_only_cache_folder_is_not_an_error(cache):
     cache.mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
     assert stored_latency(lambda: FIRST, KEY) == FIRST
     assert stored_latency(lambda: SECOND, KEY) == SECOND
 
 
-def test_an_error_of_the_measurement_is_not_swallowed(cache):
+def test_measurement_errors_are_raised(cache):
     def broken():
         raise OSError("the engine is gone")
 
@@ -88,7 +88,7 @@ def test_an_error_of_the_measurement_is_not_swallowed(cache):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.uname().sysname == "Darwin", reason="the XDG folder is of Linux")
-def test_the_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
+def test_cache_is_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("COGUMI_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "cogumi"
@@ -97,7 +97,7 @@ def test_the_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / ".cache" / "cogumi"
 
 
-def test_keys_tell_machines_and_files_apart(tmp_path):
+def test_cache_keys_distinguish_machines_and_files(tmp_path):
     assert set(machine_key()) == {"cpu", "processors", "llama-cpp-python"}
     assert machine_key()["cpu"]
     model = tmp_path / "model.gguf"
@@ -109,7 +109,7 @@ def test_keys_tell_machines_and_files_apart(tmp_path):
     assert file_key(model) != before
 
 
-def test_on_paper_drafting_pays_more_the_more_is_accepted():
+def test_predicted_speedup_grows_with_acceptance():
     for costs in (LAPTOP_8_CORES, GPU):
         assert len(costs.verify) == 16
         rows = estimate_speedups(costs)

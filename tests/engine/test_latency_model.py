@@ -1,4 +1,4 @@
-"""The cost curve follows what the clock says, whatever it was measured as."""
+"""The latency model follows observed times, whatever its initial curve was."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,40 +11,40 @@ passes = st.lists(st.tuples(st.integers(0, 20), st.floats(1e-4, 1.0)), max_size=
 
 
 @given(curves, passes)
-def test_a_larger_pass_never_costs_less(before, seen):
-    pace = LatencyTracker(before)
+def test_cost_never_decreases_with_the_pass_size(before, seen):
+    tracker = LatencyTracker(before)
     for tokens, seconds in seen:
-        now = pace.observe(tokens, seconds)
+        now = tracker.observe(tokens, seconds)
         assert list(now.verify) == sorted(now.verify)
         assert len(now.verify) == 16
 
 
 @given(curves, st.lists(st.integers(1, 16), min_size=1, max_size=8, unique=True))
-def test_what_is_seen_in_work_replaces_what_was_measured(before, sizes):
-    pace = LatencyTracker(before)
+def test_observed_times_replace_the_measured_curve(before, sizes):
+    tracker = LatencyTracker(before)
     for _ in range(WINDOW * UPDATE_INTERVAL):
         for tokens in sizes:
-            now = pace.observe(tokens, TRUE[tokens - 1])
+            now = tracker.observe(tokens, TRUE[tokens - 1])
     assert all(now.verify[tokens - 1] == TRUE[tokens - 1] for tokens in sizes)
 
 
-def test_a_curve_measured_on_a_busy_machine_recovers():
-    """Flat, because every pass waited for others: drafting looked free until passes were seen."""
-    pace = LatencyTracker(LatencyCurve(0.2, (1.6,) * 16))
+def test_curve_measured_on_a_busy_machine_is_corrected():
+    """The curve is flat because every pass waited for others, so drafting looks free until real passes are observed."""
+    tracker = LatencyTracker(LatencyCurve(0.2, (1.6,) * 16))
     for _ in range(UPDATE_INTERVAL):
-        pace.observe(6, TRUE[5])
-        pace.observe(1, TRUE[0])
-        now = pace.observe(0, 0.006)
+        tracker.observe(6, TRUE[5])
+        tracker.observe(1, TRUE[0])
+        now = tracker.observe(0, 0.006)
     assert (now.verify[0], now.verify[5], now.draft) == (TRUE[0], TRUE[5], 0.006)
     assert all(seconds <= TRUE[5] for seconds in now.verify[:6])
 
 
-def test_a_busy_moment_passes():
+def test_short_slowdown_is_forgotten():
     before = LatencyCurve(0.006, tuple(TRUE))
-    pace = LatencyTracker(before)
+    tracker = LatencyTracker(before)
     for _ in range(UPDATE_INTERVAL):
-        now = pace.observe(1, 2.0)
+        now = tracker.observe(1, 2.0)
     assert now.verify[0] == 2.0
     for _ in range(WINDOW + UPDATE_INTERVAL):
-        now = pace.observe(1, TRUE[0])
+        now = tracker.observe(1, TRUE[0])
     assert now == before

@@ -1,4 +1,4 @@
-"""The llama engine on real files: exactness, speculation, echo, costs, and what is freed (SPEC E1, E2, E7)."""
+"""The llama engine on real files (E1, E2, E7): exactness, speculation, echo, latency and release of memory."""
 
 import gc
 import weakref
@@ -45,7 +45,7 @@ def prompts(n, longest=120):
     return [tuple(generator.integers(5, 512, generator.integers(1, longest)).tolist()) for _ in range(n)]
 
 
-def test_files_that_do_not_exist_or_belong(tmp_path):
+def test_missing_or_mismatched_files_are_refused(tmp_path):
     files = pico()
     with pytest.raises(BundleError, match="does not exist"):
         Model(tmp_path / "none.gguf")
@@ -55,8 +55,8 @@ def test_files_that_do_not_exist_or_belong(tmp_path):
         LlamaEngine(files.base_q8, threads=1, adapters={"x": tmp_path / "none.gguf"})
 
 
-def test_a_crowd_changes_no_bit(engine):
-    """Greedy tokens and signals alone equal those in a crowd of adapters, drafts, lengths and cancels."""
+def test_concurrent_requests_do_not_change_results(engine):
+    """Greedy tokens and signals equal those among concurrent adapters, drafts, lengths and cancellations."""
     requests = [
         Request(
             prompt=prompt,
@@ -85,7 +85,7 @@ def assert_idle(engine):
 
 
 @pytest.mark.parametrize("adapter", [None, "a"])
-def test_greedy_speculation_is_plain_greedy(engine, adapter):
+def test_greedy_speculation_equals_plain_greedy(engine, adapter):
     drafted = accepted = 0
     for prompt in prompts(25):
         plain = Request(prompt=prompt, max_tokens=24, adapter=adapter, speculate=False)
@@ -100,7 +100,7 @@ def test_greedy_speculation_is_plain_greedy(engine, adapter):
     assert 0 < engine.acceptance < 1
 
 
-def test_sampled_speculation_draws_from_the_same_distribution(engine):
+def test_sampled_speculation_has_the_same_distribution(engine):
     requests = [
         Request(prompt="Who", max_tokens=2, temperature=0.5, top_p=0.6, seed=i, speculate=i % 2 == 0)
         for i in range(1600)
@@ -116,8 +116,8 @@ def test_sampled_speculation_draws_from_the_same_distribution(engine):
 
 
 @pytest.mark.parametrize(("draft", "slope", "drafts"), [(2.0, 1.0, False), (0.01, 0.01, True)])
-def test_drafting_is_on_only_where_it_can_pay(monkeypatch, draft, slope, drafts):
-    """On a machine where drafting and verifying cost too much whatever is accepted, and on one where they are free."""
+def test_drafting_is_enabled_only_where_it_can_be_faster(monkeypatch, draft, slope, drafts):
+    """On a machine where speculation is too expensive at any acceptance, and on one where it is free."""
     files, costs = pico(), LatencyCurve(draft, tuple(1 + slope * i for i in range(16)))
     monkeypatch.setattr(engine_module, "stored_latency", lambda measure, key: costs)
     engine = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8)
@@ -128,18 +128,18 @@ def test_drafting_is_on_only_where_it_can_pay(monkeypatch, draft, slope, drafts)
     engine.close()
 
 
-def test_costs_are_measured_once_and_kept(monkeypatch):
+def test_latency_is_measured_once_and_cached(monkeypatch):
     files = pico()
     first = LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).latency
     assert len(first.verify) == 16
     assert 0 < first.verify[0] <= first.verify[-1]
     assert first.draft > 0
-    monkeypatch.setattr(engine_module, "pass_seconds", None)  # not asked again
+    monkeypatch.setattr(engine_module, "pass_seconds", None)  # not measured again
     assert LlamaEngine(files.base_q8, threads=1, draft=files.draft_q8).latency == first
 
 
-def test_costs_follow_the_clock(monkeypatch):
-    """Where every pass takes a second, a step costs one; whatever was measured before."""
+def test_latency_model_follows_observed_times(monkeypatch):
+    """When every pass takes one second, a step costs one second, whatever was measured before."""
     engine = LlamaEngine(pico().base_q8, threads=1)
     assert engine.latency.step < 1
     monkeypatch.setattr(adapter_context, "time", SimpleNamespace(perf_counter=count().__next__))
@@ -149,7 +149,7 @@ def test_costs_follow_the_clock(monkeypatch):
     engine.close()
 
 
-def test_cancel_frees_the_slot_and_harms_nobody(engine):
+def test_cancel_frees_the_slot_and_does_not_affect_others(engine):
     wish = Request(prompt="Tom is", max_tokens=400, stop=("never",))
     whole = final_reply(engine.generate(replace(wish, max_tokens=60)))
     streams = [engine.generate(wish) for _ in range(12)]
@@ -162,7 +162,7 @@ def test_cancel_frees_the_slot_and_harms_nobody(engine):
     assert_idle(engine)
 
 
-def test_many_threads_measure_and_generate_at_once(engine):
+def test_threads_can_read_score_and_generate_concurrently(engine):
     wishes = [Request(prompt=prompt, max_tokens=10) for prompt in prompts(24)]
 
     def ask(wish):
@@ -174,8 +174,8 @@ def test_many_threads_measure_and_generate_at_once(engine):
     assert_idle(engine)
 
 
-def test_the_yardstick_decodes_what_the_engine_decodes(model):
-    """The bare loop of the benchmark reads the same prompt; later tokens may part where rounding decides a tie."""
+def test_plain_decoding_loop_of_the_benchmark_agrees_with_the_engine(model):
+    """Both read the same prompt; later tokens may differ where rounding decides a near-tie."""
     bare, agreed = LlamaEngine(pico().base_q8, threads=1, cache="f16", lookup=False), 0
     for prompt in prompts(20, longest=30):
         ids, seconds = greedy_loop(model, prompt, 20, length=64, threads=1)
@@ -187,7 +187,7 @@ def test_the_yardstick_decodes_what_the_engine_decodes(model):
     bare.close()
 
 
-def test_echo_is_what_reading_says(engine):
+def test_echo_equals_read(engine):
     for n in (1, 2, 70, 400):
         prompt = ids(n, 8)
         reply = ask(engine, Request(prompt=prompt, max_tokens=3, echo=True, logprobs=2))
@@ -201,7 +201,7 @@ def test_echo_is_what_reading_says(engine):
     assert "".join(token.text for token in reply.prompt) == text
 
 
-def test_cache_types_differ_in_size_and_hardly_in_what_they_say():
+def test_cache_types_differ_in_size_and_little_in_logits():
     engines = {
         kind: LlamaEngine(pico().base_q8, threads=1, cache=kind, lookup=False) for kind in ("f16", "q8_0", "q4_0")
     }
@@ -218,17 +218,17 @@ def test_cache_types_differ_in_size_and_hardly_in_what_they_say():
 
 
 @pytest.mark.parametrize("size", [{"slots": 0}, {"context": 0}, {"draft_tokens": -1}])
-def test_sizes_that_mean_nothing_are_refused(size):
+def test_invalid_sizes_are_refused(size):
     with pytest.raises(BundleError, match="at least 1"):
         LlamaEngine(pico().base_q8, **size)
 
 
-def test_an_engine_that_is_dropped_closes_by_itself():
+def test_garbage_collected_engine_is_closed():
     engine = LlamaEngine(pico().base_q8, threads=1, lookup=False)
     thread, weights = engine._scheduler._thread, weakref.ref(engine._model.weights)
     events = engine.generate(Request(prompt="Tom", max_tokens=50))
     del engine
-    assert final_reply(events).finish_reason == "length"  # who still reads keeps it open
+    assert final_reply(events).finish_reason == "length"  # a generation in progress keeps it open
     assert thread.is_alive()
     del events
     thread.join(PATIENCE)
@@ -237,7 +237,7 @@ def test_an_engine_that_is_dropped_closes_by_itself():
     assert weights() is None
 
 
-def test_weights_go_with_their_engine():
+def test_weights_are_freed_with_their_engine():
     engine = LlamaEngine(pico().base_q8, threads=1)
     ask(engine, Request(prompt="Tom", max_tokens=3))
     weights = weakref.ref(engine._model.weights)

@@ -1,4 +1,4 @@
-"""Few-shot adaptation of the head (SPEC C9): its gradients, and that no request leaves anything in it."""
+"""Few-shot adaptation of the output head (C9): exact gradients, and no effect on other requests."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def support(n, width=WIDTH, ids=IDS, seed=0):
 
 
 def nats(low, hidden, targets, logits):
-    """In double precision, by torch."""
+    """Loss in double precision, by torch."""
     a, b, h, z = (torch.tensor(x, dtype=torch.float64) for x in (low.a, low.b, hidden, logits))
     a.requires_grad_(), b.requires_grad_()
     loss = torch.nn.functional.cross_entropy(z + low.scale * (h @ a.T) @ b.T, torch.tensor(targets))
@@ -45,7 +45,7 @@ sizes = st.tuples(*(st.integers(1, top) for top in (9, 5, 7, 12)), st.integers(0
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_gradients_are_those_of_autograd(drawn):
+def test_gradients_equal_autograd(drawn):
     n, rank, width, ids, seed = drawn
     low, given_support = low_rank(rank, width, ids, seed), support(n, width, ids, seed + 1)
     loss, a, b = nats(low, *given_support)
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_autograd(drawn):
 
 @settings(max_examples=30, deadline=None)
 @given(sizes)
-def test_gradients_are_those_of_small_differences(drawn):
+def test_gradients_equal_finite_differences(drawn):
     n, rank, width, ids, seed = drawn
     low, given_support = low_rank(rank, width, ids, seed), support(n, width, ids, seed + 1)
     draw, eps = np.random.default_rng(seed), 1e-3
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_small_differences(drawn):
     assert slope == pytest.approx(float((of_a * to_a).sum() + (of_b * to_b).sum()), abs=2e-3)
 
 
-def test_gradients_do_not_depend_on_the_blocks_they_are_summed_in(monkeypatch):
+def test_gradients_do_not_depend_on_the_block_size(monkeypatch):
     low, given_support = low_rank(), support(50)
     whole = low.gradients(*given_support)
     monkeypatch.setattr(head_module, "BLOCK", 7 * IDS)
@@ -80,7 +80,7 @@ def test_gradients_do_not_depend_on_the_blocks_they_are_summed_in(monkeypatch):
         np.testing.assert_allclose(one, other, atol=1e-7)
 
 
-def test_adapting_is_plain_gradient_descent(tmp_path):
+def test_adaptation_is_plain_gradient_descent(tmp_path):
     head, given_support = load_head(write_head(tmp_path / "h"), width=WIDTH, vocabulary=IDS), support(20)
     now = head.start
     for _ in range(3):
@@ -94,7 +94,7 @@ def test_adapting_is_plain_gradient_descent(tmp_path):
     assert after < before
 
 
-def test_what_was_loaded_cannot_be_written_to(tmp_path):
+def test_loaded_arrays_are_read_only(tmp_path):
     head = load_head(write_head(tmp_path / "h"), width=WIDTH, vocabulary=IDS)
     before = [x.tobytes() for x in (head.start.a, head.start.b)]
     head.adapt(*support(20))
@@ -104,11 +104,11 @@ def test_what_was_loaded_cannot_be_written_to(tmp_path):
             array[0, 0] = 1.0
 
 
-def test_a_file_that_is_no_such_head_is_refused(tmp_path):
+def test_invalid_head_file_is_refused(tmp_path):
     path, size = tmp_path / "head.safetensors", {"width": WIDTH, "vocabulary": IDS}
     start = low_rank()
     good = {"scale": "1", "lr": "0.1", "steps": "2", "base_sha256": "one"}
-    for tensors, known, why in (
+    for tensors, known, message in (
         ({"a": start.a}, good, "not a few-shot head"),
         ({"a": start.a, "b": start.b}, good | {"lr": "much"}, "not a few-shot head"),
         ({"a": start.a, "b": start.b}, {"scale": "1"}, "not a few-shot head"),
@@ -119,7 +119,7 @@ def test_a_file_that_is_no_such_head_is_refused(tmp_path):
         ({"a": start.a * np.float32(np.inf), "b": start.b}, good, "invalid numbers"),
     ):
         save_file(tensors, path, metadata={"head": json.dumps(known)})
-        with pytest.raises(BundleError, match=why):
+        with pytest.raises(BundleError, match=message):
             load_head(path, **size)
     save_file({"a": start.a, "b": start.b}, path, metadata={"head": json.dumps(good)})
     assert load_head(path, **size, base_sha256="one").steps == 2
@@ -143,7 +143,7 @@ def engine(head_file):
 
 
 def by_torch(head, request, steps, folder):
-    """The greedy ids and log-probabilities that transformers and autograd come to."""
+    """The greedy ids and log-probabilities computed by transformers and autograd."""
     from transformers import AutoModelForCausalLM
 
     from cogumi.models.tokenization import HFTokenizer
@@ -179,8 +179,8 @@ def by_torch(head, request, steps, folder):
     return told
 
 
-def test_answers_are_those_of_torch_with_the_head_adapted_by_autograd(head_file):
-    """In fp32 throughout; the head is strong enough that without it, or unadapted, answers differ."""
+def test_answers_equal_torch_with_a_head_adapted_by_autograd(head_file):
+    """All in fp32; the head has enough effect that answers differ without it or without adaptation."""
     files, wanted = pico(), replace(SHOWN, max_tokens=8)
     engine = LlamaEngine(files.base_f32, threads=1, head=head_file, cache="f16")
     head = load_head(head_file, width=WIDTH, vocabulary=IDS)
@@ -193,7 +193,7 @@ def test_answers_are_those_of_torch_with_the_head_adapted_by_autograd(head_file)
     engine.close()
 
 
-def test_signals_come_from_the_adapted_distribution(engine):
+def test_signals_are_computed_from_the_adapted_distribution(engine):
     reply = ask(engine, replace(SHOWN, logprobs=5))
     for token in reply.tokens:
         assert token.top[0][0] == token.id
@@ -204,8 +204,8 @@ def test_signals_come_from_the_adapted_distribution(engine):
     assert [t.id for t in reply.tokens] != [t.id for t in ask(engine, ASK).tokens]
 
 
-def test_nothing_of_a_request_remains(engine):
-    """The head's bytes, the answers with other examples, and those without, are what they were."""
+def test_adaptation_leaves_no_state_behind(engine):
+    """The head's bytes and the answers with other examples, or with none, do not change."""
     low = engine._head.start
     before = low.a.tobytes() + low.b.tobytes()
     other = replace(SHOWN, examples=SHOTS[::-1][:2])
@@ -218,7 +218,7 @@ def test_nothing_of_a_request_remains(engine):
     assert adapted.tokens != second.tokens
 
 
-def test_others_answer_with_the_same_bits_beside_it(engine):
+def test_concurrent_requests_are_not_affected_by_adaptation(engine):
     others = [Request(prompt=f"{n} plus {n} is", max_tokens=25, logprobs=2, speculate=False) for n in range(9)]
     mixed = [one for i, other in enumerate(others) for one in (other, replace(SHOWN, seed=i, temperature=0.7))]
     alone = [ask(engine, one).tokens for one in mixed]
@@ -226,11 +226,11 @@ def test_others_answer_with_the_same_bits_beside_it(engine):
     assert len({tuple(t.id for t in tokens) for tokens in alone[1::2]}) > 1
 
 
-def test_cancelled_at_any_moment_it_leaves_its_place(head_file, monkeypatch):
+def test_cancellation_at_any_step_frees_the_slot(head_file, monkeypatch):
     gate = Gate(monkeypatch)
     engine = opened(head=head_file, slots=2, queue=30)
     expected = ask(engine, SHOWN).tokens
-    for passes in range(12):  # examples are read, the head is adapted, the answer begins
+    for passes in range(12):  # while reading examples, while adapting the head, at the start of the answer
         gate.shut(after=passes)
         streams = [engine.generate(replace(SHOWN, max_tokens=200)) for _ in range(4)]
         gate.wait()
@@ -248,7 +248,7 @@ def test_cancelled_at_any_moment_it_leaves_its_place(head_file, monkeypatch):
     assert final_reply(stream).finish_reason == "cancelled"
 
 
-def test_a_batch_that_fails_takes_the_adaptation_with_it(engine, monkeypatch):
+def test_failed_batch_fails_its_adaptation(engine, monkeypatch):
     expected = ask(engine, SHOWN).tokens
 
     def fail(self, *given_support):
@@ -261,7 +261,7 @@ def test_a_batch_that_fails_takes_the_adaptation_with_it(engine, monkeypatch):
     assert ask(engine, SHOWN).tokens == expected
 
 
-def test_stop_seed_bias_hidden_and_length(engine):
+def test_stop_seed_bias_hidden_states_and_length_with_adaptation(engine):
     whole = ask(engine, SHOWN)
     assert ask(engine, replace(SHOWN, stop=(whole.text[5:8],))).text == whole.text[: whole.text.index(whole.text[5:8])]
     wild = replace(SHOWN, temperature=1.0, seed=1)
@@ -275,7 +275,7 @@ def test_stop_seed_bias_hidden_and_length(engine):
     assert whole.usage.prompt_tokens > len(engine.tokenizer.render(ASK)) + read
 
 
-def test_without_adaptation_examples_are_earlier_turns(engine):
+def test_without_adaptation_examples_become_earlier_turns(engine):
     bare = opened(context=256)
     for one in (bare, engine):
         told = ask(one, replace(SHOWN, adapt=False))
@@ -289,7 +289,7 @@ def test_without_adaptation_examples_are_earlier_turns(engine):
     bare.close()
 
 
-def test_the_adapter_of_the_head_answers_with_it_and_is_no_modifier(head_file, engine):
+def test_head_uses_its_own_adapter_which_is_not_listed_as_a_modifier(head_file, engine):
     files = pico()
     both = opened(head=head_file, adapters={"a": files.adapter_gguf, ADAPTER: files.adapter_gguf}, context=256)
     assert both.adapters == ("a",)
@@ -304,7 +304,7 @@ LONG = "word " * 400
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error", "why"),
+    ("wrong", "error", "message"),
     [
         ({"speculate": True}, RequestError, "neither speculates nor echoes"),
         ({"echo": True}, RequestError, "neither speculates nor echoes"),
@@ -316,12 +316,12 @@ LONG = "word " * 400
         ({"examples": (), "adapt": True}, RequestError, "has no examples"),
     ],
 )
-def test_what_cannot_be_adapted_to_is_refused_by_the_call(engine, wrong, error, why):
-    with pytest.raises(error, match=why):
+def test_invalid_examples_are_refused_by_the_call(engine, wrong, error, message):
+    with pytest.raises(error, match=message):
         engine.generate(replace(SHOWN, **wrong))
 
 
-def test_more_answer_tokens_than_can_be_kept_are_refused(engine, monkeypatch):
+def test_too_many_example_answer_tokens_are_refused(engine, monkeypatch):
     monkeypatch.setattr("cogumi.engine.llama.engine.MAX_SUPPORT", 4 * IDS)
     with pytest.raises(ContextError, match="adapted to 4"):
         engine.generate(SHOWN)

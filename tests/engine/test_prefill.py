@@ -1,4 +1,4 @@
-"""What the llama engine does not read twice, and what it reads ahead (SPEC E1, E6)."""
+"""Prefix caching and prefill of the llama engine (E1, E6)."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,21 +20,21 @@ def engine():
         yield engine
 
 
-def test_a_conversation_is_read_once(engine):
+def test_conversation_prefix_is_evaluated_once(engine):
     first = Request(prompt=ids(200, 1), max_tokens=20)
     reply = ask(engine, first)
     assert reply.usage.cached_tokens <= 1
     follow = Request(prompt=(*first.prompt, *(t.id for t in reply.tokens), *ids(30, 2)), max_tokens=20)
     warm = ask(engine, follow)
-    assert warm.usage.cached_tokens == 219  # the last token of an answer has not been read yet
+    assert warm.usage.cached_tokens == 219  # the last token of an answer has not been evaluated yet
     again = ask(engine, follow)
-    assert again.usage.cached_tokens == 249  # one token must be read to have its logits
+    assert again.usage.cached_tokens == 249  # one token must be evaluated for its logits
     cold = LlamaEngine(pico().base_q8, threads=1, slots=1, lookup=False)
     assert plain(ask(cold, follow)) == plain(warm) == plain(again)
     cold.close()
 
 
-def test_adapters_never_share_a_cache(engine):
+def test_adapters_do_not_share_cached_prefixes(engine):
     request = Request(prompt=ids(100, 3), max_tokens=12)
     ask(engine, request)
     adapted = ask(engine, replace(request, adapter="a"))
@@ -42,7 +42,7 @@ def test_adapters_never_share_a_cache(engine):
     assert plain(ask(engine, replace(request, adapter="a"))) == plain(adapted)
 
 
-def test_cancelled_and_measured_texts_leave_usable_caches(engine):
+def test_cache_stays_usable_after_cancelled_and_read_texts(engine):
     request = Request(prompt=ids(150, 4), max_tokens=100)
     whole = ask(engine, request)
     stream = engine.generate(replace(request, prompt=(*request.prompt, 7)))
@@ -53,7 +53,7 @@ def test_cancelled_and_measured_texts_leave_usable_caches(engine):
     assert plain(ask(engine, request)) == plain(whole)
 
 
-def test_strangers_do_not_push_out_a_conversation(engine):
+def test_unrelated_requests_do_not_evict_a_conversation(engine):
     talk = Request(prompt=ids(120, 5), max_tokens=5)
     ask(engine, talk)
     for seed in range(3):
@@ -61,7 +61,7 @@ def test_strangers_do_not_push_out_a_conversation(engine):
     assert ask(engine, talk).usage.cached_tokens == 119
 
 
-def test_prefill_reads_while_the_user_types(engine):
+def test_prefill_evaluates_text_while_the_user_types(engine):
     text = "Tom is taller than Ann. Ann is taller than Bob. "
     assert engine.prefill("s", text).result(PATIENCE) == len(engine.tokenizer.encode(text))
     sent = Request(prompt=text + "Who is the tallest?", max_tokens=8, session="s")
@@ -77,7 +77,7 @@ def test_prefill_reads_while_the_user_types(engine):
     assert engine.prefill("s", chat).result(PATIENCE) == len(engine.tokenizer.render(chat))
 
 
-def test_a_new_text_of_a_session_takes_the_place_of_the_old(monkeypatch):
+def test_newer_prefill_of_a_session_replaces_the_older_one(monkeypatch):
     gate = Gate(monkeypatch)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=1, context=4096, lookup=False)
     gate.shut()
@@ -85,16 +85,16 @@ def test_a_new_text_of_a_session_takes_the_place_of_the_old(monkeypatch):
     gate.wait()
     futures = [engine.prefill("s", Request(prompt=ids(2000, 6)[:n])) for n in range(500, 2001, 500)]
     gate.open()
-    assert [future.result(PATIENCE) for future in futures] == [0, 0, 0, 2000]  # the others had not begun
+    assert [future.result(PATIENCE) for future in futures] == [0, 0, 0, 2000]  # the others had not started
     final_reply(busy)
     assert engine.free_slots == 1
     engine.close()
 
 
-def test_who_reads_ahead_waits_for_those_who_ask(monkeypatch):
+def test_requests_have_priority_over_prefill(monkeypatch):
     gate = Gate(monkeypatch)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=2, context=1024, lookup=False)
-    gate.shut(after=20)  # far fewer passes than the texts take
+    gate.shut(after=20)  # far fewer passes than the texts need
     ahead = [engine.prefill(f"s{i}", Request(prompt=ids(1000, i))) for i in range(10)]
     ask(engine, Request(prompt=ids(5, 99), max_tokens=2))
     assert not ahead[-1].done()
@@ -104,8 +104,8 @@ def test_who_reads_ahead_waits_for_those_who_ask(monkeypatch):
     engine.close()
 
 
-def test_many_threads_read_ahead_for_the_same_sessions(engine):
-    """Whatever takes the place of what, every reading ends, and the last text of a session is read."""
+def test_concurrent_prefill_of_the_same_sessions(engine):
+    """Every prefill ends, and the last text of each session is evaluated."""
 
     def type_(session):
         futures = [engine.prefill(session, "Tom is taller than Ann. " * n) for n in range(1, 12)]

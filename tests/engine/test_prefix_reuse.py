@@ -1,4 +1,4 @@
-"""Prefix reuse, the pure part: what two texts share, and which sequence a prompt takes."""
+"""Prefix reuse as pure functions: the common prefix of two texts, and the choice of a sequence for a prompt."""
 
 from itertools import takewhile
 
@@ -17,13 +17,13 @@ def test_common_prefix_is_the_longest(start, one, two):
     assert common_prefix(one, two) == common_prefix(two, one) == direct >= len(start)
 
 
-def test_a_conversation_finds_its_sequence_again():
+def test_conversation_continues_in_its_own_sequence():
     free = {0: CachedSequence([1, 2, 3, 4, 5, 6], used=1), 3: CachedSequence([1, 2, 9, 9], used=7), 5: CachedSequence()}
     assert choose_sequence([1, 2, 3, 4, 5, 6, 7, 8], free) == (0, 6)
     assert choose_sequence([1, 2, 9, 9, 9], free) == (3, 4)
 
 
-def test_strangers_take_the_longest_unused_and_keep_what_is_alike():
+def test_unrelated_prompts_take_the_least_recently_used_sequence():
     free = {0: CachedSequence([1, 2, 3], used=5), 3: CachedSequence([1, 4], used=2), 4: CachedSequence([9], used=9)}
     assert choose_sequence([1, *range(20, 60)], free) == (3, 1)
     assert choose_sequence([7] * 10, free | {6: CachedSequence()}) == (6, 0)
@@ -33,6 +33,6 @@ def test_strangers_take_the_longest_unused_and_keep_what_is_alike():
 @given(
     ids.filter(len), st.dictionaries(st.integers(0, 7), st.builds(CachedSequence, ids, st.integers(0, 99)), min_size=1)
 )
-def test_what_is_kept_is_always_common(prompt, free):
+def test_kept_part_is_always_a_common_prefix(prompt, free):
     sequence, kept = choose_sequence(prompt, free)
     assert free[sequence].ids[:kept] == prompt[:kept]

@@ -1,4 +1,4 @@
-"""RemoteEngine where the server or the way to it fails; what works is in test_engine_contract.py."""
+"""`RemoteEngine` when the server or the connection fails; test_engine_contract.py tests the normal operation."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def refusal(status, message="no", code=None):
 
 
 @pytest.mark.parametrize(
-    ("behave", "error", "said"),
+    ("behave", "error", "message"),
     [
         (refusal(400, "too long", "context_length_exceeded"), ContextError, "too long"),
         (refusal(400, "This model's maximum context length is 5 tokens"), ContextError, "5 tokens"),
@@ -53,9 +53,9 @@ def refusal(status, message="no", code=None):
     ],
 )
 @pytest.mark.parametrize("ask", [ASK, RAW])
-def test_a_status_becomes_the_error_it_stands_for(behave, error, said, ask):
+def test_http_status_is_mapped_to_an_error(behave, error, message, ask):
     with scripted(behave) as (url, bodies), engine_at(url) as engine:
-        with pytest.raises(RequestError, match=said) as raised:
+        with pytest.raises(RequestError, match=message) as raised:
             final_reply(engine.generate(ask))
         assert type(raised.value) is error
         assert "\n" not in str(raised.value)
@@ -64,12 +64,12 @@ def test_a_status_becomes_the_error_it_stands_for(behave, error, said, ask):
             engine.embed(["a"])
 
 
-def stops_short(handler):
+def ends_without_done(handler):
     begin(handler)
     send(handler, chunk("ab"))
 
 
-def stops_empty(handler):
+def ends_without_an_answer(handler):
     begin(handler)
     send(handler, "[DONE]")
 
@@ -82,78 +82,78 @@ def resets(handler):
     handler.connection.close()
 
 
-def complains(handler):
+def sends_an_error_event(handler):
     begin(handler)
     send(handler, chunk("ab"))
     send(handler, {"error": {"message": "the context is full", "code": "context_length_exceeded"}})
     send(handler, "[DONE]")
 
 
-def filters(handler):
+def reports_a_content_filter(handler):
     begin(handler)
     send(handler, chunk("ab", "content_filter"))
     send(handler, "[DONE]")
 
 
-def babbles(handler):
+def sends_invalid_json(handler):
     begin(handler)
     send(handler, "{not json")
 
 
-def misshapes(handler):
+def sends_malformed_logprobs(handler):
     begin(handler)
     send(handler, {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [{"token": 5}]}}]})
 
 
-def page(handler):
+def sends_html(handler):
     begin(handler, "text/html")
     handler.wfile.write(b"<html>hello</html>")
 
 
 @pytest.mark.parametrize(
-    ("behave", "error", "said"),
+    ("behave", "error", "message"),
     [
-        (stops_short, RequestError, "broke off"),
-        (stops_empty, RequestError, "broke off"),
-        (page, RequestError, "broke off"),
+        (ends_without_done, RequestError, "broke off"),
+        (ends_without_an_answer, RequestError, "broke off"),
+        (sends_html, RequestError, "broke off"),
         (resets, RequestError, "no connection|broke off"),
-        (complains, ContextError, "context is full"),
-        (filters, RequestError, "content_filter"),
-        (babbles, RequestError, "does not know"),
-        (misshapes, RequestError, "does not know"),
+        (sends_an_error_event, ContextError, "context is full"),
+        (reports_a_content_filter, RequestError, "content_filter"),
+        (sends_invalid_json, RequestError, "does not know"),
+        (sends_malformed_logprobs, RequestError, "does not know"),
     ],
 )
-def test_an_answer_that_fails_on_its_way_is_an_error(behave, error, said):
+def test_interrupted_or_malformed_stream_is_an_error(behave, error, message):
     with scripted(behave) as (url, _), engine_at(url) as engine:
         events = engine.generate(ASK)
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             final_reply(events)
         assert list(events) == []
 
 
-def test_nobody_there():
+def test_connection_failure_is_an_error():
     with engine_at(f"http://127.0.0.1:{free_port()}/v1") as engine:
         for call in (lambda: final_reply(engine.generate(ASK)), lambda: engine.embed(["a"])):
             with pytest.raises(RequestError, match="no connection"):
                 call()
 
 
-def test_silence_ends_at_the_timeout():
+def test_silent_server_times_out():
     over = threading.Event()
 
-    def waits(handler):
+    def stays_silent(handler):
         begin(handler)
         send(handler, chunk("ab"))
         over.wait(PATIENCE)
 
-    with scripted(waits) as (url, _), engine_at(url, timeout=0.3) as engine:
+    with scripted(stays_silent) as (url, _), engine_at(url, timeout=0.3) as engine:
         with pytest.raises(RequestError, match="silent"):
             final_reply(engine.generate(ASK))
         assert not over.is_set()
         over.set()
 
 
-def test_text_without_log_probabilities_is_a_token_that_knows_nothing_else():
+def test_text_without_log_probabilities_gives_tokens_with_nan_signals():
     def plain(handler):
         begin(handler)
         for one in (chunk("ab"), chunk(""), chunk("c", "stop"), "[DONE]"):
@@ -165,7 +165,7 @@ def test_text_without_log_probabilities_is_a_token_that_knows_nothing_else():
     assert all(token.id == -1 and math.isnan(token.logprob + token.entropy + token.margin) for token in reply.tokens)
 
 
-def test_what_the_server_is_told(monkeypatch):
+def test_request_body_and_key_sent_to_the_server(monkeypatch):
     def plain(handler):
         begin(handler)
         send(handler, chunk("a", "length"))
@@ -214,15 +214,15 @@ def test_what_the_server_is_told(monkeypatch):
     assert not {"seed", "stop", "logit_bias", "presence_penalty", "messages"} & bodies[1].keys()
 
 
-def test_what_openai_has_no_words_for_is_refused_by_the_call():
-    with scripted(stops_short) as (url, bodies), engine_at(url) as engine:
-        for wrong, said in (
+def test_requests_without_an_openai_equivalent_are_refused_by_the_call():
+    with scripted(ends_without_done) as (url, bodies), engine_at(url) as engine:
+        for wrong, message in (
             (Request(prompt="a", grammar="root ::= [0-9]"), "grammar"),
             (Request(prompt="a", json_schema="{}"), "messages"),
             (Request(messages=ASK.messages, json_schema="{"), "not JSON"),
             (Request(prompt="a", echo=True), "GGUF"),
         ):
-            with pytest.raises(RequestError, match=said):
+            with pytest.raises(RequestError, match=message):
                 engine.generate(wrong)
         for call in (lambda: engine.tokenizer, lambda: engine.read(RAW), lambda: engine.score(RAW, "x")):
             with pytest.raises(RequestError, match="GGUF"):
@@ -230,18 +230,22 @@ def test_what_openai_has_no_words_for_is_refused_by_the_call():
         assert bodies == []
 
 
-@pytest.mark.parametrize("told", [3, 4])
-def test_an_echo_that_leaves_out_tokens_is_not_believed(told):
-    """One entry for each token of the prompt and one more is what makes sure which belongs to which."""
+@pytest.mark.parametrize("entry_count", [3, 4])
+def test_echo_with_missing_tokens_is_refused(entry_count):
+    """Entries can be assigned to tokens only if there is one per prompt token plus one."""
 
     def echoes(handler):
-        logprobs = {"tokens": ["a"] * told, "token_logprobs": [None] + [-1.0] * (told - 1), "top_logprobs": None}
+        logprobs = {
+            "tokens": ["a"] * entry_count,
+            "token_logprobs": [None] + [-1.0] * (entry_count - 1),
+            "top_logprobs": None,
+        }
         begin(handler, "application/json")
         handler.wfile.write(json.dumps({"choices": [{"index": 0, "text": "", "logprobs": logprobs}]}).encode())
 
     with scripted(echoes) as (url, bodies), engine_at(url, tokenizer=pico().base_q8) as engine:
         ask = Request(prompt=(10, 11, 12))
-        if told == 4:
+        if entry_count == 4:
             assert engine.read(ask).surprise == (1.0, 1.0)
         else:
             with pytest.raises(RequestError, match="echo"):
@@ -249,7 +253,7 @@ def test_an_echo_that_leaves_out_tokens_is_not_believed(told):
     assert (bodies[0]["prompt"], bodies[0]["max_tokens"], bodies[0]["echo"]) == ([10, 11, 12], 1, True)
 
 
-def test_embeddings_that_are_no_vectors_are_refused():
+def test_embeddings_that_are_not_vectors_are_refused():
     def each_token(handler):
         begin(handler, "application/json")
         rows = {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [[1.0], [2.0]]}]}
@@ -262,7 +266,7 @@ def test_embeddings_that_are_no_vectors_are_refused():
 @pytest.mark.parametrize("question", ["slow", "think a"])
 @pytest.mark.parametrize("how", ["close", "drop", "engine"])
 def test_closing_frees_the_servers_slot(slow, question, how):
-    """Also where nothing has been answered yet."""
+    """Also when nothing has been answered yet."""
     scripted_engine, url = slow
     with contextlib.closing(RemoteEngine(url, "cogumi", timeout=PATIENCE)) as engine:
         events = engine.generate(Request(messages=(Message("user", question),)))
@@ -281,7 +285,7 @@ def test_closing_frees_the_servers_slot(slow, question, how):
         until(lambda: scripted_engine.running == 0)
 
 
-def test_no_more_than_the_workers_are_on_the_wire_and_all_are_answered(slow):
+def test_concurrent_requests_are_limited_to_the_workers(slow):
     scripted_engine, url = slow
     with contextlib.closing(RemoteEngine(url, "cogumi", workers=2, timeout=PATIENCE)) as engine:
         streams = [engine.generate(Request(messages=(Message("user", "think a"),))) for _ in range(5)]
@@ -291,7 +295,7 @@ def test_no_more_than_the_workers_are_on_the_wire_and_all_are_answered(slow):
     assert scripted_engine.most_running == 2
 
 
-def test_a_closed_engine_says_so():
+def test_closed_engine_refuses_requests():
     engine = registered("remote")("http://127.0.0.1:1/v1", "m")
     engine.close()
     engine.close()
@@ -302,7 +306,7 @@ def test_a_closed_engine_says_so():
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=30), st.integers(1, 30))
 @settings(deadline=None)
-def test_the_entropy_of_the_best_few_is_a_lower_bound(logits, k):
+def test_entropy_of_the_top_logprobs_is_a_lower_bound(logits, k):
     row = np.array(logits)
     logprobs = np.sort(row - np.log(np.exp(row - row.max()).sum()) - row.max())[::-1]
     exact = float(-(np.exp(logprobs) * logprobs).sum())
@@ -314,7 +318,7 @@ def test_the_entropy_of_the_best_few_is_a_lower_bound(logits, k):
         assert bound >= entropy_bound(logprobs[: k - 1].tolist()) - 1e-6
 
 
-def test_entries_of_both_shapes():
+def test_logprob_entries_of_both_openai_formats():
     chat = {
         "content": [
             {

@@ -1,4 +1,4 @@
-"""What a server adds to OpenAI's answers is read, whole and with care: tiers, decisions, signals, usage."""
+"""The `cogumi` object in OpenAI responses is parsed and validated: tiers, decisions, signals, usage."""
 
 import contextlib
 import threading
@@ -48,7 +48,7 @@ def answers_with(extension):
     return behave
 
 
-def test_the_cogumi_object_is_read():
+def test_cogumi_object_is_parsed():
     with scripted(answers_with(EXTENSION)) as (url, _), engine_at(url) as engine:
         *tokens, decision, reply = engine.generate(ASK)
     assert decision == Decision(**DECISION)
@@ -58,7 +58,7 @@ def test_the_cogumi_object_is_read():
     assert reply.decisions == (decision,)
     assert reply.usage == Usage(9, 5, 1, 4, 3)
     assert reply.signals["length"] == 3.0
-    assert 0 < reply.signals["first_token_seconds"] <= reply.signals["seconds"] < 99  # measured here
+    assert 0 < reply.signals["first_token_seconds"] <= reply.signals["seconds"] < 99  # measured by the client
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_cogumi_object_is_read():
         {"tokens": 5, "nested": {"a": [{}]}},
     ],
 )
-def test_a_malformed_or_foreign_cogumi_object_is_ignored(extension):
+def test_malformed_or_foreign_cogumi_object_is_ignored(extension):
     with scripted(answers_with(extension)) as (url, _), engine_at(url) as engine:
         *tokens, reply = engine.generate(ASK)
     assert all(isinstance(token, Token) for token in tokens)
@@ -101,8 +101,8 @@ def test_keys_of_a_newer_server_are_ignored():
     assert (reply.tier, reply.decisions) == ("modifier:law", (Decision(**DECISION),))
 
 
-def test_a_whole_response_carries_the_same_object(slow):
-    """Not streamed, as other clients read it."""
+def test_unstreamed_response_carries_the_same_object(slow):
+    """Read without streaming, as by other clients."""
     _, url = slow
     client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=PATIENCE)
     completion = client.chat.completions.create(model="cogumi", messages=[{"role": "user", "content": "echo abc"}])
@@ -113,7 +113,7 @@ def test_a_whole_response_carries_the_same_object(slow):
     assert (extension.decisions, extension.usage) == (reply.decisions, reply.usage)
 
 
-def test_a_served_cascade_looks_as_it_does_here(tmp_path):
+def test_served_cascade_gives_the_same_decisions_as_a_local_one(tmp_path):
     bundle, ready = make_bundle(tmp_path), threading.Event()
     cascade = open_cascade(bundle, threads=1)
     timing = {"seconds", "first_token_seconds"}

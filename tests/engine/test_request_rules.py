@@ -1,4 +1,4 @@
-"""What a request lays over the model in the llama engine: bias, penalties, grammars, schemas (SPEC E1)."""
+"""Constraints of a request in the llama engine (E1): logit bias, penalties, grammars and schemas."""
 
 import json
 from contextlib import closing, suppress
@@ -25,7 +25,7 @@ def engine():
         yield engine
 
 
-def test_bias_forces_and_forbids(engine):
+def test_logit_bias_can_force_and_forbid_tokens(engine):
     request = Request(messages=CHAT, max_tokens=6)
     usual = ask(engine, request).tokens[0].id
     assert ask(engine, replace(request, logit_bias={usual: -100.0})).tokens[0].id != usual
@@ -52,7 +52,7 @@ SCHEMA = json.dumps(
 
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_an_answer_keeps_to_its_schema(engine, temperature, speculate):
+def test_answer_matches_its_schema(engine, temperature, speculate):
     for seed in range(8):
         request = Request(
             messages=CHAT, max_tokens=200, json_schema=SCHEMA, temperature=temperature, seed=seed, speculate=speculate
@@ -64,7 +64,7 @@ def test_an_answer_keeps_to_its_schema(engine, temperature, speculate):
         assert answer["day"] in list("123456789")
 
 
-def test_a_grammar_is_the_same_with_drafts(engine):
+def test_speculation_does_not_change_answers_under_a_grammar(engine):
     request = Request(messages=CHAT, max_tokens=60, grammar='root ::= [a-z ]+ ("." | "!")', logit_bias={40: 3.0})
     one, two = (ask(engine, replace(request, speculate=x, frequency_penalty=0.5)) for x in (False, True))
     assert plain(one) == plain(two)
@@ -72,7 +72,7 @@ def test_a_grammar_is_the_same_with_drafts(engine):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"grammar": "root ::= ("}, "cannot be used"),
         ({"grammar": ""}, "cannot be used"),
@@ -91,12 +91,12 @@ def test_a_grammar_is_the_same_with_drafts(engine):
         ({"logprobs": 21}, "logprobs"),
     ],
 )
-def test_rules_that_mean_nothing_are_refused_by_the_call(engine, wrong, says):
-    with pytest.raises(RequestError, match=says):
+def test_invalid_constraints_are_refused_by_the_call(engine, wrong, message):
+    with pytest.raises(RequestError, match=message):
         engine.generate(replace(Request(messages=CHAT), **wrong))
 
 
-def test_a_grammar_that_leaves_no_token_fails_its_request_only(engine, monkeypatch):
+def test_grammar_without_an_allowed_token_fails_only_its_request(engine, monkeypatch):
     other = engine.generate(Request(messages=CHAT, max_tokens=100))
 
     def nothing_left(self, logits):
@@ -109,8 +109,8 @@ def test_a_grammar_that_leaves_no_token_fails_its_request_only(engine, monkeypat
     assert final_reply(other).finish_reason in ("stop", "length")
 
 
-def test_what_a_grammar_forbids_cannot_be_accepted():
-    """llama.cpp would end the process."""
+def test_tokens_forbidden_by_a_grammar_cannot_be_accepted():
+    """llama.cpp would abort the process."""
     tokenizer = Model(pico().base_q8).tokenizer
     grammar = Grammar(tokenizer, 'root ::= "no"')
     for token in (tokenizer.eos, 77, tokenizer.encode("o")[0]):
@@ -138,12 +138,12 @@ def test_what_a_grammar_forbids_cannot_be_accepted():
         'root ::= ("a" "b"?){2,60}',
     ],
 )
-def test_grammars_that_only_look_dangerous_are_kept_to(engine, grammar):
+def test_harmless_grammars_that_resemble_dangerous_ones_are_accepted(engine, grammar):
     assert ask(engine, Request(messages=CHAT, max_tokens=20, grammar=grammar)).text.startswith("a")
 
 
 @pytest.mark.parametrize(
-    ("grammar", "says"),
+    ("grammar", "message"),
     [
         ('root ::= (("a"?){20}){10}', "may all be empty"),
         ('root ::= (("a"?){50}){50}', "may all be empty"),
@@ -162,14 +162,14 @@ def test_grammars_that_only_look_dangerous_are_kept_to(engine, grammar):
     ],
 )
 @pytest.mark.timeout(PATIENCE)
-def test_a_grammar_that_would_hang_or_crash_is_refused(grammar, says):
-    with pytest.raises(RequestError, match=says):
+def test_grammar_that_would_hang_or_crash_is_refused(grammar, message):
+    with pytest.raises(RequestError, match=message):
         check_grammar(grammar)
 
 
 @given(st.text(alphabet='ab"[]{}()|?*+\\,059 :=#\n.-', max_size=200))
 @settings(deadline=None)
-def test_any_text_is_checked(text):
+def test_any_text_can_be_checked_as_a_grammar(text):
     with suppress(RequestError):
         check_grammar("root ::= " + text)
 
@@ -185,7 +185,7 @@ def test_any_text_is_checked(text):
         'root ::= "\ud800"',
     ],
 )
-def test_grammars_that_would_break_the_parser_are_refused(engine, grammar):
+def test_grammars_that_would_crash_the_parser_are_refused(engine, grammar):
     with pytest.raises(RequestError):
         engine.generate(Request(messages=CHAT, grammar=grammar))
 

@@ -1,4 +1,4 @@
-"""Sampling, signals and text streams: what must hold for all inputs."""
+"""Properties of sampling, token signals and text streams."""
 
 import math
 from itertools import pairwise
@@ -19,7 +19,7 @@ rows = st.lists(st.integers(-40, 40), min_size=2, max_size=40).map(lambda x: np.
 
 @given(rows)
 @settings(deadline=None)
-def test_greedy_is_the_lowest_of_the_best(logits):
+def test_greedy_takes_the_lowest_id_of_equal_maxima(logits):
     p = probabilities(logits, 0.0)
     assert p.sum() == 1
     assert p.argmax() == np.flatnonzero(logits == logits.max())[0]
@@ -28,7 +28,7 @@ def test_greedy_is_the_lowest_of_the_best(logits):
 
 @given(rows, st.floats(0.05, 5), st.floats(0.01, 1))
 @settings(deadline=None)
-def test_nucleus_is_the_smallest_set_that_reaches_its_mass(logits, temperature, top_p):
+def test_nucleus_is_the_smallest_set_with_its_probability_mass(logits, temperature, top_p):
     whole, p = probabilities(logits, temperature), probabilities(logits, temperature, top_p)
     assert p.sum() == pytest.approx(1)
     kept = p > 0
@@ -48,7 +48,7 @@ def test_draws_follow_the_distribution():
     assert stats.chisquare(counts[p > 0], 20_000 * p[p > 0]).pvalue > 1e-4
 
 
-def test_one_uniform_number_per_draw():
+def test_each_draw_uses_one_uniform_number():
     p = probabilities(np.zeros(7, np.float32), 1.0)
     drawn, plain = np.random.default_rng(5), np.random.default_rng(5)
     for _ in range(9):
@@ -59,7 +59,7 @@ def test_one_uniform_number_per_draw():
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(2, 700))
 @settings(deadline=None, max_examples=40)
-def test_signals_are_those_of_float64_and_of_the_row_alone(seed, n, size):
+def test_signals_equal_float64_and_do_not_depend_on_the_batch(seed, n, size):
     generator = np.random.default_rng(seed)
     logits = generator.normal(scale=6, size=(n, size)).astype(np.float32)
     chosen = generator.integers(size, size=n)
@@ -109,13 +109,13 @@ def test_top_logprobs_are_sorted_and_complete(logits, n):
         {"logit_bias": {-1: 1.0}},
     ],
 )
-def test_senseless_values_are_refused_by_name(wrong):
+def test_invalid_values_are_refused_by_name(wrong):
     with pytest.raises(RequestError, match=next(iter(wrong))):
         check(Request(prompt="x", **wrong))
 
 
 def cuts(data, text):
-    """The bytes of a text, cut anywhere, also inside characters."""
+    """The bytes of a text, split anywhere, also inside characters."""
     raw = text.encode()
     places = sorted(data.draw(st.sets(st.integers(0, len(raw)))) | {0, len(raw)})
     return [raw[a:b] for a, b in pairwise(places)] or [b""]
@@ -127,7 +127,7 @@ def cuts(data, text):
     st.lists(st.text("ab🙂 ", min_size=1, max_size=4), max_size=3),
 )
 @settings(deadline=None)
-def test_a_stream_releases_exactly_what_stands_before_the_first_stop(data, text, stop):
+def test_stream_emits_exactly_the_text_before_the_first_stop_string(data, text, stop):
     stream, released = TextStream(stop), ""
     pieces = cuts(data, text)
     for i, piece in enumerate(pieces):
@@ -142,7 +142,7 @@ def test_a_stream_releases_exactly_what_stands_before_the_first_stop(data, text,
     assert stream.stopped == any(s in text for s in stop)
 
 
-def test_bytes_that_are_no_text_become_replacement_characters():
+def test_invalid_utf8_becomes_replacement_characters():
     stream = TextStream()
     assert stream.push("🙂".encode()[:2]) == ""
     assert stream.push(b"", last=True) == "\ufffd"

@@ -1,4 +1,4 @@
-"""The scheduler: who waits, who is told that the queue is full, and who a failure takes along (SPEC E1)."""
+"""The scheduler (E1): waiting, cancellation, a full queue, and isolation of failures."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +15,14 @@ from support.engines import ask, ids, pico
 from support.waiting import PATIENCE, Gate
 
 
-def test_a_failing_batch_takes_only_its_own_jobs_with_it(monkeypatch):
+def test_failing_batch_fails_only_its_own_jobs(monkeypatch):
     engine = LlamaEngine(pico().base_q8, threads=1, adapters={"a": pico().adapter_gguf}, lookup=False)
     request = Request(prompt=ids(20, 12), max_tokens=100)
     whole, adapted = ask(engine, request), ask(engine, replace(request, adapter="a"))
     decode = Context.decode
 
     def failing(self, rows):
-        if any(4 in row.tokens for row in rows):  # in no other prompt: `ids` begin at 5
+        if any(4 in row.tokens for row in rows):  # in no other prompt, because `ids` begin at 5
             raise RequestError("llama.cpp could not run a batch")
         return decode(self, rows)
 
@@ -35,7 +35,7 @@ def test_a_failing_batch_takes_only_its_own_jobs_with_it(monkeypatch):
     engine.close()
 
 
-def test_who_is_cancelled_while_waiting_leaves_the_queue(monkeypatch):
+def test_job_cancelled_while_waiting_leaves_the_queue(monkeypatch):
     gate = Gate(monkeypatch)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=1, queue=2, lookup=False)
     gate.shut()
@@ -45,7 +45,7 @@ def test_who_is_cancelled_while_waiting_leaves_the_queue(monkeypatch):
     with pytest.raises(BusyError, match="2 requests are waiting"):
         engine.generate(Request(prompt="Bob"))
     with ThreadPoolExecutor(1) as reader:
-        told = reader.submit(first._receive)  # as a reader that came before it was closed
+        told = reader.submit(first._receive)  # like a reader that started before the close
         first.close()
         third = engine.generate(Request(prompt="Bob", max_tokens=3))
         assert told.result(PATIENCE).finish_reason == "cancelled"
@@ -62,7 +62,7 @@ def test_who_is_cancelled_while_waiting_leaves_the_queue(monkeypatch):
     engine.close()
 
 
-def test_a_full_queue_says_busy(monkeypatch):
+def test_full_queue_raises_a_busy_error(monkeypatch):
     gate, request = Gate(monkeypatch), Request(prompt="Tom", max_tokens=400)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=1, queue=2)
     gate.shut()
@@ -71,7 +71,7 @@ def test_a_full_queue_says_busy(monkeypatch):
     streams += [engine.generate(request) for _ in range(2)]
     with pytest.raises(BusyError, match="2 requests are waiting already; try again"):
         engine.generate(request)
-    engine._scheduler.stop()  # before the first pass has ended
+    engine._scheduler.stop()  # before the end of the first pass
     gate.open()
     engine.close()
     assert [list(stream)[-1].finish_reason for stream in streams] == ["cancelled"] * 3
@@ -80,7 +80,7 @@ def test_a_full_queue_says_busy(monkeypatch):
     engine.close()
 
 
-def test_a_broken_engine_fails_everybody_and_hangs_nobody(monkeypatch):
+def test_broken_engine_fails_all_jobs_without_hanging(monkeypatch):
     gate = Gate(monkeypatch)
     engine = LlamaEngine(pico().base_q8, threads=1, slots=2)
     gate.shut(after=3)

@@ -1,4 +1,4 @@
-"""Speculation changes nothing but speed: greedy token for token, sampling in distribution; and k is chosen well."""
+"""Speculative decoding keeps greedy tokens and the sampling distribution; the choice of k minimises the time."""
 
 import itertools
 import random
@@ -38,7 +38,7 @@ def model(seed, flat=1.0):
 
 @given(st.integers(0, 10_000), st.integers(1, 10), st.integers(0, 100))
 @settings(derandomize=True, deadline=None)
-def test_greedy_speculation_is_greedy_decoding(seed, k, draft_seed):
+def test_greedy_speculation_equals_greedy_decoding(seed, k, draft_seed):
     base, draft = model(seed), model(seed if draft_seed % 3 == 0 else draft_seed)
     plain = []
     for _ in range(20):
@@ -55,17 +55,17 @@ def test_greedy_speculation_is_greedy_decoding(seed, k, draft_seed):
             return int(base([*sofar, *drafted[:i]]).argmax())
 
         emitted = verify_greedy(drafted, best)
-        assert asked == list(range(len(emitted)))  # in order, each once, no further than needed
+        assert asked == list(range(len(emitted)))  # in order, each once, no more than needed
         assert 1 <= len(emitted) <= k + 1
         written += emitted
     assert written[:20] == plain
 
 
 @pytest.mark.parametrize("draft_kind", ["sampled", "greedy", "disjoint"])
-def test_sampled_speculation_has_the_distribution_of_sampling(draft_kind):
+def test_sampled_speculation_has_the_distribution_of_plain_sampling(draft_kind):
     """Chi-square over all histories of three tokens, against the exact probabilities."""
     base, draft = model(1, 0.7), model(2, 0.7)
-    if draft_kind == "disjoint":  # the draft proposes what the base finds impossible, and the other way round
+    if draft_kind == "disjoint":  # the draft proposes tokens that are impossible for the base, and vice versa
         half = np.arange(VOCABULARY) < VOCABULARY // 2
 
         def base(history, plain=base):
@@ -117,7 +117,7 @@ def test_sampled_speculation_has_the_distribution_of_sampling(draft_kind):
     assert stats.chisquare(seen, awaited * seen.sum() / awaited.sum()).pvalue > 1e-4
 
 
-def test_a_draft_like_the_base_is_always_accepted():
+def test_draft_equal_to_the_base_is_always_accepted():
     p = np.random.default_rng(0).dirichlet(np.ones(VOCABULARY), size=6)
     generator = np.random.default_rng(1)
     for _ in range(200):
@@ -127,7 +127,7 @@ def test_a_draft_like_the_base_is_always_accepted():
 
 @given(st.floats(0, 1), st.integers(0, 10))
 @settings(derandomize=True, deadline=None)
-def test_expected_tokens_counts_the_accepted_run_and_one(acceptance, k):
+def test_expected_tokens_are_the_accepted_run_plus_one(acceptance, k):
     direct = 1 + sum(acceptance**i for i in range(1, k + 1))
     assert expected_tokens(acceptance, k) == pytest.approx(direct, rel=1e-6)
 
@@ -144,8 +144,8 @@ def test_best_k_has_no_regret(acceptance, draft_cost, verify_costs):
     assert speedups[k] == max(speedups)
 
 
-def test_known_machines():
-    """The design's two-core laptop: verification of 6 costs 4 steps, so k = 5 loses; a GPU verifies for nothing."""
+def test_best_k_on_known_machines():
+    """On a two-core laptop, verifying 6 tokens costs 4 steps, so k = 5 loses; on a GPU, verification is free."""
     laptop = [32.0, 54.0, 70.0, 84.0, 106.0, 128.0]
     assert expected_speedup(0.75, 5, 6.5, laptop) < 0.95
     assert best_k(0.5, 6.5, laptop) == 0
@@ -154,7 +154,7 @@ def test_known_machines():
     assert expected_speedup(0.75, 5, 1.0, gpu) == pytest.approx(expected_tokens(0.75, 5) / 1.5)
 
 
-def test_running_acceptance_finds_the_rate_and_ignores_what_was_not_tested():
+def test_running_acceptance_estimates_the_rate_from_tested_tokens_only():
     generator = random.Random(0)
     for rate in (0.1, 0.8):
         acceptance = Acceptance()
@@ -164,13 +164,13 @@ def test_running_acceptance_finds_the_rate_and_ignores_what_was_not_tested():
         assert acceptance.rate == pytest.approx(rate, abs=0.1)
 
 
-def test_a_request_starts_from_what_the_engine_knows_and_goes_its_own_way():
+def test_acceptance_of_a_request_starts_from_the_engines_and_diverges():
     controller = Controller(GPU)
     early = controller.tracker()
     for _ in range(100):
         controller.learn(controller.tracker(), "model", 5, 0)
     assert controller.tracker().acceptance["model"].rate == pytest.approx(controller.rate("model"))
-    assert early.acceptance["model"].rate == controller.rate("model") < 0.1  # follows while it knows nothing itself
+    assert early.acceptance["model"].rate == controller.rate("model") < 0.1  # follows the prior while it has no data
     for _ in range(20):
         controller.learn(early, "model", 5, 5)
     assert early.acceptance["model"].rate > 0.99  # the prior has faded
@@ -180,7 +180,7 @@ def test_a_request_starts_from_what_the_engine_knows_and_goes_its_own_way():
 # LatencyCurve
 
 
-def test_costs_never_fall_and_go_on_linearly():
+def test_costs_are_monotone_and_extrapolated_linearly():
     costs = LatencyCurve(0.0, (1.0, 3.0, 2.0, 4.0))
     assert [costs.seconds(n) for n in range(1, 5)] == [1.0, 3.0, 3.0, 4.0]
     assert costs.step == 1.0
@@ -190,7 +190,7 @@ def test_costs_never_fall_and_go_on_linearly():
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=6), st.integers(0, 50))
 @settings(derandomize=True, deadline=None)
-def test_passes_take_equally_many_tokens_of_every_sequence(drafted, seed):
+def test_each_pass_takes_equally_many_tokens_of_every_sequence(drafted, seed):
     costs = random_costs(seed)
     left, seconds = [k + 1 for k in drafted], 0.0
     while left:
@@ -199,7 +199,7 @@ def test_passes_take_equally_many_tokens_of_every_sequence(drafted, seed):
     assert costs.passes(drafted) == pytest.approx(seconds)
 
 
-# The best turn at known acceptances
+# The best turn for known acceptance rates
 
 
 permilles, limits, seeds = st.integers(1, 999), st.integers(0, 15), st.integers(0, 10_000)
@@ -207,7 +207,7 @@ permilles, limits, seeds = st.integers(1, 999), st.integers(0, 15), st.integers(
 
 @given(permilles, permilles, limits, limits, seeds)
 @settings(derandomize=True, deadline=None, max_examples=300)
-def test_alone_the_best_source_and_k_are_found(model_rate, ngram_rate, most_model, most_ngram, seed):
+def test_best_source_and_k_for_one_request(model_rate, ngram_rate, most_model, most_ngram, seed):
     costs = random_costs(seed)
     turn = Controller(costs).best(
         [wish({"model": most_model, "ngram": most_ngram}, model=model_rate, ngram=ngram_rate)]
@@ -224,7 +224,7 @@ def test_alone_the_best_source_and_k_are_found(model_rate, ngram_rate, most_mode
 
 @given(st.lists(permilles, min_size=1, max_size=4), seeds)
 @settings(derandomize=True, deadline=None, max_examples=150)
-def test_together_the_best_subset_and_k_are_found(rates, seed):
+def test_best_subset_and_k_for_several_requests(rates, seed):
     costs, n = random_costs(seed), len(rates)
     turn = Controller(costs).best([wish({"model": 15}, model=rate, ngram=500) for rate in rates])
     best = 0.0
@@ -248,7 +248,7 @@ wishes = st.builds(
 
 @given(st.lists(wishes, max_size=8), seeds)
 @settings(derandomize=True, deadline=None, max_examples=200)
-def test_a_turn_keeps_the_limits_and_is_what_it_says(wishes, seed):
+def test_turn_respects_the_limits_and_its_own_estimates(wishes, seed):
     costs = random_costs(seed)
     turn = Controller(costs).best(wishes)
     drafted = [choice.k for choice in turn.choices]
@@ -269,6 +269,6 @@ def test_a_turn_keeps_the_limits_and_is_what_it_says(wishes, seed):
         assert turn.tokens / turn.seconds >= plain * (1 - 1e-9)
 
 
-def test_who_has_fewer_drafts_fewer_where_passes_are_free():
+def test_sequences_with_fewer_tokens_left_draft_fewer_when_passes_are_free():
     turn = Controller(GPU).best([wish({"ngram": 15}, ngram=990), wish({"ngram": 3}, ngram=990)])
     assert [choice.k for choice in turn.choices] == [15, 3]

@@ -1,4 +1,4 @@
-"""The controller of speculation learns, on simulated streams, what pays: no regret on any machine."""
+"""The speculation controller on simulated streams: it learns the fastest k with little regret on any machine."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from support.latencies import TWO_CORES, random_costs, run_of, wish
 class Stream:
     """Requests of one engine, `together` at a time; number i accepts with probability `acceptance(i, tokens so far)`.
 
-    Counts expected tokens, so that only what the controller does is compared and not luck.
+    Counts expected tokens, so that the comparison does not depend on random acceptance.
     """
 
     def __init__(self, costs, acceptance, *, tokens, together=1, requests=8, source="model", seed=0):
@@ -46,7 +46,7 @@ class Stream:
                 accepted = run_of(generator, rate, k)
                 if k:
                     self.controller.learn(tracker, source, k, accepted)
-                elif source == "ngram":  # compared with the token that came
+                elif source == "ngram":  # compared with the actual token
                     self.controller.learn(tracker, source, 1, run_of(generator, rate, 1))
                 written += accepted + 1
                 request[2] -= accepted + 1
@@ -59,7 +59,7 @@ class Stream:
         return self.expected / self.seconds
 
     def share(self, first, last=math.inf):
-        """Share of drafting turns among those that begin with `first` to `last` tokens written."""
+        """Share of drafting turns among those that start with `first` to `last` generated tokens."""
         drafts = [k > 0 for _, written, k in self.turns if first <= written < last]
         return sum(drafts) / len(drafts)
 
@@ -111,45 +111,45 @@ def test_no_regret_with_n_grams(machine):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_change_of_text_is_followed(machine):
-    """Acceptance 0.2, then 0.9, then 0.2: against an oracle that changes its k at once."""
+def test_changes_of_acceptance_are_followed(machine):
+    """Acceptance 0.2, then 0.9, then 0.2, against an oracle that changes its k immediately."""
     costs = MACHINES[machine]
     stream = Stream(costs, lambda _, written: 0.9 if 1000 <= written < 2000 else 0.2, tokens=3000)
     low, high = max(fixed_speeds(costs, 0.2)), max(fixed_speeds(costs, 0.9))
     assert stream.speed >= 0.95 * stream.expected / (2000 / low + (stream.expected - 2000) / high)
-    if machine != "two cores":  # there even 0.9 pays only 6%
+    if machine != "two cores":  # there, even 0.9 gains only 6%
         assert stream.share(1200, 2000) > 0.95
 
 
-def test_an_easy_text_drafts_more_than_a_hard_one():
+def test_predictable_text_drafts_more_than_unpredictable_text():
     stream = Stream(LAPTOP_8_CORES, lambda i, _: 0.95 if i % 2 else 0.2, tokens=3000, requests=10)
     ks = [[k for i, _, k in stream.turns if i % 2 == odd] for odd in (0, 1)]
     assert sum(ks[0]) / len(ks[0]) < 1 < 5 < sum(ks[1]) / len(ks[1])
 
 
 def test_probes_keep_their_budget():
-    """Nothing is ever accepted: what drafting costs beyond the start is a hundredth of the time."""
+    """When no draft is accepted, drafting after the start costs at most 1% of the time."""
     stream = Stream(TWO_CORES, lambda *_: 0.0, tokens=20_000)
     lost = stream.seconds - 20_000 * TWO_CORES.step
     assert lost / stream.seconds < 0.0125
-    assert stream.share(10_000) > 0.005  # and it is still tried
+    assert stream.share(10_000) > 0.005  # probes continue
 
 
-def test_a_probe_drafts_what_is_expected_to_lose_least():
+def test_probe_drafts_the_number_with_the_least_expected_loss():
     costs = LatencyCurve(0.02, (1.0, 1.9, 2.0, *(4.0,) * 13))
     for rate, k in ((50, 1), (600, 2)):
         assert Controller(costs).best([wish({"model": 15}, model=rate, ngram=500)]).choices == [Choice(None, 0)]
         assert Controller(costs).plan([wish({"model": 15}, model=rate, ngram=500)]) == [Choice("model", k)]
 
 
-def test_nothing_is_tried_that_cannot_win():
-    costs = LatencyCurve(0.04, TWO_CORES.verify)  # drafting a token takes longer than writing one
+def test_drafting_that_can_never_be_faster_is_not_tried():
+    costs = LatencyCurve(0.04, TWO_CORES.verify)  # drafting a token takes longer than decoding one
     stream = Stream(costs, lambda *_: 1.0, tokens=500)
     assert stream.share(0) == 0
     assert stream.controller.speedup() < 1
 
 
-def test_the_speedup_told_is_that_of_the_best_k():
+def test_reported_speedup_is_that_of_the_best_k():
     controller = Controller(GPU)
     assert controller.speedup() == pytest.approx(max(fixed_speeds(GPU, PRIOR)) * GPU.step)
     ngram_only = Controller(LatencyCurve(0.0, GPU.verify))

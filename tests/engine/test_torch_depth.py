@@ -1,4 +1,4 @@
-"""The torch engine leaves out the layers that a depth decision skips (SPEC C7)."""
+"""The torch engine omits the layers that a depth decision skips (C7)."""
 
 import shutil
 from dataclasses import replace
@@ -21,7 +21,7 @@ def texts(engine, asks):
     return [(r.text, r.tokens, r.prompt) for r in replies(engine, asks)]
 
 
-def test_a_depth_that_skips_nothing_changes_nothing():
+def test_depth_that_skips_no_layer_changes_nothing():
     """Bit for bit, in batches of prompts of several lengths, and with an adapter."""
     seen = []
 
@@ -39,7 +39,7 @@ def test_a_depth_that_skips_nothing_changes_nothing():
 
 
 @pytest.mark.parametrize("skipped", [0, 1])
-def test_a_layer_that_all_tokens_skip_is_as_good_as_gone(skipped, tmp_path):
+def test_layer_skipped_by_all_tokens_equals_a_removed_layer(skipped, tmp_path):
     files = pico()
     model = LlamaForCausalLM.from_pretrained(files.base)
     model.model.layers = torch.nn.ModuleList([layer for i, layer in enumerate(model.model.layers) if i != skipped])
@@ -57,8 +57,8 @@ def test_a_layer_that_all_tokens_skip_is_as_good_as_gone(skipped, tmp_path):
     assert [t.logprob for t in one.tokens] == pytest.approx([t.logprob for t in two.tokens], abs=1e-4)
 
 
-def test_a_token_that_skips_every_layer_is_its_own_embedding():
-    """Mixed masks: the others go on attending to it, and differ from both extremes."""
+def test_token_that_skips_every_layer_keeps_its_embedding():
+    """Mixed masks: other tokens still attend to it, and their results differ from both extremes."""
     files = pico()
     first = TorchEngine(files.base, context=CONTEXT, depth=lambda i, hidden: torch.arange(hidden.shape[1])[None] > 0)
     none = TorchEngine(files.base, context=CONTEXT, depth=lambda i, hidden: torch.zeros(hidden.shape[:2]).bool())

@@ -1,4 +1,4 @@
-"""The benchmark: its made-up models are what they claim to be, and its document is what was promised."""
+"""The benchmark: its synthetic models have the stated properties, and its document contains every row."""
 
 import json
 import subprocess
@@ -30,8 +30,8 @@ PROMISED = {
 }
 
 
-class Quiet:
-    """Progress that remembers what it was told."""
+class RecordedProgress:
+    """Progress that records its calls."""
 
     def __init__(self):
         self.names, self.shares = [], []
@@ -65,7 +65,7 @@ def walk(engine, start, n, **how):
     return final_reply(engine.generate(request))
 
 
-def test_a_made_up_model_walks_its_chain(folder):
+def test_synthetic_model_follows_its_token_chain(folder):
     with closing(LlamaEngine(make_model(folder, "pico"), threads=1)) as engine:
         reply = walk(engine, 10, 100)
         assert [token.id for token in reply.tokens] == ORDER[14:114]
@@ -75,17 +75,17 @@ def test_a_made_up_model_walks_its_chain(folder):
 
 
 @pytest.mark.parametrize("accept", [0.0, 0.3, 0.75, 1.0])
-def test_a_draft_is_right_as_often_as_asked(folder, accept):
+def test_synthetic_draft_has_the_configured_acceptance(folder, accept):
     draft = make_draft(folder, "pico", accept)
     assert Model(draft).tokenizer.same_vocabulary(Model(make_model(folder, "pico")).tokenizer)
     with closing(LlamaEngine(draft, threads=1)) as engine:
         running = [engine.generate(Request(prompt=(token,), max_tokens=1)) for token in ORDER]
-        said = [final_reply(events).tokens[0].id for events in running]
-    right = np.mean(np.array(said) == np.roll(ORDER, -1))
+        message = [final_reply(events).tokens[0].id for events in running]
+    right = np.mean(np.array(message) == np.roll(ORDER, -1))
     assert right == pytest.approx(accept, abs=0.001)
 
 
-def test_the_types_of_the_tensors_are_those_that_llama_cpp_chooses(folder, monkeypatch):
+def test_tensor_types_equal_llama_cpps_choice(folder, monkeypatch):
     monkeypatch.setitem(SHAPES, "tall", replace(SHAPES["pico"], layers=16, vocabulary=512))
     mixed = folder / "mixed.gguf"
     stock_quantize(make_model(folder, "tall", "f16"), mixed, "q4_k_m")
@@ -96,14 +96,14 @@ def test_the_types_of_the_tensors_are_those_that_llama_cpp_chooses(folder, monke
     assert made == chosen_there
 
 
-def test_weights_read_per_token_leave_out_the_embedding(folder):
+def test_weights_read_per_token_exclude_the_embedding(folder):
     path = make_model(folder, "pico")
     tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
     embedding = tensors.pop("token_embd.weight")
     assert weight_bytes(path) == sum(tensors.values()) + embedding // SHAPES["pico"].vocabulary
 
 
-def test_an_adapter_fits_its_shape_and_changes_only_the_logits(folder):
+def test_synthetic_adapter_fits_the_shape_and_changes_the_logits(folder):
     path = make_adapter(folder, "pico", 100_000)
     assert 60_000 < path.stat().st_size < 140_000
     with closing(LlamaEngine(make_model(folder, "pico"), threads=1, adapters={"a": path})) as engine:
@@ -112,15 +112,15 @@ def test_an_adapter_fits_its_shape_and_changes_only_the_logits(folder):
     assert [t.margin for t in adapted.tokens] != [t.margin for t in plain.tokens]
 
 
-def test_files_are_made_once_and_whole(folder):
+def test_model_files_are_created_once_and_atomically(folder):
     path = make_model(folder, "pico")
     before = path.stat().st_mtime_ns
     assert make_model(folder, "pico").stat().st_mtime_ns == before
     assert not list(folder.glob("*.part"))
 
 
-def test_alternating_hides_what_drifts():
-    """A clock that slows by the same share at each look: equal things stay nearly equal, a real ratio is found."""
+def test_alternating_measurement_cancels_drift():
+    """With a clock that slows steadily, equal workloads stay nearly equal and a real ratio is measured."""
     speeds = iter(100 * 0.9**i for i in range(40))
     pairs = alternate(lambda: 2 * next(speeds), lambda: next(speeds), lambda share: None, 10)
     assert pairs.ratio == pytest.approx(2, rel=0.02)
@@ -129,24 +129,24 @@ def test_alternating_hides_what_drifts():
     assert row.conditions["spread"][0] < 2 < row.conditions["spread"][1]
 
 
-def test_bandwidth_is_that_of_a_memory():
+def test_measured_bandwidth_is_plausible_for_memory():
     with closing(Memory(1)) as arrays:
         assert 1e8 < arrays.bandwidth() < 1e13
 
 
-def test_every_promised_row_is_there_and_long_ones_run_only_when_named():
+def test_all_rows_exist_and_long_ones_run_only_when_named():
     assert set(measures()) >= PROMISED
     assert set(chosen((), (0.3, 0.6, 0.75, 0.9))) == set(measures()) - set(NAMED_ONLY)
     assert list(chosen(["soak", "ngram"], (0.5,))) == ["ngram", "soak"]
     assert list(chosen(["speculation_0.5"], (0.5,))) == ["speculation_0.5"]
 
 
-def test_an_unknown_row_names_the_nearest():
+def test_unknown_row_is_refused_with_the_nearest_name():
     with pytest.raises(RequestError, match="did you mean 'single_stream'"):
         chosen(["single_steam"], (0.5,))
 
 
-def test_drafts_are_accepted_as_simulated(setup):
+def test_drafts_are_accepted_at_the_simulated_rate(setup):
     row = speed.speculation(setup, 0.9)
     assert row.conditions["kept_of_drafted"] == pytest.approx(sum(0.9**i for i in range(1, 6)) / 5, abs=0.2)
     assert row.ratio > 0
@@ -157,22 +157,22 @@ def test_lookup_finds_the_copied_passage(setup):
     assert row.conditions["kept_of_drafted"] > 0.5
 
 
-def test_a_quantized_cache_is_smaller(setup):
+def test_quantized_cache_is_smaller(setup):
     row = memory_use.kv_cache(setup, "q4_0", 0.29)
-    assert row.ratio == pytest.approx(18 / 64, abs=0.1)  # a block of q4_0 has 18 bytes for 32 values, of f16 64
+    assert row.ratio == pytest.approx(18 / 64, abs=0.1)  # a block of 32 values has 18 bytes in q4_0 and 64 in f16
     assert row.conditions["computed_bytes_per_token"] == [288, 1024]
 
 
-def test_a_minute_of_everything_leaves_every_answer_equal(setup):
-    """200 requests a round from 16 clients: cancels, adapters, drafts, lengths, sampling."""
+def test_concurrent_stress_does_not_change_answers(setup):
+    """200 requests per round from 16 clients, with cancellations, adapters, drafts, several lengths and sampling."""
     row = soak(replace(setup, minutes=1))
     assert row.ratio == 1
     assert row.baseline > 100
     assert row.conditions["slots_free"] == "8 of 8"
 
 
-def test_a_users_own_file_has_no_made_up_drafts(cache):
-    progress = Quiet()
+def test_model_of_a_user_has_no_synthetic_draft(cache):
+    progress = RecordedProgress()
     model = make_model(cache / "shapes", "pico")
     found = run(progress, only=["speculation_0.3", "prefill_ahead"], model=model, threads=1)
     failed, measured = found["rows"]
@@ -183,7 +183,7 @@ def test_a_users_own_file_has_no_made_up_drafts(cache):
     assert progress.shares[-1] == 1
 
 
-def test_the_command_writes_a_document_and_a_picture(cache, tmp_path):
+def test_command_writes_a_document_and_a_plot(cache, tmp_path):
     words = ["--shape", "pico", "--only", "single_stream", "--only", "adapter_warm", "--only", "adapter_cold"]
     files = ["--json", tmp_path / "out.json", "--picture", tmp_path / "out.png"]
     command = [sys.executable, "-m", "cogumi", "bench", *words, *files]
@@ -201,7 +201,7 @@ def test_the_command_writes_a_document_and_a_picture(cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--only", "roofine"], "did you mean 'roofline'?"),
         (["--shape", "pica"], "did you mean 'pico'?"),
@@ -210,14 +210,14 @@ def test_the_command_writes_a_document_and_a_picture(cache, tmp_path):
         (["--text", "x.txt"], "--model"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(cache, words, said):
+def test_unusable_arguments_are_refused_in_one_line(cache, words, message):
     done = subprocess.run([sys.executable, "-m", "cogumi", "bench", *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert said in done.stderr
+    assert message in done.stderr
 
 
-def test_llama_cpp_server_answers_the_same(setup):
+def test_llama_cpp_server_gives_the_same_answer(setup):
     pytest.importorskip("xllamacpp")
     from cogumi.evaluate.bench.llama_server import LlamaServer
 

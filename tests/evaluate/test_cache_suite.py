@@ -1,4 +1,4 @@
-"""The suite of the answer cache, on made-up pairs and, where they are there, public ones."""
+"""The suite of the answer cache, on synthetic question pairs and, where available, public ones."""
 
 import json
 import tarfile
@@ -23,7 +23,7 @@ WAYS = [("How many people live in {}?", "how many people live in {}"), ("Who rul
 
 
 def labelled():
-    """Pairs over invented places: other words for the same, or another place."""
+    """Pairs of questions about invented places: a paraphrase, or the same question about another place."""
     for i, place in enumerate(PLACES * 10):
         for one, other in WAYS:
             question = f"{one.format(place)} ({i})"
@@ -38,7 +38,7 @@ def suite(monkeypatch):
     return lambda **more: cache.run(Task(**more))
 
 
-def test_the_suite_reports_what_it_saw(suite, tmp_path):
+def test_suite_reports_its_figures(suite, tmp_path):
     rows = [{"text_a": a, "text_b": b, "label": same} for a, b, same in labelled()]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     found = suite(data=tmp_path, out=tmp_path / "out")
@@ -71,7 +71,7 @@ def test_a_proven_check_is_saved_and_serves(suite, tmp_path, monkeypatch):
     assert answers.find(Scope(), "Who rules the people that live in norburg?") is None
 
 
-def test_without_labels_other_groups_are_the_different_ones(suite, tmp_path):
+def test_without_labels_questions_of_other_groups_count_as_different(suite, tmp_path):
     rows = [{"origin": a, "similar": b} for a, b, same in labelled() if same]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     with tarfile.open(tmp_path / "data.json.gz", "w:gz") as archive:
@@ -88,12 +88,12 @@ def test_files_without_pairs_are_refused(suite, tmp_path, content):
         suite(data=tmp_path)
 
 
-def test_the_suite_says_what_it_needs(suite):
+def test_suite_names_its_missing_inputs(suite):
     with pytest.raises(CogumiError, match="--data"):
         suite()
 
 
-def test_no_question_is_in_two_parts():
+def test_no_question_is_in_two_splits():
     pairs = {(f"q{i}", f"q{j}"): (i + j) % 3 == 0 for i in range(60) for j in (i + 1, i + 30) if i % 7}
     found = parts(pairs, (0.25, 0.25, 0.5), 1000, 0)
     seen = [{question for pair in part for question in pair} for part in found]
@@ -101,7 +101,7 @@ def test_no_question_is_in_two_parts():
     assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
 
 
-def test_public_pairs_can_be_read():
+def test_public_pairs_are_read():
     assert len(read_pairs(public_data("qqp_gptcache"))) > 31_000
     graded = read_pairs(public_data("stsb_en"))
     assert 0.2 < np.mean(list(graded.values())) < 0.3

@@ -1,4 +1,4 @@
-"""The report of a compression chain: it sees no loss where there is none, and the loss where there is one."""
+"""The report of a compression chain: no loss for a copy, small loss for quantization, large loss for damage."""
 
 import shutil
 
@@ -22,7 +22,7 @@ from support.train import context, example
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A pico model that can say who is who, as it is, quantized, and damaged."""
+    """A pico model trained on a few facts: unchanged, quantized, and damaged."""
     root = tmp_path_factory.mktemp("chain")
     pico.make_tokenizer(root)
     names = ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal"]
@@ -70,7 +70,7 @@ def test_every_step_is_compared_with_the_first(figures):
     assert found["kept"] == broken["kept"]
 
 
-def test_sizes_are_those_of_the_files(inputs, figures):
+def test_sizes_equal_the_file_sizes(inputs, figures):
     _, found = figures
     for name, row in found["steps"].items():
         assert row["bytes"] == (inputs[name].path / "model.gguf").stat().st_size
@@ -79,21 +79,21 @@ def test_sizes_are_those_of_the_files(inputs, figures):
     assert found["steps"]["small"]["bytes"] < found["steps"]["before"]["bytes"] / 2
 
 
-def test_people_get_a_table_and_a_picture(figures):
+def test_report_contains_a_table_and_a_plot(figures):
     out, _ = figures
     page = (out / "report.md").read_text()
     assert all(f"| {name} |" in page for name in ("before", "small (beside)", "broken"))
     assert (out / chain.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_order_must_be_told_for_every_input(inputs, tmp_path):
+def test_order_must_name_every_input(inputs, tmp_path):
     with pytest.raises(RecipeError, match="must name every input"):
         chain.run(chain.Config(steps=["before", "small"]), inputs, tmp_path, context())
     with pytest.raises(RecipeError, match="must name every input"):
         chain.run(chain.Config(steps=["before", "small", "broken"], beside=["small"]), inputs, tmp_path, context())
 
 
-def test_zeros_pack_well(tmp_path):
+def test_packed_size_of_zeros_is_small(tmp_path):
     (tmp_path / "zeros").write_bytes(bytes(100_000))
     (tmp_path / "noise").write_bytes(torch.randint(0, 256, (100_000,), dtype=torch.uint8).numpy().tobytes())
     assert chain.packed_bytes(tmp_path / "zeros") < 100

@@ -1,4 +1,4 @@
-"""The suite `compression`: what it counts, and that a whole file changes nothing."""
+"""The suite `compression`: its loss and agreement measures, and no loss for an f32 file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTIONS = [example(f"{a} plus {b}?", f"It is {a + b}.") for a in range(6) for 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """What is needed of a finished run."""
+    """The parts of a finished run that the suite reads."""
     root = tmp_path_factory.mktemp("run")
     make_model(root / "base")
     for split in ("train", "heldout"):
@@ -34,7 +34,7 @@ def finished(tmp_path_factory) -> Path:
     return root
 
 
-def test_only_answers_count(finished):
+def test_only_answer_tokens_count(finished):
     rows = make_rows(QUESTIONS[:5], HFTokenizer.load(finished / "base"), 512)
     with closing(TorchEngine(finished / "base")) as engine:
         found = read_answers(engine, rows)
@@ -56,14 +56,14 @@ def test_agreement_is_a_share():
     assert other.perplexity == pytest.approx(2)
 
 
-def test_the_suite(finished, monkeypatch):
+def test_suite_reports_every_type(finished, monkeypatch):
     assert suite("compression") is compression
     monkeypatch.setattr(compression, "TYPES", ("f32", "q4_0"))
     found = compression.run(Task(data=finished))
     figures = {figure.name: figure for figure in found.figures}
     kinds = ["f32", "q4_0", "q4_0, importance"]
     assert list(figures) == [f"{what}, {k}" for k in kinds for what in ("token agreement", "perplexity over torch's")]
-    assert figures["token agreement, f32"].value > 0.97  # random weights: near-ties turn with the order of sums
+    assert figures["token agreement, f32"].value > 0.97  # random weights: near-ties flip with the order of summation
     assert figures["perplexity over torch's, f32"].value == pytest.approx(1, abs=2e-3)  # keys and values are f16
     assert figures["token agreement, q4_0"].value < figures["token agreement, f32"].value
     assert found.facts["answers"] == len(QUESTIONS)

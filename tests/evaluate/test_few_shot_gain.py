@@ -1,4 +1,4 @@
-"""The few-shot measurement: every control is measured, on the same episodes, and right is what decoding gives."""
+"""The few-shot measurement: every control is measured on the same episodes, by greedy decoding."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def measured(inputs, tmp_path_factory):
     return metrics, out
 
 
-def test_all_controls_are_reported_whatever_they_say(measured):
+def test_all_controls_are_reported(measured):
     metrics, out = measured
     assert set(metrics["accuracy"]) == {*CONTROLS, "anil", "fomaml"}
     assert metrics["runs"] == {"zero_shot": 1, "in_context": 1, "anil": 2, "scratch": 2, "plain": 1, "fomaml": 1}
@@ -67,7 +67,7 @@ def test_all_controls_are_reported_whatever_they_say(measured):
     assert (out / "shots.png").stat().st_size > 5000
 
 
-def test_the_gain_is_over_the_best_control_and_lies_in_its_interval(measured):
+def test_gain_is_over_the_best_control_and_inside_its_interval(measured):
     accuracy, gain = measured[0]["accuracy"], measured[0]["gain"]
     for k in ("1", "2", "4"):
         best = max(accuracy[control][k] for control in CONTROLS)
@@ -76,9 +76,9 @@ def test_the_gain_is_over_the_best_control_and_lies_in_its_interval(measured):
         assert gain[k]["low"] <= gain[k]["high"]
 
 
-def test_examples_help_a_head_and_none_of_it_is_known_without_them(measured):
+def test_examples_improve_an_adaptable_head_and_zero_shot_is_low(measured):
     accuracy = measured[0]["accuracy"]
-    assert accuracy["zero_shot"] == {"1": 0.0, "2": 0.0, "4": 0.0}  # the words are drawn anew
+    assert accuracy["zero_shot"] == {"1": 0.0, "2": 0.0, "4": 0.0}  # the words are drawn independently
     assert accuracy["anil"]["4"] > 0.4
     assert accuracy["scratch"]["2"] > accuracy["zero_shot"]["2"]
 
@@ -92,7 +92,7 @@ def test_zero_shot_does_not_depend_on_the_examples(inputs):
     assert judge.in_context(episode, 0) == judge.in_context(swapped, 0)
 
 
-def test_in_context_examples_are_turns_of_the_conversation(inputs):
+def test_in_context_examples_are_conversation_turns(inputs):
     judge = Judge(inputs["model"].path, SMALL)
     episode = read_episodes(inputs["episodes"].path, "heldout")[0]
     one, two, query = *episode.support[:2], episode.query[0]
@@ -103,8 +103,8 @@ def test_in_context_examples_are_turns_of_the_conversation(inputs):
     assert text == "".join(said)
 
 
-def test_only_the_first_examples_are_looked_at(inputs):
-    """The states of all shots are computed at once; k-shot must be what k examples alone give."""
+def test_k_shot_uses_only_the_first_k_examples(inputs):
+    """The states of all shots are computed in one batch; k-shot must equal the result with only k examples."""
     judge = Judge(inputs["model"].path, SMALL)
     episode = read_episodes(inputs["episodes"].path, "heldout")[1]
     start, rates, _ = heads.load(inputs["anil"].path / heads.FILE)
@@ -118,7 +118,7 @@ def test_only_the_first_examples_are_looked_at(inputs):
             torch.testing.assert_close(one.b, other.b, atol=1e-5, rtol=1e-4)
 
 
-def test_the_rates_of_controls_are_the_best_on_the_selection_families(inputs):
+def test_learning_rates_of_controls_are_selected_on_the_selection_families(inputs):
     judge = Judge(inputs["model"].path, Config(shots=(2,), queries=5, lrs=(1e-6, 0.3), steps=(1, 3)))
     selection = read_episodes(inputs["episodes"].path, "selection")
     start = heads.initial_head(8, 32, 32, judge.plain.lm_head.out_features, 0)
@@ -130,8 +130,8 @@ def test_the_rates_of_controls_are_the_best_on_the_selection_families(inputs):
 
 @given(st.integers(0, 1000), st.floats(-0.3, 0.3))
 @settings(max_examples=20, deadline=None)
-def test_the_interval_covers_a_gain_that_is_there(seed, gain):
-    """Equal episodes leave no doubt; noisy ones leave some, around the figure."""
+def test_interval_covers_a_known_gain(seed, gain):
+    """Equal episodes give an interval of zero width; noisy ones give an interval around the figure."""
     rng = np.random.default_rng(seed)
     draws = [d for d in range(5) for _ in range(8)]
     flat = {m: [np.full((1, 40), 0.5)] for m in CONTROLS}
@@ -142,13 +142,13 @@ def test_the_interval_covers_a_gain_that_is_there(seed, gain):
     assert found["low"] < found["gain"] < found["high"]
 
 
-def test_an_adapter_of_another_base_is_refused(inputs, tmp_path):
+def test_adapter_of_another_base_is_refused(inputs, tmp_path):
     other = pico.make_model(tmp_path / "other", hidden=32, layers=1, seed=5)
     with pytest.raises(ArtifactError, match="trained on another base"):
         few_shot_gain.run(SMALL, {**inputs, "model": Artifact("x", other, "0")}, tmp_path, context())
 
 
-def test_episodes_without_a_held_out_set_say_so(inputs, tmp_path):
+def test_episodes_without_a_held_out_set_are_refused(inputs, tmp_path):
     (tmp_path / "heldout.jsonl").write_text("")
     with pytest.raises(DataError, match="is empty"):
         few_shot_gain.run(SMALL, {**inputs, "episodes": Artifact("x", tmp_path, "0")}, tmp_path, context())

@@ -1,4 +1,4 @@
-"""The suites' common ground, and the honesty suite on a pico bundle with a user's own questions."""
+"""Common behaviour of all suites, and the honesty suite on a pico bundle with questions of a user."""
 
 import json
 
@@ -20,7 +20,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Forty questions, every fifth without an answer."""
+    """Forty questions; every fifth is unanswerable."""
     rows = []
     for i in range(40):
         check = {"kind": "abstain"} if i % 5 == 0 else {"kind": "exact"}
@@ -33,14 +33,14 @@ def questions(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_every_suite_is_there_and_says_what_it_lacks(name):
+def test_every_suite_is_registered_and_names_its_missing_inputs(name):
     assert callable(suite(name).run)
-    if name not in ("learning", "training"):  # these need nothing
+    if name not in ("learning", "training"):  # these need no input
         with pytest.raises(CogumiError, match=r"name|give|build|needs"):
             suite(name).run(Task())
 
 
-def test_goals_are_judged_as_they_read():
+def test_goals_are_compared_with_their_bounds():
     assert Figure("x", 0.85, ">= 0.85").met
     assert not Figure("x", 0.84, ">= 0.85").met
     assert not Figure("x", 0.02, "< 0.02").met
@@ -48,7 +48,7 @@ def test_goals_are_judged_as_they_read():
     assert Figure("x", 1.0).met is None
 
 
-def test_honesty_on_a_users_own_questions(bundle, questions, tmp_path):
+def test_honesty_on_questions_of_a_user(bundle, questions, tmp_path):
     found = honesty.run(Task(bundle, questions, tmp_path / "out", seed=1))
     figures = {figure.name: figure for figure in found.figures}
     assert {"auroc", "ece", "brier", "aurc", "unanswerable_accepted", "hard_called_easy"} <= set(figures)
@@ -59,12 +59,12 @@ def test_honesty_on_a_users_own_questions(bundle, questions, tmp_path):
     json.dumps(findings("honesty", found), allow_nan=False)
 
 
-def test_a_bundle_of_no_known_world_needs_questions(bundle):
+def test_bundle_without_a_world_needs_a_question_file(bundle):
     with pytest.raises(CogumiError, match="--data"):
         honesty.run(Task(bundle))
 
 
-def test_bounds_hold_what_they_bound():
+def test_bounds_contain_the_estimates():
     draw = np.random.default_rng(0)
     values = draw.normal(3.0, 1.0, 400)
     low, high = honesty.resampled(lambda index: float(values[index].mean()), 400, draw)

@@ -1,4 +1,4 @@
-"""The simulator of drifting users says what it claims, and the suite runs on the real memory and learner."""
+"""The simulator of drifting users has the stated statistics, and the suite runs on the real memory and learner."""
 
 from functools import partial
 
@@ -18,12 +18,12 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_the_gate_is_calibrated_until_something_drifts(rng):
+def test_gate_is_calibrated_before_the_drift(rng):
     calm = stream_of(Phase("calm", 40_000), rng, RATERS)
     np.testing.assert_array_equal(calm.p, calm.truth)
     sure = calm.p > 0.8
     said = calm.vote[sure & (calm.vote >= 0)]
-    assert said.mean() == pytest.approx(calm.p[sure].mean(), abs=0.03)  # honest people slip in 2%
+    assert said.mean() == pytest.approx(calm.p[sure].mean(), abs=0.03)  # honest raters err in 2%
     worse = stream_of(Phase("worse", 10_000, shift=(-2.0, 0, 0, 0, 0)), rng, RATERS)
     hit = worse.domain == 0
     assert (worse.truth < worse.p)[hit].all()
@@ -32,7 +32,7 @@ def test_the_gate_is_calibrated_until_something_drifts(rng):
     assert ((new.truth < new.p) == (new.user >= learning.PEOPLE)).all()
 
 
-def test_raters_vote_as_their_kind_does(rng):
+def test_raters_vote_according_to_their_type(rng):
     user, domain = np.arange(4).repeat(5_000), np.zeros(20_000, dtype=int)
     shift = np.full(20_000, 30.0)  # every answer is right
     stream = ask(rng, user, domain, shift, ["honest", "careless", "lazy", "malicious"], rated=1.0)
@@ -43,7 +43,7 @@ def test_raters_vote_as_their_kind_does(rng):
     assert set(people(rng, 500)) == set(learning.RATERS)
 
 
-def test_an_attacker_comes_in_between_and_changes_nobody_else(rng):
+def test_attack_votes_do_not_change_other_users(rng):
     before = stream_of(Phase("calm", 500), rng, RATERS)
     after = attacked(before, rng, 600, 300)
     own = after.user != 600
@@ -53,7 +53,7 @@ def test_an_attacker_comes_in_between_and_changes_nobody_else(rng):
     assert ((after.p < 0.5) == after.vote)[~own].all()
 
 
-def test_expected_scores_are_the_mean_of_sampled_ones(rng):
+def test_expected_scores_equal_the_mean_of_samples(rng):
     shown, truth = rng.random(50), rng.random(50)
     right = rng.random((20_000, 50)) < truth
     assert brier(shown, truth) == pytest.approx(((shown - right) ** 2).mean(), abs=0.005)
@@ -63,7 +63,7 @@ def test_expected_scores_are_the_mean_of_sampled_ones(rng):
     assert accepted(shown, truth, 2.0) == (0.0, 0.0)
 
 
-def test_the_promise_holds_before_the_drift(rng):
+def test_risk_limit_holds_before_the_drift(rng):
     promise = promise_of(rng)
     calm = stream_of(Phase("calm", 50_000), rng, RATERS)
     share, wrong = accepted(calm.p, calm.truth, promise.threshold)
@@ -71,8 +71,8 @@ def test_the_promise_holds_before_the_drift(rng):
     assert wrong <= promise.risk
 
 
-def test_the_suite_learns_and_unlearns(tmp_path, monkeypatch):
-    """All of it with small numbers: what the goals say is for the suite itself, here each part must have happened."""
+def test_suite_promotes_and_rolls_back_a_layer(tmp_path, monkeypatch):
+    """With small numbers, so goals may fail; the test checks that each part of the suite ran."""
     small = {"calm": 600, "one domain worse": 1500, "still worse": 300, "new people too": 400, "as before": 800}
     phases = [Phase(p.name, small[p.name], p.mix, (2 * p.shift[0], 0, 0, 0, 0), p.new, p.harder) for p in PHASES]
     for name, value in {"CHECK": 100, "EVERY": 200, "ENOUGH": 60}.items():

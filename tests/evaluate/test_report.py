@@ -1,4 +1,4 @@
-"""The report on a pico bundle: what counts as accepted, and under whose promise."""
+"""The report on a pico bundle: which answers count as accepted, and under which guarantee."""
 
 import json
 from dataclasses import replace
@@ -39,15 +39,15 @@ def reported(bundle, data, out):
     return report.run(config, inputs, out, Context(0, 1, out, lambda done, total, figures: None))
 
 
-def test_the_usual_mode_is_judged_by_its_own_promise(bundle, data, tmp_path):
+def test_default_mode_is_judged_by_its_own_guarantee(bundle, data, tmp_path):
     found = reported(bundle, data, tmp_path)
     gate = found["gate"]
     assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (ROWS, 0.9, 0, 0.0)
     assert list(found["accuracy"]) == ["draft", "base", "modifier", "cascade"]
 
 
-def test_a_mobile_package_may_never_ask_its_base(bundle, data, tmp_path):
-    """Every question surprises the base, so the modifier answers at once; nobody asks what P(correct) the base had."""
+def test_mobile_package_that_never_asks_its_base_is_reported(bundle, data, tmp_path):
+    """Every question is unfamiliar to the base, so the modifier answers first and the base has no P(correct)."""
     index = json.loads((bundle / INDEX).read_text())
     calibration = json.loads((bundle / CALIBRATION).read_text())
     calibration["question"]["base_perplexity"] = 0.5
@@ -60,12 +60,12 @@ def test_a_mobile_package_may_never_ask_its_base(bundle, data, tmp_path):
     gate = found["gate"]
     assert found["routes"] == {"modifier": 1.0}
     assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (0, 0.6, ROWS, 1.0)
-    assert gate["accepted_error"] == 1.0  # a random model is never right
+    assert gate["accepted_error"] == 1.0  # a random model is never correct
     assert list(found["accuracy"]) == ["base", "modifier", "cascade"]
     assert (tmp_path / "out" / "report.md").exists()
 
 
-def test_what_the_draft_answers_for_sure_is_accepted_too():
+def test_confident_draft_answers_count_as_accepted():
     example = Example("1", "code", 1, (), "x", "test", {"check": {"kind": "exact"}, "unanswerable": "fiction"})
     sure = Decision("draft", "p_correct", 0.9, 0.8, True, "")
     reply = Reply("x", (), "stop", Usage(), decisions=(sure,), tier="draft", route="draft", accepted=True)

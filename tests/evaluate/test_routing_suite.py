@@ -1,4 +1,4 @@
-"""The question router: what it sees, how it is trained, and how the suite counts what it saves."""
+"""The question router: its features, its training, and how the suite counts the saved cost."""
 
 import csv
 import math
@@ -30,7 +30,7 @@ from cogumi.evaluate.suites.question_router import (
 MMLU = "Which of the following is NOT a prime?\nA. 2\nB. 3\nC. 4\nD. All of the above\nAnswer:"
 
 
-def test_a_question_falls_into_stem_and_options():
+def test_question_is_split_into_stem_and_options():
     assert parts(MMLU) == ["Which of the following is NOT a prime?", "2", "3", "4", "All of the above"]
     assert parts("What is 2 + 2?") == ["What is 2 + 2?"]
     assert parts("Is it so?\nA. only one line looks like an option") == [
@@ -40,7 +40,7 @@ def test_a_question_falls_into_stem_and_options():
     assert parts(roman) == ["True?\nI. DNA\nII. RNA", "I only", "II only"]
 
 
-def test_features_mean_what_they_say():
+def test_features_have_their_documented_meaning():
     found = dict(zip(FEATURES, question_features(MMLU), strict=True))
     assert found["options"] == pytest.approx(math.log(5))
     assert found["numeric_options"] == 0.75
@@ -55,7 +55,7 @@ def test_features_mean_what_they_say():
 
 @settings(deadline=None, max_examples=100)
 @given(st.text(max_size=400))
-def test_every_text_has_finite_features_of_one_size(text):
+def test_features_of_any_text_are_finite_and_of_fixed_size(text):
     vectors = np.eye(12)[: len(parts(text))]
     seen = question_input(text, vectors)
     assert seen.shape == (SURFACE + 24,)
@@ -63,12 +63,12 @@ def test_every_text_has_finite_features_of_one_size(text):
 
 
 @pytest.mark.parametrize("text", ["", "\x00\x07", "x" * 100_000, "A. " * 30_000, "\nA. 1" * 25_000, "_" * 100_000])
-def test_odd_texts_are_taken(text):
+def test_unusual_texts_are_accepted(text):
     assert np.isfinite(question_features(text)).all()
     assert len(parts(text)) <= 11
 
 
-def test_likeness_by_hand():
+def test_similarity_on_a_hand_computed_example():
     vectors = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     found = dict(zip(LIKENESS, likeness(vectors), strict=True))
     assert found["nearest_option"] == found["nearest_gap"] == found["closest_pair"] == 1.0
@@ -77,7 +77,7 @@ def test_likeness_by_hand():
     assert not likeness(vectors[:1]).any()
 
 
-def test_a_forecast_adds_up():
+def test_forecast_probabilities_sum_to_one():
     said = Forecast(np.array([[0.1, 0.4, 0.2, 0.3]]))
     assert OUTCOMES == ("neither", "strong", "weak", "both")
     assert said.weak_right[0] == pytest.approx(0.5)
@@ -86,7 +86,7 @@ def test_a_forecast_adds_up():
 
 
 def make_world(n=900, seed=0):
-    """Difficulty follows one feature in every subject; a vector names the subject and says nothing of others."""
+    """Difficulty depends on one feature in every subject; the embedding only identifies the subject."""
     random = np.random.default_rng(seed)
     subject = np.arange(n) % 15
     x = np.zeros((n, SURFACE + 15))
@@ -97,7 +97,7 @@ def make_world(n=900, seed=0):
     return x, weak, strong, [f"s{k}" for k in subject]
 
 
-def test_what_is_learned_carries_over_to_unseen_subjects(tmp_path):
+def test_training_generalises_to_unseen_subjects(tmp_path):
     x, weak, strong, subjects = make_world()
     unseen = subject_folds(subjects, 3, 0)[0]
     assert not set(np.array(subjects)[unseen]) & set(np.array(subjects)[~unseen])
@@ -114,17 +114,17 @@ def test_what_is_learned_carries_over_to_unseen_subjects(tmp_path):
     assert np.array_equal(load_net(tmp_path / "question.safetensors").logits(x), net.logits(x))
 
 
-def test_an_outcome_that_never_happened_stays_possible():
+def test_unseen_outcome_keeps_a_positive_probability():
     x, weak, _, subjects = make_world(300)
     net, _ = fit_question(x, weak, np.ones(300, dtype=bool), subjects, 0)
     said = forecast(net, x).outcomes
     assert 0 < said[:, OUTCOMES.index("neither")].max() < 0.2
 
 
-def test_cost_figures_by_hand():
+def test_cost_figures_on_a_hand_computed_example():
     weak, strong = np.array([1, 0, 0, 1], dtype=bool), np.array([1, 1, 1, 0], dtype=bool)
     best = routing.curve(np.array([0.0, 2.0, 1.0, -1.0]), weak, strong)
-    assert list(best) == [0, 1, 2, 2, 1]  # the gap is one answer: two are repaired, one is spoiled in the end
+    assert list(best) == [0, 1, 2, 2, 1]  # the gap is one answer: two are corrected and one is made wrong
     assert routing.cpt(best, 0.5) == 0.25
     assert routing.apgr(best) == pytest.approx((0.5 + 1.5 + 2 + 1.5) / 4)
     late = routing.curve(np.array([2.0, 0.0, 1.0, 3.0]), weak, strong)
@@ -141,7 +141,7 @@ def test_cost_figures_by_hand():
         lambda rows: sum(s for _, s, _ in rows) > sum(w for w, _, _ in rows)
     )
 )
-def test_no_order_beats_the_best_and_all_end_at_the_gap(rows):
+def test_no_order_beats_the_oracle_and_all_end_at_the_gap(rows):
     weak, strong, ask = (np.array(column) for column in zip(*rows, strict=True))
     mine = routing.curve(ask.astype(float), weak, strong)
     best = routing.curve(strong.astype(float) - weak, weak, strong)
@@ -152,8 +152,8 @@ def test_no_order_beats_the_best_and_all_end_at_the_gap(rows):
     assert 0 <= routing.cpt(mine, 0.8) <= 1
 
 
-class Letters:
-    """Stands in for the sentence encoder: counts letters; the real one is tested with the embedder."""
+class LetterCounts:
+    """Replaces the sentence encoder by letter counts; the real one is tested in test_embedder.py."""
 
     width = 26
 
@@ -175,11 +175,11 @@ def write_subjects(folder, subjects=12, rows=40):
                 lines.writerow([text, random.random() < (0.3 if hard else 0.9), random.random() < 0.9])
 
 
-def test_the_suite_on_a_small_folder(tmp_path, monkeypatch):
+def test_suite_on_a_small_folder(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "out").mkdir()
     write_subjects(tmp_path / "data")
-    monkeypatch.setattr(routing, "cached_embedder", Letters)
+    monkeypatch.setattr(routing, "cached_embedder", LetterCounts)
     monkeypatch.setattr(routing, "DRAWS", 20)
     monkeypatch.setattr(routing, "SPLITS", 2)
     task = Task(data=tmp_path / "data", out=tmp_path / "out")
@@ -195,7 +195,7 @@ def test_the_suite_on_a_small_folder(tmp_path, monkeypatch):
     assert [f.value for f in routing.run(task).figures] == [f.value for f in findings.figures]
 
 
-def test_what_the_suite_cannot_use_is_explained(tmp_path):
+def test_unusable_suite_input_is_refused_with_a_reason(tmp_path):
     with pytest.raises(CogumiError, match="needs --data"):
         routing.run(Task())
     with pytest.raises(DataError, match="fewer than ten subjects"):

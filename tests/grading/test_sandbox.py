@@ -1,4 +1,4 @@
-"""The code sandbox: programs are judged by how they end, and real escapes hurt nobody but themselves."""
+"""The code sandbox: results of programs, and real escape attempts that affect only themselves."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ needs_namespaces = pytest.mark.skipif(not NAMESPACES, reason="this machine forbi
 
 
 def without(monkeypatch, tmp_path, *statements):
-    """The real sandbox without some of its layers, so that the others are seen to hold alone."""
+    """The real sandbox without some of its layers, to test that the remaining layers suffice."""
     text = sandbox._CHILD.read_text()
     for statement, replacement in statements:
         assert statement in text
@@ -44,7 +44,7 @@ def no_namespaces(monkeypatch, tmp_path):
     without(monkeypatch, tmp_path, ('layers = enter_namespaces(plan["limits"])', "layers = []"))
 
 
-def test_a_program_that_reaches_its_end_is_ok():
+def test_program_that_completes_is_ok():
     outcome = run(GOOD)
     assert (outcome.ok, outcome.output, outcome.reason) == (True, "done\n", "")
     assert {"limits", "audit"} <= set(outcome.isolation)
@@ -69,13 +69,13 @@ def test_a_program_that_reaches_its_end_is_ok():
         ("import numpy", "ModuleNotFoundError"),
     ],
 )
-def test_a_program_that_does_not_reach_its_end_fails(program, reason):
+def test_program_that_does_not_complete_fails_with_a_reason(program, reason):
     outcome = run(program, Limits(wall_seconds=1) if "sleep" in program else None)
     assert not outcome.ok
     assert reason in outcome.reason
 
 
-def test_programs_keep_their_order_and_cannot_spoil_each_other():
+def test_results_keep_their_order_and_programs_are_isolated():
     spoiler = "import builtins, math\nbuiltins.len = None\nmath.sqrt = None\nopen('left', 'w').write('x')"
     witness = "import math, os\nassert len([1]) == math.sqrt(1)\nassert os.listdir('.') == []"
     outcomes = run_all([spoiler, witness, "assert False", GOOD] * 10)
@@ -83,19 +83,19 @@ def test_programs_keep_their_order_and_cannot_spoil_each_other():
     assert run_all([]) == []
 
 
-def test_equal_programs_always_end_equally():
+def test_equal_programs_give_equal_results():
     program = "import random\nprint(random.random(), set('abcdefgh'), hash('x'))"
     assert len({o.output for o in run_all([program] * 40)}) == 1
 
 
-def test_output_is_cut_to_its_end():
+def test_only_the_end_of_long_output_is_kept():
     outcome = run("print('x' * 1_000_000)\nprint('end')", Limits(output_bytes=100))
     assert outcome.ok
     assert len(outcome.output) <= 100
     assert outcome.output.endswith("end\n")
 
 
-def test_a_dying_sandbox_process_costs_one_program_only(monkeypatch, tmp_path):
+def test_crashed_sandbox_process_fails_only_one_program(monkeypatch, tmp_path):
     without(
         monkeypatch,
         tmp_path,
@@ -134,7 +134,7 @@ HARMLESS = ("NATIVE", "READ_HOME")
 
 @pytest.fixture
 def secret():
-    """A file in the home folder that everyone may read and write, with a listener on a loopback port."""
+    """A world-writable file in the home folder, and a listener on a loopback port."""
     path = Path.home() / f".cogumi-secret-{os.getpid()}"
     path.write_text("top secret")
     path.chmod(0o666)
@@ -149,7 +149,7 @@ def escape(name, secret):
     program = ESCAPES[name].replace("SECRET", str(path)).replace("HOME'))", f"{path.parent}'))")
     program = program.replace("PORT", str(server.getsockname()[1])).replace("PID", str(os.getpid()))
     bad, good = run_all([program, GOOD], Limits(wall_seconds=5))
-    assert good.ok, good.reason  # the same sandbox process goes on
+    assert good.ok, good.reason  # the same sandbox process continues
     assert path.read_text() == "top secret"
     assert "secret" not in bad.output
     with pytest.raises(TimeoutError):
@@ -164,7 +164,7 @@ def test_escapes_fail(name, secret):
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_escapes_fail_where_namespaces_are_forbidden(name, secret, no_namespaces):
+def test_escapes_fail_without_namespaces(name, secret, no_namespaces):
     bad = escape(name, secret)
     assert not bad.ok, bad.output
     assert bad.isolation == ("user", "limits", "audit")
@@ -178,7 +178,7 @@ def test_escapes_fail_without_the_hook(name, secret, no_hook):
 
 
 @needs_namespaces
-def test_programs_see_nothing_of_the_machine():
+def test_programs_cannot_see_the_host():
     program = """
 import os
 assert os.environ == {}
@@ -190,7 +190,7 @@ for path in ("/etc", "/proc", "/sys", "/dev", "/tmp", "/bin", "/var"):
     assert run(program).reason == ""
 
 
-def test_no_process_and_no_folder_is_left_behind(tmp_path, monkeypatch):
+def test_no_process_or_folder_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     run_all([FORK_BOMB, DISK, GOOD])
@@ -198,8 +198,8 @@ def test_no_process_and_no_folder_is_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_sandbox_dies_with_its_caller():
-    """Killed hard, the caller takes a sleeping program along."""
+def test_sandbox_ends_when_its_caller_is_killed():
+    """A program that sleeps ends when the caller is killed with SIGKILL."""
     source = "from cogumi.grading.sandbox import run\nrun('import time; time.sleep(60)')"
     caller = subprocess.Popen([sys.executable, "-c", source])
     until(lambda: len(descendants(caller.pid)) >= 3 - (not NAMESPACES))
@@ -224,7 +224,7 @@ def alive(pids):
     return [path for path in states if path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"]
 
 
-def test_calls_from_several_threads_do_not_mix():
+def test_calls_from_several_threads_are_independent():
     results = {}
 
     def work(i):
