@@ -22,7 +22,7 @@ CITED = re.compile(rf"\(SPEC ({ID}(?:, {ID})*)(?=[;)])")
 CITED_IN_DOCUMENT = re.compile(rf"\(({ID}(?:, {ID})*)(?=[;)])")
 ROW = re.compile(rf"^\| ({ID}) \| .+ \| (.+) \|$", re.MULTILINE)
 HOMONYMS = {"F1", "F16"}
-"""Ids that are also a metric and a type of numbers: where these may stand cannot be told."""
+"""Ids that are also the name of a metric and of a number type, so that their use cannot be checked."""
 
 
 def cited(text, form=CITED):

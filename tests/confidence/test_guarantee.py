@@ -1,4 +1,4 @@
-"""`confidence.guarantee` (F4): the exact upper bound, and a risk limit that holds in at least 95% of repeats."""
+"""`confidence.guarantee` (SPEC F4): the exact upper bound, and a risk limit that holds in at least 95% of repeats."""
 
 import math
 

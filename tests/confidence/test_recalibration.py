@@ -1,4 +1,4 @@
-"""Recalibration from votes (F16, F17): bounded influence per user, certification before use, unchanged risk limit."""
+"""Recalibration from votes (SPEC F16, F17): influence per user, certification before use, fixed risk limit."""
 
 import math
 

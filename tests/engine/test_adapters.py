@@ -1,4 +1,4 @@
-"""Adapters of a running llama engine (E8): unloaded and loaded again, added and replaced."""
+"""Adapters of a running llama engine (SPEC E8): unloaded and loaded again, added and replaced."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""Speculation in the llama engine (E2, E3): answers equal those of the base for every source of drafts."""
+"""Speculation in the llama engine (SPEC E2, E3): answers equal those of the base for every source of drafts."""
 
 import logging
 from dataclasses import replace
@@ -83,8 +83,8 @@ def test_sampling_with_n_gram_drafts_has_the_same_distribution():
     """Chi-square over many seeds for the first tokens after a prompt whose lookup proposes right and wrong tokens."""
     engine = engine_of("ngram", 5)
     pairs_of_few = (5, 6, 7, 5, 7, 6, 5, 5, 6, 6, 7, 7, 5)
-    asked = Request(prompt=pairs_of_few, max_tokens=3, temperature=1.0, logit_bias=AMONG_FEW)
-    requests = [replace(asked, seed=i, speculate=i % 2 == 0) for i in range(1200)]
+    template = Request(prompt=pairs_of_few, max_tokens=3, temperature=1.0, logit_bias=AMONG_FEW)
+    requests = [replace(template, seed=i, speculate=i % 2 == 0) for i in range(1200)]
     answers = list(replies(engine, requests))
     assert sum(reply.usage.drafted for reply in answers) > 200
     pairs = [tuple(t.id for t in reply.tokens[:2]) for reply in answers]
@@ -129,8 +129,8 @@ def test_text_of_a_seed_does_not_depend_on_concurrent_requests(kind, monkeypatch
     files = pico()
     draft = files.draft_q8 if kind == "model" else None
     engine = LlamaEngine(files.base_q8, threads=1, draft=draft, lookup=kind == "ngram", slots=16)
-    asked = Request(prompt=FEW * 8, max_tokens=30, temperature=1.0, speculate=True, logit_bias=AMONG_FEW)
-    requests = [replace(asked, seed=i) for i in range(16)]
+    template = Request(prompt=FEW * 8, max_tokens=30, temperature=1.0, speculate=True, logit_bias=AMONG_FEW)
+    requests = [replace(template, seed=i) for i in range(16)]
     alone = [ask(engine, request) for request in requests]
     assert [reply.tokens for reply in replies(engine, requests)] == [reply.tokens for reply in alone]
     assert sum(reply.usage.drafted for reply in alone) > 100

@@ -360,19 +360,19 @@ def test_closing_an_iterator_does_not_affect_other_requests(engine):
 
 @engines()
 def test_concurrent_threads_get_their_own_answers(engine):
-    wishes = [Request(prompt=f"{n} plus {n}", max_tokens=12) for n in range(16)]
-    alone = [final_reply(engine.generate(wish)).text for wish in wishes]
-    crowd = [""] * len(wishes)
+    prompts = [Request(prompt=f"{n} plus {n}", max_tokens=12) for n in range(16)]
+    sequential = [final_reply(engine.generate(prompt_request)).text for prompt_request in prompts]
+    concurrent = [""] * len(prompts)
 
     def ask(i):
-        crowd[i] = final_reply(engine.generate(wishes[i])).text
+        concurrent[i] = final_reply(engine.generate(prompts[i])).text
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(wishes))]
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert crowd == alone
+    assert concurrent == sequential
 
 
 @pytest.mark.parametrize("kind", GAPS)

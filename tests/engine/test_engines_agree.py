@@ -75,9 +75,9 @@ def test_lm_eval_requests_detect_greedy_continuations(opened, servers, more):
             echo=True,
         )
         assert answer.usage.completion_tokens == more
-        told, end = answer.choices[0].logprobs, len(prompt) + len(continuation)
-        values, tops = told.token_logprobs[len(prompt) : end], told.top_logprobs[len(prompt) : end]
-        assert len(values) == len(continuation) == len(told.tokens) - len(prompt) - more
+        logprobs, end = answer.choices[0].logprobs, len(prompt) + len(continuation)
+        values, tops = logprobs.token_logprobs[len(prompt) : end], logprobs.top_logprobs[len(prompt) : end]
+        assert len(values) == len(continuation) == len(logprobs.tokens) - len(prompt) - more
         assert all(value == max(top.values()) for value, top in zip(values, tops, strict=True)) == greedy
         exact = near.read(Request(prompt=(*prompt, *continuation))).surprise[-4:]
         assert [-value for value in values] == pytest.approx(exact, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The llama engine on real files (E1, E2, E7): exactness, speculation, echo, latency and release of memory."""
+"""The llama engine on real files (SPEC E1, E2, E7): exactness, speculation, echo, latency and release of memory."""
 
 import gc
 import weakref
@@ -150,10 +150,10 @@ def test_latency_model_follows_observed_times(monkeypatch):
 
 
 def test_cancel_frees_the_slot_and_does_not_affect_others(engine):
-    wish = Request(prompt="Tom is", max_tokens=400, stop=("never",))
-    whole = final_reply(engine.generate(replace(wish, max_tokens=60)))
-    streams = [engine.generate(wish) for _ in range(12)]
-    survivor = engine.generate(replace(wish, max_tokens=60))
+    request = Request(prompt="Tom is", max_tokens=400, stop=("never",))
+    whole = final_reply(engine.generate(replace(request, max_tokens=60)))
+    streams = [engine.generate(request) for _ in range(12)]
+    survivor = engine.generate(replace(request, max_tokens=60))
     next(streams[0])
     for stream in streams:
         stream.close()
@@ -163,14 +163,14 @@ def test_cancel_frees_the_slot_and_does_not_affect_others(engine):
 
 
 def test_threads_can_read_score_and_generate_concurrently(engine):
-    wishes = [Request(prompt=prompt, max_tokens=10) for prompt in prompts(24)]
+    requests = [Request(prompt=prompt, max_tokens=10) for prompt in prompts(24)]
 
-    def ask(wish):
-        return final_reply(engine.generate(wish)).text, engine.score(wish, "It is 105."), engine.read(wish)
+    def ask(request):
+        return final_reply(engine.generate(request)).text, engine.score(request, "It is 105."), engine.read(request)
 
-    one_by_one = [ask(wish) for wish in wishes]
+    one_by_one = [ask(request) for request in requests]
     with ThreadPoolExecutor(12) as pool:
-        assert list(pool.map(ask, wishes)) == one_by_one
+        assert list(pool.map(ask, requests)) == one_by_one
     assert_idle(engine)
 
 

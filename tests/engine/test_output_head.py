@@ -1,4 +1,4 @@
-"""Few-shot adaptation of the output head (C9): exact gradients, and no effect on other requests."""
+"""Few-shot adaptation of the output head (SPEC C9): exact gradients, and no effect on other requests."""
 
 import json
 from dataclasses import replace
@@ -158,25 +158,25 @@ def by_torch(head, request, steps, folder):
 
     for question, answer in request.examples:
         prompt = tokenizer.chat((request.messages[0], Message("user", question)))
-        said = tokenizer.answer(answer)
-        states, z = run([*prompt, *said])
+        answer_ids = tokenizer.answer(answer)
+        states, z = run([*prompt, *answer_ids])
         hidden.append(states[len(prompt) - 1 : -1])
         logits.append(z[len(prompt) - 1 : -1])
-        targets += said
+        targets += answer_ids
     now = head.start
     for _ in range(steps):
         loss, a, b = nats(now, np.concatenate(hidden), targets, np.concatenate(logits))
         loss.backward()
         now = LowRank(*((x.detach() - head.lr * x.grad).numpy().astype(np.float32) for x in (a, b)), now.scale)
-    ids, told = tokenizer.chat(request.messages), []
+    ids, found = tokenizer.chat(request.messages), []
     for _ in range(request.max_tokens):
         states, z = run(ids)
         row = torch.log_softmax(torch.tensor(now.apply(z[-1], states[-1])), 0)
         ids.append(int(row.argmax()))
-        told.append((ids[-1], float(row.max())))
+        found.append((ids[-1], float(row.max())))
         if ids[-1] == tokenizer.eos:
             break
-    return told
+    return found
 
 
 def test_answers_equal_torch_with_a_head_adapted_by_autograd(head_file):
@@ -278,11 +278,11 @@ def test_stop_seed_bias_hidden_states_and_length_with_adaptation(engine):
 def test_without_adaptation_examples_become_earlier_turns(engine):
     bare = opened(context=256)
     for one in (bare, engine):
-        told = ask(one, replace(SHOWN, adapt=False))
-        assert told.text == ask(one, in_context(SHOWN)).text
-        assert told.usage.prompt_tokens == len(one.tokenizer.render(in_context(SHOWN)))
+        found = ask(one, replace(SHOWN, adapt=False))
+        assert found.text == ask(one, in_context(SHOWN)).text
+        assert found.usage.prompt_tokens == len(one.tokenizer.render(in_context(SHOWN)))
         assert one.score(SHOWN, "It is 105.") == one.score(in_context(SHOWN), "It is 105.")
-    assert ask(bare, SHOWN).text == told.text
+    assert ask(bare, SHOWN).text == found.text
     with pytest.raises(RequestError, match="no adaptable head"):
         bare.generate(replace(SHOWN, adapt=True))
     assert ask(engine, replace(SHOWN, adapt=True)).text == ask(engine, SHOWN).text

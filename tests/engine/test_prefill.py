@@ -1,4 +1,4 @@
-"""Prefix caching and prefill of the llama engine (E1, E6)."""
+"""Prefix caching and prefill of the llama engine (SPEC E1, E6)."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -112,7 +112,7 @@ def test_concurrent_prefill_of_the_same_sessions(engine):
         return [future.result(PATIENCE) for future in futures]
 
     with ThreadPoolExecutor(8) as threads:
-        told = list(threads.map(type_, [f"s{i % 2}" for i in range(16)]))
-    assert all(len(cached) == 11 for cached in told)
+        cached_counts = list(threads.map(type_, [f"s{i % 2}" for i in range(16)]))
+    assert all(len(cached) == 11 for cached in cached_counts)
     whole = len(engine.tokenizer.encode("Tom is taller than Ann. " * 11))
-    assert whole in {cached[-1] for cached in told}
+    assert whole in {cached[-1] for cached in cached_counts}

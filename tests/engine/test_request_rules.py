@@ -1,4 +1,4 @@
-"""Constraints of a request in the llama engine (E1): logit bias, penalties, grammars and schemas."""
+"""Constraints of a request in the llama engine (SPEC E1): logit bias, penalties, grammars and schemas."""
 
 import json
 from contextlib import closing, suppress

@@ -65,14 +65,14 @@ def test_signals_equal_float64_and_do_not_depend_on_the_batch(seed, n, size):
     chosen = generator.integers(size, size=n)
     wide = logits.astype(np.float64)
     exact = wide - np.logaddexp.reduce(wide, axis=1)[:, None]
-    told = signals(logits, chosen)
-    for i, (logprob, entropy, margin) in enumerate(told):
+    found = signals(logits, chosen)
+    for i, (logprob, entropy, margin) in enumerate(found):
         best = np.sort(exact[i])[::-1]
         assert logprob == pytest.approx(exact[i, chosen[i]], abs=1e-4)
         assert entropy == pytest.approx(-(np.exp(exact[i]) * exact[i]).sum(), abs=1e-4)
         assert margin == pytest.approx(best[0] - best[1], abs=1e-4)
-        assert signals(logits[i : i + 1], chosen[i : i + 1])[0] == told[i]
-    assert logprobs_of(logits, chosen) == pytest.approx([t[0] for t in told], abs=1e-5)
+        assert signals(logits[i : i + 1], chosen[i : i + 1])[0] == found[i]
+    assert logprobs_of(logits, chosen) == pytest.approx([t[0] for t in found], abs=1e-5)
 
 
 @given(rows, st.integers(0, 20))

@@ -1,4 +1,4 @@
-"""The scheduler (E1): waiting, cancellation, a full queue, and isolation of failures."""
+"""The scheduler (SPEC E1): waiting, cancellation, a full queue, and isolation of failures."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -45,10 +45,10 @@ def test_job_cancelled_while_waiting_leaves_the_queue(monkeypatch):
     with pytest.raises(BusyError, match="2 requests are waiting"):
         engine.generate(Request(prompt="Bob"))
     with ThreadPoolExecutor(1) as reader:
-        told = reader.submit(first._receive)  # like a reader that started before the close
+        cancelled = reader.submit(first._receive)  # like a reader that started before the close
         first.close()
         third = engine.generate(Request(prompt="Bob", max_tokens=3))
-        assert told.result(PATIENCE).finish_reason == "cancelled"
+        assert cancelled.result(PATIENCE).finish_reason == "cancelled"
     assert list(first) == []
     with pytest.raises(BusyError):
         engine.prefill("s", "Tom")

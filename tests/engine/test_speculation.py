@@ -21,7 +21,7 @@ from cogumi.engine.llama.speculative.speculation import (
     verify_greedy,
     verify_sampled,
 )
-from support.latencies import random_costs, run_of, wish
+from support.latencies import accepted_run, draft_options, random_costs
 
 VOCABULARY = 6
 
@@ -48,14 +48,14 @@ def test_greedy_speculation_equals_greedy_decoding(seed, k, draft_seed):
         drafted = []
         for _ in range(k):
             drafted.append(int(draft(written + drafted).argmax()))
-        asked = []
+        sampled = []
 
-        def best(i, sofar=tuple(written), drafted=drafted, asked=asked):
-            asked.append(i)
+        def best(i, sofar=tuple(written), drafted=drafted, sampled=sampled):
+            sampled.append(i)
             return int(base([*sofar, *drafted[:i]]).argmax())
 
         emitted = verify_greedy(drafted, best)
-        assert asked == list(range(len(emitted)))  # in order, each once, no more than needed
+        assert sampled == list(range(len(emitted)))  # in order, each once, no more than needed
         assert 1 <= len(emitted) <= k + 1
         written += emitted
     assert written[:20] == plain
@@ -94,14 +94,14 @@ def test_sampled_speculation_has_the_distribution_of_plain_sampling(draft_kind):
                 token = int(row.argmax()) if draft_kind == "greedy" else int(generator.choice(VOCABULARY, p=row))
                 q.append(row)
                 drafted.append(token)
-            asked = []
+            sampled = []
 
-            def p(i, sofar=tuple(written), drafted=drafted, asked=asked):
-                asked.append(i)
+            def p(i, sofar=tuple(written), drafted=drafted, sampled=sampled):
+                sampled.append(i)
                 return known("base", base, [*sofar, *drafted[:i]])
 
             emitted = verify_sampled(drafted, None if draft_kind == "greedy" else q, p, generator)
-            assert asked == list(range(len(emitted)))
+            assert sampled == list(range(len(emitted)))
             written += emitted
         counts[tuple(written[:3])] += 1
     exact = np.zeros_like(counts)
@@ -160,7 +160,7 @@ def test_running_acceptance_estimates_the_rate_from_tested_tokens_only():
         acceptance = Acceptance()
         assert acceptance.rate == pytest.approx(PRIOR)
         for _ in range(2000):
-            acceptance.update(5, run_of(generator, rate, 5))
+            acceptance.update(5, accepted_run(generator, rate, 5))
         assert acceptance.rate == pytest.approx(rate, abs=0.1)
 
 
@@ -210,7 +210,7 @@ permilles, limits, seeds = st.integers(1, 999), st.integers(0, 15), st.integers(
 def test_best_source_and_k_for_one_request(model_rate, ngram_rate, most_model, most_ngram, seed):
     costs = random_costs(seed)
     turn = Controller(costs).best(
-        [wish({"model": most_model, "ngram": most_ngram}, model=model_rate, ngram=ngram_rate)]
+        [draft_options({"model": most_model, "ngram": most_ngram}, model=model_rate, ngram=ngram_rate)]
     )
     speeds = {(None, 0): 1 / costs.step}
     for k in range(1, most_model + 1):
@@ -226,7 +226,7 @@ def test_best_source_and_k_for_one_request(model_rate, ngram_rate, most_model, m
 @settings(derandomize=True, deadline=None, max_examples=150)
 def test_best_subset_and_k_for_several_requests(rates, seed):
     costs, n = random_costs(seed), len(rates)
-    turn = Controller(costs).best([wish({"model": 15}, model=rate, ngram=500) for rate in rates])
+    turn = Controller(costs).best([draft_options({"model": 15}, model=rate, ngram=500) for rate in rates])
     best = 0.0
     for drafting in itertools.product((False, True), repeat=n):
         for k in range(1, 16):
@@ -237,8 +237,8 @@ def test_best_subset_and_k_for_several_requests(rates, seed):
     assert turn.tokens / turn.seconds == pytest.approx(best)
 
 
-wishes = st.builds(
-    lambda model, ngram, a, b: wish({"model": a, "ngram": b}, model=model, ngram=ngram),
+option_lists = st.builds(
+    lambda model, ngram, a, b: draft_options({"model": a, "ngram": b}, model=model, ngram=ngram),
     permilles,
     permilles,
     limits,
@@ -246,14 +246,14 @@ wishes = st.builds(
 )
 
 
-@given(st.lists(wishes, max_size=8), seeds)
+@given(st.lists(option_lists, max_size=8), seeds)
 @settings(derandomize=True, deadline=None, max_examples=200)
-def test_turn_respects_the_limits_and_its_own_estimates(wishes, seed):
+def test_turn_respects_the_limits_and_its_own_estimates(option_lists, seed):
     costs = random_costs(seed)
-    turn = Controller(costs).best(wishes)
+    turn = Controller(costs).best(option_lists)
     drafted = [choice.k for choice in turn.choices]
     tokens = 0.0
-    for choice, wanted in zip(turn.choices, wishes, strict=True):
+    for choice, wanted in zip(turn.choices, option_lists, strict=True):
         if choice.k == 0:
             assert choice.source is None
             tokens += 1
@@ -264,11 +264,11 @@ def test_turn_respects_the_limits_and_its_own_estimates(wishes, seed):
     drafting = max(drafted, default=0) * costs.drafting(sum(choice.source == "model" for choice in turn.choices))
     assert turn.tokens == pytest.approx(tokens)
     assert turn.seconds >= (costs.passes(drafted) + drafting) * (1 - 1e-9)
-    if wishes:
-        plain = len(wishes) / costs.seconds(len(wishes))
+    if option_lists:
+        plain = len(option_lists) / costs.seconds(len(option_lists))
         assert turn.tokens / turn.seconds >= plain * (1 - 1e-9)
 
 
 def test_sequences_with_fewer_tokens_left_draft_fewer_when_passes_are_free():
-    turn = Controller(GPU).best([wish({"ngram": 15}, ngram=990), wish({"ngram": 3}, ngram=990)])
+    turn = Controller(GPU).best([draft_options({"ngram": 15}, ngram=990), draft_options({"ngram": 3}, ngram=990)])
     assert [choice.k for choice in turn.choices] == [15, 3]

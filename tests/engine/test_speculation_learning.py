@@ -15,7 +15,7 @@ from cogumi.engine.llama.speculative.speculation import (
     LatencyCurve,
     expected_tokens,
 )
-from support.latencies import TWO_CORES, random_costs, run_of, wish
+from support.latencies import TWO_CORES, accepted_run, draft_options, random_costs
 
 
 class Stream:
@@ -33,8 +33,8 @@ class Stream:
         active = [[i, self.controller.tracker(), length] for i in range(together)]
         written, number = 0, together
         while written < tokens:
-            wishes = [DraftOptions(tracker, {source: 15}) for _, tracker, _ in active]
-            choices = self.controller.plan(wishes)
+            options = [DraftOptions(tracker, {source: 15}) for _, tracker, _ in active]
+            choices = self.controller.plan(options)
             drafted = [choice.k for choice in choices]
             drafting = costs.drafting(sum(k > 0 for k in drafted)) if source == "model" else 0.0
             self.seconds += costs.passes(drafted) + max(drafted) * drafting
@@ -43,11 +43,11 @@ class Stream:
                 rate = acceptance(i, written)
                 self.turns.append((i, written, k))
                 self.expected += expected_tokens(rate, k)
-                accepted = run_of(generator, rate, k)
+                accepted = accepted_run(generator, rate, k)
                 if k:
                     self.controller.learn(tracker, source, k, accepted)
                 elif source == "ngram":  # compared with the actual token
-                    self.controller.learn(tracker, source, 1, run_of(generator, rate, 1))
+                    self.controller.learn(tracker, source, 1, accepted_run(generator, rate, 1))
                 written += accepted + 1
                 request[2] -= accepted + 1
                 if request[2] <= 0:
@@ -138,8 +138,10 @@ def test_probes_keep_their_budget():
 def test_probe_drafts_the_number_with_the_least_expected_loss():
     costs = LatencyCurve(0.02, (1.0, 1.9, 2.0, *(4.0,) * 13))
     for rate, k in ((50, 1), (600, 2)):
-        assert Controller(costs).best([wish({"model": 15}, model=rate, ngram=500)]).choices == [Choice(None, 0)]
-        assert Controller(costs).plan([wish({"model": 15}, model=rate, ngram=500)]) == [Choice("model", k)]
+        assert Controller(costs).best([draft_options({"model": 15}, model=rate, ngram=500)]).choices == [
+            Choice(None, 0)
+        ]
+        assert Controller(costs).plan([draft_options({"model": 15}, model=rate, ngram=500)]) == [Choice("model", k)]
 
 
 def test_drafting_that_can_never_be_faster_is_not_tried():

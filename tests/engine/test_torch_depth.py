@@ -1,4 +1,4 @@
-"""The torch engine omits the layers that a depth decision skips (C7)."""
+"""The torch engine omits the layers that a depth decision skips (SPEC C7)."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The pipeline: fingerprints, skipping, going on after a kill, gates, a full disk, the report."""
+"""`pipeline.build`: fingerprints, skipped steps, resumption after a kill, gates, a full disk, and the report."""
 
 import json
 import resource
@@ -37,7 +37,7 @@ class Log(Silent):
         self.events.append(skipped)
 
 
-def test_second_build_skips_everything_and_changes_nothing(tmp_path):
+def test_second_build_skips_every_step_and_changes_no_file(tmp_path):
     report = build(recipe(*TWO), tmp_path)
     assert [row["skipped"] for row in report["steps"]] == [False, False]
     before, log = contents(tmp_path), Log()
@@ -51,7 +51,7 @@ def test_second_build_skips_everything_and_changes_nothing(tmp_path):
     assert parents == {"weights": artifact.load(tmp_path / "small/first").fingerprint}
 
 
-def test_report_merges_figures_pages_and_pictures(tmp_path):
+def test_report_merges_metrics_pages_and_plots(tmp_path):
     report = build(recipe(step("first"), step("report", stage="report", inputs={"x": "first"})), tmp_path)
     home = tmp_path / "small"
     assert json.loads((home / "report.json").read_text()) == report
@@ -69,9 +69,9 @@ def fingerprints(*steps, **more):
     return [p.fingerprint for p in plan(recipe(*steps, **more))]
 
 
-def test_fingerprint_holds_what_matters_and_nothing_else(monkeypatch, tmp_path):
+def test_fingerprint_depends_only_on_what_affects_the_output(monkeypatch, tmp_path):
     base = fingerprints(*TWO)
-    assert fingerprints(step("first", steps=4, delay=0), TWO[1]) == base  # defaults written out
+    assert fingerprints(step("first", steps=4, delay=0), TWO[1]) == base  # explicit default values
     assert fingerprints(step("renamed"), step("second", inputs={"weights": "renamed"}, steps=3)) == base
     assert fingerprints(step("first", gates=[{"metric": "score", "at_least": 0}]), TWO[1]) == base
     later = fingerprints(TWO[0], step("second", inputs={"weights": "first"}, steps=2))
@@ -83,7 +83,7 @@ def test_fingerprint_holds_what_matters_and_nothing_else(monkeypatch, tmp_path):
     assert not set(fingerprints(*TWO)) & set(base)
 
 
-def test_input_files_count_by_content(tmp_path):
+def test_fingerprint_uses_the_content_of_input_files(tmp_path):
     (tmp_path / "rows.txt").write_text("one")
     mine = recipe(step("first", source="rows.txt"), root=tmp_path)
     build(mine, tmp_path / "runs")
@@ -99,7 +99,7 @@ def test_input_files_count_by_content(tmp_path):
         build(mine, tmp_path / "runs")
 
 
-def test_damaged_step_is_built_again_and_the_rest_kept(tmp_path):
+def test_only_a_damaged_step_is_rebuilt(tmp_path):
     build(recipe(*TWO), tmp_path)
     before = contents(tmp_path)
     (tmp_path / "small/first/weights-1.bin").write_bytes(b"oops")
@@ -151,13 +151,13 @@ def test_gate_keeps_the_artifact_and_is_checked_again(tmp_path):
         ({"metric": "by.math", "at_least": 0.3}, "by.math is 0.25 and must be at least 0.3"),
     ],
 )
-def test_gates_say_figure_and_bound(tmp_path, gate, message):
+def test_gate_errors_contain_the_metric_and_the_bound(tmp_path, gate, message):
     with pytest.raises(GateError) as caught:
         build(recipe(step("first", score=0.4), step("second", gates=[gate])), tmp_path)
     assert message in str(caught.value)
 
 
-def test_gates_that_hold(tmp_path):
+def test_gates_that_are_met(tmp_path):
     gates = [
         {"metric": "score", "at_least": 1.25, "relative_to": "first"},
         {"metric": "by.math", "at_most": 0.25},
@@ -165,7 +165,7 @@ def test_gates_that_hold(tmp_path):
     build(recipe(step("first", score=0.4), step("second", gates=gates)), tmp_path)
 
 
-def test_failing_stage_is_named_and_goes_on_from_its_checkpoint(tmp_path):
+def test_failing_stage_is_named_and_resumes_from_its_checkpoint(tmp_path):
     class Counting(Silent):
         seen = ()
 
@@ -197,10 +197,10 @@ def test_missing_role_is_a_recipe_error(tmp_path, monkeypatch):
         build(recipe(*steps), tmp_path / "runs")
 
 
-# In processes of their own: kill -9, a full disk, two builds at once.
+# In separate processes: kill -9, a full disk, two concurrent builds.
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
+def test_build_killed_at_any_point_resumes_to_the_same_bytes(tmp_path):
     path = write_recipe(tmp_path, step("first", steps=8), step("second", inputs={"w": "first"}, steps=8))
     build(parse_recipe(path.read_text(), "small", tmp_path), tmp_path / "calm")
     moments = ("started first", "advanced first 3", "advanced first 8", "wrote first 0 0", "wrote first 5 2")
@@ -211,7 +211,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     assert contents(tmp_path / "stormy") == contents(tmp_path / "calm")
 
 
-def test_killed_step_does_not_start_again_from_nothing(tmp_path):
+def test_killed_step_resumes_from_its_checkpoint(tmp_path):
     path = write_recipe(tmp_path, step("first", steps=5))
     finish(start(path, tmp_path / "runs", kill_at="advanced first 3"))
     code, out, _ = finish(start(path, tmp_path / "runs"))
@@ -221,7 +221,7 @@ def test_killed_step_does_not_start_again_from_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("writer", "limit"), [("bytes", 20_000), ("safetensors", 100_000)])
-def test_full_disk_leaves_no_half_artifact(tmp_path, writer, limit):
+def test_full_disk_leaves_no_partial_artifact(tmp_path, writer, limit):
     path = write_recipe(tmp_path, step("first", writer=writer))
 
     def small_disk():
@@ -240,14 +240,14 @@ def test_full_disk_leaves_no_half_artifact(tmp_path, writer, limit):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_full_device_is_said_plainly(tmp_path):
+def test_full_device_is_reported_in_one_line(tmp_path):
     with pytest.raises(CogumiError, match=r"^step 'second': the disk is full .*finished steps are kept$"):
         build(recipe(step("first"), step("second", writer="full")), tmp_path)
     assert artifact.verify(tmp_path / "small/first")
     assert not (tmp_path / "small/second/manifest.json").exists()
 
 
-def test_two_builds_in_one_folder(tmp_path):
+def test_concurrent_builds_in_one_folder_are_refused(tmp_path):
     path = write_recipe(tmp_path, step("first", steps=100_000, delay=0.05))  # until it is killed
     process = start(path, tmp_path)
     process.stdout.readline()
@@ -258,7 +258,7 @@ def test_two_builds_in_one_folder(tmp_path):
     build(recipe(step("first")), tmp_path)
 
 
-def test_runs_folder_that_cannot_be_made(tmp_path):
+def test_runs_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CogumiError, match="cannot be written"):
         build(recipe(step("first")), tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The graph of steps: order, cycles, and how many can run at once."""
+"""`pipeline.graph`: order of steps, cycles, and the number of steps that can run concurrently."""
 
 from itertools import combinations
 
@@ -14,7 +14,7 @@ PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 @st.composite
 def graphs(draw):
-    """Acyclic graphs whose keys are in any order."""
+    """Acyclic graphs with keys in any order."""
     names = [str(i) for i in range(draw(st.integers(1, 7)))]
     needs = {name: draw(st.lists(st.sampled_from(names[:i]), unique=True)) if i else [] for i, name in enumerate(names)}
     return {name: needs[name] for name in draw(st.permutations(names))}
@@ -26,14 +26,14 @@ def reachable(graph, step):
 
 @PATIENT
 @given(graphs())
-def test_every_step_comes_after_those_it_needs_and_no_later_than_it_must(graph):
+def test_order_is_topological_and_stable(graph):
     order = in_order(graph)
     assert sorted(order) == sorted(graph)
     keys = list(graph)
     for i, step in enumerate(order):
         ready = [one for one in keys if one not in order[:i] and set(graph[one]) <= set(order[:i])]
         assert step == ready[0]
-    assert in_order({step: graph[step] for step in order}) == order  # a recipe that is in order stays as it is
+    assert in_order({step: graph[step] for step in order}) == order  # an ordered recipe keeps its order
 
 
 @PATIENT
@@ -48,7 +48,7 @@ def test_width_is_the_largest_set_of_independent_steps(graph):
     assert width(graph) == max(sizes)
 
 
-def test_a_cycle_is_named_without_the_steps_that_only_lead_to_it():
+def test_cycle_is_named_without_the_steps_that_only_lead_to_it():
     graph = {"start": (), "late": ("b",), "a": ("start", "c"), "b": ("a",), "c": ("b",)}
     with pytest.raises(
         ValueError, match=r"^the steps form a cycle: 'b' needs 'a' and 'a' needs 'c' and 'c' needs 'b'; "
@@ -56,6 +56,6 @@ def test_a_cycle_is_named_without_the_steps_that_only_lead_to_it():
         in_order(graph)
 
 
-def test_steps_of_the_tiny_recipe_that_can_run_at_once():
-    """Modifiers and their controls, the draft, the base's export, the two nets that need nothing."""
+def test_width_of_the_tiny_recipe():
+    """Modifiers and their controls, the draft, the export of the base, and two networks without inputs."""
     assert width(load_recipe("tiny").graph) >= 10

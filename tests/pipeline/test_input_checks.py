@@ -1,4 +1,4 @@
-"""Inputs are checked before anything runs: what `plan` refuses, `build` refuses with the same words."""
+"""Inputs are checked before any step runs, and `plan` and `build` report the same messages."""
 
 import pytest
 import yaml
@@ -11,52 +11,52 @@ from cogumi.pipeline.plan.recipe_plan import plan
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe, parse_recipe
 
 
-def told(name, given, **config):
+def problems_of(name, given, **config):
     module = stage(name)
     return list(input_problems(module, module.Config(**config), given))
 
 
-def test_a_missing_input_is_named_with_those_given():
-    assert told("tokenizer", {}) == ["the stage needs an input 'examples'; given: none"]
-    assert told("acceptance", {"data": "examples", "base": "gguf"}) == [
+def test_missing_input_is_named_with_the_given_ones():
+    assert problems_of("tokenizer", {}) == ["the stage needs an input 'examples'; given: none"]
+    assert problems_of("acceptance", {"data": "examples", "base": "gguf"}) == [
         "the stage needs an input 'draft_*'; given: data, base"
     ]
 
 
-def test_an_input_of_another_kind_is_named_with_both():
-    assert told("tokenizer", {"examples": "model"}) == [
+def test_input_of_another_kind_is_named_with_both_kinds():
+    assert problems_of("tokenizer", {"examples": "model"}) == [
         "input 'examples' is of kind model, not examples; take another step's"
     ]
-    assert told("gguf", {"model": "model", "adapter": "examples"}) == [
+    assert problems_of("gguf", {"model": "model", "adapter": "examples"}) == [
         "input 'adapter' is of kind examples, not adapter or backbone or model; take another step's"
     ]
 
 
-def test_an_input_that_the_stage_does_not_know_is_named_with_the_nearest():
-    assert told("gguf", {"model": "model", "importnace": "importance"}) == [
+def test_unknown_input_is_named_with_the_nearest_role():
+    assert problems_of("gguf", {"model": "model", "importnace": "importance"}) == [
         "the stage has no input 'importnace'; did you mean 'importance'?"
     ]
 
 
-def test_a_kind_that_a_problem_hides_is_not_judged():
-    assert told("tokenizer", {"examples": None}) == []
+def test_input_of_unknown_kind_is_not_checked():
+    assert problems_of("tokenizer", {"examples": None}) == []
 
 
-def test_inputs_that_the_config_asks_for():
+def test_inputs_required_by_the_config():
     data, whole = {"examples": "examples"}, {"examples": "examples", "model": "model"}
-    assert told("sft", data, init="some/model") == []
-    assert told("sft", data) == ["the stage needs an input 'tokenizer'; given: examples"]
-    assert told("recover", whole) == []
-    assert told("recover", whole, by="rise") == ["the stage needs an input 'original'; given: examples, model"]
-    assert told("compress_adapter", whole | {"adapter": "adapter"}, loop={"steps": 2}) == [
+    assert problems_of("sft", data, init="some/model") == []
+    assert problems_of("sft", data) == ["the stage needs an input 'tokenizer'; given: examples"]
+    assert problems_of("recover", whole) == []
+    assert problems_of("recover", whole, by="rise") == ["the stage needs an input 'original'; given: examples, model"]
+    assert problems_of("compress_adapter", whole | {"adapter": "adapter"}, loop={"steps": 2}) == [
         "the stage needs an input 'responses'; given: examples, model, adapter"
     ]
-    assert told("archive", {"model": "model"}) == []
-    assert told("archive", {}) == ["the stage needs an input 'bundle'; given: none"]
+    assert problems_of("archive", {"model": "model"}) == []
+    assert problems_of("archive", {}) == ["the stage needs an input 'bundle'; given: none"]
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
-def test_the_builtin_recipes_give_what_their_stages_need(name):
+def test_builtin_recipes_give_all_required_inputs(name):
     recipe = load_recipe(name)
     stages = {step.name: stage(step.stage) for step in recipe.steps}
     for step in recipe.steps:
@@ -72,7 +72,7 @@ WRONG = (
 
 
 @pytest.mark.parametrize(("inputs", "message"), WRONG)
-def test_plan_and_build_refuse_alike_before_anything_runs(tmp_path, inputs, message):
+def test_plan_and_build_refuse_with_the_same_message_before_any_step(tmp_path, inputs, message):
     steps = [{"name": "data", "stage": "world"}, {"name": "base", "stage": "sft", "inputs": inputs}]
     recipe = parse_recipe(yaml.safe_dump({"name": "mine", "steps": steps}), "mine", tmp_path)
     problem = plan(recipe).problems[0]

@@ -1,4 +1,4 @@
-"""Steps side by side in worker processes: order, threads, kill, failure, output, memory."""
+"""`pipeline.executors.local`: concurrent steps in worker processes: order, threads, kill, failure, output, memory."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def toy(monkeypatch):
 
 
 class Log(Silent):
-    """Everything that a build tells, as tuples; `on` may act on an event."""
+    """Records all events of a build as tuples; `on` is called with each event."""
 
     def __init__(self, on=lambda event: None):
         self.events, self.on = [], on
@@ -56,8 +56,8 @@ def actor(name, **config):
     return step(name, stage="actor", **config)
 
 
-def test_independent_steps_run_at_the_same_time_and_others_after_their_inputs(tmp_path):
-    """Each of the pair ends only when the other is under way."""
+def test_independent_steps_run_concurrently_and_others_after_their_inputs(tmp_path):
+    """Each of the two steps ends only after the other has started."""
     files = {name: str(tmp_path / name) for name in ("left", "right")}
     pair = [actor(name, arrive=file, wait_for=list(files.values())) for name, file in files.items()]
     after = step("after", inputs={"l": "left", "r": "right"})
@@ -70,25 +70,25 @@ def test_independent_steps_run_at_the_same_time_and_others_after_their_inputs(tm
     assert events[4:] == [("started", "after"), ("finished", "after")]
     left, right, last = (row["metrics"]["pid"] for row in report["steps"])
     assert left != right
-    assert last in (left, right)  # a worker serves one step after another
+    assert last in (left, right)  # a worker runs several steps in turn
     assert not {left, right} & {os.getpid()}
     assert not any(Path(f"/proc/{pid}").exists() for pid in (left, right))
     assert report["build_seconds"] == pytest.approx(sum(row["seconds"] for row in report["steps"]), abs=0.01)
 
 
-def test_threads_are_a_function_of_recipe_machine_and_jobs(tmp_path, monkeypatch):
+def test_threads_depend_only_on_recipe_machine_and_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "usable_threads", lambda: 7)
     steps = [step("a"), step("b"), step("c", inputs={"a": "a"})]
-    for jobs, threads in ((1, 7), (2, 3), (5, 3)):  # never more processes than the two steps that can run at once
+    for jobs, threads in ((1, 7), (2, 3), (5, 3)):  # at most two processes, because two steps can run concurrently
         report = build(recipe(*steps), tmp_path / str(jobs), jobs=jobs)
         manifests = [artifact.read_manifest(tmp_path / str(jobs) / "small" / name) for name in "abc"]
         assert [m.environment["threads"] for m in manifests] == [threads] * 3
         assert len({row["metrics"]["pid"] for row in report["steps"]}) == min(jobs, 2)
-    # Libraries in a worker see the share too.
+    # libraries in a worker see the same number of threads
     assert {row["metrics"]["usable_threads"] for row in report["steps"]} == {min(3, len(os.sched_getaffinity(0)))}
 
 
-def test_one_job_a_chain_or_a_launch_of_several_processes_stay_in_this_process(tmp_path, monkeypatch):
+def test_builds_without_concurrency_run_in_this_process(tmp_path, monkeypatch):
     def executor(*steps, jobs=None):
         return type(build_module._executor(recipe(*steps), jobs, 0))
 
@@ -105,7 +105,7 @@ def test_one_job_a_chain_or_a_launch_of_several_processes_stay_in_this_process(t
     assert executor(*pair, jobs=2) is InProcess
 
 
-def test_bytes_do_not_depend_on_jobs_nor_on_kills(tmp_path):
+def test_bytes_do_not_depend_on_jobs_or_kills(tmp_path):
     steps = [step("a", steps=8), step("b", steps=8), step("c", inputs={"w": "a"}, steps=8)]
     steps.append(step("d", inputs={"x": "b", "y": "c"}, steps=8))
     path = write_recipe(tmp_path, *steps)
@@ -117,7 +117,7 @@ def test_bytes_do_not_depend_on_jobs_nor_on_kills(tmp_path):
     assert contents(tmp_path / "stormy") == contents(tmp_path / "calm")
 
 
-def test_workers_end_with_a_build_that_is_killed_and_the_folder_is_free_again(tmp_path):
+def test_workers_of_a_killed_build_end_and_release_the_folder(tmp_path):
     path = write_recipe(tmp_path, step("a", steps=100_000, delay=0.05), step("b", steps=100_000, delay=0.05))
     process = start(path, tmp_path / "runs", jobs=2)
     seen = set()
@@ -137,7 +137,7 @@ def test_workers_end_with_a_build_that_is_killed_and_the_folder_is_free_again(tm
         pass
 
 
-def test_a_worker_that_is_killed_ends_the_build_with_its_step_named(tmp_path):
+def test_killed_worker_ends_the_build_and_names_its_step(tmp_path):
     steps = [actor("a", wait_for=["nothing"]), step("b")]
     pids, seen = [], set()
 
@@ -153,26 +153,26 @@ def test_a_worker_that_is_killed_ends_the_build_with_its_step_named(tmp_path):
 
     with pytest.raises(CogumiError) as caught:
         build(recipe(*steps), tmp_path, jobs=2, progress=Log(kill))
-    said = str(caught.value)
-    assert said.startswith("step 'a': its process was killed by SIGKILL, as the system does when memory runs out")
-    assert said.endswith("run the same command again to continue: finished steps are kept")
+    message = str(caught.value)
+    assert message.startswith("step 'a': its process was killed by SIGKILL, as the system does when memory runs out")
+    assert message.endswith("run the same command again to continue: finished steps are kept")
     assert artifact.verify(tmp_path / "small/b")
     assert not (tmp_path / "small/a/manifest.json").exists()
 
 
-def test_a_worker_that_exits_ends_the_build_with_its_status(tmp_path):
+def test_exit_status_of_a_worker_is_reported(tmp_path):
     with pytest.raises(CogumiError, match=r"^step 'a': its process ended with exit status 3; run the same command"):
         build(recipe(actor("a", exits=3), step("b")), tmp_path, jobs=2)
 
 
 @pytest.mark.parametrize("kind", ["gate", "stage"])
-def test_after_a_failure_running_steps_end_and_nothing_starts(tmp_path, kind):
-    """The slow step ends only once the failure has been told."""
-    told = tmp_path / "told"
+def test_after_a_failure_running_steps_finish_and_no_step_starts(tmp_path, kind):
+    """The slow step ends only after the failure has been reported."""
+    reported = tmp_path / "told"
     gate = {"metric": "score", "at_least": 0.6}
     bad = step("bad", gates=[gate]) if kind == "gate" else step("bad", fail=True)
     steps = [
-        actor("slow", wait_for=[str(told)]),
+        actor("slow", wait_for=[str(reported)]),
         bad,
         step("never", inputs={"w": "slow"}),
         step("nor", inputs={"w": "bad"}),
@@ -180,7 +180,7 @@ def test_after_a_failure_running_steps_end_and_nothing_starts(tmp_path, kind):
 
     def tell(event):
         if event[0] == "failed":
-            told.touch()
+            reported.touch()
 
     log = Log(tell)
     with pytest.raises(GateError if kind == "gate" else TrainingError, match=r"^step 'bad'"):
@@ -199,13 +199,13 @@ def test_after_a_failure_running_steps_end_and_nothing_starts(tmp_path, kind):
     assert [row["skipped"] for row in again["steps"]] == [True, kind == "gate", False, False]
 
 
-def test_an_unforeseen_error_keeps_its_type_and_the_traceback_of_the_worker(tmp_path):
+def test_unexpected_error_keeps_its_type_and_the_workers_traceback(tmp_path):
     with pytest.raises(ZeroDivisionError) as caught:
         build(recipe(actor("a", divide_by=0), step("b")), tmp_path, jobs=2)
     assert "actor.py" in caught.value.__notes__[0]
 
 
-def test_what_a_step_prints_is_passed_on(tmp_path):
+def test_output_of_a_step_is_forwarded(tmp_path):
     log = Log()
     build(recipe(actor("a", prints="50%\r100%\nhello\n"), step("b")), tmp_path, jobs=2, progress=log)
     assert [event for event in log.events if event[0] == "printed"] == [
@@ -214,7 +214,7 @@ def test_what_a_step_prints_is_passed_on(tmp_path):
     ]
 
 
-def test_a_step_waits_while_memory_is_short(tmp_path, monkeypatch):
+def test_step_waits_while_memory_is_short(tmp_path, monkeypatch):
     monkeypatch.setattr("cogumi.pipeline.executors.local.available_memory", lambda: 1000)
     log = Log()
     build(recipe(step("a"), step("b"), step("c")), tmp_path, jobs=3, progress=log)
@@ -222,22 +222,22 @@ def test_a_step_waits_while_memory_is_short(tmp_path, monkeypatch):
     assert events == [(what, name) for name in "abc" for what in ("started", "finished")]
 
 
-def test_a_full_disk_in_a_worker_is_said_plainly(tmp_path):
+def test_full_disk_in_a_worker_is_reported_in_one_line(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(CogumiError, match=r"^step 'b': the disk is full while writing .*finished steps are kept"):
         build(recipe(step("a"), step("b", writer="full")), tmp_path, jobs=2)
 
 
-def test_the_memory_of_a_step_is_that_of_its_process(tmp_path):
-    """A worker starts small, whatever the process that started it holds."""
+def test_memory_of_a_step_is_measured_in_its_process(tmp_path):
+    """The memory of a worker does not include that of its parent process."""
     ballast = b"x" * (400 << 20)
     build(recipe(step("a"), step("b")), tmp_path, jobs=2)
     peak = artifact.read_manifest(tmp_path / "small/a").environment["peak_rss_bytes"]
     assert 5 << 20 < peak < len(ballast)
 
 
-def test_close_ends_what_still_runs(tmp_path):
+def test_close_ends_running_steps(tmp_path):
     """As after Ctrl-C."""
 
     class Stop(KeyboardInterrupt):
@@ -255,4 +255,4 @@ def test_close_ends_what_still_runs(tmp_path):
         build(recipe(*steps), tmp_path, jobs=2, progress=Log(stop))
     assert not Path(f"/proc/{pids[0]}").exists()
     with closing(LocalProcesses(2, 1, 0)) as executor:
-        assert executor.has_room(1 << 60)  # nothing runs
+        assert executor.has_room(1 << 60)  # no step is running

@@ -1,4 +1,4 @@
-"""`cogumi plan`: what the command prints, and what it refuses in a line."""
+"""`cogumi plan`: its output, and its one-line errors."""
 
 import json
 
@@ -26,7 +26,7 @@ def cogumi(*words):
     return CliRunner().invoke(app, ["plan", *words], env={"COLUMNS": "200"})
 
 
-def test_no_longer_context_is_planned_than_the_base_was_made_for(tmp_path):
+def test_planned_context_is_limited_to_that_of_the_base(tmp_path):
     folder = make_model(tmp_path / "mine")
     most = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     for asked_for, planned in ((most - 1, most - 1), (most, most), (10 * most, most)):
@@ -35,7 +35,7 @@ def test_no_longer_context_is_planned_than_the_base_was_made_for(tmp_path):
         assert ("the maximum of the base" in cogumi(*words).stdout) is (planned == most)
 
 
-def test_a_speed_that_was_asked_for_is_said_to_be_compared_with_a_ceiling():
+def test_requested_speed_is_reported_against_an_upper_bound():
     speed = ("Llama-3.2-1B", "--bandwidth", "100GB/s", "--tokens-per-second")
     fits, misses = cogumi(*speed, "1").stdout, cogumi(*speed, "200").stdout
     assert "it fits as it is, its speed by the ceiling\n" in fits
@@ -57,7 +57,7 @@ def test_models_beside_the_bundle_are_listed(tmp_path):
     assert json.loads(cogumi("Llama-3.2-1B", "--json").stdout)["files_beside"] == {}
 
 
-def test_types_that_a_step_finds_are_said_to_be_unknown(tmp_path):
+def test_types_that_a_step_will_determine_are_reported_as_unknown(tmp_path):
     qwen2(tmp_path / "mine")
     base = {"name": "base", "stage": "sft", "inputs": {"examples": "data"}, "config": {"init": "mine"}}
     scaled = {"name": "scaled", "stage": "awq", "inputs": {"examples": "data", "model": "base"}}
@@ -70,8 +70,8 @@ def test_types_that_a_step_finds_are_said_to_be_unknown(tmp_path):
     assert "files beside the bundle" in shown
 
 
-def test_the_command_answers_in_figures():
-    """Beside the files of the finished tiny build."""
+def test_command_prints_figures():
+    """Compared with the files of a finished tiny build."""
     done = cogumi("tiny", "--disk", "890MB", "--ram", "1.5GB", "--tokens-per-second", "30", "--json")
     assert done.exit_code == 0
     sizes = json.loads(done.stdout)["sizes"]
@@ -89,7 +89,7 @@ def test_the_command_answers_in_figures():
     assert sum(memory.values()) == sizes["asked"]["ram_bytes"]
 
 
-def test_a_model_alone_by_name_config_or_file(tmp_path):
+def test_plan_of_a_single_model_by_name_config_or_file(tmp_path):
     shown = cogumi("Llama-3.2-1B", "--disk", "700MB", "--bandwidth", "18GB/s")
     assert shown.exit_code == 0
     assert "smallest change that fits: vocabulary of 65,536 instead of 128,256 ids: 698.5 MB on disk" in shown.stdout
@@ -104,7 +104,7 @@ def test_a_model_alone_by_name_config_or_file(tmp_path):
         assert found["files"] == {BASE: file.stat().st_size}
 
 
-def test_types_that_a_step_left_beside_a_model_count(tmp_path):
+def test_types_file_beside_a_model_is_used(tmp_path):
     folder, types = make_model(tmp_path / "mine"), {"blk.0.*": "q8_0", "token_embd.weight": "f16"}
     (folder / "types.json").write_text(json.dumps(types))
     file = tmp_path / "mine.gguf"
@@ -115,7 +115,7 @@ def test_types_that_a_step_left_beside_a_model_count(tmp_path):
     assert "types: 'blk.7.*' matches no matrix" in str(cogumi(str(folder)).exception)
 
 
-def test_a_file_is_measured_beside_its_plan(tmp_path):
+def test_existing_file_is_measured_beside_its_plan(tmp_path):
     file = tmp_path / "mine.gguf"
     export_model(make_model(tmp_path / "mine"), file, "q8_0")
     measured = json.loads(cogumi(str(file), "--json").stdout)["measured"]
@@ -123,18 +123,18 @@ def test_a_file_is_measured_beside_its_plan(tmp_path):
     assert 0 < measured["tokens_per_second"] < 1.5 * measured["tokens_per_second_at_most"]
 
 
-def test_an_impossible_budget_is_one_line_and_exit_code_1():
+def test_impossible_budget_gives_one_line_and_exit_code_1():
     done = cogumi("Llama-3.1-8B", "--disk", "540MB", "--check")
     assert done.exit_code == 1
     assert not done.stdout
     (line,) = done.stderr.splitlines()
     assert "0.54 bits each" in line
-    told = cogumi("Llama-3.1-8B", "--disk", "540MB", "--json")
-    assert told.exit_code == 1
-    assert "0.54 bits each" in json.loads(told.stdout)["sizes"]["refusal"]
+    result = cogumi("Llama-3.1-8B", "--disk", "540MB", "--json")
+    assert result.exit_code == 1
+    assert "0.54 bits each" in json.loads(result.stdout)["sizes"]["refusal"]
 
 
-def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
+def test_unplannable_input_is_refused_in_one_line(tmp_path):
     def refused(*words):
         error = cogumi(*words).exception
         assert isinstance(error, CogumiError), error
@@ -177,9 +177,9 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
         "is a 5; supported": good | {"architectures": 3, "model_type": 5},
         "hidden_act is 'gelu'": good | {"hidden_act": "gelu"},
     }
-    for said, document in damaged.items():
+    for message, document in damaged.items():
         config.write_text(json.dumps(document))
-        assert said in refused(str(config)), said
+        assert message in refused(str(config)), message
     config.write_text("{")
     assert "cannot be read" in refused(str(tmp_path))
     config.write_text(json.dumps(good))

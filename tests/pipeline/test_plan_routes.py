@@ -1,4 +1,4 @@
-"""Which routes fit, which of them is named, and what an impossible ask is told."""
+"""Compression routes: which ones fit a budget, which one is chosen, and the error for an impossible budget."""
 
 import math
 import re
@@ -34,7 +34,7 @@ SMALL = {"README.md": FileSize(2000)}
 WHOLE = Parts("1b", BASE_1B, DRAFT_1B, True, {"modifiers/code.gguf": Adapter(RANKS)}, small=SMALL)
 
 
-def asked(parts=WHOLE, bandwidth=BANDWIDTH, **budget):
+def plan_for(parts=WHOLE, bandwidth=BANDWIDTH, **budget):
     return RouteSearch(parts, Serving(), Budget(**budget), bandwidth)
 
 
@@ -43,38 +43,38 @@ def measures(route):
 
 
 @pytest.fixture(scope="module")
-def every():
-    """All changes with what comes of them: bytes on disk, bytes in memory without repacking, seconds per token."""
-    free = asked()
+def all_routes():
+    """All routes with their results: bytes on disk, bytes in memory without repacking, seconds per token."""
+    free = plan_for()
     return [(change, measures(free.route(change))) for change in free.changes()]
 
 
-def test_the_last_change_is_the_smallest_in_every_respect(every):
-    """So whether anything fits is told by it alone."""
-    _, least = every[-1]
-    assert all(here <= there for _, found in every for here, there in zip(least, found, strict=True))
+def test_last_route_is_the_smallest_in_every_measure(all_routes):
+    """So this route alone decides whether any route fits."""
+    _, least = all_routes[-1]
+    assert all(here <= there for _, found in all_routes for here, there in zip(least, found, strict=True))
 
 
 @given(st.data())
 @settings(max_examples=12, deadline=None)
-def test_the_route_named_is_the_first_that_fits(every, data):
-    _, (disk, ram, seconds) = data.draw(st.sampled_from(every))
-    given = asked(disk=disk, ram=ram, tokens_per_second=0.999 / seconds)
+def test_chosen_route_is_the_first_that_fits(all_routes, data):
+    _, (disk, ram, seconds) = data.draw(st.sampled_from(all_routes))
+    given = plan_for(disk=disk, ram=ram, tokens_per_second=0.999 / seconds)
     found = given.fitting
     assert found is not None
     assert not found.missed
     assert found.parts.bytes <= disk
     assert found.ram <= ram
-    for change, (d, r, s) in every:
+    for change, (d, r, s) in all_routes:
         route = (d <= disk, r <= ram, 0.999 / seconds * s <= 1)
         if all(route):
             assert change.describe(WHOLE) == found.changes
             break
 
 
-def test_what_costs_least_is_changed_first():
+def test_cheapest_change_is_made_first():
     def named(**budget):
-        return asked(**budget).fitting.changes
+        return plan_for(**budget).fitting.changes
 
     whole = WHOLE.bytes
     assert named(disk=whole) == ()
@@ -87,8 +87,8 @@ def test_what_costs_least_is_changed_first():
     assert any("layers" in text for text in named(disk=int(0.3 * whole)))
 
 
-def test_a_trimmed_vocabulary_takes_the_draft_with_it_if_it_is_the_same():
-    change = next(change for change in asked().changes() if change.vocabulary == 32_768)
+def test_draft_with_the_same_vocabulary_is_trimmed_too():
+    change = next(change for change in plan_for().changes() if change.vocabulary == 32_768)
     for shared in (True, False):
         made = change.apply(replace(WHOLE, shared=shared))
         assert made.base.shape.vocabulary == 32_768
@@ -97,67 +97,67 @@ def test_a_trimmed_vocabulary_takes_the_draft_with_it_if_it_is_the_same():
         assert made.models[BASE].bytes < WHOLE.models[BASE].bytes
 
 
-def test_weights_are_repacked_where_the_memory_allows_it():
-    free = asked().route()
+def test_weights_are_repacked_where_memory_allows_it():
+    free = plan_for().route()
     assert free.repack
     assert free.memory.repacked > 0
     roomy, tight = free.memory.total(repack=True), free.memory.total(repack=False)
     for ram, repack in ((None, True), (roomy, True), (roomy - 1, False), (tight, False)):
-        route = asked(ram=ram).route()
+        route = plan_for(ram=ram).route()
         assert (route.repack, route.missed) == (repack, ())
         assert route.ram == (roomy if repack else tight)
-    assert "in memory" in asked(ram=tight - 1).route().missed[0]
+    assert "in memory" in plan_for(ram=tight - 1).route().missed[0]
 
 
-def test_adapters_are_made_smaller_only_where_that_makes_them_smaller():
+def test_adapters_are_compressed_only_where_that_saves_bytes():
     small, large = Adapter(dict.fromkeys(RANKS, 4)), Adapter(dict.fromkeys(RANKS, 128))
     assert small.reduced(32, "q8_0") == small
     assert large.reduced(32, "q4_0") == Adapter(dict.fromkeys(RANKS, 32), "q4_0")
 
 
-def test_an_impossible_ask_is_told_the_arithmetic_and_what_fits_alternative():
+def test_impossible_budget_gets_the_arithmetic_and_an_alternative():
     eight = Parts("8b", known_weights(KNOWN["Llama-3.1-8B"]))
-    tight = asked(eight, disk=540_000_000)
+    tight = plan_for(eight, disk=540_000_000)
     assert tight.fitting is None
     line = refusal(tight)
     assert "540.0 MB on disk for 8.03e+09 weights are 0.54 bits each" in line
     assert "the smallest type has 1.56" in line
     assert re.search(r"what fits instead: Qwen2\.5-1\.5B, vocabulary of 32,768 .* q2_k", line)
     assert "\n" not in line
-    by_speed = refusal(asked(eight, bandwidth=12e9, tokens_per_second=10, disk=10**9 * 3))
+    by_speed = refusal(plan_for(eight, bandwidth=12e9, tokens_per_second=10, disk=10**9 * 3))
     assert "1.20 GB to read for each token, less 71.3 MB for everything but weights, for 8.03e+09 weights" in by_speed
     assert "are 1.12 bits each" in by_speed
-    absurd = refusal(asked(eight, tokens_per_second=1e9))
+    absurd = refusal(plan_for(eight, tokens_per_second=1e9))
     assert "18 bytes to read for each token leave no room for 8.03e+09 weights" in absurd
     assert "0.00" not in absurd
-    assert alternative(asked(eight, disk=10_000)) is None
-    assert "nothing of known shape fits either" in refusal(asked(eight, disk=10_000))
+    assert alternative(plan_for(eight, disk=10_000)) is None
+    assert "nothing of known shape fits either" in refusal(plan_for(eight, disk=10_000))
 
 
 ONLY = Parts("1b", BASE_1B)
 
 
-def test_what_is_no_weight_is_blamed_where_it_is_more_than_the_weights():
-    def told(serving, parts=ONLY, **budget):
+def test_refusal_names_cache_or_small_files_when_they_dominate():
+    def refusal_of(serving, parts=ONLY, **budget):
         return refusal(RouteSearch(parts, serving, Budget(**budget), BANDWIDTH))
 
-    long = told(Serving(10_000_000), ram=8 * 10**9)
+    long = refusal_of(Serving(10_000_000), ram=8 * 10**9)
     assert "1b: the cache of 10,000,000 tokens takes 174.08 GB, and there are 8.00 GB in memory; " in long
     assert "ask for less --context or --cache q4_0; even with" in long
     assert "bits" not in long
-    many = told(Serving(100_000, 100, "q4_0"), ram=8 * 10**9)
+    many = refusal_of(Serving(100_000, 100, "q4_0"), ram=8 * 10**9)
     assert "100 times 100,000 tokens takes 92.16 GB" in many
     assert "ask for less --context or fewer --slots; even with" in many
-    slow = told(Serving(2_000_000), tokens_per_second=1000)
+    slow = refusal_of(Serving(2_000_000), tokens_per_second=1000)
     assert "half full, takes 17.41 GB, and there are 18.0 MB to read for each token" in slow
-    nets = told(Serving(), replace(WHOLE, small={"embedder.onnx": FileSize(10**9)}), disk=10**9)
+    nets = refusal_of(Serving(), replace(WHOLE, small={"embedder.onnx": FileSize(10**9)}), disk=10**9)
     assert re.search(r"the draft, adapters and small files take 1\.\d\d GB, and there are 1\.00 GB on disk; even", nets)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 16])
-def test_each_route_stands_in_the_table_once(layers):
+def test_each_route_is_in_the_table_once(layers):
     shape = replace(KNOWN["Llama-3.2-1B"], layers=layers)
-    table = asked(Parts("x", known_weights(shape))).table()
+    table = plan_for(Parts("x", known_weights(shape))).table()
     routes = [(r.parts.base.shape.layers, r.parts.base.shape.vocabulary, r.parts.base.type) for r in table]
     assert len(set(routes)) == len(routes)
     assert routes[0] == (layers, 128_256, "q8_0")
@@ -166,7 +166,7 @@ def test_each_route_stands_in_the_table_once(layers):
 # --- amounts ---
 
 
-def test_amounts_are_read_and_nonsense_is_not():
+def test_valid_amounts_are_parsed_and_others_refused():
     assert parse_rate("50GB/s") == parse_rate("50gb/s") == 50 * 10**9
     assert parse_bytes("890mb") == 890 * 10**6
     assert parse_bytes("2gib") == 2 * 2**30
@@ -189,12 +189,12 @@ def test_amounts_are_read_and_nonsense_is_not():
 def parts_of(document, root):
     recipe = parse_recipe(yaml.safe_dump(document), "mine", root)
     found = plan(recipe)
-    assert not [problem for problem in found.problems if "'bundle'" not in problem]  # the small nets are left out
+    assert not [problem for problem in found.problems if "'bundle'" not in problem]  # the small networks are excluded
     return found.bundle
 
 
-def test_the_bundle_of_a_recipe_follows_its_steps(tmp_path):
-    """Trimming, shrinking and smaller adapters change what is planned; a folder's own vocabulary is counted."""
+def test_bundle_plan_follows_the_steps_of_a_recipe(tmp_path):
+    """Trimming, shrinking and adapter compression change the plan; the vocabulary of a model folder is counted."""
     folder = qwen2(tmp_path / "mine")
     steps = [
         {"name": "data", "stage": "world"},
@@ -214,7 +214,7 @@ def test_the_bundle_of_a_recipe_follows_its_steps(tmp_path):
     assert 0.4 < small.files[BASE] / whole.files[BASE] < 0.9
 
 
-def test_an_adapter_is_planned_as_the_last_step_leaves_it(tmp_path):
+def test_adapter_is_planned_as_its_last_step_writes_it(tmp_path):
     qwen2(tmp_path / "mine")
     inputs = {"examples": "data", "model": "base"}
     steps = [
@@ -248,8 +248,8 @@ def test_an_adapter_is_planned_as_the_last_step_leaves_it(tmp_path):
 BUNDLE = {"name": "bundle", "stage": "bundle", "inputs": {"base": "base_gguf"}}
 
 
-def test_the_laptop_recipe_fits_into_its_name():
-    """At Q5_K_M with half of the vocabulary, as its comment says."""
+def test_laptop_recipe_fits_its_stated_size():
+    """At Q5_K_M with half of the vocabulary, as in the recipe's comment."""
     parts = plan(load_recipe("laptop-890mb")).bundle
     megabytes = {name: round(bytes / 1e6) for name, bytes in parts.files.items() if bytes > 1e6}
     assert megabytes == {BASE: 802, DRAFT: 25, "modifiers/math.gguf": 24, "modifiers/code.gguf": 24}

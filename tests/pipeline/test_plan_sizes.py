@@ -1,4 +1,4 @@
-"""Sizes before there are weights: equal to real files, and to those that are published of real models."""
+"""Planned sizes equal those of real files and the published sizes of models."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def wide_qwen(folder):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Rows of whole K blocks (256) in both architectures, and rows that llama.cpp must give another type (64)."""
+    """Rows of complete K-quant blocks (256) in both architectures, and rows (64) that need another type."""
     root = tmp_path_factory.mktemp("models")
     return {
         "llama": make_model(root / "llama", hidden=256),
@@ -92,7 +92,7 @@ def folders(tmp_path_factory):
         *((f"narrow {kind}", type) for kind in ("llama", "qwen2") for type in ("f16", "q8_0", "q4_k_m")),
     ],
 )
-def test_a_file_has_exactly_the_planned_bytes(folders, tmp_path, name, type):
+def test_file_size_equals_the_plan(folders, tmp_path, name, type):
     out = tmp_path / "model.gguf"
     export_model(folders[name], out, type)
     file = planned(folders[name], type)
@@ -104,7 +104,7 @@ def test_a_file_has_exactly_the_planned_bytes(folders, tmp_path, name, type):
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "q8_0"])
-def test_an_adapter_has_exactly_the_planned_bytes(folders, tmp_path, type):
+def test_adapter_size_equals_the_plan(folders, tmp_path, type):
     folder = make_adapter(tmp_path / "adapter", folders["llama"], rank=32)
     export_adapter(folder, folders["llama"], tmp_path / "adapter.gguf", type)
     shape = Llama.load(folders["llama"])
@@ -114,15 +114,15 @@ def test_an_adapter_has_exactly_the_planned_bytes(folders, tmp_path, type):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_files_of_real_models_are_as_large_as_those_that_are_given_out(name):
-    """To a hundredth of a percent, though their vocabularies are estimated here."""
+def test_planned_sizes_equal_published_file_sizes(name):
+    """Within 0.01%, although the size of their vocabularies is estimated."""
     shape = KNOWN[name]
     bytes = model_file(shape, "q4_k_m", typical_vocabulary(shape.kind, shape.vocabulary)).bytes
     assert bytes == pytest.approx(PUBLISHED[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("type", ["q4_k_m", "q8_0"])
-def test_a_made_up_model_of_a_real_shape_has_the_planned_bytes(tmp_path, type):
+def test_synthetic_model_of_a_published_shape_has_the_planned_size(tmp_path, type):
     llama = replace(SHAPES["draft"], layers=3, vocabulary=2048)
     path = make_weights(tmp_path, "some", llama, type)
     shape, found, vocabulary = read_model(path)
@@ -139,12 +139,12 @@ def test_a_made_up_model_of_a_real_shape_has_the_planned_bytes(tmp_path, type):
 @settings(max_examples=6, deadline=None)
 def test_types_do_not_depend_on_the_vocabulary(name, type, ids, layers):
     shape = replace(KNOWN[name], vocabulary=ids, layers=layers)
-    asked = stored_tensors(Llama(**{f: getattr(shape, f) for f in shape.__slots__}, epsilon=1e-5, theta=1e4), type)
+    expected = stored_tensors(Llama(**{f: getattr(shape, f) for f in shape.__slots__}, epsilon=1e-5, theta=1e4), type)
     found = model_file(shape, type, 0).tensors
-    assert [(t.name, t.shape, t.type) for t in found] == [(t.name, t.shape, t.type) for t in asked]
+    assert [(t.name, t.shape, t.type) for t in found] == [(t.name, t.shape, t.type) for t in expected]
 
 
-def test_what_a_vocabulary_takes_is_estimated_from_real_ones():
+def test_vocabulary_size_is_estimated_from_published_ones():
     root = public_data("tokenizer_llama3")
     tokens = list(json.loads((root / "encoder.json").read_text("utf-8")))
     merges = [line for line in (root / "vocab.bpe").read_text("utf-8").split("\n") if line and line[0] != "#"]
@@ -156,7 +156,7 @@ def test_what_a_vocabulary_takes_is_estimated_from_real_ones():
 @pytest.mark.parametrize(
     "type", ["F32", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "Q4_0", "IQ4_NL"]
 )
-def test_zstd_leaves_of_random_weights_what_is_estimated(type):
+def test_estimated_zstd_ratio_holds_for_random_weights(type):
     values = (np.random.default_rng(0).standard_normal((64, 4096)) * 0.02).astype(np.float32)
     plain = {"F32": np.float32, "F16": np.float16}
     raw = (values.astype(plain[type]) if type in plain else quantize_rows(values, type)).tobytes()
@@ -164,7 +164,7 @@ def test_zstd_leaves_of_random_weights_what_is_estimated(type):
     assert left == pytest.approx(ZSTD.get(type, 1.0), abs=0.02)
 
 
-def test_a_damaged_file_and_a_foreign_one_are_refused_in_a_line(folders, tmp_path):
+def test_damaged_and_foreign_files_are_refused_in_one_line(folders, tmp_path):
     whole = tmp_path / "model.gguf"
     export_model(folders["llama"], whole, "q8_0")
     data = whole.read_bytes()
@@ -189,7 +189,7 @@ def test_a_damaged_file_and_a_foreign_one_are_refused_in_a_line(folders, tmp_pat
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_token_of_context_takes_what_the_engine_says(folders, tmp_path, cache):
+def test_planned_cache_bytes_per_token_equal_the_engines(folders, tmp_path, cache):
     for name in ("llama", "qwen2"):
         export_model(folders[name], tmp_path / "model.gguf", "q8_0")
         shape = Llama.load(folders[name])
@@ -212,8 +212,8 @@ engine.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
-def test_an_opened_model_takes_the_memory_that_was_planned(tmp_path):
-    """Also what repacking adds, where this processor repacks at all."""
+def test_memory_of_an_open_model_equals_the_plan(tmp_path):
+    """Includes repacked weights on processors that repack."""
     llama = replace(SHAPES["draft"], layers=6, vocabulary=8192)
     path = make_weights(tmp_path, "some", llama, "q4_k_m")
     shape, type, vocabulary = read_model(path)
@@ -231,7 +231,7 @@ def test_an_opened_model_takes_the_memory_that_was_planned(tmp_path):
 
 
 def planned_repacking(shape):
-    """Counted anew: every matrix of a repacked type but the embedding, of which rows are only looked up."""
+    """Independent count: every matrix of a repacked type except the embedding, whose rows are only looked up."""
     return sum(
         t.nbytes for t in stored_tensors(shape, "q4_k_m") if t.type.name in REPACKED and t.name != "token_embd.weight"
     )

@@ -1,4 +1,4 @@
-"""One recipe built by two processes: the first writes, the other helps to train."""
+"""A recipe built by two processes: rank 0 writes, the other rank takes part in training."""
 
 import json
 import subprocess
@@ -36,23 +36,24 @@ def build(folder, launcher=(), recipe=RECIPE):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_two_processes_build_what_one_builds(tmp_path):
+def test_two_processes_give_the_result_of_one(tmp_path):
     for name, launcher in (("one", ()), ("both", LAUNCH)):
         (tmp_path / name).mkdir()
         code, out, error = build(tmp_path / name, launcher)
         assert code == 0, error[-3000:]
-        assert json.loads(out)["recipe"] == "two"  # one report, by the process that leads
+        assert json.loads(out)["recipe"] == "two"  # one report, by rank 0
     one, both = (tmp_path / name / "runs" / "two" for name in ("one", "both"))
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in both.iterdir())  # helpers leave nothing
+    # the other rank leaves no files
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in both.iterdir())
     ours, theirs = (load_file(path / "base" / "model.safetensors") for path in (one, both))
     for name, weight in ours.items():
         assert torch.allclose(weight, theirs[name], atol=2e-3)
     code, out, _ = build(tmp_path / "both", LAUNCH)
     assert code == 0
-    assert all(step["skipped"] for step in json.loads(out)["steps"])  # and nobody waits for a step that is done
+    assert all(step["skipped"] for step in json.loads(out)["steps"])  # no rank waits for a finished step
 
 
-def test_a_failure_ends_all_processes(tmp_path):
+def test_failure_ends_all_processes(tmp_path):
     code, out, error = build(tmp_path, LAUNCH, RECIPE.replace("lr: 0.01", "lr: 1.0e+30"))
     assert code != 0
     assert "step 'base'" in out + error

@@ -1,4 +1,4 @@
-"""Every step of the recipes for real models, on models of the same architecture shrunk."""
+"""Every step of the recipes for published models, on small models of the same architecture."""
 
 import random
 from pathlib import Path
@@ -47,7 +47,7 @@ def models(tmp_path_factory) -> Path:
 
 
 def shrunk(name: str, models: Path) -> Recipe:
-    """The recipe with little data, few steps, shrunk models for those of the Hub, and weights in fp32 for NF4."""
+    """The recipe with little data, few steps, small models instead of those on the Hub, and fp32 instead of NF4."""
     document = load_recipe(name).model_dump()
     for step in document["steps"]:
         config = step["config"]
@@ -77,7 +77,7 @@ def test_every_step_runs(name, models, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["sft", "modifier"])
-def test_four_bits_without_a_gpu_are_refused_in_one_line(stage, models):
+def test_nf4_without_a_gpu_is_refused_in_one_line(stage, models):
     steps = [step for step in load_recipe("cogumi-8b").steps if step.stage == stage]
     assert {step.config["quantize"] for step in steps} == {"nf4"}
     if torch.cuda.is_available():
@@ -92,15 +92,15 @@ def ids_of(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("name", HUB.values())
-def test_the_exported_file_computes_what_torch_does(name, models, tmp_path):
+def test_logits_of_the_exported_file_equal_torch(name, models, tmp_path):
     export_model(models / name, tmp_path / "m.gguf", "f32")
     model = AutoModelForCausalLM.from_pretrained(models / name)
     assert disagreement(model, tmp_path / "m.gguf", ids_of(models / name)) < 2e-4
 
 
 @pytest.mark.parametrize("name", HUB.values())
-def test_an_adapter_with_ranks_of_its_own_computes_what_torch_does(name, models, tmp_path):
-    """Ranks and so scales differ by target, as in the recipes; llama.cpp knows one alpha for all."""
+def test_logits_of_an_adapter_with_mixed_ranks_equal_torch(name, models, tmp_path):
+    """Ranks, and therefore scales, differ by target as in the recipes; llama.cpp has one alpha for all."""
     shape = LoraShape(rank=6, alpha=12, ranks={"gate_proj": 3, "up_proj": 3, "down_proj": 3})
     model = attach(load(models / name), shape, 0)
     generator = torch.Generator().manual_seed(1)
@@ -114,11 +114,11 @@ def test_an_adapter_with_ranks_of_its_own_computes_what_torch_does(name, models,
     export_adapter(folder, models / name, tmp_path / "a.gguf")
     ids = ids_of(models / name)
     assert disagreement(model, tmp_path / "m.gguf", ids, lora_path=str(tmp_path / "a.gguf")) < 2e-4
-    assert disagreement(model, tmp_path / "m.gguf", ids) > 1e-2  # and the adapter says something
+    assert disagreement(model, tmp_path / "m.gguf", ids) > 1e-2  # the adapter has an effect
 
 
 @pytest.mark.parametrize("name", HUB.values())
-def test_the_exported_tokenizer_makes_the_same_ids(name, models, tmp_path):
+def test_exported_tokenizer_gives_the_same_ids(name, models, tmp_path):
     export_model(models / name, tmp_path / "m.gguf")
     engine, tokenizer = llama(tmp_path / "m.gguf", vocab_only=True), HFTokenizer.load(models / name)
     draw = random.Random(0)
@@ -126,9 +126,9 @@ def test_the_exported_tokenizer_makes_the_same_ids(name, models, tmp_path):
     texts = [*MULTILINGUAL[:-1], *CODE, *(" ".join(draw.choices(words, k=8)) for _ in range(300))]
     for text in texts:
         assert engine.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
-    asked = [Message("user", "What is 48 plus 57?")]
+    messages = [Message("user", "What is 48 plus 57?")]
     assert (
-        engine.detokenize(tokenizer.chat(asked), special=True)
+        engine.detokenize(tokenizer.chat(messages), special=True)
         .decode()
         .endswith(("assistant\n", "<|end_header_id|>\n\n"))
     )

@@ -1,4 +1,4 @@
-"""Recipes: what is wrong is said in one line, with its place and the nearest name."""
+"""`pipeline.recipe`: parsing, and one-line errors with the location and the nearest valid name."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ steps:
 """
 
 
-def test_reads_a_file_and_remembers_where_it_lies(tmp_path):
+def test_recipe_file_is_read_with_paths_relative_to_it(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD)
     recipe = load_recipe(path)
@@ -35,8 +35,8 @@ def test_reads_a_file_and_remembers_where_it_lies(tmp_path):
     assert load_recipe(str(path)) == recipe
 
 
-def test_steps_may_stand_in_any_order():
-    """Sorted so that inputs come first; otherwise as the file has them."""
+def test_steps_may_be_listed_in_any_order():
+    """They are sorted so that inputs come first, and otherwise keep the order of the file."""
     document = yaml.safe_load(GOOD)
     later = [{"name": "late", "stage": "s", "inputs": {"model": "base"}}, {"name": "alone", "stage": "s"}]
     document["steps"] = later + document["steps"][::-1]
@@ -87,7 +87,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("message", "text"), WRONG.items(), ids=list(WRONG))
-def test_says_in_one_line_what_is_wrong(message, text):
+def test_invalid_recipe_is_refused_in_one_line(message, text):
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "tiny.yaml", Path())
     assert str(caught.value).startswith("recipe tiny.yaml")
@@ -100,14 +100,14 @@ def test_says_in_one_line_what_is_wrong(message, text):
     st.text()
     | st.recursive(st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)).map(yaml.dump)
 )
-def test_any_text_is_a_recipe_or_a_recipe_error(text):
+def test_any_text_gives_a_recipe_or_a_recipe_error(text):
     try:
         parse_recipe(text, "x", Path())
     except RecipeError as error:
         assert str(error).startswith("recipe x")  # noqa: PT017 - most texts raise, a few may not
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_recipe_files_are_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"there is no recipe file .*nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):
@@ -124,14 +124,14 @@ def test_builtin_recipes_are_found_by_name():
         load_recipe("tinny")
 
 
-def test_registry_names_the_nearest():
+def test_registry_error_contains_the_nearest_name():
     with pytest.raises(RecipeError, match="unknown stage 'tokeniser'; did you mean 'tokenizer'"):
         registry.stage("tokeniser")
     with pytest.raises(RecipeError, match="unknown engine 'lama'; did you mean 'llama'"):
         registry.engine("lama")
 
 
-def test_registry_says_what_to_install(monkeypatch, tmp_path):
+def test_registry_error_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "needy_stage.py").write_text("import no_such_package_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(registry.STAGES, "needy", "needy_stage")

@@ -1,4 +1,4 @@
-"""The plan of a recipe: figures of every step, and every problem in a line of its own."""
+"""The plan of a recipe: figures of every step, and one line for every problem."""
 
 import importlib.resources
 import json
@@ -20,7 +20,7 @@ from support.real import qwen2
 
 
 @pytest.mark.parametrize("name", ["small", "cogumi-8b", "laptop-890mb"])
-def test_the_recipes_for_real_models_have_nothing_in_the_way(name):
+def test_recipes_for_published_models_have_no_problems(name):
     found = plan(load_recipe(name), Hardware(memory=parse_bytes("80GB")))
     assert not found.problems
     assert [step.name for step in found.steps] == [step.name for step in load_recipe(name).steps]
@@ -31,8 +31,8 @@ def test_the_recipes_for_real_models_have_nothing_in_the_way(name):
             assert min(step.cost.tokens, step.cost.flops, step.cost.output, step.cost.checkpoint) > 0
 
 
-def test_the_plan_of_tiny_is_what_was_built():
-    """Parameters as in the figures of the finished build: 984,192 of the base, 320,065 of the draft."""
+def test_plan_of_tiny_equals_the_build():
+    """Parameter counts of the finished build: 984,192 for the base, 320,065 for the draft."""
     steps = {step.name: step for step in plan(load_recipe("tiny")).steps}
     assert steps["base"].cost.trained == 984_192
     assert steps["draft"].cost.trained == 320_065
@@ -41,12 +41,12 @@ def test_the_plan_of_tiny_is_what_was_built():
 
 
 def facts_of(name, root, **config):
-    """The rows that a stage without inputs says it makes."""
+    """The rows that a stage without inputs declares."""
     (rows,) = estimate(stage(name), stage(name).Config(**config), Given("data", root)).facts
     return rows
 
 
-def test_rows_are_measured(tmp_path):
+def test_rows_of_files_are_measured(tmp_path):
     rows = facts_of("world", tmp_path).rows(OWN_TEMPLATE)
     assert 10 < rows.answer < rows.longest < 200
     assert rows.mean < rows.longest
@@ -75,7 +75,7 @@ def changed(step, **config):
     return step | {"config": step.get("config", {}) | config}
 
 
-def test_each_problem_is_told_in_a_line(tmp_path):
+def test_each_problem_is_reported_in_one_line(tmp_path):
     def one(*steps, **options):
         (line,) = problems(tmp_path, *steps, **options)
         assert "\n" not in line
@@ -100,26 +100,26 @@ def test_each_problem_is_told_in_a_line(tmp_path):
     assert re.search("'pool' is of kind examples, not pool", one(DATA, wrong))
 
 
-def test_the_inputs_of_stages_that_compress_are_checked(tmp_path):
-    def told(stage, inputs, **config):
+def test_inputs_of_compression_stages_are_checked(tmp_path):
+    def problems_of(stage, inputs, **config):
         step = {"name": "made", "stage": stage, "inputs": inputs, "config": config}
         return problems(tmp_path, DATA, BASE, step)
 
     whole = {"examples": "data", "model": "base"}
     for name in ("awq", "gptq", "trim", "prune", "shrink", "importance", "recover"):
-        assert not told(name, whole)
+        assert not problems_of(name, whole)
         for role in whole:
-            (line,) = told(name, {role: whole[role]})
+            (line,) = problems_of(name, {role: whole[role]})
             assert f"the stage needs an input '{({*whole} - {role}).pop()}'" in line
-    assert not told("archive", {"model": "base"})
-    assert re.search("needs an input 'bundle'; given: none", told("archive", {})[0])
-    assert re.search("'bundle' is of kind model, not bundle", told("archive", {"bundle": "base"})[0])
-    chain = told("chain", {"data": "data", "whole": "base"}, steps=["whole", "small"])
+    assert not problems_of("archive", {"model": "base"})
+    assert re.search("needs an input 'bundle'; given: none", problems_of("archive", {})[0])
+    assert re.search("'bundle' is of kind model, not bundle", problems_of("archive", {"bundle": "base"})[0])
+    chain = problems_of("chain", {"data": "data", "whole": "base"}, steps=["whole", "small"])
     assert re.search("needs an input 'small'", chain[0])
     assert re.search("'whole' is of kind model, not gguf", chain[1])
 
 
-def test_what_is_not_planned_is_said():
+def test_steps_without_a_cost_model_are_listed():
     steps = {step.name: step for step in plan(load_recipe("compression")).steps}
     assert steps["pruned"].cost.steps == 60
     for name in ("pruned", "trimmed", "scaled", "importance", "chain"):
@@ -128,7 +128,7 @@ def test_what_is_not_planned_is_said():
     assert not steps["base"].notes
 
 
-def test_memory_beyond_the_gpu_is_a_problem_that_sharding_and_adapters_solve(tmp_path):
+def test_memory_beyond_the_gpu_is_a_problem_solved_by_sharding_or_adapters(tmp_path):
     big = changed(BASE, init="meta-llama/Llama-3.1-8B-Instruct", loop={"batch": 8})
     card = Hardware(memory=parse_bytes("80GB"))
     (line,) = problems(tmp_path, DATA, big, hardware=card)
@@ -137,7 +137,7 @@ def test_memory_beyond_the_gpu_is_a_problem_that_sharding_and_adapters_solve(tmp
     assert not problems(tmp_path, DATA, changed(big, lora={}), hardware=card)
 
 
-def test_a_draft_of_another_tokenizer_is_bridged_or_refused(tmp_path):
+def test_draft_with_another_tokenizer_is_bridged_or_refused(tmp_path):
     draft = {"name": "draft", "stage": "draft", "inputs": TAUGHT, "config": {"init": "Llama-3.2-1B"}}
     document = yaml.safe_dump({"name": "mine", "steps": [DATA, BASE, RESPONSES, draft]})
     found = plan(parse_recipe(document, "mine", tmp_path))
@@ -153,7 +153,7 @@ def test_a_draft_of_another_tokenizer_is_bridged_or_refused(tmp_path):
     assert "has no tokenizer.json" in line
 
 
-def test_presets_of_domains_are_modifiers_that_can_be_copied():
+def test_domain_presets_can_be_copied_as_modifiers():
     text = (importlib.resources.files("cogumi") / "recipes" / "domains" / "modifiers.yaml").read_text("utf-8")
     presets = {s["name"]: stage("modifier").Config.model_validate(s["config"]) for s in yaml.safe_load(text)["steps"]}
     assert {name: presets[name].lora.rank for name in ("code", "reasoning", "automation", "code_light")} == {
@@ -172,7 +172,7 @@ def cogumi(*words, **options):
     return CliRunner().invoke(app, ["plan", *words], **options)
 
 
-def test_the_command_shows_checks_and_prints_json():
+def test_command_shows_checks_and_prints_json():
     done = cogumi("cogumi-8b", "--check", "--gpu-memory", "80GB", "--json")
     assert done.exit_code == 0
     found = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""The tiny recipe in small, end to end: one command builds it; the report has its keys; nothing is done twice."""
+"""A small variant of the tiny recipe, end to end: one command builds it, and a second build skips every step."""
 
 import json
 import os
@@ -43,7 +43,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def build(runs, jobs=1):
-    """With one thread per step, whatever `jobs` is."""
+    """Build with one thread per step, for any `jobs`."""
     done = cogumi("build", str(RECIPE), "--runs", str(runs), "--jobs", str(jobs), "--json", env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -63,7 +63,7 @@ def weights(home):
     }
 
 
-def test_the_report_has_its_keys_and_its_figures_agree(built):
+def test_report_has_its_keys_and_consistent_figures(built):
     home, report = built
     assert report.keys() >= KEYS
     assert json.loads((home / "report.json").read_text()) == report
@@ -78,7 +78,7 @@ def test_the_report_has_its_keys_and_its_figures_agree(built):
     assert {s["name"] for s in report["steps"]} == {s.name for s in load_recipe(str(RECIPE)).steps}
 
 
-def test_the_page_shows_its_pictures(built):
+def test_report_page_links_its_plots(built):
     home, _ = built
     page = (home / "report.md").read_text()
     for name in ("accuracy.png", "reliability.png", "risk.png"):
@@ -86,7 +86,7 @@ def test_the_page_shows_its_pictures(built):
         assert (home / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_build_does_nothing_and_says_the_same(built):
+def test_second_build_skips_every_step_and_prints_the_same_report(built):
     home, first = built
     before = weights(home)
     second = build(home.parent)
@@ -95,7 +95,7 @@ def test_a_second_build_does_nothing_and_says_the_same(built):
     assert weights(home) == before
 
 
-def test_side_by_side_and_killed_it_gives_the_same_bytes(built, tmp_path):
+def test_concurrent_and_killed_builds_give_the_same_bytes(built, tmp_path):
     """Killed between and inside any step, with two processes instead of one."""
     home, report = built
     for begun in ("base/checkpoint", "responses", "calibration"):
@@ -120,14 +120,14 @@ def test_side_by_side_and_killed_it_gives_the_same_bytes(built, tmp_path):
         assert files == same
 
 
-def test_the_builtin_recipe_differs_only_in_size():
-    """Whatever stage the tiny recipe uses, the small one tries; but for two that depend on nothing else."""
+def test_builtin_recipe_differs_only_in_size():
+    """The small recipe runs every stage of the tiny one, except two stages without inputs that have their own tests."""
     apart = {"embedder", "escalation"}  # tests/engine/test_embedder.py, tests/train/test_followup_classifier.py
     assert {s.stage for s in load_recipe("tiny").steps} - apart == {s.stage for s in load_recipe(str(RECIPE)).steps}
 
 
-def test_its_draft_becomes_a_package_for_a_phone(built, tmp_path):
-    """The built-in recipe on the small draft, with less training and without its gates."""
+def test_mobile_package_is_built_from_its_draft(built, tmp_path):
+    """The built-in mobile recipe on the small draft, with less training and without its gates."""
     recipe = yaml.safe_load(builtin_recipes()["mobile"]) | {"extends": str(RECIPE)}
     small = {
         "respond": {"max_tokens": 24},
@@ -146,7 +146,7 @@ def test_its_draft_becomes_a_package_for_a_phone(built, tmp_path):
     report = json.loads(done.stdout)
     assert set(report["modifiers"]) == {"math", "code", "tools"}
     assert json.loads((tmp_path / "pico" / "mobile-report.json").read_text()) == report
-    for name in ("report.json", "report.md", "accuracy.png"):  # those of the cascade stay
+    for name in ("report.json", "report.md", "accuracy.png"):  # the steps of the cascade stay
         assert (tmp_path / "pico" / name).read_bytes() == (built[0] / name).read_bytes()
     package = tmp_path / "pico" / "mobile_bundle"
     assert report["bytes"].keys() == {path.name for path in package.iterdir() if path.is_file()} - {
@@ -154,5 +154,5 @@ def test_its_draft_becomes_a_package_for_a_phone(built, tmp_path):
         "manifest.json",
     } | {f"modifiers/{name}.gguf" for name in report["modifiers"]}
     assert open_bundle(package).draft is None
-    said = cogumi("chat", str(package), "--once", "What is 3 + 4?", "--json")
-    assert json.loads(said.stdout)["tier"] in ("base", *(f"modifier:{name}" for name in report["modifiers"]))
+    answer = cogumi("chat", str(package), "--once", "What is 3 + 4?", "--json")
+    assert json.loads(answer.stdout)["tier"] in ("base", *(f"modifier:{name}" for name in report["modifiers"]))

@@ -1,4 +1,4 @@
-"""A stage for tests of executors: it waits for files, prints, fails or ends its process, as its config says."""
+"""A stage for tests of executors: as configured, it waits for files, prints, fails or ends its process."""
 
 import os
 import time
@@ -12,7 +12,7 @@ INPUTS: dict[str, str] = {}
 
 
 class Config(BaseModel):
-    """`arrive` is a file to make at first, `wait_for` files to wait for. Paths are text, so they are no input files."""
+    """`arrive` is a file to create first, `wait_for` are files to wait for. Paths are `str`, so they are not inputs."""
 
     model_config = ConfigDict(extra="forbid")
     arrive: str | None = None

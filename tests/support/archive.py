@@ -1,4 +1,4 @@
-"""Bundles of made-up bytes, and their packed form, for the tests of archives."""
+"""Bundles of synthetic bytes, and their packed form, for the tests of archives."""
 
 import random
 
@@ -33,14 +33,14 @@ def content_of(folder):
 
 
 def make_plain(root):
-    """A bundle of made-up bytes: everything about it is right, only no model can be opened."""
+    """A valid bundle of synthetic bytes, whose models cannot be opened."""
     write(root / "sources", CONTENT)
     write_bundle(root / "bundle", {name: root / "sources" / name for name in CONTENT}, {"parts": PARTS})
     return root / "bundle"
 
 
 def make_packed(plain):
-    """Its packed form, beside it."""
+    """Pack the bundle into a folder beside it."""
     with staged(plain.with_name("packed"), plain) as part:
         pack_folder(plain, part, Config())
     return plain.with_name("packed")

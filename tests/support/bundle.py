@@ -1,4 +1,4 @@
-"""A whole bundle of pico models for tests: random weights, real files, every part in its place."""
+"""A complete bundle of pico models for tests: random weights in real files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_bundle(folder: Path) -> Path:
     """Write a bundle into `folder / "bundle"`: base, draft and a modifier for each of `DOMAINS`.
 
     Every answer has P(correct) 0.7: enough for the threshold of mode fast, too little where modifiers may answer.
-    The router sends every question to the first domain.
+    The router assigns every question to the first domain.
     """
     base, draft = make_model(folder / "base"), make_model(folder / "draft", layers=1, perturb=0.05)
     export_model(base, folder / BASE)
@@ -83,12 +83,12 @@ def open_tiers(bundle: Path, slots: int, context: int) -> Tiers:
 
 
 def sure(p: float) -> Gate:
-    """A gate that says `p` of every answer."""
+    """A gate that gives every answer the probability `p`."""
     return Gate(("mean_logprob",), Net.of([0], [1], [[[0.0]]], [[math.log(p / (1 - p))]]), Calibrator("none"))
 
 
 def calibrated(gates: Mapping[str, float | None], threshold: float, question: QuestionGate) -> Calibration:
-    """A calibration whose gates say one probability of every answer (None: no such gate), with one promise for all."""
+    """A calibration whose gates give every answer one probability (None: no gate), with one threshold for all."""
     promise = Guarantee(threshold, 0.05, 0.95, 100, 50, 0, 0.05)
     names = [policy.name for policy in POLICIES]
     kept = {name: sure(p) for name, p in gates.items() if p is not None}

@@ -1,4 +1,4 @@
-"""`cogumi` as a real process."""
+"""Run `cogumi` as a real process."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ COGUMI = [sys.executable, "-m", "cogumi"]
 
 
 def cogumi(*words, cwd=None, stdin="", ok=0):
-    """Run a command to its end and check its exit code; one thread, as other tests may be running."""
+    """Run a command to its end and check its exit code; with one thread, because other tests may be running."""
     if words[0] in ("chat", "eval"):
         words += ("--threads", "1")
     done = subprocess.run(
@@ -20,7 +20,7 @@ def cogumi(*words, cwd=None, stdin="", ok=0):
 
 
 def one_line(done):
-    """An error is one line on standard error and nothing on standard output."""
+    """Check for one line on standard error and nothing on standard output; return the line."""
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("cogumi: ")

@@ -1,4 +1,4 @@
-"""What each engine cannot do, with its reason; and how a test of the contract names what it needs."""
+"""The missing capabilities of each engine with their reasons, and a marker for the capabilities that a test needs."""
 
 import pytest
 
@@ -27,7 +27,7 @@ GAPS = {
 
 
 def engines(*needs):
-    """Runs a test on every engine that can do what it needs; the others are skipped with their reason."""
+    """Run a test on every engine with these capabilities; skip the others with the reason."""
 
     def marks(kind):
         lacking = [GAPS[kind][need] for need in needs if need in GAPS[kind]]

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Trigrams:
-    """A sentence encoder in a few lines: hashed letter trigrams, whatever the case."""
+    """A minimal sentence encoder: hashed letter trigrams, case-insensitive."""
 
     width, identity = 64, "trigrams"
 

@@ -1,4 +1,4 @@
-"""Pico models in both forms, made once per test session: Hugging Face folders and GGUF files; and how to ask them."""
+"""Pico models as Hugging Face folders and GGUF files, made once per test session, and helpers to query them."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +20,7 @@ CHAT = (Message("system", "Be short."), Message("user", "What is 48 plus 57?"))
 
 @dataclass(frozen=True)
 class Pico:
-    """Folders for torch, files for llama.cpp. The draft is the base with a little noise; the other fits neither."""
+    """Folders for torch, files for llama.cpp. The draft is the base with a little noise; `other` matches neither."""
 
     base: Path
     adapter: Path
@@ -34,7 +34,7 @@ class Pico:
 
 @cache
 def pico() -> Pico:
-    """Make everything; about a second."""
+    """Make all models; takes about a second."""
     root = Path(ROOT.name)
     base = make_model(root / "base")
     draft = make_model(root / "draft", perturb=0.02)
@@ -60,7 +60,7 @@ def pico() -> Pico:
 
 
 def opened(**options):
-    """A llama engine with everything on: a draft, an adapter, four slots."""
+    """A llama engine with a draft, an adapter and four slots."""
     files = pico()
     given = {"threads": 1, "draft": files.draft_q8, "adapters": {"a": files.adapter_gguf}, "slots": 4}
     return LlamaEngine(files.base_q8, **given | options)
@@ -75,5 +75,5 @@ def ask(engine, request):
 
 
 def plain(reply):
-    """The tokens, without what only speculation says."""
+    """The tokens without the fields that only speculation sets."""
     return [replace(token, draft_agreed=None) for token in reply.tokens]

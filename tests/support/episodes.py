@@ -1,4 +1,4 @@
-"""Episodes that a pico model can be taught: which word stands for which number, drawn anew each time."""
+"""Episodes that a pico model can learn: which of two words belongs to which number, drawn for each episode."""
 
 import random
 
@@ -13,15 +13,15 @@ def example(question, answer):
 
 
 def episode(split, number, draw=0):
-    """Numbers below five are called one word, all others another."""
+    """Numbers below five have one word as the answer, all others another."""
     rng = random.Random(f"{split}/{number}/{draw}")
     low, high = rng.sample("abcdefgh" if split == "train" else "stuvwxyz", 2)
-    asked = rng.sample([f"{number} {rest}" for number in range(10) for rest in ("go", "do", "it")], 14)
-    asked.sort(key=lambda question: question[0] < "5")
-    turns = [asked.pop(-(i % 2)) for i in range(6)]  # from both ends, so that both words are shown
-    rng.shuffle(asked)
-    called = {question: low if question[0] < "5" else high for question in (*turns, *asked)}
-    support, query = (tuple(example(q, called[q]) for q in some) for some in (turns, asked))
+    questions = rng.sample([f"{number} {rest}" for number in range(10) for rest in ("go", "do", "it")], 14)
+    questions.sort(key=lambda question: question[0] < "5")
+    turns = [questions.pop(-(i % 2)) for i in range(6)]  # from both ends, so that both words are shown
+    rng.shuffle(questions)
+    answers = {question: low if question[0] < "5" else high for question in (*turns, *questions)}
+    support, query = (tuple(example(q, answers[q]) for q in some) for some in (turns, questions))
     return Episode(f"{split}/{number}/{draw}", "toy", "rename", f"{low}, {high}", draw, support, query)
 
 

@@ -1,4 +1,4 @@
-"""What the GGUF tests share: stock llama.cpp, edits of a model folder, and text that no tokenizer was trained on."""
+"""Helpers of the GGUF tests: stock llama.cpp, edits of a model folder, and text unlike any training data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def edit_weights(folder: Path, change, name: str = "model.safetensors") -> None:
 
 
 def stock_quantize(source: Path, target: Path, type: str, importance: Mapping[str, np.ndarray] | None = None) -> None:
-    """What llama.cpp's own tool does with an f32 file."""
+    """Quantize an f32 file with llama.cpp's own quantizer."""
     params = llama_cpp.llama_model_quantize_default_params()
     prefix = "LLAMA_FTYPE_ALL_" if type == "f32" else "LLAMA_FTYPE_MOSTLY_"
     params.ftype = getattr(llama_cpp, prefix + type.upper())
@@ -44,7 +44,7 @@ def stock_quantize(source: Path, target: Path, type: str, importance: Mapping[st
 
 
 def llama_logits(path: Path, ids: list[int], **options) -> np.ndarray:
-    """[ids, vocabulary] of stock llama.cpp."""
+    """Logits [ids, vocabulary] of stock llama.cpp."""
     model = llama(path, logits_all=True, **options)
     model.eval(ids)
     return np.array(model.scores[: len(ids)])
@@ -56,7 +56,7 @@ def torch_logits(model, ids: list[int]) -> np.ndarray:
 
 
 def disagreement(model, path: Path, ids: list[int], **options) -> float:
-    """Largest difference of logits, as a share of the largest logit; beyond 128 tokens Llama's frequencies stretch."""
+    """Largest difference of logits, as a share of the largest logit; use more than 128 tokens to test RoPE scaling."""
     expected = torch_logits(model, ids)
     return float(np.abs(llama_logits(path, ids, **F32_CACHE, **options) - expected).max() / np.abs(expected).max())
 
@@ -128,7 +128,7 @@ CONTROL = [
 
 
 def foreign_text(count: int) -> list[str]:
-    """Seeded strings of every kind a user might send and no training set holds."""
+    """Seeded strings of many kinds that users may send and training sets do not contain."""
     draw = random.Random(20)
     words = [w for s in (*MULTILINGUAL, *CODE, *SENTENCES) for w in s.split(" ")]
     makers = [

@@ -1,4 +1,4 @@
-"""Latency models of made-up machines, for tests of speculation."""
+"""Latency curves of synthetic machines, for tests of speculation."""
 
 import itertools
 import random
@@ -20,7 +20,7 @@ TWO_CORES = LatencyCurve(
 
 
 def random_costs(seed):
-    """A curve that never falls: flat, steep, or in steps; and a draft of any speed."""
+    """A curve that never decreases: flat, steep, or in steps; and a draft of any speed."""
     generator = random.Random(seed)
     steepness, shape = generator.choice([0.05, 0.2, 0.5, 1.0, 1.5]), generator.choice([0.5, 1, 6])
     rises = (steepness * generator.random() ** shape for _ in range(MAX_DRAFT))
@@ -29,13 +29,13 @@ def random_costs(seed):
     )
 
 
-def wish(limits, **permille):
-    """A request whose acceptances are known exactly."""
+def draft_options(limits, **permille):
+    """The draft options of a request with known acceptance rates, given per mille for each source."""
     return DraftOptions(Tracker({source: Acceptance(n / 1000) for source, n in permille.items()}), limits)
 
 
-def run_of(generator, rate, k):
-    """Drafted tokens accepted, of `k`."""
+def accepted_run(generator, rate, k):
+    """The number of accepted tokens among `k` drafted ones."""
     accepted = 0
     while accepted < k and generator.random() < rate:
         accepted += 1

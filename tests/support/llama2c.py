@@ -1,7 +1,7 @@
-"""llama2.c checkpoints with their tokenizers as GGUF files, for tests and figures on a really trained tiny model.
+"""Convert llama2.c checkpoints and their tokenizers to GGUF, for tests on a published tiny model.
 
 Format: https://github.com/karpathy/llama2.c, run.c (version 0: seven int32, then f32 weights, all layers of a kind
-together). Its query and key rows already stand in llama.cpp's rotary order, so nothing is permuted.
+together). Its query and key rows are already in llama.cpp's rotary order, so nothing is permuted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 def convert(checkpoint: Path, vocabulary: Path, out: Path, type: str = "f32", head: int | None = None) -> None:
     """Write a llama2.c checkpoint and its tokenizer as the GGUF file `out`, as a file of `type`, atomically.
 
-    `head` widens the attention heads with zeros, which changes nothing in what the model computes: llama.cpp keeps
+    `head` pads the attention heads with zeros, which does not change the output of the model: llama.cpp keeps
     keys and values quantized only if the head size is a multiple of 32. Raises `ExportError` for files that are cut
     short or of another format, and for a `head` that the heads do not divide.
     """
@@ -52,7 +52,7 @@ def convert(checkpoint: Path, vocabulary: Path, out: Path, type: str = "f32", he
 
 
 def _read_checkpoint(path: Path) -> tuple[Llama, dict[str, Array]]:
-    """Figures and weights of a checkpoint; the weights, by their GGUF names, stay in the file until they are used."""
+    """Shape and weights of a checkpoint; the weights, by GGUF name, are memory-mapped."""
     header = _read(path, _HEADER.size)
     if len(header) < _HEADER.size:
         raise ExportError(f"{path} is cut short or no llama2.c checkpoint; copy it again")
@@ -92,7 +92,7 @@ def _read_checkpoint(path: Path) -> tuple[Llama, dict[str, Array]]:
 
 
 def _file_order(llama: Llama) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """GGUF name and shape of each part of a checkpoint; those of all layers ("blk.{}") stand together."""
+    """GGUF name and shape of each part of a checkpoint; a part of all layers ("blk.{}") is contiguous."""
     n, width, feed_forward = llama.layers, llama.hidden, llama.feed_forward
     query, key = llama.heads * llama.head, llama.kv_heads * llama.head
     yield "token_embd.weight", (llama.vocabulary, width)
@@ -112,10 +112,10 @@ def _file_order(llama: Llama) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _widen(weight: Array, name: str, llama: Llama, head: int) -> Array:
-    """Pad every head of an attention matrix to `head` with zeros, such that the model stays the same function.
+    """Pad every head of an attention matrix to `head` with zeros without changing the function of the model.
 
-    Pair i of d/2 turns by theta ** (-2i / d), so in heads k times as wide it belongs at place k * i. llama.cpp
-    divides scores by sqrt(head); growing the query by sqrt(k) undoes the change.
+    Pair i of d/2 rotates by theta ** (-2i / d), so in heads k times as wide it belongs at index k * i. llama.cpp
+    divides scores by sqrt(head); scaling the query by sqrt(k) compensates for that.
     """
     times, kind = head // llama.head, name.split(".")[-2]
     if times == 1 or kind not in ("attn_q", "attn_k", "attn_v", "attn_output"):
@@ -156,7 +156,7 @@ def _add_vocabulary(writer: GGUFWriter, path: Path, size: int) -> None:
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_eot_token_id(1)  # stories are delimited by <s>: run.c too stops at the next one
+    writer.add_eot_token_id(1)  # stories are delimited by <s>: run.c also stops at the next one
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)

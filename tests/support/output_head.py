@@ -1,4 +1,4 @@
-"""An adaptable output head of random weights, in memory and as a file."""
+"""An adaptable output head with random weights, in memory and as a file."""
 
 import json
 

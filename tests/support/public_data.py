@@ -12,7 +12,7 @@ FOLDER = Path(os.environ.get("COGUMI_TEST_DATA") or Path(__file__).parents[3] / 
 
 
 def public_data(name: str) -> Path:
-    """A file or folder of the public data. Where it is missing, the test that asks for it is skipped."""
+    """A file or folder of the public data. Skips the calling test if it is missing."""
     path = FOLDER / name
     if not path.exists():
         pytest.skip(f"{path} is missing: set COGUMI_TEST_DATA to the folder of public data")
@@ -30,5 +30,5 @@ def public_lines(count: int) -> list[str]:
         for member in archive.getmembers()[:400]:
             if member.isfile():
                 text = archive.extractfile(member).read().decode("utf-8", errors="replace")
-                lines += [text[i : i + 200] for i in range(0, len(text), 200)]  # cut anywhere, newlines kept
+                lines += [text[i : i + 200] for i in range(0, len(text), 200)]  # split anywhere, newlines kept
     return random.Random(3).sample(lines, count)

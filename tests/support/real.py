@@ -1,4 +1,4 @@
-"""Real architectures, shrunk: random weights, a small vocabulary, everything else as their makers have it."""
+"""Published architectures at small size: random weights, a small vocabulary, otherwise the published settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QWEN_TEMPLATE = (
 
 
 def _tokenizer(folder: Path, digits: str, control: list[str], settings: dict, llama: bool) -> int:
-    """A byte-level BPE with a real model's way of cutting texts; returns the number of its ids."""
+    """A byte-level BPE with the pre-tokenizer of a published model; returns the number of its ids."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=llama))
     if not llama:
         tokenizer.normalizer = normalizers.NFC()
@@ -75,7 +75,7 @@ def _save(model: torch.nn.Module, folder: Path) -> Path:
 
 
 def llama3(folder: Path, tied: bool) -> Path:
-    """Llama 3.1 (its head its own) or 3.2 (tied): grouped queries, stretched rotary frequencies."""
+    """Llama 3.1 (untied head) or 3.2 (tied): grouped-query attention, scaled rotary frequencies."""
     control = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     settings = {"bos_token": control[0], "eos_token": control[3], "chat_template": LLAMA_TEMPLATE}
     size = _tokenizer(folder, r"\p{N}{1,3}", control, settings, llama=True)
@@ -104,7 +104,7 @@ def llama3(folder: Path, tied: bool) -> Path:
 
 
 def qwen2(folder: Path) -> Path:
-    """Qwen2.5: biases on queries, keys and values, the head tied, more rows in the embedding than ids."""
+    """Qwen2.5: biases on queries, keys and values, a tied head, more embedding rows than ids."""
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     settings = {"bos_token": None, "eos_token": control[2], "pad_token": control[0], "chat_template": QWEN_TEMPLATE}
     size = _tokenizer(folder, r"\p{N}", control, settings, llama=False)

@@ -1,7 +1,9 @@
-"""Export of a model of real shape: `python tests/support/real_shape.py Llama-3.1-8B /tmp/folder q4_k_m q5_k_m`.
+"""Export a model with the shape of a published one and measure it.
+
+Usage: `python tests/support/real_shape.py Llama-3.1-8B /tmp/folder q4_k_m q5_k_m`.
 
 Writes a bf16 checkpoint in shards whose weights repeat random numbers, with Llama 3's own vocabulary, exports it in
-a process of its own for each type, prints size, seconds and peak memory as JSON, and removes what it wrote.
+a separate process for each type, prints size, seconds and peak memory as JSON, and removes its files.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ PERIOD = (1 << 24) + 1
 
 
 def checkpoint(folder: Path, shape: ModelShape, zeros: bool = False) -> Path:
-    """A Hugging Face folder of that shape; where all weights are zeros, quantizing costs next to nothing."""
+    """A Hugging Face folder of that shape; with all-zero weights, quantization takes almost no time."""
     from support.vocabularies import LLAMA_CONTROL, LLAMA_TEMPLATE, llama3_document
 
     folder.mkdir(parents=True)
@@ -83,7 +85,7 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], numbers: np.nda
 
 
 def exported(folder: Path, out: Path, type: str) -> dict[str, float]:
-    """Bytes, seconds and peak resident bytes of an export in a process of its own."""
+    """Bytes, seconds and peak resident bytes of an export in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, "--one", str(folder), str(out), type], capture_output=True, text=True
     )
@@ -100,7 +102,7 @@ def _one(folder: str, out: str, type: str) -> None:
 
 
 def main(name: str, folder: Path, types: Sequence[str], zeros: bool) -> None:
-    """Measure, print, clean up."""
+    """Measure the exports, print the figures and remove the files."""
     try:
         checkpoint(folder, KNOWN[name], zeros)
         for type in types:

@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers in processes of their own, on loopback: ours, and that of llama-cpp-python."""
+"""OpenAI-compatible servers in separate processes on loopback: `cogumi serve` and llama-cpp-python's server."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from support.waiting import PATIENCE, until
 
 CONTEXT = 256
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
-"""Turns off what llama-cpp-python does to every distribution unless it is told otherwise."""
+"""Turns off the sampling filters that llama-cpp-python applies by default."""
 
 
 @contextlib.contextmanager
 def process(command, log):
-    """A process that writes to the file `log` and is gone at the end."""
+    """A process that writes to the file `log` and is terminated on exit."""
     with open(log, "w") as out, subprocess.Popen(command, stdout=out, stderr=out) as running:
         try:
             yield running
@@ -50,7 +50,7 @@ def await_answer(url, running, log):
 
 @contextlib.contextmanager
 def our_server(bundle, folder):
-    """`cogumi serve` over a bundle; yields its address."""
+    """Run `cogumi serve` over a bundle; yields its address."""
     port, log = free_port(), folder / "cogumi.log"
     words = [bundle, "--port", port, "--context", CONTEXT, "--threads", 1]
     with process([sys.executable, "-m", "cogumi", "serve", *map(str, words)], log) as running:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that does what a test says, and an engine that asks it."""
+"""An OpenAI-compatible server with a scripted behaviour, and a remote engine connected to it."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from support.waiting import PATIENCE
 
 @contextlib.contextmanager
 def scripted(behave):
-    """A server that does `behave(handler, body)` with every POST; yields its address and the bodies it got."""
+    """A server that calls `behave` for every POST; yields its address and the request bodies."""
     bodies = []
 
     class Handler(BaseHTTPRequestHandler):

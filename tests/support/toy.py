@@ -1,4 +1,4 @@
-"""A small real stage for pipeline tests, and a command that builds a recipe of it in a process of its own."""
+"""A small real stage for pipeline tests, and a command that builds its recipe in a separate process."""
 
 import hashlib
 import json
@@ -44,13 +44,13 @@ class Config(BaseModel):
 
 
 def pass_moment(name):
-    """A moment at which a test may have the process killed: by the pattern in the environment variable `KILL_AT`."""
+    """A point at which the process kills itself if `name` matches the pattern in the environment variable `KILL_AT`."""
     if re.match(os.environ.get("KILL_AT", "never"), name):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def say(*words):
-    """Print a line, so that a test can see where the process stands; it is a moment."""
+    """Print a line, so that a test can follow the process; the line is also a point for `KILL_AT`."""
     print(*words, flush=True)
     pass_moment(" ".join(map(str, words)))
 

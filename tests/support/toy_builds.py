@@ -1,4 +1,4 @@
-"""Recipes of toy stages, builds of them in processes of their own, and what a build leaves on disk."""
+"""Recipes of toy stages, their builds in separate processes, and the files of a build."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def step(name, stage="toy", inputs=None, gates=(), **config):
 
 
 def contents(home):
-    """Every file's hash below a folder; of manifests, which hold times, only the list of files."""
+    """The hash of every file below a folder; of manifests, which contain times, only the list of files."""
     found = {}
     for path in home.rglob("*"):
         if path.name == "manifest.json":
@@ -32,7 +32,7 @@ def contents(home):
 
 
 def start(path, runs, jobs=1, kill_at="never", **limits):
-    """A build in a process of its own, which is killed at the moment that matches `kill_at`."""
+    """Start a build in a separate process that is killed at the first point that matches `kill_at`."""
     command = [sys.executable, "-m", "support.toy", str(path), str(runs), str(jobs)]
     environment = os.environ | {"KILL_AT": kill_at}
     return subprocess.Popen(

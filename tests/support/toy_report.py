@@ -1,4 +1,4 @@
-"""The toy stage as one that reports."""
+"""The toy stage with `REPORTS = True`."""
 
 from support.toy import INPUTS, KIND, OPTIONAL, VERSION, Config, run
 

@@ -1,4 +1,4 @@
-"""What tests of training share: a pico model, rows of sums, and a run of the loop in a process of its own."""
+"""Helpers of the training tests: examples of additions, and a training run of a pico model in a separate process."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def sums(tokenizer, n=10):
 
 
 def run(root, out, config, lora=None):
-    """Train a pico model on sums in `out`; its weights go to `weights.safetensors`, its curve to `curve.json`."""
+    """Train a pico model on additions in `out`; writes `weights.safetensors` and `curve.json`."""
     if not (root / "tokenizer.json").exists():
         pico.make_tokenizer(root)
     tokenizer = HFTokenizer.load(root)

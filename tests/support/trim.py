@@ -1,4 +1,4 @@
-"""Models to be trimmed, and how the stage is run on them."""
+"""Models for the tests of stage `trim`, and a function that runs the stage."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(model: Path, data: Path, out: Path, follow: Path | None = None, **config
 
 
 def half(vocabulary: Vocabulary, seed: int, share: float = 0.5) -> set[int]:
-    """A random choice of tokens with all that must be among them."""
+    """A random choice of tokens together with the tokens that must be kept."""
     draw = random.Random(seed)
     added = [token["content"] for token in vocabulary.document["added_tokens"]]
     drawn = [token for token in vocabulary.bpe.ids if len(token) == 1 or draw.random() < share]

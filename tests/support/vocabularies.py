@@ -1,4 +1,4 @@
-"""The published vocabularies of Llama 3 and Qwen2 as model folders: real tokenizers around random weights."""
+"""The published vocabularies of Llama 3 and Qwen2 as model folders with random weights."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def qwen2_document() -> dict:
 
 
 def real_vocabulary(folder: Path, name: str, **shape) -> Path:
-    """A pico model with the vocabulary of `llama3` or `qwen2`, its rows padded as Qwen's are."""
+    """A pico model with the vocabulary of `llama3` or `qwen2`, with padded embedding rows like Qwen's."""
     document = llama3_document() if name == "llama3" else qwen2_document()
     ids = {token["content"]: token["id"] for token in document["added_tokens"]}
     size = len(document["model"]["vocab"]) + len(ids)

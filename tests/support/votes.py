@@ -1,4 +1,4 @@
-"""Votes on calibrated answers, for the tests of learning."""
+"""Votes on calibrated answers, for the tests of recalibration."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Waiting for other threads and processes: for an event, never for an amount of time."""
+"""Wait for events of other threads and processes, never for a fixed time."""
 
 import threading
 import time
@@ -6,21 +6,21 @@ import time
 from cogumi.engine.llama.binding.context import Context
 
 PATIENCE = 120.0
-"""Seconds after which a wait fails. They only keep a broken test from hanging."""
+"""Seconds after which a wait fails. The limit only keeps a broken test from hanging."""
 
 
 def until(condition):
     """Wait until `condition()` holds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition did not hold within {PATIENCE:.0f} s"
         time.sleep(0.005)
 
 
 class Gate:
     """Holds forward passes of llama.cpp, so that a test decides what is under way at a given moment.
 
-    It starts open. `reached` is set while a pass waits at the shut gate.
+    It starts open. `reached` is set while a pass waits at the closed gate.
     """
 
     def __init__(self, monkeypatch):
@@ -44,7 +44,7 @@ class Gate:
         assert self.reached.wait(PATIENCE)
 
     def open(self):
-        """Let everything through."""
+        """Let all passes through."""
         self._set(None, None)
 
     def _set(self, left, engine):
