@@ -1,4 +1,4 @@
-"""Settings of a test session: an empty cache of its own, and an environment for the processes that tests start."""
+"""Settings of a test session: a separate empty cache, and the environment of processes that tests start."""
 
 import os
 import shutil

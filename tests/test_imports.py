@@ -1,4 +1,4 @@
-"""Imports go down only (ARCHITECTURE), and what answers questions needs no build library."""
+"""Imports follow the order of ARCHITECTURE.md, and the run side loads no build library."""
 
 import ast
 import subprocess
@@ -28,7 +28,7 @@ BELOW = {
     "data": {"core", "engine", "grading"},
     "teach": LEARN,
     "train": LEARN | {"teach"},
-    "compress": LEARN | {"train"},  # it trains what it has cut
+    "compress": LEARN | {"train"},  # it trains the models it compressed
     "evaluate": LEARN | {"teach", "train", "compress"},
     # top
     "pipeline": RUN | {"grading", "data", "compress", "evaluate"},  # stages come through the registry
@@ -76,7 +76,7 @@ def imported(path):
 
 
 def imported_first(path):
-    """What a module imports when it is itself imported: at its top level, type checking aside."""
+    """The modules imported at module level, without `TYPE_CHECKING` blocks."""
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -87,7 +87,7 @@ def imported_first(path):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_only(module):
+def test_imports_only_from_lower_layers(module):
     mine = room(module)
     assert mine in BELOW, f"{module}: the room '{mine}' is unknown; say in BELOW what it may import"
     for target in imported(MODULES[module]):
@@ -97,8 +97,8 @@ def test_imports_go_down_only(module):
             assert module.startswith("cogumi.engine.llama.binding.")
 
 
-def test_no_modules_import_each_other_in_a_circle():
-    """Importing a package runs its `__init__`; imports within functions do not count, they happen later."""
+def test_imports_have_no_cycle():
+    """Importing a package runs its `__init__`; imports inside functions run later and do not count."""
     graph = {module: {t for t in imported_first(MODULES[module]) if t in MODULES} for module in MODULES}
     done, path = set(), []
 
@@ -114,12 +114,12 @@ def test_no_modules_import_each_other_in_a_circle():
         visit(module)
 
 
-def test_no_module_has_the_name_of_another():
+def test_module_names_are_unique():
     names = [path.name for path in MODULES.values() if path.name != "__init__.py"]
     assert not {name for name in names if names.count(name) > 1}
 
 
-def test_the_root_holds_packages_only():
+def test_root_contains_only_packages():
     entries = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
     files = {name for name in entries if (ROOT / name).is_file()}
     assert files <= {"__init__.py", "__main__.py", "py.typed"}
@@ -140,6 +140,6 @@ def test_run_side_loads_no_build_library():
     assert not loaded_by(run_side) & HEAVY
 
 
-def test_ground_and_command_line_start_light():
+def test_core_and_command_line_load_no_heavy_libraries():
     light = [m for m in MODULES if room(m) in ("core", "bundle", "pipeline", "cli") and m != "cogumi.__main__"]
     assert not loaded_by(light) & (HEAVY | {"llama_cpp", "fastapi", "uvicorn"})

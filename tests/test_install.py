@@ -1,4 +1,4 @@
-"""`pip install cogumi` without extras: `pyproject.toml` declares what it needs, a process without the rest works."""
+"""`pip install cogumi` without extras: dependencies are declared, and a process without optional packages works."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ DISTRIBUTIONS = metadata.packages_distributions()
 
 
 def declared(requirements):
-    """The distributions of these requirements; an extra of our own stands for what it lists."""
+    """The distributions of these requirements; our own extras are expanded."""
     found = set()
     for requirement in map(Requirement, requirements):
         if requirement.name == "cogumi":
@@ -37,7 +37,7 @@ def declared(requirements):
 
 
 def with_dependencies(names):
-    """These distributions and all that they install without extras."""
+    """These distributions and all their dependencies without extras."""
     found, new = set(), set(names)
     while new:
         found |= new
@@ -62,21 +62,21 @@ def distributions_of(module):
 
 
 def foreign(path):
-    """What a module imports from other packages."""
+    """The packages of others that a module imports."""
     names = {name.split(".")[0] for name in imported(path)}
     return {name for name in names if name not in sys.stdlib_module_names and name != "cogumi"}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_what_is_imported_is_declared(module):
+def test_imported_packages_are_declared(module):
     for name in foreign(MODULES[module]):
         by = BASE | BUILD | declared(EXTRAS["bench"])
         assert distributions_of(name) & by, f"{module} imports {name}, which pyproject.toml does not name"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if room(m) in ("", "core", "bundle", "confidence", "engine")])
-def test_the_run_side_imports_base_packages_at_most(module):
-    """At the top of a module; `remote` is reached through the registry alone."""
+def test_run_side_imports_only_base_packages(module):
+    """Module-level imports; `remote` is loaded only through the registry."""
     if module == "cogumi.engine.remote":
         return
     tops = ast.parse(MODULES[module].read_text("utf-8")).body
@@ -86,20 +86,20 @@ def test_the_run_side_imports_base_packages_at_most(module):
     assert all(distributions_of(name) & BASE for name in outside)
 
 
-def test_optional_packages_are_named_with_the_extra_that_installs_them():
+def test_missing_optional_package_error_names_its_extra():
     for module, extra in packages.EXTRAS.items():
         assert distributions_of(module) & declared(EXTRAS[extra])
         assert module in MISSING
     with pytest.raises(PackageError, match=r"^a test needs the package 'no_such': pip install 'cogumi\[build\]'$"):
         packages.load("no_such.module", "a test")
-    with pytest.raises(ModuleNotFoundError):  # a defect of ours is no missing package
+    with pytest.raises(ModuleNotFoundError):  # a failed import of our own module is not a missing package
         packages.load("cogumi.no_such", "a test")
     assert packages.installed("json", "numpy")
     assert not packages.installed("json", "no_such")
 
 
 def without_extras(code):
-    """A command that runs code as `pip install cogumi` leaves it: no other module can be imported."""
+    """A command that runs code where only the packages of `pip install cogumi` can be imported."""
     return [sys.executable, "-c", f"import sys\nsys.modules.update(dict.fromkeys({MISSING}))\n{code}"]
 
 
@@ -110,7 +110,7 @@ def cogumi(*arguments):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """A bundle with every part that only optional packages can use; what is in these files is never read."""
+    """A bundle with every part that needs optional packages; the content of these files is never read."""
     folder = tmp_path_factory.mktemp("bundle")
     plain = make_bundle(folder / "plain")
     names = [p.relative_to(plain).as_posix() for p in plain.rglob("*") if p.is_file() and p.name != INDEX]
@@ -124,7 +124,7 @@ def bundle(tmp_path_factory):
     return folder / "bundle"
 
 
-def test_a_bundle_is_opened_and_answers(bundle):
+def test_bundle_opens_and_answers(bundle):
     done = cogumi("chat", bundle, "--once", "What is 3 + 4?", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["question"] == "What is 3 + 4?"
@@ -149,7 +149,7 @@ def serving(bundle):
             process.terminate()
 
 
-def test_a_bundle_is_served(bundle):
+def test_bundle_is_served(bundle):
     body = {"model": "cogumi", "messages": [{"role": "user", "content": "What is 3 + 4?"}], "max_tokens": 8}
     with serving(bundle) as url:
         request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode())
@@ -172,7 +172,7 @@ def test_a_bundle_is_served(bundle):
         (("eval", "BUNDLE", "--suite", "routing"), "pip install 'cogumi[build]'"),
     ],
 )
-def test_a_feature_without_its_package_names_the_extra(bundle, tmp_path, command, says):
+def test_feature_without_its_package_names_the_extra(bundle, tmp_path, command, says):
     places = {"BUNDLE": str(bundle), "RUNS": str(tmp_path)}
     done = cogumi(*(places.get(word, word) for word in command))
     assert done.returncode == 1
@@ -180,7 +180,7 @@ def test_a_feature_without_its_package_names_the_extra(bundle, tmp_path, command
     assert "Traceback" not in done.stderr
 
 
-def test_the_remote_engine_names_its_extra():
+def test_remote_engine_names_its_extra():
     code = "from cogumi.core.registry import engine\nengine('remote')"
     done = subprocess.run(without_extras(code), capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].endswith(
@@ -188,8 +188,8 @@ def test_the_remote_engine_names_its_extra():
     )
 
 
-def test_the_package_imports_light():
-    """The standard library, and nothing that takes long."""
+def test_importing_the_package_is_light():
+    """Only the standard library and no slow modules."""
     code = "import cogumi\nprint(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"numpy", "pydantic", "llama_cpp", "fastapi", "rich", "typer"}

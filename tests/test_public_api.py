@@ -31,7 +31,7 @@ def bot(folder):
         yield opened
 
 
-def test_the_exported_names_are_sorted_and_all_there():
+def test_exported_names_are_sorted_and_exist():
     assert cogumi.__all__ == sorted(cogumi.__all__)
     assert all(getattr(cogumi, name) is not None for name in cogumi.__all__)
     assert set(cogumi.__all__) <= set(dir(cogumi))
@@ -39,7 +39,7 @@ def test_the_exported_names_are_sorted_and_all_there():
         _ = cogumi.opens
 
 
-def test_import_loads_neither_models_nor_libraries_for_them():
+def test_import_loads_no_models_or_model_libraries():
     code = "import sys, cogumi; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "llama_cpp", "numpy", "pydantic", "fastapi", "transformers", "tokenizers", "openai", "rich"}
@@ -47,29 +47,31 @@ def test_import_loads_neither_models_nor_libraries_for_them():
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_every_example_of_the_document_runs(folder, number):
+def test_every_example_of_the_python_document_runs(folder, number):
     done = subprocess.run([sys.executable, "-c", EXAMPLES[number]], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
 
 
-def test_a_question_is_text_a_message_or_a_conversation(bot):
+def test_question_may_be_text_a_message_or_a_conversation(bot):
     text = "What is 2 + 3?"
     message = {"role": "user", "content": text}
-    asked = [bot.ask(q, max_tokens=8) for q in (text, Message("user", text), message, [message], (Message(**message),))]
-    assert len({reply.text for reply in asked}) == 1
-    assert all(reply.p_correct == pytest.approx(0.7) and reply.tier for reply in asked)
-    assert len({reply.id for reply in asked}) == len(asked)
+    answers = [
+        bot.ask(q, max_tokens=8) for q in (text, Message("user", text), message, [message], (Message(**message),))
+    ]
+    assert len({reply.text for reply in answers}) == 1
+    assert all(reply.p_correct == pytest.approx(0.7) and reply.tier for reply in answers)
+    assert len({reply.id for reply in answers}) == len(answers)
 
 
-def test_a_stream_ends_in_the_text_of_its_reply(bot):
+def test_stream_text_equals_the_reply(bot):
     stream = bot.stream("What is 2 + 3?", max_tokens=8, mode="fast")
     pieces = list(stream)
     assert "".join(pieces) == stream.reply.text
     assert bot.stream("What is 2 + 3?", max_tokens=8, mode="fast").reply.text == stream.reply.text
 
 
-def test_a_conversation_remembers_complete_turns_only(bot):
+def test_conversation_keeps_only_complete_turns(bot):
     chat = bot.chat(max_tokens=8, user="ada")
     first = chat.ask("What is 2 + 3?")
     assert [m.role for m in chat.messages] == ["user", "assistant"]
@@ -86,7 +88,7 @@ def test_a_conversation_remembers_complete_turns_only(bot):
     assert chat.messages == ()
 
 
-def test_scores_and_vectors(bot):
+def test_score_and_embed(bot):
     score = bot.score("What is 2 + 3?", "5")
     assert score.nats > 0
     assert score.tokens >= 1
@@ -105,12 +107,12 @@ def test_scores_and_vectors(bot):
         ({"role": "user", "content": 3}, {}, "is not a message"),
     ],
 )
-def test_what_is_no_question_is_refused_in_one_line(bot, question, options, message):
+def test_invalid_question_is_refused_in_one_line(bot, question, options, message):
     with pytest.raises(RequestError, match=re.escape(message)) as caught:
         bot.ask(question, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_a_rating_of_an_unknown_answer_is_refused(bot):
+def test_feedback_on_an_unknown_answer_is_refused(bot):
     with pytest.raises(RequestError):
         bot.feedback("no-such-answer", right=True)

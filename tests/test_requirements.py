@@ -1,4 +1,4 @@
-"""docs/requirements.md holds every cited requirement and no other; ids in code stand in module docstrings."""
+"""docs/requirements.md lists exactly the cited requirements; code cites ids only in module docstrings."""
 
 import ast
 import io
@@ -48,14 +48,14 @@ def prose_of(text):
     return "\n".join(parts)
 
 
-def test_every_cited_requirement_is_on_the_page_and_no_other():
+def test_page_lists_exactly_the_cited_requirements():
     found = {id for path in MODULES for id in cited(docstring_of(path))}
     found |= {id for path in DOCUMENTS for id in cited(path.read_text("utf-8"), CITED_IN_DOCUMENT)}
     assert found - page().keys() == set(), "cited, but not on the page"
     assert page().keys() - found == set(), "on the page, but never cited"
 
 
-def test_what_the_page_names_exists():
+def test_files_named_on_the_page_exist():
     for id, where in page().items():
         names = re.findall(r"`([^`]+)`", where)
         assert names, f"{id}: no place"
@@ -63,7 +63,7 @@ def test_what_the_page_names_exists():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(SOURCE).as_posix())
-def test_ids_stand_in_module_docstrings_in_one_form(path):
+def test_ids_are_cited_only_in_module_docstrings_in_one_form(path):
     text = path.read_text("utf-8")
     docstring = docstring_of(path)
     elsewhere = text.replace(docstring, "", 1) if docstring else text

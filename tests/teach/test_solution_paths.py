@@ -1,4 +1,4 @@
-"""Several solutions of one question: what counts as right, what as different, and what is made of them."""
+"""Stage `solution_paths`: several solutions of one question: correctness, equivalence, and the written rows."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ NEVER = example(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model that learned two programs for each of four questions, and the one answer of another question."""
+    """A model that learned two programs for each of four questions, and one answer to another question."""
     root = tmp_path_factory.mktemp("paths")
     pico.make_tokenizer(root / "tokenizer")
     both = [adding(c, body) for c in (2, 3, 4, 5) for body in ("x + {c}", "{c} + x")]
@@ -81,15 +81,15 @@ def read_solutions(out):
     return [Solutions(row["id"], row["question"], tuple(row["paths"])) for row in rows]
 
 
-def test_both_programs_of_a_question_are_found_once_each_and_all_are_right(world, tmp_path):
+def test_both_programs_of_a_question_are_found_once_and_are_correct(world, tmp_path):
     metrics = found(world, tmp_path, samples=40)
     rows = read_solutions(tmp_path)
     assert metrics["asked"] == 5  # neither the easy question nor the one without an answer
     code = metrics["by_domain"]["code"]
     assert code["with_2"] == 4 >= code["with_3"]
-    assert metrics["by_domain"]["facts"]["paths"] == 1  # one right text, however often it is asked
-    asked = {e.question: e for e in rows}
-    assert {"def f(x):\n    return x + 4", "def f(x):\n    return 4 + x"} <= set(asked["adds 4"].answers)
+    assert metrics["by_domain"]["facts"]["paths"] == 1  # one correct text, however often it is sampled
+    by_question = {e.question: e for e in rows}
+    assert {"def f(x):\n    return x + 4", "def f(x):\n    return 4 + x"} <= set(by_question["adds 4"].answers)
     known = [*(adding(c) for c in (2, 3, 4, 5)), example("capital of France", "Paris", {"kind": "exact"}, "facts")]
     by_id = {e.id: e for e in known}
     taught = [replace(by_id[row.id], answer=answer) for row in rows for answer in row.answers]
@@ -98,7 +98,7 @@ def test_both_programs_of_a_question_are_found_once_each_and_all_are_right(world
     assert {e.domain for e in taught} == {"code", "facts"}
 
 
-def test_equal_seeds_give_equal_bytes_and_enough_is_enough(world, tmp_path):
+def test_stage_is_reproducible_and_stops_at_enough_solutions(world, tmp_path):
     for name in ("a", "b"):
         found(world, tmp_path / name, domains=("code",))
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
@@ -107,7 +107,7 @@ def test_equal_seeds_give_equal_bytes_and_enough_is_enough(world, tmp_path):
     assert once["with_1"] == 1
 
 
-def test_an_adapter_answers_where_there_is_one(world, tmp_path):
+def test_adapter_is_used_where_there_is_one(world, tmp_path):
     pico.make_adapter(tmp_path / "noise", world / "model", rank=2, scale=1.0)
     inputs = {"examples": artifact(world / "data"), "model": artifact(world / "model")}
     inputs["adapter_noise"] = artifact(tmp_path / "noise")
@@ -128,21 +128,21 @@ def test_an_adapter_answers_where_there_is_one(world, tmp_path):
         ("no program at all", "No program at  all.", True),
     ],
 )
-def test_programs_are_the_same_apart_from_layout_comments_and_names(one, other, same):
-    asked = adding(1)
-    assert (solution_paths.form(asked, one) == solution_paths.form(asked, other)) == same
+def test_programs_that_differ_in_layout_comments_or_names_are_equal(one, other, same):
+    by_question = adding(1)
+    assert (solution_paths.form(by_question, one) == solution_paths.form(by_question, other)) == same
 
 
 @given(st.permutations(["a", "b", "c", "d"]))
 @settings(max_examples=24, deadline=None)
-def test_renaming_variables_makes_no_other_path(names):
+def test_renamed_variables_do_not_make_another_solution(names):
     a, b, c, d = names
     code = f"def f({a}, {b}):\n    {c} = {a} * 2\n    return [{d} + {c} for {d} in {b}]"
     plain = "def f(a, b):\n    c = a * 2\n    return [d + c for d in b]"
     assert solution_paths.program_form(code) == solution_paths.program_form(plain)
 
 
-def test_tool_calls_and_texts_are_compared_as_their_graders_read_them():
+def test_tool_calls_and_texts_are_compared_like_their_graders_do():
     call = example("?", '{"tool": "t", "args": {"a": 1, "b": 2}}', {"kind": "tool_call"}, "tools")
     assert solution_paths.form(call, '{"args": {"b": 2, "a": 1}, "tool": "t"}') == solution_paths.form(
         call, call.answer
@@ -155,7 +155,7 @@ def test_tool_calls_and_texts_are_compared_as_their_graders_read_them():
     )
 
 
-def test_programs_that_pass_their_tests_by_luck_are_overturned():
+def test_programs_that_pass_their_tests_by_luck_are_rejected():
     outputs = {
         "def f(xs):\n    return [x for x in xs if x < 6]": True,
         "def f(xs):\n    return [x for x in xs if not x >= 6]": True,
@@ -163,12 +163,12 @@ def test_programs_that_pass_their_tests_by_luck_are_overturned():
         "def f(xs):\n    return [x for x in xs if x < 5]": False,
     }
     pairs = [(BELOW, output) for output in outputs]
-    assert all(verdict.correct for verdict in grade_all(pairs))  # the tests see no difference
+    assert all(verdict.correct for verdict in grade_all(pairs))  # the tests do not distinguish them
     assert solution_paths.agreeing(pairs, [True] * 4, probes=40) == list(outputs.values())
     assert solution_paths.agreeing(pairs, [True] * 4, probes=0) == [True] * 4
 
 
-def test_a_question_that_has_one_answer_to_everything_proves_no_program_right():
+def test_constant_reference_outputs_do_not_confirm_a_program():
     wrong = "def f(xs):\n    return [x for x in xs if x > 3 and x < 2]"
     assert grade_all([(NEVER, wrong)])[0].correct
     assert solution_paths.agreeing([(NEVER, wrong), (NEVER, NEVER.answer)], [True, True], probes=40) == [False, False]
@@ -181,7 +181,7 @@ def test_without_a_program_to_compare_with_the_tests_decide():
     assert solution_paths.agreeing([(no_numbers, no_numbers.answer)], [True], probes=40) == [True]
 
 
-def test_what_cannot_be_used_says_so(world, tmp_path):
+def test_unusable_inputs_are_refused(world, tmp_path):
     with pytest.raises(DataError, match=r"no training question of domain 'cod'; did you mean 'code'\?"):
         found(world, tmp_path, domains=("cod",))
     with pytest.raises(DataError, match=r"has difficulty 5 or more; lower hard_from"):
@@ -190,7 +190,7 @@ def test_what_cannot_be_used_says_so(world, tmp_path):
 
 @given(st.lists(st.tuples(st.text(max_size=8), st.lists(st.text(max_size=9), max_size=4)), max_size=5))
 @settings(max_examples=30, deadline=None)
-def test_paths_are_read_as_they_were_written(tmp_path_factory, rows):
+def test_solutions_round_trip_through_a_file(tmp_path_factory, rows):
     out = tmp_path_factory.mktemp("rows")
     written = [Solutions(str(i), question, tuple(texts)) for i, (question, texts) in enumerate(rows)]
     write_solutions(out, written)

@@ -1,4 +1,4 @@
-"""ANIL: the inner loop is gradient descent, the outer one first-order, and nothing of an adaptation stays behind."""
+"""Stage `anil`: inner gradient descent, a first-order outer gradient, and adaptation that leaves no state."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(inputs):
-    """A learner whose adapters do something, and tasks."""
+    """A learner with adapters that have an effect, and tasks."""
     base = inputs["model"].path
     tokenizer = HFTokenizer.load(base)
     lm = attach(load(base), LoraShape(rank=2, alpha=4), 0)
@@ -69,7 +69,7 @@ def some_head(seed, rank=3, width=6, vocabulary=9):
 
 @given(st.integers(0, 10_000), st.integers(1, 7))
 @settings(max_examples=25, deadline=None)
-def test_the_inner_gradient_is_autograds(seed, n):
+def test_inner_gradient_equals_autograd(seed, n):
     seen, head = some_states(seed, n), some_head(seed + 1)
     a, b = head.a.requires_grad_(), head.b.requires_grad_()
     expected = torch.autograd.grad(cross_entropy(heads.logits(head, seen), seen.targets), (a, b))
@@ -78,7 +78,7 @@ def test_the_inner_gradient_is_autograds(seed, n):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_adaptation_is_gradient_descent_and_leaves_the_head_as_it_was():
+def test_adaptation_is_gradient_descent_and_does_not_change_the_head():
     seen, head = some_states(0), some_head(1)
     before = head.a.clone(), head.b.clone()
     found = heads.adapt(head, seen, Rates(lr=0.1, steps=3))
@@ -93,15 +93,15 @@ def test_adaptation_is_gradient_descent_and_leaves_the_head_as_it_was():
     assert torch.equal(head.b, before[1])
 
 
-def test_adapting_twice_gives_the_same_bits():
+def test_adaptation_is_reproducible():
     seen, head, rates = some_states(0), some_head(1), Rates(lr=0.1, steps=3)
     one, two = (heads.adapt(head, seen, rates) for _ in range(2))
     assert torch.equal(one.a, two.a)
     assert torch.equal(one.b, two.b)
 
 
-def test_the_outer_gradient_is_a_handwritten_first_order_one(parts):
-    """The gradient of the query loss where the inner loop ended, taken as that of where it began."""
+def test_outer_gradient_equals_a_manual_first_order_gradient(parts):
+    """The gradient of the query loss at the end of the inner loop, applied to its starting point."""
     model, tasks = parts
     rates, task = Rates(lr=0.2, steps=2), tasks[0]
     model.zero_grad()
@@ -114,8 +114,8 @@ def test_the_outer_gradient_is_a_handwritten_first_order_one(parts):
         slopes = torch.autograd.grad(cross_entropy(heads.logits(Head(*here, model.scale), given), given.targets), here)
         here = tuple((t - rates.lr * s).detach().requires_grad_() for t, s in zip(here, slopes, strict=True))
     body = weights_of(model.lm)
-    asked, _ = states(model.lm, task.query)
-    loss = cross_entropy(heads.logits(Head(*here, model.scale), asked), asked.targets)
+    query_states, _ = states(model.lm, task.query)
+    loss = cross_entropy(heads.logits(Head(*here, model.scale), query_states), query_states.targets)
     expected = torch.autograd.grad(loss, [*here, *body.values()])
     found = [model.head_a.grad, model.head_b.grad, *(weight.grad for weight in body.values())]
     assert any(g.abs().max() > 1e-3 for g in found[2:])
@@ -123,7 +123,7 @@ def test_the_outer_gradient_is_a_handwritten_first_order_one(parts):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_fomaml_on_a_toy_is_the_handwritten_gradient(parts):
+def test_fomaml_on_a_toy_model_equals_the_manual_gradient(parts):
     model, tasks = parts
     rates, task = Rates(lr=0.05, steps=2), tasks[1]
     weights = weights_of(model.lm)
@@ -147,7 +147,7 @@ def nats(lm, shots):
     return cross_entropy(seen.base, seen.targets)
 
 
-def test_adapting_weights_changes_none_of_the_models(parts):
+def test_fomaml_does_not_change_the_weights_of_the_model(parts):
     model, tasks = parts
     before = {name: w.detach().clone() for name, w in weights_of(model.lm).items()}
     fast = adapt_weights(model.lm, weights_of(model.lm), tasks[0].support, Rates(lr=0.1, steps=2))
@@ -155,8 +155,8 @@ def test_adapting_weights_changes_none_of_the_models(parts):
     assert all(torch.equal(weights_of(model.lm)[name], w) for name, w in before.items())
 
 
-def test_a_batch_of_episodes_is_each_by_itself(parts):
-    """No episode sees another's support set."""
+def test_episodes_of_a_batch_are_independent(parts):
+    """No episode uses the support set of another."""
     model, tasks = parts
     for learner in (model, model.lm):
         with torch.no_grad():
@@ -170,7 +170,7 @@ def test_a_batch_of_episodes_is_each_by_itself(parts):
         ]
 
 
-def test_word_for_word_means_what_greedy_decoding_gives(inputs):
+def test_exact_match_equals_greedy_decoding(inputs):
     base = inputs["model"].path
     model, tokenizer = load(base).eval(), HFTokenizer.load(base)
     question = episodes.example("3 go", "")
@@ -185,7 +185,7 @@ def test_word_for_word_means_what_greedy_decoding_gives(inputs):
     assert exact(seen.base, seen.targets, row, 2).tolist() == [True, False]
 
 
-def test_the_documents_rates_hardly_move_a_logit_and_larger_ones_do(inputs, tmp_path):
+def test_default_rates_hardly_change_logits_and_larger_ones_do(inputs, tmp_path):
     metrics = anil.run(anil.Config(**{**SMALL, "head_rank": 16}), inputs, tmp_path, context())
     moved = metrics["largest_logit_change"]
     assert 0 < moved["v2"] < 2.5e-4
@@ -193,7 +193,7 @@ def test_the_documents_rates_hardly_move_a_logit_and_larger_ones_do(inputs, tmp_
     assert moved["0.05"] > 1000 * moved["v2"]
 
 
-def test_the_preset_holds_the_documents_rates_and_a_recipe_may_change_one():
+def test_preset_has_the_default_rates_and_a_recipe_can_change_one():
     config = anil.Config(preset="v2", loop={"steps": 50})
     assert (config.lora.rank, config.lora.alpha, config.head_rank, config.head_alpha) == (16, 32, 16, 32)
     assert (config.inner, config.support, config.query) == (Rates(lr=1e-5, steps=1), 4, 4)
@@ -208,7 +208,7 @@ def test_the_preset_holds_the_documents_rates_and_a_recipe_may_change_one():
 
 
 @pytest.mark.parametrize("method", ["anil", "plain", "fomaml"])
-def test_each_method_writes_what_the_next_stages_read(inputs, tmp_path, method):
+def test_each_method_writes_the_files_that_later_stages_read(inputs, tmp_path, method):
     metrics = anil.run(anil.Config(**SMALL, method=method), inputs, tmp_path, context())
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert metrics["base_sha256"] == sha256(inputs["model"].path / "model.safetensors")
@@ -222,13 +222,13 @@ def test_each_method_writes_what_the_next_stages_read(inputs, tmp_path, method):
         assert (head.scale, rates, base) == (8.0, Rates(lr=0.1, steps=2), metrics["base_sha256"])
 
 
-def test_meta_training_learns_to_learn(inputs, tmp_path):
+def test_meta_training_improves_adaptation(inputs, tmp_path):
     loop = {**LOOP, "steps": 60, "batch": 8, "evaluate_every": 20, "lr": 0.01}
     config = anil.Config(**{**SMALL, "inner": {"lr": 0.3, "steps": 3}, "head_rank": 8, "loop": loop})
     curve = anil.run(config, inputs, tmp_path, context())["curve"]
     best = min((figures for _, figures in curve["selection"]), key=lambda figures: figures["loss"])
     assert best["loss"] < curve["selection"][0][1]["loss"] / 2
-    assert best["exact"] > 0.6  # of two words nobody was trained on: who knows both but not the rule gets 0.5
+    assert best["exact"] > 0.6  # two unseen words: a model that knows both but not the rule gets 0.5
 
 
 RESUMABLE = """
@@ -262,12 +262,12 @@ def test_killed_and_resumed_gives_the_same_bytes(inputs, tmp_path):
     steps = []
     anil.run(config, inputs, killed, context(progress=lambda done, total, figures: steps.append(done)))
     anil.run(config, inputs, whole, context())
-    assert steps[0] > 3  # it went on from its checkpoint
+    assert steps[0] > 3  # it resumed from its checkpoint
     for name in (heads.FILE, "adapter_model.safetensors"):
         assert sha256(killed / name) == sha256(whole / name)
 
 
-def test_an_episode_longer_than_the_context_is_named(inputs):
+def test_episode_longer_than_the_context_is_refused_by_name(inputs):
     tokenizer = HFTokenizer.load(inputs["model"].path)
     long = episodes.example("word " * 60, "a")
     with pytest.raises(DataError, match=rf"example {long.id} with 0 examples before it has \d+ tokens, .* 64"):
@@ -277,13 +277,13 @@ def test_an_episode_longer_than_the_context_is_named(inputs):
         example_row(short, tokenizer, 64, [short] * 9)
 
 
-def test_a_loss_that_is_no_number_names_step_and_episode(inputs, tmp_path):
+def test_non_finite_loss_error_contains_step_and_episode(inputs, tmp_path):
     config = anil.Config(**{**SMALL, "inner": {"lr": 1e30, "steps": 4}})
     with pytest.raises(TrainingError, match=r"nan at step 0 on train/\d+/0"):
         anil.run(config, inputs, tmp_path, context())
 
 
-def test_a_file_that_is_no_head_is_refused(tmp_path):
+def test_invalid_head_file_is_refused(tmp_path):
     (tmp_path / heads.FILE).write_bytes(b"\x07" * 40)
     with pytest.raises(ArtifactError, match=r"is not an adaptable head .*; rerun the step that makes it"):
         heads.load(tmp_path / heads.FILE)

@@ -1,4 +1,4 @@
-"""One shared adapter and small heads, taken from adapters that exist: the mathematics, then the stage."""
+"""Stage `backbone`: a shared adapter and small heads factored from existing adapters; the maths, then the stage."""
 
 import json
 from pathlib import Path
@@ -54,12 +54,12 @@ def whole(f):
     return (f.b @ f.a).double()
 
 
-# the mathematics
+# the maths
 
 
 @given(st.integers(2, 5), st.integers(1, 6), st.integers(4, 20), st.integers(4, 20))
 @settings(max_examples=30, deadline=None)
-def test_a_span_holds_every_update_exactly_and_keeps_lengths(count, rank, rows, columns):
+def test_joint_basis_represents_every_update_and_keeps_norms(count, rank, rows, columns):
     given_updates = updates(count, rank, rows, columns)
     span = Span.of(given_updates)
     for update, core in zip(given_updates, span.cores, strict=True):
@@ -74,7 +74,7 @@ def test_a_span_holds_every_update_exactly_and_keeps_lengths(count, rank, rows, 
 
 @given(st.integers(0, 4), st.integers(1, 4), st.integers(1, 6))
 @settings(max_examples=30, deadline=None)
-def test_more_rounds_never_fit_worse_and_ranks_are_kept(rank, head, rounds):
+def test_more_rounds_never_increase_the_error_and_ranks_are_respected(rank, head, rounds):
     cores = Span.of(updates(4)).cores
 
     def error(r):
@@ -87,8 +87,8 @@ def test_more_rounds_never_fit_worse_and_ranks_are_kept(rank, head, rounds):
     assert all(torch.linalg.matrix_rank(h, rtol=1e-8) <= head for h in heads)
 
 
-def test_what_is_common_is_found_and_what_is_not_goes_to_the_heads():
-    """Adapters made as one common update and a little of their own are taken apart again."""
+def test_common_part_is_shared_and_the_rest_goes_to_the_heads():
+    """Adapters made of a common update and a small individual one are separated again."""
     common, own = factors(2, 20, 16, 99), [factors(1, 20, 16, seed) for seed in range(5)]
     made = [common + Factors(o.a, 0.5 * o.b) for o in own]
     span = Span.of(made)
@@ -101,7 +101,7 @@ def test_what_is_common_is_found_and_what_is_not_goes_to_the_heads():
         assert float((again - whole(update)).norm() / whole(update).norm()) < 0.05
 
 
-def test_adapters_that_are_alike_form_a_cluster_and_others_do_not():
+def test_similar_adapters_form_a_cluster_and_others_do_not():
     one, other = factors(3, 12, 9, 1), factors(3, 12, 9, 2)
     noise = [factors(3, 12, 9, seed) for seed in (3, 4)]
     made = [one, other, *(one + Factors(n.a, 0.1 * n.b) for n in noise)]
@@ -122,7 +122,7 @@ def test_adapters_that_are_alike_form_a_cluster_and_others_do_not():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base, two adapters that share a part, a third of the second's domain, and questions the base failed."""
+    """A base, two adapters with a common part, a third in the domain of the second, and questions the base failed."""
     root = tmp_path_factory.mktemp("backbone")
     base = pico.make_model(root / "base", scale=0.08)
     common = read_adapter(pico.make_adapter(root / "common", base, rank=4, seed=50, scale=0.05))
@@ -163,8 +163,8 @@ def rows_of(world, domain):
     return make_rows(examples, HFTokenizer.load(world / "base"), 1024)
 
 
-def test_every_figure_is_that_of_the_files_read_by_peft(world, built):
-    """Base, whole adapter, and shared plus head as one ordinary adapter: what the stage says, peft finds."""
+def test_metrics_equal_those_of_the_files_loaded_by_peft(world, built):
+    """For the base, the original adapter, and shared part plus head as one ordinary adapter."""
     out, metrics = built
     for name, found in metrics["domains"].items():
         rows = rows_of(world, found["domain"])
@@ -176,15 +176,15 @@ def test_every_figure_is_that_of_the_files_read_by_peft(world, built):
             assert judge_answers(applied(adapted), rows)["loss"] == pytest.approx(found[key]["loss"], rel=1e-4)
 
 
-def test_training_betters_what_taking_apart_left(built):
+def test_training_improves_on_the_factorisation(built):
     _, metrics = built
     mean = {key: np.mean([d[key]["loss"] for d in metrics["domains"].values()]) for key in ("untrained", "after")}
     assert mean["after"] < mean["untrained"] - 0.05
     assert metrics["kept"]["by_shared"] < metrics["kept"]["by_both"] <= 1
-    assert metrics["kept"]["by_both"] > 0.9  # these adapters were made of parts of just these ranks
+    assert metrics["kept"]["by_both"] > 0.9  # these adapters were made of parts of exactly these ranks
 
 
-def test_shared_is_counted_once_and_files_are_what_they_should_be(world, built):
+def test_shared_part_is_counted_once_and_files_are_complete(world, built):
     out, metrics = built
     shared, head = (load_file(out / name / WEIGHTS) for name in ("shared", "head_math"))
     assert {t.shape[0] for n, t in shared.items() if "lora_A" in n} == {4}
@@ -213,14 +213,14 @@ def test_equal_inputs_give_equal_bytes(world, built, tmp_path):
             assert sha256(tmp_path / name / file) == sha256(built[0] / name / file)
 
 
-def test_without_a_shared_part_there_are_heads_alone(world, tmp_path):
+def test_without_a_shared_part_only_heads_are_written(world, tmp_path):
     config = backbone.Config.model_validate({"shared": 0, "head": 3, "loop": {**LOOP, "steps": 2}})
     metrics = backbone.run(config, inputs(world), tmp_path, CONTEXT)
     assert not (tmp_path / "shared").exists()
     assert metrics["kept"]["by_shared"] == 0
 
 
-def test_rows_of_one_batch_take_their_own_heads(world):
+def test_rows_of_one_batch_use_their_own_heads(world):
     adapters = [read_adapter(world / name) for name in ("math", "code")]
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [9, 6, 7, 8]])
     model = Backbone(load(world / "base"), {}, adapters)
@@ -233,7 +233,7 @@ def test_rows_of_one_batch_take_their_own_heads(world):
         assert torch.allclose(model.model(ids).logits, load(world / "base")(ids).logits)
 
 
-def test_what_does_not_belong_together_is_named(world, tmp_path):
+def test_mismatched_inputs_are_refused_by_name(world, tmp_path):
     def run(**adapters):
         return backbone.run(backbone.Config(), inputs(world, **adapters), tmp_path, CONTEXT)
 
@@ -265,7 +265,7 @@ def test_what_does_not_belong_together_is_named(world, tmp_path):
         read_adapter(tmp_path / "nowhere")
 
 
-def test_a_domain_the_base_never_failed_is_named(world, tmp_path):
+def test_domain_without_failures_is_refused_by_name(world, tmp_path):
     found = inputs(world)
     (tmp_path / "responses").mkdir()
     rows = [json.loads(line) for line in split_path(world / "data", "train").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The stages `router` and `calibrate` on real pico models, and the cascade that comes of what they write."""
+"""The stages `router` and `calibrate` on pico models, and the cascade that uses their output."""
 
 import json
 import math
@@ -32,14 +32,14 @@ def question(draw, domain):
 
 
 def write_splits(folder, base):
-    """Made-up questions; a random model is 'right' where its own answer was made the reference."""
+    """Synthetic questions; the random model is correct where its own answer is the reference."""
     draw = random.Random(0)
     for split in SPLITS:
         domains = [draw.choice(["math", "code"]) for _ in range(ROWS)]
-        asked = [(Message("user", question(draw, domain)),) for domain in domains]
-        answers = [r.text for r in replies(base, [Request(messages=m, max_tokens=6) for m in asked])]
+        messages_of_rows = [(Message("user", question(draw, domain)),) for domain in domains]
+        answers = [r.text for r in replies(base, [Request(messages=m, max_tokens=6) for m in messages_of_rows])]
         examples = []
-        for i, (domain, messages, answer) in enumerate(zip(domains, asked, answers, strict=True)):
+        for i, (domain, messages, answer) in enumerate(zip(domains, messages_of_rows, answers, strict=True)):
             kind = "abstain" if i % 10 == 9 else "exact"
             right = kind == "exact" and draw.random() < (0.9 if domain == "code" else 0.4)
             reference = answer if right else "no model says this"
@@ -51,7 +51,7 @@ def write_splits(folder, base):
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
-    """Roles of both stages over pico models (a modifier for math only), the router not yet made."""
+    """Inputs of both stages over pico models (a modifier for math only), without the router."""
     root = tmp_path_factory.mktemp("calibrate")
     make_bundle(root / "made")
     found = {}
@@ -77,7 +77,7 @@ def context(root, seen=None):
 
 @pytest.fixture(scope="module")
 def routed(artifacts, tmp_path_factory):
-    """All roles, with the router that its stage trained, and that stage's figures."""
+    """All inputs with the trained router, and the metrics of the router stage."""
     out, seen = tmp_path_factory.mktemp("router"), []
     inputs = {"draft_gguf": artifacts["draft"], "data": artifacts["data"]}
     figures = router.run(router.Config(context=SIZE["context"]), inputs, out, context(out, seen))
@@ -85,21 +85,21 @@ def routed(artifacts, tmp_path_factory):
     return {**artifacts, "router": Artifact("router", out, "router")}, figures
 
 
-def test_the_router_stage_learns_domains_from_the_drafts_states(routed):
+def test_router_stage_learns_domains_from_draft_states(routed):
     inputs, figures = routed
     assert figures["classes"] == ["code", "math"]
-    assert figures["accuracy"] >= 0.95  # sums and functions look different even to a random model
+    assert figures["accuracy"] >= 0.95  # sums and functions differ even in the states of a random model
     assert set(figures["by_domain"]) == {"code", "math"}
     assert load_net(inputs["router"].path / "router.safetensors").classes == ("code", "math")
 
 
-def test_a_router_needs_two_domains(artifacts, tmp_path):
+def test_router_needs_two_domains(artifacts, tmp_path):
     with pytest.raises(DataError, match="two domains"):
         router.train([[0.0], [1.0]], ["math", "math"], 1, 0)
 
 
-def test_the_cascade_does_what_calibration_counted(routed, tmp_path):
-    """The promise is about a policy; the cascade that runs must be that policy, answer for answer."""
+def test_cascade_answers_match_the_calibrated_policy(routed, tmp_path):
+    """The guarantee is for a policy, so the running cascade must follow that policy for every answer."""
     inputs, _ = routed
     config = calibrate.Config(e=0.6, unanswerable=0.99, max_tokens=6, **SIZE)
     figures = calibrate.run(config, inputs, tmp_path, context(tmp_path))
@@ -138,7 +138,7 @@ def test_equal_inputs_give_equal_bytes(routed, tmp_path):
     assert one == two
 
 
-def test_when_nothing_can_be_promised_that_is_said(routed, tmp_path):
+def test_missing_guarantee_is_reported(routed, tmp_path):
     inputs, _ = routed
     figures = calibrate.run(calibrate.Config(max_tokens=6, **SIZE), inputs, tmp_path, context(tmp_path))
     promise = figures["guarantee"]["base"]
@@ -147,7 +147,7 @@ def test_when_nothing_can_be_promised_that_is_said(routed, tmp_path):
     assert calibration.threshold("calibrated", Policy()) == math.inf
 
 
-def test_an_empty_split_is_named(routed, tmp_path):
+def test_empty_split_is_refused_by_name(routed, tmp_path):
     inputs, _ = routed
     (tmp_path / "data").mkdir()
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""The critic: what it sees, what it learns, what it cannot be talked into; answers given again; its stage and suite."""
+"""The critic: its inputs, training and robustness to prompts; revised answers; its stage and suite."""
 
 import json
 import math
@@ -47,15 +47,15 @@ PRAISE = HINT.format(error=NONE, passage="all of it") + " Score: 10 of 10. The c
 
 
 def answer(words, sure, finish_reason="stop"):
-    """A reply of one token per word; where `sure` is False the model hesitated."""
+    """A reply of one token per word; `sure` is False where the model was uncertain."""
     tokens = [
         Token(1, word, *((-0.05, 0.1, 4.0) if ok else (-2.0, 1.8, 0.2))) for word, ok in zip(words, sure, strict=True)
     ]
     return Reply("".join(words), tuple(tokens), finish_reason, Usage(completion_tokens=len(tokens)))
 
 
-def made_up(n, seed):
-    """Answers of some words, one of which may be wrong: a figure the model hesitated at, a name out of nowhere."""
+def synthetic_answers(n, seed):
+    """Synthetic answers with at most one wrong word: an uncertain number, or a name absent from the question."""
     draw = random.Random(seed)
     rows = []
     for i in range(n):
@@ -72,8 +72,8 @@ def made_up(n, seed):
 
 @pytest.fixture(scope="module")
 def net():
-    rows = [row for row, _ in made_up(600, 0)]
-    return train(rows, [row for row, _ in made_up(200, 1)], SMALL, seed=3)
+    rows = [row for row, _ in synthetic_answers(600, 0)]
+    return train(rows, [row for row, _ in synthetic_answers(200, 1)], SMALL, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +83,19 @@ def file(net, tmp_path_factory):
     return path
 
 
-def test_it_ranks_names_and_points(net):
-    rows = made_up(300, 2)
+def test_critic_ranks_classifies_and_locates_errors(net):
+    rows = synthetic_answers(300, 2)
     found = figures(net, [row for row, _ in rows])
     assert found["auroc"] > 0.98
     assert found["error_accuracy"] > 0.95
     wrong = [(row, at) for row, at in rows if row.error != NONE]
-    assert np.mean([abs(net.judge(row.seen).attention.argmax() - at) <= 1 for row, at in wrong]) > 0.8  # by chance 0.31
+    # chance level is 0.31
+    assert np.mean([abs(net.judge(row.seen).attention.argmax() - at) <= 1 for row, at in wrong]) > 0.8
 
 
-def test_numpy_computes_what_torch_trained():
+def test_numpy_inference_equals_torch():
     torch.manual_seed(0)
-    rows = [row.seen for row, _ in made_up(20, 5)] + [critic_input("", answer([], []))]
+    rows = [row.seen for row, _ in synthetic_answers(20, 5)] + [critic_input("", answer([], []))]
     reader = TrainableCritic(SMALL, rows).eval()
     with torch.no_grad():
         reader.known[rows[0].question] = 0.0
@@ -104,7 +105,7 @@ def test_numpy_computes_what_torch_trained():
     assert np.allclose([net.logits(row)[0] for row in rows], wanted, atol=1e-4)
 
 
-def test_a_file_holds_it_exactly(net, file):
+def test_file_round_trip_is_exact(net, file):
     seen = critic_input("What is 1 + 1?", answer(["2"], [False]))
     again = load_critic(file)
     assert again.judge(seen).p_correct == net.judge(seen).p_correct
@@ -112,7 +113,7 @@ def test_a_file_holds_it_exactly(net, file):
     assert file.stat().st_size < 12_000_000
 
 
-def test_what_is_no_critic_is_refused(net, file, tmp_path):
+def test_invalid_critic_file_is_refused(net, file, tmp_path):
     path = tmp_path / FILE
     with pytest.raises(BundleError, match="build the bundle again"):
         load_critic(path)
@@ -140,9 +141,9 @@ tokens = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(question=st.text(), said=st.lists(tokens, max_size=8), reason=st.sampled_from(["stop", "length"]))
-def test_any_answer_gets_a_score(net, question, said, reason):
-    reply = Reply("".join(t.text for t in said), tuple(said), reason, Usage())
+@given(question=st.text(), words_said=st.lists(tokens, max_size=8), reason=st.sampled_from(["stop", "length"]))
+def test_any_answer_gets_a_score(net, question, words_said, reason):
+    reply = Reply("".join(t.text for t in words_said), tuple(words_said), reason, Usage())
     opinion = net.judge(critic_input(question, reply))
     assert 0 <= opinion.p_correct <= 1
     assert math.isclose(sum(opinion.errors.values()), 1)
@@ -152,7 +153,7 @@ def test_any_answer_gets_a_score(net, question, said, reason):
 
 
 @pytest.mark.parametrize("text", ["", " ", "\x00\x1b[2J\u202e", "a" * 100_000, "1 " * 50_000, "\ud800", "<|end|>"])
-def test_strange_texts_are_judged(file, text):
+def test_unusual_texts_are_judged(file, text):
     critic = Critic(file)
     reply = answer([text[i : i + 50] for i in range(0, len(text), 50)], [True] * -(-len(text) // 50))
     found = critic.judge(text, reply)
@@ -161,22 +162,22 @@ def test_strange_texts_are_judged(file, text):
     assert found.passage in text
 
 
-def test_the_passage_is_whole_words():
-    said = answer(["The an", "sw", "er is ", "for", "ty", "-two."], [True] * 6)
+def test_passage_consists_of_whole_words():
+    words_said = answer(["The an", "sw", "er is ", "for", "ty", "-two."], [True] * 6)
     weights = np.array([0.0, 0.9, 0.0, 0.05, 0.05, 0.0])
-    assert passage(said.tokens, weights) == "answer"
-    assert passage(said.tokens, weights[::-1]) == "forty"
+    assert passage(words_said.tokens, weights) == "answer"
+    assert passage(words_said.tokens, weights[::-1]) == "forty"
     assert passage((), np.array([1.0])) == ""
 
 
-def test_words_never_met_say_nothing(net):
-    """A question that praises its answer in words like the critic's own changes no score."""
+def test_words_unseen_in_training_do_not_change_the_score(net):
+    """A question that praises its answer in the critic's vocabulary does not change the score."""
     praise = " ".join(
         word for word in PRAISE.split() if not net.weights["known"][critic_input(word, answer([], [])).question].any()
     )
     assert len(praise.split()) > 20
     assert net.weights["known"].sum() < 100 < BUCKETS
-    for row, _ in made_up(100, 4):
+    for row, _ in synthetic_answers(100, 4):
         question = stage.question_of(row.example)
         praised = net.judge(critic_input(f"{praise} {question} {praise}", row.reply))
         assert praised.p_correct == pytest.approx(net.judge(row.seen).p_correct, abs=1e-6)
@@ -216,8 +217,8 @@ def engine():
     made.close()
 
 
-class Listener(Critic):
-    """The critic in a file, who remembers what it was asked."""
+class RecordingCritic(Critic):
+    """A critic loaded from a file that records the answers it judged."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -232,26 +233,26 @@ ASKED = Request(messages=(Message("system", "Be short."), Message("user", "What 
 
 
 @pytest.mark.parametrize("tell", [True, False])
-def test_the_best_answer_stands(engine, file, tell):
+def test_best_answer_is_kept(engine, file, tell):
     first = final_reply(engine.generate(ASKED))
-    critic = Listener(file)
+    critic = RecordingCritic(file)
     found = finish(improve(engine, ASKED, first, critic, rounds=3, below=11, answers=2, tell=tell))
     assert len(found.critiques) == 7
     assert found.critique.score >= found.critiques[0].score
     assert found.critique == critic.judge("What is 48 plus 57?", found.reply)
     assert found.usage.completion_tokens > 0
-    assert {question for question, _ in critic.heard} == {"What is 48 plus 57?"}  # never a hint
+    assert {question for question, _ in critic.heard} == {"What is 48 plus 57?"}  # never with a hint
     again = finish(improve(engine, ASKED, first, critic, rounds=3, below=11, answers=2, tell=tell))
     assert again.critiques == found.critiques
 
 
-def test_a_good_answer_is_left_alone(engine, file):
+def test_good_answer_is_not_revised(engine, file):
     first = answer(["one "], [True])
     found = finish(improve(engine, ASKED, first, Critic(file), below=0))
     assert (found.reply, len(found.critiques), found.usage) == (first, 1, Usage())
 
 
-def test_cut_and_empty_answers_never_replace_one(engine, file):
+def test_truncated_and_empty_answers_never_replace_an_answer(engine, file):
     first = answer(["one ", "two "], [False, False])
     for request in (
         Request(messages=ASKED.messages, max_tokens=1, logit_bias={engine.tokenizer.eos: -100.0}),
@@ -262,34 +263,34 @@ def test_cut_and_empty_answers_never_replace_one(engine, file):
         assert len(found.critiques) == 3
 
 
-def test_where_the_engine_refuses_the_first_answer_stands(file):
+def test_first_answer_is_kept_when_the_engine_refuses_a_revision(file):
     small = LlamaEngine(pico().base_q8, slots=1, context=64, threads=1, lookup=False)
     first = answer(["one "], [False])
-    found = finish(improve(small, ASKED, first, Critic(file), below=11))  # question, answer and hint do not fit
+    found = finish(improve(small, ASKED, first, Critic(file), below=11))  # question, answer and hint exceed the context
     assert (found.reply, len(found.critiques)) == (first, 1)
     small.close()
     assert finish(improve(small, ASKED, first, Critic(file), below=11, tell=False)).reply is first
 
 
-def test_at_most_three_rounds(engine, file):
+def test_at_most_three_rounds_of_revision(engine, file):
     with pytest.raises(RequestError, match="0 to 3"):
         finish(improve(engine, ASKED, answer(["a"], [True]), Critic(file), rounds=4))
 
 
-def test_the_hint_names_the_problem():
-    said = answer(["one ", "two "], [True, False])
+def test_hint_names_the_problem():
+    words_said = answer(["one ", "two "], [True, False])
     critique = Critique(2.0, "calculation", "two")
-    again = told(ASKED, said, critique)
+    again = told(ASKED, words_said, critique)
     assert again.messages[:2] == ASKED.messages
     assert again.messages[2] == Message("assistant", "one two ")
     assert critique.error in again.messages[3].content
     assert critique.passage in again.messages[3].content
     raw = Request(prompt="What is 1 + 1?")
-    assert told(raw, said, critique) == raw
+    assert told(raw, words_said, critique) == raw
 
 
 def write_data(folder, engine, rows=24):
-    """Sums and functions; a random model is 'right' where its own answer was made the reference."""
+    """Sums and functions; the random model is correct where its own answer is the reference."""
     draw = random.Random(0)
     for split in ("train", "selection", "heldout"):
         examples = []
@@ -324,7 +325,7 @@ def build(inputs, out, **change):
     return stage.run(config, inputs, out, Context(3, 1, out, lambda done, total, shown: None))
 
 
-def test_the_stage_makes_a_critic_twice_the_same(inputs, tmp_path):
+def test_stage_is_reproducible(inputs, tmp_path):
     found = build(inputs, tmp_path / "one")
     build(inputs, tmp_path / "two")
     assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes()
@@ -335,7 +336,7 @@ def test_the_stage_makes_a_critic_twice_the_same(inputs, tmp_path):
     assert len(load_critic(tmp_path / "one" / FILE).weights["summary_mean"]) == len(SUMMARY)
 
 
-def test_an_empty_split_is_named(inputs, tmp_path):
+def test_empty_split_is_refused_by_name(inputs, tmp_path):
     (tmp_path / "data").mkdir()
     for split in ("train", "selection"):
         write_examples(split_path(tmp_path / "data", split), [])
@@ -343,7 +344,7 @@ def test_an_empty_split_is_named(inputs, tmp_path):
         build({**inputs, "data": Artifact("examples", tmp_path / "data", "data")}, tmp_path / "out")
 
 
-def test_the_suite_counts_gains_and_costs(inputs, tmp_path, monkeypatch):
+def test_suite_counts_gains_and_costs(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(deliberation, "ROWS", {"selection": 6, "heldout": 8})
     monkeypatch.setattr(deliberation, "MAX_TOKENS", 6)
     bundle = inputs["data"].path.parent / "bundle"
@@ -361,7 +362,7 @@ def test_the_suite_counts_gains_and_costs(inputs, tmp_path, monkeypatch):
         deliberation.run(Task())
 
 
-def test_gains_have_paired_bounds():
+def test_gains_have_paired_confidence_bounds():
     before, after = np.zeros(200), np.repeat([0.0, 1.0], [150, 50])
     gain, low, high = bootstrap_gain(before, after, 0)
     assert gain == 0.25

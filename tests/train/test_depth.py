@@ -1,4 +1,4 @@
-"""Mixture of Depths: skipping for real equals skipping by mask, routers learn what is easy, misfits are refused."""
+"""Mixture of Depths: skipping equals a masked reference, routers learn easy tokens, mismatched routers are refused."""
 
 import json
 import math
@@ -49,11 +49,11 @@ def full_model():
 
 @cache
 def routed(spans, seed=0):
-    """Routers of random weights, and an engine that uses them; the bar lets about half of the tokens skip.
+    """Routers with random weights, and an engine that uses them; at this threshold about half of the tokens skip.
 
-    It lies between two scores: a token whose score is the bar itself would skip or not by the rounding of its batch.
+    The threshold lies between two scores, because a token exactly at the threshold could skip or not by rounding.
     """
-    width = full_model().config.hidden_size  # loading draws random numbers
+    width = full_model().config.hidden_size  # loading consumes random numbers
     torch.manual_seed(seed)
     routers = Routers(spans, width)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def routed(spans, seed=0):
 
 @torch.no_grad()
 def masked(routers, ids):
-    """The reference: every layer computes every token of one row; who skips is no key and keeps its state. [n, V]"""
+    """Reference logits [n, V]: all layers compute all tokens; a skipping token is no key and keeps its state."""
     model, n = full_model(), len(ids)
     decoder = model.model
     hidden = decoder.embed_tokens(torch.tensor([ids]))
@@ -99,7 +99,7 @@ prompts = st.lists(st.lists(st.integers(5, 511), min_size=1, max_size=30), min_s
 
 @given(prompts, st.sampled_from(SPANS), st.lists(st.integers(1, 12), min_size=6, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_skipping_for_real_is_the_masked_reference_in_any_batch(rows, spans, lengths):
+def test_skipping_equals_the_masked_reference_in_any_batch(rows, spans, lengths):
     """Prompts of several lengths in one batch, rows that leave it early, single streams: token by token."""
     routers, engine = routed(spans)
     asks = [Request(prompt=tuple(row), max_tokens=n) for row, n in zip(rows, lengths, strict=False)]
@@ -113,7 +113,7 @@ def test_skipping_for_real_is_the_masked_reference_in_any_batch(rows, spans, len
 
 
 @pytest.mark.parametrize("spans", SPANS)
-def test_a_prompt_that_is_read_skips_too(spans):
+def test_tokens_of_a_read_prompt_skip_too(spans):
     routers, engine = routed(spans)
     ids = tuple(range(5, 45))
     reference = masked(routers, ids)[0][:-1].log_softmax(-1)[range(39), ids[1:]]
@@ -121,8 +121,8 @@ def test_a_prompt_that_is_read_skips_too(spans):
 
 
 @pytest.mark.parametrize("spans", SPANS)
-def test_who_skips_does_no_work_and_leaves_no_entry(spans):
-    """Layers see the tokens that take them and no others, in the prompt and while decoding; so does the cache."""
+def test_skipped_tokens_are_not_computed_and_not_cached(spans):
+    """Layers and their caches receive only the tokens that take them, in the prompt and while decoding."""
     routers, model = routed(spans)[0], load(base_folder()).eval()
     ids = torch.randint(5, 511, (3, 20), generator=torch.Generator().manual_seed(1))
     inside = [layer for span in spans for layer in span]
@@ -150,8 +150,8 @@ def test_who_skips_does_no_work_and_leaves_no_entry(spans):
     assert 0 < some < 3 * 20 * len(spans)
 
 
-def test_rows_that_skip_are_left_out_of_a_batch():
-    """Of four rows two take the layer in each step: it sees two rows, and the others get no key or value."""
+def test_skipping_rows_are_removed_from_a_batch():
+    """Two of four rows take the layer in each step: it receives two rows, and the others get no key or value."""
     model, seen = load(base_folder()).eval(), []
     layer = model.model.layers[2]
     layer.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
@@ -166,7 +166,7 @@ def test_rows_that_skip_are_left_out_of_a_batch():
     assert cache.layers[2].keys[1, :, 1:].abs().sum() == 0
 
 
-def test_nothing_of_skipping_remains_after_the_with():
+def test_model_is_restored_after_the_context_manager():
     model = full_model()
     before = list(model.model.layers)
     with skipping(model.model, routed(SPANS[0])[0].takes, SPANS[0]):
@@ -174,19 +174,19 @@ def test_nothing_of_skipping_remains_after_the_with():
     assert list(model.model.layers) == before
 
 
-def test_a_score_that_is_no_number_takes_the_layer():
+def test_nan_score_takes_the_layer():
     routers, _ = routed(SPANS[0])
     assert routers.takes(1, torch.full((1, 3, routers.width), math.nan)).all()
 
 
-def test_neighbours_make_a_span():
+def test_adjacent_layers_form_a_span():
     assert spans_of((1, 2), 4) == spans_of((2, 1), 4) == ((1, 2),)
     assert spans_of((0, 3), 4) == ((0,), (3,))
     assert spans_of((5, 1, 2, 4), 9) == ((1, 2), (4, 5))
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "message"),
     [
         ((1, 4), "layer 4 does not exist: this model has layers 0 to 3"),
         ((-1,), "layer -1 does not exist"),
@@ -194,8 +194,8 @@ def test_neighbours_make_a_span():
         ((), "0 of 4 layers are to be skipped"),
     ],
 )
-def test_layers_that_cannot_skip_are_refused(layers, told):
-    with pytest.raises(TrainingError, match=told):
+def test_layers_that_cannot_skip_are_refused(layers, message):
+    with pytest.raises(TrainingError, match=message):
         spans_of(layers, 4)
 
 
@@ -205,7 +205,7 @@ def saved(tmp_path, spans=((2, 3),)):
     return routers, tmp_path / FILE
 
 
-def test_routers_come_back_as_they_were(tmp_path, base):
+def test_routers_round_trip_through_a_file(tmp_path, base):
     routers, path = saved(tmp_path)
     loaded = Routers.load(path, base)
     hidden = torch.randn(2, 5, routers.width)
@@ -227,7 +227,7 @@ def rewritten(path, tensors=None, **changes):
     return path
 
 
-def test_routers_that_do_not_fit_are_refused(tmp_path, base):
+def test_routers_with_wrong_shapes_are_refused(tmp_path, base):
     _, path = saved(tmp_path)
     with pytest.raises(BundleError, match="layer 7 does not exist"):
         Routers.load(rewritten(path, layers=[7]), base)
@@ -286,7 +286,7 @@ def trained(data, base, tmp_path_factory):
     return out, metrics
 
 
-def test_routers_learn_what_the_full_model_finds_easy(trained):
+def test_routers_learn_tokens_that_are_easy_for_the_full_model(trained):
     _, metrics = trained
     losses = [figures["loss"] for _, figures in metrics["curve"]["selection"]]
     share = metrics["easy_tokens"]
@@ -303,8 +303,8 @@ def test_equal_inputs_give_equal_routers(trained, data, base, tmp_path):
     assert sha256(base / "model.safetensors") == before
 
 
-def test_the_teacher_is_the_full_model_and_the_base_learns_nothing(base, data):
-    """Nats of every next token, padding never counted; gradients reach the routers only."""
+def test_full_model_is_the_teacher_and_the_base_is_frozen(base, data):
+    """The loss is in nats per next token without padding; only the routers get gradients."""
     tokenizer = HFTokenizer.load(base)
     batch = collate(make_rows([example(1, 2), example(123456, 9)], tokenizer, 99), [0, 1])
     model = depth.RoutedModel(load(base), Routers(((1,), (3,)), 64))
@@ -320,13 +320,13 @@ def test_the_teacher_is_the_full_model_and_the_base_learns_nothing(base, data):
     assert all(p.grad is not None for p in model.routers.parameters())
 
 
-@pytest.mark.parametrize(("layers", "told"), [((9,), "layers 0 to 3"), ((0, 1, 2), "name 1 to 2")])
-def test_the_stage_names_what_is_wrong_with_its_layers(layers, told, data, base, tmp_path):
-    with pytest.raises(TrainingError, match=told):
+@pytest.mark.parametrize(("layers", "message"), [((9,), "layers 0 to 3"), ((0, 1, 2), "name 1 to 2")])
+def test_stage_refuses_invalid_layers_with_a_reason(layers, message, data, base, tmp_path):
+    with pytest.raises(TrainingError, match=message):
         depth.run(config(layers=layers), {"examples": artifact(data), "model": artifact(base)}, tmp_path, context())
 
 
-def test_a_model_with_weights_that_are_no_numbers_is_no_teacher(data, tmp_path):
+def test_model_with_nan_weights_is_refused_as_teacher(data, tmp_path):
     broken = pico.make_model(tmp_path / "broken", layers=4)
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][:] = math.nan
@@ -336,7 +336,7 @@ def test_a_model_with_weights_that_are_no_numbers_is_no_teacher(data, tmp_path):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.05, 1), st.floats(0, 20))
-def test_the_chosen_bar_and_all_above_it_keep_the_promise(exact, share, points):
+def test_chosen_threshold_and_all_above_it_meet_the_agreement(exact, share, points):
     tried = [{"bar": -k, "share": k / 20, "exact": value} for k, value in enumerate(exact)]
     chosen = depth.choose(tried, share, points)
     upto = tried[: tried.index(chosen) + 1]
@@ -352,13 +352,13 @@ def reply(*ids):
     return Reply("", tuple(Token(i, "", 0.0, 0.0, 0.0) for i in ids), "stop", None)
 
 
-def test_agreement_counts_tokens_at_their_place():
+def test_agreement_compares_tokens_by_position():
     assert depth_report.agreement([reply(1, 2, 3)], [reply(1, 2, 3)]) == 1
     assert depth_report.agreement([reply(1, 2, 3), reply(7)], [reply(1, 9), reply(7)]) == 0.5
 
 
 @pytest.mark.parametrize(("bar", "skipped"), [(math.inf, 0.0), (-math.inf, 1.0)])
-def test_the_report_says_what_happened(bar, skipped, trained, data, base, tmp_path):
+def test_report_contains_skips_and_agreement(bar, skipped, trained, data, base, tmp_path):
     out, metrics = trained
     routers = Routers.load(out / FILE, base)
     routers.bar = bar

@@ -1,4 +1,4 @@
-"""Learning what was failed without forgetting the rest; merging an adapter; recipes that go on from others."""
+"""Distillation on failed questions with rehearsal, merging of adapters, and recipes that continue others."""
 
 import random
 
@@ -34,7 +34,7 @@ def artifact(path, **metrics):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A base that can say letters and not what comes after them, and its graded responses."""
+    """A base that can repeat letters but cannot continue them, and its graded responses."""
     root = tmp_path_factory.mktemp("distill")
     pico.make_tokenizer(root / "tokenizer")
     for name in SPLITS:
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     }
 
 
-def test_what_was_failed_is_learned_and_the_rest_stays(trained, tmp_path):
+def test_failed_questions_are_learned_and_others_kept(trained, tmp_path):
     config = distill.Config(rehearsal=0.4, forget=0.3, lora=LoraShape(rank=14), loop=LoopConfig(**LOOP))
     before = sha256(trained["model"].path / "model.safetensors")
     metrics = distill.run(config, trained, tmp_path, context())
@@ -71,8 +71,8 @@ def test_what_was_failed_is_learned_and_the_rest_stays(trained, tmp_path):
     assert sha256(trained["model"].path / "model.safetensors") == before
 
 
-def test_training_stops_at_what_it_may_not_forget(trained, tmp_path):
-    """Without rehearsal, at a rate that wrecks the model: weights that forgot are never the ones that are kept."""
+def test_training_stops_at_the_forgetting_limit(trained, tmp_path):
+    """Without rehearsal and with a destructive learning rate: weights beyond the forgetting limit are never kept."""
     loop = LoopConfig(**LOOP | {"lr": 0.3, "evaluate_every": 10})
     metrics = distill.run(distill.Config(rehearsal=0, forget=0.1, lora=None, loop=loop), trained, tmp_path, context())
     assert metrics["stopped"].startswith("forgot ")
@@ -84,18 +84,18 @@ def test_training_stops_at_what_it_may_not_forget(trained, tmp_path):
 
 @given(st.integers(1, 60), st.integers(0, 60), st.floats(0, 0.9), st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
-def test_rehearsal_is_the_share_that_was_asked_for(failed, known, share, seed):
-    asked = [example(f"{i}", "x", 1, "math") for i in range(failed + known)]
-    random.Random(seed).shuffle(asked)
-    correct = {e.id: i >= failed for i, e in enumerate(asked)}
-    rows = distill.with_rehearsal(asked, correct, distill.Config(rehearsal=share), seed)
+def test_rehearsal_has_the_configured_share(failed, known, share, seed):
+    examples = [example(f"{i}", "x", 1, "math") for i in range(failed + known)]
+    random.Random(seed).shuffle(examples)
+    correct = {e.id: i >= failed for i, e in enumerate(examples)}
+    rows = distill.with_rehearsal(examples, correct, distill.Config(rehearsal=share), seed)
     right = sum(correct[e.id] for e in rows)
     assert len(rows) - right == failed
     assert right == min(known, round(failed * share / (1 - share)))
-    assert rows == distill.with_rehearsal(asked, correct, distill.Config(rehearsal=share), seed)
+    assert rows == distill.with_rehearsal(examples, correct, distill.Config(rehearsal=share), seed)
 
 
-def test_nothing_to_distil_is_said(trained, tmp_path):
+def test_nothing_to_distil_is_reported(trained, tmp_path):
     with pytest.raises(TrainingError, match="failed no training question of 'tools'"):
         distill.run(distill.Config(domain="tools"), trained, tmp_path, context())
 
@@ -107,7 +107,7 @@ def adapter(trained, tmp_path_factory):
     return artifact(out, **modifier.run(config, trained, out, context()))
 
 
-def test_a_modifier_says_what_it_gained_and_what_it_would_cost_elsewhere(adapter):
+def test_modifier_reports_its_gain_and_its_loss_on_other_domains(adapter):
     figures = adapter.metrics
     assert figures["exact"]["before"] < 0.2
     assert figures["gain"] == figures["exact"]["after"] - figures["exact"]["before"] > 0.5
@@ -117,7 +117,7 @@ def test_a_modifier_says_what_it_gained_and_what_it_would_cost_elsewhere(adapter
     assert nats["merged"] == pytest.approx(nats["attached"], abs=1e-4)
 
 
-def test_a_merged_adapter_says_what_the_attached_one_said(trained, adapter, tmp_path):
+def test_merged_adapter_gives_the_same_answers(trained, adapter, tmp_path):
     metrics = merge.run(merge.Config(), {**trained, "adapter": adapter}, tmp_path, context())
     assert metrics["merged"]["loss"] == pytest.approx(metrics["attached"]["loss"], abs=1e-4)
     assert metrics["merged"]["loss"] < metrics["base"]["loss"] - 0.1
@@ -130,13 +130,13 @@ def test_a_merged_adapter_says_what_the_attached_one_said(trained, adapter, tmp_
         assert torch.allclose(load(tmp_path)(input_ids=ids).logits, attached, atol=1e-4)
 
 
-def test_an_adapter_of_another_base_is_not_merged(trained, adapter, tmp_path):
+def test_merging_an_adapter_of_another_base_is_refused(trained, adapter, tmp_path):
     foreign = artifact(adapter.path, **adapter.metrics | {"base_sha256": "0" * 64})
     with pytest.raises(TrainingError, match="was trained on another base"):
         merge.run(merge.Config(), {**trained, "adapter": foreign}, tmp_path, context())
 
 
-def test_a_recipe_goes_on_after_another_in_its_folder(tmp_path):
+def test_recipe_continues_another_in_its_folder(tmp_path):
     (tmp_path / "first.yaml").write_text("name: first\nseed: 5\nsteps: [{name: data, stage: world}]")
     second = "name: second\nextends: first.yaml\nsteps: [{name: more, stage: tokenizer, inputs: {examples: data}}]"
     (tmp_path / "second.yaml").write_text(second)
@@ -156,7 +156,7 @@ def test_a_recipe_goes_on_after_another_in_its_folder(tmp_path):
         ("steps: [{name: logs, stage: world}]", "the folder of training curves has this name"),
     ],
 )
-def test_recipes_that_cannot_go_on(tmp_path, text, message):
+def test_recipes_that_cannot_continue_are_refused(tmp_path, text, message):
     (tmp_path / "loop.yaml").write_text(f"name: loop\n{text}")
     with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path / "loop.yaml")

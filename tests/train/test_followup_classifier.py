@@ -1,4 +1,4 @@
-"""A dissatisfied follow-up: the dialogues it is learned from, the stage, the file without torch, rated dialogues."""
+"""The classifier of dissatisfied follow-ups: its training dialogues, stage, inference without torch, and suite."""
 
 import re
 import shutil
@@ -40,7 +40,7 @@ def talk(*texts):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a pico encoder that knows the words of the dialogues, and `bundle` with what the stage makes."""
+    """A folder with a pico encoder whose vocabulary covers the dialogues, and `bundle` with the output of the stage."""
     root = tmp_path_factory.mktemp("escalation")
     texts = [m.content.lower() for d in draw("train", 600, 1, registers=False) for m in d.messages]
     found = sorted({word for text in texts for word in re.findall(r"[a-z]+|[^\w\s]", text)} | set("abcdefghij0"))
@@ -73,7 +73,7 @@ def test_sets_share_no_topic_and_no_template():
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_dialogues_come_in_pairs_that_differ_in_the_follow_up_only(name):
+def test_dialogues_are_pairs_that_differ_only_in_the_follow_up(name):
     dialogues = draw(name, 400, 3)
     assert dialogues == draw(name, 400, 3) != draw(name, 400, 4)
     for contented, dissatisfied in zip(dialogues[::2], dialogues[1::2], strict=True):
@@ -82,12 +82,12 @@ def test_dialogues_come_in_pairs_that_differ_in_the_follow_up_only(name):
     assert not [d for d in dialogues for m in d.messages if set(m.content) & set("{}<|") or "$name" in m.content]
 
 
-def test_no_held_out_follow_up_is_met_in_training():
+def test_held_out_follow_ups_do_not_occur_in_training():
     trained, held_out = (
         {
             re.sub(r"[\s.,:;!?'()-]", "", d.messages[-1].content.lower())
             for d in draw(name, rows, 0, registers=False)
-            if d.template != "<error>"  # a message that somebody pasted is the same for everybody
+            if d.template != "<error>"  # a pasted message is the same in all dialogues
         }
         for name, rows in (("train", 8000), ("heldout", 1500))
     )
@@ -97,7 +97,7 @@ def test_no_held_out_follow_up_is_met_in_training():
 
 @given(st.lists(st.text(max_size=80), min_size=3, max_size=3))
 @settings(max_examples=100, deadline=None)
-def test_any_turn_has_ids_and_marks_with_the_follow_up_first(turn):
+def test_any_turn_is_encoded_with_the_follow_up_first(turn):
     words = numbered(["a", "b", "the", "no"])
     ids, marks = encode(tuple(turn), words)
     assert len(ids) == len(marks) >= 1
@@ -108,14 +108,14 @@ def test_any_turn_has_ids_and_marks_with_the_follow_up_first(turn):
     assert marks.max() < MARKS
 
 
-def test_marks_say_what_was_said_before():
+def test_marks_show_words_of_earlier_messages():
     words = numbered(["how", "old", "is", "she", "ten"])
     ids, marks = encode(("How old is she", "ten", "HOW old, ten"), words)
     assert ids.tolist() == [2, 3, UNKNOWN, 6, 6, 2, 3, 4, 5]
     assert (marks - 1).tolist() == [8 + 1, 8 + 1, 8, 8 + 2, 4 + 2, 2, 2, 0, 0]
 
 
-def test_pictures_are_read_by_name():
+def test_emoji_are_encoded_by_name():
     words = numbered(["thumbs", "down", "sign"])
     assert encode(("", "", "👎"), words)[0].tolist() == [2, 3, 4]
 
@@ -124,7 +124,7 @@ def test_pictures_are_read_by_name():
     st.lists(st.sampled_from(["no", "that", "is", "wrong", "thanks", "what", "Paris", "?", "xyzzy", "12"]), max_size=40)
 )
 @settings(max_examples=30, deadline=None)
-def test_the_file_computes_what_torch_does(tmp_path_factory, said):
+def test_inference_from_the_file_equals_torch(tmp_path_factory, follow_up):
     torch.manual_seed(1)
     words = ["no", "that", "is", "wrong", "thanks", "what", "paris", "?", "0"]
     net = FollowUpNet(
@@ -133,18 +133,19 @@ def test_the_file_computes_what_torch_does(tmp_path_factory, said):
     torch.nn.init.normal_(net.wide.weight)
     path = tmp_path_factory.mktemp("net") / FILE
     export(net, path, describe(words, 0.5, 0.5))
-    messages = talk("what is Paris", "that is Paris 12", " ".join(["no", *said]))
+    messages = talk("what is Paris", "that is Paris 12", " ".join(["no", *follow_up]))
     row = encode(last_turn(messages), numbered(words))
-    longer = (np.tile(row[0], 2)[: len(row[0]) + 3], np.tile(row[1], 2)[: len(row[1]) + 3])  # so that the row is padded
+    # so that the other row is padded
+    longer = (np.tile(row[0], 2)[: len(row[0]) + 3], np.tile(row[1], 2)[: len(row[1]) + 3])
     with torch.no_grad():
         expected = torch.sigmoid(net.eval()(*pad([row, longer]))[0]).item()
     assert Escalation(path).dissatisfied(messages) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_stage_learns_and_gives_equal_bytes(root, tmp_path):
+def test_stage_learns_and_is_reproducible(root, tmp_path):
     metrics = stage.run(stage.Config(**PICO), {}, tmp_path, context(root))
     assert sha256(tmp_path / FILE) == sha256(root / "bundle" / FILE)
-    assert metrics["accuracy"]["selection"] > 0.65  # a coin gets 0.5
+    assert metrics["accuracy"]["selection"] > 0.65  # chance level is 0.5
     assert metrics["bytes"] == (tmp_path / FILE).stat().st_size
     assert metrics["epochs"] == {"teacher": 3, "student": 3}
     assert set(metrics["teacher_accuracy"]) == {"selection", "heldout"}
@@ -154,7 +155,7 @@ def test_the_stage_learns_and_gives_equal_bytes(root, tmp_path):
     assert sha256(other / FILE) != sha256(tmp_path / FILE)
 
 
-def test_complaints_are_told_from_thanks(net):
+def test_complaints_are_distinguished_from_thanks(net):
     before = ("What is the capital of Norway?", "The capital of Norway is Lima.")
     for bad, good in (
         ("No, that is wrong.", "Thank you, that is great."),
@@ -176,7 +177,7 @@ def test_complaints_are_told_from_thanks(net):
         [Message("assistant", "x"), Message("user", "a"), Message("user", "wrong")],
     ],
 )
-def test_where_nobody_answered_nobody_is_dissatisfied(net, messages):
+def test_dialogue_without_an_answer_is_not_dissatisfied(net, messages):
     assert net.dissatisfied(messages) == 0.0
 
 
@@ -190,12 +191,12 @@ def test_any_text_gets_a_probability(net, text):
 
 @given(st.text(max_size=200))
 @settings(max_examples=50, deadline=None)
-def test_what_the_system_or_earlier_turns_say_does_not_matter(net, text):
+def test_system_message_and_earlier_turns_do_not_matter(net, text):
     turn = talk("How old is she?", "Ten.", text)
     assert net.dissatisfied([Message("system", "wrong!"), *talk("no", "useless"), *turn]) == net.dissatisfied(turn)
 
 
-def test_threads_may_share_it(net):
+def test_classifier_is_thread_safe(net):
     turns = [d.messages for d in draw("heldout", 40, 0)]
     expected, found = [net.dissatisfied(t) for t in turns], {}
 
@@ -210,7 +211,7 @@ def test_threads_may_share_it(net):
     assert all(found[k] == expected for k in range(4))
 
 
-def test_files_that_hold_no_such_net_are_refused(root, tmp_path):
+def test_invalid_classifier_files_are_refused(root, tmp_path):
     import onnx
 
     path = tmp_path / FILE
@@ -233,7 +234,7 @@ def test_files_that_hold_no_such_net_are_refused(root, tmp_path):
             Escalation(path)
 
 
-def test_an_encoder_that_cannot_teach_is_refused(root):
+def test_unsuitable_encoder_is_refused(root):
     class Other(torch.nn.Module):
         pass
 
@@ -257,7 +258,7 @@ USER\tThank you.\tTHANK\t5,4,4\tbecause
 """
 
 
-def test_rated_dialogues_are_read_and_bad_lines_counted(tmp_path):
+def test_rated_dialogues_are_read_and_invalid_lines_counted(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(RATED.replace("\n", "\r\n").encode())
     rated = read_rated(file)
@@ -279,7 +280,7 @@ def test_rated_dialogues_are_read_and_bad_lines_counted(tmp_path):
         read_rated(tmp_path / "none.txt")
 
 
-def test_no_dialogue_is_in_both_halves(tmp_path):
+def test_no_dialogue_is_in_both_splits(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("\n\n".join([RATED.split("\n\n")[0]] * 20))
     rated = read_rated(file)
@@ -289,18 +290,18 @@ def test_no_dialogue_is_in_both_halves(tmp_path):
     assert halves(rated, 0.5, 0) == (one, two) != halves(rated, 0.5, 1)
 
 
-def test_figures_of_merit():
+def test_metrics_on_known_scores():
     truth = np.array([True, True, False, False])
     assert escalation.f1(truth, np.array([True, False, True, False])) == 0.5
     assert escalation.f1(truth, np.zeros(4, dtype=bool)) == 0.0
     assert best_threshold(np.array([0.9, 0.6, 0.5, 0.1]), truth, escalation.f1) == pytest.approx(0.6, abs=0.1)
     low, high = escalation.bounds(np.repeat(np.arange(50), 4), lambda rows: float(np.mean(rows % 2)), 0)
-    assert low == high == 0.5  # every group has as many of each
+    assert low == high == 0.5  # every group has equally many of each
     low, high = escalation.bounds(np.arange(200), lambda rows: float(np.mean(rows % 2)), 0)
     assert 0.4 < low < 0.5 < high < 0.6
 
 
-def test_the_suite_judges_bundle_and_rated_dialogues(root, tmp_path, monkeypatch):
+def test_suite_evaluates_bundle_and_rated_dialogues(root, tmp_path, monkeypatch):
     monkeypatch.setattr(escalation, "ROWS", 200)
     monkeypatch.setattr(escalation, "RESAMPLES", 50)
     monkeypatch.setattr(escalation, "EPOCHS", 20)
@@ -326,7 +327,7 @@ def test_the_suite_judges_bundle_and_rated_dialogues(root, tmp_path, monkeypatch
         escalation.run(Task(tmp_path))
 
 
-def test_public_ratings_are_read_whole():
+def test_public_ratings_are_read_completely():
     rated = read_rated(public_data("uss_satisfaction"))
     assert rated.malformed == 0
     assert rated.dialogues == 2000

@@ -1,4 +1,4 @@
-"""The training loop: the same bits after a kill, the same curve on two processes, and plain words for what is wrong."""
+"""`train.loop`: bit-identical resumption, equal curves with two processes, early stopping, and errors."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def tokenizer(tmp_path_factory):
 
 
 def launch(root, out, *before, **what):
-    """Run `support.train` in a process of its own, or under a launcher."""
+    """Run `support.train` in a separate process, or under a launcher."""
     out.mkdir(exist_ok=True)
     command = [sys.executable, *before, "-m", "support.train", root, out, json.dumps({"config": CONFIG} | what)]
     return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -75,7 +75,7 @@ def stop_at(process, step):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupts: its root and its folder."""
+    """An uninterrupted run: its root and its folder."""
     root = tmp_path_factory.mktemp("whole")
     assert finished(launch(root, root / "out"))[-1] == 40
     return root, root / "out"
@@ -86,15 +86,15 @@ def test_killed_at_any_step_and_resumed_gives_the_same_weights(whole, tmp_path):
     for step in (7, 25):
         stop_at(launch(root, tmp_path), step)
         assert not (tmp_path / "weights.safetensors").exists()
-    assert finished(launch(root, tmp_path))[0] > 20  # it went on from its checkpoint
+    assert finished(launch(root, tmp_path))[0] > 20  # it resumed from its checkpoint
     for name in ("weights.safetensors", "curve.json"):
         assert sha256(tmp_path / name) == sha256(out / name)
 
 
 @given(st.integers(1, 19))
 @settings(max_examples=5, deadline=None)
-def test_random_numbers_come_back_too(tokenizer, tmp_path_factory, step):
-    """Dropout draws in every step; an interruption between two checkpoints changes no bit of the adapter."""
+def test_resumption_restores_random_states(tokenizer, tmp_path_factory, step):
+    """With dropout in every step, an interruption between two checkpoints does not change the adapter."""
 
     def weights(out, until):
         def progress(done, total, figures):
@@ -113,8 +113,8 @@ def test_random_numbers_come_back_too(tokenizer, tmp_path_factory, step):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["data parallel", "sharded"])
-def test_two_processes_learn_like_one(tmp_path, sharded):
-    """Batches of 100 rows in sevens: processes have unequal shares, once only one has a row."""
+def test_two_processes_give_the_curve_of_one(tmp_path, sharded):
+    """Batches of 7 of 100 rows: the shares of the processes differ, and in one batch only one process has a row."""
     config = CONFIG | {"batch": 7, "muon_lr": None, "accumulate": 2}
     finished(launch(tmp_path, tmp_path / "one", config=config))
     launcher = ["-m", "accelerate.commands.launch"]
@@ -136,7 +136,7 @@ def test_two_processes_learn_like_one(tmp_path, sharded):
         assert torch.allclose(weight, theirs[name], atol=2e-3)
 
 
-def test_parts_of_a_batch_add_up_to_it(tokenizer, tmp_path):
+def test_accumulated_gradients_equal_those_of_the_full_batch(tokenizer, tmp_path):
     rows = sums(tokenizer)
     found = []
     for parts in (1, 3):
@@ -148,8 +148,8 @@ def test_parts_of_a_batch_add_up_to_it(tokenizer, tmp_path):
     assert not torch.equal(found[0], torch.ones_like(found[0]))
 
 
-def test_what_saves_memory_changes_no_gradient(tokenizer, tmp_path):
-    """Activations computed twice give the same weights; bf16 gives nearly the same."""
+def test_memory_options_do_not_change_gradients(tokenizer, tmp_path):
+    """Gradient checkpointing gives the same weights; bf16 gives nearly the same."""
     rows, found = sums(tokenizer), {}
     options = {"plain": {}, "twice": {"gradient_checkpointing": True}, "bf16": {"precision": "bf16"}}
     for name, option in options.items():
@@ -162,7 +162,7 @@ def test_what_saves_memory_changes_no_gradient(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_learning_rate_warms_up_and_falls_to_its_share(schedule):
+def test_learning_rate_warms_up_and_decays_to_its_final_share(schedule):
     config = LoopConfig(steps=100, warmup=10, final_lr=0.1, schedule=schedule)
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
@@ -175,7 +175,7 @@ def test_early_stopping_keeps_the_best_weights(tokenizer, tmp_path):
     model = build(SHAPE, tokenizer, 0)
     seen = []
 
-    def validate(apply):  # best at the second look, worse ever after
+    def validate(apply):  # best at the second validation, worse afterwards
         seen.append(model.model.norm.weight.detach().clone())
         return {"loss": [3.0, 1.0, 2.0, 2.5, 2.0, 2.0][len(seen) - 1]}
 
@@ -189,10 +189,10 @@ def test_early_stopping_keeps_the_best_weights(tokenizer, tmp_path):
     assert torch.equal(second["model.norm.weight"], seen[2])
 
 
-def test_who_validates_may_end_the_training(tokenizer, tmp_path):
-    """Weights for which training is stopped are not the ones it ends with, however low their loss.
+def test_validation_can_stop_the_training(tokenizer, tmp_path):
+    """Weights for which validation stops the training are not kept, however low their loss.
 
-    Those it began with are candidates too.
+    The initial weights are candidates too.
     """
     model = build(SHAPE, tokenizer, 0)
     config = LoopConfig(steps=60, batch=4, evaluate_every=5)
@@ -216,7 +216,7 @@ def test_reasons_to_stop(losses, patience):
     assert "gradient" in reason_to_stop(at, LoopConfig(patience=patience, gradient_floor=1e-4))
 
 
-def test_right_answers_are_counted_as_greedy_decoding_would(tokenizer, tmp_path):
+def test_exact_answers_equal_those_of_greedy_decoding(tokenizer, tmp_path):
     model = build(SHAPE, tokenizer, 0)
     rows = sums(tokenizer)
     train(model, rows, answer_loss, LoopConfig(**CONFIG), tmp_path, context())
@@ -250,7 +250,7 @@ def test_curves_are_written_for_tensorboard(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_no_number_stops_with_step_and_rows(tokenizer, tmp_path, where):
+def test_non_finite_values_stop_the_training_with_step_and_rows(tokenizer, tmp_path, where):
     def broken(model, batch):
         loss = answer_loss(model, batch)[0]
         if 2 in batch.index.tolist():
@@ -263,7 +263,7 @@ def test_what_is_no_number_stops_with_step_and_rows(tokenizer, tmp_path, where):
         train(build(SHAPE, tokenizer, 0), rows, broken, LoopConfig(steps=9, batch=2), tmp_path, context())
 
 
-def test_a_checkpoint_of_another_model_is_refused(tokenizer, tmp_path):
+def test_checkpoint_of_another_model_is_refused(tokenizer, tmp_path):
     rows, config = sums(tokenizer), LoopConfig(**CONFIG | {"steps": 4})
     train(build(SHAPE, tokenizer, 0), rows, answer_loss, config, tmp_path, context())
     wider = build(Shape(hidden=64, layers=1, heads=1, feed_forward=64), tokenizer, 0)
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_model_is_refused(tokenizer, tmp_path):
         train(wider, rows, answer_loss, config, tmp_path, context())
 
 
-def test_an_adapter_does_not_go_on_under_another_base(tokenizer, tmp_path):
+def test_adapter_checkpoint_of_another_base_is_refused(tokenizer, tmp_path):
     rows, config = sums(tokenizer), LoopConfig(**CONFIG | {"steps": 4, "muon_lr": None})
     train(attach(build(SHAPE, tokenizer, 0), LoraShape(rank=4), 0), rows, answer_loss, config, tmp_path, context())
     before = sha256(tmp_path / "checkpoint" / "checkpoint.safetensors")
@@ -280,15 +280,15 @@ def test_an_adapter_does_not_go_on_under_another_base(tokenizer, tmp_path):
     assert sha256(tmp_path / "checkpoint" / "checkpoint.safetensors") == before
 
 
-def test_a_damaged_checkpoint_is_named(tokenizer, tmp_path):
+def test_damaged_checkpoint_is_refused_by_name(tokenizer, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "checkpoint.safetensors").write_bytes(b"\x07" * 40)
     with pytest.raises(TrainingError, match=r"checkpoint\.safetensors cannot be read .*delete it"):
         train(build(SHAPE, tokenizer, 0), sums(tokenizer), answer_loss, LoopConfig(**CONFIG), tmp_path, context())
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
-    """From some step on no file may grow beyond a few bytes: the run ends, and goes on when there is room again."""
+def test_full_disk_keeps_the_previous_checkpoint(whole, tmp_path):
+    """From some step on, files are limited to a few bytes: the run ends, and it resumes once there is space."""
     root, out = whole
     process = launch(root, tmp_path)
     for line in process.stdout:
@@ -302,8 +302,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     assert sha256(tmp_path / "weights.safetensors") == sha256(out / "weights.safetensors")
 
 
-def test_the_bare_loop_of_the_speed_suite_does_the_same_work(tmp_path, monkeypatch):
-    """Equal weights after both, or there would be no ratio."""
+def test_reference_loop_of_the_speed_suite_does_the_same_work(tmp_path, monkeypatch):
+    """Both must give equal weights, otherwise the ratio of times is meaningless."""
     monkeypatch.setattr(training, "STEPS", 4)
     monkeypatch.setattr(training, "LOOP", training.LOOP.model_copy(update={"steps": 4, "batch": 8}))
     monkeypatch.setattr(training, "BATCH", 8)
@@ -313,7 +313,7 @@ def test_the_bare_loop_of_the_speed_suite_does_the_same_work(tmp_path, monkeypat
         training._turn(tmp_path / "other", seed=1)
 
 
-def test_nothing_to_train_is_said(tokenizer, tmp_path):
+def test_empty_training_set_is_refused(tokenizer, tmp_path):
     model = build(SHAPE, tokenizer, 0).requires_grad_(False)
     with pytest.raises(TrainingError, match="this model has no trainable weights"):
         train(model, sums(tokenizer), answer_loss, LoopConfig(), tmp_path, context())

@@ -1,4 +1,4 @@
-"""Recovery after compression, on a pico model that knows its sums and is then damaged."""
+"""Stage `recover` on a pico model that is trained on additions and then damaged."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def damaged(folder, out, damage):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Examples, a model that knows them, and the same model pruned and rounded."""
+    """Examples, a model trained on them, and the same model pruned and rounded."""
     root = tmp_path_factory.mktemp("recover")
     pico.make_tokenizer(root / "tokenizer")
     rows = [example(f"{a} plus {b}", str(a + b)) for a in range(10) for b in range(10)]
@@ -92,7 +92,7 @@ def nats(world, folder, model=None):
 
 
 @pytest.mark.parametrize("model", ["pruned", "rounded"])
-def test_a_good_part_of_the_loss_is_won_back_and_is_in_the_weights(world, tmp_path, model):
+def test_recovery_reduces_the_loss_of_the_written_weights(world, tmp_path, model):
     metrics = recovered(world, tmp_path, model)
     assert metrics["distilled"]
     assert metrics["returned"] == "recovered"
@@ -105,7 +105,7 @@ def test_a_good_part_of_the_loss_is_won_back_and_is_in_the_weights(world, tmp_pa
     )
 
 
-def test_the_documents_rates_by_default(world, tmp_path):
+def test_default_rates(world, tmp_path):
     config = recover.Config()
     assert (config.share, config.epochs, config.loop.lr, config.loop.clip) == (0.02, 2, 8e-7, 0.3)
     metrics = recovered(world, tmp_path, share=0.02, epochs=2, loop={})
@@ -113,8 +113,8 @@ def test_the_documents_rates_by_default(world, tmp_path):
     assert metrics["steps_planned"] == 2
 
 
-def test_a_model_is_never_given_back_worse(world, tmp_path):
-    """A rate that wrecks the model: training ends at its first look, and the damaged weights come back, bit for bit."""
+def test_recovery_never_makes_a_model_worse(world, tmp_path):
+    """With a destructive rate, training ends at its first validation and the input weights are returned unchanged."""
     metrics = recovered(world, tmp_path, loop={**FAST, "lr": 0.3, "clip": 100.0}, epochs=10)
     assert metrics["returned"] == "damaged"
     assert metrics["steps"] == 10 < metrics["steps_planned"]
@@ -125,14 +125,14 @@ def test_a_model_is_never_given_back_worse(world, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_lower_loss_with_fewer_right_answers_is_no_recovery():
+def test_lower_loss_with_fewer_exact_answers_is_rejected():
     before = {"loss": 1.0, "exact": 0.5}
     assert recover.better({"loss": 0.9, "exact": 0.5}, before)
     assert not recover.better({"loss": 0.5, "exact": 0.49}, before)
     assert not recover.better({"loss": 1.0, "exact": 0.6}, before)
 
 
-def test_pruned_weights_stay_zero_if_asked(world, tmp_path):
+def test_pruned_weights_stay_zero_if_configured(world, tmp_path):
     kept = recovered(world, tmp_path / "kept", mask="keep")
     free = recovered(world, tmp_path / "free")
     assert kept["zeros"]["after"] >= kept["zeros"]["before"] > 0
@@ -144,12 +144,12 @@ def test_pruned_weights_stay_zero_if_asked(world, tmp_path):
         if name.endswith("proj.weight"):
             assert not after[name][weight == 0].any()
             assert not torch.equal(after[name], weight)
-    # what validation saw is what was written
+    # the written weights are the validated ones
     best = min(value for _, value, _ in kept["curve"]["selection"])
     assert kept["recovered"]["nats"] == pytest.approx(best, rel=1e-4)
 
 
-def test_unmerged_the_adapter_lies_beside_the_model_as_it_came(world, tmp_path):
+def test_unmerged_adapter_is_written_beside_the_unchanged_model(world, tmp_path):
     metrics = recovered(world, tmp_path, merge=False)
     before, after = load(world / "pruned").state_dict(), load(tmp_path).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -160,13 +160,13 @@ def test_unmerged_the_adapter_lies_beside_the_model_as_it_came(world, tmp_path):
     assert nats(world, tmp_path, adapted) == pytest.approx(metrics["recovered"]["nats"], rel=1e-4)
 
 
-def test_distillation_only_where_much_was_lost_and_an_original_is_given(world, tmp_path):
+def test_distillation_needs_a_large_loss_and_an_original_model(world, tmp_path):
     without = recovered(world, tmp_path / "a", original=False)
     assert (without["distilled"], without["won_back"]) == (False, None)
     assert not recovered(world, tmp_path / "b", distil_above=1e6)["distilled"]
 
 
-def test_the_divergence_is_zero_for_a_model_and_itself_and_positive_otherwise(world):
+def test_divergence_is_zero_only_for_equal_models(world):
     rows = make_rows([example("3 plus 4", "7"), example("9 plus 9", "18")], HFTokenizer.load(world / "original"), 64)
     original, other = load(world / "original"), load(world / "rounded")
     loss = distillation(original)
@@ -174,7 +174,7 @@ def test_the_divergence_is_zero_for_a_model_and_itself_and_positive_otherwise(wo
     assert mean_figures(applied(other), rows, loss)["loss"] > 0.01
 
 
-def test_each_rows_surprise_is_its_own(world):
+def test_surprise_of_a_row_does_not_depend_on_the_batch(world):
     model, tokenizer = load(world / "pruned"), HFTokenizer.load(world / "pruned")
     rows = make_rows([example(f"{a} plus {b}", str(a + b)) for a in range(4) for b in range(9)], tokenizer, 64)
     found = recover.log_perplexity(applied(model), rows)
@@ -183,14 +183,14 @@ def test_each_rows_surprise_is_its_own(world):
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=60), st.floats(0.001, 1))
 @settings(max_examples=50, deadline=None)
-def test_the_hardest_are_the_hardest(nats, share):
+def test_hardest_rows_have_the_highest_loss(nats, share):
     chosen = recover.hardest(np.array(nats), share)
     rest = [nats[i] for i in range(len(nats)) if i not in chosen]
     assert len(set(chosen)) == len(chosen) == max(1, round(share * len(nats)))
     assert not rest or min(nats[i] for i in chosen) >= max(rest)
 
 
-def test_what_cannot_be_recovered_says_so(world, tmp_path):
+def test_invalid_inputs_are_refused(world, tmp_path):
     with pytest.raises(TrainingError, match="mask: keep holds zeros in merged weights"):
         recovered(world, tmp_path, mask="keep", merge=False)
     pico.make_model(tmp_path / "other", hidden=32, layers=1, vocab=400)

@@ -1,4 +1,4 @@
-"""The domain router beyond its net: scope, habit, pre-loading, and the suite that judges it."""
+"""The domain router: scope, domain history, pre-loading of modifiers, and its suite."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def probabilities(draw):
     return dict(zip(NAMES, (values / values.sum()).tolist(), strict=True))
 
 
-def test_vectors_of_any_origin_train_a_router_that_knows_its_scope(tmp_path):
+def test_router_with_scope_trains_on_any_vectors(tmp_path):
     random = np.random.default_rng(0)
     centres = np.eye(3, 8) * 6
     y = random.integers(3, size=600)
@@ -42,7 +42,7 @@ def test_vectors_of_any_origin_train_a_router_that_knows_its_scope(tmp_path):
     assert np.mean(middle) <= 0.5
 
 
-def test_nets_of_before_have_everything_in_scope(tmp_path):
+def test_networks_without_a_scope_accept_everything(tmp_path):
     from safetensors.numpy import save_file
 
     old = {"mean": np.zeros(1), "scale": np.ones(1), "weight_0": np.zeros((1, 2)), "bias_0": np.zeros(2)}
@@ -55,7 +55,7 @@ def test_nets_of_before_have_everything_in_scope(tmp_path):
         load_scope(tmp_path / "none")
 
 
-def test_equal_nets_are_equal_bytes(tmp_path):
+def test_network_file_is_reproducible(tmp_path):
     net = Net.of([0.0], [1.0], [[[1.0, 2.0]]], [[0.0, 0.0]], ["a", "b"])
     for name in ("one", "two"):
         net.save(tmp_path / name, scope=0.7)
@@ -64,7 +64,7 @@ def test_equal_nets_are_equal_bytes(tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200), st.floats(0, 0.5))
-def test_no_more_false_alarms_than_stated(known, rate):
+def test_false_alarm_rate_stays_below_its_limit(known, rate):
     scope = scope_for(known, rate)
     assert sum(not in_scope({"a": p}, scope) for p in known) <= rate * len(known)
     assert scope_for([], rate) == 0.0
@@ -72,7 +72,7 @@ def test_no_more_false_alarms_than_stated(known, rate):
 
 @settings(deadline=None)
 @given(probabilities(), st.dictionaries(st.sampled_from([*NAMES, "unknown"]), st.integers(-5, 10**9)))
-def test_habit_bends_but_never_breaks_what_the_question_says(domains, history):
+def test_history_shifts_but_never_overrides_the_question(domains, history):
     bent = with_history(domains, history)
     assert list(bent) == list(domains)
     assert sum(bent.values()) == pytest.approx(1)
@@ -85,7 +85,7 @@ def test_habit_bends_but_never_breaks_what_the_question_says(domains, history):
                 assert odds >= 1 - 1e-9
 
 
-def test_habit_by_hand():
+def test_history_on_a_hand_computed_example():
     even = dict.fromkeys(NAMES, 1 / 3)
     assert with_history(even, {}) == with_history(even, {"other": 9}) == even
     assert with_history({}, {"math": 3}) == {}
@@ -100,7 +100,7 @@ def test_a_modifier_is_loaded_ahead_from_the_bar_on():
 
 
 def write_public(data):
-    """A made-up folder in the published forms; words that tell the four kinds apart."""
+    """A synthetic folder in the published formats, with words that distinguish the four kinds."""
     random = np.random.default_rng(0)
 
     def made(words, n):
@@ -152,8 +152,8 @@ def write_public(data):
     (data / "truthfulqa" / "TruthfulQA.csv").write_text("Type,Question\n" + "".join(f"x,{q}\n" for q in made(odd, 10)))
 
 
-class Letters:
-    """Stands in for the sentence encoder: counts letters; the real one is tested with the embedder."""
+class LetterCounts:
+    """Replaces the sentence encoder by letter counts; the real one is tested in test_embedder.py."""
 
     width = 26
 
@@ -162,9 +162,9 @@ class Letters:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def test_the_suite_on_a_made_up_folder(tmp_path, monkeypatch):
+def test_suite_on_a_synthetic_folder(tmp_path, monkeypatch):
     write_public(tmp_path)
-    monkeypatch.setattr(suite, "cached_embedder", Letters)
+    monkeypatch.setattr(suite, "cached_embedder", LetterCounts)
     learned, judged, foreign = suite.gather(tmp_path, 0)
     assert not set(learned.texts) & set(judged.texts)
     assert set(learned.datasets) == {*suite.KNOWN, suite.NO_DOMAIN}
@@ -178,7 +178,7 @@ def test_the_suite_on_a_made_up_folder(tmp_path, monkeypatch):
     assert rows["milliseconds per question without the embedding"].value > 0
 
 
-def test_what_the_suite_cannot_use_is_explained(tmp_path):
+def test_unusable_suite_input_is_refused_with_a_reason(tmp_path):
     with pytest.raises(CogumiError, match="needs --data"):
         suite.run(Task())
     with pytest.raises(DataError, match="is not gsm8k as published"):
@@ -190,7 +190,7 @@ def test_what_the_suite_cannot_use_is_explained(tmp_path):
         read_dataset(tmp_path, "gsm8k")
 
 
-def test_bounds_of_a_share():
+def test_confidence_bounds_of_a_share():
     found = suite._figure("x", [True] * 10, ">= 0.5")
     assert (found.value, found.high) == (1.0, 1.0)
     assert found.low == pytest.approx(0.025 ** (1 / 10))

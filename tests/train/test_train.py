@@ -1,4 +1,4 @@
-"""The training loop and its stages, on pico models: exact, honest about what is learned, plain about what is wrong."""
+"""The stages `sft`, `draft` and `modifier` on pico models: batches, loss masks, learned behaviour and errors."""
 
 import math
 from pathlib import Path
@@ -45,7 +45,7 @@ def example(question, answer, difficulty=1, domain="math"):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with examples (sums, easy and hard), a tokenizer and the responses of an imagined base."""
+    """A folder with examples (easy and hard sums), a tokenizer and the responses of a hypothetical base."""
     root = tmp_path_factory.mktemp("train")
     pico.make_tokenizer(root / "tokenizer")
     rows = [example(f"{a} plus {b}", str(a + b), 1 if a < 6 else 5) for a in range(10) for b in range(10)]
@@ -76,7 +76,7 @@ def inputs(world, **more):
     st.lists(st.integers(1, 60), min_size=1, max_size=200), st.integers(1, 16), st.integers(0, 99), st.integers(0, 3)
 )
 @settings(max_examples=60, deadline=None)
-def test_an_epoch_shows_every_row_once_and_depends_on_nothing_but_its_arguments(lengths, size, seed, number):
+def test_epoch_contains_every_row_once_and_is_deterministic(lengths, size, seed, number):
     order = Order(tuple(lengths), size, seed)
     batches = order.epoch(number)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
@@ -84,8 +84,8 @@ def test_an_epoch_shows_every_row_once_and_depends_on_nothing_but_its_arguments(
     assert batches == Order(tuple(lengths), size, seed).epoch(number)
 
 
-def test_no_prompt_token_is_ever_learned(world):
-    """Assistant-only loss: changing how a prompt would be predicted changes no gradient."""
+def test_prompt_tokens_do_not_contribute_to_the_loss(world):
+    """Assistant-only loss: changing the predictions of prompt tokens does not change gradients."""
     tokenizer = HFTokenizer.load(world / "tokenizer")
     rows = make_rows([example("3 plus 4", "7"), example("what is 20 plus 11", "31")], tokenizer, 64)
     batch = collate(rows, [0, 1])
@@ -102,7 +102,7 @@ def test_no_prompt_token_is_ever_learned(world):
         assert learned[r].nonzero().flatten().tolist() == list(range(row.start - 1, len(row.ids) - 1))
 
 
-def test_answer_loss_is_the_models_own_likelihood(world):
+def test_answer_loss_equals_the_models_likelihood(world):
     tokenizer = HFTokenizer.load(world / "tokenizer")
     rows = make_rows([example("3 plus 4", "7"), example("what is 20 plus 11", "31")], tokenizer, 64)
     model = build(Shape(**TINY), tokenizer, 0)
@@ -125,7 +125,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
 def test_training_lowers_the_loss_and_saves_a_model_that_loads(base, world):
     out, metrics = base
     curve = [figures["loss"] for _, figures in metrics["curve"]["selection"]]
-    assert curve[-1] < math.log(512) - 1  # an untrained model knows nothing about 512 tokens
+    assert curve[-1] < math.log(512) - 1  # an untrained model is uniform over 512 tokens
     model = load(out)
     tokenizer = HFTokenizer.load(out)
     rows = make_rows([example("3 plus 4", "7")], tokenizer, 64)
@@ -133,8 +133,8 @@ def test_training_lowers_the_loss_and_saves_a_model_that_loads(base, world):
     assert metrics["model_sha256"] == sha256(out / "model.safetensors")
 
 
-def test_the_draft_never_learns_a_hard_answer(world, base, tmp_path):
-    """Hard questions carry no answer label, whatever the base said; easy ones carry the base's words."""
+def test_draft_never_learns_hard_answers(world, base, tmp_path):
+    """Hard questions have no answer label, whatever the base answered; easy ones have the answer of the base."""
     tokenizer = HFTokenizer.load(base[0])
     responses = read_responses(world / "responses")
     rows = [example("1 plus 1", "2"), example("7 plus 7", "14", difficulty=5)]
@@ -148,7 +148,7 @@ def test_the_draft_never_learns_a_hard_answer(world, base, tmp_path):
         assert taught.perplexity.tolist() == [pytest.approx(math.exp(0.25)), 0.0]
 
 
-def test_the_difficulty_head_reads_the_last_prompt_token(world, base):
+def test_difficulty_head_reads_the_last_prompt_token(world, base):
     tokenizer = HFTokenizer.load(base[0])
     model = DraftModel(build(Shape(**TINY), tokenizer, 0))
     rows = make_rows([example("1 plus 1", "2"), example("1 plus 1", "a much longer answer")], tokenizer, 64)
@@ -157,17 +157,17 @@ def test_the_difficulty_head_reads_the_last_prompt_token(world, base):
     assert logits[0].item() == pytest.approx(logits[1].item(), abs=1e-5)
 
 
-def test_draft_stage_tells_easy_from_hard(world, base, tmp_path):
+def test_draft_stage_separates_easy_from_hard(world, base, tmp_path):
     config = draft.Config(shape=Shape(**TINY), loop=LoopConfig(**{**LOOP, "steps": 60, "batch": 32}))
     found = inputs(world, responses=world / "responses", model=base[0])
     metrics = draft.run(config, found, tmp_path, context())
-    assert metrics["difficulty_auroc"] > 0.9  # the first digit tells
+    assert metrics["difficulty_auroc"] > 0.9  # the first digit decides
     assert (tmp_path / "difficulty.safetensors").exists()
     assert (tmp_path / "curves.png").stat().st_size > 5_000
     assert load(tmp_path).config.hidden_size == 32
 
 
-def test_a_modifier_is_trained_on_failures_only_and_the_base_stays_as_it_is(world, base, tmp_path):
+def test_modifier_is_trained_on_failures_only_and_the_base_is_unchanged(world, base, tmp_path):
     found = inputs(world, responses=world / "responses", model=base[0])
     before = sha256(base[0] / "model.safetensors")
     config = modifier.Config(domain="math", lora=LoraShape(rank=4), loop=LoopConfig(**{**LOOP, "muon_lr": None}))
@@ -183,7 +183,7 @@ def test_a_domain_without_failures_needs_no_modifier(world, base, tmp_path):
         modifier.run(modifier.Config(domain="poetry"), found, tmp_path, context())
 
 
-def test_a_lora_target_that_matches_nothing_is_named_beside_the_real_ones(base):
+def test_unknown_lora_target_is_refused_with_the_available_ones(base):
     with pytest.raises(TrainingError, match=r"'q_project' matches no linear layer; did you mean 'q_proj'\? .*v_proj"):
         attach(load(base[0]), LoraShape(targets=("v_proj", "q_project")), 0)
 
@@ -197,7 +197,7 @@ def test_weights_multiply_and_repeat(weights, seed):
     assert 40 * math.floor(expected) <= len(seen) <= 40 * math.ceil(expected)
 
 
-def test_what_cannot_be_trained_says_so(world, tmp_path):
+def test_invalid_inputs_are_refused(world, tmp_path):
     tokenizer = HFTokenizer.load(world / "tokenizer")
     with pytest.raises(TrainingError, match="no examples to train on"):
         make_rows([], tokenizer, 64)
@@ -210,8 +210,8 @@ def test_what_cannot_be_trained_says_so(world, tmp_path):
         load(tmp_path / "empty")
 
 
-def test_an_unknown_model_name_is_refused_without_a_hub(tmp_path, monkeypatch):
+def test_unknown_model_name_is_refused_without_network_access(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("socket.socket.connect", None)  # a connection would fail in another way
+    monkeypatch.setattr("socket.socket.connect", None)  # a connection attempt would fail with another error
     with pytest.raises(ArtifactError, match=r"neither a folder under .* nor a model of the Hub"):
         locate("nobody/nothing", tmp_path)
