@@ -1,4 +1,4 @@
-"""Modifiers added to a running cascade: asked by name, never sure, and there again after a restart (SPEC E8)."""
+"""Modifiers added to a running cascade (SPEC E8): selected by name, never accepted, restored after a restart."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ SIZE = {"threads": 1, "slots": 2, "context": 128}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with `bundle`, and `law.gguf`, a modifier of its base that is no part of it."""
+    """A folder with `bundle`, and `law.gguf`, a modifier of its base that is not in the bundle."""
     root = tmp_path_factory.mktemp("added")
     make_bundle(root)
     export_adapter(make_adapter(root / "law", root / "base", seed=9), root / "base", root / "law.gguf")
@@ -45,7 +45,7 @@ def ask(bot, **options):
 
 
 def restarted(bundle, state):
-    """The modifiers of a cascade opened again, and the warnings."""
+    """The modifiers of a reopened cascade, and its warnings."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with open_cascade(bundle, state=state, **SIZE) as bot:
@@ -53,7 +53,7 @@ def restarted(bundle, state):
             return bot.adapters, [str(warning.message) for warning in told]
 
 
-def test_it_is_a_model_at_once_and_after_a_restart(made, law, tmp_path):
+def test_added_modifier_is_available_at_once_and_after_a_restart(made, law, tmp_path):
     state = tmp_path / "state"
     with open_cascade(made / "bundle", state=state, **SIZE) as bot:
         bot.add_modifier("law", str(law))
@@ -74,7 +74,7 @@ def test_it_is_a_model_at_once_and_after_a_restart(made, law, tmp_path):
         assert without.adapters == ("code", "math")
 
 
-def test_a_file_that_is_gone_or_changed_is_left_out_in_one_line(made, law, tmp_path):
+def test_missing_or_changed_file_is_omitted_with_a_warning(made, law, tmp_path):
     state = tmp_path / "state"
     with open_cascade(made / "bundle", state=state, **SIZE) as bot:
         bot.add_modifier("law", law)
@@ -94,7 +94,7 @@ def test_a_file_that_is_gone_or_changed_is_left_out_in_one_line(made, law, tmp_p
     assert restarted(made / "bundle", state) == (("code", "math", "law"), [])
 
 
-def test_a_name_that_a_newer_bundle_has_is_the_bundles(made, law, tmp_path):
+def test_modifier_of_a_newer_bundle_takes_precedence(made, law, tmp_path):
     state = tmp_path / "state"
     with open_cascade(made / "bundle", state=state, **SIZE) as bot:
         bot.add_modifier("law", law)
@@ -107,13 +107,13 @@ def test_a_name_that_a_newer_bundle_has_is_the_bundles(made, law, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"modifiers": {"law": 5}}', '{"x": 1}'])
-def test_a_list_that_is_none_is_refused(made, tmp_path, text):
+def test_invalid_list_of_added_modifiers_is_refused(made, tmp_path, text):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(StateError, match=r"modifiers\.json does not list modifiers .*delete it and add them again"):
         open_cascade(made / "bundle", state=tmp_path, **SIZE)
 
 
-def test_what_cannot_be_added_changes_nothing(made, law, tmp_path):
+def test_failed_addition_changes_nothing(made, law, tmp_path):
     with open_cascade(made / "bundle", state=tmp_path / "state", **SIZE) as bot:
         with pytest.raises(BundleError, match=r"is not an adapter for base\.gguf .*use one trained on it"):
             bot.add_modifier("other", pico().other_adapter_gguf)
@@ -128,7 +128,7 @@ def test_what_cannot_be_added_changes_nothing(made, law, tmp_path):
         bot.add_modifier("law", law)
 
 
-def test_one_that_cannot_be_noted_is_there_until_the_end(made, law, tmp_path):
+def test_modifier_that_cannot_be_persisted_is_available_until_close(made, law, tmp_path):
     with open_cascade(made / "bundle", state=tmp_path / "state", **SIZE) as bot:
         (tmp_path / "state" / f"{FILE}.part").mkdir()
         with pytest.raises(StateError, match=r"'law' was added until the end only, because .* cannot be written"):
@@ -136,7 +136,7 @@ def test_one_that_cannot_be_noted_is_there_until_the_end(made, law, tmp_path):
         assert ask(bot, adapter="law").tier == "modifier:law"
 
 
-def test_an_engine_that_cannot_says_so(made, law, tmp_path):
+def test_engine_without_runtime_adapters_is_reported(made, law, tmp_path):
     with open_cascade(made / "bundle", state=tmp_path / "state", **SIZE) as bot:
         bot.add_modifier("law", law)
 
@@ -150,8 +150,8 @@ def test_an_engine_that_cannot_says_so(made, law, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["balanced", "accurate", "mobile", "turbo", "desktop"])
-def test_one_named_like_a_domain_of_the_router_is_never_sure(made, law, mode):
-    """The router knows a domain `law`, but the gates were fitted without its modifier."""
+def test_modifier_named_like_a_router_domain_is_never_accepted(made, law, mode):
+    """The router has a domain `law`, but the gates were fitted without its modifier."""
     router = Net.of(
         np.zeros(2 * HIDDEN),
         np.ones(2 * HIDDEN),
@@ -174,7 +174,7 @@ def test_one_named_like_a_domain_of_the_router_is_never_sure(made, law, mode):
             assert not ask(bot, adapter="law").accepted
 
 
-def test_idle_modifiers_are_freed_beyond_the_budget(made):
+def test_idle_modifiers_beyond_the_budget_are_unloaded(made):
     with open_cascade(made / "bundle", adapter_memory=1, **SIZE) as bot:
         told = {name: ask(bot, adapter=name).text for name in ("code", "math")}
         assert bot.tiers.base._adapters.loaded == ("math",)

@@ -1,4 +1,4 @@
-"""The answer cache: the same or a proven answer, never another's, whatever happens to its file."""
+"""The answer cache: exact and similar hits, isolation of users, verified reuse, and damaged files."""
 
 import json
 import sqlite3
@@ -35,7 +35,7 @@ def near(folder=None, **more):
     return AnswerCache(Trigrams(), folder, **{"similarity": 0.8, **more})
 
 
-def test_the_same_question_gets_the_whole_answer_again():
+def test_same_question_gets_the_complete_cached_answer():
     decision = Decision("base", "p_correct", 0.9, 0.8, True, "meets")
     kept = reply("Paris", p_correct=0.9, signals={"a": 1.5}, decisions=(decision,))
     cache = AnswerCache(None, None)
@@ -52,13 +52,13 @@ def test_the_same_question_gets_the_whole_answer_again():
     ("one", "other"),
     [("print('a')", "print('A')"), ("if x:\n    y()", "if x:\ny()"), ("  x = 1\nx", "x = 1\nx"), ("a  b", "a b\tc")],
 )
-def test_spelling_that_matters_is_never_joined(one, other):
+def test_significant_spelling_differences_are_kept_apart(one, other):
     cache = near(similarity=0.0)
     cache.keep(ME, one, reply("one"))
     assert cache.find(ME, other) is None
 
 
-def test_a_similar_question_gets_the_answer_unless_something_speaks_against_it():
+def test_similar_question_is_answered_unless_it_conflicts():
     cache = near(similarity=0.8)
     cache.keep(ME, "How many people live in Norway in 2020?", reply("5.4 million"))
     hit = cache.find(ME, "how many people live in norway in 2020")
@@ -89,7 +89,7 @@ def test_no_answer_crosses_a_scope(kept, scope, question):
     cache.close()
 
 
-def test_unsure_cut_and_cancelled_answers_are_not_frozen():
+def test_unsure_truncated_and_cancelled_answers_are_not_cached():
     cache = near()
     for bad in (
         replace(reply("x"), finish_reason="length"),
@@ -102,7 +102,7 @@ def test_unsure_cut_and_cancelled_answers_are_not_frozen():
 
 
 @pytest.mark.parametrize("question", ["", " ", "\0\x1b[31m\x07", "\ud800", "q" * 100_000, "wort " * 20_000])
-def test_any_question_can_be_asked(question, tmp_path):
+def test_any_question_can_be_looked_up(question, tmp_path):
     cache = AnswerCache(Trigrams(), tmp_path)
     assert cache.find(ME, question) is None
     cache.keep(ME, question, reply(question))
@@ -110,7 +110,7 @@ def test_any_question_can_be_asked(question, tmp_path):
     assert cache.find(ME, question + "!") is None or len(question) < 1000
 
 
-def test_the_answers_used_longest_ago_make_room():
+def test_least_recently_used_answers_are_evicted():
     cache = near(size=3)
     for i in range(3):
         cache.keep(ME, f"question {i}", reply(str(i)))
@@ -164,7 +164,7 @@ for i in range(100):
 """
 
 
-def test_several_processes_may_write_at_once(tmp_path):
+def test_processes_can_write_concurrently(tmp_path):
     command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path)]
     running = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in ("a", "b", "c")]
     for process in running:
@@ -174,7 +174,7 @@ def test_several_processes_may_write_at_once(tmp_path):
     assert 100 <= len(cache) <= 150
 
 
-def test_threads_may_share_it():
+def test_cache_is_thread_safe():
     cache, wrong = near(size=50), []
 
     def work(name):
@@ -202,7 +202,7 @@ def filled(folder, n=200):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.01])
-def test_a_file_cut_short_is_moved_aside_with_a_warning(tmp_path, share):
+def test_truncated_file_is_moved_aside_with_a_warning(tmp_path, share):
     path = filled(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -214,14 +214,14 @@ def test_a_file_cut_short_is_moved_aside_with_a_warning(tmp_path, share):
     assert cache.find(ME, "question 1").reply.text == "new"
 
 
-def test_text_in_place_of_the_file_is_moved_aside(tmp_path):
+def test_file_that_is_not_a_database_is_moved_aside(tmp_path):
     (tmp_path / FILE).write_text("not a database, " * 100)
     with pytest.warns(UserWarning, match="not a database"):
         AnswerCache(None, tmp_path)
     assert (tmp_path / f"{FILE}.damaged-1").read_text().startswith("not a database")
 
 
-def test_an_answer_changed_on_disk_is_not_served(tmp_path):
+def test_answer_changed_on_disk_is_not_served(tmp_path):
     path = filled(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"answer 7 ", b"answer 8 "))
     cache = AnswerCache(None, tmp_path)
@@ -244,20 +244,20 @@ def test_a_file_of_another_version_is_refused(tmp_path, change, message):
     assert path.read_bytes() == before
 
 
-def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
+def test_unusable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match="cannot be used"):
         AnswerCache(None, tmp_path / "file")
 
 
-def test_a_closed_cache_costs_hits_not_answers():
+def test_closed_cache_gives_no_hits_and_no_errors():
     cache = near()
     cache.close()
     with pytest.warns(UserWarning, match="cannot be used"):
         assert cache.find(ME, "q") is None
 
 
-def test_a_fitted_check_decides():
+def test_fitted_check_decides_about_similar_questions():
     n = len(FEATURES)
     no = Net.of(np.zeros(n), np.ones(n), [np.zeros((n, 1))], [[-1.0]], ("different", "same"))
     yes = Net.of(np.zeros(n), np.ones(n), [np.zeros((n, 1))], [[1.0]], ("different", "same"))
@@ -268,7 +268,7 @@ def test_a_fitted_check_decides():
         assert cache.find(ME, "is the sky blue today?")
 
 
-def test_a_wrong_answer_is_not_given_again():
+def test_answer_rated_wrong_is_not_reused():
     cache = near()
     cache.keep(ME, "q", reply("wrong"))
     cache.judge(cache.find(ME, "q"), True)
@@ -279,7 +279,7 @@ def test_a_wrong_answer_is_not_given_again():
     assert cache.find(ME, "is the sky blue today") is None
 
 
-def test_verified_reuses_nothing_before_it_is_proven_and_then_almost_always(tmp_path):
+def test_verified_reuse_starts_only_after_a_proof(tmp_path):
     cache = near(tmp_path, verified=True, risk=0.05, similarity=0.5)
     cache.keep(ME, "is the sky blue today?", reply("yes"))
     served = []
@@ -289,7 +289,7 @@ def test_verified_reuses_nothing_before_it_is_proven_and_then_almost_always(tmp_
         served.append(hit is not None)
         if hit is None:
             cache.keep(ME, question, reply("Yes."))
-    assert not any(served[:59])  # as many as a proof of 5% without errors needs
+    assert not any(served[:59])  # the number of correct answers that proves 5%
     assert 0.8 < np.mean(served[200:]) < 1
     assert cache.find(ME, "is the sky blue today?").exact
     cache.close()
@@ -298,7 +298,7 @@ def test_verified_reuses_nothing_before_it_is_proven_and_then_almost_always(tmp_
     assert np.mean([again.find(ME, question) is not None for question in new]) > 0.7
 
 
-def test_verified_never_trusts_answers_that_differ():
+def test_verified_reuse_never_starts_for_differing_answers():
     cache = near(verified=True, risk=0.05, similarity=0.5)
     for number, marks in enumerate(islice(product("?!.", repeat=6), 300)):
         question = "is the sky blue today" + "".join(marks)
@@ -306,7 +306,7 @@ def test_verified_never_trusts_answers_that_differ():
         cache.keep(ME, question, reply(f"answer {number % 7}"))
 
 
-def test_the_word_of_one_user_moves_nobody_elses_cache():
+def test_rating_of_one_user_does_not_affect_the_cache_of_others():
     cache = near(verified=True, risk=0.05, similarity=0.5)
     cache.keep(ME, "is the sky blue today?", reply("yes"))
     hit = Hit("is the sky blue today?", reply("yes"), 0.9, False, ME.digest(), 1, 0.9, 0.9)
@@ -315,7 +315,7 @@ def test_the_word_of_one_user_moves_nobody_elses_cache():
     assert cache.find(ME, "is the sky blue today!") is None
 
 
-def test_neighbours_are_the_same_before_and_after_they_are_many():
+def test_index_and_exact_search_give_the_same_neighbours():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(MANY + 500, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -332,7 +332,7 @@ def test_neighbours_are_the_same_before_and_after_they_are_many():
         assert index.nearest(vectors[500], 1)[0][0] != 500
 
 
-def test_old_judgements_go(monkeypatch, tmp_path):
+def test_old_ratings_are_deleted(monkeypatch, tmp_path):
     monkeypatch.setattr("cogumi.cascade.memory.answers.KEPT", 10)
     answers = AnswerFile(tmp_path)
     for i in range(30):

@@ -1,4 +1,4 @@
-"""The cascade over real pico engines: every path a request can take, and what must hold on all of them."""
+"""The cascade over pico engines: every route of a request, and properties common to all routes."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiers(bundle):
-    """The bundle's models; its router sends every question to `code`."""
+    """The bundle's models; its router assigns every question to `code`."""
     opened = open_tiers(bundle, SLOTS, CONTEXT)
     yield opened
     opened.close()
@@ -47,7 +47,7 @@ def ask(text="What is 2 + 3?", **values):
 
 
 def streamed(events):
-    """What a client that obeys revisions holds at the end, and the reply."""
+    """The text of a client that applies revisions, and the reply."""
     text = ""
     for event in events:
         if isinstance(event, Token):
@@ -65,7 +65,7 @@ PATHS = {
     "no modifier calibrated": {"base": 0.3, "modifier": None, "threshold": 0.8},
     "nothing was promised": {"base": 0.9, "modifier": 0.95, "threshold": math.inf},
 }
-ENDS = {  # route and tier in the modes balanced and fast
+ENDS = {  # route and tier in modes balanced and fast
     "base": (("base", "base"), ("base", "base")),
     "modifier": (("modifier", "modifier:code"), ("low_confidence", "base")),
     "low, modifier likelier": (("low_confidence", "modifier:code"), ("low_confidence", "base")),
@@ -77,7 +77,7 @@ ENDS = {  # route and tier in the modes balanced and fast
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mode", ["balanced", "fast"])
-def test_every_path(tiers, path, mode):
+def test_every_route(tiers, path, mode):
     events = list(cascade(tiers, **PATHS[path]).generate(ask(mode=mode, speculate=False)))
     text, reply = streamed(events)
     route, tier = ENDS[path][mode == "fast"]
@@ -106,7 +106,7 @@ def kinds(events):
     return [type(e).__name__ for e in events]
 
 
-def test_tokens_stream_live_only_where_nothing_can_follow(tiers):
+def test_tokens_are_streamed_only_when_the_answer_is_final(tiers):
     low = cascade(tiers, **PATHS["low, base likelier"])
     live = kinds(low.generate(ask(mode="fast", speculate=False)))
     assert live == ["Decision", *["Token"] * 10, "Decision", "Decision", "Revision", "Reply"]
@@ -117,7 +117,7 @@ def test_tokens_stream_live_only_where_nothing_can_follow(tiers):
 
 
 @pytest.mark.parametrize("mode", ["balanced", "fast"])
-def test_a_request_may_want_no_unsure_answer(tiers, mode):
+def test_request_can_withhold_unsure_answers(tiers, mode):
     low = cascade(tiers, **PATHS["low, base likelier"])
     events = list(low.generate(ask(mode=mode, abstain=True)))
     text, reply = streamed(events)
@@ -129,20 +129,20 @@ def test_a_request_may_want_no_unsure_answer(tiers, mode):
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_a_tiers_own_abstention_is_never_a_confident_answer(accepted):
+def test_abstention_of_a_tier_is_never_accepted(accepted):
     ending = ending_of("base", "I don't know", False, accepted, withhold=False)
     assert (ending.text, ending.route) == ("I don't know", "abstained")
     assert "does not know" in ending.reason
 
 
-def test_sampled_requests_take_the_same_way(tiers):
+def test_sampled_requests_take_the_same_route(tiers):
     request = ask(temperature=0.9, seed=5, speculate=False)
     reply = final_reply(cascade(tiers, **PATHS["modifier"]).generate(request))
     assert reply.text == final_reply(tiers.answer(request, "code")).text
     assert reply.route == "modifier"
 
 
-def test_speculation_is_decided_by_the_question_and_may_be_asked_for(tiers):
+def test_speculation_depends_on_the_question_unless_requested(tiers):
     plain = final_reply(cascade(tiers).generate(ask(speculate=False)))
     forced = final_reply(cascade(tiers).generate(ask(speculate=True)))
     assert forced.route == "base+draft"
@@ -154,20 +154,20 @@ def test_speculation_is_decided_by_the_question_and_may_be_asked_for(tiers):
     assert surprised.usage.drafted == 0
     seen = final_reply(cascade(tiers, question=QuestionGate(1e9, 0.99)).generate(ask())).decisions[0]
     assert (seen.signal, seen.accepted) == ("p_easy", False)
-    assert seen.value == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6)  # the head's bias is one
+    assert seen.value == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6)  # the bias of the head is one
 
 
 @pytest.mark.parametrize(("speedup", "decided"), [(1.5, ("p_easy", True)), (0.9, ("speedup", False))])
-def test_an_easy_question_is_drafted_only_where_that_pays(tiers, speedup, decided, monkeypatch):
-    monkeypatch.setattr(type(tiers.base), "drafting_speedup", speedup)  # in place of what this machine measured
+def test_easy_question_is_drafted_only_where_it_is_faster(tiers, speedup, decided, monkeypatch):
+    monkeypatch.setattr(type(tiers.base), "drafting_speedup", speedup)  # replaces the value measured on this machine
     seen = final_reply(cascade(tiers).generate(ask())).decisions[0]
     assert (seen.signal, seen.accepted) == decided
     assert replace(tiers, base=tiers.draft).drafting_speedup() == 0.0  # an engine without a draft
 
 
 @pytest.mark.parametrize("mode", ["fast", "balanced"])
-def test_an_answer_to_a_question_unlike_the_calibrated_ones_never_counts_as_sure(tiers, mode):
-    gate = QuestionGate(1e9, 0.5, novelty=1.0)  # every question surprises more than that
+def test_answer_to_a_novel_question_is_never_accepted(tiers, mode):
+    gate = QuestionGate(1e9, 0.5, novelty=1.0)  # every question has a higher perplexity
     whole = cascade(tiers, base=0.99, modifier=0.99, question=gate)
     text, reply = streamed(whole.generate(ask(mode=mode)))
     assert (reply.route, reply.tier, reply.p_correct) == ("low_confidence", "base", None)
@@ -178,7 +178,7 @@ def test_an_answer_to_a_question_unlike_the_calibrated_ones_never_counts_as_sure
     assert not reply.decisions[-1].accepted
 
 
-def test_the_perplexity_gate_can_be_chosen(tiers):
+def test_perplexity_gate_can_be_selected(tiers):
     reply = final_reply(cascade(tiers, base=0.01, modifier=0.01, gate="perplexity").generate(ask()))
     mine = math.exp(-answer_signals(final_reply(tiers.answer(ask(), "base")))["mean_logprob"])
     judged = reply.decisions[1]
@@ -189,7 +189,7 @@ def test_the_perplexity_gate_can_be_chosen(tiers):
         cascade(tiers, gate="entropy")
 
 
-def test_an_adapter_or_a_raw_prompt_is_answered_directly(tiers):
+def test_adapter_or_raw_prompt_is_answered_directly(tiers):
     low = cascade(tiers, **PATHS["low, base likelier"])
     text, reply = streamed(low.generate(ask(adapter="math", speculate=False)))
     assert reply.text == text == final_reply(tiers.answer(ask(speculate=False), "math")).text
@@ -203,7 +203,7 @@ def test_an_adapter_or_a_raw_prompt_is_answered_directly(tiers):
     assert final_reply(low.generate(raw)).text == final_reply(tiers.base.generate(raw)).text
 
 
-def test_names_for_the_tiers_and_modes(tiers):
+def test_model_names_select_tiers_and_modes(tiers):
     whole = cascade(tiers)
     assert whole.models == (
         "cogumi",
@@ -229,7 +229,7 @@ def test_names_for_the_tiers_and_modes(tiers):
         whole.resolve("gpt", ask())
 
 
-def test_an_engine_by_all_other_means_too(tiers):
+def test_cascade_implements_the_whole_engine_protocol(tiers):
     whole = cascade(tiers)
     assert whole.adapters == ("code", "math")
     assert whole.tokenizer is tiers.base.tokenizer
@@ -249,12 +249,12 @@ def test_an_engine_by_all_other_means_too(tiers):
         (ask(grammar="root ::= ("), RequestError, "the grammar cannot be used"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_at_the_call(tiers, request_, error, words):
+def test_unanswerable_requests_are_refused_by_the_call(tiers, request_, error, words):
     with pytest.raises(error, match=words):
         cascade(tiers).generate(request_)
 
 
-def test_the_mode_is_chosen_by_request_memory_domain_and_default():
+def test_mode_is_selected_by_request_memory_domain_and_default():
     mine = Settings(domains={"math": "fast"}, modes={"careful": Mode(modifier=True, votes=7)}, default="balanced")
     assert mine.choose("careful", "math", ["math"]).mode.votes == 7
     assert mine.choose(None, "math", ["math"]).name == "accurate"
@@ -264,7 +264,7 @@ def test_the_mode_is_chosen_by_request_memory_domain_and_default():
     assert mine.names == (*MODES, "careful")
 
 
-def test_files_speak_for_a_domain():
+def test_file_names_indicate_a_domain():
     known = Settings()
     assert known.file_domain(["src/Main.PY", "notes.txt"], ["code", "math"]) == "code"
     assert known.file_domain(["a.py", "b.csv"], ["code", "math"]) is None
@@ -284,21 +284,21 @@ def test_files_speak_for_a_domain():
         ("modes: [", "is not YAML"),
     ],
 )
-def test_settings_with_a_mistake_are_refused_with_its_place(tmp_path, text, words):
+def test_invalid_settings_are_refused_with_their_location(tmp_path, text, words):
     path = tmp_path / "settings.yaml"
     path.write_text(text)
     with pytest.raises(CogumiError, match=words):
         load_settings(path)
 
 
-def test_many_at_once_answer_as_one_by_one(tiers):
+def test_concurrent_answers_equal_sequential_ones(tiers):
     whole = cascade(tiers, **PATHS["low, modifier likelier"])
     requests = [ask(f"What is {i} + {i * i}?", speculate=False, mode=mode) for i in range(12) for mode in MODES]
     together = [r.text for r in replies(whole, requests, window=24)]
     assert together == [final_reply(whole.generate(r)).text for r in requests]
 
 
-def test_a_full_queue_says_busy_until_somebody_is_done(tiers, monkeypatch):
+def test_full_queue_is_busy_until_a_request_ends(tiers, monkeypatch):
     gate, whole = Gate(monkeypatch), cascade(tiers, **PATHS["low, base likelier"], queue=2)
     gate.shut()
     streams = [whole.generate(ask(max_tokens=60)) for _ in range(SLOTS + 2)]
@@ -310,7 +310,7 @@ def test_a_full_queue_says_busy_until_somebody_is_done(tiers, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["fast", "balanced"])
-def test_closing_early_frees_every_place(tiers, mode):
+def test_closing_early_frees_every_slot(tiers, mode):
     whole = cascade(tiers, **PATHS["low, base likelier"])
     waiting = [whole.generate(ask(mode=mode, max_tokens=100)) for _ in range(3 * SLOTS)]
     next(waiting[0])
@@ -321,13 +321,13 @@ def test_closing_early_frees_every_place(tiers, mode):
     assert final_reply(whole.generate(ask())).finish_reason in ("stop", "length")
 
 
-def test_dropping_the_iterator_cancels_too(tiers):
+def test_dropping_the_iterator_cancels_the_request(tiers):
     whole = cascade(tiers, **PATHS["low, base likelier"])
     next(whole.generate(ask(mode="fast", max_tokens=100)))
     until(lambda: tiers.base.free_slots == SLOTS)
 
 
-def test_closing_the_cascade_ends_all_as_cancelled(bundle, monkeypatch):
+def test_closing_the_cascade_cancels_all_requests(bundle, monkeypatch):
     gate, whole = Gate(monkeypatch), open_cascade(bundle, slots=2, context=CONTEXT, threads=1)
     gate.shut()
     waiting = [whole.generate(ask(max_tokens=100)) for _ in range(8)]
@@ -342,14 +342,14 @@ def test_closing_the_cascade_ends_all_as_cancelled(bundle, monkeypatch):
         whole.generate(ask())
 
 
-def test_an_error_inside_reaches_the_reader(tiers):
+def test_internal_error_reaches_the_reader(tiers):
     broken = replace(tiers, router=Net.of([0], [1], [[[0.0, 0.0]]], [[0.0, 0.0]], ["code", "math"]))
     with pytest.raises(ValueError, match="mismatch"):
         list(cascade(broken).generate(ask()))
 
 
-def test_a_bundle_whose_parts_disagree_is_refused(bundle, tmp_path, monkeypatch):
-    """The bundle's checksums hold, yet its nets were not made for each other."""
+def test_bundle_with_mismatched_parts_is_refused(bundle, tmp_path, monkeypatch):
+    """The checksums of the bundle are correct, but its networks do not match its models."""
     files = open_bundle(bundle)
     Net.of(np.zeros(3), np.ones(3), [np.zeros((3, 2))], [[0.0, 0.0]], ["code", "math"]).save(tmp_path / "router")
     monkeypatch.setattr("cogumi.bundle.unpack.open_bundle", lambda _: replace(files, router=tmp_path / "router"))

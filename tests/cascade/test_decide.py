@@ -1,4 +1,4 @@
-"""What is planned for a request: records in, a plan out, no engine."""
+"""`cascade.decide`: the pure function from a request and its situation to a plan."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def plan(situation=SITUATION, settings=SETTINGS, gates=None, **values):
         ("mobile", ("draft", "base", "modifier"), ("draft", "direct")),
     ],
 )
-def test_a_mode_says_who_is_asked_in_which_order(mode, order, surprised):
+def test_mode_determines_the_order_of_tiers(mode, order, surprised):
     found = plan(mode=mode)
     assert (found.order, found.surprised, found.domain, found.doubt) == (order, surprised, "code", "")
     assert found.calibrated
@@ -54,14 +54,14 @@ def test_a_mode_says_who_is_asked_in_which_order(mode, order, surprised):
     assert elsewhere.surprised is None
 
 
-def test_only_an_order_that_the_calibration_has_a_promise_for_is_followed():
+def test_only_orders_with_a_calibrated_threshold_are_used():
     assert plan(replace(SITUATION, has_draft=False), mode="mobile").order == ("base", "modifier")
     alone = plan(gates={"modifier": None}, mode="balanced")
     assert (alone.order, alone.threshold) == (("base",), 0.8)
     assert usable(MODES["mobile"], False, calibration(modifier=None)).policy.name == "base"
 
 
-def test_tokens_stream_only_where_nothing_can_take_their_place():
+def test_tokens_are_streamed_only_when_they_are_final():
     assert plan(mode="fast").streamed == ("base",)
     assert plan(mode="fast", abstain=True).streamed == ()
     assert plan(mode="balanced").streamed == ()
@@ -71,7 +71,7 @@ def test_tokens_stream_only_where_nothing_can_take_their_place():
     assert plan(replace(SITUATION, question=HARD), tries, mode="tries").streamed == ()
 
 
-def test_a_progressive_answer_shows_the_draft_first():
+def test_progressive_answer_starts_with_the_draft():
     shown = plan(mode="balanced", progressive=True)
     assert (shown.preview, shown.streamed) == (True, ())
     own = plan(mode="turbo", progressive=True)
@@ -85,7 +85,7 @@ def test_a_progressive_answer_shows_the_draft_first():
         assert "draft" not in found.streamed
 
 
-def test_more_is_tried_for_hard_questions_only_and_nothing_untested_for_novel_ones():
+def test_extra_attempts_are_made_for_hard_questions_only():
     tries = Settings(modes={"tries": Mode(modifier=True, votes=3, critique=1, examples=2)})
     assert plan(settings=tries, mode="tries").deliberation is None
     assert plan(replace(SITUATION, question=HARD), tries, mode="tries").deliberation == tries.modes["tries"]
@@ -95,7 +95,7 @@ def test_more_is_tried_for_hard_questions_only_and_nothing_untested_for_novel_on
     assert plan(replace(SITUATION, question=NEW), mode="accurate").deliberation is None
 
 
-def test_a_modifier_that_will_likely_be_asked_is_loaded_ahead():
+def test_likely_modifier_is_preloaded():
     hard = replace(SITUATION, question=HARD)
     assert plan(hard).preload
     assert not plan(SITUATION).preload
@@ -106,7 +106,7 @@ def test_a_modifier_that_will_likely_be_asked_is_loaded_ahead():
     assert plan(replace(hard, question=unclear, habit={"code": 50})).preload
 
 
-def test_there_is_one_reason_for_doubt_and_every_one_is_told():
+def test_every_reason_for_doubt_is_reported():
     angry = replace(SITUATION, dissatisfied=True)
     assert (plan(angry).doubt, plan(angry).note, plan(angry).calibrated) == (DISSATISFIED, AGAIN, True)
     assert plan(angry, settings=Settings(default="fast")).order == ("base", "modifier")
@@ -118,14 +118,14 @@ def test_there_is_one_reason_for_doubt_and_every_one_is_told():
     assert (own.order, own.doubt, own.speculate, own.deliberation) == (("base",), OWN_EXAMPLES, None, None)
 
 
-def test_engines_to_which_the_gates_do_not_apply_let_the_base_answer_in_doubt():
+def test_base_answers_unsure_for_engines_without_calibrated_gates():
     found = plan(UNREAD, mode="accurate")
     assert (found.order, found.surprised, found.deliberation, found.calibrated) == (("base",), None, None, False)
     assert (found.doubt, found.note, found.speculate) == (UNREAD.gap, LOW_CONFIDENCE, None)
     assert [(d.tier, d.signal, d.accepted) for d in found.decisions] == [("cascade", "calibrated", False)]
 
 
-def test_the_mode_is_told_where_it_is_not_the_default():
+def test_mode_is_reported_if_it_is_not_the_default():
     (told, _) = plan(replace(SITUATION, routed="math")).decisions
     assert (told.signal, told.reason) == ("mode", "mode fast: the settings choose it for math")
     assert plan(files=("a.csv",)).domain == "math"
@@ -135,7 +135,7 @@ def test_the_mode_is_told_where_it_is_not_the_default():
 
 
 @pytest.mark.parametrize(
-    ("question", "speedup", "wish", "signal", "accepted"),
+    ("question", "speedup", "requested", "signal", "accepted"),
     [
         (EASY, 2.0, None, "p_easy", True),
         (EASY, 1.0, None, "speedup", False),
@@ -145,11 +145,11 @@ def test_the_mode_is_told_where_it_is_not_the_default():
         (EASY, 2.0, False, "requested", False),
     ],
 )
-def test_drafting_is_for_easy_questions_where_it_pays(question, speedup, wish, signal, accepted):
-    found = plan(replace(SITUATION, question=question, speedup=speedup), speculate=wish)
+def test_drafting_is_used_for_easy_questions_where_it_is_faster(question, speedup, requested, signal, accepted):
+    found = plan(replace(SITUATION, question=question, speedup=speedup), speculate=requested)
     (told,) = found.decisions
     assert (told.signal, told.accepted) == (signal, accepted)
-    assert found.speculate is (None if wish is None and accepted else accepted)
+    assert found.speculate is (None if requested is None and accepted else accepted)
 
 
 situations = st.builds(
@@ -176,7 +176,7 @@ requests = st.builds(
 
 
 @given(requests, situations, st.booleans())
-def test_what_holds_of_every_plan(request, situation, modifiers):
+def test_invariants_of_every_plan(request, situation, modifiers):
     known = calibration(modifier=0.5 if modifiers else None)
     found = decide(request, situation, SETTINGS, known)
     for order in filter(None, (found.order, found.surprised)):
@@ -189,7 +189,7 @@ def test_what_holds_of_every_plan(request, situation, modifiers):
     if request.abstain:
         assert not found.streamed
         assert not found.preview
-    if found.streamed == ("base",):  # whatever is streamed stands: nobody is asked after it
+    if found.streamed == ("base",):  # a streamed answer is final: no tier follows it
         assert found.order == ("base",)
         assert found.deliberation is None
     novel = situation.question is NEW

@@ -1,4 +1,4 @@
-"""Cascades whose engines come from a factory: what they answer, and what they say that they do without."""
+"""Cascades with engines from a factory: their answers, and the missing capabilities they report."""
 
 import contextlib
 
@@ -23,7 +23,7 @@ SIZE = {"slots": 2, "context": 128, "threads": 1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pico models as folders for torch, and the bundle made of them."""
+    """Pico models as folders for torch, and a bundle of them."""
     root = tmp_path_factory.mktemp("engines")
     make_bundle(root)
     return root
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def remote(folder, tmp_path_factory):
-    """Opens a base on a server of ours, alone or beside the bundle's own draft."""
+    """Opens a cascade with a base on our server, with or without the bundle's own draft."""
     with our_server(folder / "bundle", tmp_path_factory.mktemp("server")) as url:
 
         def engines(with_draft):
@@ -54,7 +54,7 @@ def ask(text="What is 2 + 3?", **values):
     return Request(messages=(Message("user", text),), **{"max_tokens": 10, **values})
 
 
-def test_the_default_factory_does_without_nothing(folder):
+def test_default_factory_has_all_capabilities(folder):
     with contextlib.closing(open_cascade(folder / "bundle", **SIZE)) as cascade:
         assert cascade.missing == ()
         own = {Capability.SPECULATION, Capability.PREFILL, Capability.RUNTIME_ADAPTERS, Capability.HEAD_ADAPTATION}
@@ -64,7 +64,7 @@ def test_the_default_factory_does_without_nothing(folder):
 
 @pytest.mark.parametrize("with_draft", [False, True])
 @pytest.mark.parametrize("mode", [None, "accurate", "mobile"])
-def test_a_base_on_a_server_answers_and_says_why_nothing_is_sure(folder, remote, with_draft, mode):
+def test_remote_base_answers_and_reports_why_it_is_never_accepted(folder, remote, with_draft, mode):
     with contextlib.closing(open_cascade(folder / "bundle", engines=remote(with_draft), **SIZE)) as cascade:
         events = list(cascade.generate(ask(mode=mode)))
         reply = events[-1]
@@ -89,7 +89,7 @@ def test_a_base_on_a_server_answers_and_says_why_nothing_is_sure(folder, remote,
         assert cascade.score(ask(), "five").greedy is False
 
 
-def test_a_torch_base_answers_and_is_gated_by_its_own_readings(folder):
+def test_torch_base_answers_and_uses_its_own_signals(folder):
     adapters = {name: folder / name for name in ("code", "math")}
     engines = torch_engines(folder / "base", adapters=adapters)
     with contextlib.closing(open_cascade(folder / "bundle", engines=engines)) as cascade:
@@ -105,13 +105,13 @@ def test_a_torch_base_answers_and_is_gated_by_its_own_readings(folder):
             cascade.generate(ask(grammar='root ::= "a"'))
 
 
-def test_a_base_without_modifiers_is_named(folder):
+def test_base_without_modifiers_is_reported(folder):
     with contextlib.closing(open_cascade(folder / "bundle", engines=torch_engines(folder / "base"))) as cascade:
         assert cascade.missing[0] == "the base has no modifiers: it answers alone"
         assert final_reply(cascade.generate(ask())).tier == "base"
 
 
-def test_a_model_that_the_heads_were_not_trained_on_is_refused(folder, tmp_path):
+def test_heads_of_another_model_are_refused(folder, tmp_path):
     engines = torch_engines(make_model(tmp_path / "other", hidden=128, vocab=400, seed=5))
     cascade = open_cascade(folder / "bundle", engines=engines)
     with pytest.raises(RequestError, match="hidden states of 128 numbers, the bundle's heads read 64: open"):
@@ -119,7 +119,7 @@ def test_a_model_that_the_heads_were_not_trained_on_is_refused(folder, tmp_path)
     cascade.close()
 
 
-class Silent:
+class WithoutHiddenStates:
     """A llama engine that declares no hidden states."""
 
     def __init__(self, engine):
@@ -129,10 +129,10 @@ class Silent:
         return getattr(self._engine, name)
 
 
-def test_hidden_states_are_needed_only_where_a_probe_reads_them(folder):
+def test_hidden_states_are_needed_only_for_probes(folder):
     def engines(files, options):
         base, draft = llama_engines(files, options)
-        return Engines(Silent(base), draft)
+        return Engines(WithoutHiddenStates(base), draft)
 
     with contextlib.closing(open_cascade(folder / "bundle", engines=engines, **SIZE)) as cascade:
         assert cascade.missing == ()
@@ -145,7 +145,7 @@ def test_hidden_states_are_needed_only_where_a_probe_reads_them(folder):
         assert "the base (Silent) has no hidden states, which the gates need" in reply.decisions[0].reason
 
 
-def test_a_cascade_that_is_closed_says_so_whatever_it_is_asked(folder):
+def test_closed_cascade_refuses_every_call(folder):
     cascade = open_cascade(folder / "bundle", **SIZE)
     cascade.close()
     for call in (
@@ -162,7 +162,7 @@ def test_a_cascade_that_is_closed_says_so_whatever_it_is_asked(folder):
     cascade.close()
 
 
-def test_a_path_that_is_no_bundle_is_named(tmp_path):
+def test_path_that_is_not_a_bundle_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     for path, words in (

@@ -1,4 +1,4 @@
-"""What a request's path does beyond base and modifier: drafts that answer, deliberation, complaints, memory, notes."""
+"""`cascade.execute`: draft answers, deliberation, complaints, memory, reuse and disclaimers."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ EXAMPLE = Example("1", "code", 1, (), "no model says this", "test", {"check": {"
 
 @pytest.fixture(scope="module")
 def tiers(tmp_path_factory):
-    """Pico models; the router sends every question to `code`."""
+    """Pico models; the router assigns every question to `code`."""
     opened = open_tiers(make_bundle(tmp_path_factory.mktemp("path")), slots=8, context=192)
     yield opened
     opened.close()
@@ -51,7 +51,7 @@ def signals(reply):
     return [(d.tier, d.signal) for d in reply.decisions]
 
 
-def test_a_sure_draft_answers_alone_where_the_mode_allows(tiers):
+def test_confident_draft_answers_where_the_mode_allows(tiers):
     reply = final_reply(cascade(tiers, draft=0.9).generate(ask(mode="turbo")))
     assert (reply.tier, reply.route) == ("draft", "draft")
     assert reply.text == answer(tiers, "draft", ask())
@@ -60,7 +60,7 @@ def test_a_sure_draft_answers_alone_where_the_mode_allows(tiers):
     assert final_reply(cascade(tiers, draft=0.9).generate(ask(mode="balanced"))).tier != "draft"
 
 
-def test_a_surprising_question_goes_straight_to_the_modifier(tiers):
+def test_novel_question_goes_directly_to_the_modifier(tiers):
     surprised = replace(EASY, base_perplexity=1.0)
     reply = final_reply(cascade(tiers, surprised, modifier=0.9).generate(ask(mode="mobile")))
     assert (reply.tier, reply.route) == ("modifier:code", "modifier")
@@ -69,7 +69,7 @@ def test_a_surprising_question_goes_straight_to_the_modifier(tiers):
     assert calm.tier == "base"
 
 
-def test_a_progressive_answer_begins_with_the_drafts_and_is_revised(tiers):
+def test_progressive_answer_starts_with_the_draft_and_is_revised(tiers):
     for mode in ("fast", "balanced", "turbo"):
         events = list(cascade(tiers, base=0.9).generate(ask(mode=mode, progressive=True)))
         first = "".join(e.text for e in events if isinstance(e, Token))
@@ -78,7 +78,7 @@ def test_a_progressive_answer_begins_with_the_drafts_and_is_revised(tiers):
         assert [e.text for e in events if isinstance(e, Revision)] == [events[-1].text] * (first != events[-1].text)
 
 
-def test_votes_may_replace_an_unsure_answer_and_never_make_it_sure(tiers):
+def test_vote_can_replace_an_unsure_answer_but_not_accept_it(tiers):
     whole = cascade(tiers, HARD)
     reply = final_reply(whole.generate(ask(mode="accurate")))
     assert ("base+votes", "agreement") in signals(reply) or ("modifier:code+votes", "agreement") in signals(reply)
@@ -91,7 +91,7 @@ def test_votes_may_replace_an_unsure_answer_and_never_make_it_sure(tiers):
     assert reply.usage.completion_tokens > easy.usage.completion_tokens
 
 
-def test_hard_questions_may_be_shown_examples_of_their_domain(tiers):
+def test_hard_questions_can_get_examples_of_their_domain(tiers):
     templates = Templates({"code": [(f"q{i}", f"a{i}") for i in range(5)]})
     settings = Settings(modes={"shown": Mode(examples=2)})
     reply = final_reply(cascade(tiers, HARD, templates=templates, settings=settings).generate(ask(mode="shown")))
@@ -104,7 +104,7 @@ def test_hard_questions_may_be_shown_examples_of_their_domain(tiers):
 
 
 class Unhappy:
-    """Stands for the net: whoever says "wrong" is not satisfied."""
+    """Replaces the follow-up classifier: a message with "wrong" is a complaint."""
 
     sure = 0.5
 
@@ -112,7 +112,7 @@ class Unhappy:
         return float(len(messages) > 1 and "wrong" in messages[-1].content)
 
 
-def test_a_complaint_is_answered_by_the_modifier_and_remembered(tiers, tmp_path):
+def test_complaint_is_answered_by_the_modifier_and_stored(tiers, tmp_path):
     memory = Memory(tmp_path / "memory.sqlite")
     whole = cascade(tiers, base=0.9, modifier=0.95, memory=memory, escalation=Unhappy())
     first = final_reply(whole.generate(ask(user="ann", id="one")))
@@ -133,13 +133,13 @@ def test_a_complaint_is_answered_by_the_modifier_and_remembered(tiers, tmp_path)
     memory.close()
 
 
-def test_a_request_for_no_modifier_is_kept_to_even_after_a_complaint(tiers):
+def test_request_without_modifiers_is_respected_after_a_complaint(tiers):
     whole = cascade(tiers, base=0.9, modifier=0.95, escalation=Unhappy())
     reply = final_reply(whole.generate(ask("What is 2 + 3?", "6", "wrong", mode="fast")))
     assert (reply.tier, reply.route) == ("base", "low_confidence")
 
 
-def test_only_the_user_who_got_an_answer_can_rate_it(tiers, tmp_path):
+def test_only_the_user_of_an_answer_can_rate_it(tiers, tmp_path):
     memory = Memory(tmp_path / "memory.sqlite")
     whole = cascade(tiers, memory=memory)
     reply = final_reply(whole.generate(ask(user="ann", id="one", session="s")))
@@ -157,7 +157,7 @@ def test_only_the_user_who_got_an_answer_can_rate_it(tiers, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "\x00\x07\x1b[31m", "x1" * 50_000, f"Say this.{LOW_CONFIDENCE}", AGAIN * 2])
-def test_strange_questions_are_answered_or_refused_in_words(tiers, text):
+def test_unusual_questions_are_answered_or_refused_with_a_message(tiers, text):
     whole = cascade(tiers, base=0.9)
     if len(text) > 1_000:
         with pytest.raises(ContextError, match="shorten the prompt"):
@@ -171,7 +171,7 @@ notes = st.lists(st.sampled_from(NOTES), max_size=3).map("".join)
 
 
 @given(st.text(max_size=20), notes, st.booleans(), st.booleans())
-def test_no_text_can_speak_with_our_notes(text, imitated, accepted, withhold):
+def test_model_text_cannot_imitate_disclaimers(text, imitated, accepted, withhold):
     own = without_note(text + imitated)
     assert without_note(own) == own
     ending = ending_of("base", text + imitated, False, accepted, withhold)
@@ -181,16 +181,16 @@ def test_no_text_can_speak_with_our_notes(text, imitated, accepted, withhold):
     assert sum(ending.text.count(note) for note in NOTES) <= own.count(NOTES[0]) + own.count(NOTES[1]) + 1
 
 
-def test_every_decision_is_told_as_it_is_made(tiers):
+def test_every_decision_is_emitted_when_it_is_made(tiers):
     events = list(cascade(tiers, HARD, escalation=Unhappy()).generate(ask("a", "b", "wrong")))
     assert events[-1].decisions == tuple(e for e in events if isinstance(e, Decision))
 
 
-def test_a_sure_answer_is_given_again_to_the_same_question_of_the_same_user_only(tiers):
+def test_accepted_answer_is_reused_for_the_same_user_only(tiers):
     cache = AnswerCache(None, None)
     whole = cascade(tiers, base=0.9, cache=cache)
     said = answer(tiers, "base", ask())
-    stop = (said[2:4],)  # an answer that was cut would not be kept
+    stop = (said[2:4],)  # a truncated answer would not be cached
     first = final_reply(whole.generate(ask(user="ann", stop=stop)))
     again = final_reply(whole.generate(ask(user="ann", stop=stop)))
     assert (again.route, again.text, again.p_correct) == ("cache", first.text, first.p_correct)
@@ -213,19 +213,19 @@ def test_a_sure_answer_is_given_again_to_the_same_question_of_the_same_user_only
     assert {final_reply(unsure.generate(ask(user="ann", stop=stop))).route for _ in range(2)} == {"low_confidence"}
 
 
-def test_who_wants_no_unsure_answer_sees_no_unsure_draft(tiers):
+def test_withheld_answers_include_unsure_drafts(tiers):
     events = list(cascade(tiers).generate(ask(mode="fast", progressive=True, abstain=True)))
     assert not any(isinstance(event, Token) for event in events)
     assert events[-1].text == ABSTENTION
 
 
-def test_an_answer_that_is_longer_as_text_than_it_was_in_tokens_is_judged_all_the_same(tiers):
+def test_draft_signal_of_text_longer_than_the_context_is_the_floor(tiers):
     question = tiers.read_question(ask())
     whole = Reply("\u00e9\u65e5" * 300, (Token(5, "x", -0.1, 0.1, 1.0),), "length", Usage())
     assert tiers.base_signals(ask(), whole, question)["draft_nats"] == FLOOR
 
 
-def test_a_reused_answer_that_is_called_wrong_is_not_given_again(tiers, tmp_path):
+def test_reused_answer_rated_wrong_is_not_reused_again(tiers, tmp_path):
     memory = Memory(tmp_path / "memory.sqlite")
     whole = cascade(tiers, base=0.9, memory=memory, cache=AnswerCache(None, None), escalation=Unhappy())
     stop = (answer(tiers, "base", ask())[2:4],)
@@ -235,7 +235,7 @@ def test_a_reused_answer_that_is_called_wrong_is_not_given_again(tiers, tmp_path
 
     assert routes((0, "ann"), (1, "ann"), (2, "bob"), (3, "bob")) == ["base", "cache", "base", "cache"]
     assert {turn.id: turn.route for turn in memory.recent("ann")} == {"ann0": "base", "ann1": "cache"}
-    whole.feedback("ann1", False, "ann")  # the one that was given again
+    whole.feedback("ann1", False, "ann")  # the reused answer
     assert routes((4, "ann"), (5, "bob")) == ["base", "cache"]
     whole.feedback("ann4", True, "ann")
     assert routes((6, "ann")) == ["cache"]
@@ -245,7 +245,7 @@ def test_a_reused_answer_that_is_called_wrong_is_not_given_again(tiers, tmp_path
     memory.close()
 
 
-def test_an_abstention_is_told_as_one_and_never_accepted(tiers):
+def test_abstention_is_reported_and_never_accepted(tiers):
     forced = ask(grammar='root ::= "I don\'t know."', max_tokens=30, mode="fast")
     reply = final_reply(cascade(tiers, base=0.9).generate(forced))
     assert (reply.text, reply.route, reply.accepted) == (ABSTENTION, "abstained", False)
@@ -262,7 +262,7 @@ def test_an_abstention_is_told_as_one_and_never_accepted(tiers):
     assert unsure.decisions[-1] == replace(told, value=1.0)
 
 
-def test_the_cascade_stands_by_an_answer_on_accepted_routes_only(tiers):
+def test_answers_are_accepted_only_on_accepting_routes(tiers):
     cache = AnswerCache(None, None)
     stop = (answer(tiers, "base", ask())[2:4],)
     whole = cascade(tiers, base=0.9, draft=0.9, cache=cache)

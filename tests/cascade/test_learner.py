@@ -1,4 +1,4 @@
-"""The learner over a memory: candidates, promotion, rollback, and what is kept on disk (SPEC F16, F17)."""
+"""The learner over a memory (SPEC F16, F17): candidates, promotion, rollback, and persistence."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def memory(tmp_path):
         yield opened
 
 
-def test_a_fresh_learner_changes_nothing(memory, tmp_path):
+def test_new_learner_changes_nothing(memory, tmp_path):
     learner = Learner(memory, tmp_path, [PROMISE])
     for p in (0.0, 0.123456789, 1.0):
         assert learner.p_correct("t", "ann", p, {"domain_math": 1.0}) == p
@@ -67,12 +67,12 @@ def test_a_damaged_file_is_set_aside(tmp_path_factory, content):
             warnings.simplefilter("always")
             learner = Learner(memory, folder, [PROMISE])
             assert learner.p_correct("t", "ann", 0.7, {}) == 0.7
-        if content != b"{}":  # the one of these that is a state
+        if content != b"{}":  # the only one of these that is a valid state
             assert [str(w.message).count("set aside") for w in said] == [1]
             assert (folder / f"{FILE}.unreadable").read_bytes() == content
 
 
-def test_a_state_survives_the_file(memory, tmp_path):
+def test_state_round_trips_through_its_file(memory, tmp_path):
     layer = Correction(-0.5, 0.1, {"domain_math": (-0.3, 0.0)}, certified=True)
     state = Learned(layer=layer, promoted=1.0, tests=3).told("promoted", {}, gain=0.02)
     learner = Learner(memory, tmp_path, [PROMISE])
@@ -82,7 +82,7 @@ def test_a_state_survives_the_file(memory, tmp_path):
     assert other.p_correct("t", "", 0.8, {"domain_math": 1.0}) < 0.8
 
 
-def test_what_another_process_learned_is_taken_over(memory, tmp_path):
+def test_state_of_another_process_is_loaded(memory, tmp_path):
     one, other = (Learner(memory, tmp_path, [PROMISE]) for _ in range(2))
     one._save(Learned(layer=Correction(-1.0)))
     assert other.p_correct("t", "", 0.8, {}) == one.p_correct("t", "", 0.8, {}) < 0.7
@@ -90,7 +90,7 @@ def test_what_another_process_learned_is_taken_over(memory, tmp_path):
     assert other.p_correct("t", "", 0.8, {}) == 0.8
 
 
-def test_a_candidate_serves_the_canary_only(memory, tmp_path):
+def test_candidate_is_used_for_the_canary_only(memory, tmp_path):
     learner = Learner(memory, tmp_path, [PROMISE])
     learner._save(Learned(canary=Correction(-1.0)))
     changed = [i for i in range(40) if learner.p_correct(f"turn-{i}", "", 0.8, {}) != 0.8]
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_is_refused(memory, tmp_path):
         Learner(memory, tmp_path / "file", [PROMISE])
 
 
-def test_what_judges_no_answer_is_no_vote():
+def test_only_rated_answers_with_a_probability_are_votes():
     assert vote_of(turn("t", outcome=True)).right
     assert vote_of(turn("t")) is None
     assert vote_of(turn("t", outcome=True, p_correct=None)) is None
@@ -125,7 +125,7 @@ def events(learner):
 
 
 def test_promotion_and_rollback(memory, tmp_path, monkeypatch):
-    """Small numbers, same rules: a drift is learned, and unlearned once it is over."""
+    """With small limits: a drift is learned, and rolled back once it is over."""
     for name, value in {"CHECK": 50, "EVERY": 200, "ENOUGH": 60}.items():
         monkeypatch.setattr(learner_module, name, value)
     learner = Learner(memory, tmp_path, [PROMISE], need=300)
@@ -136,12 +136,12 @@ def test_promotion_and_rollback(memory, tmp_path, monkeypatch):
     live(memory, learner, rng, 600, 0.0, "good")
     assert "rolled back" in events(learner)
     assert learner.state()["layer"] is None
-    again = Learner(memory, tmp_path, [PROMISE])  # the history outlives the process
+    again = Learner(memory, tmp_path, [PROMISE])  # the history is persisted
     assert events(again) == events(learner)
 
 
-def test_an_attacker_neither_withdraws_a_layer_nor_hides_its_harm(memory, tmp_path):
-    """The votes of one who began to vote against everybody after the last fit are known before they decide."""
+def test_attacker_can_neither_roll_back_a_layer_nor_hide_its_harm(memory, tmp_path):
+    """A user who starts to vote against all others after the last fit is detected before the votes count."""
     learner = Learner(memory, tmp_path, [])
     layer = Correction(-1.5)
     rng = np.random.default_rng(7)
@@ -161,7 +161,7 @@ def test_an_attacker_neither_withdraws_a_layer_nor_hides_its_harm(memory, tmp_pa
     assert look([*worse, *[v for pair in zip(good, helper[:300], strict=True) for v in pair]]) is None
 
 
-def test_too_few_votes_and_votes_of_too_few_teach_nothing(memory, tmp_path, monkeypatch):
+def test_too_few_votes_or_voters_teach_nothing(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(learner_module, "CHECK", 50)
     monkeypatch.setattr(learner_module, "EVERY", 50)
     learner = Learner(memory, tmp_path, [PROMISE], need=300)
@@ -183,7 +183,7 @@ def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
         memory.choose_personal(user, True)
     learner = Learner(memory, tmp_path, [PROMISE])
     assert learner.p_correct("x", "ann", 0.7, signals) < 0.6
-    assert 0.7 < learner.p_correct("x", "cy", 0.85, signals) < 0.9  # raised, but not over the promise's threshold
+    assert 0.7 < learner.p_correct("x", "cy", 0.85, signals) < 0.9  # raised, but not above the calibrated threshold
     assert learner.p_correct("x", "bob", 0.7, signals) == 0.7
     assert learner.forget("ann") == 60
     assert learner.p_correct("x", "ann", 0.7, signals) == 0.7
@@ -195,7 +195,7 @@ def hold_lock(folder, ready, done):
         done.get(timeout=PATIENCE)
 
 
-def test_one_process_learns_at_a_time(tmp_path):
+def test_only_one_process_learns_at_a_time(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Queue(), context.Queue()
     file = LearnedFile(tmp_path)
@@ -207,15 +207,15 @@ def test_one_process_learns_at_a_time(tmp_path):
     process.kill()
     process.join()
     with file.alone() as alone:
-        assert alone  # the lock died with its holder
+        assert alone  # the lock was released when its holder ended
 
 
-def test_a_closed_memory_spoils_no_answer(tmp_path):
+def test_closed_memory_does_not_fail_answers(tmp_path):
     memory = Memory(tmp_path / "memory.db")
     learner = Learner(memory, tmp_path, [PROMISE])
     memory.close()
     assert learner.p_correct("t", "ann", 0.7, {}) == 0.7
 
 
-def test_a_state_is_json(memory, tmp_path):
+def test_state_is_valid_json(memory, tmp_path):
     assert json.loads(json.dumps(Learner(memory, tmp_path, []).state()))["format"] == 1

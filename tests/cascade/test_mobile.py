@@ -1,4 +1,4 @@
-"""The mobile package: one model is base and draft at once; and models without a second copy of their weights."""
+"""The mobile package: one model is base and draft; and models without a second copy of their weights."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mobile(whole, tmp_path_factory):
-    """The same without its draft: heads and router of a pico draft fit a pico base."""
+    """The same bundle without its draft: heads and router of a pico draft fit a pico base."""
     index = json.loads((whole / INDEX).read_text())
     files = {name: whole / name for name in index["files"] if name != DRAFT}
     parts = {name: part for name, part in index["parts"].items() if name != DRAFT}
@@ -59,7 +59,7 @@ def test_one_model_reads_and_answers(mobile, cascade):
     assert not any("draft" in f"{decision.tier} {decision.reason}" for decision in reply.decisions)
 
 
-def test_opens_in_mode_mobile_unless_the_operator_says_otherwise(mobile, whole, cascade):
+def test_default_mode_is_mobile_unless_configured(mobile, whole, cascade):
     def default(folder, settings=None):
         opened = open_cascade(folder, slots=1, context=128, threads=1, settings=settings)
         opened.close()
@@ -72,7 +72,7 @@ def test_opens_in_mode_mobile_unless_the_operator_says_otherwise(mobile, whole, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_asks_the_one_model_once(cascade, mode, monkeypatch):
+def test_every_mode_generates_with_the_model_once(cascade, mode, monkeypatch):
     asked, original = [], cascade.tiers.base.generate
     monkeypatch.setattr(cascade.tiers.base, "generate", lambda r: asked.append(r.adapter) or original(r))
     reply = final_reply(cascade.generate(ask(mode=mode, progressive=True)))
@@ -82,13 +82,13 @@ def test_every_mode_asks_the_one_model_once(cascade, mode, monkeypatch):
     assert len(asked) == len(greedy) or MODES[mode].deliberates
 
 
-def test_there_is_no_draft_to_ask_for(cascade):
+def test_request_for_a_draft_is_refused(cascade):
     assert "cogumi:draft" not in cascade.models
     with pytest.raises(RequestError, match="unknown model 'cogumi:draft': choose one of cogumi"):
         cascade.resolve("cogumi:draft", ask())
 
 
-def test_a_surprised_model_hands_on_at_once_without_reading_twice(cascade, monkeypatch):
+def test_novel_question_goes_to_the_modifier_without_a_second_read(cascade, monkeypatch):
     question = replace(cascade.calibration.question, base_perplexity=0.0)
     calibration = replace(cascade.calibration, question=question)
     monkeypatch.setattr(cascade, "services", replace(cascade.services, calibration=calibration))
@@ -100,7 +100,7 @@ def test_a_surprised_model_hands_on_at_once_without_reading_twice(cascade, monke
     assert len(read) == 1
 
 
-def test_heads_that_read_another_model_are_refused(mobile, tmp_path):
+def test_heads_of_another_model_are_refused(mobile, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     files = {name: mobile / name for name in json.loads((mobile / INDEX).read_text())["files"]}
@@ -114,7 +114,7 @@ def test_heads_that_read_another_model_are_refused(mobile, tmp_path):
         open_cascade(tmp_path / "bundle", slots=1, context=128, threads=1)
 
 
-def test_the_bundle_stage_makes_one_where_no_draft_is_given(mobile, tmp_path):
+def test_bundle_stage_makes_a_mobile_package_without_a_draft(mobile, tmp_path):
     def artifact(name, file, **metrics):
         folder = tmp_path / name
         folder.mkdir()
@@ -138,7 +138,7 @@ def test_the_bundle_stage_makes_one_where_no_draft_is_given(mobile, tmp_path):
     assert open_bundle(out).draft is None
 
 
-def test_without_repacking_the_answer_is_as_good(whole):
+def test_answer_without_repacking_is_equivalent(whole):
     texts = []
     for repack in (True, False):
         engine = LlamaEngine(whole / BASE, slots=1, context=128, threads=1, lookup=False, repack=repack)
@@ -150,19 +150,19 @@ def test_without_repacking_the_answer_is_as_good(whole):
 
 
 @pytest.fixture(scope="module")
-def made_up(tmp_path_factory):
-    """A whole made-up bundle and a mobile package in a small shape."""
+def synthetic(tmp_path_factory):
+    """A complete synthetic bundle and a mobile package of a small shape."""
     small = replace(SHAPES["pico"], tied=True)
     folder = tmp_path_factory.mktemp("made-up")
     return [bundle_sizes.make_bundle(folder, small, "q4_k_m", draft) for draft in (small, None)]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["whole", "mobile"])
-def test_a_made_up_bundle_is_asked_all_the_way(made_up, which):
-    folder = made_up[which]
+def test_synthetic_bundle_runs_every_tier(synthetic, which):
+    folder = synthetic[which]
     seen = run_cascade(CascadeJob(str(folder), 1, "x" * 32, 8, 128, False))
     assert seen.tier in ("base", "modifier:code")
-    assert seen.tokens == 16  # eight by the base, eight by the modifier, whose answers are never sure
+    assert seen.tokens == 16  # eight by the base, eight by the modifier, whose answers are never accepted
     assert 0 < seen.anonymous_bytes < seen.resident_bytes <= seen.peak_bytes
     opened = open_bundle(folder)
     assert set(opened.modifiers) == set(bundle_sizes.DOMAINS)
@@ -173,7 +173,7 @@ def test_a_made_up_bundle_is_asked_all_the_way(made_up, which):
     assert (folder / INDEX).stat().st_mtime_ns == index
 
 
-def test_the_widest_shape_is_the_widest_that_fits():
+def test_widest_shape_is_the_largest_that_fits():
     limit = bundle_sizes.WHOLE.base
     found = bundle_sizes.widest("q4_k_m", limit)
     assert found.feed_forward == 6400
@@ -186,7 +186,7 @@ def test_the_widest_shape_is_the_widest_that_fits():
         bundle_sizes.widest("q4_k_m", 1000)
 
 
-def test_a_cascade_holds_its_draft_once(whole):
+def test_cascade_holds_its_draft_in_memory_once(whole):
     cascade = open_cascade(whole, slots=1, context=128, threads=1)
     cascade.close()
     assert cascade.tiers.base._draft is cascade.tiers.draft._model

@@ -1,4 +1,4 @@
-"""The file of the second check of reused answers, and a bundle that is opened with it (SPEC F12)."""
+"""The file of the second check of reused answers (SPEC F12), and a bundle opened with it."""
 
 import json
 import re
@@ -29,12 +29,12 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def with_encoder(monkeypatch):
-    """The pico bundle has no encoder of sentences; it is opened as if it had one."""
+    """The pico bundle has no sentence encoder; a test encoder is used instead."""
     answers = opening._answers
     monkeypatch.setattr(opening, "_answers", lambda bundle, _, *rest: answers(bundle, Trigrams, *rest))
 
 
-def test_a_check_comes_back_as_it_was_written(tmp_path):
+def test_check_round_trips_through_its_file(tmp_path):
     file = tmp_path / "check.json"
     write_check(file, logistic(-1.5), "one")
     x = pair_features(ONE, OTHER, 0.9)
@@ -42,7 +42,7 @@ def test_a_check_comes_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "message"),
     [
         ({"encoder": "two"}, "was fitted with another encoder than this bundle's"),
         ({"format": 2}, "is a reuse check of another version of cogumi"),
@@ -54,24 +54,24 @@ def test_a_check_comes_back_as_it_was_written(tmp_path):
         (None, "is no reuse check"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, changes, why):
+def test_unusable_file_is_refused_in_one_line(tmp_path, changes, message):
     file = tmp_path / "check.json"
     write_check(file, logistic(0.0), "one")
     file.write_text("[1" if changes is None else json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(StateError, match=re.escape(f"{file} {why}")) as caught:
+    with pytest.raises(StateError, match=re.escape(f"{file} {message}")) as caught:
         read_check(file, "one")
     assert str(caught.value).endswith("cogumi eval BUNDLE --suite cache --data FOLDER --out FOLDER")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_missing_file_is_reported(tmp_path):
     with pytest.raises(StateError, match=r"gone\.json cannot be read \(No such file"):
         read_check(tmp_path / "gone.json", "one")
 
 
 @pytest.mark.parametrize(("bias", "route"), [(-1e6, "base"), (1e6, "cache")])
 @pytest.mark.usefixtures("with_encoder")
-def test_a_bundle_reuses_what_the_check_allows(bundle, tmp_path, bias, route):
+def test_bundle_reuses_answers_that_the_check_allows(bundle, tmp_path, bias, route):
     file = tmp_path / "check.json"
     write_check(file, logistic(bias), Trigrams.identity)
     size = {"threads": 1, "slots": 2}
@@ -84,7 +84,7 @@ def test_a_bundle_reuses_what_the_check_allows(bundle, tmp_path, bias, route):
         opening.open_cascade(bundle, reuse="static", reuse_check=file, **size)
 
 
-def test_a_check_is_for_near_questions(bundle, tmp_path):
+def test_check_requires_reuse_of_similar_questions(bundle, tmp_path):
     for reuse in (None, "exact"):
         with pytest.raises(CogumiError, match="a reuse check is for answers to near questions: add --reuse static"):
             opening.open_cascade(bundle, reuse=reuse, reuse_check=tmp_path / "check.json")

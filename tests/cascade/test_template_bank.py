@@ -1,4 +1,4 @@
-"""The template bank (SPEC F18), and what becomes of a request with examples of its own (SPEC C9)."""
+"""The template bank (SPEC F18), and requests with their own few-shot examples (SPEC C9)."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ cosines = st.lists(st.floats(-1, 1, width=32), max_size=30).map(np.array)
 
 
 @given(cosines, st.sampled_from(["code", "reasoning", "music"]))
-def test_the_nearest_are_shown_best_last_and_none_that_is_far(found, domain):
+def test_nearest_examples_are_used_best_last_within_the_distance(found, domain):
     picked = nearest(found, [domain] * len(found))
     assert len(picked) == min(example_count(domain), int((found >= MIN_COSINE).sum()))
     assert sorted(found[picked]) == list(found[picked])
@@ -42,7 +42,7 @@ def test_the_nearest_are_shown_best_last_and_none_that_is_far(found, domain):
     assert not picked or not len(left) or left.max() <= found[picked].min() or left.max() < MIN_COSINE
 
 
-def test_the_domain_of_the_nearest_says_how_many():
+def test_domain_of_the_nearest_determines_the_number():
     counts = {name: example_count(name) for name in ("code", "math", "reasoning", "music")}
     assert counts == {"code": 3, "math": 3, "reasoning": 5, "music": DEFAULT_COUNT}
     assert set(EXAMPLE_COUNTS.values()) == {3, 5}
@@ -52,8 +52,8 @@ def test_the_domain_of_the_nearest_says_how_many():
     assert nearest(np.zeros(0), []) == []
 
 
-class Letters:
-    """Stands for the embedder: texts are near that share letters."""
+class LetterCounts:
+    """Replaces the embedder: texts with common letters are near."""
 
     def __init__(self):
         self.seen = []
@@ -70,8 +70,8 @@ BANK = {
 }
 
 
-def test_the_bank_is_embedded_once_and_the_nearest_found():
-    embedder = Letters()
+def test_bank_is_embedded_once_and_the_nearest_are_found():
+    embedder = LetterCounts()
     bank = Templates(BANK, lambda: embedder)
     assert embedder.seen == []
     assert bank.near("code a function three")[-1] == ("code a function three", "three")
@@ -81,7 +81,7 @@ def test_the_bank_is_embedded_once_and_the_nearest_found():
     assert embedder.seen.count("code a function one") == 1
 
 
-def test_without_an_embedder_some_of_the_domain_are_shown_always_the_same():
+def test_without_an_embedder_a_fixed_choice_of_the_domain_is_used():
     bank = Templates(BANK)
     assert bank.near("code a function three") == ()
     shown = bank.suiting("anything", "code", 5)
@@ -94,7 +94,7 @@ def test_without_an_embedder_some_of_the_domain_are_shown_always_the_same():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A bundle with head, its adapter, and examples; and the same without head and adapter."""
+    """A bundle with a head, its adapter and examples; and the same without head and adapter."""
     root = tmp_path_factory.mktemp("templates")
     bundle = make_bundle(root)
     index = json.loads((bundle / INDEX).read_bytes())
@@ -131,7 +131,7 @@ def ask(text="What is 2 + 3?", **values):
     return Request(messages=(Message("user", text),), **{"max_tokens": 10, **values})
 
 
-def test_a_bundle_may_hold_a_head_and_its_adapter(folder, whole):
+def test_bundle_can_contain_a_head_and_its_adapter(folder, whole):
     found = open_bundle(folder / "whole")
     assert (found.head, found.fewshot) == (folder / "whole" / HEAD, folder / "whole" / FEWSHOT)
     assert found.base_fingerprint == "base"
@@ -140,7 +140,7 @@ def test_a_bundle_may_hold_a_head_and_its_adapter(folder, whole):
     assert not any("fewshot" in model for model in whole.models)
 
 
-def test_a_head_or_adapter_of_another_base_is_refused(folder, tmp_path):
+def test_head_or_adapter_of_another_base_is_refused(folder, tmp_path):
     shutil.copytree(folder / "whole", tmp_path / "b")
     index = json.loads((tmp_path / "b" / INDEX).read_bytes())
     files = {name: tmp_path / "b" / name for name in index["files"]}
@@ -153,7 +153,7 @@ def test_a_head_or_adapter_of_another_base_is_refused(folder, tmp_path):
         open_cascade(tmp_path / "b", threads=1)
 
 
-def test_given_examples_are_answered_by_base_adapter_and_head_and_never_for_sure(whole):
+def test_request_with_examples_uses_the_adapted_head_and_is_never_accepted(whole):
     base = whole.tiers.base
     wanted = ask(examples=SHOTS, mode="fast")
     reply = final_reply(whole.generate(wanted))
@@ -173,11 +173,11 @@ def test_given_examples_are_answered_by_base_adapter_and_head_and_never_for_sure
         whole.generate(replace(wanted, speculate=True))
 
 
-def test_sure_answers_stay_sure_beside_them_and_only_these_are_kept(tiers, tmp_path):
+def test_requests_with_examples_do_not_affect_accepted_or_cached_answers(tiers, tmp_path):
     memory, cache = Memory(tmp_path / "memory.sqlite"), AnswerCache(None, None)
     asked = cascade(tiers, memory=memory, cache=cache)
     said = [final_reply(tiers.base.generate(ask(examples=examples))).text for examples in (SHOTS, ())]
-    values = {"user": "ann", "stop": tuple(text[3:5] for text in said)}  # an answer that was cut would not be kept
+    values = {"user": "ann", "stop": tuple(text[3:5] for text in said)}  # a truncated answer would not be cached
     given = final_reply(asked.generate(ask(examples=SHOTS, id="one", **values)))
     assert (given.p_correct, given.route, given.finish_reason) == (None, "low_confidence", "stop")
     sure = final_reply(asked.generate(ask(id="two", **values)))
@@ -196,21 +196,21 @@ def test_sure_answers_stay_sure_beside_them_and_only_these_are_kept(tiers, tmp_p
     memory.close()
 
 
-def test_near_examples_fill_up_given_ones_where_they_fit(tiers):
-    base, near = tiers.base, Templates(BANK, Letters)
+def test_near_examples_are_added_to_given_ones_where_they_fit(tiers):
+    base, near = tiers.base, Templates(BANK, LetterCounts)
     wanted = ask("code a function five", examples=(("q", "a"),))
     reply = final_reply(cascade(tiers, templates=near).generate(wanted))
     filled = replace(wanted, examples=(*near.near("code a function five")[1:], ("q", "a")))
     assert len(filled.examples) == EXAMPLE_COUNTS["code"]
     assert reply.text.removesuffix(LOW_CONFIDENCE) == final_reply(base.generate(filled)).text
     assert next(d for d in reply.decisions if d.signal == "examples").value == 3
-    long = Templates({"code": [("code a function " * 30, "a")] * 3}, Letters)
+    long = Templates({"code": [("code a function " * 30, "a")] * 3}, LetterCounts)
     alone = final_reply(cascade(tiers, templates=long).generate(wanted))
     assert alone.text.removesuffix(LOW_CONFIDENCE) == final_reply(base.generate(wanted)).text
 
 
-def test_hard_and_novel_questions_are_shown_near_examples_if_the_mode_allows(tiers):
-    near, settings = Templates(BANK, Letters), Settings(modes={"shown": Mode(examples=5, votes=3)})
+def test_hard_and_novel_questions_get_near_examples_if_the_mode_allows(tiers):
+    near, settings = Templates(BANK, LetterCounts), Settings(modes={"shown": Mode(examples=5, votes=3)})
     novel = QuestionGate(1e9, 0.99, novelty=1.0)
 
     def tried(question, text, mode="shown"):
@@ -228,8 +228,8 @@ def test_hard_and_novel_questions_are_shown_near_examples_if_the_mode_allows(tie
     assert tried(HARD, "code a function five", "balanced")[0] == []
 
 
-def test_the_suite_counts_what_each_way_of_showing_gets_right(folder, whole):
-    """Answers of a random model are right by the check alone, which is made from what one of the ways says."""
+def test_suite_counts_correct_answers_of_each_selection_method(folder, whole):
+    """The model is random, so the references are made from the answers of one selection method."""
     bank, base = Templates(BANK, Trigrams), whole.tiers.base
     texts = ["code a function three now", "sum xyz six now", "qqqq"]
     messages = [(Message("user", text),) for text in texts]
@@ -248,8 +248,8 @@ def test_the_suite_counts_what_each_way_of_showing_gets_right(folder, whole):
         suite.run(Task(folder / "whole"))
 
 
-def test_ten_thousand_examples_are_searched():
-    """The bank's largest size; suite `templates` measures how long that takes."""
+def test_search_of_ten_thousand_examples():
+    """The largest size of the bank; the suite `templates` measures the time."""
     vectors = np.random.default_rng(0).normal(size=(10_000, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert nearest(vectors @ vectors[77], ["code"] * len(vectors)) == [77]

@@ -1,4 +1,4 @@
-"""Session memory: what is kept survives crashes, stays each user's own, and goes when it is to go (SPEC F8)."""
+"""Session memory (SPEC F8): durability after crashes, isolation of users, deletion and damaged files."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def memory(tmp_path):
         yield opened
 
 
-def test_a_turn_comes_back_as_it_was(memory):
+def test_turn_round_trips_through_the_memory(memory):
     kept = [turn(f"t{i}", session=f"s{i}", outcome=[None, True, False][i % 3]) for i in range(7)]
     for one in kept:
         memory.remember(one)
@@ -41,7 +41,7 @@ def test_a_turn_comes_back_as_it_was(memory):
     assert memory.recent("ann", 0) == memory.recent("bob") == ()
 
 
-def test_what_failed_and_what_is_usual(memory):
+def test_failures_and_usual_domains_of_a_user(memory):
     for i, domain in enumerate(["math", "math", "code", "tools"]):
         memory.remember(turn(f"t{i}", domain=domain))
     assert memory.failed("ann") == frozenset()
@@ -50,18 +50,18 @@ def test_what_failed_and_what_is_usual(memory):
     memory.rate("t3", "ann", True)
     assert memory.failed("ann") == {"math", "code"}
     assert memory.habit("ann") == {"math": 2, "code": 1, "tools": 1}
-    memory.rate("t2", "ann", True)  # the later judgement replaces the earlier
+    memory.rate("t2", "ann", True)  # the later rating replaces the earlier one
     assert memory.failed("ann") == {"math"}
 
 
-def test_requests_without_a_user_are_rated_but_never_recalled(memory):
+def test_turns_without_a_user_can_be_rated_but_not_recalled(memory):
     memory.remember(turn("t", user=""))
     assert memory.rate("t", "", False).outcome is False
     assert (memory.recent(""), memory.habit(""), memory.failed("")) == ((), {}, frozenset())
     assert [t.id for t in memory.rated()] == ["t"]
 
 
-def test_an_unknown_answer_cannot_be_rated(memory):
+def test_unknown_answer_cannot_be_rated(memory):
     memory.remember(turn("t"))
     for id, user in (("t", "bob"), ("t", ""), ("u", "ann"), ("", "ann"), ("x" * 100_000, "ann\0")):
         with pytest.raises(RequestError, match="no answer"):
@@ -69,7 +69,7 @@ def test_an_unknown_answer_cannot_be_rated(memory):
     assert memory.ratings() == 0
 
 
-def test_the_same_id_of_two_users_is_two_answers(memory):
+def test_same_id_of_two_users_is_two_answers(memory):
     memory.remember(turn("t", answer="hers"))
     memory.remember(turn("t", user="bob", answer="his"))
     assert memory.rate("t", "ann", False).answer == "hers"
@@ -83,8 +83,8 @@ NAMES = st.text(st.characters(codec=None), max_size=3) | st.sampled_from(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(NAMES, st.integers(0, 3), st.sampled_from(["remember", "rate", "forget"])), max_size=25))
-def test_no_call_with_one_user_touches_another(tmp_path_factory, calls):
-    """Against a dictionary per user, for any names at all."""
+def test_calls_of_one_user_do_not_affect_another(tmp_path_factory, calls):
+    """Compared with one dictionary per user, for any user names."""
     expected = {}
     with closing(Memory(tmp_path_factory.mktemp("m") / "memory.db")) as memory:
         for step, (user, id, call) in enumerate(calls):
@@ -107,7 +107,7 @@ def test_no_call_with_one_user_touches_another(tmp_path_factory, calls):
             assert memory.habit(user) == ({"math": len(mine)} if user and mine else {})
 
 
-def test_rated_turns_come_in_the_order_of_rating(memory, monkeypatch):
+def test_rated_turns_are_ordered_by_rating(memory, monkeypatch):
     clock = count(time.time())
     monkeypatch.setattr(module, "time", SimpleNamespace(time=clock.__next__))
     monkeypatch.setattr(module, "_PAGE", 3)
@@ -124,7 +124,7 @@ def test_rated_turns_come_in_the_order_of_rating(memory, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "\0\x1b[2J\r\n\x7f", "\ud800 alone", "漢字🙂" * 3, "x" * 100_000])
-def test_any_text_is_kept(memory, text):
+def test_any_text_is_stored(memory, text):
     memory.remember(turn("t", question=text, answer=text))
     found = memory.recent("ann")[0]
     assert found.question == found.answer == text[:LONGEST].replace("\ud800", "?")
@@ -142,7 +142,7 @@ def test_growth_is_bounded(memory, monkeypatch):
     assert memory.recent("cy") == ()
 
 
-def test_what_is_forgotten_is_no_longer_on_the_disk(memory):
+def test_forgotten_text_is_removed_from_the_disk(memory):
     secret = "the launch code is 0000"
     for i in range(50):
         memory.remember(turn(f"t{i}", question=secret, session=secret))
@@ -160,7 +160,7 @@ def test_what_is_forgotten_is_no_longer_on_the_disk(memory):
     assert len(memory.recent("bob", 100)) == 50
 
 
-def test_personal_routing_is_each_users_choice(memory):
+def test_personal_routing_is_stored_per_user(memory):
     for wish in (True, True, False, True):
         memory.choose_personal("ann", wish)
         assert memory.personal("ann") is wish
@@ -176,7 +176,7 @@ def foreign(path, *statements):
         db.commit()
 
 
-def test_another_version_is_refused_and_left_alone(tmp_path):
+def test_file_of_another_version_is_refused_and_unchanged(tmp_path):
     path = tmp_path / "memory.db"
     Memory(path).close()
     foreign(path, "PRAGMA user_version = 99")
@@ -186,7 +186,7 @@ def test_another_version_is_refused_and_left_alone(tmp_path):
     Memory(path).close()
 
 
-def test_another_programs_database_is_refused_and_left_alone(tmp_path):
+def test_database_of_another_program_is_refused_and_unchanged(tmp_path):
     path = tmp_path / "memory.db"
     foreign(path, "CREATE TABLE theirs (x)", "PRAGMA user_version = 1")
     before = path.read_bytes()
@@ -198,7 +198,7 @@ def test_another_programs_database_is_refused_and_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"not a database, and long enough to look like one" * 100, b"SQLite format 3\0cut"]
 )
-def test_no_database_is_refused(tmp_path, content):
+def test_file_that_is_not_a_database_is_refused(tmp_path, content):
     path = tmp_path / "memory.db"
     path.write_bytes(content)
     with pytest.raises(StateError, match="move the file away"):
@@ -206,7 +206,7 @@ def test_no_database_is_refused(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_a_file_cut_in_half_is_refused_or_says_so_when_read(tmp_path):
+def test_truncated_file_is_refused_on_open_or_read(tmp_path):
     path = tmp_path / "memory.db"
     with closing(Memory(path)) as memory:
         for i in range(200):
@@ -217,7 +217,7 @@ def test_a_file_cut_in_half_is_refused_or_says_so_when_read(tmp_path):
         memory.recent("ann", 1000)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StateError, match="can be written"):
         Memory(tmp_path / "file" / "memory.db")
@@ -250,7 +250,7 @@ def child(path, name, n, *more):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
-def test_a_read_only_folder_is_refused(tmp_path):
+def test_read_only_folder_is_refused(tmp_path):
     folder = tmp_path / "shut"
     Memory(folder / "memory.db").close()
     (folder / "memory.db").chmod(0o444)
@@ -263,7 +263,7 @@ def test_a_read_only_folder_is_refused(tmp_path):
         assert "can be written" in said
 
 
-def test_several_processes_write_one_new_file_at_once(tmp_path):
+def test_processes_can_create_and_write_one_file_concurrently(tmp_path):
     path, n = tmp_path / "memory.db", 40
     running = [child(path, f"u{k}", n) for k in range(4)]
     said = [process.communicate(timeout=60)[0] for process in running]
@@ -273,7 +273,7 @@ def test_several_processes_write_one_new_file_at_once(tmp_path):
         assert memory.ratings() == 4 * n
 
 
-def test_a_killed_process_loses_at_most_the_turn_it_was_writing(tmp_path):
+def test_killed_process_loses_at_most_one_turn(tmp_path):
     path = tmp_path / "memory.db"
     for attempt in range(3):
         process = child(path, f"u{attempt}", 100_000)
@@ -287,10 +287,10 @@ def test_a_killed_process_loses_at_most_the_turn_it_was_writing(tmp_path):
             assert kept[-1].id == f"u{attempt}-0"
             assert done <= len(kept) <= done + 1
             assert sum(t.outcome is True for t in kept) >= done
-            memory.remember(turn("after", user="next"))  # and the file goes on
+            memory.remember(turn("after", user="next"))  # the file stays usable
 
 
-def test_several_threads_share_one_memory(memory):
+def test_memory_is_thread_safe(memory):
     failures = []
 
     def work(name):
@@ -311,7 +311,7 @@ def test_several_threads_share_one_memory(memory):
     assert memory.ratings() == 180
 
 
-def test_a_closed_memory_says_so(tmp_path):
+def test_closed_memory_refuses_calls(tmp_path):
     memory = Memory(tmp_path / "memory.db")
     memory.close()
     with pytest.raises(StateError):

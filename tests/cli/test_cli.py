@@ -1,4 +1,4 @@
-"""The command line, run as a real process: help, build, inspect, and what is wrong in one line."""
+"""The command line as a real process: help, build, inspect, and one-line errors."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from support.cli import COGUMI, cogumi, one_line
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a recipe over a user's own file, three of whose rows are broken."""
+    """A folder with a recipe over a user's own file, which has three invalid rows."""
     folder = tmp_path_factory.mktemp("home")
     rows = [json.dumps({"instruction": f"What is {i} plus 1?", "output": str(i + 1)}) for i in range(400)]
     rows[3:3] = ["{broken", '{"instruction": "no answer"}', "[1]"]
@@ -33,7 +33,7 @@ def built(home):
     return home
 
 
-def test_help_teaches():
+def test_help_shows_commands_and_examples():
     assert "cogumi demo" in cogumi("--help").stdout
     for command in ("build", "demo", "chat", "serve", "inspect", "eval"):
         assert f"Example: cogumi {command}" in cogumi(command, "--help").stdout
@@ -41,13 +41,13 @@ def test_help_teaches():
     assert "No such command" in cogumi("bulid", ok=2).stderr
 
 
-def test_nothing_heavy_is_imported_for_help():
+def test_help_imports_no_heavy_libraries():
     heavy = "torch transformers sklearn matplotlib llama_cpp fastapi"
     code = f"import sys, cogumi.cli, cogumi.cli.chat; print([m for m in '{heavy}'.split() if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_build_shows_each_step_and_then_the_figures(home):
+def test_build_prints_each_step_and_then_the_figures(home):
     first = cogumi("build", "mine.yaml", cwd=home)
     assert "[1/2] mine (load)" in first.stderr
     assert "[2/2] rows (split)" in first.stderr
@@ -60,7 +60,7 @@ def test_build_shows_each_step_and_then_the_figures(home):
     assert json.loads(other.stdout)["fingerprint"] != report["fingerprint"]
 
 
-def test_on_a_terminal_a_build_has_a_bar(home):
+def test_build_on_a_terminal_shows_a_progress_bar(home):
     leader, follower = pty.openpty()
     done = subprocess.run(
         [*COGUMI, "build", "mine.yaml", "--runs", "fresh"], cwd=home, stdout=subprocess.PIPE, stderr=follower
@@ -70,7 +70,7 @@ def test_on_a_terminal_a_build_has_a_bar(home):
     assert "✓" in os.read(leader, 100_000).decode()
 
 
-def test_inspect_tells_what_things_are(built):
+def test_inspect_identifies_artifacts(built):
     step = json.loads(cogumi("inspect", "runs/mine/rows", "--json", cwd=built).stdout)
     assert (step["what"], step["kind"]) == ("artifact", "examples")
     assert step["files"]["train.jsonl"]["bytes"] > 0
@@ -110,18 +110,18 @@ def test_an_error_is_one_line(home, words, named):
     (home / "typo.yaml").write_text("name: x\nsteps:\n  - {name: a, stage: splitt}\n")
     (home / "old.yaml").write_text("name: x\nsteps:\n  - {name: a, stage: files, config: {files: {math: [a]}}}\n")
     done = cogumi(*words, cwd=home, ok=1)
-    if words[0] == "serve":  # it says first what it is loading
+    if words[0] == "serve":  # the first line says what is loaded
         assert done.stderr.splitlines()[-1].startswith("cogumi: ")
         assert named in done.stderr
     else:
         assert named in one_line(done)
 
 
-def test_debug_shows_where_an_error_comes_from(home):
+def test_debug_prints_the_traceback(home):
     assert "Traceback" in cogumi("--debug", "inspect", "nowhere", cwd=home, ok=1).stderr
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded(home):
+def test_port_in_use_is_reported_before_loading(home):
     (home / "empty").mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -130,7 +130,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(home):
     assert "--port" in line
 
 
-def test_the_results_table_holds_the_figures(capsys):
+def test_results_table_contains_the_figures(capsys):
     cells = {"math": {"1": [9, 10], "4": [1, 10]}, "code": {"1": [10, 10], "4": [0, 10]}}
     gate = {"auroc": 0.912, "auroc_perplexity": 0.85, "ece": 0.031, "coverage": 0.5, "accepted_error": 0.04}
     report = {

@@ -1,4 +1,4 @@
-"""How a build is shown: a bar for each step under way, or lines; Ctrl-C."""
+"""Progress of a build: a bar for each running step, or lines; and Ctrl-C."""
 
 import io
 import json
@@ -20,7 +20,7 @@ def shown_on(monkeypatch, terminal):
     return console
 
 
-def test_on_a_terminal_each_step_under_way_has_its_bar(monkeypatch):
+def test_terminal_shows_a_bar_for_each_running_step(monkeypatch):
     console, shown = shown_on(monkeypatch, True), BuildProgress()
 
     def bars():
@@ -48,7 +48,7 @@ def test_on_a_terminal_each_step_under_way_has_its_bar(monkeypatch):
     assert "✗ step 'base': too bad; waiting for other, Ctrl-C stops it" in said
 
 
-def test_without_a_terminal_lines_name_their_step(monkeypatch):
+def test_lines_without_a_terminal_name_their_step(monkeypatch):
     console, shown = shown_on(monkeypatch, False), BuildProgress()
     monkeypatch.setattr(BuildProgress, "PLAIN_EVERY", 0.0)
     shown.started("base", "sft", 1, 2, "continues where it was interrupted")
@@ -62,7 +62,7 @@ def test_without_a_terminal_lines_name_their_step(monkeypatch):
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_stops_all_steps_and_says_how_to_go_on(tmp_path, jobs):
+def test_ctrl_c_stops_all_steps_and_says_how_to_continue(tmp_path, jobs):
     steps = [{"name": name, "stage": "world", "config": {"train": 10**7}} for name in ("a", "b")]
     (tmp_path / "long.yaml").write_text(json.dumps({"name": "long", "steps": steps}))
     command = [sys.executable, "-m", "cogumi", "build", "long.yaml", "--jobs", jobs]

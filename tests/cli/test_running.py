@@ -35,9 +35,9 @@ def cascade(folder):
 
 @contextlib.contextmanager
 def serving(folder, *words):
-    """`cogumi serve` in a process of its own; yields it and what it says when it is ready."""
+    """Run `cogumi serve` in a separate process; yields the process and its output when it is ready."""
     command = [*COGUMI, "serve", folder, "--port", "0", "--json", "--threads", "1", *words]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
@@ -65,27 +65,27 @@ def ask(client, text, model="cogumi:fast", **options):
     return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
 
 
-def test_chat_answers_after_the_examples_of_a_file(folder, tmp_path):
+def test_chat_uses_the_examples_of_a_file(folder, tmp_path):
     file = tmp_path / "examples.jsonl"
     file.write_text('{"question": "What is 1 + 1?", "answer": "two"}\n\n{"question": "2 + 2?", "answer": "four"}\n')
     answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--examples", file, "--json").stdout)
     assert (answer["tier"], answer["p_correct"]) == ("base+examples", None)
     assert next(d for d in answer["decisions"] if d["signal"] == "examples")["value"] == 2
-    for text, why in (
+    for text, message in (
         ("", "holds no example"),
         ('{"question": "q"}', "line 1 is not an example"),
         ("\nx", "line 2 is not"),
     ):
         file.write_text(text)
         refused = cogumi("chat", folder, "--once", "x", "--examples", file, ok=1)
-        assert why in refused.stderr
+        assert message in refused.stderr
     file.write_bytes(b"\xff\xfe")
     assert "is not UTF-8" in cogumi("chat", folder, "--once", "x", "--examples", file, ok=1).stderr
     file.unlink()
     assert "cannot be read: No such file" in cogumi("chat", folder, "--once", "x", "--examples", file, ok=1).stderr
 
 
-def test_chat_once_tells_tier_confidence_and_reasons(folder):
+def test_chat_once_prints_tier_confidence_and_reasons(folder):
     shown = cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?").stdout
     assert "base · P(correct) 70%" in shown
     assert "meets the threshold 0.50" in shown
@@ -95,7 +95,7 @@ def test_chat_once_tells_tier_confidence_and_reasons(folder):
     assert [d["tier"] for d in answer["decisions"]][:3] == ["draft", "base", "modifier:code"]
 
 
-def test_chat_obeys_commands_and_survives_errors(folder, tmp_path):
+def test_chat_handles_commands_and_errors(folder, tmp_path):
     (tmp_path / "runs" / "pico").mkdir(parents=True)
     (tmp_path / "runs" / "pico" / "bundle").symlink_to(folder)
     lines = [
@@ -114,14 +114,14 @@ def test_chat_obeys_commands_and_survives_errors(folder, tmp_path):
     done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
     assert done.stdout.count("P(correct)") == 2
     assert "unknown mode 'nope'" in done.stdout
-    assert "--state" in done.stdout  # nothing is remembered, so nothing can be rated
+    assert "--state" in done.stdout  # there is no memory, so nothing can be rated
     assert "no command /nope" in done.stdout
     assert done.stderr.startswith("cogumi: ")
     assert "context" in done.stderr
-    assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends with the input
+    assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends at the end of the input
 
 
-def test_a_conversation_remembers_turns_without_notes(cascade):
+def test_conversation_history_contains_no_disclaimers(cascade):
     conversation = Conversation(cascade)
     first = conversation.ask("What is 3 + 4?")
     stream = conversation.stream("And 5?")
@@ -133,7 +133,7 @@ def test_a_conversation_remembers_turns_without_notes(cascade):
     assert not any(LOW_CONFIDENCE in m.content for m in conversation.messages)
 
 
-def test_a_flipped_byte_keeps_a_bundle_shut(folder, tmp_path):
+def test_bundle_with_a_flipped_byte_is_refused(folder, tmp_path):
     broken = tmp_path / "bundle"
     subprocess.run(["cp", "-r", folder, broken], check=True)
     data = bytearray((broken / "base.gguf").read_bytes())
@@ -162,20 +162,20 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
     assert (base["coverage"], base["accepted_error"]) == (None, None)
     assert len(base["rejected"]) == 1
     whole = json.loads(cogumi("eval", folder, "--data", data, "--limit", "2", "--json").stdout)
-    assert (whole["n"], whole["coverage"]) == (2, 0.0)  # the usual mode accepts nothing in this bundle
+    assert (whole["n"], whole["coverage"]) == (2, 0.0)  # the default mode accepts no answer of this bundle
     assert "50.0%" in cogumi("eval", folder, "--data", data, "--limit", "2").stdout
     for tier in ("draft", "modifier:math"):
         cogumi("eval", folder, "--data", data, "--tier", tier)
     assert "modifier:code" in one_line(cogumi("eval", folder, "--data", data, "--tier", "best", ok=1))
 
 
-def test_a_suite_needs_what_it_says(tmp_path):
+def test_suite_names_its_missing_inputs(tmp_path):
     assert "did you mean 'honesty'?" in one_line(cogumi("eval", "--suite", "honest", cwd=tmp_path, ok=1))
     assert "the suite 'honesty' needs a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
     assert "--data FILE, or a --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
 
 
-def test_ratings_are_kept_in_the_state_folder_and_can_be_forgotten(folder, tmp_path):
+def test_ratings_are_stored_in_the_state_folder_and_can_be_forgotten(folder, tmp_path):
     state, settings = tmp_path / "state", tmp_path / "settings.yaml"
     settings.write_text("modes: {brief: {}}\ndefault: brief\n")
     options = ("--state", state, "--settings", settings, "--reuse", "exact")
@@ -184,7 +184,7 @@ def test_ratings_are_kept_in_the_state_folder_and_can_be_forgotten(folder, tmp_p
         assert "cogumi:brief" in said["models"]
         plain = {"cogumi": {"speculate": False}}
         answer = ask(client, "What is 3 + 4?", model="cogumi", user="ann", n=2, extra_body=plain)
-        assert answer.model_extra["cogumi"]["route"] == "base"  # the default mode is the settings'
+        assert answer.model_extra["cogumi"]["route"] == "base"  # the default mode comes from the settings
         for id, user, status in (
             (answer.id, "ann", 204),
             (f"{answer.id}-1", "ann", 204),
@@ -202,7 +202,7 @@ def test_ratings_are_kept_in_the_state_folder_and_can_be_forgotten(folder, tmp_p
     assert "unknown way to reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
 
 
-def test_personal_routing_is_asked_for_and_shown(folder, tmp_path):
+def test_personal_routing_can_be_enabled_and_shown(folder, tmp_path):
     state = tmp_path / "state"
     lines = ["/personal", "/personal on", "/personal maybe", "What is 3 + 4?", "/wrong", "/personal", "/quit"]
     said = cogumi("chat", folder, "--state", state, stdin="\n".join(lines)).stdout
@@ -231,7 +231,7 @@ def test_offsets_of_a_user_are_shown(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "message"),
     [
         (("--modifiers", "gone"), "gone is no folder"),
         (("--adapter-memory", "much"), "'much' is not an amount of bytes; write it like 80GB"),
@@ -240,12 +240,12 @@ def test_offsets_of_a_user_are_shown(tmp_path):
         (("--reuse-check", "gone.json"), "a reuse check is for answers to near questions"),
     ],
 )
-def test_what_serve_cannot_do_is_told_before_it_listens(folder, tmp_path, words, why):
+def test_invalid_serve_options_are_refused_before_listening(folder, tmp_path, words, message):
     done = cogumi("serve", folder, "--port", "0", *words, cwd=tmp_path, ok=1)
-    assert why in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
 
 
-def test_a_base_on_a_server_answers_and_what_is_missing_is_told(folder, client):
+def test_remote_base_answers_and_missing_capabilities_are_reported(folder, client):
     options = ("--base-url", client.base_url, "--base-model", "cogumi:base")
     done = cogumi("chat", folder, "--once", "What is 3 + 4?", "--json", *options, "--adapter-memory", "1MB")
     answer = json.loads(done.stdout)
@@ -254,7 +254,7 @@ def test_a_base_on_a_server_answers_and_what_is_missing_is_told(folder, client):
     assert len(done.stderr.splitlines()) == 3
 
 
-def test_serve_answers_under_every_name(client):
+def test_serve_answers_for_every_model_name(client):
     names = [model.id for model in client.models.list()]
     assert {
         "cogumi",
@@ -268,7 +268,7 @@ def test_serve_answers_under_every_name(client):
         assert ask(client, "What is 3 + 4?", model=name).usage.completion_tokens >= 1
 
 
-def test_serve_says_who_answered_and_how_sure(client):
+def test_serve_reports_tier_and_confidence(client):
     raw = client.chat.completions.with_raw_response.create(
         model="cogumi:fast", messages=[{"role": "user", "content": "What is 3 + 4?"}], max_tokens=12
     )
@@ -278,9 +278,10 @@ def test_serve_says_who_answered_and_how_sure(client):
     assert (raw.headers["x-cogumi-tier"], raw.headers["x-cogumi-p-correct"]) == ("base", "0.7000")
 
 
-@pytest.mark.parametrize("speculate", [False, True])  # left open, the clock would decide, and the route names it
+# without `speculate`, the measured speed would decide, and the route contains that decision
+@pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("model", ["cogumi:fast", "cogumi:accurate", "cogumi:base+math"])
-def test_a_stream_says_what_the_plain_answer_says(client, model, speculate):
+def test_stream_equals_the_plain_answer(client, model, speculate):
     options = {"model": model, "logprobs": True, "extra_body": {"cogumi": {"speculate": speculate}}}
     whole = ask(client, "What is 3 + 4?", **options)
     chunks = list(ask(client, "What is 3 + 4?", stream=True, **options))
@@ -291,33 +292,33 @@ def test_a_stream_says_what_the_plain_answer_says(client, model, speculate):
     assert "".join(e.token for e in streamed) == without_note(whole.choices[0].message.content)
 
 
-def test_an_unsure_answer_can_be_withheld(client):
+def test_unsure_answer_can_be_withheld(client):
     options = {"model": "cogumi", "extra_body": {"cogumi": {"abstain": True}}}
     assert ask(client, "What is 3 + 4?", **options).choices[0].message.content == ABSTENTION
     chunks = list(ask(client, "What is 3 + 4?", stream=True, **options))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == ABSTENTION
 
 
-def test_examples_of_a_request_reach_the_base_and_make_no_answer_sure(client):
+def test_examples_of_a_request_reach_the_base_and_are_never_accepted(client):
     examples = [{"question": "What is 1 + 1?", "answer": "two"}]
     ours = {"cogumi": {"examples": examples}}
     given = ask(client, "What is 3 + 4?", extra_body=ours)
     alone = ask(client, "What is 3 + 4?")
     assert (given.model_extra["cogumi"]["tier"], given.model_extra["cogumi"]["p_correct"]) == ("base+examples", None)
     assert given.usage.prompt_tokens > alone.usage.prompt_tokens
-    for wrong, why in (
+    for wrong, message in (
         ({"examples": examples, "adapt": True}, "no adaptable head"),
         ({"adapt": True}, "give examples"),
         ({"examples": [{"question": "long " * 600, "answer": "a"}]}, "shorten"),
         ({"examples": [{"question": "q", "answer": " "}]}, "example 0 has an empty"),
     ):
-        with pytest.raises(openai.BadRequestError, match=why):
+        with pytest.raises(openai.BadRequestError, match=message):
             ask(client, "x", extra_body={"cogumi": wrong})
     with pytest.raises(openai.BadRequestError, match="give messages"):
         client.completions.create(model="cogumi:base", prompt="x", extra_body=ours)
 
 
-def test_serve_refuses_what_it_cannot_answer(client):
+def test_serve_refuses_unanswerable_requests(client):
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:
             ask(client, "long " * 600, stream=stream)
@@ -330,7 +331,7 @@ def test_serve_refuses_what_it_cannot_answer(client):
         ask(client, "x", model="gpt-4o")
 
 
-def test_many_clients_at_once_get_their_own_answers(client):
+def test_concurrent_clients_get_their_own_answers(client):
     questions = [f"What is {i} + 4?" for i in range(12)]
     alone = [ask(client, q).choices[0].message.content for q in questions]
     with ThreadPoolExecutor(12) as threads:
@@ -339,8 +340,8 @@ def test_many_clients_at_once_get_their_own_answers(client):
 
 
 @pytest.mark.parametrize("mode", ["fast", "accurate"])
-def test_a_client_that_hangs_up_frees_its_slot(folder, mode, monkeypatch):
-    """The answer is held in the middle until the base hears that nobody waits for it."""
+def test_disconnected_client_frees_its_slot(folder, mode, monkeypatch):
+    """The answer is held in the middle until the base receives the cancellation."""
     gate, cascade = Gate(monkeypatch), open_cascade(folder, slots=2, threads=1)
     base, answers, generate = cascade.tiers.base, [], cascade.generate
     monkeypatch.setattr(cascade, "generate", lambda request: answers.append(generate(request)) or answers[-1])
@@ -360,7 +361,7 @@ def test_a_client_that_hangs_up_frees_its_slot(folder, mode, monkeypatch):
         assert ask(client, "What is 3 + 4?").usage.completion_tokens == 12
 
 
-def test_ctrl_c_ends_serving_cleanly(folder):
+def test_ctrl_c_stops_the_server_cleanly(folder):
     with serving(folder) as (process, said):
         process.send_signal(signal.SIGINT)
         _, noted = process.communicate(timeout=PATIENCE)

@@ -14,8 +14,8 @@ from support.serve import Scripted, client_of, raw, running, send_and_hang_up
 from support.waiting import PATIENCE, until
 
 
-class Seen:
-    """A hook that keeps what it gets."""
+class RecordingHook:
+    """A hook that records its answers."""
 
     def __init__(self):
         self.answers = []
@@ -26,7 +26,7 @@ class Seen:
 
 @pytest.fixture
 def seen():
-    return Seen()
+    return RecordingHook()
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def port(engine, seen):
     with running(lambda: engine, on_ready=lambda _: ready.set(), on_answer=[seen], keep_alive_seconds=0.2) as port:
         assert ready.wait(PATIENCE)
         yield port
-    # All work of the server has ended here: whatever was to be reported has been.
+    # The server has stopped, so every answer has been reported.
     ids = [answered.request.id for answered in seen.answers]
     assert len(ids) == len(set(ids)), "an answer was reported twice"
     assert sorted(ids) == sorted(request.id for request in engine.requests), "an answer was not reported"
@@ -56,14 +56,14 @@ def ask(client, text, **options):
 
 
 def one(seen):
-    """The only answer so far."""
+    """The only recorded answer."""
     until(lambda: seen.answers)
     (answered,) = seen.answers
     return answered
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_chat_answer(client, seen, stream):
+def test_chat_answer_is_reported(client, seen, stream):
     response = client.chat.completions.with_raw_response.create(
         model="cogumi:fast", messages=[{"role": "user", "content": "echo abc"}], stream=stream, user="me"
     )
@@ -79,7 +79,7 @@ def test_a_chat_answer(client, seen, stream):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_every_choice_of_every_prompt(client, seen, stream):
+def test_every_choice_of_every_prompt_is_reported(client, seen, stream):
     list(ask(client, "echo ab", n=3, stream=stream))
     until(lambda: len(seen.answers) == 3)
     assert len({answered.request_id for answered in seen.answers}) == 1
@@ -93,7 +93,7 @@ def test_every_choice_of_every_prompt(client, seen, stream):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_empty_answer(client, seen, stream):
+def test_empty_answer_is_reported(client, seen, stream):
     answer = ask(client, "held ", stream=stream)
     assert not "".join(c.choices[0].delta.content or "" for c in answer) if stream else answer.choices[0].message
     answered = one(seen)
@@ -105,7 +105,7 @@ def test_an_empty_answer(client, seen, stream):
     ("question", "kind"),
     [("busy", BusyError), ("long", ContextError), ("late abc", ContextError), ("break", ZeroDivisionError)],
 )
-def test_a_failed_answer(client, seen, stream, question, kind):
+def test_failed_answer_is_reported_with_its_error(client, seen, stream, question, kind):
     with pytest.raises(openai.APIError):
         list(ask(client, question, stream=stream))
     answered = one(seen)
@@ -114,15 +114,15 @@ def test_a_failed_answer(client, seen, stream, question, kind):
     assert (answered.first_token_seconds is not None) == (question == "late abc")
 
 
-def test_an_engine_that_ends_without_a_reply(client, engine, seen, monkeypatch):
+def test_engine_that_ends_without_a_reply_is_reported(client, engine, seen, monkeypatch):
     monkeypatch.setattr(engine, "generate", lambda request: engine.requests.append(request) or iter(()))
     with pytest.raises(openai.InternalServerError):
         ask(client, "x")
     assert "without a Reply" in str(one(seen).error)
 
 
-def test_an_engine_that_panics(client, engine, seen, monkeypatch):
-    """Native libraries raise what is no `Exception`; a client must not wait for ever then."""
+def test_base_exception_of_an_engine_is_reported(client, engine, seen, monkeypatch):
+    """Native libraries can raise a `BaseException`; the client must still get an answer."""
 
     class Panic(BaseException):
         pass
@@ -139,7 +139,7 @@ def test_an_engine_that_panics(client, engine, seen, monkeypatch):
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_disconnects(port, engine, seen, stream, n):
+def test_disconnected_client_is_reported_as_cancelled(port, engine, seen, stream, n):
     body = {"model": "cogumi", "stream": stream, "n": n, "messages": [{"role": "user", "content": "slow"}]}
     send_and_hang_up(port, body, lambda: engine.running == n)
     until(lambda: len(seen.answers) == n)
@@ -147,7 +147,7 @@ def test_a_client_that_disconnects(port, engine, seen, stream, n):
     assert all(answered.reply is None for answered in seen.answers)
 
 
-def test_a_stream_that_the_client_drops(client, seen):
+def test_dropped_stream_is_reported_as_cancelled(client, seen):
     with ask(client, "slow", stream=True) as stream:
         next(iter(stream))
     answered = one(seen)
@@ -155,8 +155,8 @@ def test_a_stream_that_the_client_drops(client, seen):
     assert answered.first_token_seconds is not None
 
 
-def test_the_partial_reply_of_a_cancelled_answer(port, engine, seen, monkeypatch):
-    """Engines that can say what they had when they were cancelled are heard."""
+def test_partial_reply_of_a_cancelled_answer_is_reported(port, engine, seen, monkeypatch):
+    """Engines may return the partial reply when they are cancelled."""
     gone, waits = threading.Event(), threading.Event()
 
     def receive():
@@ -175,7 +175,7 @@ def test_the_partial_reply_of_a_cancelled_answer(port, engine, seen, monkeypatch
     assert (answered.cancelled, answered.error, answered.reply.text) == (True, None, "half")
 
 
-def test_a_choice_that_fails_cancels_the_others(client, seen):
+def test_failed_choice_cancels_the_others(client, seen):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="cogumi", prompt=["long", "slow", "slow"])
     until(lambda: len(seen.answers) == 3)
@@ -184,7 +184,7 @@ def test_a_choice_that_fails_cancels_the_others(client, seen):
     ]  # fmt: skip
 
 
-def test_an_answer_cut_off_by_the_end_of_the_server(seen):
+def test_answer_cut_off_by_server_shutdown_is_reported(seen):
     engine, ready = Scripted(), threading.Event()
     with running(lambda: engine, on_ready=lambda _: ready.set(), on_answer=[seen]) as port:
         assert ready.wait(PATIENCE)
@@ -194,14 +194,14 @@ def test_an_answer_cut_off_by_the_end_of_the_server(seen):
     assert answered.cancelled
 
 
-def test_what_never_reached_the_engine_is_no_answer(port, seen):
+def test_requests_that_never_reach_the_engine_are_not_reported(port, seen):
     for body in ("{", '{"model": "no", "messages": [{"role": "user", "content": "x"}]}', '{"model": "cogumi"}'):
         assert raw(port, "POST", "/v1/chat/completions", body)[0] in (400, 404)
     assert raw(port, "POST", "/v1/embeddings", json.dumps({"model": "cogumi", "input": "a"}))[0] == 200
     assert seen.answers == []
 
 
-def test_a_hook_that_raises_breaks_nothing(seen, caplog):
+def test_hook_errors_do_not_affect_answers(seen, caplog):
     def broken(answered):
         raise ZeroDivisionError("a defect of the hook")
 
@@ -223,7 +223,7 @@ def test_a_hook_that_raises_breaks_nothing(seen, caplog):
     assert "broken" in warnings[0].getMessage()
 
 
-def test_no_client_waits_for_a_hook():
+def test_clients_do_not_wait_for_a_hook():
     asked, over = threading.Event(), threading.Event()
 
     def slow(answered):

@@ -1,6 +1,6 @@
 """The HTTP server, driven by the real `openai` package over a real socket.
 
-The engine is scripted here, so that every event and error comes when it is wanted; `test_cli.py` serves a
+The engine is scripted, so that tests control every event and error; `tests/cli/test_running.py` serves a
 real bundle.
 """
 
@@ -26,7 +26,7 @@ def ask(client, text, model="cogumi", **options):
     return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
 
 
-def test_models(client):
+def test_list_of_models(client):
     assert [m.id for m in client.models.list()] == list(Scripted.models)
     one = client.models.retrieve("cogumi:base+code")
     assert (one.id, one.object) == ("cogumi:base+code", "model")
@@ -62,7 +62,7 @@ def test_plain_answer(client):
     assert answer.headers["x-request-id"].startswith("req_")
 
 
-def test_what_the_engine_is_asked(client, engine):
+def test_request_that_reaches_the_engine(client, engine):
     client.chat.completions.create(
         model="cogumi:fast",
         messages=[
@@ -162,12 +162,12 @@ def test_stream(client):
     assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 14)
 
 
-def test_the_stream_on_the_wire(port, engine):
+def test_bytes_of_a_stream(port, engine):
     body = json.dumps({"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "think a"}]})
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
         connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
         response = connection.getresponse()
-        data = response.readline()  # nothing is answered before it has come
+        data = response.readline()  # nothing is answered before the whole body has arrived
         engine.thought.set()
         data += response.read()
     assert response.status == 200
@@ -184,13 +184,13 @@ def test_the_stream_on_the_wire(port, engine):
     ("question", "streamed"),
     [("note abc", "abc\n\n(not sure)"), ("held abc", "abc"), ("swap abc", "abc\n\nanother"), ("echo ", "")],
 )
-def test_what_is_streamed_when_the_text_changes(client, question, streamed):
+def test_stream_when_the_text_is_revised(client, question, streamed):
     chunks = list(ask(client, question, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == streamed
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
-def test_refusals_before_the_first_byte_have_a_true_status(client):
+def test_errors_before_the_first_byte_set_the_http_status(client):
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:
             ask(client, "long", stream=stream)
@@ -214,7 +214,7 @@ def test_refusals_before_the_first_byte_have_a_true_status(client):
         assert refused.value.response.headers["x-request-id"]
 
 
-def test_a_refusal_after_the_first_byte_is_sent_as_data(client, port):
+def test_error_after_the_first_byte_is_sent_as_an_event(client, port):
     with pytest.raises(openai.APIError, match="context is full"):
         list(ask(client, "late abc", stream=True))
     body = json.dumps({"model": "cogumi", "stream": True, "messages": [{"role": "user", "content": "late a"}]})
@@ -289,7 +289,7 @@ def test_every_error_has_the_same_shape(port, method, path, body, status):
     ),
     st.sampled_from(["messages", "stop", "n", "seed", "stream_options", "tools", "cogumi", "user", "logit_bias"]),
 )
-def test_no_body_breaks_the_server(port, value, key):
+def test_any_body_gets_a_valid_response(port, value, key):
     body = {"model": "cogumi", "messages": [{"role": "user", "content": "echo a"}], key: value}
     status, _, data = raw(port, "POST", "/v1/chat/completions", json.dumps(body))
     assert status in (200, 400)
@@ -300,7 +300,7 @@ GOOD = {"question": "q", "answer": "a"}
 
 
 @pytest.mark.parametrize(
-    ("ours", "why"),
+    ("ours", "reason"),
     [
         ({"examples": []}, "cogumi.examples: .*at least 1"),
         ({"examples": [GOOD] * 11}, "cogumi.examples: .*at most 10"),
@@ -312,29 +312,29 @@ GOOD = {"question": "q", "answer": "a"}
         ({"examples": [GOOD], "adapt": "maybe"}, "cogumi.adapt: .*valid boolean"),
     ],
 )
-def test_examples_that_are_none_are_refused_in_one_line(port, ours, why):
+def test_invalid_examples_are_refused_in_one_line(port, ours, reason):
     body = {"model": "cogumi", "messages": [{"role": "user", "content": "echo a"}], "cogumi": ours}
     status, _, data = raw(port, "POST", "/v1/chat/completions", json.dumps(body))
     assert status == 400
     message = json.loads(data)["error"]["message"]
-    assert re.search(why, message)
+    assert re.search(reason, message)
     assert "\n" not in message
 
 
-def test_half_a_character_in_a_message_is_refused(port):
+def test_lone_surrogate_in_a_message_is_refused(port):
     body = '{"model": "cogumi", "messages": [{"role": "user", "content": "echo \\ud800"}]}'
     assert raw(port, "POST", "/v1/chat/completions", body)[0] == 400
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_place(port, engine, stream):
+def test_disconnected_client_frees_its_slot(port, engine, stream):
     body = {"model": "cogumi", "stream": stream, "messages": [{"role": "user", "content": "slow"}]}
     send_and_hang_up(port, body, lambda: engine.running == 1)
-    until(lambda: engine.running == 0)  # the script alone would never end
+    until(lambda: engine.running == 0)  # the scripted answer never ends by itself
 
 
 class Stuck:
-    """Events of a request that waits for a slot, as an engine's iterator and not as a generator."""
+    """Events of a request that waits for a slot, as an iterator instead of a generator."""
 
     def __init__(self):
         self.asked, self.over = threading.Event(), threading.Event()
@@ -352,7 +352,7 @@ class Stuck:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_while_it_waits_is_forgotten(port, engine, monkeypatch, stream):
+def test_client_that_disconnects_while_waiting_is_cancelled(port, engine, monkeypatch, stream):
     stuck = Stuck()
     monkeypatch.setattr(engine, "generate", lambda request: stuck)
     body = {"model": "cogumi", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
@@ -360,7 +360,7 @@ def test_a_client_that_hangs_up_while_it_waits_is_forgotten(port, engine, monkey
     assert stuck.over.wait(PATIENCE)
 
 
-def test_loading_and_failing_to_load():
+def test_health_while_loading_and_after_a_failed_load():
     go, failures = threading.Event(), []
 
     def load():
@@ -381,6 +381,6 @@ def test_loading_and_failing_to_load():
         assert "no bundle.json" in json.loads(data)["error"]["message"]
 
 
-def test_a_port_in_use_is_one_clear_line():
+def test_port_in_use_is_reported_in_one_line():
     with contextlib.closing(bind("127.0.0.1", 0)) as taken, pytest.raises(CogumiError, match="--port"):
         bind("127.0.0.1", taken.getsockname()[1])

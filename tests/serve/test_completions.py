@@ -25,7 +25,7 @@ def test_completions_take_every_form_of_prompt(client, engine):
     assert (engine.requests[-1].max_tokens, engine.requests[-1].echo) == (16, False)
 
 
-def test_each_prompt_has_its_choices(client, engine):
+def test_each_prompt_has_its_own_choices(client, engine):
     completion = complete(client, ["echo a", "echo b"], n=2, seed=7, temperature=1, stop="x", logit_bias={"5": 1})
     assert [(c.index, c.text) for c in completion.choices] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
     assert sorted((r.prompt, r.seed) for r in engine.requests[-4:]) == [
@@ -34,8 +34,8 @@ def test_each_prompt_has_its_choices(client, engine):
     assert (engine.requests[-1].stop, engine.requests[-1].logit_bias) == (("x",), {5: 1.0})
 
 
-def test_log_likelihoods_as_lm_eval_asks_for_them(client, engine):
-    """The payload and the greedy test are those of lm-evaluation-harness."""
+def test_log_likelihoods_for_lm_eval(client, engine):
+    """With the payload and the greedy check of lm-evaluation-harness."""
     ids = list("echo é".encode())
     completion = complete(client, [ids], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
     assert engine.requests[-1].echo
@@ -57,7 +57,7 @@ def test_logprobs_of_completions(client):
     told = complete(client, "echo b", logprobs=2).choices[0].logprobs
     assert told.tokens == ["b", ""]
     assert told.top_logprobs[0] == {"a": -0.5, "b": -1.5}
-    assert told.token_logprobs[0] == -1.5  # the same float as among the best
+    assert told.token_logprobs[0] == -1.5  # the same float as in the top logprobs
     assert told.text_offset == [6, 7]
     assert complete(client, "echo b", logprobs=0).choices[0].logprobs.top_logprobs[0] == {"b": -0.5}
     assert complete(client, "echo b", echo=True).choices[0].text == "echo bb"
@@ -104,7 +104,7 @@ def test_bad_completions_are_refused(port, change):
 def test_embeddings(client, port):
     inputs = ("abc", ["abc", "d"], [97, 98], [[97], [98, 99, 100]])
     for texts, lengths in zip(inputs, ([3], [3, 1], [2], [1, 3]), strict=True):
-        answer = client.embeddings.create(model="cogumi", input=texts)  # the SDK asks for base64
+        answer = client.embeddings.create(model="cogumi", input=texts)  # the SDK requests base64
         plain = client.embeddings.create(model="cogumi", input=texts, encoding_format="float")
         assert [(d.index, d.embedding) for d in answer.data] == [(d.index, d.embedding) for d in plain.data]
         assert [d.embedding for d in plain.data] == [[float(n), float(np.float32(0.1))] for n in lengths]
@@ -115,7 +115,7 @@ def test_embeddings(client, port):
         client.embeddings.create(model="gpt-4o", input="a")
 
 
-def test_the_tokenizer(port):
+def test_tokenizer_endpoints(port):
     def post(path, body):
         status, _, data = raw(port, "POST", path, json.dumps(body))
         return status, json.loads(data)

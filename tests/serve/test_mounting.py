@@ -1,4 +1,4 @@
-"""The server as an ASGI application among others: with applications mounted on it, and mounted in another one."""
+"""The server as an ASGI application: with applications mounted on it, and mounted in another one."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def check_every_route(port, prefix=""):
     assert described.get("servers") == ([{"url": prefix}] if prefix else None)
 
 
-def test_an_application_can_be_mounted_on_the_server():
+def test_application_can_be_mounted_on_the_server():
     engine = Scripted()
     app = create_app(lambda: engine, max_body_bytes=20_000)
     app.mount("/ui", page)
@@ -68,8 +68,8 @@ def test_an_application_can_be_mounted_on_the_server():
     assert engine.closed
 
 
-def test_the_server_can_be_mounted_under_a_prefix():
-    """The outer application knows nothing of the lifespan: the first request loads, the end of the loop closes."""
+def test_server_can_be_mounted_under_a_prefix():
+    """The outer application does not forward the lifespan: the first request loads, the end of the loop closes."""
     engine, loads = Scripted(), []
     outer = FastAPI()
     outer.mount("/llm", create_app(lambda: loads.append(1) or engine, max_body_bytes=20_000))
@@ -89,7 +89,7 @@ def test_the_server_can_be_mounted_under_a_prefix():
     assert engine.closed
 
 
-def test_the_outer_lifespan_can_load_before_the_first_request():
+def test_outer_lifespan_can_load_before_the_first_request():
     engine, ready = Scripted(), threading.Event()
     inner = create_app(lambda: engine, on_ready=lambda _: ready.set())
 
@@ -106,7 +106,7 @@ def test_the_outer_lifespan_can_load_before_the_first_request():
     assert engine.closed
 
 
-def test_one_server_mounted_twice_loads_once():
+def test_server_mounted_twice_loads_once():
     engines, ready = [], threading.Event()
 
     def load():
@@ -130,7 +130,7 @@ def test_one_server_mounted_twice_loads_once():
     assert [engine.closed for engine in engines] == [True]
 
 
-def test_a_server_within_a_server_gives_one_request_id():
+def test_nested_servers_give_one_request_id():
     engines = [Scripted(), Scripted()]
     outer = create_app(lambda: engines[0])
     outer.mount("/inner", create_app(lambda: engines[1]))
@@ -143,7 +143,7 @@ def test_a_server_within_a_server_gives_one_request_id():
     assert engines[0].requests == []
 
 
-def test_an_outer_request_id_is_kept():
+def test_outer_request_id_is_kept():
     outer = FastAPI()
     outer.mount("/llm", create_app(Scripted))
 
@@ -156,7 +156,7 @@ def test_an_outer_request_id_is_kept():
         assert raw(port, "GET", "/llm/health")[1].get_all("x-request-id") == ["outer-7"]
 
 
-def test_the_same_application_can_run_again():
+def test_application_can_be_started_again():
     engines = []
     app = create_app(lambda: engines.append(Scripted()) or engines[-1])
     for run in range(2):
@@ -185,7 +185,7 @@ def test_errors_under_a_prefix_have_openais_shape():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_disconnect_under_a_prefix_frees_the_slot(stream):
+def test_disconnect_under_a_prefix_frees_the_slot(stream):
     engine, outer = Scripted(), FastAPI()
     outer.mount("/llm", create_app(lambda: engine))
     with serving(outer) as port:
@@ -195,7 +195,7 @@ def test_a_disconnect_under_a_prefix_frees_the_slot(stream):
         until(lambda: engine.running == 0)
 
 
-def test_a_mounted_server_that_cannot_load_says_why():
+def test_mounted_server_reports_a_failed_load():
     def load():
         raise CogumiError("no bundle.json in x; build one with: cogumi build")
 
@@ -206,7 +206,7 @@ def test_a_mounted_server_that_cannot_load_says_why():
         assert raw(port, "GET", "/llm/health")[0] == 200
 
 
-def test_a_defect_of_a_route_has_a_request_id():
+def test_internal_error_has_a_request_id():
     class Broken(Scripted):
         def embed(self, texts):
             raise ZeroDivisionError("a defect")

@@ -45,7 +45,7 @@ def models(port):
     return [model["id"] for model in call(port, "GET", "/v1/models")[1]["data"]]
 
 
-def test_a_modifier_is_added_asked_and_kept(made, tmp_path):
+def test_modifier_can_be_added_used_and_persisted(made, tmp_path):
     chat = {"messages": [{"role": "user", "content": "What is 2 + 3?"}], "max_tokens": 8, "model": "cogumi:base+law"}
     with served(made, tmp_path, modifiers=made / "modifiers") as port:
         assert call(port, "POST", "/v1/chat/completions", chat)[0] == 404
@@ -65,7 +65,7 @@ def test_a_modifier_is_added_asked_and_kept(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "status", "why"),
+    ("name", "file", "status", "message"),
     [
         ("new", "../outside.gguf", 400, "is no name of a file"),
         ("new", "{root}/outside.gguf", 400, "is no name of a file"),
@@ -86,10 +86,10 @@ def test_a_modifier_is_added_asked_and_kept(made, tmp_path):
         ("new", "other.gguf", 400, "is not an adapter for base.gguf"),
     ],
 )
-def test_what_cannot_be_added_is_refused(refusing, name, file, status, why):
+def test_invalid_additions_are_refused(refusing, name, file, status, message):
     root, port = refusing
     told, answer = call(port, "POST", "/v1/modifiers", {"name": name, "file": file.format(root=root)})
-    assert (told, why in answer["error"]["message"]) == (status, True), answer
+    assert (told, message in answer["error"]["message"]) == (status, True), answer
     assert "\n" not in answer["error"]["message"]
     assert not any("+new" in model for model in models(port))
 
@@ -100,7 +100,7 @@ def refusing(made):
         yield made, port
 
 
-def test_personal_routing_is_shown_and_switched(made, tmp_path):
+def test_personal_routing_can_be_read_and_switched(made, tmp_path):
     with served(made, tmp_path) as port:
         user = quote("ann & co")
         shown = {"user": "ann & co", "on": False, "rated": 0, "needed": 50, "offsets": {}}

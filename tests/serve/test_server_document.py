@@ -1,4 +1,4 @@
-"""The examples of docs/server.md, run as they stand over a bundle of pico models."""
+"""The examples of docs/server.md, run unchanged over a bundle of pico models."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ async def ui(scope, receive, send):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What the examples define, with the bundle where they look for it."""
+    """The names that the examples define, with a bundle at the path they use."""
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     make_bundle(tmp_path / "runs" / "tiny")
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def answer_at(port, prefix=""):
     return client.chat.completions.create(model="cogumi", messages=messages, max_tokens=4)
 
 
-def test_the_factory_runs_under_uvicorn(names, tmp_path, monkeypatch):
+def test_factory_runs_under_uvicorn(names, tmp_path, monkeypatch):
     (tmp_path / "llm.py").write_text(EXAMPLES[0])
     monkeypatch.syspath_prepend(tmp_path)
     config = uvicorn.Config("llm:make", factory=True)
@@ -50,14 +50,14 @@ def test_the_factory_runs_under_uvicorn(names, tmp_path, monkeypatch):
         assert answer_at(port).model_extra["cogumi"]["tier"]
 
 
-def test_the_mounted_applications_answer(names):
+def test_mounted_applications_answer(names):
     with serving(names["app"]) as port:
         assert raw(port, "GET", "/ui/")[2] == b"a page"
     with serving(names["outer"]) as port:
         assert answer_at(port, "/llm").model_extra["cogumi"]["tier"]
 
 
-def test_the_hook_prints_each_answer(names, capsys):
+def test_hook_prints_each_answer(names, capsys):
     app = create_app(lambda: cogumi.open("runs/tiny/bundle"), on_answer=[names["hook"]])
     with serving(app) as port:
         answer = answer_at(port)
