@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ CACHE = os.environ["COGUMI_CACHE"] = tempfile.mkdtemp(prefix="cogumi-cache-", di
 
 SOURCES = [str(Path(cogumi.__file__).parents[1]), str(Path(__file__).parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join(SOURCES)  # child processes import this checkout and `support`
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for background jobs: children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG = ("test_tiny.py", "test_ranks.py", "test_bench.py", "test_loop.py", "test_real_models.py")
 """The slowest files. They start first, so that at the end no process runs one of them alone."""

@@ -67,10 +67,13 @@ def test_ctrl_c_stops_all_steps_and_says_how_to_continue(tmp_path, jobs):
     (tmp_path / "long.yaml").write_text(json.dumps({"name": "long", "steps": steps}))
     command = [sys.executable, "-m", "cogumi", "build", "long.yaml", "--jobs", jobs]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    begun = [process.stderr.readline() for _ in range(int(jobs))]
-    assert [line[:7] for line in begun] == ["[1/2] a", "[2/2] b"][: int(jobs)]
-    process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=120)
+    try:
+        begun = [process.stderr.readline() for _ in range(int(jobs))]
+        assert [line[:7] for line in begun] == ["[1/2] a", "[2/2] b"][: int(jobs)]
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert out == ""
     assert said.endswith("cogumi: stopped; run the same command again to go on: finished steps are kept\n")
