@@ -18,7 +18,7 @@ from cogumi.bundle.unpack import STALE_SECONDS, BundleFiles
 from cogumi.cascade.opening import open_cascade
 from cogumi.cli import packing as commands
 from cogumi.cli.console import print_inspection, size
-from cogumi.cli.inspection import look
+from cogumi.cli.inspection import describe
 from cogumi.compress.pack.archive import Config, pack_folder
 from cogumi.core.errors import BundleError
 from cogumi.core.types import Message, Request
@@ -179,9 +179,9 @@ def test_pack_inspect_unpack_and_chat_commands(model_bundle, tmp_path, capsys):
     assert figures["bytes"] == sum(map(len, content_of(whole).values()))
     commands.pack(whole, tmp_path / "again")
     table = capsys.readouterr().out
-    assert "The models alone are 1." in table
-    assert "The dictionary would have saved less than it takes" in table
-    found = look(str(tmp_path / "packed"))
+    assert "Models alone: compression ratio 1." in table
+    assert "No dictionary is used: it would save less" in table
+    found = describe(str(tmp_path / "packed"))
     assert (found["what"], found["packed_bytes"]) == ("packed bundle", figures["packed_bytes"])
     print_inspection(found)
     assert f"packed size: {size(figures['packed_bytes'])}\n" in capsys.readouterr().out

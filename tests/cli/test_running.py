@@ -198,7 +198,7 @@ def test_ratings_are_stored_in_the_state_folder_and_can_be_forgotten(folder, tmp
     assert "0 turns of ann deleted" in cogumi("forget", "ann", "--state", state).stdout
     assert "holds no memory" in one_line(cogumi("forget", "ann", "--state", tmp_path, ok=1))
     said = cogumi("chat", folder, "--state", state, stdin="What is 3 + 4?\n/right\n").stdout
-    assert "noted" in said
+    assert "rating saved" in said
     assert "unknown way to reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
 
 
@@ -208,7 +208,7 @@ def test_personal_routing_can_be_enabled_and_shown(folder, tmp_path):
     said = cogumi("chat", folder, "--state", state, stdin="\n".join(lines)).stdout
     assert said.count("personal routing of local: on") == 2
     assert said.index("personal routing of local: off") < said.index("personal routing of local: on")
-    assert "rated answers: 1 (offsets begin with 50)" in said
+    assert "rated answers: 1 (at least 50 are needed)" in said
     assert "write /personal on, /personal off" in said
     shown = json.loads(cogumi("personal", "local", "--state", state, "--json").stdout)
     assert shown == {"user": "local", "on": True, "rated": 1, "needed": 50, "offsets": {}}
@@ -233,10 +233,10 @@ def test_offsets_of_a_user_are_shown(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--modifiers", "gone"), "gone is no folder"),
+        (("--modifiers", "gone"), "gone is not a folder"),
         (("--adapter-memory", "much"), "'much' is not an amount of bytes; write it like 80GB"),
-        (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model go together"),
-        (("--base-model", "m"), "--base-url and --base-model go together"),
+        (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model must be given together"),
+        (("--base-model", "m"), "--base-url and --base-model must be given together"),
         (("--reuse-check", "gone.json"), "a reuse check is for answers to near questions"),
     ],
 )
