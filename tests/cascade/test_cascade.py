@@ -275,7 +275,7 @@ def test_file_names_indicate_a_domain():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("modes: {m: {votes: 2}}", "modes.m.votes: 2 answers cannot vote"),
+        ("modes: {m: {votes: 2}}", "modes.m.votes: votes is 2; give 3 to 10"),
         ("modes: {m: {speed: 2}}", "modes.m.speed: Extra inputs"),
         ("default: nope", "unknown mode 'nope'"),
         ("domains: {math: nope}", "unknown mode 'nope'"),

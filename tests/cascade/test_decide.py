@@ -127,7 +127,7 @@ def test_base_answers_unsure_for_engines_without_calibrated_gates():
 
 def test_mode_is_reported_if_it_is_not_the_default():
     (told, _) = plan(replace(SITUATION, routed="math")).decisions
-    assert (told.signal, told.reason) == ("mode", "mode fast: the settings choose it for math")
+    assert (told.signal, told.reason) == ("mode", "mode fast: set for math in the settings")
     assert plan(files=("a.csv",)).domain == "math"
     assert plan(replace(SITUATION, failed=frozenset({"code"}))).mode == "accurate"
     with pytest.raises(RequestError, match="unknown mode 'nope'"):

@@ -124,7 +124,7 @@ def test_complaint_is_answered_by_the_modifier_and_stored(tiers, tmp_path):
     assert {t.id: t.outcome for t in memory.recent("ann")}["one"] is False
     assert memory.failed("ann") == {"code"}
     later = final_reply(whole.generate(ask("What is 4 + 4?", user="ann")))
-    assert any(d.signal == "mode" and "was wrong before" in d.reason for d in later.decisions)
+    assert any(d.signal == "mode" and "an earlier answer" in d.reason for d in later.decisions)
     assert not any(d.signal == "mode" for d in final_reply(whole.generate(ask("What is 4 + 4?", user="bob"))).decisions)
     told = "That is wrong, I meant 12 + 3"
     more = final_reply(whole.generate(ask("What is 2 + 3?", first.text, told, user="ann")))
@@ -195,7 +195,7 @@ def test_accepted_answer_is_reused_for_the_same_user_only(tiers):
     again = final_reply(whole.generate(ask(user="ann", stop=stop)))
     assert (again.route, again.text, again.p_correct) == ("cache", first.text, first.p_correct)
     assert again.usage == Usage()
-    assert again.decisions[-1].reason == "the same question was answered before"
+    assert again.decisions[-1].reason == "reused the answer to the same question"
     others = [
         ask(user="bob", stop=stop),
         ask(stop=stop),
@@ -253,7 +253,7 @@ def test_abstention_is_reported_and_never_accepted(tiers):
     assert (judged.signal, judged.accepted, judged.reason) == (
         "p_correct",
         True,
-        "its abstention stands (p_correct 0.90, threshold 0.80)",
+        "accepted abstention (p_correct 0.90, threshold 0.80)",
     )
     assert (told.signal, told.value, told.threshold, told.accepted) == ("abstains", 1.0, 0.0, False)
     assert told.reason == "base says that it does not know"

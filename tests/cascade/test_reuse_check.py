@@ -86,5 +86,5 @@ def test_bundle_reuses_answers_that_the_check_allows(bundle, tmp_path, bias, rou
 
 def test_check_requires_reuse_of_similar_questions(bundle, tmp_path):
     for reuse in (None, "exact"):
-        with pytest.raises(CogumiError, match="a reuse check is for answers to near questions: add --reuse static"):
+        with pytest.raises(CogumiError, match="a reuse check applies to similar questions: add --reuse static"):
             opening.open_cascade(bundle, reuse=reuse, reuse_check=tmp_path / "check.json")

@@ -114,7 +114,7 @@ def test_chat_handles_commands_and_errors(folder, tmp_path):
     done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
     assert done.stdout.count("P(correct)") == 2
     assert "unknown mode 'nope'" in done.stdout
-    assert "--state" in done.stdout  # there is no memory, so nothing can be rated
+    assert "--state" in done.stdout  # ratings need a state folder
     assert "no command /nope" in done.stdout
     assert done.stderr.startswith("cogumi: ")
     assert "context" in done.stderr
@@ -199,7 +199,7 @@ def test_ratings_are_stored_in_the_state_folder_and_can_be_forgotten(folder, tmp
     assert "holds no memory" in one_line(cogumi("forget", "ann", "--state", tmp_path, ok=1))
     said = cogumi("chat", folder, "--state", state, stdin="What is 3 + 4?\n/right\n").stdout
     assert "rating saved" in said
-    assert "unknown way to reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
+    assert "unknown value 'often' of reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
 
 
 def test_personal_routing_can_be_enabled_and_shown(folder, tmp_path):
@@ -215,7 +215,7 @@ def test_personal_routing_can_be_enabled_and_shown(folder, tmp_path):
     assert "personal routing of local: off" in cogumi("personal", "local", "--off", "--state", state).stdout
     assert json.loads(cogumi("personal", "ann", "--on", "--state", state, "--json").stdout)["on"]
     assert "holds no memory" in one_line(cogumi("personal", "ann", "--state", tmp_path, ok=1))
-    assert "nothing is remembered here" in cogumi("chat", folder, stdin="/personal on\n").stdout
+    assert "personal routing needs a state folder" in cogumi("chat", folder, stdin="/personal on\n").stdout
 
 
 def test_offsets_of_a_user_are_shown(tmp_path):

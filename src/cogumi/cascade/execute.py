@@ -1,11 +1,11 @@
-"""Carries out the plan of one request (SPEC F1, F2, F4, F6, F7, F9, F11, F12, F13, F14, F15, F18, F19).
+"""Executes the plan of one request (SPEC F1, F2, F4, F6, F7, F9, F11, F12, F13, F14, F15, F18, F19).
 
-A request to which the user got an accepted answer before is answered by the cache. Else the reader reads the question,
-`decide` makes a plan, the tiers of its order answer in turn, each judged by its gate, until one is sure; where none is,
-what the plan still allows is tried; then the answer is given, marked, or withheld.
+The cache answers a request that had an accepted answer before. Otherwise a model reads the question, `decide` makes a
+plan, and the tiers answer in its order until a gate accepts an answer. Without an accepted answer, the plan's extra
+methods follow (`deliberate`); then the answer is returned, with a disclaimer if unsure, or withheld.
 
-What is tried after the gates (examples, votes, critique, another answer for a dissatisfied user) may better an unsure
-answer; it never makes it a sure one. So what counts as sure is what the guarantee was tested on.
+Extra methods (examples, votes, critique, a second attempt for a dissatisfied user) may improve an unsure answer but
+never make it accepted. So only answers that the guarantee was tested on are accepted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from cogumi.core.types import Decision, Reply, Request, Revision, Usage
 from cogumi.engine.protocol import Event
 
 BARE = 12
-"""Words up to which a complaint without figures or quotes says nothing new about the question."""
+"""A complaint of at most this many words, without numbers or quotes, adds nothing to the question."""
 _CONTENT = re.compile(r"[\d\"“”`]")
 
 
 class RequestFlow:
-    """One request on its way through the cascade; `run` is its flow."""
+    """Processes one request; `run` yields its events and returns its reply."""
 
     def __init__(self, services: Services, request: Request) -> None:
         self._services, self._tiers, self._asked = services, services.tiers, request
@@ -46,7 +46,7 @@ class RequestFlow:
         self._streamed = ""
 
     def run(self) -> Flow:
-        """Answer, and let memory and cache keep what they should."""
+        """Answer the request; store the turn in the memory, and an accepted answer in the cache."""
         services, history, request = self._services, self._services.history, self._asked
         dissatisfied = yield from self._dissatisfied()
         if dissatisfied:
@@ -72,7 +72,7 @@ class RequestFlow:
         return reply
 
     def _dissatisfied(self) -> Generator[Decision, None, bool]:
-        """Whether the last message complains about the answer before it; what was kept of that answer is taken back."""
+        """Whether the last message complains about the previous answer, which is then recorded as wrong."""
         net = self._services.escalation
         unhappy = net.dissatisfied(self._asked.messages) if net else 0.0
         if net is None or unhappy < net.sure:
@@ -84,7 +84,7 @@ class RequestFlow:
         return True
 
     def _filled_up(self, request: Request) -> Request:
-        """With near examples of the bank before the request's own, to as many as suit a domain, if they fit."""
+        """Add similar examples of the template bank before the request's own, if they fit into the context."""
         if not (request.examples and self._services.templates):
             return request
         filled = replace(request, examples=self._services.templates.filled_up(question_of(request), request.examples))
@@ -95,7 +95,7 @@ class RequestFlow:
         return filled
 
     def _situation(self, request: Request, dissatisfied: bool) -> Situation:
-        """What there is to know before anything is generated; nothing is read where the gates do not apply."""
+        """Collect the input of `decide`; the question is not read if the gates do not apply."""
         tiers, history = self._tiers, self._services.history
         gap = tiers.gap(self._services.calibration)
         question = None if gap else tiers.read_question(request)
@@ -112,7 +112,7 @@ class RequestFlow:
         )
 
     def _answer(self, request: Request, plan: Plan, judge: Judge) -> Generator[Event | None, None, Attempt | None]:
-        """Ask the tiers in turn, deliberate where none was sure; None if somebody cancelled."""
+        """Ask the tiers in turn, then deliberate if no answer was accepted; None if the request was cancelled."""
         order = self._order(request, plan, judge.question)
         if plan.preload and plan.domain and "modifier" in order:
             self._tiers.read_ahead(request, plan.domain, self._id)
@@ -139,22 +139,22 @@ class RequestFlow:
         return attempt
 
     def _order(self, request: Request, plan: Plan, question: Question | None) -> tuple[str, ...]:
-        """The plan's order of tiers; the base reads the prompt first if its surprise decides."""
+        """The order of tiers; if it depends on the base's perplexity, the base reads the prompt first."""
         if plan.surprised is None or question is None:
             return plan.order
-        # Without a draft the base is the reader, and has read the prompt already.
+        # Without a draft, the base has already read the prompt.
         surprise = self._tiers.surprise(request) if self._tiers.has_draft else question.perplexity
         return plan.surprised if surprise > self._services.calibration.question.base_perplexity else plan.order
 
     def _ask(self, tier: str, request: Request, *, live: bool) -> Flow:
-        """One tier's answer; its tokens pass on only if `live`."""
+        """Ask one tier; its tokens are streamed only if `live`."""
         hidden = tier == "base" and self._services.wants_hidden
         reply = yield from answered(self._tiers.answer(replace(request, hidden=hidden), tier), live=live)
         self._usage += reply.usage
         return reply
 
     def _give(self, chosen: Attempt, plan: Plan) -> Flow:
-        """Give the answer: accepted, with a note, or withheld."""
+        """Return the answer: accepted, with a disclaimer, or withheld."""
         reply, judged = chosen.reply, chosen.decision()
         ending = ending_of(
             chosen.tier, reply.text, bool(reply.usage.drafted), judged.accepted, self._asked.abstain, plan.note
@@ -187,7 +187,7 @@ class RequestFlow:
 
 
 def _without_complaint(request: Request) -> Request:
-    """The conversation up to the question that was answered badly, if the complaint says nothing more about it."""
+    """The conversation up to the question, if the complaint adds nothing to it; else the whole conversation."""
     complaint = request.messages[-1].content
     if len(complaint.split()) > BARE or _CONTENT.search(complaint):
         return request

@@ -66,7 +66,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def print_accuracy(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]], title: str) -> None:
-    """Print `{tier: {domain: {difficulty: [correct, n]}}}` as two tables: by tier and domain, by tier and difficulty."""
+    """Print `{tier: {domain: {difficulty: [correct, n]}}}` as tables: by tier and domain, by tier and difficulty."""
     domains = sorted({domain for tier in accuracy.values() for domain in tier})
     levels = sorted({str(level) for tier in accuracy.values() for cells in tier.values() for level in cells})
 

@@ -90,8 +90,8 @@ BaseModelOption = Annotated[str | None, typer.Option(help="With --base-url: the 
 ReuseOption = Annotated[
     str | None,
     typer.Option(
-        help="Reuse accepted answers: for the same question (`exact`), also for similar ones (`static`), or for similar "
-        "ones once comparisons have verified that their answers agree (`verified`).",
+        help="Reuse accepted answers: for the same question (`exact`), also for similar ones (`static`), or for "
+        "similar ones once comparisons have verified that their answers agree (`verified`).",
         show_default="never",
     ),
 ]

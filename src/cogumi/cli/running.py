@@ -62,7 +62,7 @@ def chat(
     Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
     """
     from cogumi.cascade.modes import load_settings
-    from cogumi.cli.chat import USER, answer, load_examples, chat_loop
+    from cogumi.cli.chat import USER, answer, chat_loop, load_examples
 
     if json and once is None:
         raise CogumiError('--json prints a single answer: give the question with --once "..."')

@@ -1,11 +1,10 @@
-"""Learning from use: what the votes in memory do to P(correct) (SPEC F16, F17); see `confidence.recalibration`.
+"""Learning from use: corrects P(correct) by the votes in memory (SPEC F16, F17); see `confidence.recalibration`.
 
-Every `CHECK` ratings that a process hears of, or at once where they speak against what serves, one process at a time
-looks at the fresh votes: it withdraws a layer that does harm, decides on a candidate that has enough votes of its own,
-or, where there is none and `EVERY` more ratings have come in, fits one. This happens in the thread that brings the
-rating and takes about half a second, since at most `known_votes.REPLAY` votes are looked at. What serves is kept in
-`learned.json` (see `learned_file`); where it cannot be read, the gate serves uncorrected. Abstentions are not learned
-from: a vote on one judges no answer.
+After `CHECK` ratings in a process, or earlier if they contradict the active layer, one process at a time reviews the new
+votes: it rolls back a harmful layer, decides about a candidate (canary) with enough votes, or fits a candidate if there
+is none and there are `EVERY` more ratings. This runs in the thread of the rating and takes about half a second, because
+at most `known_votes.REPLAY` votes are read. The state is stored in `learned.json` (see `learned_file`); if the file is
+unreadable, the gate is not corrected. Votes on abstentions are ignored, because they judge no answer.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ from cogumi.confidence.recalibration import (
     weights,
 )
 
-NEED = 10_000  # votes, within the caps, before anything is learned
-CHECK = 500  # ratings
-EVERY = 1_000  # ratings
-ENOUGH = 500  # votes of the canary's own, within the caps, for a decision
-WATCH = 8_000  # votes
+NEED = 10_000  # capped votes before the first fit
+CHECK = 500  # ratings between reviews
+EVERY = 1_000  # ratings between fits
+ENOUGH = 500  # capped votes on answers of the canary, for a decision about it
+WATCH = 8_000  # votes in which a harmful layer is searched for
 
 
 class Learner:
-    """Corrects P(correct) by what `memory` holds; keeps `learned.json` in `folder`.
+    """Corrects P(correct) by the ratings in `memory`; stores `learned.json` in `folder`.
 
-    `promises` are those of the calibration: without certificate no correction lifts an answer over their thresholds.
-    `need` votes are wanted before anything is learned. `neighbours` lets users of a similar pattern share strength.
-    Safe from several threads and processes. Raises `StateError` if the folder cannot be written.
+    `promises`: guarantees of the calibration; only a certified correction raises an answer above their thresholds.
+    `need`: votes before the first fit. `neighbours`: users with similar patterns share statistical strength. Safe for
+    several threads and processes. Raises `StateError` if the folder is not writable.
     """
 
     def __init__(
@@ -74,9 +73,7 @@ class Learner:
         self._refresh()
 
     def p_correct(self, turn_id: str, user: str, p: float, signals: Mapping[str, float]) -> float:
-        """P(correct) as it should be shown and compared with the threshold; the gate's own `p` where nothing is
-        learned. Never raises.
-        """
+        """P(correct) to show and to compare with the threshold; the gate's own `p` without corrections. Never raises."""
         if not 0.0 <= p <= 1.0:
             return p
         self._refresh()
@@ -87,9 +84,9 @@ class Learner:
         return float(cap_below_thresholds(q, sigmoid(logit(q) + shift), self._thresholds)) if shift else q
 
     def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
-        """Switch a user's personal routing on or off (None: as it is), and what is known of it.
+        """Switch a user's personal routing on or off (None: no change) and return its state.
 
-        Raises `StateError` where memory cannot be read or written.
+        Raises `StateError` if the memory cannot be read or written.
         """
         if on is not None:
             self._memory.choose_personal(user, on)
@@ -98,8 +95,9 @@ class Learner:
         return self._personal.describe(user, self._file.state.layer)
 
     def rated(self, turn: Turn) -> None:
-        """To be called after each `Memory.rate`, with what it returned. Raises `StateError` where memory cannot be
-        read.
+        """Process a rating; call it with the result of each `Memory.rate`.
+
+        Raises `StateError` if the memory cannot be read.
         """
         self._personal.renew(turn.user)
         self._unchecked += 1
@@ -114,7 +112,7 @@ class Learner:
                 self._lock.release()
 
     def _cost(self, turn: Turn) -> float:
-        """What the layer has cost in this turn: Brier score against the gate's own."""
+        """Harm of the layer in this turn: its Brier score minus the gate's own."""
         state = self._file.state
         if not state.layer or turn.at < state.promoted or not (vote := vote_of(turn)):
             return 0.0
@@ -122,9 +120,9 @@ class Learner:
         return self._votes.weight_of(vote.user) * ((q - vote.right) ** 2 - (vote.p - vote.right) ** 2)
 
     def forget(self, user: str) -> int:
-        """Delete a user's turns from memory and what this process derived from them; returns the number of turns.
+        """Delete a user's turns from the memory, and data derived from them here; returns the number of turns.
 
-        Other processes hold votes of the user (numbers, no text) until they are closed or newer ones take their place.
+        Other processes keep votes of the user (numbers, no text) until they end or newer votes replace them.
         """
         with self._lock:  # no thread is learning meanwhile
             forgotten = self._memory.forget(user)
@@ -133,12 +131,12 @@ class Learner:
         return forgotten
 
     def state(self) -> dict[str, Any]:
-        """What serves, what is tried and what happened so far, as JSON values."""
+        """The active correction, the candidate and the history, as JSON values."""
         self._refresh()
         return self._file.state.model_dump(mode="json")
 
     def _refresh(self) -> None:
-        """Take over what another process has learned."""
+        """Load corrections learned by another process."""
         before = self._file.state
         if self._file.refresh():
             self._changed(before)
@@ -149,7 +147,7 @@ class Learner:
         self._changed(before)
 
     def _changed(self, before: Learned) -> None:
-        """Drop what was derived from the state `before`."""
+        """Drop data derived from the state `before`."""
         if self._file.state.layer != before.layer:
             self._suspicion = 0.0
         self._personal.renew()
@@ -158,7 +156,7 @@ class Learner:
         return layer.p_all(votes, self._thresholds) if layer else votes.p
 
     def _look(self) -> None:
-        """Withdraw, decide or fit, whichever is due."""
+        """Roll back, decide or fit, as needed."""
         self._refresh()
         self._votes.follow()
         state = before = self._file.state
@@ -176,7 +174,7 @@ class Learner:
             self._personal.compare(self._votes.since(0.0), state.layer)
 
     def _watched(self, state: Learned, layer: Correction) -> Learned:
-        """The same, or without the layer if it does harm."""
+        """Roll back the layer if it is harmful."""
         votes = self._votes.since(state.promoted, WATCH)
         q = self._serve(layer, votes)
         harm = cusum_harm(votes, self._votes.weights(votes), votes.p, q)
@@ -184,14 +182,14 @@ class Learner:
             self._votes.study_voters(self._votes.since(state.since), layer)
             harm = cusum_harm(votes, self._votes.weights(votes), votes.p, q)
         if harm < MAX_HARM:
-            self._suspicion = harm  # what the caps have left of it
+            self._suspicion = harm  # computed with caps per user
             return state
-        now = time.time()  # earlier votes describe conditions that no longer hold: they are not replayed
+        now = time.time()  # not fitted on earlier votes again: conditions have changed
         changes = {"layer": None, "canary": None, "fitted": now, "since": now}
         return state.told("rolled back", changes, harm=harm, votes=len(votes))
 
     def _decided(self, state: Learned, canary: Correction) -> Learned:
-        """The candidate promoted, dropped, or left to go on."""
+        """Promote the candidate, drop it, or continue its trial."""
         fresh = self._votes.since(state.started)
         votes = fresh.select(np.array([in_canary(row.id) for row in fresh.rows], dtype=bool))
         before, after = self._serve(state.layer, votes), self._serve(canary, votes)
@@ -220,7 +218,7 @@ class Learner:
         )
 
     def _fitted(self, state: Learned) -> Learned:
-        """A candidate, if the votes suffice."""
+        """Fit a candidate if there are enough votes."""
         votes = self._votes.since(state.since)
         counted, now = float(weights(votes, {}).sum()), time.time()
         if counted < self._need:

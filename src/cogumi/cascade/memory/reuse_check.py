@@ -15,13 +15,13 @@ AGAIN = "fit it again: cogumi eval BUNDLE --suite cache --data FOLDER --out FOLD
 
 
 def write_check(path: Path, check: Net, encoder: str) -> None:
-    """Write a check on `pair_features` whose cosines are those of the encoder with that identity."""
+    """Write a check on `pair_features` with the cosines of the encoder with that identity."""
     value = {"format": VERSION, "encoder": encoder, "features": FEATURES, "check": check.to_json()}
     write_json(path, value)
 
 
 def read_check(path: Path, encoder: str) -> Net:
-    """The check in a file. Raises `StateError` if the file is none, or was made for another encoder."""
+    """Read a check. Raises `StateError` for an invalid file, or a check of another encoder."""
     try:
         value = json.loads(path.read_bytes())
         found = value["format"], tuple(value["features"])
@@ -31,7 +31,7 @@ def read_check(path: Path, encoder: str) -> Net:
             f"the reuse check {path} cannot be read ({error.strerror}); name the file, or {AGAIN}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StateError(f"{path} is no reuse check; {AGAIN}") from error
+        raise StateError(f"{path} is not a reuse check; {AGAIN}") from error
     if found != (VERSION, FEATURES) or len(check.mean) != len(FEATURES) or len(check.layers[-1][1]) != 1:
         raise StateError(f"{path} is a reuse check of another version of cogumi; {AGAIN}")
     if made_for != encoder:
