@@ -167,7 +167,7 @@ def test_lazily_unpacked_damage_fails_only_the_request_that_needs_it(model_bundl
 def test_encoder_is_opened_on_first_use(model_bundle):
     cascade = open_cascade(model_bundle[0], slots=2, context=256, threads=1)
     with contextlib.closing(cascade), pytest.raises(BundleError, match="cannot read the tokenizer"):
-        cascade.services.templates.near("1 + 2?")
+        cascade.services.templates.similar("1 + 2?")
     with pytest.raises(BundleError, match="cannot read the tokenizer"):
         open_cascade(model_bundle[0], slots=2, context=256, threads=1, reuse="static")
 

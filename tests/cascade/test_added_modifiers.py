@@ -83,7 +83,7 @@ def test_missing_or_changed_file_is_omitted_with_a_warning(made, law, tmp_path):
     law.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     names, (told,) = restarted(made / "bundle", state)
     assert names == ("code", "math")
-    assert "the modifier 'law' that was added before is left out" in told
+    assert "the earlier added modifier 'law' is skipped" in told
     assert "law.gguf has changed" in told
     law.unlink()
     names, (told,) = restarted(made / "bundle", state)
@@ -109,7 +109,9 @@ def test_modifier_of_a_newer_bundle_takes_precedence(made, law, tmp_path):
 @pytest.mark.parametrize("text", ["[1]", "{", '{"modifiers": {"law": 5}}', '{"x": 1}'])
 def test_invalid_list_of_added_modifiers_is_refused(made, tmp_path, text):
     (tmp_path / FILE).write_text(text)
-    with pytest.raises(StateError, match=r"modifiers\.json is not a list of modifiers .*delete it and add the modifiers again"):
+    with pytest.raises(
+        StateError, match=r"modifiers\.json is not a list of modifiers .*delete it and add the modifiers again"
+    ):
         open_cascade(made / "bundle", state=tmp_path, **SIZE)
 
 

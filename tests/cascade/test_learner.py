@@ -74,7 +74,7 @@ def test_a_damaged_file_is_set_aside(tmp_path_factory, content):
 
 def test_state_round_trips_through_its_file(memory, tmp_path):
     layer = Correction(-0.5, 0.1, {"domain_math": (-0.3, 0.0)}, certified=True)
-    state = Learned(layer=layer, promoted=1.0, tests=3).told("promoted", {}, gain=0.02)
+    state = Learned(layer=layer, promoted=1.0, tests=3).with_event("promoted", {}, gain=0.02)
     learner = Learner(memory, tmp_path, [PROMISE])
     learner._save(state)
     other = Learner(memory, tmp_path, [PROMISE])
@@ -180,7 +180,7 @@ def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
     signals = {"domain_math": 1.0}
     assert learner.p_correct("x", "ann", 0.7, signals) == 0.7
     for user in ("ann", "cy"):
-        memory.choose_personal(user, True)
+        memory.set_personal(user, True)
     learner = Learner(memory, tmp_path, [PROMISE])
     assert learner.p_correct("x", "ann", 0.7, signals) < 0.6
     assert 0.7 < learner.p_correct("x", "cy", 0.85, signals) < 0.9  # raised, but not above the calibrated threshold
@@ -190,7 +190,7 @@ def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
 
 
 def hold_lock(folder, ready, done):
-    with LearnedFile(folder).alone() as alone:
+    with LearnedFile(folder).exclusive_lock() as alone:
         ready.put(alone)
         done.get(timeout=PATIENCE)
 
@@ -202,7 +202,7 @@ def test_only_one_process_learns_at_a_time(tmp_path):
     process = context.Process(target=hold_lock, args=(tmp_path, ready, done))
     process.start()
     assert ready.get(timeout=PATIENCE)
-    with file.alone() as alone:
+    with file.exclusive_lock() as alone:
         assert not alone
     process.kill()
     process.join()

@@ -48,10 +48,10 @@ def test_check_round_trips_through_its_file(tmp_path):
         ({"format": 2}, "is a reuse check of another version of cogumi"),
         ({"features": ["cosine"]}, "is a reuse check of another version of cogumi"),
         ({"check": logistic(0.0, 2).to_json()}, "is a reuse check of another version of cogumi"),
-        ({"check": {}}, "is no reuse check"),
-        ({"check": 5}, "is no reuse check"),
-        ({"features": 5}, "is no reuse check"),
-        (None, "is no reuse check"),
+        ({"check": {}}, "is not a reuse check"),
+        ({"check": 5}, "is not a reuse check"),
+        ({"features": 5}, "is not a reuse check"),
+        (None, "is not a reuse check"),
     ],
 )
 def test_unusable_file_is_refused_in_one_line(tmp_path, changes, message):

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from cogumi.cascade.asking import Conversation
-from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_note
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_disclaimer
 from cogumi.cascade.memory.turns import FILE, Memory, Turn
 from cogumi.cascade.opening import open_cascade
 from cogumi.core.types import ABSTENTION
@@ -237,7 +237,7 @@ def test_offsets_of_a_user_are_shown(tmp_path):
         (("--adapter-memory", "much"), "'much' is not an amount of bytes; write it like 80GB"),
         (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model must be given together"),
         (("--base-model", "m"), "--base-url and --base-model must be given together"),
-        (("--reuse-check", "gone.json"), "a reuse check is for answers to near questions"),
+        (("--reuse-check", "gone.json"), "a reuse check applies to similar questions"),
     ],
 )
 def test_invalid_serve_options_are_refused_before_listening(folder, tmp_path, words, message):
@@ -289,7 +289,7 @@ def test_stream_equals_the_plain_answer(client, model, speculate):
     assert chunks[-1].model_extra["cogumi"]["route"] == whole.model_extra["cogumi"]["route"]
     streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
     assert [e.token for e in streamed] == [e.token for e in whole.choices[0].logprobs.content]
-    assert "".join(e.token for e in streamed) == without_note(whole.choices[0].message.content)
+    assert "".join(e.token for e in streamed) == without_disclaimer(whole.choices[0].message.content)
 
 
 def test_unsure_answer_can_be_withheld(client):

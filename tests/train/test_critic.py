@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from cogumi.cascade.self_consistency import finish
-from cogumi.cascade.self_critique import HINT, Critic, Critique, improve, told
+from cogumi.cascade.self_critique import HINT, Critic, Critique, improve, with_hint
 from cogumi.confidence.critic_net import (
     BUCKETS,
     CLASSES,
@@ -269,7 +269,7 @@ def test_first_answer_is_kept_when_the_engine_refuses_a_revision(file):
     found = finish(improve(small, ASKED, first, Critic(file), below=11))  # question, answer and hint exceed the context
     assert (found.reply, len(found.critiques)) == (first, 1)
     small.close()
-    assert finish(improve(small, ASKED, first, Critic(file), below=11, tell=False)).reply is first
+    assert finish(improve(small, ASKED, first, Critic(file), below=11, hint=False)).reply is first
 
 
 def test_at_most_three_rounds_of_revision(engine, file):

@@ -31,7 +31,7 @@ class Added(BaseModel):
     entry: FileEntry
 
 
-class _List(BaseModel):
+class _ModifierList(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     modifiers: Mapping[str, Added] = {}
 
@@ -49,7 +49,7 @@ def add_modifier(engine: Engine, name: str, path: Path, file: Path | None) -> No
     if file:
         try:
             added = Added(path=path, entry=file_entries(path.parent, [path.name])[path.name])
-            write_json(file, _List(modifiers={**known, name: added}).model_dump(mode="json"))
+            write_json(file, _ModifierList(modifiers={**known, name: added}).model_dump(mode="json"))
         except OSError as error:
             raise StateError(
                 f"the modifier {name!r} was added only until the cascade closes: {file} cannot be written ({error})"
@@ -81,9 +81,9 @@ def _read(file: Path) -> Mapping[str, Added]:
     if not file.exists():
         return {}
     try:
-        return _List.model_validate_json(file.read_bytes()).modifiers
+        return _ModifierList.model_validate_json(file.read_bytes()).modifiers
     except ValidationError as error:
-        what = error.errors()[0]["msg"]
+        reason = error.errors()[0]["msg"]
         raise StateError(
-            f"{file} is not a list of modifiers ({what}); delete it and add the modifiers again"
+            f"{file} is not a list of modifiers ({reason}); delete it and add the modifiers again"
         ) from error

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeAlias, cast
 
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.core.errors import RequestError
 from cogumi.core.registry import nearest
@@ -132,7 +132,7 @@ class Conversation:
         with closing(cast(Generator[Event, None, None], events)):
             for event in events:
                 if isinstance(event, Reply) and event.finish_reason != "cancelled":
-                    self.messages = (*request.messages, Message("assistant", without_note(event.text)))
+                    self.messages = (*request.messages, Message("assistant", without_disclaimer(event.text)))
                 yield event
 
     def rate(self, right: bool) -> None:

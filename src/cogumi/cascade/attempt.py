@@ -13,7 +13,7 @@ from cogumi.confidence.gate import Check, check, with_probe
 from cogumi.confidence.signals import abstains, answer_signals, modifier_signals, same_text
 from cogumi.core.types import Decision, Reply, Request
 
-UNJUDGED = Check(p=0.0, signal="calibrated", value=0.0, threshold=1.0, accepted=False)
+UNCALIBRATED = Check(p=0.0, signal="calibrated", value=0.0, threshold=1.0, accepted=False)
 """Result of the check if the gates do not apply to the engines."""
 
 
@@ -36,18 +36,19 @@ class Attempt:
 
     def decision(self) -> Decision:
         """The judgement with its reason."""
-        seen = self.check
+        gate_check = self.check
         if self.doubt:
             reason = self.doubt
-        elif math.isinf(seen.threshold):
+        elif math.isinf(gate_check.threshold):
             reason = "calibration found no threshold with the promised error rate, so no answer is accepted"
-        elif seen.accepted and abstains(self.reply.text):
-            reason = f"accepted abstention ({seen.signal} {seen.value:.2f}, threshold {seen.threshold:.2f})"
+        elif gate_check.accepted and abstains(self.reply.text):
+            found = f"{gate_check.signal} {gate_check.value:.2f}, threshold {gate_check.threshold:.2f}"
+            reason = f"accepted abstention ({found})"
         else:
-            relation = "meets" if seen.accepted else "misses"
-            reason = f"{seen.signal} {seen.value:.2f} {relation} the threshold {seen.threshold:.2f}"
-        threshold = min(seen.threshold, 1.0) if seen.signal == "p_correct" else seen.threshold
-        return Decision(self.tier, seen.signal, seen.value, threshold, seen.accepted, reason)
+            relation = "meets" if gate_check.accepted else "misses"
+            reason = f"{gate_check.signal} {gate_check.value:.2f} {relation} the threshold {gate_check.threshold:.2f}"
+        threshold = min(gate_check.threshold, 1.0) if gate_check.signal == "p_correct" else gate_check.threshold
+        return Decision(self.tier, gate_check.signal, gate_check.value, threshold, gate_check.accepted, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,14 @@ class Judge:
         self.decisions.append(decision)
         return decision
 
-    def judged(self, attempt: Attempt) -> Iterator[Decision]:
+    def record_attempt(self, attempt: Attempt) -> Iterator[Decision]:
         """Record and yield the decisions about an attempt."""
         for decision in (attempt.personal, attempt.decision()):
             if decision:
                 yield self.record(decision)
 
-    def attempt(self, tier: str, name: str, request: Request, reply: Reply, before: Sequence[Attempt]) -> Attempt:
-        """Judge the answer of a policy's tier (see `Policy`); `name`: modifier's name, `before`: earlier attempts."""
+    def attempt(self, tier: str, name: str, request: Request, reply: Reply, earlier: Sequence[Attempt]) -> Attempt:
+        """Judge the answer of a policy's tier (see `Policy`); `name`: modifier's name, `earlier`: previous attempts."""
         if tier == "base":
             return self.base(request, reply)
         assert self.question is not None  # otherwise only the base is asked
@@ -82,7 +83,7 @@ class Judge:
             return self._judged("draft", "draft", reply, own)
         if tier == "direct":
             return self._judged("direct", f"modifier:{name}", reply, own)
-        base = before[-1]
+        base = earlier[-1]
         agree = same_text(reply.text, base.reply.text)
         signals = modifier_signals(own, base.signals, base.gate_p, agree)
         return self._judged("modifier", f"modifier:{name}", reply, signals)
@@ -91,7 +92,7 @@ class Judge:
         """Judge the base's answer to `request`."""
         tier = "base+examples" if request.examples else "base"
         if self.question is None:
-            return Attempt(tier, reply, answer_signals(reply), 0.0, UNJUDGED, self.plan.doubt)
+            return Attempt(tier, reply, answer_signals(reply), 0.0, UNCALIBRATED, self.plan.doubt)
         signals = self.services.tiers.base_signals(request, reply, self.question)
         probe = self.services.calibration.probe if reply.hidden else None
         return self._judged("base", tier, reply, with_probe(signals, probe, reply.hidden))

@@ -34,7 +34,7 @@ from cogumi.cascade.decide import usable
 from cogumi.cascade.execute import RequestFlow
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.cascade.services import Services
-from cogumi.cascade.worker_stream import Flow, answered, start
+from cogumi.cascade.worker_stream import Flow, as_flow, start
 from cogumi.confidence.gate import KINDS
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.core.errors import BusyError, RequestError
@@ -55,8 +55,8 @@ class Cascade:
             raise RequestError(f"unknown gate '{services.gate}': choose one of {', '.join(KINDS)}")
         self.services, self.tiers, self.calibration = services, services.tiers, services.calibration
         self._closed = threading.Event()
-        self._room = threading.BoundedSemaphore(workers + queue)
-        self._door = threading.Lock()  # no request is admitted while the cascade closes
+        self._capacity = threading.BoundedSemaphore(workers + queue)
+        self._admission = threading.Lock()  # no request is admitted while the cascade closes
         self._adding = threading.Lock()  # modifiers are added one at a time
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cascade")
 
@@ -139,11 +139,11 @@ class Cascade:
         self.services.settings.check(request.mode)
         direct = request.adapter is not None or request.prompt is not None
         flow = self._direct(request) if direct else RequestFlow(self.services, request).run()
-        with self._door:
+        with self._admission:
             self.check(request)
-            if not self._room.acquire(blocking=False):
+            if not self._capacity.acquire(blocking=False):
                 raise BusyError("too many requests are waiting already; try again in a moment")
-            return start(flow, self._pool, self._closed.is_set, self._room.release)
+            return start(flow, self._pool, self._closed.is_set, self._capacity.release)
 
     def check(self, request: Request) -> None:
         """Raise the base's errors about an invalid request at once, before it waits for a worker."""
@@ -153,7 +153,7 @@ class Cascade:
     def feedback(self, id: str, right: bool, user: str | None = None) -> None:
         """Record whether the answer `id` was right. Raises `RequestError` if this user has no such answer."""
         self._check_open()
-        self.services.history.rated(id, user or "", right)
+        self.services.history.rate(id, user or "", right)
 
     def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
         """Switch a user's personal routing on or off (None: no change) and return its state.
@@ -183,7 +183,7 @@ class Cascade:
 
     def close(self) -> None:
         """Cancel running and waiting requests, then free the models and close the files."""
-        with self._door:
+        with self._admission:
             self._closed.set()
         self._pool.shutdown(wait=True)
         self.services.close()
@@ -200,5 +200,5 @@ class Cascade:
 
     def _direct(self, request: Request) -> Flow:
         tier = f"modifier:{request.adapter}" if request.adapter else "base"
-        reply = yield from answered(self.tiers.answer(request, request.adapter or "base"), live=True)
+        reply = yield from as_flow(self.tiers.answer(request, request.adapter or "base"), live=True)
         return replace(reply, tier=tier, route=tier.partition(":")[0], id=request.id or "")

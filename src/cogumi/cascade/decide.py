@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE, SECOND_ATTEMPT
 from cogumi.cascade.modes import AUTO, Mode, Settings
 from cogumi.cascade.tiers import Question
 from cogumi.confidence.domain_router import preload, with_history
@@ -45,19 +45,19 @@ class Situation:
 class Plan:
     """How a request is answered.
 
-    `order`: tiers of the policy, asked in turn until an answer is accepted (see `Policy.order`); `surprised`: the order
-    if the prompt has a high perplexity for the base, None if it is the same. `threshold`: least score of an accepted
-    answer. `domain`: the modifier's name. `streamed`: tiers whose tokens are streamed as generated. `preview`: the
-    draft's answer is shown first. `preload`: the modifier reads the prompt while the base answers. `deliberation`:
+    `order`: tiers of the policy, asked in turn until an answer is accepted (see `Policy.order`); `surprising_order`:
+    the order if the prompt has a high perplexity for the base, None if it is the same. `threshold`: least score of an
+    accepted answer. `domain`: the modifier's name. `streamed`: tiers whose tokens are streamed as generated. `preview`:
+    the draft's answer is shown first. `preload`: the modifier reads the prompt while the base answers. `deliberation`:
     methods to try if no answer was accepted, or None. `doubt`: the reason why no answer can be accepted whatever the
-    gates' result, else empty. `calibrated`: whether P(correct) is valid for this request. `note`: the disclaimer of an
+    gates' result, else empty. `calibrated`: whether P(correct) is valid for this request. `disclaimer`: appended to an
     answer that is not accepted. `decisions`: the decisions made so far, for the reply.
     """
 
     mode: str
     domain: str | None
     order: tuple[str, ...]
-    surprised: tuple[str, ...] | None
+    surprising_order: tuple[str, ...] | None
     threshold: float
     streamed: tuple[str, ...]
     preview: bool
@@ -66,7 +66,7 @@ class Plan:
     deliberation: Mode | None
     doubt: str
     calibrated: bool
-    note: str
+    disclaimer: str
     decisions: tuple[Decision, ...]
 
 
@@ -89,9 +89,9 @@ def decide(
     hard = question is None or not calibration.question.easy(question.perplexity, question.p_easy)
 
     has_modifier = domain in situation.modifiers and not novel
-    order, surprised = (mode.policy.order(has_modifier, surprising) for surprising in (False, True))
-    tried = mode.model_copy(update={"votes": 0, "critique": 0}) if novel else mode  # not evaluated on novel questions
-    deliberates = hard and tried.deliberates
+    order, surprising_order = (mode.policy.order(has_modifier, surprising) for surprising in (False, True))
+    extra = mode.model_copy(update={"votes": 0, "critique": 0}) if novel else mode  # not evaluated on novel questions
+    deliberates = hard and extra.deliberates
     progressive = request.progressive and situation.has_draft and not (request.abstain or request.examples)
     live = order == ("base",) and not (request.abstain or deliberates or progressive)
 
@@ -111,16 +111,16 @@ def decide(
         mode=choice.name,
         domain=domain,
         order=order,
-        surprised=surprised if surprised != order else None,
+        surprising_order=surprising_order if surprising_order != order else None,
         threshold=calibration.threshold(gate, mode.policy),
         streamed=("base",) if live else ("draft",) if progressive and order[0] == "draft" else (),
         preview=progressive and order[0] != "draft",
         speculate=speculate,
-        preload=hard and "modifier" in order and _foreseen(domain, situation),
-        deliberation=tried if deliberates else None,
+        preload=hard and "modifier" in order and _modifier_expected(domain, situation),
+        deliberation=extra if deliberates else None,
         doubt=doubt,
         calibrated=not doubts,
-        note=AGAIN if situation.dissatisfied and not doubts else LOW_CONFIDENCE,
+        disclaimer=SECOND_ATTEMPT if situation.dissatisfied and not doubts else LOW_CONFIDENCE,
         decisions=tuple(decisions),
     )
 
@@ -128,7 +128,7 @@ def decide(
 def usable(mode: Mode, has_draft: bool, calibration: Calibration) -> Mode:
     """The mode without tiers that are missing or not calibrated, so that calibration covers its policy."""
     absent = {"draft": not has_draft, "modifier": not calibration.has_modifiers}
-    return mode.model_copy(update={name: False for name, gone in absent.items() if gone})
+    return mode.model_copy(update={name: False for name, missing in absent.items() if missing})
 
 
 def _doubts(request: Request, situation: Situation, calibration: Calibration, novel: bool) -> list[Decision]:
@@ -144,7 +144,7 @@ def _doubts(request: Request, situation: Situation, calibration: Calibration, no
     return found
 
 
-def _foreseen(domain: str | None, situation: Situation) -> bool:
+def _modifier_expected(domain: str | None, situation: Situation) -> bool:
     """Whether the domain's modifier will likely be asked: after a wrong answer there, or by router and habit."""
     if situation.question is None or domain is None:
         return False

@@ -18,18 +18,18 @@ from cogumi.confidence.critic_net import NONE
 from cogumi.core.errors import ContextError
 from cogumi.core.types import Decision, Request, Usage
 
-Tried: TypeAlias = Generator[Decision | None, None, tuple[Attempt, Usage]]
+Deliberation: TypeAlias = Generator[Decision | None, None, tuple[Attempt, Usage]]
 """Yields decisions, and None while waiting; returns the answer to give, and the usage."""
 
-AGAIN = 5
+NEW_ANSWERS = 5
 """New answers per round of critique."""
-BELOW = 7.0
+MIN_SCORE = 7.0
 """Score below which new answers are sampled."""
 MAJORITY = 0.5
 """Share of votes above which the winner replaces the greedy answer."""
 
 
-def deliberate(judge: Judge, mode: Mode, request: Request, unsure: Attempt) -> Tried:
+def deliberate(judge: Judge, mode: Mode, request: Request, unsure: Attempt) -> Deliberation:
     """Apply every method of the mode in turn."""
     spent = Usage()
     votes = 0 if judge.services.critic and mode.critique else mode.votes  # the critic's choice is more often right
@@ -40,11 +40,11 @@ def deliberate(judge: Judge, mode: Mode, request: Request, unsure: Attempt) -> T
     return unsure, spent
 
 
-def _examples(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tried:
+def _examples(judge: Judge, count: int, request: Request, unsure: Attempt) -> Deliberation:
     """Ask the base again with up to `count` suitable examples; keep the answer with the higher P(correct)."""
     templates, domains = judge.services.templates, judge.question.domains if judge.question else {}
     domain = max(domains, key=lambda name: domains[name], default="")
-    examples = templates.suiting(question_of(request), domain, count) if templates else ()
+    examples = templates.select(question_of(request), domain, count) if templates else ()
     if not examples:
         return unsure, Usage()
     hidden = judge.services.wants_hidden
@@ -63,7 +63,7 @@ def _examples(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tr
     return (found if better else unsure), reply.usage
 
 
-def _votes(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tried:
+def _votes(judge: Judge, count: int, request: Request, unsure: Attempt) -> Deliberation:
     """Vote among sampled answers of the same tier; the majority's answer replaces the greedy one."""
     asked = replace(request, adapter=_adapter(unsure), seed=request.seed or 0)
     found = yield from vote(judge.services.tiers.base, asked, paths=count)
@@ -75,8 +75,8 @@ def _votes(judge: Judge, count: int, request: Request, unsure: Attempt) -> Tried
     return replace(unsure, tier=f"{unsure.tier}+votes", reply=found.winner), found.usage
 
 
-def _critique(judge: Judge, rounds: int, request: Request, unsure: Attempt) -> Tried:
-    """Let the critic score the answer; below `BELOW`, keep the best of it and `AGAIN` new ones.
+def _critique(judge: Judge, rounds: int, request: Request, unsure: Attempt) -> Deliberation:
+    """Let the critic score the answer; below `MIN_SCORE`, keep the best of it and `NEW_ANSWERS` new ones.
 
     The model gets no hint about the error: a small base that was not trained on hints answers worse with them.
     """
@@ -85,11 +85,13 @@ def _critique(judge: Judge, rounds: int, request: Request, unsure: Attempt) -> T
         return unsure, Usage()
     asked = replace(request, adapter=_adapter(unsure), seed=request.seed or 0)
     base = judge.services.tiers.base
-    found = yield from improve(base, asked, unsure.reply, critic, rounds=rounds, below=BELOW, answers=AGAIN, tell=False)
+    found = yield from improve(
+        base, asked, unsure.reply, critic, rounds=rounds, below=MIN_SCORE, answers=NEW_ANSWERS, hint=False
+    )
     first = found.critiques[0]
     named = f": {first.error} in {first.passage!r}" if first.error != NONE else ""
     reason = f"the critic gives {first.score:.1f} of 10{named}"
-    yield judge.record(Decision(unsure.tier, "critique", first.score, BELOW, first.score >= BELOW, reason))
+    yield judge.record(Decision(unsure.tier, "critique", first.score, MIN_SCORE, first.score >= MIN_SCORE, reason))
     if found.reply is unsure.reply:
         return unsure, found.usage
     return replace(unsure, tier=f"{unsure.tier}+critique", reply=found.reply), found.usage

@@ -8,20 +8,20 @@ from cogumi.confidence.signals import abstains
 from cogumi.core.types import ABSTENTION
 
 LOW_CONFIDENCE = "\n\n(Low confidence: this answer may be wrong.)"
-AGAIN = "\n\n(Second attempt, because you were not satisfied. Low confidence: this answer may be wrong too.)"
-NOTES = (LOW_CONFIDENCE, AGAIN)
+SECOND_ATTEMPT = "\n\n(Second attempt, because you were not satisfied. Low confidence: this answer may be wrong too.)"
+DISCLAIMERS = (LOW_CONFIDENCE, SECOND_ATTEMPT)
 
 
-def without_note(text: str) -> str:
+def without_disclaimer(text: str) -> str:
     """A reply's text without disclaimers, for grading and follow-ups; imitations by the model are removed too."""
-    while any(text.endswith(note) for note in NOTES):
-        for note in NOTES:
-            text = text.removesuffix(note)
+    while any(text.endswith(disclaimer) for disclaimer in DISCLAIMERS):
+        for disclaimer in DISCLAIMERS:
+            text = text.removesuffix(disclaimer)
     return text
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class FinalText:
     """The final text of an answer, its route, and the `reason` why it is not accepted (empty if it is).
 
     `withheld`: the abstention sentence replaces the answer.
@@ -38,17 +38,17 @@ class Ending:
         return not self.reason
 
 
-def ending_of(
-    tier: str, text: str, drafted: bool, accepted: bool, withhold: bool, note: str = LOW_CONFIDENCE
-) -> Ending:
+def finish(
+    tier: str, text: str, drafted: bool, accepted: bool, withhold: bool, disclaimer: str = LOW_CONFIDENCE
+) -> FinalText:
     """Finish the answer `text` of `tier`; `withhold`: replace it by an abstention unless it was `accepted`."""
-    text = without_note(text)
+    text = without_disclaimer(text)
     if abstains(text):
-        return Ending(text, "abstained", f"{tier} says that it does not know")
+        return FinalText(text, "abstained", f"{tier} says that it does not know")
     if accepted:
         kind = tier.partition(":")[0]
-        return Ending(text, "base+draft" if kind == "base" and drafted else kind)
+        return FinalText(text, "base+draft" if kind == "base" and drafted else kind)
     if withhold:
         reason = "no answer reached the threshold, and the request excludes unsure answers"
-        return Ending(ABSTENTION, "abstained", reason, withheld=True)
-    return Ending(text + note, "low_confidence", f"the best answer ({tier}) is below the threshold")
+        return FinalText(ABSTENTION, "abstained", reason, withheld=True)
+    return FinalText(text + disclaimer, "low_confidence", f"the best answer ({tier}) is below the threshold")

@@ -18,28 +18,28 @@ from dataclasses import replace
 from cogumi.cascade.attempt import Attempt, Judge
 from cogumi.cascade.decide import DISSATISFIED, Plan, Situation, decide
 from cogumi.cascade.deliberate import deliberate
-from cogumi.cascade.disclaimers import ending_of
+from cogumi.cascade.disclaimers import finish
 from cogumi.cascade.history import last_answer
 from cogumi.cascade.self_critique import question_of
 from cogumi.cascade.services import Services
 from cogumi.cascade.tiers import Question
-from cogumi.cascade.worker_stream import Flow, answered
+from cogumi.cascade.worker_stream import Flow, as_flow
 from cogumi.confidence.policy import select_answer
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import ContextError
 from cogumi.core.types import Decision, Reply, Request, Revision, Usage
 from cogumi.engine.protocol import Event
 
-BARE = 12
+SHORT_COMPLAINT = 12
 """A complaint of at most this many words, without numbers or quotes, adds nothing to the question."""
-_CONTENT = re.compile(r"[\d\"“”`]")
+_DETAILS = re.compile(r"[\d\"“”`]")
 
 
 class RequestFlow:
     """Processes one request; `run` yields its events and returns its reply."""
 
     def __init__(self, services: Services, request: Request) -> None:
-        self._services, self._tiers, self._asked = services, services.tiers, request
+        self._services, self._tiers, self._request = services, services.tiers, request
         self._id, self._user = request.id or uuid.uuid4().hex, request.user or ""
         self._decisions: list[Decision] = []
         self._usage = Usage()
@@ -47,7 +47,7 @@ class RequestFlow:
 
     def run(self) -> Flow:
         """Answer the request; store the turn in the memory, and an accepted answer in the cache."""
-        services, history, request = self._services, self._services.history, self._asked
+        services, history, request = self._services, self._services.history, self._request
         dissatisfied = yield from self._dissatisfied()
         if dissatisfied:
             request = _without_complaint(request)
@@ -55,7 +55,7 @@ class RequestFlow:
             yield hit.decisions[-1]
             history.remember(self._id, request, hit, None, "cache", None)
             return hit
-        request = self._filled_up(request)
+        request = self._with_similar_examples(request)
         situation = self._situation(request, dissatisfied)
         plan = decide(request, situation, services.settings, services.calibration, services.gate)
         for decision in plan.decisions:
@@ -65,29 +65,29 @@ class RequestFlow:
         attempt = yield from self._answer(replace(request, speculate=plan.speculate), plan, judge)
         if attempt is None:
             return Reply("", (), "cancelled", self._usage, id=self._id)
-        reply = yield from self._give(attempt, plan)
+        reply = yield from self._deliver(attempt, plan)
         gate_p = attempt.gate_p if plan.calibrated else None
-        history.remember(self._id, self._asked, reply, plan.domain, plan.mode, gate_p)
-        history.keep(self._id, self._asked, reply)
+        history.remember(self._id, self._request, reply, plan.domain, plan.mode, gate_p)
+        history.cache_answer(self._id, self._request, reply)
         return reply
 
     def _dissatisfied(self) -> Generator[Decision, None, bool]:
         """Whether the last message complains about the previous answer, which is then recorded as wrong."""
         net = self._services.escalation
-        unhappy = net.dissatisfied(self._asked.messages) if net else 0.0
+        unhappy = net.dissatisfied(self._request.messages) if net else 0.0
         if net is None or unhappy < net.sure:
             return False
-        self._services.history.complained(self._asked)
+        self._services.history.record_complaint(self._request)
         decision = Decision("cascade", "dissatisfied", unhappy, net.sure, True, DISSATISFIED)
         self._decisions.append(decision)
         yield decision
         return True
 
-    def _filled_up(self, request: Request) -> Request:
+    def _with_similar_examples(self, request: Request) -> Request:
         """Add similar examples of the template bank before the request's own, if they fit into the context."""
         if not (request.examples and self._services.templates):
             return request
-        filled = replace(request, examples=self._services.templates.filled_up(question_of(request), request.examples))
+        filled = replace(request, examples=self._services.templates.fill_up(question_of(request), request.examples))
         try:
             self._tiers.base.check(filled)
         except ContextError:
@@ -115,7 +115,7 @@ class RequestFlow:
         """Ask the tiers in turn, then deliberate if no answer was accepted; None if the request was cancelled."""
         order = self._order(request, plan, judge.question)
         if plan.preload and plan.domain and "modifier" in order:
-            self._tiers.read_ahead(request, plan.domain, self._id)
+            self._tiers.prefill(request, plan.domain, self._id)
         if plan.preview:
             self._streamed = (yield from self._ask("draft", request, live=True)).text
         attempts: list[Attempt] = []
@@ -128,7 +128,7 @@ class RequestFlow:
             if live:
                 self._streamed = reply.text
             attempts.append(judge.attempt(tier, name, request, reply, attempts))
-            yield from judge.judged(attempts[-1])
+            yield from judge.record_attempt(attempts[-1])
             if attempts[-1].check.accepted:
                 break
         which, accepted = select_answer([a.check.p for a in attempts], [a.check.accepted for a in attempts])
@@ -140,48 +140,48 @@ class RequestFlow:
 
     def _order(self, request: Request, plan: Plan, question: Question | None) -> tuple[str, ...]:
         """The order of tiers; if it depends on the base's perplexity, the base reads the prompt first."""
-        if plan.surprised is None or question is None:
+        if plan.surprising_order is None or question is None:
             return plan.order
         # Without a draft, the base has already read the prompt.
-        surprise = self._tiers.surprise(request) if self._tiers.has_draft else question.perplexity
-        return plan.surprised if surprise > self._services.calibration.question.base_perplexity else plan.order
+        perplexity = self._tiers.base_perplexity(request) if self._tiers.has_draft else question.perplexity
+        return plan.surprising_order if perplexity > self._services.calibration.question.base_perplexity else plan.order
 
     def _ask(self, tier: str, request: Request, *, live: bool) -> Flow:
         """Ask one tier; its tokens are streamed only if `live`."""
         hidden = tier == "base" and self._services.wants_hidden
-        reply = yield from answered(self._tiers.answer(replace(request, hidden=hidden), tier), live=live)
+        reply = yield from as_flow(self._tiers.answer(replace(request, hidden=hidden), tier), live=live)
         self._usage += reply.usage
         return reply
 
-    def _give(self, chosen: Attempt, plan: Plan) -> Flow:
+    def _deliver(self, chosen: Attempt, plan: Plan) -> Flow:
         """Return the answer: accepted, with a disclaimer, or withheld."""
         reply, judged = chosen.reply, chosen.decision()
-        ending = ending_of(
-            chosen.tier, reply.text, bool(reply.usage.drafted), judged.accepted, self._asked.abstain, plan.note
+        final = finish(
+            chosen.tier, reply.text, bool(reply.usage.drafted), judged.accepted, self._request.abstain, plan.disclaimer
         )
-        if ending.reason:
+        if final.reason:
             signal, value, threshold = judged.signal, judged.value, judged.threshold
             if abstains(reply.text):
                 signal, value, threshold = "abstains", 1.0, 0.0
-            decision = Decision(chosen.tier, signal, value, threshold, False, ending.reason)
+            decision = Decision(chosen.tier, signal, value, threshold, False, final.reason)
             self._decisions.append(decision)
             yield decision
-        if not self._streamed and not ending.withheld:
+        if not self._streamed and not final.withheld:
             yield from reply.tokens
             self._streamed = reply.text
-        if ending.text != self._streamed:
-            yield Revision(ending.text)
+        if final.text != self._streamed:
+            yield Revision(final.text)
         return Reply(
-            text=ending.text,
-            tokens=() if ending.withheld else reply.tokens,
+            text=final.text,
+            tokens=() if final.withheld else reply.tokens,
             finish_reason=reply.finish_reason,
             usage=self._usage,
             signals=chosen.signals,
             decisions=tuple(self._decisions),
             tier=chosen.tier,
-            route=ending.route,
+            route=final.route,
             p_correct=chosen.check.p if plan.calibrated else None,
-            accepted=ending.accepted,
+            accepted=final.accepted,
             id=self._id,
         )
 
@@ -189,6 +189,6 @@ class RequestFlow:
 def _without_complaint(request: Request) -> Request:
     """The conversation up to the question, if the complaint adds nothing to it; else the whole conversation."""
     complaint = request.messages[-1].content
-    if len(complaint.split()) > BARE or _CONTENT.search(complaint):
+    if len(complaint.split()) > SHORT_COMPLAINT or _DETAILS.search(complaint):
         return request
     return replace(request, messages=request.messages[: last_answer(request.messages)])

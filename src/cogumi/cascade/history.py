@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.cascade.memory.answer_cache import AnswerCache, Scope
 from cogumi.cascade.memory.learner import Learner
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
@@ -45,19 +45,19 @@ class History:
     def failed(self, user: str) -> frozenset[str]:
         """Domains with a wrong answer to this user."""
         memory = self.memory
-        return self._recalled(lambda: memory.failed(user), frozenset()) if memory and user else frozenset()
+        return self._read_memory(lambda: memory.failed(user), frozenset()) if memory and user else frozenset()
 
     def habit(self, user: str) -> Mapping[str, int]:
         """Number of this user's questions by domain."""
         memory = self.memory
-        return self._recalled(lambda: memory.habit(user), {}) if memory and user else {}
+        return self._read_memory(lambda: memory.habit(user), {}) if memory and user else {}
 
-    def _recalled(self, recall: Callable[[], T], nothing: T) -> T:
+    def _read_memory(self, read: Callable[[], T], default: T) -> T:
         try:
-            return recall()
+            return read()
         except (StateError, sqlite3.Error) as error:
             warnings.warn(f"the memory cannot be used: {error}", stacklevel=2)
-            return nothing
+            return default
 
     def p_correct(self, id: str, user: str, p: float, signals: Mapping[str, float]) -> tuple[float, float]:
         """A gate's P(correct) with learned corrections: (for all users, for this user)."""
@@ -74,18 +74,18 @@ class History:
             raise RequestError("personal routing needs a user; give a user id")
         return self.learner.personal(user, on)
 
-    def complained(self, request: Request) -> None:
+    def record_complaint(self, request: Request) -> None:
         """Record the answer before the last message as wrong, because the user is not satisfied with it."""
         at = last_answer(request.messages)
-        self._take_back(replace(request, messages=request.messages[:at]))
+        self._invalidate(replace(request, messages=request.messages[:at]))
         memory, user = self.memory, request.user or ""
         if not memory or not user:
             return
-        answer = without_note(request.messages[at].content)
+        answer = without_disclaimer(request.messages[at].content)
         nothing: tuple[Turn, ...] = ()
-        for turn in self._recalled(lambda: memory.recent(user), nothing):
+        for turn in self._read_memory(lambda: memory.recent(user), nothing):
             if turn.answer == answer and turn.outcome is None:
-                self.rated(turn.id, user, False)
+                self.rate(turn.id, user, False)
                 return
 
     def cached(self, id: str, request: Request) -> Reply | None:
@@ -100,7 +100,7 @@ class History:
         self._keep_request(id, request)
         return replace(hit.reply, route="cache", usage=Usage(), decisions=(*hit.reply.decisions, reused), id=id)
 
-    def keep(self, id: str, request: Request, reply: Reply) -> None:
+    def cache_answer(self, id: str, request: Request, reply: Reply) -> None:
         """Store an accepted answer in the cache."""
         if self.cache is not None and _reusable(request) and reply.accepted:
             self.cache.keep(self._scope(request), request.messages[-1].content, reply)
@@ -111,7 +111,7 @@ class History:
         while len(self._recent) > RECENT:
             self._recent.popitem(last=False)
 
-    def _take_back(self, request: Request) -> None:
+    def _invalidate(self, request: Request) -> None:
         """Mark the cached answer to this request as wrong."""
         if self.cache is None or not _reusable(request):
             return
@@ -141,7 +141,7 @@ class History:
             session=request.session or "",
             at=time.time(),
             question=last_user_message(request.messages),
-            answer=without_note(reply.text),
+            answer=without_disclaimer(reply.text),
             domain=domain or "",
             tier=reply.tier,
             route=reply.route,
@@ -150,16 +150,16 @@ class History:
             signals=reply.signals,
             outcome=None,
         )
-        self._recalled(lambda: memory.remember(turn), None)
+        self._read_memory(lambda: memory.remember(turn), None)
 
-    def rated(self, id: str, user: str, right: bool) -> None:
+    def rate(self, id: str, user: str, right: bool) -> None:
         """Store a user's rating of an answer. Raises `RequestError` if this user has no such answer."""
         if not self.memory:
             raise RequestError("ratings need a state folder; start with --state FOLDER")
         turn = self.memory.rate(id, user, right)
         asked = self._recent.pop((user, id), None)
         if asked and not right:
-            self._take_back(asked)
+            self._invalidate(asked)
         if self.learner:
             self.learner.rated(turn)
 

@@ -16,12 +16,12 @@ from pathlib import Path, PurePath
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cogumi.cascade.self_consistency import FEWEST, MOST
+from cogumi.cascade.self_consistency import MAX_PATHS, MIN_PATHS
 from cogumi.confidence.policy import Policy
 from cogumi.core.errors import CogumiError, RequestError
 
 AUTO = "auto"
-TAKEN = (AUTO, "base", "draft")
+RESERVED = (AUTO, "base", "draft")
 """Names that a mode cannot have."""
 FAILED_BEFORE = "accurate"
 """Mode for a domain with an earlier wrong answer to the same user."""
@@ -45,8 +45,8 @@ class Mode(BaseModel):
     @field_validator("votes")
     @classmethod
     def _can_vote(cls, votes: int) -> int:
-        if votes and not FEWEST <= votes <= MOST:
-            raise ValueError(f"votes is {votes}; give {FEWEST} to {MOST}, or 0")
+        if votes and not MIN_PATHS <= votes <= MAX_PATHS:
+            raise ValueError(f"votes is {votes}; give {MIN_PATHS} to {MAX_PATHS}, or 0")
         return votes
 
     @property
@@ -89,7 +89,7 @@ class Settings(BaseModel):
             if name not in self.names:
                 raise ValueError(f"unknown mode '{name}': choose one of {', '.join(self.names)}")
         for name in self.modes:
-            if name in TAKEN or name.startswith("base+"):
+            if name in RESERVED or name.startswith("base+"):
                 raise ValueError(f"the mode name '{name}' is reserved; choose another name")
         return self
 

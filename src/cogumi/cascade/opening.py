@@ -36,12 +36,12 @@ from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
 from cogumi.engine.few_shot import read_pairs
 from cogumi.engine.protocol import Engine
 
-REUSE = ("exact", "static", "verified")
+REUSE_MODES = ("exact", "static", "verified")
 """Ways to reuse answers: for the same question; also for similar ones; for similar ones verified by comparisons."""
 
-ONNX = ("onnxruntime", "tokenizers")
+ONNX_PACKAGES = ("onnxruntime", "tokenizers")
 """Packages needed by the follow-up classifier and the sentence encoder."""
-NEAR = ("faiss",)
+SEARCH_PACKAGES = ("faiss",)
 """Packages needed to search similar questions."""
 
 
@@ -69,9 +69,9 @@ def open_cascade(
     `EngineOptions`). `engines` is the factory of the engines; it may replace the base, for example by a model on a
     server (`engines.remote_base`); `Cascade.missing` lists the features lost. `state`: folder for session memory,
     learned corrections, added modifiers and cached answers (None: nothing is kept between runs). `reuse`: reuse answers
-    (one of `REUSE`; without `state`, in memory); `reuse_check`: file of a second check of similar questions (see suite
-    `cache`). `unpack` and `progress`: mode and progress of unpacking (see `bundle.unpack.BundleFiles`). Parts whose
-    optional packages are not installed are skipped with a warning. Raises `BundleError` for an invalid bundle.
+    (one of `REUSE_MODES`; without `state`, in memory); `reuse_check`: file of a second check of similar questions (see
+    suite `cache`). `unpack` and `progress`: mode and progress of unpacking (see `bundle.unpack.BundleFiles`). Parts
+    whose optional packages are not installed are skipped with a warning. Raises `BundleError` for an invalid bundle.
     """
     folder, state = Path(folder), Path(state) if state else None
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def open_cascade(
         bundle = _runnable(files.bundle)
         calibration = Calibration.from_json(bundle.calibration)
         embedder = once(partial(_embedder, files, bundle.embedder)) if bundle.embedder else None
-        answers = _answers(bundle, embedder, reuse, Path(reuse_check) if reuse_check else None, state)
+        answers = _open_answers(bundle, embedder, reuse, Path(reuse_check) if reuse_check else None, state)
         history = _history(bundle, calibration, answers, state, gate, opened)
         options = EngineOptions(slots, context, threads, cache, repack, adapter_memory)
         tiers = _tiers(bundle, engines(files, options), opened)
@@ -97,7 +97,7 @@ def open_cascade(
             critic=Critic(bundle.critic) if bundle.critic else None,
             templates=Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
             files=files,
-            added=_restored(tiers.base, state),
+            added=_restore_modifiers(tiers.base, state),
         )
         cascade = Cascade(services, workers=slots)
         opened.pop_all()
@@ -112,7 +112,7 @@ def _settings(settings: Settings, bundle: Bundle) -> Settings:
 
 def _runnable(bundle: Bundle) -> Bundle:
     """Remove the nets that need ONNX Runtime if it is not installed; a warning names the features that are off."""
-    if installed(*ONNX) or not (bundle.escalation or bundle.embedder):
+    if installed(*ONNX_PACKAGES) or not (bundle.escalation or bundle.embedder):
         return bundle
     off = "complaints are not recognised and examples are chosen by domain only"
     warnings.warn(f"onnxruntime is not installed, so {off}; install it: pip install 'cogumi[onnx]'", stacklevel=3)
@@ -159,7 +159,7 @@ def _history(
     return History(memory, learner, answers, model=bundle.fingerprint, gate=gate)
 
 
-def _answers(
+def _open_answers(
     bundle: Bundle,
     embedder: Callable[[], Embedder] | None,
     reuse: str | None,
@@ -174,18 +174,18 @@ def _answers(
         raise CogumiError("a reuse check applies to similar questions: add --reuse static or --reuse verified")
     if reuse is None:
         return None
-    if reuse not in REUSE:
-        raise CogumiError(f"unknown value '{reuse}' of reuse: choose one of {', '.join(REUSE)}")
-    for module in (*NEAR, *ONNX) if reuse != "exact" else ():
+    if reuse not in REUSE_MODES:
+        raise CogumiError(f"unknown value '{reuse}' of reuse: choose one of {', '.join(REUSE_MODES)}")
+    for module in (*SEARCH_PACKAGES, *ONNX_PACKAGES) if reuse != "exact" else ():
         load(module, f"--reuse {reuse}")
     if reuse != "exact" and embedder is None:
         raise CogumiError(f"{bundle.path} has no embedder: use --reuse exact")
-    near = embedder() if embedder and reuse != "exact" else None
-    net = read_check(check, near.identity) if near and check else None
-    return AnswerCache(near, state / "answers" if state else None, check=net, verified=reuse == "verified")
+    encoder = embedder() if embedder and reuse != "exact" else None
+    net = read_check(check, encoder.identity) if encoder and check else None
+    return AnswerCache(encoder, state / "answers" if state else None, check=net, verified=reuse == "verified")
 
 
-def _restored(base: Engine, state: Path | None) -> Path | None:
+def _restore_modifiers(base: Engine, state: Path | None) -> Path | None:
     """Restore added modifiers and return the path of their list; None without a state folder."""
     if state is None:
         return None

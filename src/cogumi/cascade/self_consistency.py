@@ -16,7 +16,7 @@ from cogumi.core.types import Reply, Request, Usage
 from cogumi.engine.protocol import Engine, Event, missing_reply
 
 T = TypeVar("T")
-FEWEST, MOST = 3, 10
+MIN_PATHS, MAX_PATHS = 3, 10
 """Limits of the number of sampled answers (paths)."""
 
 
@@ -74,13 +74,13 @@ def vote(
     Truncated, cancelled and empty answers have no vote. Raises `RequestError` for fewer than 3 or more than 10 paths,
     and the errors of the engine.
     """
-    if not FEWEST <= paths <= MOST:
-        raise RequestError(f"paths is {paths}; give {FEWEST} to {MOST}")
+    if not MIN_PATHS <= paths <= MAX_PATHS:
+        raise RequestError(f"paths is {paths}; give {MIN_PATHS} to {MAX_PATHS}")
     found = yield from gather(engine, sampling.requests(request, paths))
     answers = [final_answer(reply.text) if reply.finish_reason == "stop" else None for reply in found]
     counted = tally(answers, [perplexity(answer_signals(r)) for r in found])
     winner = None if counted.winner is None else found[counted.winner]
-    return Vote(winner, counted.agreement, tuple(found), spent(found))
+    return Vote(winner, counted.agreement, tuple(found), total_usage(found))
 
 
 def gather(engine: Engine, requests: Sequence[Request]) -> Generator[None, None, list[Reply]]:
@@ -102,7 +102,7 @@ def gather(engine: Engine, requests: Sequence[Request]) -> Generator[None, None,
         return found
 
 
-def spent(replies: Sequence[Reply]) -> Usage:
+def total_usage(replies: Sequence[Reply]) -> Usage:
     """Sum of their usage."""
     return sum((reply.usage for reply in replies), Usage())
 

@@ -6,14 +6,14 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogumi.cascade.self_consistency import SAMPLING, Sampling, gather, spent
+from cogumi.cascade.self_consistency import SAMPLING, Sampling, gather, total_usage
 from cogumi.confidence.critic_net import NONE, critic_input, load_critic, passage
 from cogumi.core.errors import RequestError
 from cogumi.core.text import last_user_message
 from cogumi.core.types import Message, Reply, Request, Usage
 from cogumi.engine.protocol import Engine
 
-MOST_ROUNDS = 3
+MAX_ROUNDS = 3
 HINT = "That answer may be wrong. Kind of error: {error}. Look at: {passage}. Answer the question again, corrected."
 
 
@@ -63,24 +63,24 @@ def improve(
     rounds: int = 1,
     below: float = 7.0,
     answers: int = 1,
-    tell: bool = True,
+    hint: bool = True,
     sampling: Sampling = SAMPLING,
 ) -> Generator[None, None, Improved]:
     """While the best score is below `below`: sample `answers` more, up to `rounds` times, and keep the best.
 
-    With `tell`, the model gets its answer and the critic's objection before it answers again; the critic always reads
+    With `hint`, the model gets its answer and the critic's objection before it answers again; the critic always reads
     the original question. Yields None while waiting; closing the generator cancels. If the engine refuses the new
     answers (context too small, too many requests), the best answer so far is returned. Raises `RequestError` for more
     than 3 rounds.
     """
-    if not 0 <= rounds <= MOST_ROUNDS:
-        raise RequestError(f"rounds of critique is {rounds}; give 0 to {MOST_ROUNDS}")
+    if not 0 <= rounds <= MAX_ROUNDS:
+        raise RequestError(f"rounds of critique is {rounds}; give 0 to {MAX_ROUNDS}")
     question = question_of(request)
     best = Improved(reply, first := critic.judge(question, reply), (first,), Usage())
     for done in range(rounds):
         if best.critique.score >= below:
             break
-        asked = told(request, best.reply, best.critique) if tell else request
+        asked = with_hint(request, best.reply, best.critique) if hint else request
         try:
             found = yield from gather(engine, sampling.requests(asked, answers, first=done * answers))
         except RequestError:
@@ -88,7 +88,7 @@ def improve(
         judged = [critic.judge(question, one) for one in found]
         whole = [i for i, one in enumerate(found) if one.finish_reason == "stop" and one.text.strip()]
         top = max(whole, key=lambda i: judged[i].score, default=None)
-        best = replace(best, critiques=(*best.critiques, *judged), usage=best.usage + spent(found))
+        best = replace(best, critiques=(*best.critiques, *judged), usage=best.usage + total_usage(found))
         if top is not None and judged[top].score > best.critique.score:
             best = replace(best, reply=found[top], critique=judged[top])
     return best
@@ -101,10 +101,10 @@ def question_of(request: Request) -> str:
     return last_user_message(request.messages)
 
 
-def told(request: Request, reply: Reply, critique: Critique) -> Request:
+def with_hint(request: Request, reply: Reply, critique: Critique) -> Request:
     """Append the answer and a hint about its error to the request; a raw prompt is unchanged."""
     if request.prompt is not None:
         return request
     error = "unclear" if critique.error == NONE else critique.error
-    hint = HINT.format(error=error, passage=critique.passage or "all of it")
-    return replace(request, messages=(*request.messages, Message("assistant", reply.text), Message("user", hint)))
+    text = HINT.format(error=error, passage=critique.passage or "all of it")
+    return replace(request, messages=(*request.messages, Message("assistant", reply.text), Message("user", text)))

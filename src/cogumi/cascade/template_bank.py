@@ -27,27 +27,27 @@ class Templates:
         self._pairs = [pair for pairs in examples.values() for pair in pairs]
         self._domains = [domain for domain, pairs in examples.items() for _ in pairs]
 
-    def suiting(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
+    def select(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
         """Up to `most` examples for a question of that domain, the best last; deterministic."""
         if self._embedder:
-            return self.near(question)[-most:] if most else ()
-        return self.at_random(question, domain, most)
+            return self.similar(question)[-most:] if most else ()
+        return self.random_examples(question, domain, most)
 
-    def at_random(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
+    def random_examples(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
         """Up to `most` random examples of a domain, at most its `example_count`; deterministic per question."""
         pairs = list(self._by_domain.get(domain, ()))
         return tuple(random.Random(question).sample(pairs, min(most, example_count(domain), len(pairs))))
 
-    def near(self, question: str) -> tuple[Pair, ...]:
+    def similar(self, question: str) -> tuple[Pair, ...]:
         """The most similar examples, the best last; empty if none is similar, or without an embedder."""
         if not self._embedder or not self._pairs:
             return ()
         cosines = self._vectors @ self._embedder().embed([question])[0]
         return tuple(self._pairs[i] for i in nearest(cosines, self._domains))
 
-    def filled_up(self, question: str, given: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    def fill_up(self, question: str, given: tuple[Pair, ...]) -> tuple[Pair, ...]:
         """The `given` examples, preceded by similar ones up to the number that suits the domain."""
-        return (*self.near(question)[len(given) :], *given)
+        return (*self.similar(question)[len(given) :], *given)
 
     @cached_property
     def _vectors(self) -> NDArray[np.float32]:

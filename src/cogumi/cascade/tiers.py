@@ -71,7 +71,7 @@ class Tiers:
         reading = {Capability.SCORES, Capability.HIDDEN_STATES}
         answering = {Capability.WHOLE_DISTRIBUTIONS} | ({Capability.HIDDEN_STATES} if calibration.probe else set())
         needs = [(self.reader, self.draft, reading), ("base", self.base, answering)]
-        found = [what for role, engine, wanted in needs if (what := _lack(role, engine, wanted))]
+        found = [what for role, engine, wanted in needs if (what := _lacking(role, engine, wanted))]
         return f"{' and '.join(found)}, which the gates need, so no answer is accepted" if found else ""
 
     def missing(self, calibration: Calibration) -> tuple[str, ...]:
@@ -80,9 +80,9 @@ class Tiers:
         found = [f"{gap}, P(correct) is unknown, and modifiers answer only requests that name them"] if gap else []
         if calibration.has_modifiers and not self.modifiers:
             found.append("the base has no modifiers: only the base answers")
-        if what := _lack("base", self.base, {Capability.SPECULATION}):
+        if what := _lacking("base", self.base, {Capability.SPECULATION}):
             found.append(f"{what}: it generates token by token")
-        if self.modifiers and (what := _lack("base", self.base, {Capability.PREFILL})):
+        if self.modifiers and (what := _lacking("base", self.base, {Capability.PREFILL})):
             found.append(f"{what}: a modifier is loaded at its first request")
         return tuple(found)
 
@@ -92,7 +92,7 @@ class Tiers:
 
     def read_question(self, request: Request) -> Question:
         """Let the draft read a request's messages. Raises `ContextError` if they do not fit."""
-        return self.judge(request, self.draft.read(_alone(request)))
+        return self.judge(request, self.draft.read(_without_examples(request)))
 
     def judge(self, request: Request, reading: Reading) -> Question:
         """Apply the difficulty head and the router to the draft's reading of a request."""
@@ -113,12 +113,12 @@ class Tiers:
             return self.draft.generate(replace(request, speculate=False))
         return self.base.generate(replace(request, adapter=None if tier == "base" else tier))
 
-    def read_ahead(self, request: Request, domain: str, name: str) -> None:
+    def prefill(self, request: Request, domain: str, name: str) -> None:
         """Load a domain's modifier and let it read the prompt while the base answers, if the engine supports it."""
         if Capability.PREFILL in self.base.capabilities:
             cast(PrefillingEngine, self.base).prefill(name, replace(request, adapter=domain))
 
-    def surprise(self, request: Request) -> float:
+    def base_perplexity(self, request: Request) -> float:
         """The base's perplexity of a request's prompt, without generation."""
         return self.base.read(request).score.perplexity
 
@@ -130,7 +130,7 @@ class Tiers:
         """
         own = answer_signals(reply)
         try:
-            opinion = self.draft.score(_alone(request), reply.text)
+            opinion = self.draft.score(_without_examples(request), reply.text)
         except ContextError:
             opinion = Score(FLOOR, 1, len(reply.text.encode()))
         return {**own, **question.signals, **draft_score_signals(opinion, own)}
@@ -146,12 +146,12 @@ class Tiers:
         self.draft.close()
 
 
-def _lack(role: str, engine: Engine, wanted: Collection[Capability]) -> str:
+def _lacking(role: str, engine: Engine, wanted: Collection[Capability]) -> str:
     """Message about capabilities of `wanted` that an engine lacks; empty if it has all."""
     lacking = sorted(set(wanted) - engine.capabilities)
     return f"the {role} ({type(engine).__name__}) has no {' and no '.join(lacking)}" if lacking else ""
 
 
-def _alone(request: Request) -> Request:
+def _without_examples(request: Request) -> Request:
     """The request as the draft reads it: without few-shot examples, which only the base gets."""
     return replace(request, examples=(), adapt=None)

@@ -17,7 +17,7 @@ Flow: TypeAlias = Generator[Event | None, None, Reply]
 """Yields the events of one request, and None during other work (to check for a cancel); returns the reply."""
 
 
-def answered(events: Iterator[Event], *, live: bool) -> Flow:
+def as_flow(events: Iterator[Event], *, live: bool) -> Flow:
     """Convert a generation to a flow; its events are passed on only if `live`. Closing the flow cancels it."""
     with closing(cast(Generator[Event, None, None], events)):
         for event in events:
@@ -30,17 +30,17 @@ def answered(events: Iterator[Event], *, live: bool) -> Flow:
 class _Channel:
     """Shared state of worker and consumer: the events (None is the end) and whether the consumer cancelled."""
 
-    __slots__ = ("events", "gone")
+    __slots__ = ("cancelled", "events")
 
     def __init__(self) -> None:
         self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self.gone = threading.Event()
+        self.cancelled = threading.Event()
 
 
 def _drive(flow: Flow, channel: _Channel, stopped: Callable[[], bool]) -> None:
     try:
         with closing(flow):
-            while not channel.gone.is_set():
+            while not channel.cancelled.is_set():
                 if stopped():
                     channel.events.put(Reply("", (), "cancelled", Usage()))
                     return
@@ -55,15 +55,15 @@ def _drive(flow: Flow, channel: _Channel, stopped: Callable[[], bool]) -> None:
         channel.events.put(None)
 
 
-def start(flow: Flow, pool: Executor, stopped: Callable[[], bool], ended: Callable[[], object]) -> Events:
+def start(flow: Flow, pool: Executor, stopped: Callable[[], bool], on_end: Callable[[], object]) -> Events:
     """Submit `flow` to `pool`; the result yields its events, the reply last, or raises the error of the flow.
 
     Closing or dropping the result cancels the flow. `stopped` is checked between events; True ends the flow with a
-    cancelled reply. `ended` is called at the end of the flow, on success or failure.
+    cancelled reply. `on_end` is called at the end of the flow, on success or failure.
     """
     channel = _Channel()
     future = pool.submit(_drive, flow, channel, stopped)
-    future.add_done_callback(lambda _: ended())
+    future.add_done_callback(lambda _: on_end())
 
     def receive() -> Outcome:
         event = channel.events.get()
@@ -72,4 +72,4 @@ def start(flow: Flow, pool: Executor, stopped: Callable[[], bool], ended: Callab
         error = future.exception()
         return error if isinstance(error, Exception) else missing_reply()
 
-    return Events(receive, channel.gone.set)
+    return Events(receive, channel.cancelled.set)

@@ -170,7 +170,7 @@ def personal(
 
     with closing(_memory(state)) as memory:
         if on is not None:
-            memory.choose_personal(user, on)
+            memory.set_personal(user, on)
         learned = LearnedFile(state)
         learned.refresh()
         found = PersonalOffsets(memory).describe(user, learned.state.layer)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.core.types import Message, Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
 from cogumi.engine.reply_extension import extension
@@ -34,7 +34,7 @@ class ChatMessage(BaseModel):
     def plain(self) -> Message:
         """The message as engines take it: `developer` means `system`, disclaimers of earlier answers are removed."""
         if self.role == "assistant":
-            return Message(self.role, without_note(self.content))
+            return Message(self.role, without_disclaimer(self.content))
         return Message("system" if self.role == "developer" else self.role, self.content)
 
 

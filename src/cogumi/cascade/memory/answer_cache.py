@@ -1,10 +1,10 @@
 """The answer cache: reuses an answer for the same question and for similar ones (SPEC F12).
 
 An identical question is looked up first; only line ends and surrounding white space are ignored, because in code and
-names every other difference can matter. Otherwise the most similar questions of the same scope are tried, best first: an
-answer is reused if the cosine is high enough, `confidence.reuse.conflict` finds no conflict, and the optional `check`,
-which an operator fits on their own pairs (suite `cache`), agrees. Questions that are too long for the embedder are found
-by identical text only.
+names every other difference can matter. Otherwise the most similar questions of the same scope are tried, best first:
+an answer is reused if the cosine is high enough, `confidence.reuse.conflict` finds no conflict, and the optional
+`check`, which an operator fits on their own pairs (suite `cache`), agrees. Questions that are too long for the embedder
+are found by identical text only.
 
 With `verified`, similarity is verified first (`confidence.verified_reuse`): the answer to a similar question is
 generated and compared with the cached one until enough comparisons agree, and occasionally afterwards. A user's rating
@@ -46,8 +46,8 @@ SIMILARITY = 0.92
 """Least cosine of a similar question."""
 NEAREST = 4
 """Most similar questions considered."""
-_PENDING = 1_000  # look-ups that wait for a fresh answer
-_LOADED = 1_000  # partitions in memory
+_MAX_PENDING = 1_000  # look-ups that wait for a fresh answer
+_MAX_PARTITIONS = 1_000  # partitions in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class AnswerCache:
     def find(self, scope: Scope, question: str) -> Hit | None:
         """Find an answer to reuse; None if there is none."""
         place, key = scope.digest(), _key(question)
-        with self._using():
+        with self._locked():
             self._refresh()
             if entry := self._answers.lookup(place, key):
                 self._answers.touch(entry.id)
@@ -124,10 +124,10 @@ class AnswerCache:
         vector = self._vector(question)
         if not len(vector):
             return None
-        with self._using():
+        with self._locked():
             hit = self._nearest(place, question, vector)
             if hit and self._verifier:
-                hit = self._proven(hit, key)
+                hit = self._verified(hit, key)
             if hit:
                 self._answers.touch(hit.entry)
             return hit
@@ -139,7 +139,7 @@ class AnswerCache:
             return
         place, key = scope.digest(), _key(question)
         vector = self._vector(question)
-        with self._using():
+        with self._locked():
             if pending := self._pending.pop((place, key), None):
                 self._learn(pending, same_text(reply.text, pending.reply.text), compared=True)
             self._answers.put(place, key, question, reply, self._encoder, vector)
@@ -151,7 +151,7 @@ class AnswerCache:
 
     def judge(self, hit: Hit, right: bool) -> None:
         """Record a user's rating of a reused answer; a wrong one is deleted."""
-        with self._using():
+        with self._locked():
             if self._verifier and not hit.exact:
                 self._learn(hit, right, compared=False)
             if not right:
@@ -171,7 +171,7 @@ class AnswerCache:
         return self._embedder.identity if self._embedder else ""
 
     @contextmanager
-    def _using(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Lock the file for this thread; a failure of the file is a warning."""
         with self._lock:
             try:
@@ -190,14 +190,14 @@ class AnswerCache:
         if self._answers.changed():
             for partition in self._near.values():
                 partition.stale = True
-            self._absorb()
+            self._train_verifier()
 
     def _partition(self, place: bytes) -> Partition:
         assert self._embedder is not None
         partition = self._near.get(place) or Partition(Neighbours(self._embedder.width))
         self._near[place] = partition
         self._near.move_to_end(place)
-        while len(self._near) > _LOADED:
+        while len(self._near) > _MAX_PARTITIONS:
             self._near.popitem(last=False)
         if partition.stale:
             if len(partition.vectors) > 2 * self._size:  # other processes removed most of them
@@ -231,7 +231,7 @@ class AnswerCache:
         logit = float(self._check.logits(pair_features(question, entry.question, cosine))[0])
         return logit if logit >= 0 or self._verifier else None  # `verified` applies its own threshold
 
-    def _proven(self, hit: Hit, key: bytes) -> Hit | None:
+    def _verified(self, hit: Hit, key: bytes) -> Hit | None:
         """The hit if it is verified; otherwise None, and `keep` compares the hit with the fresh answer."""
         assert self._verifier is not None
         bound = self._verifier.bound(hit.score, self._answers.judgements(hit.entry, self._basis))
@@ -239,15 +239,15 @@ class AnswerCache:
         if self._verifier.trusts(bound) and self._random.random() >= RECHECK_SHARE:
             return hit
         self._pending[hit.scope, key] = hit
-        while len(self._pending) > _PENDING:
+        while len(self._pending) > _MAX_PENDING:
             self._pending.popitem(last=False)
         return None
 
     def _learn(self, hit: Hit, right: bool, *, compared: bool) -> None:
         self._answers.judge(hit.entry, self._basis, hit.score, hit.bound, right, compared)
-        self._absorb()
+        self._train_verifier()
 
-    def _absorb(self) -> None:
+    def _train_verifier(self) -> None:
         """Pass new comparisons of all processes to the verifier."""
         if self._verifier:
             for id, score, bound, right in self._answers.compared(self._basis, self._compared):

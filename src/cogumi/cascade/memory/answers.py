@@ -1,7 +1,7 @@
 """The file of the answer cache: one SQLite database in the state folder, shared by threads and processes.
 
-It contains no executable data. Each row has a hash of its content, so a row changed on disk is never returned. A damaged
-file is renamed with a warning; a file of another version is refused.
+It contains no executable data. Each row has a hash of its content, so a row changed on disk is never returned. A
+damaged file is renamed with a warning; a file of another version is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cogumi.core.types import Decision, Reply, Usage
 
 FILE = "answers.sqlite"
 VERSION = 1
-KEPT = 40_000
+MAX_JUDGEMENTS = 40_000
 """Most judgements stored."""
 APPLICATION = 0x636F6761  # "coga": marks this program's databases
 _BUSY_SECONDS = 10.0
@@ -86,7 +86,7 @@ class AnswerFile:
             if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 db.execute("PRAGMA journal_mode = WAL")
                 with _transaction(db):
-                    if not db.execute("SELECT 1 FROM sqlite_master").fetchone():  # no other process created it meanwhile
+                    if not db.execute("SELECT 1 FROM sqlite_master").fetchone():  # still empty
                         for statement in _SCHEMA.split(";"):
                             db.execute(statement)
             found = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
@@ -178,7 +178,7 @@ class AnswerFile:
         """
         query = "INSERT INTO judged (entry, basis, score, bound, right, compared) VALUES (?, ?, ?, ?, ?, ?)"
         id = self._db.execute(query, (entry, basis, score, bound, right, compared)).lastrowid
-        self._db.execute("DELETE FROM judged WHERE id <= ?", ((id or 0) - KEPT,))
+        self._db.execute("DELETE FROM judged WHERE id <= ?", ((id or 0) - MAX_JUDGEMENTS,))
 
     def judgements(self, entry: int, basis: bytes) -> list[tuple[float, bool]]:
         """(score, right) of each judgement of an entry."""

@@ -25,22 +25,22 @@ def vote_of(turn: Turn) -> Vote | None:
 
 
 class KnownVotes:
-    """At most `REPLAY` votes, read from `memory` by `follow`; `trust` by user, None before the first `study`."""
+    """At most `REPLAY` votes, read from `memory` by `read_new`; `trust` by user, None before the first `fit`."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self.votes: dict[tuple[str, str], tuple[float, Vote]] = {}  # (user, id) -> (time of the answer, vote)
         self.trust: dict[str, float] | None = None
-        self._followed = 0.0
+        self._read_until = 0.0
 
-    def follow(self) -> None:
+    def read_new(self) -> None:
         """Read ratings of all processes since the last call."""
         began = time.time()
-        for turn in self._memory.rated(self._followed, REPLAY):
+        for turn in self._memory.rated(self._read_until, REPLAY):
             self.votes.pop((turn.user, turn.id), None)
             if vote := vote_of(turn):
                 self.votes[turn.user, turn.id] = turn.at, vote
-        self._followed = began - _OVERLAP
+        self._read_until = began - _OVERLAP
         for key in list(islice(self.votes, max(len(self.votes) - REPLAY, 0))):
             del self.votes[key]
 
@@ -48,12 +48,12 @@ class KnownVotes:
         """The newest votes on answers given since `time`."""
         return Votes.of([vote for at, vote in self.votes.values() if at >= time][-newest:])
 
-    def study(self, votes: Votes) -> Correction:
+    def fit(self, votes: Votes) -> Correction:
         """Fit a correction layer and the trust in users."""
         layer, self.trust = learn(votes, HALF_LIFE)
         return layer
 
-    def study_voters(self, votes: Votes, layer: Correction) -> None:
+    def update_trust(self, votes: Votes, layer: Correction) -> None:
         """Update the trust in users, to discount users who began to contradict all others after the last fit."""
         self.trust = trust(votes, layer.p_all(votes, ()))
 

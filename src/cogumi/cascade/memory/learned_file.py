@@ -35,10 +35,10 @@ class Learned(BaseModel):
     tests: int = Field(0, ge=0)
     history: tuple[dict[str, Any], ...] = ()
 
-    def told(self, what: str, changes: Mapping[str, Any], **figures: float | bool) -> Learned:
+    def with_event(self, event: str, changes: Mapping[str, Any], **figures: float | bool) -> Learned:
         """A copy with `changes` and one more event in its history."""
-        event = {"at": time.time(), "event": what, **figures}
-        return self.model_copy(update={**changes, "history": (*self.history, event)[-HISTORY:]})
+        entry = {"at": time.time(), "event": event, **figures}
+        return self.model_copy(update={**changes, "history": (*self.history, entry)[-HISTORY:]})
 
 
 class LearnedFile:
@@ -50,7 +50,7 @@ class LearnedFile:
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / FILE
         self.state = Learned()
-        self._seen = 0, 0  # modification time and inode of the file that `state` was read from
+        self._loaded = 0, 0  # modification time and inode of the file that `state` was read from
         try:
             folder.mkdir(parents=True, exist_ok=True)
             sqlite3.connect(folder / LOCK).close()
@@ -58,20 +58,20 @@ class LearnedFile:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> StateError:
-        return StateError(f"{self._folder} cannot store learned corrections ({error}); name a folder that can be written")
+        return StateError(f"{self._folder} cannot store corrections ({error}); name a folder that can be written")
 
     def refresh(self) -> bool:
         """Read the file if another process has changed it; returns whether it has."""
         try:
             stat = self._path.stat()
-            seen = stat.st_mtime_ns, stat.st_ino
+            found = stat.st_mtime_ns, stat.st_ino
         except OSError:
-            seen = 0, 0
-        if seen == self._seen:
+            found = 0, 0
+        if found == self._loaded:
             return False
-        self._seen = seen
+        self._loaded = found
         try:
-            self.state = Learned.model_validate_json(self._path.read_bytes()) if seen[1] else Learned()
+            self.state = Learned.model_validate_json(self._path.read_bytes()) if found[1] else Learned()
         except (OSError, ValidationError) as error:
             aside = self._path.with_name(FILE + ".unreadable")
             with suppress(OSError):
@@ -89,14 +89,14 @@ class LearnedFile:
         try:
             write_json(self._path, state.model_dump(mode="json"))
             stat = self._path.stat()
-            self._seen = stat.st_mtime_ns, stat.st_ino
+            self._loaded = stat.st_mtime_ns, stat.st_ino
         except OSError as error:
             warnings.warn(
                 f"{self._path} cannot be written ({error}); learned corrections are lost at exit", stacklevel=2
             )
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def exclusive_lock(self) -> Iterator[bool]:
         """Try to take the exclusive lock on learning; yields whether it succeeded. It ends with the process."""
         try:
             lock = sqlite3.connect(self._folder / LOCK, timeout=0.0, isolation_level=None)

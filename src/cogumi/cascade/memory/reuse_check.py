@@ -11,7 +11,7 @@ from cogumi.core.errors import StateError
 from cogumi.core.files import write_json
 
 VERSION = 1
-AGAIN = "fit it again: cogumi eval BUNDLE --suite cache --data FOLDER --out FOLDER"
+HOW_TO_FIT = "fit it again: cogumi eval BUNDLE --suite cache --data FOLDER --out FOLDER"
 
 
 def write_check(path: Path, check: Net, encoder: str) -> None:
@@ -28,12 +28,12 @@ def read_check(path: Path, encoder: str) -> Net:
         made_for, check = value["encoder"], Net.from_json(value["check"])
     except OSError as error:
         raise StateError(
-            f"the reuse check {path} cannot be read ({error.strerror}); name the file, or {AGAIN}"
+            f"the reuse check {path} cannot be read ({error.strerror}); name the file, or {HOW_TO_FIT}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StateError(f"{path} is not a reuse check; {AGAIN}") from error
+        raise StateError(f"{path} is not a reuse check; {HOW_TO_FIT}") from error
     if found != (VERSION, FEATURES) or len(check.mean) != len(FEATURES) or len(check.layers[-1][1]) != 1:
-        raise StateError(f"{path} is a reuse check of another version of cogumi; {AGAIN}")
+        raise StateError(f"{path} is a reuse check of another version of cogumi; {HOW_TO_FIT}")
     if made_for != encoder:
-        raise StateError(f"{path} was fitted with another encoder than this bundle's; {AGAIN}")
+        raise StateError(f"{path} was fitted with another encoder than this bundle's; {HOW_TO_FIT}")
     return check

@@ -1,12 +1,12 @@
 """Session memory: questions, answering tiers and ratings (SPEC F8). One SQLite file per server.
 
-Several processes and threads may use the file at the same time (write-ahead log, busy timeout; open it after a fork, not
-before). Each turn is one transaction: a killed process loses at most the turn being written; a power failure may lose
-the last few. Data is partitioned by user: a call for one user never reads, rates or deletes turns of another. Requests
-without a user share the partition "": they can be rated by id but are never used for later answers.
+Several processes and threads may use the file at the same time (write-ahead log, busy timeout; open it after a fork,
+not before). Each turn is one transaction: a killed process loses at most the turn being written; a power failure may
+lose the last few. Data is partitioned by user: a call for one user never reads, rates or deletes turns of another.
+Requests without a user share the partition "": they can be rated by id but are never used for later answers.
 
-Limits: the newest `KEEP` turns per user (`KEEP_ANONYMOUS` for ""), at most `DAYS` days old; questions and answers are
-truncated to `LONGEST` characters. Control characters are stored unchanged.
+Limits: the newest `MAX_TURNS` per user (`MAX_ANONYMOUS_TURNS` for ""), at most `MAX_AGE_DAYS` old; questions and
+answers are truncated to `MAX_CHARACTERS`. Control characters are stored unchanged.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FILE = "memory.sqlite"
 """Its name in the state folder."""
 VERSION = 1
 APPLICATION = 0x636F676D  # "cogm": marks this program's databases
-KEEP = 1_000
-KEEP_ANONYMOUS = 10_000
-DAYS = 180
-LONGEST = 20_000
+MAX_TURNS = 1_000
+MAX_ANONYMOUS_TURNS = 10_000
+MAX_AGE_DAYS = 180
+MAX_CHARACTERS = 20_000
 BUSY_SECONDS = 10.0
 _PAGE = 1_000  # rows per query, so that a reader does not hold all texts in memory
 _LOG_PAGES = 4_000  # pages of 4 KiB in the log before it is written to the database and synced
@@ -53,8 +53,8 @@ _COLUMNS = "id, user, session, at, question, answer, domain, tier, route, mode, 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question with its answer. `at`: seconds since 1970. `p_correct`: the gate's own P(correct), before corrections
-    (None: no gate applied), from the `signals`. `outcome`: whether the answer was right (None: not rated).
+    """One question with its answer. `at`: seconds since 1970. `p_correct`: the gate's P(correct) from the `signals`,
+    before corrections (None: no gate applied). `outcome`: whether the answer was right (None: not rated).
     """
 
     id: str
@@ -78,7 +78,7 @@ def _key(text: str) -> bytes:
 
 
 def _text(text: str) -> str:
-    return text[:LONGEST].encode("utf-8", "replace").decode("utf-8")
+    return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
 def _turn(row: tuple[Any, ...]) -> Turn:
@@ -179,12 +179,12 @@ class Memory:
             *(json.dumps(signals), _text(turn.question), _text(turn.answer)),
         )
         columns = "user, id, session, at, rated_at, outcome, p_correct, domain, tier, route, mode, signals, question"
-        keep = KEEP if turn.user else KEEP_ANONYMOUS
+        keep = MAX_TURNS if turn.user else MAX_ANONYMOUS_TURNS
         with self._transaction() as db:
             db.execute(f"INSERT OR REPLACE INTO turns ({columns}, answer) VALUES ({', '.join('?' * len(row))})", row)
             oldest = "SELECT seq FROM turns WHERE user = ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
             db.execute(f"DELETE FROM turns WHERE user = ? AND seq <= ({oldest})", (user, user, keep))
-            db.execute("DELETE FROM turns WHERE at < ?", (time.time() - DAYS * 86_400,))
+            db.execute("DELETE FROM turns WHERE at < ?", (time.time() - MAX_AGE_DAYS * 86_400,))
 
     def recent(self, user: str, n: int = 5) -> tuple[Turn, ...]:
         """The user's last `n` turns of all sessions, newest first; empty for ""."""
@@ -216,7 +216,7 @@ class Memory:
         if row is None:
             raise RequestError(
                 f"there is no answer '{id[:80]}' of this user to rate; send the id and user of the answer "
-                f"(answers are kept for at most {DAYS} days)"
+                f"(answers are kept for at most {MAX_AGE_DAYS} days)"
             )
         return _turn(row)
 
@@ -246,9 +246,9 @@ class Memory:
         """Whether personal routing is on for this user."""
         return bool(self._of(user, "SELECT 1 FROM personal WHERE user = ?"))
 
-    def choose_personal(self, user: str, wish: bool) -> None:
+    def set_personal(self, user: str, on: bool) -> None:
         """Switch personal routing on or off for this user; no effect for ""."""
-        query = "INSERT OR IGNORE INTO personal VALUES (?)" if wish else "DELETE FROM personal WHERE user = ?"
+        query = "INSERT OR IGNORE INTO personal VALUES (?)" if on else "DELETE FROM personal WHERE user = ?"
         if user:
             with self._transaction() as db:
                 db.execute(query, (_key(user),))
