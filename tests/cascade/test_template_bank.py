@@ -88,7 +88,7 @@ def test_without_an_embedder_a_fixed_choice_of_the_domain_is_used():
     assert len(set(shown)) == EXAMPLE_COUNTS["code"]
     assert set(shown) <= set(BANK["code"])
     assert bank.select("anything", "code", 5) == shown
-    assert {bank.select(f"q{i}", "code", 2) for i in range(9)} != {bank.suiting("q0", "code", 2)}
+    assert {bank.select(f"q{i}", "code", 2) for i in range(9)} != {bank.select("q0", "code", 2)}
     assert bank.select("anything", "music", 5) == ()
 
 

@@ -24,7 +24,7 @@ def vote_of(turn: Turn) -> Vote | None:
     return Vote(turn.id, turn.user, answer, turn.p_correct, features(turn.signals), turn.outcome)
 
 
-class KnownVotes:
+class RecentVotes:
     """At most `REPLAY` votes, read from `memory` by `read_new`; `trust` by user, None before the first `fit`."""
 
     def __init__(self, memory: Memory) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cogumi.cascade.memory.known_votes import KnownVotes, vote_of
+from cogumi.cascade.memory.known_votes import RecentVotes, vote_of
 from cogumi.cascade.memory.learned_file import Learned, LearnedFile
 from cogumi.cascade.memory.personal_offsets import PersonalOffsets, PersonalRouting
 from cogumi.cascade.memory.turns import Memory, Turn
@@ -69,7 +69,7 @@ class Learner:
         self._promises = [promise for promise in promises if promise.threshold <= 1.0]
         self._thresholds = sorted(promise.threshold for promise in self._promises)
         self._lock, self._unchecked, self._suspicion = threading.Lock(), 0, 0.0
-        self._votes, self._personal = KnownVotes(memory), PersonalOffsets(memory)
+        self._votes, self._personal = RecentVotes(memory), PersonalOffsets(memory)
         self._file = LearnedFile(folder)
         self._refresh()
 
