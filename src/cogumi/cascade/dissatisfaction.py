@@ -45,17 +45,17 @@ def last_turn(messages: Sequence[Message]) -> tuple[str, str, str] | None:
 
 def encode(turn: tuple[str, str, str], words: Mapping[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Word ids and marks [tokens] of a turn: the follow-up first (one token at least), then answer and question."""
-    said = [_tokens(text, first, last) for text, (first, last) in zip(turn, _LENGTHS, strict=True)]
-    said[2] = said[2] or [""]
-    known = [set(tokens) for tokens in said]
+    texts = [_tokens(text, first, last) for text, (first, last) in zip(turn, _LENGTHS, strict=True)]
+    texts[2] = texts[2] or [""]
+    known = [set(tokens) for tokens in texts]
     ids: list[int] = []
     marks: list[int] = []
-    for who in (2, 1, 0):
-        one, other = (known[k] for k in range(3) if k != who)
-        for token in said[who]:
+    for part in (2, 1, 0):
+        one, other = (known[k] for k in range(3) if k != part)
+        for token in texts[part]:
             pieces = _pieces(token, words)
             ids += pieces
-            marks += [1 + 4 * who + (token in one) + 2 * (token in other)] * len(pieces)
+            marks += [1 + 4 * part + (token in one) + 2 * (token in other)] * len(pieces)
     return np.array(ids, dtype=np.int64), np.array(marks, dtype=np.int64)
 
 
