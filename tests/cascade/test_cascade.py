@@ -279,8 +279,8 @@ def test_file_names_indicate_a_domain():
         ("modes: {m: {speed: 2}}", "modes.m.speed: Extra inputs"),
         ("default: nope", "unknown mode 'nope'"),
         ("domains: {math: nope}", "unknown mode 'nope'"),
-        ("modes: {auto: {}}", "the mode 'auto'"),
-        ("modes: {base: {}}", "the mode 'base'"),
+        ("modes: {auto: {}}", "the mode name 'auto'"),
+        ("modes: {base: {}}", "the mode name 'base'"),
         ("modes: [", "is not YAML"),
     ],
 )

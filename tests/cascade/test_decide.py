@@ -51,7 +51,7 @@ def test_mode_determines_the_order_of_tiers(mode, order, surprised):
     assert found.calibrated
     elsewhere = plan(replace(SITUATION, routed=None), mode=mode)
     assert "modifier" not in elsewhere.order
-    assert elsewhere.surprised is None
+    assert elsewhere.surprising_order is None
 
 
 def test_only_orders_with_a_calibrated_threshold_are_used():

@@ -149,7 +149,7 @@ def test_attacker_can_neither_roll_back_a_layer_nor_hide_its_harm(memory, tmp_pa
     def look(votes):
         learner._votes.votes = {(v.user, v.id): (2.0, v) for v in votes}
         learner._save(Learned(layer=layer, promoted=1.0))
-        return learner._watched(learner._file.state, layer).layer
+        return learner._roll_back_if_harmful(learner._file.state, layer).layer
 
     worse = votes_of(rng, 3_000, shift=(-1.5, -1.5))
     villain = [Vote(f"v{i}", "villain", f"v{i}", 0.9, {}, True) for i in range(2_000)]

@@ -163,7 +163,7 @@ def test_request_with_examples_uses_the_adapted_head_and_is_never_accepted(whole
     assert reply.route in ("low_confidence", "abstained")
     why = next(d for d in reply.decisions if d.signal == "examples")
     assert (why.value, why.accepted) == (2, False)
-    assert "nothing was calibrated" in why.reason
+    assert "not calibrated for" in why.reason
     shown = final_reply(whole.generate(replace(wanted, adapt=False)))
     assert shown.text != reply.text != final_reply(whole.generate(ask(mode="fast"))).text
     assert final_reply(whole.generate(replace(wanted, adapt=True, progressive=True))).text == reply.text
@@ -216,7 +216,7 @@ def test_hard_and_novel_questions_get_near_examples_if_the_mode_allows(tiers):
     def tried(question, text, mode="shown"):
         parts = {"templates": near, "settings": settings, "p": 0.3}
         reply = final_reply(cascade(tiers, question, **parts).generate(ask(text, mode=mode, speculate=False)))
-        return [(d.signal, d.reason.partition(" the answer")[0]) for d in reply.decisions if "+" in d.tier][:2], reply
+        return [(d.signal, d.reason.partition(", P(correct)")[0]) for d in reply.decisions if "+" in d.tier][:2], reply
 
     seen, _ = tried(HARD, "code a function five")
     assert seen[0] == ("p_correct", "with 3 examples")

@@ -115,7 +115,7 @@ def test_chat_handles_commands_and_errors(folder, tmp_path):
     assert done.stdout.count("P(correct)") == 2
     assert "unknown mode 'nope'" in done.stdout
     assert "--state" in done.stdout  # ratings need a state folder
-    assert "no command /nope" in done.stdout
+    assert "unknown command /nope" in done.stdout
     assert done.stderr.startswith("cogumi: ")
     assert "context" in done.stderr
     assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends at the end of the input
@@ -172,7 +172,7 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
 def test_suite_names_its_missing_inputs(tmp_path):
     assert "did you mean 'honesty'?" in one_line(cogumi("eval", "--suite", "honest", cwd=tmp_path, ok=1))
     assert "the suite 'honesty' needs a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
-    assert "--data FILE, or a --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
+    assert "--data FILE, or a suite with --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
 
 
 def test_ratings_are_stored_in_the_state_folder_and_can_be_forgotten(folder, tmp_path):
@@ -209,7 +209,7 @@ def test_personal_routing_can_be_enabled_and_shown(folder, tmp_path):
     assert said.count("personal routing of local: on") == 2
     assert said.index("personal routing of local: off") < said.index("personal routing of local: on")
     assert "rated answers: 1 (at least 50 are needed)" in said
-    assert "write /personal on, /personal off" in said
+    assert "use /personal on, /personal off" in said
     shown = json.loads(cogumi("personal", "local", "--state", state, "--json").stdout)
     assert shown == {"user": "local", "on": True, "rated": 1, "needed": 50, "offsets": {}}
     assert "personal routing of local: off" in cogumi("personal", "local", "--off", "--state", state).stdout

@@ -18,7 +18,7 @@ HELP = """\
 Type a question and press Enter. The conversation continues until /new.
   /mode NAME       answer in this mode: fast, balanced, accurate, ...; without NAME, choose one per question
   /right, /wrong   rate the last answer (needs a chat started with --state)
-  /personal on     let your ratings adjust P(correct) for you; /personal off stops it, /personal shows it
+  /personal on     let your ratings adjust the confidence for you; /personal off stops it, /personal shows it
   /new             start a new conversation
   /help            show this text
   /quit            end the chat (also Ctrl-D)"""
