@@ -109,11 +109,9 @@ def plan(
     """Estimate the cost of a recipe and the size of its bundle before the build. Downloads nothing.
 
     For training: parameters, tokens, memory, disk. For the bundle: bytes of every file, computed from the model's
-    shape; memory when opened; the speed that memory bandwidth allows. --disk, --ram and --tokens-per-second set
-    limits: if the bundle misses one, the smallest change that meets it is shown; if no change does, the calculation
-    is shown and the exit code is 1.
-
-    A GGUF file is also run, and its measured size and speed are shown beside the estimates.
+    shape; memory when opened; the speed that memory bandwidth allows. If a limit (--disk, --ram,
+    --tokens-per-second) is missed, the smallest change that meets it is shown; if there is none, the calculation is
+    shown and the exit code is 1. A GGUF file is also run and its measured size and speed are shown.
 
     Examples: `cogumi plan laptop-890mb --disk 890MB --ram 1.5GB --tokens-per-second 30`,
     `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`
