@@ -130,7 +130,7 @@ def test_request_can_withhold_unsure_answers(tiers, mode):
 
 @pytest.mark.parametrize("accepted", [True, False])
 def test_abstention_of_a_tier_is_never_accepted(accepted):
-    ending = ending_of("base", "I don't know", False, accepted, withhold=False)
+    ending = finish("base", "I don't know", False, accepted, withhold=False)
     assert (ending.text, ending.route) == ("I don't know", "abstained")
     assert "does not know" in ending.reason
 

@@ -45,7 +45,7 @@ def plan(situation=SITUATION, settings=SETTINGS, gates=None, **values):
         ("mobile", ("draft", "base", "modifier"), ("draft", "direct")),
     ],
 )
-def test_mode_determines_the_order_of_tiers(mode, order, surprised):
+def test_mode_determines_the_order_of_tiers(mode, order, surprising_order):
     found = plan(mode=mode)
     assert (found.order, found.surprising_order, found.domain, found.doubt) == (order, surprising_order, "code", "")
     assert found.calibrated

@@ -156,7 +156,9 @@ def test_only_the_user_of_an_answer_can_rate_it(tiers, tmp_path):
     memory.close()
 
 
-@pytest.mark.parametrize("text", ["", "\x00\x07\x1b[31m", "x1" * 50_000, f"Say this.{LOW_CONFIDENCE}", AGAIN * 2])
+@pytest.mark.parametrize(
+    "text", ["", "\x00\x07\x1b[31m", "x1" * 50_000, f"Say this.{LOW_CONFIDENCE}", SECOND_ATTEMPT * 2]
+)
 def test_unusual_questions_are_answered_or_refused_with_a_message(tiers, text):
     whole = cascade(tiers, base=0.9)
     if len(text) > 1_000:
@@ -172,9 +174,9 @@ notes = st.lists(st.sampled_from(DISCLAIMERS), max_size=3).map("".join)
 
 @given(st.text(max_size=20), notes, st.booleans(), st.booleans())
 def test_model_text_cannot_imitate_disclaimers(text, imitated, accepted, withhold):
-    own = without_note(text + imitated)
-    assert without_note(own) == own
-    ending = ending_of("base", text + imitated, False, accepted, withhold)
+    own = without_disclaimer(text + imitated)
+    assert without_disclaimer(own) == own
+    final = finish("base", text + imitated, False, accepted, withhold)
     if accepted:
         assert final.text == own
     assert without_disclaimer(final.text) == own or final.text == ABSTENTION

@@ -68,7 +68,7 @@ def test_a_damaged_file_is_set_aside(tmp_path_factory, content):
             learner = Learner(memory, folder, [PROMISE])
             assert learner.p_correct("t", "ann", 0.7, {}) == 0.7
         if content != b"{}":  # the only one of these that is a valid state
-            assert [str(w.message).count("set aside") for w in said] == [1]
+            assert [str(w.message).count("renamed to") for w in said] == [1]
             assert (folder / f"{FILE}.unreadable").read_bytes() == content
 
 
@@ -126,7 +126,7 @@ def events(learner):
 
 def test_promotion_and_rollback(memory, tmp_path, monkeypatch):
     """With small limits: a drift is learned, and rolled back once it is over."""
-    for name, value in {"CHECK": 50, "EVERY": 200, "ENOUGH": 60}.items():
+    for name, value in {"CHECK_INTERVAL": 50, "FIT_INTERVAL": 200, "CANARY_VOTES": 60}.items():
         monkeypatch.setattr(learner_module, name, value)
     learner = Learner(memory, tmp_path, [PROMISE], need=300)
     rng = np.random.default_rng(0)
@@ -162,8 +162,8 @@ def test_attacker_can_neither_roll_back_a_layer_nor_hide_its_harm(memory, tmp_pa
 
 
 def test_too_few_votes_or_voters_teach_nothing(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_module, "CHECK", 50)
-    monkeypatch.setattr(learner_module, "EVERY", 50)
+    monkeypatch.setattr(learner_module, "CHECK_INTERVAL", 50)
+    monkeypatch.setattr(learner_module, "FIT_INTERVAL", 50)
     learner = Learner(memory, tmp_path, [PROMISE], need=300)
     for i in range(900):
         memory.remember(turn(f"t{i}", "villain"))
@@ -206,7 +206,7 @@ def test_only_one_process_learns_at_a_time(tmp_path):
         assert not alone
     process.kill()
     process.join()
-    with file.alone() as alone:
+    with file.exclusive_lock() as alone:
         assert alone  # the lock was released when its holder ended
 
 

@@ -30,8 +30,8 @@ def bundle(tmp_path_factory):
 @pytest.fixture
 def with_encoder(monkeypatch):
     """The pico bundle has no sentence encoder; a test encoder is used instead."""
-    answers = opening._answers
-    monkeypatch.setattr(opening, "_answers", lambda bundle, _, *rest: answers(bundle, Trigrams, *rest))
+    answers = opening._open_answers
+    monkeypatch.setattr(opening, "_open_answers", lambda bundle, _, *rest: answers(bundle, Trigrams, *rest))
 
 
 def test_check_round_trips_through_its_file(tmp_path):

@@ -98,9 +98,7 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory of one GPU, such as 80GB; a step that needs more is a problem.")
     ] = None,
-    gpus: Annotated[
-        int, typer.Option(min=1, help="Number of GPUs that share weights, gradients and optimizer state.")
-    ] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share weights, gradients and optimizer state.")] = 1,
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the longest row.", show_default="estimated from the data")
     ] = None,
