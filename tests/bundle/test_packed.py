@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cogumi.bundle.packed import DICTIONARY, FRAME, INDEX, SUFFIX, staged
 from cogumi.bundle.unpack import UNPACK_MODES, BundleFiles
 from cogumi.cli import packing as commands
-from cogumi.cli.inspection import look
+from cogumi.cli.inspection import describe
 from cogumi.compress.pack.archive import Config, pack, pack_folder, run, unpack
 from cogumi.core.artifact import finish
 from cogumi.core.errors import BundleError
@@ -288,13 +288,13 @@ def test_archive_of_other_files_does_not_open_as_a_bundle(tmp_path, copy, cache)
         with pytest.raises(BundleError, match="is not a packed bundle"):
             BundleFiles(other, mode)
     assert not cache.exists()
-    found = look(str(other))
+    found = describe(str(other))
     assert (found["what"], found["bytes"], list(found["files"])) == ("packed files", 1, ["README.md"])
     path = other / "README.md.zst"
     good = path.read_bytes()
     path.write_bytes(good[:-1] + b"!")
     with pytest.raises(BundleError, match=r"README\.md\.zst is damaged"):
-        look(str(other))
+        describe(str(other))
     path.write_bytes(good)
     for name in ("README.md", "base.gguf"):  # a valid packed file, but not the one bundle.json lists
         shutil.copy(other / "README.md.zst", copy / (name + SUFFIX))
@@ -390,7 +390,7 @@ def test_stage_packs_a_bundle_and_reports_damage(plain, packed, tmp_path):
     assert set(metrics["files"]) == {*CONTENT, "bundle.json"}
     assert reported[-1] == 1
     finish(tmp_path / "out", kind="archive", fingerprint="f", parents={}, metrics=metrics, environment={})
-    found = look(str(tmp_path / "out"))
+    found = describe(str(tmp_path / "out"))
     assert (found["what"], found["fingerprint"]) == ("packed bundle", "f")
     (plain / "README.md").write_bytes(b"changed")
     try:

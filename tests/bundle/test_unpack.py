@@ -18,7 +18,7 @@ from cogumi.bundle.unpack import STALE_SECONDS, BundleFiles
 from cogumi.cascade.opening import open_cascade
 from cogumi.cli import packing as commands
 from cogumi.cli.console import print_inspection, size
-from cogumi.cli.inspection import look
+from cogumi.cli.inspection import describe
 from cogumi.compress.pack.archive import Config, pack_folder
 from cogumi.core.errors import BundleError
 from cogumi.core.types import Message, Request
@@ -167,7 +167,7 @@ def test_lazily_unpacked_damage_fails_only_the_request_that_needs_it(model_bundl
 def test_encoder_is_opened_on_first_use(model_bundle):
     cascade = open_cascade(model_bundle[0], slots=2, context=256, threads=1)
     with contextlib.closing(cascade), pytest.raises(BundleError, match="cannot read the tokenizer"):
-        cascade.services.templates.near("1 + 2?")
+        cascade.services.templates.similar("1 + 2?")
     with pytest.raises(BundleError, match="cannot read the tokenizer"):
         open_cascade(model_bundle[0], slots=2, context=256, threads=1, reuse="static")
 
@@ -179,9 +179,9 @@ def test_pack_inspect_unpack_and_chat_commands(model_bundle, tmp_path, capsys):
     assert figures["bytes"] == sum(map(len, content_of(whole).values()))
     commands.pack(whole, tmp_path / "again")
     table = capsys.readouterr().out
-    assert "The models alone are 1." in table
-    assert "The dictionary would have saved less than it takes" in table
-    found = look(str(tmp_path / "packed"))
+    assert "Models alone: compression ratio 1." in table
+    assert "No dictionary is used: it would save less" in table
+    found = describe(str(tmp_path / "packed"))
     assert (found["what"], found["packed_bytes"]) == ("packed bundle", figures["packed_bytes"])
     print_inspection(found)
     assert f"packed size: {size(figures['packed_bytes'])}\n" in capsys.readouterr().out

@@ -63,9 +63,9 @@ def test_added_modifier_is_available_at_once_and_after_a_restart(made, law, tmp_
         reply = ask(bot, adapter="law")
         assert (reply.tier, reply.accepted) == ("modifier:law", False)
         assert reply.text != ask(bot, adapter="code").text
-        with pytest.raises(RequestError, match="there is a modifier 'law' already"):
+        with pytest.raises(RequestError, match="the modifier name 'law' is already in use"):
             bot.add_modifier("law", law)
-        with pytest.raises(RequestError, match="there is a modifier 'code' already"):
+        with pytest.raises(RequestError, match="the modifier name 'code' is already in use"):
             bot.add_modifier("code", law)
     with open_cascade(made / "bundle", state=state, **SIZE) as again:
         assert again.adapters == ("code", "math", "law")
@@ -83,7 +83,7 @@ def test_missing_or_changed_file_is_omitted_with_a_warning(made, law, tmp_path):
     law.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     names, (told,) = restarted(made / "bundle", state)
     assert names == ("code", "math")
-    assert "the modifier 'law' that was added before is left out" in told
+    assert "the earlier added modifier 'law' is skipped" in told
     assert "law.gguf has changed" in told
     law.unlink()
     names, (told,) = restarted(made / "bundle", state)
@@ -103,13 +103,15 @@ def test_modifier_of_a_newer_bundle_takes_precedence(made, law, tmp_path):
     (state / FILE).write_text(json.dumps(known))
     names, (told,) = restarted(made / "bundle", state)
     assert names == ("code", "math")
-    assert "there is a modifier 'code' already" in told
+    assert "the modifier name 'code' is already in use" in told
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"modifiers": {"law": 5}}', '{"x": 1}'])
 def test_invalid_list_of_added_modifiers_is_refused(made, tmp_path, text):
     (tmp_path / FILE).write_text(text)
-    with pytest.raises(StateError, match=r"modifiers\.json does not list modifiers .*delete it and add them again"):
+    with pytest.raises(
+        StateError, match=r"modifiers\.json is not a list of modifiers .*delete it and add the modifiers again"
+    ):
         open_cascade(made / "bundle", state=tmp_path, **SIZE)
 
 
@@ -120,7 +122,7 @@ def test_failed_addition_changes_nothing(made, law, tmp_path):
         with pytest.raises(BundleError, match="does not exist"):
             bot.add_modifier("gone", tmp_path / "gone.gguf")
         for name in ("", ".fewshot", "../x", "a b", "a+b", "x" * 101):
-            with pytest.raises(RequestError, match="cannot name a modifier: use up to 100 letters"):
+            with pytest.raises(RequestError, match="is not a valid modifier name: use up to 100 letters"):
                 bot.add_modifier(name, law)
         assert bot.adapters == ("code", "math")
         assert not (tmp_path / "state" / FILE).exists()
@@ -131,7 +133,7 @@ def test_failed_addition_changes_nothing(made, law, tmp_path):
 def test_modifier_that_cannot_be_persisted_is_available_until_close(made, law, tmp_path):
     with open_cascade(made / "bundle", state=tmp_path / "state", **SIZE) as bot:
         (tmp_path / "state" / f"{FILE}.part").mkdir()
-        with pytest.raises(StateError, match=r"'law' was added until the end only, because .* cannot be written"):
+        with pytest.raises(StateError, match=r"'law' was added only until the cascade closes: .* cannot be written"):
             bot.add_modifier("law", law)
         assert ask(bot, adapter="law").tier == "modifier:law"
 
@@ -143,7 +145,7 @@ def test_engine_without_runtime_adapters_is_reported(made, law, tmp_path):
     def engines(files, options):
         return Engines(TorchEngine(made / "base", context=128), None)
 
-    with pytest.warns(UserWarning, match="'law' that was added before is left out: TorchEngine has no adapters at run"):
+    with pytest.warns(UserWarning, match="'law' is skipped: TorchEngine has no adapters at run"):
         bot = open_cascade(made / "bundle", engines=engines, state=tmp_path / "state")
     with closing(bot), pytest.raises(RequestError, match="TorchEngine has no adapters at run time"):
         bot.add_modifier("law", law)

@@ -333,7 +333,7 @@ def test_index_and_exact_search_give_the_same_neighbours():
 
 
 def test_old_ratings_are_deleted(monkeypatch, tmp_path):
-    monkeypatch.setattr("cogumi.cascade.memory.answers.KEPT", 10)
+    monkeypatch.setattr("cogumi.cascade.memory.answers.MAX_JUDGEMENTS", 10)
     answers = AnswerFile(tmp_path)
     for i in range(30):
         answers.judge(1, b"a", i / 30, 0.5, i % 2 == 0, compared=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cogumi.bundle.format import open_bundle
-from cogumi.cascade.disclaimers import LOW_CONFIDENCE, ending_of, without_note
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE, finish, without_disclaimer
 from cogumi.cascade.modes import MODES, Mode, Settings, load_settings
 from cogumi.cascade.opening import open_cascade
 from cogumi.confidence.gate import QuestionGate
@@ -85,7 +85,7 @@ def test_every_route(tiers, path, mode):
     adapter = tier.partition(":")[2] or None
     own = final_reply(tiers.answer(ask(speculate=False), adapter or "base"))
     assert reply.text == text == own.text + (LOW_CONFIDENCE if route == "low_confidence" else "")
-    assert without_note(reply.text) == own.text
+    assert without_disclaimer(reply.text) == own.text
     assert reply.tokens == own.tokens
     assert reply.p_correct == pytest.approx(PATHS[path]["modifier" if adapter else "base"], abs=1e-6)
     assert reply.decisions == tuple(e for e in events if isinstance(e, Decision))
@@ -130,7 +130,7 @@ def test_request_can_withhold_unsure_answers(tiers, mode):
 
 @pytest.mark.parametrize("accepted", [True, False])
 def test_abstention_of_a_tier_is_never_accepted(accepted):
-    ending = ending_of("base", "I don't know", False, accepted, withhold=False)
+    ending = finish("base", "I don't know", False, accepted, withhold=False)
     assert (ending.text, ending.route) == ("I don't know", "abstained")
     assert "does not know" in ending.reason
 
@@ -171,7 +171,7 @@ def test_answer_to_a_novel_question_is_never_accepted(tiers, mode):
     whole = cascade(tiers, base=0.99, modifier=0.99, question=gate)
     text, reply = streamed(whole.generate(ask(mode=mode)))
     assert (reply.route, reply.tier, reply.p_correct) == ("low_confidence", "base", None)
-    assert text == reply.text == without_note(reply.text) + LOW_CONFIDENCE
+    assert text == reply.text == without_disclaimer(reply.text) + LOW_CONFIDENCE
     novelty = next(d for d in reply.decisions if d.signal == "novelty")
     assert not novelty.accepted
     assert novelty.value > novelty.threshold == 1.0
@@ -275,12 +275,12 @@ def test_file_names_indicate_a_domain():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("modes: {m: {votes: 2}}", "modes.m.votes: 2 answers cannot vote"),
+        ("modes: {m: {votes: 2}}", "modes.m.votes: votes is 2; give 3 to 10"),
         ("modes: {m: {speed: 2}}", "modes.m.speed: Extra inputs"),
         ("default: nope", "unknown mode 'nope'"),
         ("domains: {math: nope}", "unknown mode 'nope'"),
-        ("modes: {auto: {}}", "the mode 'auto'"),
-        ("modes: {base: {}}", "the mode 'base'"),
+        ("modes: {auto: {}}", "the mode name 'auto'"),
+        ("modes: {base: {}}", "the mode name 'base'"),
         ("modes: [", "is not YAML"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogumi.cascade.decide import DISSATISFIED, NOVEL, OWN_EXAMPLES, Situation, decide, usable
-from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE, SECOND_ATTEMPT
 from cogumi.cascade.modes import MODES, Mode, Settings
 from cogumi.cascade.tiers import Question
 from cogumi.confidence.gate import QuestionGate
@@ -37,7 +37,7 @@ def plan(situation=SITUATION, settings=SETTINGS, gates=None, **values):
 
 
 @pytest.mark.parametrize(
-    ("mode", "order", "surprised"),
+    ("mode", "order", "surprising_order"),
     [
         ("fast", ("base",), None),
         ("balanced", ("base", "modifier"), None),
@@ -45,13 +45,13 @@ def plan(situation=SITUATION, settings=SETTINGS, gates=None, **values):
         ("mobile", ("draft", "base", "modifier"), ("draft", "direct")),
     ],
 )
-def test_mode_determines_the_order_of_tiers(mode, order, surprised):
+def test_mode_determines_the_order_of_tiers(mode, order, surprising_order):
     found = plan(mode=mode)
-    assert (found.order, found.surprised, found.domain, found.doubt) == (order, surprised, "code", "")
+    assert (found.order, found.surprising_order, found.domain, found.doubt) == (order, surprising_order, "code", "")
     assert found.calibrated
     elsewhere = plan(replace(SITUATION, routed=None), mode=mode)
     assert "modifier" not in elsewhere.order
-    assert elsewhere.surprised is None
+    assert elsewhere.surprising_order is None
 
 
 def test_only_orders_with_a_calibrated_threshold_are_used():
@@ -108,11 +108,11 @@ def test_likely_modifier_is_preloaded():
 
 def test_every_reason_for_doubt_is_reported():
     angry = replace(SITUATION, dissatisfied=True)
-    assert (plan(angry).doubt, plan(angry).note, plan(angry).calibrated) == (DISSATISFIED, AGAIN, True)
+    assert (plan(angry).doubt, plan(angry).disclaimer, plan(angry).calibrated) == (DISSATISFIED, SECOND_ATTEMPT, True)
     assert plan(angry, settings=Settings(default="fast")).order == ("base", "modifier")
     assert plan(angry, mode="fast").order == ("base",)
     both = plan(replace(angry, question=NEW), examples=(("q", "a"),))
-    assert (both.doubt, both.note, both.calibrated) == (DISSATISFIED, LOW_CONFIDENCE, False)
+    assert (both.doubt, both.disclaimer, both.calibrated) == (DISSATISFIED, LOW_CONFIDENCE, False)
     assert [(d.signal, d.reason) for d in both.decisions] == [("examples", OWN_EXAMPLES), ("novelty", NOVEL)]
     own = plan(examples=(("q", "a"),), mode="accurate")
     assert (own.order, own.doubt, own.speculate, own.deliberation) == (("base",), OWN_EXAMPLES, None, None)
@@ -120,14 +120,14 @@ def test_every_reason_for_doubt_is_reported():
 
 def test_base_answers_unsure_for_engines_without_calibrated_gates():
     found = plan(UNREAD, mode="accurate")
-    assert (found.order, found.surprised, found.deliberation, found.calibrated) == (("base",), None, None, False)
-    assert (found.doubt, found.note, found.speculate) == (UNREAD.gap, LOW_CONFIDENCE, None)
+    assert (found.order, found.surprising_order, found.deliberation, found.calibrated) == (("base",), None, None, False)
+    assert (found.doubt, found.disclaimer, found.speculate) == (UNREAD.gap, LOW_CONFIDENCE, None)
     assert [(d.tier, d.signal, d.accepted) for d in found.decisions] == [("cascade", "calibrated", False)]
 
 
 def test_mode_is_reported_if_it_is_not_the_default():
     (told, _) = plan(replace(SITUATION, routed="math")).decisions
-    assert (told.signal, told.reason) == ("mode", "mode fast: the settings choose it for math")
+    assert (told.signal, told.reason) == ("mode", "mode fast: set for math in the settings")
     assert plan(files=("a.csv",)).domain == "math"
     assert plan(replace(SITUATION, failed=frozenset({"code"}))).mode == "accurate"
     with pytest.raises(RequestError, match="unknown mode 'nope'"):
@@ -179,7 +179,7 @@ requests = st.builds(
 def test_invariants_of_every_plan(request, situation, modifiers):
     known = calibration(modifier=0.5 if modifiers else None)
     found = decide(request, situation, SETTINGS, known)
-    for order in filter(None, (found.order, found.surprised)):
+    for order in filter(None, (found.order, found.surprising_order)):
         assert order
         assert len(set(order)) == len(order)
         assert "draft" not in order or situation.has_draft

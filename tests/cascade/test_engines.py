@@ -76,12 +76,12 @@ def test_remote_base_answers_and_reports_why_it_is_never_accepted(folder, remote
         why = next(e for e in events if isinstance(e, Decision))
         assert (why.tier, why.signal, why.accepted) == ("cascade", "calibrated", False)
         assert "the base (RemoteEngine) has no " in why.reason
-        assert why.reason.endswith("whole distributions, which the gates need, so no answer counts as sure")
+        assert why.reason.endswith("whole distributions, which the gates need, so no answer is accepted")
         assert "\n" not in why.reason
         assert cascade.missing[0].startswith(why.reason)
         assert cascade.missing[1:] == (
             "the base (RemoteEngine) has no speculation: it generates token by token",
-            "the base (RemoteEngine) has no prefill: a modifier is loaded only once it is asked",
+            "the base (RemoteEngine) has no prefill: a modifier is loaded at its first request",
         )
         named = final_reply(cascade.generate(ask(adapter="code")))
         assert (named.tier, named.accepted) == ("modifier:code", False)
@@ -107,14 +107,14 @@ def test_torch_base_answers_and_uses_its_own_signals(folder):
 
 def test_base_without_modifiers_is_reported(folder):
     with contextlib.closing(open_cascade(folder / "bundle", engines=torch_engines(folder / "base"))) as cascade:
-        assert cascade.missing[0] == "the base has no modifiers: it answers alone"
+        assert cascade.missing[0] == "the base has no modifiers: only the base answers"
         assert final_reply(cascade.generate(ask())).tier == "base"
 
 
 def test_heads_of_another_model_are_refused(folder, tmp_path):
     engines = torch_engines(make_model(tmp_path / "other", hidden=128, vocab=400, seed=5))
     cascade = open_cascade(folder / "bundle", engines=engines)
-    with pytest.raises(RequestError, match="hidden states of 128 numbers, the bundle's heads read 64: open"):
+    with pytest.raises(RequestError, match="hidden states of 128 numbers, the bundle's heads need 64: open"):
         final_reply(cascade.generate(ask()))
     cascade.close()
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE, NOTES, ending_of, without_note
+from cogumi.cascade.disclaimers import DISCLAIMERS, LOW_CONFIDENCE, SECOND_ATTEMPT, finish, without_disclaimer
 from cogumi.cascade.memory.answer_cache import AnswerCache
 from cogumi.cascade.memory.turns import Memory
 from cogumi.cascade.modes import Mode, Settings
@@ -120,16 +120,16 @@ def test_complaint_is_answered_by_the_modifier_and_stored(tiers, tmp_path):
     again = final_reply(whole.generate(ask("What is 2 + 3?", first.text, "That is wrong.", user="ann")))
     assert again.decisions[0].signal == "dissatisfied"
     assert (again.route, again.tier) == ("low_confidence", "modifier:code")
-    assert again.text == answer(tiers, "code", ask()) + AGAIN  # the question itself, not the complaint
+    assert again.text == answer(tiers, "code", ask()) + SECOND_ATTEMPT  # the question itself, not the complaint
     assert {t.id: t.outcome for t in memory.recent("ann")}["one"] is False
     assert memory.failed("ann") == {"code"}
     later = final_reply(whole.generate(ask("What is 4 + 4?", user="ann")))
-    assert any(d.signal == "mode" and "was wrong before" in d.reason for d in later.decisions)
+    assert any(d.signal == "mode" and "an earlier answer" in d.reason for d in later.decisions)
     assert not any(d.signal == "mode" for d in final_reply(whole.generate(ask("What is 4 + 4?", user="bob"))).decisions)
     told = "That is wrong, I meant 12 + 3"
     more = final_reply(whole.generate(ask("What is 2 + 3?", first.text, told, user="ann")))
     whole_talk = ask("What is 2 + 3?", first.text, told)
-    assert without_note(more.text) in (answer(tiers, "code", whole_talk), answer(tiers, "base", whole_talk))
+    assert without_disclaimer(more.text) in (answer(tiers, "code", whole_talk), answer(tiers, "base", whole_talk))
     memory.close()
 
 
@@ -144,7 +144,7 @@ def test_only_the_user_of_an_answer_can_rate_it(tiers, tmp_path):
     whole = cascade(tiers, memory=memory)
     reply = final_reply(whole.generate(ask(user="ann", id="one", session="s")))
     turn = memory.recent("ann")[0]
-    assert (turn.id, turn.session, turn.answer, turn.outcome) == ("one", "s", without_note(reply.text), None)
+    assert (turn.id, turn.session, turn.answer, turn.outcome) == ("one", "s", without_disclaimer(reply.text), None)
     with pytest.raises(RequestError):
         whole.feedback("one", True, "bob")
     with pytest.raises(RequestError):
@@ -156,7 +156,9 @@ def test_only_the_user_of_an_answer_can_rate_it(tiers, tmp_path):
     memory.close()
 
 
-@pytest.mark.parametrize("text", ["", "\x00\x07\x1b[31m", "x1" * 50_000, f"Say this.{LOW_CONFIDENCE}", AGAIN * 2])
+@pytest.mark.parametrize(
+    "text", ["", "\x00\x07\x1b[31m", "x1" * 50_000, f"Say this.{LOW_CONFIDENCE}", SECOND_ATTEMPT * 2]
+)
 def test_unusual_questions_are_answered_or_refused_with_a_message(tiers, text):
     whole = cascade(tiers, base=0.9)
     if len(text) > 1_000:
@@ -164,21 +166,23 @@ def test_unusual_questions_are_answered_or_refused_with_a_message(tiers, text):
             whole.generate(ask(text))
         return
     reply = final_reply(whole.generate(ask(text)))
-    assert (reply.route, reply.text) == ("base", without_note(reply.text))
+    assert (reply.route, reply.text) == ("base", without_disclaimer(reply.text))
 
 
-notes = st.lists(st.sampled_from(NOTES), max_size=3).map("".join)
+notes = st.lists(st.sampled_from(DISCLAIMERS), max_size=3).map("".join)
 
 
 @given(st.text(max_size=20), notes, st.booleans(), st.booleans())
 def test_model_text_cannot_imitate_disclaimers(text, imitated, accepted, withhold):
-    own = without_note(text + imitated)
-    assert without_note(own) == own
-    ending = ending_of("base", text + imitated, False, accepted, withhold)
+    own = without_disclaimer(text + imitated)
+    assert without_disclaimer(own) == own
+    final = finish("base", text + imitated, False, accepted, withhold)
     if accepted:
-        assert ending.text == own
-    assert without_note(ending.text) == own or ending.text == ABSTENTION
-    assert sum(ending.text.count(note) for note in NOTES) <= own.count(NOTES[0]) + own.count(NOTES[1]) + 1
+        assert final.text == own
+    assert without_disclaimer(final.text) == own or final.text == ABSTENTION
+    assert (
+        sum(final.text.count(note) for note in DISCLAIMERS) <= own.count(DISCLAIMERS[0]) + own.count(DISCLAIMERS[1]) + 1
+    )
 
 
 def test_every_decision_is_emitted_when_it_is_made(tiers):
@@ -195,7 +199,7 @@ def test_accepted_answer_is_reused_for_the_same_user_only(tiers):
     again = final_reply(whole.generate(ask(user="ann", stop=stop)))
     assert (again.route, again.text, again.p_correct) == ("cache", first.text, first.p_correct)
     assert again.usage == Usage()
-    assert again.decisions[-1].reason == "the same question was answered before"
+    assert again.decisions[-1].reason == "reused the answer to the same question"
     others = [
         ask(user="bob", stop=stop),
         ask(stop=stop),
@@ -253,7 +257,7 @@ def test_abstention_is_reported_and_never_accepted(tiers):
     assert (judged.signal, judged.accepted, judged.reason) == (
         "p_correct",
         True,
-        "its abstention stands (p_correct 0.90, threshold 0.80)",
+        "accepted abstention (p_correct 0.90, threshold 0.80)",
     )
     assert (told.signal, told.value, told.threshold, told.accepted) == ("abstains", 1.0, 0.0, False)
     assert told.reason == "base says that it does not know"

@@ -68,13 +68,13 @@ def test_a_damaged_file_is_set_aside(tmp_path_factory, content):
             learner = Learner(memory, folder, [PROMISE])
             assert learner.p_correct("t", "ann", 0.7, {}) == 0.7
         if content != b"{}":  # the only one of these that is a valid state
-            assert [str(w.message).count("set aside") for w in said] == [1]
+            assert [str(w.message).count("renamed to") for w in said] == [1]
             assert (folder / f"{FILE}.unreadable").read_bytes() == content
 
 
 def test_state_round_trips_through_its_file(memory, tmp_path):
     layer = Correction(-0.5, 0.1, {"domain_math": (-0.3, 0.0)}, certified=True)
-    state = Learned(layer=layer, promoted=1.0, tests=3).told("promoted", {}, gain=0.02)
+    state = Learned(layer=layer, promoted=1.0, tests=3).with_event("promoted", {}, gain=0.02)
     learner = Learner(memory, tmp_path, [PROMISE])
     learner._save(state)
     other = Learner(memory, tmp_path, [PROMISE])
@@ -126,7 +126,7 @@ def events(learner):
 
 def test_promotion_and_rollback(memory, tmp_path, monkeypatch):
     """With small limits: a drift is learned, and rolled back once it is over."""
-    for name, value in {"CHECK": 50, "EVERY": 200, "ENOUGH": 60}.items():
+    for name, value in {"CHECK_INTERVAL": 50, "FIT_INTERVAL": 200, "CANARY_VOTES": 60}.items():
         monkeypatch.setattr(learner_module, name, value)
     learner = Learner(memory, tmp_path, [PROMISE], need=300)
     rng = np.random.default_rng(0)
@@ -149,7 +149,7 @@ def test_attacker_can_neither_roll_back_a_layer_nor_hide_its_harm(memory, tmp_pa
     def look(votes):
         learner._votes.votes = {(v.user, v.id): (2.0, v) for v in votes}
         learner._save(Learned(layer=layer, promoted=1.0))
-        return learner._watched(learner._file.state, layer).layer
+        return learner._roll_back_if_harmful(learner._file.state, layer).layer
 
     worse = votes_of(rng, 3_000, shift=(-1.5, -1.5))
     villain = [Vote(f"v{i}", "villain", f"v{i}", 0.9, {}, True) for i in range(2_000)]
@@ -162,8 +162,8 @@ def test_attacker_can_neither_roll_back_a_layer_nor_hide_its_harm(memory, tmp_pa
 
 
 def test_too_few_votes_or_voters_teach_nothing(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_module, "CHECK", 50)
-    monkeypatch.setattr(learner_module, "EVERY", 50)
+    monkeypatch.setattr(learner_module, "CHECK_INTERVAL", 50)
+    monkeypatch.setattr(learner_module, "FIT_INTERVAL", 50)
     learner = Learner(memory, tmp_path, [PROMISE], need=300)
     for i in range(900):
         memory.remember(turn(f"t{i}", "villain"))
@@ -180,7 +180,7 @@ def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
     signals = {"domain_math": 1.0}
     assert learner.p_correct("x", "ann", 0.7, signals) == 0.7
     for user in ("ann", "cy"):
-        memory.choose_personal(user, True)
+        memory.set_personal(user, True)
     learner = Learner(memory, tmp_path, [PROMISE])
     assert learner.p_correct("x", "ann", 0.7, signals) < 0.6
     assert 0.7 < learner.p_correct("x", "cy", 0.85, signals) < 0.9  # raised, but not above the calibrated threshold
@@ -190,7 +190,7 @@ def test_personal_offsets_are_opt_in_and_forgotten(memory, tmp_path):
 
 
 def hold_lock(folder, ready, done):
-    with LearnedFile(folder).alone() as alone:
+    with LearnedFile(folder).exclusive_lock() as alone:
         ready.put(alone)
         done.get(timeout=PATIENCE)
 
@@ -202,11 +202,11 @@ def test_only_one_process_learns_at_a_time(tmp_path):
     process = context.Process(target=hold_lock, args=(tmp_path, ready, done))
     process.start()
     assert ready.get(timeout=PATIENCE)
-    with file.alone() as alone:
+    with file.exclusive_lock() as alone:
         assert not alone
     process.kill()
     process.join()
-    with file.alone() as alone:
+    with file.exclusive_lock() as alone:
         assert alone  # the lock was released when its holder ended
 
 

@@ -110,7 +110,7 @@ def test_heads_of_another_model_are_refused(mobile, tmp_path):
     files["difficulty.safetensors"] = narrow
     parts = json.loads((mobile / INDEX).read_text())["parts"]
     write_bundle(tmp_path / "bundle", files, {"parts": parts})
-    with pytest.raises(BundleError, match="build it again"):
+    with pytest.raises(BundleError, match="build the bundle again"):
         open_cascade(tmp_path / "bundle", slots=1, context=128, threads=1)
 
 

@@ -82,12 +82,12 @@ def test_forgotten_user_is_not_opted_in(bot):
 
 
 def test_missing_requirements_are_reported_in_one_line(bot, bundle):
-    with pytest.raises(RequestError, match="personal routing belongs to a user: name one"):
+    with pytest.raises(RequestError, match="personal routing needs a user; give a user id"):
         bot.personal("", on=True)
-    with pytest.raises(RequestError, match="name one"):
+    with pytest.raises(RequestError, match="give a user id"):
         bot.chat().personal()
     with open_cascade(bundle, threads=1, slots=2) as without:
-        with pytest.raises(RequestError, match="nothing is remembered here, so nothing can be personal"):
+        with pytest.raises(RequestError, match="personal routing needs a state folder"):
             without.personal("ann", on=True)
-        with pytest.raises(RequestError, match="nothing is remembered here, so nothing can be forgotten"):
+        with pytest.raises(RequestError, match="nothing is stored without a state folder"):
             without.forget("ann")

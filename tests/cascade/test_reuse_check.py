@@ -30,8 +30,8 @@ def bundle(tmp_path_factory):
 @pytest.fixture
 def with_encoder(monkeypatch):
     """The pico bundle has no sentence encoder; a test encoder is used instead."""
-    answers = opening._answers
-    monkeypatch.setattr(opening, "_answers", lambda bundle, _, *rest: answers(bundle, Trigrams, *rest))
+    answers = opening._open_answers
+    monkeypatch.setattr(opening, "_open_answers", lambda bundle, _, *rest: answers(bundle, Trigrams, *rest))
 
 
 def test_check_round_trips_through_its_file(tmp_path):
@@ -48,10 +48,10 @@ def test_check_round_trips_through_its_file(tmp_path):
         ({"format": 2}, "is a reuse check of another version of cogumi"),
         ({"features": ["cosine"]}, "is a reuse check of another version of cogumi"),
         ({"check": logistic(0.0, 2).to_json()}, "is a reuse check of another version of cogumi"),
-        ({"check": {}}, "is no reuse check"),
-        ({"check": 5}, "is no reuse check"),
-        ({"features": 5}, "is no reuse check"),
-        (None, "is no reuse check"),
+        ({"check": {}}, "is not a reuse check"),
+        ({"check": 5}, "is not a reuse check"),
+        ({"features": 5}, "is not a reuse check"),
+        (None, "is not a reuse check"),
     ],
 )
 def test_unusable_file_is_refused_in_one_line(tmp_path, changes, message):
@@ -86,5 +86,5 @@ def test_bundle_reuses_answers_that_the_check_allows(bundle, tmp_path, bias, rou
 
 def test_check_requires_reuse_of_similar_questions(bundle, tmp_path):
     for reuse in (None, "exact"):
-        with pytest.raises(CogumiError, match="a reuse check is for answers to near questions: add --reuse static"):
+        with pytest.raises(CogumiError, match="a reuse check applies to similar questions: add --reuse static"):
             opening.open_cascade(bundle, reuse=reuse, reuse_check=tmp_path / "check.json")

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.cascade.memory import turns as module
-from cogumi.cascade.memory.turns import LONGEST, Memory, Turn
+from cogumi.cascade.memory.turns import MAX_CHARACTERS, Memory, Turn
 from cogumi.core.errors import RequestError, StateError
 
 
@@ -127,12 +127,12 @@ def test_rated_turns_are_ordered_by_rating(memory, monkeypatch):
 def test_any_text_is_stored(memory, text):
     memory.remember(turn("t", question=text, answer=text))
     found = memory.recent("ann")[0]
-    assert found.question == found.answer == text[:LONGEST].replace("\ud800", "?")
+    assert found.question == found.answer == text[:MAX_CHARACTERS].replace("\ud800", "?")
 
 
 def test_growth_is_bounded(memory, monkeypatch):
-    monkeypatch.setattr(module, "KEEP", 5)
-    monkeypatch.setattr(module, "KEEP_ANONYMOUS", 7)
+    monkeypatch.setattr(module, "MAX_TURNS", 5)
+    monkeypatch.setattr(module, "MAX_ANONYMOUS_TURNS", 7)
     for i in range(20):
         for user in ("", "ann", "bob"):
             memory.remember(turn(f"t{i}", user=user))
@@ -147,7 +147,7 @@ def test_forgotten_text_is_removed_from_the_disk(memory):
     for i in range(50):
         memory.remember(turn(f"t{i}", question=secret, session=secret))
         memory.remember(turn(f"t{i}", user="bob"))
-    memory.choose_personal("ann", True)
+    memory.set_personal("ann", True)
     folder = memory._path.parent
 
     def found():
@@ -162,9 +162,9 @@ def test_forgotten_text_is_removed_from_the_disk(memory):
 
 def test_personal_routing_is_stored_per_user(memory):
     for wish in (True, True, False, True):
-        memory.choose_personal("ann", wish)
+        memory.set_personal("ann", wish)
         assert memory.personal("ann") is wish
-    memory.choose_personal("", True)
+    memory.set_personal("", True)
     assert not memory.personal("")
     assert not memory.personal("bob")
 

@@ -16,7 +16,7 @@ from cogumi.cli.progress import BuildProgress
 def shown_on(monkeypatch, terminal):
     """A console of 120 columns in place of standard error."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False, color_system=None)
-    monkeypatch.setattr(progress, "NOTES", console)
+    monkeypatch.setattr(progress, "STDERR", console)
     return console
 
 
@@ -45,7 +45,7 @@ def test_terminal_shows_a_bar_for_each_running_step(monkeypatch):
     said = console.file.getvalue()
     assert "a [library] warns" in said
     assert "✓ [2/3] draft (draft)  1 min 1 s  loss 2.5" in said
-    assert "✗ step 'base': too bad; waiting for other, Ctrl-C stops it" in said
+    assert "✗ step 'base': too bad; waiting for other (Ctrl-C stops them)" in said
 
 
 def test_lines_without_a_terminal_name_their_step(monkeypatch):
@@ -76,5 +76,5 @@ def test_ctrl_c_stops_all_steps_and_says_how_to_continue(tmp_path, jobs):
         process.kill()
     assert process.returncode == 130
     assert out == ""
-    assert said.endswith("cogumi: stopped; run the same command again to go on: finished steps are kept\n")
+    assert said.endswith("cogumi: stopped; finished steps are kept: run the same command again to continue\n")
     assert "Traceback" not in said

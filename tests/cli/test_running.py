@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from cogumi.cascade.asking import Conversation
-from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_note
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_disclaimer
 from cogumi.cascade.memory.turns import FILE, Memory, Turn
 from cogumi.cascade.opening import open_cascade
 from cogumi.core.types import ABSTENTION
@@ -114,8 +114,8 @@ def test_chat_handles_commands_and_errors(folder, tmp_path):
     done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
     assert done.stdout.count("P(correct)") == 2
     assert "unknown mode 'nope'" in done.stdout
-    assert "--state" in done.stdout  # there is no memory, so nothing can be rated
-    assert "no command /nope" in done.stdout
+    assert "--state" in done.stdout  # ratings need a state folder
+    assert "unknown command /nope" in done.stdout
     assert done.stderr.startswith("cogumi: ")
     assert "context" in done.stderr
     assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends at the end of the input
@@ -172,7 +172,7 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
 def test_suite_names_its_missing_inputs(tmp_path):
     assert "did you mean 'honesty'?" in one_line(cogumi("eval", "--suite", "honest", cwd=tmp_path, ok=1))
     assert "the suite 'honesty' needs a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
-    assert "--data FILE, or a --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
+    assert "--data FILE, or a suite with --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
 
 
 def test_ratings_are_stored_in_the_state_folder_and_can_be_forgotten(folder, tmp_path):
@@ -198,8 +198,8 @@ def test_ratings_are_stored_in_the_state_folder_and_can_be_forgotten(folder, tmp
     assert "0 turns of ann deleted" in cogumi("forget", "ann", "--state", state).stdout
     assert "holds no memory" in one_line(cogumi("forget", "ann", "--state", tmp_path, ok=1))
     said = cogumi("chat", folder, "--state", state, stdin="What is 3 + 4?\n/right\n").stdout
-    assert "noted" in said
-    assert "unknown way to reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
+    assert "rating saved" in said
+    assert "unknown value 'often' of reuse" in cogumi("serve", folder, "--port", "0", "--reuse", "often", ok=1).stderr
 
 
 def test_personal_routing_can_be_enabled_and_shown(folder, tmp_path):
@@ -208,14 +208,14 @@ def test_personal_routing_can_be_enabled_and_shown(folder, tmp_path):
     said = cogumi("chat", folder, "--state", state, stdin="\n".join(lines)).stdout
     assert said.count("personal routing of local: on") == 2
     assert said.index("personal routing of local: off") < said.index("personal routing of local: on")
-    assert "rated answers: 1 (offsets begin with 50)" in said
-    assert "write /personal on, /personal off" in said
+    assert "rated answers: 1 (at least 50 are needed)" in said
+    assert "use /personal on, /personal off" in said
     shown = json.loads(cogumi("personal", "local", "--state", state, "--json").stdout)
     assert shown == {"user": "local", "on": True, "rated": 1, "needed": 50, "offsets": {}}
     assert "personal routing of local: off" in cogumi("personal", "local", "--off", "--state", state).stdout
     assert json.loads(cogumi("personal", "ann", "--on", "--state", state, "--json").stdout)["on"]
     assert "holds no memory" in one_line(cogumi("personal", "ann", "--state", tmp_path, ok=1))
-    assert "nothing is remembered here" in cogumi("chat", folder, stdin="/personal on\n").stdout
+    assert "personal routing needs a state folder" in cogumi("chat", folder, stdin="/personal on\n").stdout
 
 
 def test_offsets_of_a_user_are_shown(tmp_path):
@@ -233,11 +233,11 @@ def test_offsets_of_a_user_are_shown(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--modifiers", "gone"), "gone is no folder"),
+        (("--modifiers", "gone"), "gone is not a folder"),
         (("--adapter-memory", "much"), "'much' is not an amount of bytes; write it like 80GB"),
-        (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model go together"),
-        (("--base-model", "m"), "--base-url and --base-model go together"),
-        (("--reuse-check", "gone.json"), "a reuse check is for answers to near questions"),
+        (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model must be given together"),
+        (("--base-model", "m"), "--base-url and --base-model must be given together"),
+        (("--reuse-check", "gone.json"), "a reuse check applies to similar questions"),
     ],
 )
 def test_invalid_serve_options_are_refused_before_listening(folder, tmp_path, words, message):
@@ -289,7 +289,7 @@ def test_stream_equals_the_plain_answer(client, model, speculate):
     assert chunks[-1].model_extra["cogumi"]["route"] == whole.model_extra["cogumi"]["route"]
     streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
     assert [e.token for e in streamed] == [e.token for e in whole.choices[0].logprobs.content]
-    assert "".join(e.token for e in streamed) == without_note(whole.choices[0].message.content)
+    assert "".join(e.token for e in streamed) == without_disclaimer(whole.choices[0].message.content)
 
 
 def test_unsure_answer_can_be_withheld(client):

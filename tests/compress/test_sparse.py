@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from cogumi.bundle.unpack import BundleFiles
-from cogumi.cli.inspection import look
+from cogumi.cli.inspection import describe
 from cogumi.compress.pack.archive import Config, pack_folder, run, unpack
 from cogumi.compress.pack.sparse import Sparse, decode, encode, encode_file, expand_file
 from cogumi.core.artifact import finish
@@ -264,7 +264,7 @@ def test_build_manifest_is_not_packed(model, tmp_path):
     )
     assert "manifest.json" not in metrics["files"]
     finish(tmp_path / "out", kind="archive", fingerprint="f", parents={}, metrics=metrics, environment={})
-    found = look(str(tmp_path / "out"))
+    found = describe(str(tmp_path / "out"))
     assert (found["what"], found["fingerprint"]) == ("packed files", "f")
     assert (found["bytes"], found["packed_bytes"]) == (metrics["bytes"], metrics["packed_bytes"])
     with pytest.raises(BundleError, match=r"is not a packed bundle \(no bundle\.json\)"):

@@ -113,14 +113,14 @@ def sends_html(handler):
 @pytest.mark.parametrize(
     ("behave", "error", "message"),
     [
-        (ends_without_done, RequestError, "broke off"),
-        (ends_without_an_answer, RequestError, "broke off"),
-        (sends_html, RequestError, "broke off"),
-        (resets, RequestError, "no connection|broke off"),
+        (ends_without_done, RequestError, "ended the stream"),
+        (ends_without_an_answer, RequestError, "ended the stream"),
+        (sends_html, RequestError, "ended the stream"),
+        (resets, RequestError, "no connection|ended the stream"),
         (sends_an_error_event, ContextError, "context is full"),
         (reports_a_content_filter, RequestError, "content_filter"),
-        (sends_invalid_json, RequestError, "does not know"),
-        (sends_malformed_logprobs, RequestError, "does not know"),
+        (sends_invalid_json, RequestError, "is not of OpenAI"),
+        (sends_malformed_logprobs, RequestError, "is not of OpenAI"),
     ],
 )
 def test_interrupted_or_malformed_stream_is_an_error(behave, error, message):
@@ -147,7 +147,7 @@ def test_silent_server_times_out():
         over.wait(PATIENCE)
 
     with scripted(stays_silent) as (url, _), engine_at(url, timeout=0.3) as engine:
-        with pytest.raises(RequestError, match="silent"):
+        with pytest.raises(RequestError, match="sent nothing"):
             final_reply(engine.generate(ASK))
         assert not over.is_set()
         over.set()

@@ -75,7 +75,7 @@ def test_suite_promotes_and_rolls_back_a_layer(tmp_path, monkeypatch):
     """With small numbers, so goals may fail; the test checks that each part of the suite ran."""
     small = {"calm": 600, "one domain worse": 1500, "still worse": 300, "new people too": 400, "as before": 800}
     phases = [Phase(p.name, small[p.name], p.mix, (2 * p.shift[0], 0, 0, 0, 0), p.new, p.harder) for p in PHASES]
-    for name, value in {"CHECK": 100, "EVERY": 200, "ENOUGH": 60}.items():
+    for name, value in {"CHECK_INTERVAL": 100, "FIT_INTERVAL": 200, "CANARY_VOTES": 60}.items():
         monkeypatch.setattr(learner, name, value)
     for name, value in {
         "PHASES": phases,

@@ -67,22 +67,22 @@ def test_modifier_can_be_added_used_and_persisted(made, tmp_path):
 @pytest.mark.parametrize(
     ("name", "file", "status", "message"),
     [
-        ("new", "../outside.gguf", 400, "is no name of a file"),
-        ("new", "{root}/outside.gguf", 400, "is no name of a file"),
-        ("new", "{root}/modifiers/law.gguf", 400, "is no name of a file"),
-        ("new", "deep/law.gguf", 400, "is no name of a file"),
-        ("new", "./law.gguf", 400, "is no name of a file"),
-        ("new", "..", 400, "is no name of a file"),
-        ("new", ".", 400, "is no name of a file"),
-        ("new", "law\0.gguf", 400, "is no name of a file"),
-        ("new", "link.gguf", 400, "is no name of a file"),
+        ("new", "../outside.gguf", 400, "is not the name of a file"),
+        ("new", "{root}/outside.gguf", 400, "is not the name of a file"),
+        ("new", "{root}/modifiers/law.gguf", 400, "is not the name of a file"),
+        ("new", "deep/law.gguf", 400, "is not the name of a file"),
+        ("new", "./law.gguf", 400, "is not the name of a file"),
+        ("new", "..", 400, "is not the name of a file"),
+        ("new", ".", 400, "is not the name of a file"),
+        ("new", "law\0.gguf", 400, "is not the name of a file"),
+        ("new", "link.gguf", 400, "is not the name of a file"),
         ("new", "deep", 404, "there is no file 'deep'"),
         ("new", "gone.gguf", 404, "there is no file 'gone.gguf'"),
         ("new", "x" * 256, 400, "at most 255"),
         ("new", "é" * 200, 404, "there is no file"),
-        ("new", "circle.gguf", 400, "is no name of a file"),
-        ("code", "law.gguf", 400, "there is a modifier 'code' already"),
-        ("../x", "law.gguf", 400, "cannot name a modifier"),
+        ("new", "circle.gguf", 400, "is not the name of a file"),
+        ("code", "law.gguf", 400, "the modifier name 'code' is already in use"),
+        ("../x", "law.gguf", 400, "is not a valid modifier name"),
         ("new", "other.gguf", 400, "is not an adapter for base.gguf"),
     ],
 )
@@ -119,4 +119,4 @@ def test_personal_routing_can_be_read_and_switched(made, tmp_path):
 
 def test_personal_routing_needs_a_memory(refusing):
     status, told = call(refusing[1], "POST", "/v1/personal", {"user": "ann", "on": True})
-    assert (status, "nothing is remembered here" in told["error"]["message"]) == (400, True)
+    assert (status, "personal routing needs a state folder" in told["error"]["message"]) == (400, True)

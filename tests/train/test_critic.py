@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from cogumi.cascade.self_consistency import finish
-from cogumi.cascade.self_critique import HINT, Critic, Critique, improve, told
+from cogumi.cascade.self_critique import HINT, Critic, Critique, improve, with_hint
 from cogumi.confidence.critic_net import (
     BUCKETS,
     CLASSES,
@@ -232,17 +232,17 @@ class RecordingCritic(Critic):
 ASKED = Request(messages=(Message("system", "Be short."), Message("user", "What is 48 plus 57?")), max_tokens=8, seed=1)
 
 
-@pytest.mark.parametrize("tell", [True, False])
-def test_best_answer_is_kept(engine, file, tell):
+@pytest.mark.parametrize("hint", [True, False])
+def test_best_answer_is_kept(engine, file, hint):
     first = final_reply(engine.generate(ASKED))
     critic = RecordingCritic(file)
-    found = finish(improve(engine, ASKED, first, critic, rounds=3, below=11, answers=2, tell=tell))
+    found = finish(improve(engine, ASKED, first, critic, rounds=3, below=11, answers=2, hint=hint))
     assert len(found.critiques) == 7
     assert found.critique.score >= found.critiques[0].score
     assert found.critique == critic.judge("What is 48 plus 57?", found.reply)
     assert found.usage.completion_tokens > 0
     assert {question for question, _ in critic.heard} == {"What is 48 plus 57?"}  # never with a hint
-    again = finish(improve(engine, ASKED, first, critic, rounds=3, below=11, answers=2, tell=tell))
+    again = finish(improve(engine, ASKED, first, critic, rounds=3, below=11, answers=2, hint=hint))
     assert again.critiques == found.critiques
 
 
@@ -269,7 +269,7 @@ def test_first_answer_is_kept_when_the_engine_refuses_a_revision(file):
     found = finish(improve(small, ASKED, first, Critic(file), below=11))  # question, answer and hint exceed the context
     assert (found.reply, len(found.critiques)) == (first, 1)
     small.close()
-    assert finish(improve(small, ASKED, first, Critic(file), below=11, tell=False)).reply is first
+    assert finish(improve(small, ASKED, first, Critic(file), below=11, hint=False)).reply is first
 
 
 def test_at_most_three_rounds_of_revision(engine, file):
@@ -280,13 +280,13 @@ def test_at_most_three_rounds_of_revision(engine, file):
 def test_hint_names_the_problem():
     words_said = answer(["one ", "two "], [True, False])
     critique = Critique(2.0, "calculation", "two")
-    again = told(ASKED, words_said, critique)
+    again = with_hint(ASKED, words_said, critique)
     assert again.messages[:2] == ASKED.messages
     assert again.messages[2] == Message("assistant", "one two ")
     assert critique.error in again.messages[3].content
     assert critique.passage in again.messages[3].content
     raw = Request(prompt="What is 1 + 1?")
-    assert told(raw, words_said, critique) == raw
+    assert with_hint(raw, words_said, critique) == raw
 
 
 def write_data(folder, engine, rows=24):

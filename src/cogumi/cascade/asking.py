@@ -1,4 +1,4 @@
-"""Asking an engine from Python: questions as text or messages, answers piece by piece, conversations (SPEC M7)."""
+"""Python interface to ask an engine: text or messages as input, streamed answers, conversations (SPEC M7)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeAlias, cast
 
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.core.errors import RequestError
 from cogumi.core.registry import nearest
@@ -24,9 +24,9 @@ ROLES = ("system", "user", "assistant")
 
 
 def as_request(question: Input | Request, options: Mapping[str, Any]) -> Request:
-    """A request for `question` with `options` (fields of `Request`) and an id of its own if none is given.
+    """Make a request from `question` and `options` (fields of `Request`); a missing id is generated.
 
-    Raises `RequestError` for an unknown option, an empty conversation, or a message that is not one.
+    Raises `RequestError` for an unknown option, an empty conversation, or an invalid message.
     """
     for name in options:
         if name not in OPTIONS:
@@ -60,10 +60,9 @@ def _message(value: Message | Mapping[str, str]) -> Message:
 
 
 class Stream:
-    """The text of one answer, piece by piece as it is generated; afterwards `reply` holds the whole answer.
+    """Iterator over the text of one answer while it is generated; `reply` is the whole answer.
 
-    An answer that replaces the text streamed so far follows as a paragraph of its own. Closing the stream cancels the
-    request.
+    A revision that replaces the streamed text follows as a new paragraph. Closing the stream cancels the request.
     """
 
     def __init__(self, events: Iterator[Event]) -> None:
@@ -81,7 +80,7 @@ class Stream:
 
     @property
     def reply(self) -> Reply:
-        """The whole answer; what has not been read yet is read first."""
+        """The whole answer; reads the rest of the stream first."""
         for _ in self:
             pass
         if self._reply is None:
@@ -89,27 +88,27 @@ class Stream:
         return self._reply
 
     def close(self) -> None:
-        """Cancel the request if it still runs."""
+        """Cancel the request if it is still running."""
         close = getattr(self._events, "close", None)
         if close:
             close()
 
 
 class RatedEngine(Engine, Protocol):
-    """An engine whose answers can be rated, and that may learn from ratings what one user finds right."""
+    """An engine that accepts ratings of its answers and supports personal routing."""
 
     def feedback(self, id: str, right: bool, user: str | None = None) -> None:
-        """Record whether the answer with that id was right."""
+        """Record whether the answer `id` was right."""
 
     def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
-        """Switch a user's personal routing (None: as it is), and what is known of it."""
+        """Switch a user's personal routing (None: no change) and return its state."""
 
 
 class Conversation:
-    """A conversation: the turns so far, and the options with which every question is asked.
+    """A conversation: the turns so far, and the options of every question.
 
-    A turn that fails or is cancelled is not remembered, so that the conversation can go on. Raises `RequestError` for
-    an unknown option.
+    A failed or cancelled turn is not stored, so that the conversation can continue. Raises `RequestError` for an
+    unknown option.
     """
 
     def __init__(self, engine: RatedEngine, **options: Any) -> None:
@@ -124,7 +123,7 @@ class Conversation:
         return self.stream(text).reply
 
     def stream(self, text: str) -> Stream:
-        """Ask the next question and return its answer piece by piece; it is remembered once it is complete."""
+        """Ask the next question and stream its answer; the turn is stored once the answer is complete."""
         request = as_request((*self.messages, Message("user", text)), self.options)
         self.id = request.id or ""
         return Stream(self._remembering(request, self._engine.generate(request)))
@@ -133,7 +132,7 @@ class Conversation:
         with closing(cast(Generator[Event, None, None], events)):
             for event in events:
                 if isinstance(event, Reply) and event.finish_reason != "cancelled":
-                    self.messages = (*request.messages, Message("assistant", without_note(event.text)))
+                    self.messages = (*request.messages, Message("assistant", without_disclaimer(event.text)))
                 yield event
 
     def rate(self, right: bool) -> None:
@@ -141,9 +140,9 @@ class Conversation:
         self._engine.feedback(self.id, right, self.options.get("user"))
 
     def personal(self, on: bool | None = None) -> PersonalRouting:
-        """Switch the personal routing of this conversation's user (None: as it is), and what is known of it."""
+        """Switch the personal routing of this conversation's user (None: no change) and return its state."""
         return self._engine.personal(self.options.get("user") or "", on)
 
     def clear(self) -> None:
-        """Forget the turns so far."""
+        """Delete the turns so far."""
         self.messages = ()

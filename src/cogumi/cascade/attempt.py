@@ -1,4 +1,4 @@
-"""One tier's answer, and how its gate judges it (SPEC F2)."""
+"""The answer of one tier, with the judgement of its gate (SPEC F2)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from cogumi.confidence.gate import Check, check, with_probe
 from cogumi.confidence.signals import abstains, answer_signals, modifier_signals, same_text
 from cogumi.core.types import Decision, Reply, Request
 
-UNJUDGED = Check(p=0.0, signal="calibrated", value=0.0, threshold=1.0, accepted=False)
-"""For an answer of engines to which the gates do not apply."""
+UNCALIBRATED = Check(p=0.0, signal="calibrated", value=0.0, threshold=1.0, accepted=False)
+"""Result of the check if the gates do not apply to the engines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """`tier` is draft, base, modifier:<domain>, or one of these with what was tried besides (`base+votes`).
+    """`tier` is draft, base or modifier:<domain>, with a suffix for an extra method (`base+votes`).
 
-    `gate_p` is what the gate itself says, before anything learned from use corrects it; `check` is the judgement.
-    `doubt` says why the answer does not count as sure whatever the gate says, `personal` that the user's own ratings
-    changed P(correct).
+    `gate_p` is the gate's own P(correct), before any correction learned from ratings; `check` is the judgement. `doubt`
+    is the reason why the answer cannot be accepted whatever the gate's result, else empty. `personal` is set if the
+    user's ratings changed P(correct).
     """
 
     tier: str
@@ -35,24 +35,25 @@ class Attempt:
     personal: Decision | None = None
 
     def decision(self) -> Decision:
-        """The judgement in words."""
-        seen = self.check
+        """The judgement with its reason."""
+        gate_check = self.check
         if self.doubt:
             reason = self.doubt
-        elif math.isinf(seen.threshold):
-            reason = "no threshold kept the promised error rate at calibration, so no answer counts as sure"
-        elif seen.accepted and abstains(self.reply.text):
-            reason = f"its abstention stands ({seen.signal} {seen.value:.2f}, threshold {seen.threshold:.2f})"
+        elif math.isinf(gate_check.threshold):
+            reason = "calibration found no threshold with the promised error rate, so no answer is accepted"
+        elif gate_check.accepted and abstains(self.reply.text):
+            found = f"{gate_check.signal} {gate_check.value:.2f}, threshold {gate_check.threshold:.2f}"
+            reason = f"accepted abstention ({found})"
         else:
-            relation = "meets" if seen.accepted else "misses"
-            reason = f"{seen.signal} {seen.value:.2f} {relation} the threshold {seen.threshold:.2f}"
-        threshold = min(seen.threshold, 1.0) if seen.signal == "p_correct" else seen.threshold
-        return Decision(self.tier, seen.signal, seen.value, threshold, seen.accepted, reason)
+            relation = "meets" if gate_check.accepted else "misses"
+            reason = f"{gate_check.signal} {gate_check.value:.2f} {relation} the threshold {gate_check.threshold:.2f}"
+        threshold = min(gate_check.threshold, 1.0) if gate_check.signal == "p_correct" else gate_check.threshold
+        return Decision(self.tier, gate_check.signal, gate_check.value, threshold, gate_check.accepted, reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Judges the answers to one question under a plan; `decisions` collects what the user is told."""
+    """Judges the answers to one question under a plan; `decisions` collects the decisions for the reply."""
 
     services: Services
     id: str
@@ -62,36 +63,36 @@ class Judge:
     decisions: list[Decision]
 
     def record(self, decision: Decision) -> Decision:
-        """The same decision, noted for the reply."""
+        """Append a decision to the reply's decisions and return it."""
         self.decisions.append(decision)
         return decision
 
-    def judged(self, attempt: Attempt) -> Iterator[Decision]:
-        """The decisions about an attempt, noted for the reply."""
+    def record_attempt(self, attempt: Attempt) -> Iterator[Decision]:
+        """Record and yield the decisions about an attempt."""
         for decision in (attempt.personal, attempt.decision()):
             if decision:
                 yield self.record(decision)
 
-    def attempt(self, tier: str, name: str, request: Request, reply: Reply, before: Sequence[Attempt]) -> Attempt:
-        """The answer of one of a policy's tiers (see `Policy`), a modifier's by its `name`, after those `before`."""
+    def attempt(self, tier: str, name: str, request: Request, reply: Reply, earlier: Sequence[Attempt]) -> Attempt:
+        """Judge the answer of a policy's tier (see `Policy`); `name`: modifier's name, `earlier`: previous attempts."""
         if tier == "base":
             return self.base(request, reply)
-        assert self.question is not None  # else the base alone is asked
+        assert self.question is not None  # otherwise only the base is asked
         own = {**answer_signals(reply), **self.question.signals}
         if tier == "draft":
             return self._judged("draft", "draft", reply, own)
         if tier == "direct":
             return self._judged("direct", f"modifier:{name}", reply, own)
-        base = before[-1]
+        base = earlier[-1]
         agree = same_text(reply.text, base.reply.text)
         signals = modifier_signals(own, base.signals, base.gate_p, agree)
         return self._judged("modifier", f"modifier:{name}", reply, signals)
 
     def base(self, request: Request, reply: Reply) -> Attempt:
-        """The base's answer to `request`."""
+        """Judge the base's answer to `request`."""
         tier = "base+examples" if request.examples else "base"
         if self.question is None:
-            return Attempt(tier, reply, answer_signals(reply), 0.0, UNJUDGED, self.plan.doubt)
+            return Attempt(tier, reply, answer_signals(reply), 0.0, UNCALIBRATED, self.plan.doubt)
         signals = self.services.tiers.base_signals(request, reply, self.question)
         probe = self.services.calibration.probe if reply.hidden else None
         return self._judged("base", tier, reply, with_probe(signals, probe, reply.hidden))
@@ -107,6 +108,6 @@ class Judge:
 
 
 def _personal(tier: str, shared: float, p: float) -> Decision:
-    """That P(correct) is `p` for this user and `shared` for everybody else."""
+    """The decision that P(correct) is `p` for this user and `shared` for other users."""
     reason = f"personal routing: this user's ratings move P(correct) from {shared:.2f} to {p:.2f}"
     return Decision(tier, "personal", p, shared, True, reason)

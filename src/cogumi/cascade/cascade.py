@@ -1,20 +1,19 @@
-"""The cascade: an engine that asks cheap tiers first and says how sure it is (see `decide` and `execute`).
+"""The cascade: an engine that asks cheap tiers first and estimates P(correct) (see `decide` and `execute`).
 
-`Reply.route` is the path taken:
+`Reply.route` names the route of the answer:
 - `base`, `base+draft` (tokens were drafted), `draft`, `modifier`: accepted, so the guarantee covers it;
-- `low_confidence`: not accepted; the likelier answer with a note behind it;
-- `abstained`: the abstention sentence: a tier said so, or the request wants no unsure answer (`p_correct`
-  is then that of the answer withheld);
-- `cache`: what was answered with confidence before.
+- `low_confidence`: not accepted; the answer with the highest P(correct), followed by a disclaimer;
+- `abstained`: the abstention sentence, because a tier abstained or the request excludes unsure answers (`p_correct` is
+  then that of the withheld answer);
+- `cache`: an earlier accepted answer.
 
-`Reply.accepted` is true on the routes of the first row and of the last one. Tokens stream as they come where no other
-tier can follow and nothing may be withheld; else once an answer is chosen. The reply's text is always the streamed
-text, or that of the last `Revision`. Requests for one adapter, and raw prompts, are answered by that tier directly:
-they are not questions that the gates were fitted on, so they are not accepted. Requests with examples of their own, and
-all requests where the engines lack what the gates need (`Cascade.missing`), are answered by the base and never
-accepted: nothing was calibrated for them. The guarantee was measured on greedy answers; sampled ones (temperature > 0)
-take the same path without it. `usage` sums what all tiers spent on answers; the draft's reading of the question is not
-in it.
+`Reply.accepted` is true on the routes of the first and the last item. Tokens are streamed as generated if no other tier
+can follow and nothing may be withheld; otherwise once the answer is chosen. The reply's text equals the streamed text,
+or the text of the last `Revision`. Requests for an adapter, and raw prompts, go directly to that tier and are not
+accepted, because the gates were not fitted on them. Requests with their own examples, and all requests if the engines
+lack a capability that the gates need (`Cascade.missing`), are answered by the base and never accepted, because they are
+not calibrated. The guarantee was measured on greedy answers; it does not cover sampled ones (temperature > 0). `usage`
+sums the answers of all tiers, without the draft's reading of the question.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from cogumi.cascade.decide import usable
 from cogumi.cascade.execute import RequestFlow
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.cascade.services import Services
-from cogumi.cascade.worker_stream import Flow, answered, start
+from cogumi.cascade.worker_stream import Flow, as_flow, start
 from cogumi.confidence.gate import KINDS
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.core.errors import BusyError, RequestError
@@ -56,9 +55,9 @@ class Cascade:
             raise RequestError(f"unknown gate '{services.gate}': choose one of {', '.join(KINDS)}")
         self.services, self.tiers, self.calibration = services, services.tiers, services.calibration
         self._closed = threading.Event()
-        self._room = threading.BoundedSemaphore(workers + queue)
-        self._door = threading.Lock()  # no request is admitted while the cascade closes
-        self._adding = threading.Lock()  # one modifier is added at a time
+        self._capacity = threading.BoundedSemaphore(workers + queue)
+        self._admission = threading.Lock()  # no request is admitted while the cascade closes
+        self._adding = threading.Lock()  # modifiers are added one at a time
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cascade")
 
     @property
@@ -73,30 +72,30 @@ class Cascade:
 
     @property
     def capabilities(self) -> Capabilities:
-        """The base's, but for those that need a method of their own."""
+        """Those of the base, except capabilities that need a method which the cascade does not have."""
         own = {Capability.SPECULATION, Capability.PREFILL, Capability.RUNTIME_ADAPTERS}
         return self.tiers.base.capabilities - own
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """One line for each thing that this cascade does without because its engines cannot do it."""
+        """One line for each feature that this cascade lacks because of its engines."""
         return self.tiers.missing(self.calibration)
 
     @property
     def promise(self) -> Guarantee:
-        """What calibration promised for the tiers of the default mode. Raises `BundleError` if it promised nothing."""
+        """The calibrated guarantee for the tiers of the default mode. Raises `BundleError` if there is none."""
         mode = self.services.settings.mode(self.services.settings.default)
         return self.calibration.promise(usable(mode, self.tiers.has_draft, self.calibration).policy)
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names under which the cascade, its modes and its tiers can be asked; see `resolve`."""
+        """Model names of the cascade, its modes and its tiers; see `resolve`."""
         models = ["base", "draft"] if self.tiers.has_draft else ["base"]
         tails = [*self.services.settings.names, *models, *(f"base+{name}" for name in self.adapters)]
         return (NAME, *(f"{NAME}:{tail}" for tail in tails))
 
     def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:
-        """The engine behind one of `models`, and the request as that engine takes it. Raises `RequestError`."""
+        """The engine of a model name, and the request adapted to it. Raises `RequestError` for an unknown name."""
         if model not in self.models:
             raise RequestError(f"unknown model '{model}': choose one of {', '.join(self.models)}")
         tail = model.removeprefix(NAME).removeprefix(":")
@@ -117,57 +116,57 @@ class Cascade:
         return Stream(self.generate(as_request(question, options)))
 
     def chat(self, **options: Any) -> Conversation:
-        """A conversation in which every question is asked with these options."""
+        """Start a conversation; `options` apply to every question."""
         return Conversation(self, **options)
 
     def score(self, request: Input | Request, answer: str) -> Score:
-        """The base's (or the asked adapter's) score of an answer."""
+        """Score an answer by the base, or by the request's adapter."""
         self._check_open()
         return self.tiers.base.score(as_request(request, {}), answer)
 
     def read(self, request: Request) -> Reading:
-        """The base's reading of a prompt."""
+        """Read a prompt by the base."""
         self._check_open()
         return self.tiers.base.read(request)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The base's embeddings."""
+        """Embed texts by the base."""
         self._check_open()
         return self.tiers.base.embed(texts)
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """Submit a request; iterate to collect. See the module's text for what is streamed when."""
+        """Submit a request and return its events; the module docstring says when tokens are streamed."""
         self.services.settings.check(request.mode)
         direct = request.adapter is not None or request.prompt is not None
         flow = self._direct(request) if direct else RequestFlow(self.services, request).run()
-        with self._door:
+        with self._admission:
             self.check(request)
-            if not self._room.acquire(blocking=False):
+            if not self._capacity.acquire(blocking=False):
                 raise BusyError("too many requests are waiting already; try again in a moment")
-            return start(flow, self._pool, self._closed.is_set, self._room.release)
+            return start(flow, self._pool, self._closed.is_set, self._capacity.release)
 
     def check(self, request: Request) -> None:
-        """Raise what the base would only say once a worker has come to the request."""
+        """Raise the base's errors about an invalid request at once, before it waits for a worker."""
         self._check_open()
         self.tiers.base.check(request)
 
     def feedback(self, id: str, right: bool, user: str | None = None) -> None:
-        """Record whether the answer of that id was right. Raises `RequestError` if this user has no such answer."""
+        """Record whether the answer `id` was right. Raises `RequestError` if this user has no such answer."""
         self._check_open()
-        self.services.history.rated(id, user or "", right)
+        self.services.history.rate(id, user or "", right)
 
     def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
-        """Switch the personal routing of a user on or off (None: as it is), and what is known of it.
+        """Switch a user's personal routing on or off (None: no change) and return its state.
 
-        Raises `RequestError` without a user, or if nothing is remembered here.
+        Raises `RequestError` without a user or without a state folder.
         """
         self._check_open()
         return self.services.history.personal(user, on)
 
     def forget(self, user: str) -> int:
-        """Delete what is remembered of a user: questions, answers, ratings; the number of turns.
+        """Delete the questions, answers and ratings of a user; returns the number of deleted turns.
 
-        Raises `RequestError` if nothing is remembered here.
+        Raises `RequestError` without a state folder.
         """
         self._check_open()
         return self.services.history.forget(user)
@@ -175,16 +174,16 @@ class Cascade:
     def add_modifier(self, name: str, path: str | Path) -> None:
         """Make a modifier (a GGUF file trained on this base) available as `name`, also while requests run.
 
-        It answers requests with `adapter=name`, and never counts as sure. With a state folder it is there again after
-        a restart. Raises `RequestError` for a name that is taken, `BundleError` for a modifier of another base.
+        It answers requests with `adapter=name`; its answers are never accepted. With a state folder it is added again
+        after a restart. Raises `RequestError` for a name in use, `BundleError` for a modifier of another base.
         """
         self._check_open()
         with self._adding:
             add_modifier(self.tiers.base, name, Path(path), self.services.added)
 
     def close(self) -> None:
-        """Cancel what runs or waits, then free the models and close what is kept on disk."""
-        with self._door:
+        """Cancel running and waiting requests, then free the models and close the files."""
+        with self._admission:
             self._closed.set()
         self._pool.shutdown(wait=True)
         self.services.close()
@@ -201,5 +200,5 @@ class Cascade:
 
     def _direct(self, request: Request) -> Flow:
         tier = f"modifier:{request.adapter}" if request.adapter else "base"
-        reply = yield from answered(self.tiers.answer(request, request.adapter or "base"), live=True)
+        reply = yield from as_flow(self.tiers.answer(request, request.adapter or "base"), live=True)
         return replace(reply, tier=tier, route=tier.partition(":")[0], id=request.id or "")

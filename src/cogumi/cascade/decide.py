@@ -1,6 +1,6 @@
-"""What becomes of a request, decided before anything is generated (SPEC F1, F2, F4, F6, F7, F9, F19).
+"""Plans the answer to a request before any generation (SPEC F1, F2, F4, F6, F7, F9, F19).
 
-`decide` is pure: records in, a `Plan` out. `execute` carries the plan out.
+`decide` is a pure function from records to a `Plan`; `execute` runs the plan.
 """
 
 from __future__ import annotations
@@ -8,26 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cogumi.cascade.disclaimers import AGAIN, LOW_CONFIDENCE
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE, SECOND_ATTEMPT
 from cogumi.cascade.modes import AUTO, Mode, Settings
 from cogumi.cascade.tiers import Question
 from cogumi.confidence.domain_router import preload, with_history
 from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.core.types import Decision, Request
 
-DISSATISFIED = "the answer before did not satisfy: it is answered again, and nothing counts as sure"
-OWN_EXAMPLES = "nothing was calibrated for a request's own examples, so no answer counts as sure"
-NOVEL = "the question is unlike those it was calibrated on, so no answer counts as sure"
+DISSATISFIED = "the user was not satisfied with the previous answer: answered again, and no answer is accepted"
+OWN_EXAMPLES = "not calibrated for requests with their own examples, so no answer is accepted"
+NOVEL = "the question is unlike the calibration data, so no answer is accepted"
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What `decide` knows besides the request, the settings and the calibration.
+    """Input of `decide` besides the request, the settings and the calibration.
 
-    `question`: the reader's view of the question; None if the gates do not apply to these engines, for the reason
-    `gap`. `routed`: the modifier that the router chooses. `modifiers`: those that may be chosen. `speedup`: how much
-    faster drafting makes the base, 0 if it cannot draft. Of the user: `dissatisfied` with the answer before, domains in
-    which an answer `failed`, and the `habit` (domain -> questions asked).
+    `question`: signals of the question; None if the gates do not apply to these engines, for the reason `gap`.
+    `routed`: the modifier that the router chose. `modifiers`: the modifiers that may be chosen. `speedup`: expected
+    speed-up of the base by drafting, 0 if it cannot draft. About the user: `dissatisfied` with the previous answer,
+    `failed` (domains with a wrong answer) and `habit` (domain -> number of questions).
     """
 
     question: Question | None
@@ -45,19 +45,19 @@ class Situation:
 class Plan:
     """How a request is answered.
 
-    `order`: the tiers of the policy, asked in turn until one is sure (see `Policy.order`); `surprised` is the order if
-    the prompt surprises the base, None where that makes no difference. A tier is sure from `threshold` on.
-    `domain`: the modifier's name. `streamed`: the tiers whose tokens are passed on as they come. With `preview` the
-    draft's answer is shown first, whoever answers afterwards. With `preload` the modifier reads the prompt while the
-    base answers. `deliberation`: what may be tried if no tier was sure, None for nothing. `doubt`: why no answer
-    counts as sure whatever the gates say, else empty. `calibrated`: whether P(correct) means anything here. `note`
-    goes behind an answer that is not sure. `decisions`: what the user is told of all this.
+    `order`: tiers of the policy, asked in turn until an answer is accepted (see `Policy.order`); `surprising_order`:
+    the order if the prompt has a high perplexity for the base, None if it is the same. `threshold`: least score of an
+    accepted answer. `domain`: the modifier's name. `streamed`: tiers whose tokens are streamed as generated. `preview`:
+    the draft's answer is shown first. `preload`: the modifier reads the prompt while the base answers. `deliberation`:
+    methods to try if no answer was accepted, or None. `doubt`: the reason why no answer can be accepted whatever the
+    gates' result, else empty. `calibrated`: whether P(correct) is valid for this request. `disclaimer`: appended to an
+    answer that is not accepted. `decisions`: the decisions made so far, for the reply.
     """
 
     mode: str
     domain: str | None
     order: tuple[str, ...]
-    surprised: tuple[str, ...] | None
+    surprising_order: tuple[str, ...] | None
     threshold: float
     streamed: tuple[str, ...]
     preview: bool
@@ -66,7 +66,7 @@ class Plan:
     deliberation: Mode | None
     doubt: str
     calibrated: bool
-    note: str
+    disclaimer: str
     decisions: tuple[Decision, ...]
 
 
@@ -89,9 +89,9 @@ def decide(
     hard = question is None or not calibration.question.easy(question.perplexity, question.p_easy)
 
     has_modifier = domain in situation.modifiers and not novel
-    order, surprised = (mode.policy.order(has_modifier, surprising) for surprising in (False, True))
-    tried = mode.model_copy(update={"votes": 0, "critique": 0}) if novel else mode  # never tested on such questions
-    deliberates = hard and tried.deliberates
+    order, surprising_order = (mode.policy.order(has_modifier, surprising) for surprising in (False, True))
+    extra = mode.model_copy(update={"votes": 0, "critique": 0}) if novel else mode  # not evaluated on novel questions
+    deliberates = hard and extra.deliberates
     progressive = request.progressive and situation.has_draft and not (request.abstain or request.examples)
     live = order == ("base",) and not (request.abstain or deliberates or progressive)
 
@@ -111,31 +111,28 @@ def decide(
         mode=choice.name,
         domain=domain,
         order=order,
-        surprised=surprised if surprised != order else None,
+        surprising_order=surprising_order if surprising_order != order else None,
         threshold=calibration.threshold(gate, mode.policy),
         streamed=("base",) if live else ("draft",) if progressive and order[0] == "draft" else (),
         preview=progressive and order[0] != "draft",
         speculate=speculate,
-        preload=hard and "modifier" in order and _foreseen(domain, situation),
-        deliberation=tried if deliberates else None,
+        preload=hard and "modifier" in order and _modifier_expected(domain, situation),
+        deliberation=extra if deliberates else None,
         doubt=doubt,
         calibrated=not doubts,
-        note=AGAIN if situation.dissatisfied and not doubts else LOW_CONFIDENCE,
+        disclaimer=SECOND_ATTEMPT if situation.dissatisfied and not doubts else LOW_CONFIDENCE,
         decisions=tuple(decisions),
     )
 
 
 def usable(mode: Mode, has_draft: bool, calibration: Calibration) -> Mode:
-    """What is left of a mode where there is no draft, or where no modifier was calibrated.
-
-    So its policy is one that the calibration has a promise for.
-    """
+    """The mode without tiers that are missing or not calibrated, so that calibration covers its policy."""
     absent = {"draft": not has_draft, "modifier": not calibration.has_modifiers}
-    return mode.model_copy(update={name: False for name, gone in absent.items() if gone})
+    return mode.model_copy(update={name: False for name, missing in absent.items() if missing})
 
 
 def _doubts(request: Request, situation: Situation, calibration: Calibration, novel: bool) -> list[Decision]:
-    """Why P(correct) means nothing for this request, the weightiest first; empty where the calibration applies."""
+    """Reasons why P(correct) is not valid for this request, most important first; empty if calibration applies."""
     found: list[Decision] = []
     if situation.question is None:
         found.append(Decision("cascade", "calibrated", 0.0, 1.0, False, situation.gap))
@@ -147,8 +144,8 @@ def _doubts(request: Request, situation: Situation, calibration: Calibration, no
     return found
 
 
-def _foreseen(domain: str | None, situation: Situation) -> bool:
-    """Whether the domain's modifier will likely be asked: it was needed before, or question and habit say so."""
+def _modifier_expected(domain: str | None, situation: Situation) -> bool:
+    """Whether the domain's modifier will likely be asked: after a wrong answer there, or by router and habit."""
     if situation.question is None or domain is None:
         return False
     expected = with_history(situation.question.domains, situation.habit)
@@ -161,20 +158,20 @@ def _reader(situation: Situation) -> str:
 
 
 def _speculation(request: Request, question: Question, situation: Situation, calibration: Calibration) -> Decision:
-    """The question gate: whether the draft may propose tokens for the base."""
+    """The question gate: decides whether the draft proposes tokens for the base."""
     gate, reader = calibration.question, _reader(situation)
     if request.speculate is not None:
-        wish = float(request.speculate)
-        return Decision(reader, "requested", wish, 1.0, request.speculate, "the request says so")
+        requested = float(request.speculate)
+        return Decision(reader, "requested", requested, 1.0, request.speculate, "set by the request")
     accepted, signal, value, threshold = False, "p_easy", question.p_easy, gate.p_easy
     if question.perplexity > gate.perplexity:
         signal, value, threshold = "perplexity", question.perplexity, gate.perplexity
-        reason = f"hard question: the {reader} is surprised by it"
+        reason = f"hard question: high perplexity for the {reader}"
     elif question.p_easy < gate.p_easy:
         reason = "hard question"
     elif situation.speedup <= 1.0:
         signal, value, threshold = "speedup", situation.speedup, 1.0
-        reason = "easy question, but drafting does not pay on this machine"
+        reason = "easy question, but drafting is not faster on this machine"
     else:
         accepted, reason = True, "easy question"
     if situation.has_draft:

@@ -1,4 +1,4 @@
-"""The disclaimers that a cascade adds to an answer's text, and how they are taken off again."""
+"""The disclaimers that a cascade appends to an answer's text, and their removal."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from cogumi.confidence.signals import abstains
 from cogumi.core.types import ABSTENTION
 
 LOW_CONFIDENCE = "\n\n(Low confidence: this answer may be wrong.)"
-AGAIN = "\n\n(Answered again, because the answer before did not satisfy. Low confidence: this one may be wrong too.)"
-NOTES = (LOW_CONFIDENCE, AGAIN)
+SECOND_ATTEMPT = "\n\n(Second attempt, because you were not satisfied. Low confidence: this answer may be wrong too.)"
+DISCLAIMERS = (LOW_CONFIDENCE, SECOND_ATTEMPT)
 
 
-def without_note(text: str) -> str:
-    """A reply's text as the tier gave it, for grading and for follow-ups; imitations of our notes are removed too."""
-    while any(text.endswith(note) for note in NOTES):
-        for note in NOTES:
-            text = text.removesuffix(note)
+def without_disclaimer(text: str) -> str:
+    """A reply's text without disclaimers, for grading and follow-ups; imitations by the model are removed too."""
+    while any(text.endswith(disclaimer) for disclaimer in DISCLAIMERS):
+        for disclaimer in DISCLAIMERS:
+            text = text.removesuffix(disclaimer)
     return text
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How an answer is given: its text, the route, and the `reason` why the cascade does not stand by it (or empty).
+class FinalText:
+    """The final text of an answer, its route, and the `reason` why it is not accepted (empty if it is).
 
-    `withheld` if the abstention sentence replaces it.
+    `withheld`: the abstention sentence replaces the answer.
     """
 
     text: str
@@ -34,21 +34,21 @@ class Ending:
 
     @property
     def accepted(self) -> bool:
-        """Whether the cascade stands by the answer: the one source of `Reply.accepted`."""
+        """Whether the answer is accepted: the only source of `Reply.accepted`."""
         return not self.reason
 
 
-def ending_of(
-    tier: str, text: str, drafted: bool, accepted: bool, withhold: bool, note: str = LOW_CONFIDENCE
-) -> Ending:
-    """How to give the answer `text` of `tier`; `withhold` if the request wants no answer that was not `accepted`."""
-    text = without_note(text)
+def finish(
+    tier: str, text: str, drafted: bool, accepted: bool, withhold: bool, disclaimer: str = LOW_CONFIDENCE
+) -> FinalText:
+    """Finish the answer `text` of `tier`; `withhold`: replace it by an abstention unless it was `accepted`."""
+    text = without_disclaimer(text)
     if abstains(text):
-        return Ending(text, "abstained", f"{tier} says that it does not know")
+        return FinalText(text, "abstained", f"{tier} says that it does not know")
     if accepted:
         kind = tier.partition(":")[0]
-        return Ending(text, "base+draft" if kind == "base" and drafted else kind)
+        return FinalText(text, "base+draft" if kind == "base" and drafted else kind)
     if withhold:
-        reason = "no answer reached the threshold, and the request wants no unsure one"
-        return Ending(ABSTENTION, "abstained", reason, withheld=True)
-    return Ending(text + note, "low_confidence", f"the likeliest answer, that of {tier}, is not sure enough")
+        reason = "no answer reached the threshold, and the request excludes unsure answers"
+        return FinalText(ABSTENTION, "abstained", reason, withheld=True)
+    return FinalText(text + disclaimer, "low_confidence", f"the best answer ({tier}) is below the threshold")

@@ -1,7 +1,7 @@
-"""Noticing that the user is unhappy with the answer before (SPEC F7): a small LSTM, run by ONNX Runtime.
+"""Detection of dissatisfied follow-ups (SPEC F7): a small LSTM, run by ONNX Runtime.
 
-What the net reads of a turn are ids of words and, for each word, a mark: who says it and whether the others said it
-too. Everything it needs beside its weights is in the model's metadata.
+The net's input is a word id and a mark per word; the mark encodes the text (question, answer or follow-up) of the word,
+and which of the other two texts also have it. Vocabulary and thresholds are in the model's metadata.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from cogumi.core.types import Message
 
 FILE = "escalation.onnx"
 FORMAT = "cogumi-escalation-2"
-"""What a model's metadata calls itself; grows with `encode`, to which the net's weights belong."""
+"""Format name in a model's metadata; its number changes with `encode`, because the weights depend on it."""
 
 MARKS = 13
-"""Padding, then for question, answer and follow-up four marks each: said by neither, one, the other or both others."""
+"""Padding, then 4 marks each for question, answer and follow-up: none, one, the other or both others have the word."""
 
 UNKNOWN = 1
-"""The id of what is in no vocabulary; 0 is padding, and words are counted from 2."""
+"""Id of a word outside the vocabulary; 0 is padding, the words follow from 2."""
 
 _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 _CHARACTERS = 600
 _LETTERS = 24
 _LENGTHS = ((16, 8), (12, 28), (48, 16))
-"""Tokens read at the beginning and at the end of question, answer and follow-up."""
+"""Tokens read from the beginning and the end of question, answer and follow-up."""
 
 
 def last_turn(messages: Sequence[Message]) -> tuple[str, str, str] | None:
-    """Question, answer and follow-up; None unless the user speaks last, says something, and an answer stands before."""
+    """Question, answer and follow-up; None unless a non-empty user message follows an answer at the end."""
     talk = [message for message in messages if message.role in ("user", "assistant")]
     if len(talk) < 2 or talk[-1].role != "user" or talk[-2].role != "assistant" or not talk[-1].content.strip():
         return None
@@ -45,22 +45,22 @@ def last_turn(messages: Sequence[Message]) -> tuple[str, str, str] | None:
 
 def encode(turn: tuple[str, str, str], words: Mapping[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Word ids and marks [tokens] of a turn: the follow-up first (one token at least), then answer and question."""
-    said = [_tokens(text, first, last) for text, (first, last) in zip(turn, _LENGTHS, strict=True)]
-    said[2] = said[2] or [""]
-    known = [set(tokens) for tokens in said]
+    texts = [_tokens(text, first, last) for text, (first, last) in zip(turn, _LENGTHS, strict=True)]
+    texts[2] = texts[2] or [""]
+    known = [set(tokens) for tokens in texts]
     ids: list[int] = []
     marks: list[int] = []
-    for who in (2, 1, 0):
-        one, other = (known[k] for k in range(3) if k != who)
-        for token in said[who]:
+    for part in (2, 1, 0):
+        one, other = (known[k] for k in range(3) if k != part)
+        for token in texts[part]:
             pieces = _pieces(token, words)
             ids += pieces
-            marks += [1 + 4 * who + (token in one) + 2 * (token in other)] * len(pieces)
+            marks += [1 + 4 * part + (token in one) + 2 * (token in other)] * len(pieces)
     return np.array(ids, dtype=np.int64), np.array(marks, dtype=np.int64)
 
 
 def _tokens(text: str, first: int, last: int) -> list[str]:
-    """Words, numbers and signs in lower case without accents; of a long text the beginning and the end."""
+    """Words, numbers and symbols, lower case, without accents; only the beginning and the end of a long text."""
     if len(text) > 2 * _CHARACTERS:
         text = text[:_CHARACTERS] + " " + text[-_CHARACTERS:]
     if not text.isascii():
@@ -70,7 +70,7 @@ def _tokens(text: str, first: int, last: int) -> list[str]:
 
 
 def _plain(character: str) -> str:
-    """No accents; a picture is its name, as in "thumbs down sign"."""
+    """Remove accents; replace a pictograph by its Unicode name, as in "thumbs down sign"."""
     if character.isascii():
         return character
     if unicodedata.category(character) == "So":
@@ -79,7 +79,7 @@ def _plain(character: str) -> str:
 
 
 def _pieces(token: str, words: Mapping[str, int]) -> list[int]:
-    """The token's id, or those of the longest pieces it falls into."""
+    """The token's id, or the ids of its greedy longest pieces."""
     token = "0" if token.isdigit() else token[:_LETTERS]
     ids, start = [], 0
     while start < len(token):
@@ -90,19 +90,19 @@ def _pieces(token: str, words: Mapping[str, int]) -> list[int]:
 
 
 def describe(words: Sequence[str], threshold: float, sure: float) -> dict[str, str]:
-    """The metadata of a model: its format, its vocabulary (ids from `UNKNOWN` + 1 on), its thresholds."""
+    """The metadata of a model: format, vocabulary (ids from `UNKNOWN` + 1), thresholds."""
     return {"format": FORMAT, "words": "\n".join(words), "threshold": repr(threshold), "sure": repr(sure)}
 
 
 def numbered(words: Sequence[str]) -> dict[str, int]:
-    """Words to their ids."""
+    """Map words to ids."""
     return {word: row for row, word in enumerate(words, start=UNKNOWN + 1)}
 
 
 class Escalation:
-    """The net in a file, on one thread; several threads may call it. Raises `BundleError` if the file holds none.
+    """The net in a file, on one thread; thread-safe. Raises `BundleError` for another kind of file.
 
-    From P `threshold` on it is right most often; from `sure` on few who are content are taken for dissatisfied.
+    `threshold` on P(dissatisfied) has the best accuracy; `sure` has few false positives.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,15 +112,15 @@ class Escalation:
         metadata = self._session.get_modelmeta().custom_metadata_map
         if metadata.get("format") != FORMAT:
             found = metadata.get("format", "none")
-            raise BundleError(f"{path} is no {FORMAT} model (its format: {found}); build the bundle again")
+            raise BundleError(f"{path} is not a {FORMAT} model (its format: {found}); build the bundle again")
         try:
             self.threshold, self.sure = float(metadata["threshold"]), float(metadata["sure"])
             self._words = numbered(metadata["words"].split("\n"))
         except (KeyError, ValueError) as error:
-            raise BundleError(f"{path} lacks its {error}; build the bundle again") from error
+            raise BundleError(f"{path} lacks the metadata {error}; build the bundle again") from error
 
     def dissatisfied(self, messages: Sequence[Message]) -> float:
-        """P(the last user message is unhappy with the answer before it); 0.0 where no answer stands before it."""
+        """P(the last user message is dissatisfied with the previous answer); 0.0 without a previous answer."""
         turn = last_turn(messages)
         if turn is None:
             return 0.0

@@ -1,4 +1,4 @@
-"""Where a cascade gets its engines from: a factory, by default llama.cpp over the bundle's GGUF files."""
+"""Engine factories for a cascade; the default is llama.cpp with the bundle's GGUF files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cogumi.engine.protocol import Engine
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`slots` requests at a time, `context` tokens each; `threads` per model and the type of their key-value `cache`
-    (None: the engine's choice). Without `repack` models answer slower, in up to half the memory. Modifiers that are not
-    answering are freed while all take more than `adapter_memory` bytes (None: no limit).
+    """`slots`: parallel requests, of `context` tokens each. `threads` per model and type of the key-value `cache`: None
+    lets the engine choose. Without `repack`, models are slower and need as little as half the memory. Idle modifiers
+    are freed while modifiers take more than `adapter_memory` bytes (None: no limit).
     """
 
     slots: int = 8
@@ -31,7 +31,7 @@ class EngineOptions:
 
 
 class Engines(NamedTuple):
-    """`base` answers and carries the modifiers; `draft` reads questions, None if the base does that itself."""
+    """`base` answers and holds the modifiers; `draft` reads questions, None if the base reads them."""
 
     base: Engine
     draft: Engine | None
@@ -42,7 +42,7 @@ EngineFactory: TypeAlias = Callable[[BundleFiles, EngineOptions], Engines]
 
 
 def llama_engines(files: BundleFiles, options: EngineOptions) -> Engines:
-    """The bundle's own models. Raises `BundleError` if a file cannot be used."""
+    """Open the bundle's own models. Raises `BundleError` for an unusable file."""
     bundle = files.bundle
     adapters = bundle.modifiers | ({ADAPTER: bundle.fewshot} if bundle.fewshot else {})
     with ExitStack() as opened:
@@ -60,10 +60,10 @@ def llama_engines(files: BundleFiles, options: EngineOptions) -> Engines:
 
 
 def remote_base(url: str, model: str) -> EngineFactory:
-    """Engines whose base is the model named `model` of a server with OpenAI's API; the bundle's draft runs here.
+    """Factory whose base is `model` on a server with OpenAI's API; the bundle's draft runs locally.
 
-    The server gives no hidden states, so that no answer counts as sure, and the bundle's modifiers are not used. Token
-    ids and scores are those of the bundle's vocabulary. `url` ends in `/v1`.
+    The server gives no hidden states, so no answer is accepted, and the bundle's modifiers are not used. Token ids and
+    scores refer to the bundle's vocabulary. `url` ends in `/v1`.
     """
 
     def opened(files: BundleFiles, options: EngineOptions) -> Engines:
@@ -77,7 +77,7 @@ def remote_base(url: str, model: str) -> EngineFactory:
 
 
 def _draft(files: BundleFiles, options: EngineOptions, opened: ExitStack) -> LlamaEngine | None:
-    """The bundle's draft, if it has one; `opened` closes it."""
+    """Open the bundle's draft, if there is one; `opened` closes it."""
     if not files.bundle.draft:
         return None
     draft = LlamaEngine(files.bundle.draft, lookup=False, **asdict(options))

@@ -1,11 +1,11 @@
-"""Carries out the plan of one request (SPEC F1, F2, F4, F6, F7, F9, F11, F12, F13, F14, F15, F18, F19).
+"""Executes the plan of one request (SPEC F1, F2, F4, F6, F7, F9, F11, F12, F13, F14, F15, F18, F19).
 
-A request to which the user got an accepted answer before is answered by the cache. Else the reader reads the question,
-`decide` makes a plan, the tiers of its order answer in turn, each judged by its gate, until one is sure; where none is,
-what the plan still allows is tried; then the answer is given, marked, or withheld.
+The cache answers a request that had an accepted answer before. Otherwise a model reads the question, `decide` makes a
+plan, and the tiers answer in its order until a gate accepts an answer. Without an accepted answer, the plan's extra
+methods follow (`deliberate`); then the answer is returned, with a disclaimer if unsure, or withheld.
 
-What is tried after the gates (examples, votes, critique, another answer for a dissatisfied user) may better an unsure
-answer; it never makes it a sure one. So what counts as sure is what the guarantee was tested on.
+Extra methods (examples, votes, critique, a second attempt for a dissatisfied user) may improve an unsure answer but
+never make it accepted. So only answers that the guarantee was tested on are accepted.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from dataclasses import replace
 from cogumi.cascade.attempt import Attempt, Judge
 from cogumi.cascade.decide import DISSATISFIED, Plan, Situation, decide
 from cogumi.cascade.deliberate import deliberate
-from cogumi.cascade.disclaimers import ending_of
+from cogumi.cascade.disclaimers import finish
 from cogumi.cascade.history import last_answer
 from cogumi.cascade.self_critique import question_of
 from cogumi.cascade.services import Services
 from cogumi.cascade.tiers import Question
-from cogumi.cascade.worker_stream import Flow, answered
+from cogumi.cascade.worker_stream import Flow, as_flow
 from cogumi.confidence.policy import select_answer
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import ContextError
 from cogumi.core.types import Decision, Reply, Request, Revision, Usage
 from cogumi.engine.protocol import Event
 
-BARE = 12
-"""Words up to which a complaint without figures or quotes says nothing new about the question."""
-_CONTENT = re.compile(r"[\d\"“”`]")
+SHORT_COMPLAINT = 12
+"""A complaint of at most this many words, without numbers or quotes, adds nothing to the question."""
+_DETAILS = re.compile(r"[\d\"“”`]")
 
 
 class RequestFlow:
-    """One request on its way through the cascade; `run` is its flow."""
+    """Processes one request; `run` yields its events and returns its reply."""
 
     def __init__(self, services: Services, request: Request) -> None:
-        self._services, self._tiers, self._asked = services, services.tiers, request
+        self._services, self._tiers, self._request = services, services.tiers, request
         self._id, self._user = request.id or uuid.uuid4().hex, request.user or ""
         self._decisions: list[Decision] = []
         self._usage = Usage()
         self._streamed = ""
 
     def run(self) -> Flow:
-        """Answer, and let memory and cache keep what they should."""
-        services, history, request = self._services, self._services.history, self._asked
+        """Answer the request; store the turn in the memory, and an accepted answer in the cache."""
+        services, history, request = self._services, self._services.history, self._request
         dissatisfied = yield from self._dissatisfied()
         if dissatisfied:
             request = _without_complaint(request)
@@ -55,7 +55,7 @@ class RequestFlow:
             yield hit.decisions[-1]
             history.remember(self._id, request, hit, None, "cache", None)
             return hit
-        request = self._filled_up(request)
+        request = self._with_similar_examples(request)
         situation = self._situation(request, dissatisfied)
         plan = decide(request, situation, services.settings, services.calibration, services.gate)
         for decision in plan.decisions:
@@ -65,29 +65,29 @@ class RequestFlow:
         attempt = yield from self._answer(replace(request, speculate=plan.speculate), plan, judge)
         if attempt is None:
             return Reply("", (), "cancelled", self._usage, id=self._id)
-        reply = yield from self._give(attempt, plan)
+        reply = yield from self._deliver(attempt, plan)
         gate_p = attempt.gate_p if plan.calibrated else None
-        history.remember(self._id, self._asked, reply, plan.domain, plan.mode, gate_p)
-        history.keep(self._id, self._asked, reply)
+        history.remember(self._id, self._request, reply, plan.domain, plan.mode, gate_p)
+        history.cache_answer(self._id, self._request, reply)
         return reply
 
     def _dissatisfied(self) -> Generator[Decision, None, bool]:
-        """Whether the last message complains about the answer before it; what was kept of that answer is taken back."""
+        """Whether the last message complains about the previous answer, which is then recorded as wrong."""
         net = self._services.escalation
-        unhappy = net.dissatisfied(self._asked.messages) if net else 0.0
+        unhappy = net.dissatisfied(self._request.messages) if net else 0.0
         if net is None or unhappy < net.sure:
             return False
-        self._services.history.complained(self._asked)
+        self._services.history.record_complaint(self._request)
         decision = Decision("cascade", "dissatisfied", unhappy, net.sure, True, DISSATISFIED)
         self._decisions.append(decision)
         yield decision
         return True
 
-    def _filled_up(self, request: Request) -> Request:
-        """With near examples of the bank before the request's own, to as many as suit a domain, if they fit."""
+    def _with_similar_examples(self, request: Request) -> Request:
+        """Add similar examples of the template bank before the request's own, if they fit into the context."""
         if not (request.examples and self._services.templates):
             return request
-        filled = replace(request, examples=self._services.templates.filled_up(question_of(request), request.examples))
+        filled = replace(request, examples=self._services.templates.fill_up(question_of(request), request.examples))
         try:
             self._tiers.base.check(filled)
         except ContextError:
@@ -95,7 +95,7 @@ class RequestFlow:
         return filled
 
     def _situation(self, request: Request, dissatisfied: bool) -> Situation:
-        """What there is to know before anything is generated; nothing is read where the gates do not apply."""
+        """Collect the input of `decide`; the question is not read if the gates do not apply."""
         tiers, history = self._tiers, self._services.history
         gap = tiers.gap(self._services.calibration)
         question = None if gap else tiers.read_question(request)
@@ -112,10 +112,10 @@ class RequestFlow:
         )
 
     def _answer(self, request: Request, plan: Plan, judge: Judge) -> Generator[Event | None, None, Attempt | None]:
-        """Ask the tiers in turn, deliberate where none was sure; None if somebody cancelled."""
+        """Ask the tiers in turn, then deliberate if no answer was accepted; None if the request was cancelled."""
         order = self._order(request, plan, judge.question)
         if plan.preload and plan.domain and "modifier" in order:
-            self._tiers.read_ahead(request, plan.domain, self._id)
+            self._tiers.prefill(request, plan.domain, self._id)
         if plan.preview:
             self._streamed = (yield from self._ask("draft", request, live=True)).text
         attempts: list[Attempt] = []
@@ -128,7 +128,7 @@ class RequestFlow:
             if live:
                 self._streamed = reply.text
             attempts.append(judge.attempt(tier, name, request, reply, attempts))
-            yield from judge.judged(attempts[-1])
+            yield from judge.record_attempt(attempts[-1])
             if attempts[-1].check.accepted:
                 break
         which, accepted = select_answer([a.check.p for a in attempts], [a.check.accepted for a in attempts])
@@ -139,56 +139,56 @@ class RequestFlow:
         return attempt
 
     def _order(self, request: Request, plan: Plan, question: Question | None) -> tuple[str, ...]:
-        """The plan's order of tiers; the base reads the prompt first if its surprise decides."""
-        if plan.surprised is None or question is None:
+        """The order of tiers; if it depends on the base's perplexity, the base reads the prompt first."""
+        if plan.surprising_order is None or question is None:
             return plan.order
-        # Without a draft the base is the reader, and has read the prompt already.
-        surprise = self._tiers.surprise(request) if self._tiers.has_draft else question.perplexity
-        return plan.surprised if surprise > self._services.calibration.question.base_perplexity else plan.order
+        # Without a draft, the base has already read the prompt.
+        perplexity = self._tiers.base_perplexity(request) if self._tiers.has_draft else question.perplexity
+        return plan.surprising_order if perplexity > self._services.calibration.question.base_perplexity else plan.order
 
     def _ask(self, tier: str, request: Request, *, live: bool) -> Flow:
-        """One tier's answer; its tokens pass on only if `live`."""
+        """Ask one tier; its tokens are streamed only if `live`."""
         hidden = tier == "base" and self._services.wants_hidden
-        reply = yield from answered(self._tiers.answer(replace(request, hidden=hidden), tier), live=live)
+        reply = yield from as_flow(self._tiers.answer(replace(request, hidden=hidden), tier), live=live)
         self._usage += reply.usage
         return reply
 
-    def _give(self, chosen: Attempt, plan: Plan) -> Flow:
-        """Give the answer: accepted, with a note, or withheld."""
+    def _deliver(self, chosen: Attempt, plan: Plan) -> Flow:
+        """Return the answer: accepted, with a disclaimer, or withheld."""
         reply, judged = chosen.reply, chosen.decision()
-        ending = ending_of(
-            chosen.tier, reply.text, bool(reply.usage.drafted), judged.accepted, self._asked.abstain, plan.note
+        final = finish(
+            chosen.tier, reply.text, bool(reply.usage.drafted), judged.accepted, self._request.abstain, plan.disclaimer
         )
-        if ending.reason:
+        if final.reason:
             signal, value, threshold = judged.signal, judged.value, judged.threshold
             if abstains(reply.text):
                 signal, value, threshold = "abstains", 1.0, 0.0
-            decision = Decision(chosen.tier, signal, value, threshold, False, ending.reason)
+            decision = Decision(chosen.tier, signal, value, threshold, False, final.reason)
             self._decisions.append(decision)
             yield decision
-        if not self._streamed and not ending.withheld:
+        if not self._streamed and not final.withheld:
             yield from reply.tokens
             self._streamed = reply.text
-        if ending.text != self._streamed:
-            yield Revision(ending.text)
+        if final.text != self._streamed:
+            yield Revision(final.text)
         return Reply(
-            text=ending.text,
-            tokens=() if ending.withheld else reply.tokens,
+            text=final.text,
+            tokens=() if final.withheld else reply.tokens,
             finish_reason=reply.finish_reason,
             usage=self._usage,
             signals=chosen.signals,
             decisions=tuple(self._decisions),
             tier=chosen.tier,
-            route=ending.route,
+            route=final.route,
             p_correct=chosen.check.p if plan.calibrated else None,
-            accepted=ending.accepted,
+            accepted=final.accepted,
             id=self._id,
         )
 
 
 def _without_complaint(request: Request) -> Request:
-    """The conversation up to the question that was answered badly, if the complaint says nothing more about it."""
+    """The conversation up to the question, if the complaint adds nothing to it; else the whole conversation."""
     complaint = request.messages[-1].content
-    if len(complaint.split()) > BARE or _CONTENT.search(complaint):
+    if len(complaint.split()) > SHORT_COMPLAINT or _DETAILS.search(complaint):
         return request
     return replace(request, messages=request.messages[: last_answer(request.messages)])

@@ -1,6 +1,6 @@
-"""What a cascade knows of earlier requests: remembered turns, answers that may be given again, what was learned.
+"""A cascade's data about earlier requests: stored turns, the answer cache, and learned corrections.
 
-An answer does not fail because any of these does: a memory that cannot be used is a warning.
+A failure of the memory is a warning and does not fail an answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.cascade.memory.answer_cache import AnswerCache, Scope
 from cogumi.cascade.memory.learner import Learner
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
@@ -27,12 +27,12 @@ from cogumi.core.types import Decision, Message, Reply, Request, Usage
 
 T = TypeVar("T")
 RECENT = 10_000
-"""Requests kept so that a cached answer can be taken back when somebody calls it wrong."""
+"""Recent requests, kept so that a cached answer can be invalidated by a rating."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class History:
-    """None for what is not kept. Answers of another `model` (a bundle's fingerprint) or `gate` are not given again."""
+    """Unused parts are None. Cached answers of another `model` (a bundle's fingerprint) or `gate` are not reused."""
 
     memory: Memory | None = None
     learner: Learner | None = None
@@ -40,68 +40,68 @@ class History:
     model: str = ""
     gate: str = KINDS[0]
     _recent: OrderedDict[tuple[str, str], Request] = field(default_factory=OrderedDict)
-    """By user and answer's id."""
+    """Keyed by user and id of the answer."""
 
     def failed(self, user: str) -> frozenset[str]:
-        """Domains in which an answer to this user was wrong."""
+        """Domains with a wrong answer to this user."""
         memory = self.memory
-        return self._recalled(lambda: memory.failed(user), frozenset()) if memory and user else frozenset()
+        return self._read_memory(lambda: memory.failed(user), frozenset()) if memory and user else frozenset()
 
     def habit(self, user: str) -> Mapping[str, int]:
-        """How many questions of each domain this user has asked."""
+        """Number of this user's questions by domain."""
         memory = self.memory
-        return self._recalled(lambda: memory.habit(user), {}) if memory and user else {}
+        return self._read_memory(lambda: memory.habit(user), {}) if memory and user else {}
 
-    def _recalled(self, recall: Callable[[], T], nothing: T) -> T:
+    def _read_memory(self, read: Callable[[], T], default: T) -> T:
         try:
-            return recall()
+            return read()
         except (StateError, sqlite3.Error) as error:
             warnings.warn(f"the memory cannot be used: {error}", stacklevel=2)
-            return nothing
+            return default
 
     def p_correct(self, id: str, user: str, p: float, signals: Mapping[str, float]) -> tuple[float, float]:
-        """What a gate says, corrected by what was learned from use: for everybody, and for this user."""
+        """A gate's P(correct) with learned corrections: (for all users, for this user)."""
         if self.learner is None:
             return p, p
         shared = self.learner.p_correct(id, "", p, signals)
         return shared, self.learner.p_correct(id, user, p, signals) if user else shared
 
     def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
-        """Switch a user's personal routing (None: as it is), and what is known of it. Raises `RequestError`."""
+        """Switch a user's personal routing (None: no change) and return its state. Raises `RequestError`."""
         if self.learner is None:
-            raise RequestError("nothing is remembered here, so nothing can be personal: open it with a state folder")
+            raise RequestError("personal routing needs a state folder; open the bundle with one")
         if not user:
-            raise RequestError("personal routing belongs to a user: name one")
+            raise RequestError("personal routing needs a user; give a user id")
         return self.learner.personal(user, on)
 
-    def complained(self, request: Request) -> None:
-        """The user is not satisfied with the answer before the last message: it is taken for wrong."""
+    def record_complaint(self, request: Request) -> None:
+        """Record the answer before the last message as wrong, because the user is not satisfied with it."""
         at = last_answer(request.messages)
-        self._take_back(replace(request, messages=request.messages[:at]))
+        self._invalidate(replace(request, messages=request.messages[:at]))
         memory, user = self.memory, request.user or ""
         if not memory or not user:
             return
-        answer = without_note(request.messages[at].content)
+        answer = without_disclaimer(request.messages[at].content)
         nothing: tuple[Turn, ...] = ()
-        for turn in self._recalled(lambda: memory.recent(user), nothing):
+        for turn in self._read_memory(lambda: memory.recent(user), nothing):
             if turn.answer == answer and turn.outcome is None:
-                self.rated(turn.id, user, False)
+                self.rate(turn.id, user, False)
                 return
 
     def cached(self, id: str, request: Request) -> Reply | None:
-        """An accepted answer that was given before to the same question, or to one that counts as the same."""
+        """An earlier accepted answer to the same or an equivalent question."""
         if self.cache is None or not _reusable(request):
             return None
         hit = self.cache.find(self._scope(request), request.messages[-1].content)
         if hit is None:
             return None
-        reason = "the same question was answered before" if hit.exact else f"answered before: {hit.question!r}"
+        reason = "reused the answer to the same question" if hit.exact else f"reused the answer to {hit.question!r}"
         reused = Decision("cache", "similarity", hit.similarity, 1.0, True, reason)
         self._keep_request(id, request)
         return replace(hit.reply, route="cache", usage=Usage(), decisions=(*hit.reply.decisions, reused), id=id)
 
-    def keep(self, id: str, request: Request, reply: Reply) -> None:
-        """Let an accepted answer be given again."""
+    def cache_answer(self, id: str, request: Request, reply: Reply) -> None:
+        """Store an accepted answer in the cache."""
         if self.cache is not None and _reusable(request) and reply.accepted:
             self.cache.keep(self._scope(request), request.messages[-1].content, reply)
             self._keep_request(id, request)
@@ -111,8 +111,8 @@ class History:
         while len(self._recent) > RECENT:
             self._recent.popitem(last=False)
 
-    def _take_back(self, request: Request) -> None:
-        """Whatever would be given again for this request was wrong."""
+    def _invalidate(self, request: Request) -> None:
+        """Mark the cached answer to this request as wrong."""
         if self.cache is None or not _reusable(request):
             return
         hit = self.cache.find(self._scope(request), request.messages[-1].content)
@@ -120,9 +120,9 @@ class History:
             self.cache.judge(hit, False)
 
     def _scope(self, request: Request) -> Scope:
-        """All that must be equal for an answer to be given again, the conversation so far included.
+        """All values that must be equal for reuse of an answer, including the conversation so far.
 
-        Requests without a user share what they get.
+        Requests without a user share their cached answers.
         """
         before = json.dumps([[m.role, m.content] for m in request.messages[:-1]])
         settings = json.dumps([request.max_tokens, request.stop, request.files, self.gate])
@@ -131,7 +131,7 @@ class History:
     def remember(
         self, id: str, request: Request, reply: Reply, domain: str | None, mode: str, gate_p: float | None
     ) -> None:
-        """Keep what was asked and answered; `gate_p` is P(correct) before anything learned from use."""
+        """Store a question and its answer; `gate_p` is P(correct) before learned corrections."""
         memory = self.memory
         if not memory:
             return
@@ -141,7 +141,7 @@ class History:
             session=request.session or "",
             at=time.time(),
             question=last_user_message(request.messages),
-            answer=without_note(reply.text),
+            answer=without_disclaimer(reply.text),
             domain=domain or "",
             tier=reply.tier,
             route=reply.route,
@@ -150,27 +150,27 @@ class History:
             signals=reply.signals,
             outcome=None,
         )
-        self._recalled(lambda: memory.remember(turn), None)
+        self._read_memory(lambda: memory.remember(turn), None)
 
-    def rated(self, id: str, user: str, right: bool) -> None:
-        """A user says whether an answer was right. Raises `RequestError` if this user has no such answer."""
+    def rate(self, id: str, user: str, right: bool) -> None:
+        """Store a user's rating of an answer. Raises `RequestError` if this user has no such answer."""
         if not self.memory:
-            raise RequestError("nothing is remembered here, so nothing can be rated: serve with --state FOLDER")
+            raise RequestError("ratings need a state folder; start with --state FOLDER")
         turn = self.memory.rate(id, user, right)
         asked = self._recent.pop((user, id), None)
         if asked and not right:
-            self._take_back(asked)
+            self._invalidate(asked)
         if self.learner:
             self.learner.rated(turn)
 
     def forget(self, user: str) -> int:
-        """Delete the turns of a user and what was derived from them; how many there were. Raises `RequestError`."""
+        """Delete the turns of a user and all derived data; returns the number of turns. Raises `RequestError`."""
         if self.learner is None:
-            raise RequestError("nothing is remembered here, so nothing can be forgotten: open it with a state folder")
+            raise RequestError("nothing is stored without a state folder; open the bundle with one")
         return self.learner.forget(user)
 
     def close(self) -> None:
-        """Close what is kept on disk."""
+        """Close the files."""
         with ExitStack() as closing:
             for part in (self.memory, self.cache):
                 if part is not None:
@@ -178,12 +178,12 @@ class History:
 
 
 def last_answer(messages: Sequence[Message]) -> int:
-    """Where the last answer of a conversation stands. Raises ValueError if there is none."""
+    """Index of the last answer in a conversation. Raises ValueError if there is none."""
     return max(i for i, message in enumerate(messages) if message.role == "assistant")
 
 
 def _reusable(request: Request) -> bool:
-    """Whether an answer depends on nothing but the conversation and what `_scope` names."""
+    """Whether the answer depends only on the conversation and the values in `_scope`."""
     plain = Request(
         messages=request.messages,
         max_tokens=request.max_tokens,

@@ -1,10 +1,10 @@
-"""What a mode allows, and which one a request gets (SPEC F9). A new mode is a row here, or a few lines of settings.
+"""Modes, and the choice of a mode for a request (SPEC F9). A new mode is a row in `MODES`, or an entry in the settings:
 
-modes:                       # beside the built-in ones, or instead of them
+modes:                       # added to the built-in modes, or replacing them by name
   careful: {modifier: true, votes: 7}
-default: balanced            # where nothing else says
-domains: {math: accurate}    # questions of that domain
-files: {.py: code}           # a request that names such a file is of that domain
+default: balanced            # mode if no other rule applies
+domains: {math: accurate}    # mode by domain of the question
+files: {.py: code}           # domain of a request by the extension of its files
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path, PurePath
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cogumi.cascade.self_consistency import FEWEST, MOST
+from cogumi.cascade.self_consistency import MAX_PATHS, MIN_PATHS
 from cogumi.confidence.policy import Policy
 from cogumi.core.errors import CogumiError, RequestError
 
 AUTO = "auto"
-TAKEN = (AUTO, "base", "draft")
-"""Names that mean something else."""
+RESERVED = (AUTO, "base", "draft")
+"""Names that a mode cannot have."""
 FAILED_BEFORE = "accurate"
-"""The mode for a domain in which an answer to the same user was wrong before."""
+"""Mode for a domain with an earlier wrong answer to the same user."""
 
 
 class Mode(BaseModel):
-    """The tiers that may answer (see `Policy`), and what is tried for a hard question to which no answer was sure.
+    """The tiers that may answer (see `Policy`), and the methods for a hard question without an accepted answer.
 
-    `votes` sampled answers vote, the critic may have an answer written again (`critique` rounds), and the
-    base may see up to so many `examples` that suit the question.
+    `votes`: number of sampled answers that vote. `critique`: rounds in which the critic may request new answers.
+    `examples`: most few-shot examples shown to the base.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,18 +45,18 @@ class Mode(BaseModel):
     @field_validator("votes")
     @classmethod
     def _can_vote(cls, votes: int) -> int:
-        if votes and not FEWEST <= votes <= MOST:
-            raise ValueError(f"{votes} answers cannot vote; give {FEWEST} to {MOST}, or 0")
+        if votes and not MIN_PATHS <= votes <= MAX_PATHS:
+            raise ValueError(f"votes is {votes}; give {MIN_PATHS} to {MAX_PATHS}, or 0")
         return votes
 
     @property
     def policy(self) -> Policy:
-        """Which tiers answer."""
+        """The tiers that may answer."""
         return Policy(self.draft, self.modifier, self.modifier_first)
 
     @property
     def deliberates(self) -> bool:
-        """Whether more may be tried where no answer was sure."""
+        """Whether the mode has methods for questions without an accepted answer."""
         return bool(self.votes or self.critique or self.examples)
 
 
@@ -75,7 +75,7 @@ FILES = {
 
 
 class Settings(BaseModel):
-    """The operator's choices; see the module's text."""
+    """The operator's settings; see the module docstring."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     modes: Mapping[str, Mode] = Field(default_factory=dict)
@@ -89,47 +89,47 @@ class Settings(BaseModel):
             if name not in self.names:
                 raise ValueError(f"unknown mode '{name}': choose one of {', '.join(self.names)}")
         for name in self.modes:
-            if name in TAKEN or name.startswith("base+"):
-                raise ValueError(f"the mode '{name}' would hide what goes by that name already; give it another")
+            if name in RESERVED or name.startswith("base+"):
+                raise ValueError(f"the mode name '{name}' is reserved; choose another name")
         return self
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All modes by name, without `auto`."""
+        """Names of all modes, without `auto`."""
         return tuple({**MODES, **self.modes})
 
     def mode(self, name: str) -> Mode:
-        """The mode of that name. Raises `RequestError` naming the known ones."""
+        """The mode `name`. Raises `RequestError` for an unknown one."""
         known = {**MODES, **self.modes}
         if name not in known:
             raise RequestError(f"unknown mode '{name}': choose one of {', '.join((AUTO, *known))}")
         return known[name]
 
     def check(self, name: str | None) -> None:
-        """Raise `RequestError` for the name of no mode."""
+        """Raise `RequestError` for an unknown mode; None and `auto` are valid."""
         if name not in (None, AUTO):
             self.mode(str(name))
 
     def choose(self, asked: str | None, domain: str | None, failed: Collection[str]) -> Choice:
-        """The mode of a request that asks for `asked`, of a question of `domain`; the user had `failed` domains."""
+        """The mode for a request with mode `asked` and a question of `domain`; `failed`: domains with wrong answers."""
         if asked not in (None, AUTO):
-            return Choice(str(asked), self.mode(str(asked)), "the request says so")
+            return Choice(str(asked), self.mode(str(asked)), "set by the request")
         if domain in failed:
-            return Choice(FAILED_BEFORE, self.mode(FAILED_BEFORE), f"an answer about {domain} was wrong before")
+            return Choice(FAILED_BEFORE, self.mode(FAILED_BEFORE), f"an earlier answer about {domain} was wrong")
         if domain in self.domains:
             name = self.domains[str(domain)]
-            return Choice(name, self.mode(name), f"the settings choose it for {domain}")
+            return Choice(name, self.mode(name), f"set for {domain} in the settings")
         return Choice(self.default, self.mode(self.default), "the default")
 
     def file_domain(self, files: Sequence[str], domains: Collection[str]) -> str | None:
-        """The domain that the names of files speak for, None unless all that speak agree."""
+        """The domain indicated by file names; None if there is none, or if they disagree."""
         found = {self.files.get(PurePath(name).suffix.casefold()) for name in files} & set(domains)
         return found.pop() if len(found) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A mode with its name and why it was chosen."""
+    """The chosen mode, its name, and the reason of the choice."""
 
     name: str
     mode: Mode
@@ -137,7 +137,7 @@ class Choice:
 
 
 def load_settings(path: Path | None) -> Settings:
-    """Settings from a YAML file (None: the defaults). Raises `CogumiError` with the place of a mistake."""
+    """Read settings from a YAML file (None: the defaults). Raises `CogumiError` with the location of an error."""
     if path is None:
         return Settings()
     try:

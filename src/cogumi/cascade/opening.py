@@ -1,4 +1,4 @@
-"""Opens a bundle as a cascade, with what is kept between runs."""
+"""Opens a bundle as a cascade, with the data kept between runs."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
 from cogumi.engine.few_shot import read_pairs
 from cogumi.engine.protocol import Engine
 
-REUSE = ("exact", "static", "verified")
-"""Which answers are given again: those to the same question, to a near one, or to one that is proven to be the same."""
+REUSE_MODES = ("exact", "static", "verified")
+"""Ways to reuse answers: for the same question; also for similar ones; for similar ones verified by comparisons."""
 
-ONNX = ("onnxruntime", "tokenizers")
-"""Packages that run the follow-up net and the sentence encoder."""
-NEAR = ("faiss",)
-"""Packages that find near questions among many."""
+ONNX_PACKAGES = ("onnxruntime", "tokenizers")
+"""Packages needed by the follow-up classifier and the sentence encoder."""
+SEARCH_PACKAGES = ("faiss",)
+"""Packages needed to search similar questions."""
 
 
 def open_cascade(
@@ -65,14 +65,13 @@ def open_cascade(
 ) -> Cascade:
     """Open and verify a bundle as a cascade.
 
-    `slots`, `context`, `threads`, `cache`, `repack` and `adapter_memory` are for its engines (see `EngineOptions`),
-    which come from the factory `engines`: it may give another base, on a server say (`engines.remote_base`);
-    `Cascade.missing` tells what then cannot be had. `state` is the folder of what is kept between runs: session memory,
-    what was learned, modifiers that were added, and answers to `reuse` (one of `REUSE`; these can also be kept in
-    memory only), near ones only if the check in the file `reuse_check` agrees (see suite `cache`). None: nothing is
-    kept. `unpack` is the mode of unpacking a packed bundle, with `progress` (see `bundle.unpack.BundleFiles`). Parts
-    whose optional packages are not installed are left out, with a warning. Raises `BundleError` for a bundle that must
-    not be opened.
+    `slots`, `context`, `threads`, `cache`, `repack` and `adapter_memory` are passed to the engines (see
+    `EngineOptions`). `engines` is the factory of the engines; it may replace the base, for example by a model on a
+    server (`engines.remote_base`); `Cascade.missing` lists the features lost. `state`: folder for session memory,
+    learned corrections, added modifiers and cached answers (None: nothing is kept between runs). `reuse`: reuse answers
+    (one of `REUSE_MODES`; without `state`, in memory); `reuse_check`: file of a second check of similar questions (see
+    suite `cache`). `unpack` and `progress`: mode and progress of unpacking (see `bundle.unpack.BundleFiles`). Parts
+    whose optional packages are not installed are skipped with a warning. Raises `BundleError` for an invalid bundle.
     """
     folder, state = Path(folder), Path(state) if state else None
     if not folder.is_dir():
@@ -84,7 +83,7 @@ def open_cascade(
         bundle = _runnable(files.bundle)
         calibration = Calibration.from_json(bundle.calibration)
         embedder = once(partial(_embedder, files, bundle.embedder)) if bundle.embedder else None
-        answers = _answers(bundle, embedder, reuse, Path(reuse_check) if reuse_check else None, state)
+        answers = _open_answers(bundle, embedder, reuse, Path(reuse_check) if reuse_check else None, state)
         history = _history(bundle, calibration, answers, state, gate, opened)
         options = EngineOptions(slots, context, threads, cache, repack, adapter_memory)
         tiers = _tiers(bundle, engines(files, options), opened)
@@ -98,7 +97,7 @@ def open_cascade(
             critic=Critic(bundle.critic) if bundle.critic else None,
             templates=Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
             files=files,
-            added=_restored(tiers.base, state),
+            added=_restore_modifiers(tiers.base, state),
         )
         cascade = Cascade(services, workers=slots)
         opened.pop_all()
@@ -106,36 +105,38 @@ def open_cascade(
 
 
 def _settings(settings: Settings, bundle: Bundle) -> Settings:
-    """The operator's settings; where they do not say otherwise, a mobile package is opened in that mode."""
+    """The operator's settings; the default mode of a mobile package is `mobile` unless they set another."""
     chosen = bundle.draft is not None or "default" in settings.model_fields_set
     return settings if chosen else settings.model_copy(update={"default": "mobile"})
 
 
 def _runnable(bundle: Bundle) -> Bundle:
-    """The bundle without the nets that ONNX Runtime runs if that is not installed; a warning then names what is off."""
-    if installed(*ONNX) or not (bundle.escalation or bundle.embedder):
+    """Remove the nets that need ONNX Runtime if it is not installed; a warning names the features that are off."""
+    if installed(*ONNX_PACKAGES) or not (bundle.escalation or bundle.embedder):
         return bundle
-    off = "complaints are not recognised and examples are chosen by domain alone"
-    warnings.warn(f"onnxruntime is not installed, so {off}; for both: pip install 'cogumi[onnx]'", stacklevel=3)
+    off = "complaints are not recognised and examples are chosen by domain only"
+    warnings.warn(f"onnxruntime is not installed, so {off}; install it: pip install 'cogumi[onnx]'", stacklevel=3)
     return replace(bundle, escalation=None, embedder=None)
 
 
 def _embedder(files: BundleFiles, folder: Path) -> Embedder:
-    """The encoder of sentences; opening it takes longer than all the rest of a cascade."""
+    """Open the sentence encoder, which takes longer than the rest of a cascade together."""
     for name in (MODEL, TOKENIZER):
         files.file(folder / name)
     return Embedder(folder)
 
 
 def _tiers(bundle: Bundle, engines: Engines, opened: ExitStack) -> Tiers:
-    """The models, with heads that fit them; `opened` closes them. Without a draft, the base reads questions itself."""
+    """Combine the engines with their heads; `opened` closes them. Without a draft, the base reads questions."""
     base, draft = engines
     for engine in (draft, base):
         if engine is not None:
             opened.callback(engine.close)
     difficulty, router = load_head(bundle.difficulty), load_net(bundle.router)
     if len(router.mean) != 2 * len(difficulty.mean):
-        raise BundleError(f"{bundle.path}: router and difficulty head read different drafts; build it again")
+        raise BundleError(
+            f"{bundle.path}: router and difficulty head belong to different drafts; build the bundle again"
+        )
     scope, calibrated = load_scope(bundle.router), frozenset(bundle.modifiers)
     return Tiers(base, draft or base, difficulty, router, scope, calibrated)
 
@@ -148,7 +149,7 @@ def _history(
     gate: str,
     opened: ExitStack,
 ) -> History:
-    """What is kept of earlier requests; `opened` closes it."""
+    """Open the data about earlier requests; `opened` closes it."""
     if answers is not None:
         opened.callback(answers.close)
     memory = Memory(state / FILE) if state else None
@@ -158,34 +159,34 @@ def _history(
     return History(memory, learner, answers, model=bundle.fingerprint, gate=gate)
 
 
-def _answers(
+def _open_answers(
     bundle: Bundle,
     embedder: Callable[[], Embedder] | None,
     reuse: str | None,
     check: Path | None,
     state: Path | None,
 ) -> AnswerCache | None:
-    """The answers that may be given again.
+    """Open the answer cache; None if `reuse` is None.
 
-    Raises `CogumiError` for an unknown way, one that the bundle lacks, or one whose packages are not installed.
+    Raises `CogumiError` for an unknown `reuse`, or one that needs missing parts of the bundle or missing packages.
     """
     if check and reuse in (None, "exact"):
-        raise CogumiError("a reuse check is for answers to near questions: add --reuse static or --reuse verified")
+        raise CogumiError("a reuse check applies to similar questions: add --reuse static or --reuse verified")
     if reuse is None:
         return None
-    if reuse not in REUSE:
-        raise CogumiError(f"unknown way to reuse answers '{reuse}': choose one of {', '.join(REUSE)}")
-    for module in (*NEAR, *ONNX) if reuse != "exact" else ():
+    if reuse not in REUSE_MODES:
+        raise CogumiError(f"unknown value '{reuse}' of reuse: choose one of {', '.join(REUSE_MODES)}")
+    for module in (*SEARCH_PACKAGES, *ONNX_PACKAGES) if reuse != "exact" else ():
         load(module, f"--reuse {reuse}")
     if reuse != "exact" and embedder is None:
-        raise CogumiError(f"{bundle.path} holds no embedder: only --reuse exact works with it")
-    near = embedder() if embedder and reuse != "exact" else None
-    net = read_check(check, near.identity) if near and check else None
-    return AnswerCache(near, state / "answers" if state else None, check=net, verified=reuse == "verified")
+        raise CogumiError(f"{bundle.path} has no embedder: use --reuse exact")
+    encoder = embedder() if embedder and reuse != "exact" else None
+    net = read_check(check, encoder.identity) if encoder and check else None
+    return AnswerCache(encoder, state / "answers" if state else None, check=net, verified=reuse == "verified")
 
 
-def _restored(base: Engine, state: Path | None) -> Path | None:
-    """The list of modifiers that were added before, which the base has again; None if nothing is kept."""
+def _restore_modifiers(base: Engine, state: Path | None) -> Path | None:
+    """Restore added modifiers and return the path of their list; None without a state folder."""
     if state is None:
         return None
     added_modifiers.restore_modifiers(base, state / added_modifiers.FILE)
@@ -193,7 +194,7 @@ def _restored(base: Engine, state: Path | None) -> Path | None:
 
 
 def _examples(path: Path) -> dict[str, list[Pair]]:
-    """The examples of a bundle by domain. Raises `BundleError` if a line is none."""
+    """Read the examples of a bundle by domain. Raises `BundleError` for an invalid line."""
     found: dict[str, list[Pair]] = defaultdict(list)
     try:
         for domain, question, answer in read_pairs(path):

@@ -1,4 +1,4 @@
-"""Self-consistency: several sampled answers to one request, and what most of them say (SPEC F13)."""
+"""Self-consistency: a majority vote among sampled answers to one request (SPEC F13)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cogumi.core.types import Reply, Request, Usage
 from cogumi.engine.protocol import Engine, Event, missing_reply
 
 T = TypeVar("T")
-FEWEST, MOST = 3, 10
-"""How many paths may vote."""
+MIN_PATHS, MAX_PATHS = 3, 10
+"""Limits of the number of sampled answers (paths)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How further answers to a request are drawn."""
+    """Sampling parameters of further answers to a request."""
 
     temperature: float = 0.8
     top_p: float = 0.9
     frequency_penalty: float = 1.2
 
     def requests(self, request: Request, count: int, first: int = 0) -> list[Request]:
-        """The request `count` times; if it has a seed, each gets its own from that seed and its number from `first`."""
+        """`count` copies of the request; if it has a seed, copy i gets a seed derived from it and `first + i`."""
         seeds = [None if request.seed is None else _seed(request.seed, first + i) for i in range(count)]
         drawn = replace(
             request, temperature=self.temperature, top_p=self.top_p, frequency_penalty=self.frequency_penalty
@@ -46,9 +46,9 @@ SAMPLING = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What the paths came to: `winner` and its `text` are None if no two of them agree.
+    """Result of a vote: `winner` and its `text` are None if no two paths agree.
 
-    `agreement` is the share of all paths that say the same as the winner; `usage` sums all `replies`.
+    `agreement` is the share of all paths that agree with the winner; `usage` sums all `replies`.
     """
 
     winner: Reply | None
@@ -58,7 +58,7 @@ class Vote:
 
     @property
     def text(self) -> str | None:
-        """The winner's."""
+        """Text of the winner."""
         return self.winner.text if self.winner else None
 
 
@@ -69,22 +69,22 @@ def vote(
     paths: int = 5,
     sampling: Sampling = SAMPLING,
 ) -> Generator[None, None, Vote]:
-    """Ask all paths at once and count. Yields None while waiting; closing it cancels every path.
+    """Sample all paths in parallel and count votes. Yields None while waiting; closing the generator cancels all paths.
 
-    Answers that were cut or cancelled, and empty ones, have no vote. Raises `RequestError` for fewer than 3 or more
-    than 10 paths, and what the engine raises.
+    Truncated, cancelled and empty answers have no vote. Raises `RequestError` for fewer than 3 or more than 10 paths,
+    and the errors of the engine.
     """
-    if not FEWEST <= paths <= MOST:
-        raise RequestError(f"{paths} paths cannot vote; give {FEWEST} to {MOST}")
+    if not MIN_PATHS <= paths <= MAX_PATHS:
+        raise RequestError(f"paths is {paths}; give {MIN_PATHS} to {MAX_PATHS}")
     found = yield from gather(engine, sampling.requests(request, paths))
     answers = [final_answer(reply.text) if reply.finish_reason == "stop" else None for reply in found]
     counted = tally(answers, [perplexity(answer_signals(r)) for r in found])
     winner = None if counted.winner is None else found[counted.winner]
-    return Vote(winner, counted.agreement, tuple(found), spent(found))
+    return Vote(winner, counted.agreement, tuple(found), total_usage(found))
 
 
 def gather(engine: Engine, requests: Sequence[Request]) -> Generator[None, None, list[Reply]]:
-    """The replies to all requests, which run side by side. Yields None while waiting; closing it cancels them."""
+    """Run requests in parallel and return their replies. Yields None while waiting; closing it cancels them."""
     with ExitStack() as opened:
         running = [
             opened.enter_context(closing(cast(Generator[Event, None, None], engine.generate(request))))
@@ -102,13 +102,13 @@ def gather(engine: Engine, requests: Sequence[Request]) -> Generator[None, None,
         return found
 
 
-def spent(replies: Sequence[Reply]) -> Usage:
-    """What all of them cost together."""
+def total_usage(replies: Sequence[Reply]) -> Usage:
+    """Sum of their usage."""
     return sum((reply.usage for reply in replies), Usage())
 
 
 def finish(work: Generator[None, None, T]) -> T:
-    """Run such a generator to its end and return its result."""
+    """Run a generator to its end and return its result."""
     while True:
         try:
             next(work)

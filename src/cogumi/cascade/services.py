@@ -1,4 +1,4 @@
-"""What a cascade answers with: models, calibration, the operator's settings, and the optional parts of a bundle."""
+"""The parts of a cascade: models, calibration, the operator's settings, and the optional parts of a bundle."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cogumi.engine.protocol import Capability
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Services:
-    """`gate` is one of `confidence.gate.KINDS`; None for a part that the bundle does not hold.
+    """`gate` is one of `confidence.gate.KINDS`; parts that the bundle lacks are None.
 
-    `files` are the bundle's, held open as long as the models need them; `added` is the list of modifiers that were
-    added while it ran (None: none is kept).
+    `files`: the bundle's files, open as long as the models need them. `added`: path of the list of added modifiers
+    (None: not stored).
     """
 
     tiers: Tiers
@@ -38,12 +38,12 @@ class Services:
 
     @property
     def wants_hidden(self) -> bool:
-        """Whether the base's gate reads the hidden state behind an answer, and the base can tell it."""
+        """Whether the base's gate uses the hidden state of an answer, and the base provides it."""
         return self.calibration.probe is not None and Capability.HIDDEN_STATES in self.tiers.base.capabilities
 
     def close(self) -> None:
-        """Close what is kept on disk, free the models, and give the files back, in this order."""
+        """Close the history, free the models, close the bundle's files, in this order."""
         with ExitStack() as closing:
-            for part in (self.files, self.tiers, self.history):  # the last first
+            for part in (self.files, self.tiers, self.history):  # closed in reverse order
                 if part is not None:
                     closing.callback(part.close)

@@ -1,4 +1,4 @@
-"""The template bank: a bundle's questions with answers, those shown that suit a question best (SPEC F18)."""
+"""The template bank: a bundle's worked examples, and the choice of those to show for a question (SPEC F18)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Pair = tuple[str, str]
 
 
 class Templates:
-    """Examples by domain. With an `embedder` the nearest are shown, else some of the domain. Safe for threads.
+    """Examples by domain; with an `embedder` the most similar are chosen, else random ones of the domain. Thread-safe.
 
-    It is opened when something near is first asked for: that takes longer than all the rest of a cascade.
+    The embedder is opened at the first similarity search, because that takes longer than opening the rest of a cascade.
     """
 
     def __init__(self, examples: Mapping[str, Sequence[Pair]], embedder: Callable[[], Embedder] | None = None) -> None:
@@ -27,30 +27,30 @@ class Templates:
         self._pairs = [pair for pairs in examples.values() for pair in pairs]
         self._domains = [domain for domain, pairs in examples.items() for _ in pairs]
 
-    def suiting(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
-        """Up to `most` examples for a question of that domain, the best last; always the same ones."""
+    def select(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
+        """Up to `most` examples for a question of that domain, the best last; deterministic."""
         if self._embedder:
-            return self.near(question)[-most:] if most else ()
-        return self.at_random(question, domain, most)
+            return self.similar(question)[-most:] if most else ()
+        return self.random_examples(question, domain, most)
 
-    def at_random(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
-        """Up to `most` examples of a domain, as many as suit it; the same ones for the same question."""
+    def random_examples(self, question: str, domain: str, most: int) -> tuple[Pair, ...]:
+        """Up to `most` random examples of a domain, at most its `example_count`; deterministic per question."""
         pairs = list(self._by_domain.get(domain, ()))
         return tuple(random.Random(question).sample(pairs, min(most, example_count(domain), len(pairs))))
 
-    def near(self, question: str) -> tuple[Pair, ...]:
-        """The nearest examples, the best last; none where none is near, or nobody can say so."""
+    def similar(self, question: str) -> tuple[Pair, ...]:
+        """The most similar examples, the best last; empty if none is similar, or without an embedder."""
         if not self._embedder or not self._pairs:
             return ()
         cosines = self._vectors @ self._embedder().embed([question])[0]
         return tuple(self._pairs[i] for i in nearest(cosines, self._domains))
 
-    def filled_up(self, question: str, given: tuple[Pair, ...]) -> tuple[Pair, ...]:
-        """The `given` examples, and before them as many near ones as a domain's shape leaves room for."""
-        return (*self.near(question)[len(given) :], *given)
+    def fill_up(self, question: str, given: tuple[Pair, ...]) -> tuple[Pair, ...]:
+        """The `given` examples, preceded by similar ones up to the number that suits the domain."""
+        return (*self.similar(question)[len(given) :], *given)
 
     @cached_property
     def _vectors(self) -> NDArray[np.float32]:
-        """[n, width]; a second thread that comes at the same time computes the same."""
+        """[n, width]; if two threads compute it at the same time, the results are equal."""
         assert self._embedder is not None
         return self._embedder().embed([question for question, _ in self._pairs])

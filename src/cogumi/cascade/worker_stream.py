@@ -1,4 +1,4 @@
-"""Runs a generator of events in a worker thread for a consumer in another one, who may cancel at any time."""
+"""Runs a generator of events in a worker thread; the consumer in another thread may cancel at any time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from cogumi.engine.events import Events, Outcome
 from cogumi.engine.protocol import Event, missing_reply
 
 Flow: TypeAlias = Generator[Event | None, None, Reply]
-"""Events of one request, None where work goes on without one (so that a cancel is noticed), and the final
-reply.
-"""
+"""Yields the events of one request, and None during other work (to check for a cancel); returns the reply."""
 
 
-def answered(events: Iterator[Event], *, live: bool) -> Flow:
-    """A generation as a flow; its tokens pass on only if `live`. Closing the flow cancels it."""
+def as_flow(events: Iterator[Event], *, live: bool) -> Flow:
+    """Convert a generation to a flow; its events are passed on only if `live`. Closing the flow cancels it."""
     with closing(cast(Generator[Event, None, None], events)):
         for event in events:
             if isinstance(event, Reply):
@@ -30,19 +28,19 @@ def answered(events: Iterator[Event], *, live: bool) -> Flow:
 
 
 class _Channel:
-    """What both ends share: events (None ends them) and whether the consumer has gone."""
+    """Shared state of worker and consumer: the events (None is the end) and whether the consumer cancelled."""
 
-    __slots__ = ("events", "gone")
+    __slots__ = ("cancelled", "events")
 
     def __init__(self) -> None:
         self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self.gone = threading.Event()
+        self.cancelled = threading.Event()
 
 
 def _drive(flow: Flow, channel: _Channel, stopped: Callable[[], bool]) -> None:
     try:
         with closing(flow):
-            while not channel.gone.is_set():
+            while not channel.cancelled.is_set():
                 if stopped():
                     channel.events.put(Reply("", (), "cancelled", Usage()))
                     return
@@ -57,15 +55,15 @@ def _drive(flow: Flow, channel: _Channel, stopped: Callable[[], bool]) -> None:
         channel.events.put(None)
 
 
-def start(flow: Flow, pool: Executor, stopped: Callable[[], bool], ended: Callable[[], object]) -> Events:
-    """Submit `flow` to `pool` at once; the result yields its events, the reply last, or raises what the flow raises.
+def start(flow: Flow, pool: Executor, stopped: Callable[[], bool], on_end: Callable[[], object]) -> Events:
+    """Submit `flow` to `pool`; the result yields its events, the reply last, or raises the error of the flow.
 
-    Closing or dropping the result cancels the flow; `stopped` (asked between events) ends it with a cancelled reply.
-    `ended` is called once the flow is over, however it ended.
+    Closing or dropping the result cancels the flow. `stopped` is checked between events; True ends the flow with a
+    cancelled reply. `on_end` is called at the end of the flow, on success or failure.
     """
     channel = _Channel()
     future = pool.submit(_drive, flow, channel, stopped)
-    future.add_done_callback(lambda _: ended())
+    future.add_done_callback(lambda _: on_end())
 
     def receive() -> Outcome:
         event = channel.events.get()
@@ -74,4 +72,4 @@ def start(flow: Flow, pool: Executor, stopped: Callable[[], bool], ended: Callab
         error = future.exception()
         return error if isinstance(error, Exception) else missing_reply()
 
-    return Events(receive, channel.gone.set)
+    return Events(receive, channel.cancelled.set)

@@ -1,4 +1,4 @@
-"""Commands that build, and that look ahead: `build`, `demo`, `plan`."""
+"""Commands that build or plan: `build`, `demo`, `plan`, `vocabulary`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ JobsOption = Annotated[
         "--jobs",
         "-j",
         min=1,
-        help="Steps that run side by side, each with its share of the cores. Another number of threads per step gives "
-        "other bytes.",
-        show_default="as many as cores and recipe allow, 1 with a GPU",
+        help="Number of steps to run in parallel; they share the cores. The number of threads per step affects the "
+        "bytes of the result.",
+        show_default="as many as cores and recipe allow; 1 with a GPU",
     ),
 ]
 
@@ -36,34 +36,34 @@ def _build(recipe: str, runs: Path, seed: int | None, jobs: int | None) -> dict[
         with BuildProgress() as progress:
             return build(load_recipe(recipe), runs, seed=seed, jobs=jobs, progress=progress)
     except KeyboardInterrupt:
-        console.NOTES.print("cogumi: stopped; run the same command again to go on: finished steps are kept")
+        console.STDERR.print("cogumi: stopped; finished steps are kept: run the same command again to continue")
         raise SystemExit(130) from None
 
 
 def build(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name, or a YAML file.")] = "tiny",
+    recipe: Annotated[str, typer.Argument(help="Name of a built-in recipe, or a YAML file.")] = "tiny",
     runs: RunsOption = RUNS,
-    seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's.", show_default="recipe's")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="the recipe's")] = None,
     jobs: JobsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Build a bundle from a recipe; what is built already is kept, what was interrupted goes on.
+    """Build a bundle from a recipe; finished steps are kept, interrupted ones continue.
 
-    Example: `cogumi build tiny` leaves the bundle in runs/tiny/bundle and its figures in runs/tiny/report.md.
+    Example: `cogumi build tiny` writes the bundle to runs/tiny/bundle and its figures to runs/tiny/report.md.
     """
     report = _build(recipe, runs, seed, jobs)
     if not report:
-        return  # a process that only helped to train
+        return  # a helper process of a distributed training
     if json:
-        console.emit(report)
+        console.print_json(report)
     else:
         console.print_report(report)
 
 
 def demo(runs: RunsOption = RUNS, jobs: JobsOption = None) -> None:
-    """Build the tiny recipe, ask it questions that take different routes, and show what it came to.
+    """Build the tiny recipe, ask questions that take different routes through the cascade, and show the figures.
 
-    Example: `cogumi demo` (some ten minutes the first time, seconds after that).
+    Example: `cogumi demo` (about ten minutes the first time, seconds after that).
     """
     from cogumi.cascade.opening import open_cascade
     from cogumi.cli.chat import answer
@@ -80,35 +80,36 @@ def demo(runs: RunsOption = RUNS, jobs: JobsOption = None) -> None:
 
 def plan(
     what: PlannedArgument = "tiny",
-    disk: Annotated[str | None, typer.Option(help="Bytes that the bundle may have, such as 890MB.")] = None,
-    ram: Annotated[str | None, typer.Option(help="Memory it may take when opened, such as 1.5GB.")] = None,
-    tokens_per_second: Annotated[float | None, typer.Option(help="Speed at which it must at least answer.")] = None,
-    context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 2048,
-    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 1,
+    disk: Annotated[str | None, typer.Option(help="Size limit of the bundle, such as 890MB.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Memory limit of the opened bundle, such as 1.5GB.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="Minimum speed of an answer.")] = None,
+    context: Annotated[int, typer.Option(min=32, help="Maximum tokens per request, prompt and answer.")] = 2048,
+    slots: Annotated[int, typer.Option(min=1, help="Number of requests answered at the same time.")] = 1,
     cache: Annotated[
         str | None,
-        typer.Option(help="Type of the key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where heads allow"),
+        typer.Option(
+            help="Type of the key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 if the model allows it"
+        ),
     ] = None,
     bandwidth: BandwidthOption = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only say what would stop it, a line each; exit code 1 if anything would.")
+        bool, typer.Option("--check", help="Print only the problems, one per line; exit code 1 if there are any.")
     ] = False,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of one GPU, such as 80GB: what takes more is a problem.")
+        str | None, typer.Option(help="Memory of one GPU, such as 80GB; a step that needs more is a problem.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share weights, gradients and optimizer.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share weights, gradients and optimizer state.")] = 1,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the longest row.", show_default="by the size of the data")
+        int | None, typer.Option(min=1, help="Tokens of the longest row.", show_default="estimated from the data")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what a recipe takes and what comes of it before anything is built. Nothing is downloaded.
+    """Estimate the cost of a recipe and the size of its bundle before the build. Downloads nothing.
 
-    Training: parameters, tokens, memory, disk. The bundle: bytes of every file from the shapes alone, memory when
-    opened, and the speed that memory bandwidth allows. Ask whether it fits with --disk, --ram and --tokens-per-second:
-    if not, the smallest change that makes it fit is named; if nothing does, the arithmetic why, and exit code 1.
-
-    A GGUF file is also run: its real bytes and speed stand beside the planned ones.
+    For training: parameters, tokens, memory, disk. For the bundle: bytes of every file, computed from the model's
+    shape; memory when opened; the speed that memory bandwidth allows. If a limit (--disk, --ram,
+    --tokens-per-second) is missed, the smallest change that meets it is shown; if there is none, the calculation is
+    shown and the exit code is 1. A GGUF file is also run and its measured size and speed are shown.
 
     Examples: `cogumi plan laptop-890mb --disk 890MB --ram 1.5GB --tokens-per-second 30`,
     `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`
@@ -129,7 +130,7 @@ def plan(
     )
     answer = answer_to(what, options, BenchProgress)
     if json:
-        console.emit(answer.document())
+        console.print_json(answer.document())
     elif check:
         _print_problems(answer)
     else:
@@ -139,37 +140,40 @@ def plan(
 
 
 def _print_problems(answer: Answer) -> None:
-    """What stands in the way of a plan, a line each."""
+    """Print the problems of a plan, one per line."""
     for line in answer.problems:
-        console.NOTES.print(line, soft_wrap=True, markup=False)
+        console.STDERR.print(line, soft_wrap=True, markup=False)
     if not answer.problems:
-        console.OUT.print(f"{answer.title}, nothing in the way")
+        console.STDOUT.print(f"{answer.title}, no problems found")
 
 
 def _print_plan(answer: Answer) -> None:
-    """The tables of a plan, remarks, and what makes it impossible."""
+    """Print the tables of a plan, its remarks, and the limits it cannot meet."""
     for title, columns, rows in answer.tables():
         console.table(title, columns, rows)
     for line in answer.remarks():
-        console.OUT.print(line, soft_wrap=True, markup=False)
+        console.STDOUT.print(line, soft_wrap=True, markup=False)
     for line in answer.faults:
-        console.NOTES.print(line, soft_wrap=True, markup=False)
+        console.STDERR.print(line, soft_wrap=True, markup=False)
 
 
 def vocabulary(
-    model: Annotated[Path, typer.Argument(help="A model folder; of its files only the tokenizer's are read.")],
-    corpus: Annotated[
-        list[Path], typer.Option(help="Text file or folder that tokens are counted in; may be repeated.")
-    ],
-    measure: Annotated[list[Path], typer.Option(help="Text file or folder to measure on, kept out of the corpus.")],
-    size: Annotated[list[int] | None, typer.Option(min=257, help="So many tokens.")] = None,
+    model: Annotated[Path, typer.Argument(help="Folder of a model; only its tokenizer is read.")],
+    corpus: Annotated[list[Path], typer.Option(help="Text file or folder to count tokens in; may be repeated.")],
+    measure: Annotated[list[Path], typer.Option(help="Text file or folder to measure on, not part of the corpus.")],
+    size: Annotated[list[int] | None, typer.Option(min=257, help="Keep this many tokens; may be repeated.")] = None,
     cover: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="What covers this share of the corpus's tokens.", show_default="the stage's"),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Keep enough tokens to cover this share of the corpus; may be repeated.",
+            show_default="the stage's default",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what the stage `trim` would make of a vocabulary: tokens per word before and after, and lines that come back.
+    """Preview a vocabulary trimmed by the stage `trim`: tokens per word, and share of lines that round-trip.
 
     Example: `cogumi vocabulary models/llama --corpus texts --measure kept_out --size 32768 --cover 0.995`
     """
@@ -185,7 +189,7 @@ def vocabulary(
     with ByteProgress("measuring") as bar:
         found = survey(choice, texts, asked, bar.advanced)
     if json:
-        console.emit(found)
+        console.print_json(found)
         return
     rows = [
         [
@@ -200,5 +204,5 @@ def vocabulary(
         ]
         for row in found
     ]
-    columns = ("asked", "tokens", "covers", "per word before", "after", "rise", "ASCII lines back", "other lines back")
+    columns = ("requested", "tokens", "coverage", "tokens/word before", "after", "rise", "ASCII lines", "other lines")
     console.table(f"vocabulary of {model}: {len(whole.bpe.ids):,} tokens", columns, rows)

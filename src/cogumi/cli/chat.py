@@ -1,4 +1,4 @@
-"""A conversation in the terminal: prints answers as they come, obeys /commands."""
+"""A conversation in the terminal: streams answers and executes /commands."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cogumi.core.types import Reply
 from cogumi.engine.few_shot import read_pairs
 
 USER = "local"
-"""Whose memory a chat in the terminal has."""
+"""User id of a chat in the terminal, for memory and ratings."""
 HELP = """\
-Type a question and press Enter. The conversation is remembered until /new.
-  /mode NAME   answer in another mode: fast, balanced, accurate, ...; /mode alone lets each question choose
-  /right       the last answer was right; /wrong, it was not (kept if the chat was started with --state)
-  /personal on let your ratings change how sure answers are for you; /personal off, /personal alone shows it
-  /new         forget the conversation
-  /help        this text
-  /quit        end (so does Ctrl-D)"""
+Type a question and press Enter. The conversation continues until /new.
+  /mode NAME       answer in this mode: fast, balanced, accurate, ...; without NAME, choose one per question
+  /right, /wrong   rate the last answer (needs a chat started with --state)
+  /personal on     let your ratings adjust the confidence for you; /personal off stops it, /personal shows it
+  /new             start a new conversation
+  /help            show this text
+  /quit            end the chat (also Ctrl-D)"""
 
 
 def answer(conversation: Conversation, question: str) -> Reply:
-    """Ask, write the answer to the screen as it comes, and return it."""
+    """Ask a question, print the answer while it is generated, and return it."""
     stream = conversation.stream(question)
     for piece in stream:
         console.stream(piece)
@@ -33,16 +33,16 @@ def answer(conversation: Conversation, question: str) -> Reply:
 
 
 def load_examples(path: Path) -> tuple[tuple[str, str], ...]:
-    """Worked examples out of a file (see `read_pairs`); `CogumiError` if it holds none."""
+    """Worked examples from a file (see `read_pairs`); `CogumiError` if it is empty."""
     found = tuple((question, answer) for _, question, answer in read_pairs(path))
     if not found:
-        raise CogumiError(f"{path} holds no example; write one JSON object a line")
+        raise CogumiError(f"{path} holds no example; write one JSON object per line")
     return found
 
 
-def talk(conversation: Conversation, settings: Settings) -> None:
-    """Read questions and commands from the keyboard until the end of input or /quit."""
-    with contextlib.suppress(ImportError):  # line editing and history, where the platform has it
+def chat_loop(conversation: Conversation, settings: Settings) -> None:
+    """Read questions and commands from the keyboard until end of input or /quit."""
+    with contextlib.suppress(ImportError):  # line editing and history, if the platform has it
         import readline  # noqa: F401
     print(HELP)
     while True:
@@ -63,7 +63,7 @@ def _turn(conversation: Conversation, question: str) -> None:
     try:
         reply = answer(conversation, question)
     except RequestError as error:
-        console.print_error(CogumiError(f"{error} (/new forgets the conversation so far)"))
+        console.print_error(CogumiError(f"{error} (/new starts a new conversation)"))
     else:
         console.print_reasons(reply)
 
@@ -81,23 +81,23 @@ def _command(conversation: Conversation, settings: Settings, line: str) -> None:
     elif name in ("/right", "/wrong"):
         try:
             conversation.rate(name == "/right")
-            print("noted")
+            print("rating saved")
         except RequestError as error:
             print(error)
     elif name == "/personal":
         _personal(conversation, argument.strip())
     elif name == "/new":
         conversation.clear()
-        print("a new conversation")
+        print("new conversation")
     elif name == "/help":
         print(HELP)
     else:
-        print(f"there is no command {name}; /help lists them")
+        print(f"unknown command {name}; /help lists all commands")
 
 
 def _personal(conversation: Conversation, argument: str) -> None:
     if argument not in ("", "on", "off"):
-        print("write /personal on, /personal off, or /personal alone")
+        print("use /personal on, /personal off, or /personal")
         return
     try:
         console.print_personal(conversation.personal(argument == "on" if argument else None))

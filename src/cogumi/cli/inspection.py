@@ -1,4 +1,4 @@
-"""Says what a path is (bundle, archive, artifact, run or recipe) and what is in it, with every checksum verified."""
+"""Describes a path (bundle, packed folder, artifact, run or recipe) and its contents, and verifies every checksum."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cogumi.pipeline.recipe import builtin_recipes, load_recipe
 REPORT = "report.json"
 
 
-def look(path: str) -> dict[str, Any]:
-    """A description under the key `what` and those of its kind.
+def describe(path: str) -> dict[str, Any]:
+    """Describe a path: its kind under the key `what`, and the keys of that kind.
 
-    Raises the error of what is damaged, or `ArtifactError` if there is nothing here that we know.
+    Raises the error of a damaged file, or `ArtifactError` if the path is of no known kind.
     """
     folder = Path(path)
     if is_packed(folder):
@@ -36,7 +36,7 @@ def look(path: str) -> dict[str, Any]:
     if folder.suffix in (".yaml", ".yml") or path in builtin_recipes():
         return _recipe(path)
     raise ArtifactError(
-        f"{path} is no bundle, artifact, run or recipe; name a folder such as runs/tiny/bundle, "
+        f"{path} is not a bundle, artifact, run or recipe; name a folder such as runs/tiny/bundle, "
         f"a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
     )
 
@@ -59,7 +59,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
 
 
 def _packed(folder: Path) -> dict[str, Any]:
-    """What was packed, a bundle or other files, and what its packed form takes."""
+    """Describe a packed bundle or other packed files, and the size of the packed form."""
     archive = Archive(folder)
     if INDEX in archive.files:
         from cogumi.bundle.unpack import BundleFiles
@@ -68,12 +68,12 @@ def _packed(folder: Path) -> dict[str, Any]:
             found = _bundle(unpacked.bundle.path) | {"what": "packed bundle"}
     else:
         for name in archive.files:
-            for _ in archive.read(name):  # to its end, where checksums are compared
+            for _ in archive.read(name):  # checksums are compared at the end
                 pass
         files = {name: entry.model_dump() for name, entry in archive.files.items()}
         size = sum(entry["bytes"] for entry in files.values())
         found = {"what": "packed files", "path": str(folder), "bytes": size, "files": files}
-    built = (folder / artifact.MANIFEST).is_file()  # by stage `archive`, not by the command
+    built = (folder / artifact.MANIFEST).is_file()  # packed by stage `archive`, not by the command
     packed = sum(file.packed_bytes for file in archive.index.files.values())
     dictionary = archive.index.dictionary.bytes if archive.index.dictionary else 0
     return found | {

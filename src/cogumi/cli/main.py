@@ -1,4 +1,4 @@
-"""The `cogumi` command: parses, calls, prints. Heavy modules are imported by the commands that need them."""
+"""The `cogumi` command: parses arguments, calls the library, prints. Commands import heavy modules when they run."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Build and run small local chat systems that know how sure they are.
+    """Build and run small local chat systems with calibrated confidence.
 
-    A first look: `cogumi demo`. Then: `cogumi chat`, `cogumi serve`, `cogumi inspect`.
+    Start with `cogumi demo`; continue with `cogumi chat`, `cogumi serve` or `cogumi inspect`.
     """
     global _debug
     _debug = debug
@@ -60,7 +60,7 @@ app.command()(measuring.bench)
 
 
 def main() -> None:
-    """Run the command; an error meant for the user is one line and exit code 1, a warning is one line."""
+    """Run the command. An error that the user can fix prints one line and exits with code 1; a warning is one line."""
     warnings.formatwarning = lambda message, *_, **__: f"cogumi: warning: {message}\n"
     try:
         app()

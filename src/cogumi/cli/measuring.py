@@ -1,4 +1,4 @@
-"""Commands that look and measure: `inspect`, `eval`, `bench`."""
+"""Commands that inspect and measure: `inspect`, `eval`, `bench`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from cogumi.core.types import Request
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A bundle, an artifact, a run's folder, or a recipe.")],
+    path: Annotated[str, typer.Argument(help="Bundle, artifact, folder of a run, or recipe.")],
     json: JsonOption = False,
 ) -> None:
-    """Say what something is: sizes, fingerprints, figures. Checksums are verified on the way.
+    """Describe a bundle, artifact, run or recipe: sizes, fingerprints, figures. Verifies every checksum.
 
     Example: `cogumi inspect runs/tiny/bundle`
     """
-    from cogumi.cli.inspection import look
+    from cogumi.cli.inspection import describe
 
-    found = look(path)
+    found = describe(path)
     if json:
-        console.emit(found)
+        console.print_json(found)
     else:
         console.print_inspection(found)
 
@@ -45,26 +45,26 @@ def inspect(
 def evaluate(
     bundle: BundleArgument = None,
     data: Annotated[
-        Path | None, typer.Option(help="Questions: JSONL in Alpaca or messages form; with --suite what that one wants.")
+        Path | None, typer.Option(help="Questions: JSONL in Alpaca or messages format; with --suite, the suite's data.")
     ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Measure instead: honesty, routing, domains, escalation, cache, deliberation, learning, templates, "
-            "compression or training.",
+            help="Run this suite instead: honesty, routing, domains, escalation, cache, deliberation, learning, "
+            "templates, compression or training.",
             show_default="grade the answers to --data",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="With --suite: folder for its pictures and figures.")] = None,
-    seed: Annotated[int, typer.Option(help="With --suite: seed of what it draws.")] = 0,
-    tier: Annotated[str, typer.Option(help="cascade, base, draft or modifier:NAME.")] = "cascade",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --suite: folder to write pictures and figures to.")] = None,
+    seed: Annotated[int, typer.Option(help="With --suite: random seed.")] = 0,
+    tier: Annotated[str, typer.Option(help="Tier to ask: cascade, base, draft or modifier:NAME.")] = "cascade",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows, from the first.")] = None,
     threads: ThreadsOption = None,
     base_url: BaseUrlOption = None,
     base_model: BaseModelOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Ask a bundle the questions of a file and grade the answers, or measure one of the suites.
+    """Ask a bundle the questions in a file and grade the answers, or run a suite of measurements.
 
     Example: `cogumi eval runs/tiny/bundle --data questions.jsonl --tier base --limit 200`, or
     `cogumi eval --suite honesty --out honesty`
@@ -73,7 +73,7 @@ def evaluate(
         _measure(suite, bundle, data, out, seed, json)
         return
     if data is None:
-        raise CogumiError("name the questions with --data FILE, or a --suite")
+        raise CogumiError("give a file of questions with --data FILE, or a suite with --suite NAME")
     from cogumi.cascade.opening import open_cascade
     from cogumi.data.sources.question_files import load
     from cogumi.evaluate.accuracy import measure
@@ -87,13 +87,13 @@ def evaluate(
         figures = measure(resolved[0][0], [request for _, request in resolved], examples)
     figures |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected]}
     if json:
-        console.emit(figures)
+        console.print_json(figures)
     else:
         console.print_evaluation(figures)
 
 
 def _model(tier: str, models: Sequence[str]) -> str:
-    """The model name of a tier; `CogumiError` lists the tiers there are."""
+    """The model name of a tier; `CogumiError` for an unknown tier."""
     names = {"cascade": "cogumi"}
     for model in models:
         name = model.removeprefix("cogumi:")
@@ -107,7 +107,7 @@ def _model(tier: str, models: Sequence[str]) -> str:
 
 
 def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None, seed: int, json: bool) -> None:
-    """Run a suite and print its table; with `out` the figures are kept beside the pictures."""
+    """Run a suite and print its table; write the figures to `out` if given."""
     from cogumi.bundle.packed import is_packed
     from cogumi.bundle.unpack import BundleFiles
     from cogumi.core.files import write_json
@@ -117,7 +117,7 @@ def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None
     if bundle is None and any(RUNS.glob("*/bundle/bundle.json")):
         bundle = chosen_bundle(None)
     with ExitStack() as opened:
-        if bundle is not None and is_packed(bundle):  # suites read files of the bundle by themselves
+        if bundle is not None and is_packed(bundle):  # suites read the files of the bundle directly
             bundle = opened.enter_context(closing(BundleFiles(bundle))).bundle.path
         progress = opened.enter_context(SuiteProgress(name))
         found = measured.run(Task(bundle, data, out, seed, progress.advanced))
@@ -125,30 +125,34 @@ def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None
     if out is not None:
         write_json(out / f"{name}.json", figures)
     if json:
-        console.emit(figures)
+        console.print_json(figures)
     else:
         console.print_findings(figures)
 
 
 def bench(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Measure only the row of this name; may be repeated.")] = None,
-    shape: Annotated[str, typer.Option(help="Made-up model: pico, draft, 1b (0.7 GB) or 8b (4.9 GB).")] = "1b",
-    model: Annotated[Path | None, typer.Option(help="A GGUF file of your own instead.")] = None,
-    text: Annotated[Path | None, typer.Option(help="With --model: a text to measure perplexity on.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Measure only this row; may be repeated.")] = None,
+    shape: Annotated[
+        str, typer.Option(help="Shape of the random model: pico, draft, 1b (0.7 GB) or 8b (4.9 GB).")
+    ] = "1b",
+    model: Annotated[Path | None, typer.Option(help="GGUF file to measure instead of a random model.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --model: text file to measure perplexity on.")] = None,
     accept: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="Acceptance of a simulated draft; may be repeated.", show_default="four"),
+        typer.Option(
+            min=0, max=1, help="Acceptance rate of the simulated draft; may be repeated.", show_default="four"
+        ),
     ] = None,
     threads: ThreadsOption = None,
-    minutes: Annotated[float, typer.Option(min=0, help="How long the row `soak` runs.")] = 1.0,
-    picture: Annotated[Path | None, typer.Option(help="Draw the figures to this file, such as bench.png.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Duration of the row `soak`.")] = 1.0,
+    picture: Annotated[Path | None, typer.Option(help="Plot the figures to this file, such as bench.png.")] = None,
 ) -> None:
-    """Measure every feature against the same without it, in turns, and against what the memory allows.
+    """Measure the speed and memory of each feature with and without it, alternating, and against memory bandwidth.
 
-    Without downloads: models of real shapes with made-up weights are written to the cache folder once. The rows
-    `soak`, `start`, `unpack`, `concurrency_16` and those about bundles of real shapes (`bundle_1b_q4_k_m`,
-    `bundle_1b_iq4_xs`, `bundle_mobile`) run only when named.
+    Downloads nothing: models of real shapes with random weights are written to the cache folder once. The rows
+    `soak`, `start`, `unpack`, `concurrency_16` and those for bundles of real shapes (`bundle_1b_q4_k_m`,
+    `bundle_1b_iq4_xs`, `bundle_mobile`) run only with --only.
 
     Example: `cogumi bench --json bench.json --picture bench.png`, or `cogumi bench --only single_stream`
     """
@@ -157,7 +161,7 @@ def bench(
     from cogumi.evaluate.bench.run import ACCEPT, run
 
     if picture is not None and picture.suffix not in pictures.FORMATS:
-        raise CogumiError(f"{picture} is no picture; name it with one of {', '.join(pictures.FORMATS)}")
+        raise CogumiError(f"{picture} is not a picture file; use one of the endings {', '.join(pictures.FORMATS)}")
     with BenchProgress() as progress:
         found = run(
             progress,

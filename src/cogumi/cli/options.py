@@ -1,4 +1,4 @@
-"""Options that several commands share, and the bundle that is meant where none is named."""
+"""Options that several commands share, and the default bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cogumi.cascade.engines import EngineFactory
 
 RUNS = Path("runs")
-RunsOption = Annotated[Path, typer.Option(help="Folder that builds are kept in.")]
+RunsOption = Annotated[Path, typer.Option(help="Folder of the builds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 BundleArgument = Annotated[
     Path | None, typer.Argument(help="Folder of a bundle, packed or not.", show_default="the newest runs/*/bundle")
@@ -21,31 +21,33 @@ BundleArgument = Annotated[
 ModeOption = Annotated[
     str | None,
     typer.Option(
-        help="`fast` never asks a modifier, `balanced` may, `accurate` tries more on hard questions; also `turbo`, "
-        "`mobile`, `desktop`, or one of your --settings.",
-        show_default="what suits the question",
+        help="`fast` uses the base only, `balanced` also modifiers, `accurate` also votes and critique for hard "
+        "questions; or `turbo`, `mobile`, `desktop`, or a mode of your --settings.",
+        show_default="chosen per question",
     ),
 ]
 SettingsOption = Annotated[
-    Path | None, typer.Option(help="YAML with modes of your own, and which questions get which mode.")
+    Path | None, typer.Option(help="YAML file with your own modes and the rules that choose a mode per question.")
 ]
 StateOption = Annotated[
     Path | None,
-    typer.Option(help="Folder for what is kept between runs: session memory, ratings.", show_default="keep nothing"),
+    typer.Option(
+        help="Folder for data kept between runs: conversations, ratings, added modifiers.", show_default="keep nothing"
+    ),
 ]
 
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Processor threads to compute with.", show_default="what suits the model")
+    int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="chosen for the model")
 ]
 RepackOption = Annotated[
     bool,
-    typer.Option(help="Keep a second copy of the weights in the order in which this processor multiplies fastest."),
+    typer.Option(help="Keep a second copy of the weights in the layout that this CPU multiplies fastest."),
 ]
 UnpackOption = Annotated[
     str | None,
     typer.Option(
-        help="A packed bundle is unpacked once into the cache folder (`cached`), every time into a temporary folder "
-        "(`eager`), or into the cache folder with modifiers only when they are used (`lazy`).",
+        help="How to unpack a packed bundle: once into the cache folder (`cached`), into a temporary folder at each "
+        "start (`eager`), or into the cache folder with each modifier at its first use (`lazy`).",
         show_default="cached",
     ),
 ]
@@ -53,66 +55,68 @@ PlannedArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A built-in recipe's name or a YAML file; or a model alone: a known name such as Llama-3.2-1B, a "
-        "folder, its config.json, or a GGUF file.",
+        help="A built-in recipe or a YAML file; or a single model: a known name such as Llama-3.2-1B, its folder, its "
+        "config.json, or a GGUF file.",
     ),
 ]
 BandwidthOption = Annotated[
     str | None,
-    typer.Option(help="Memory bandwidth of another machine, such as 50GB/s.", show_default="this one's, measured"),
+    typer.Option(help="Memory bandwidth of the target machine, such as 50GB/s.", show_default="measured here"),
 ]
 AdapterMemoryOption = Annotated[
     str | None,
     typer.Option(
-        help="Memory for modifiers, such as 500MB: those that are not answering are freed beyond it, the longest "
-        "unused first.",
+        help="Memory budget for modifiers, such as 500MB; above it, idle modifiers are freed, least recently used "
+        "first.",
         show_default="no limit",
     ),
 ]
 ModifiersOption = Annotated[
     Path | None,
-    typer.Option(help="Folder out of which clients may add modifiers while it runs.", show_default="they may not"),
+    typer.Option(help="Folder from which clients may add modifiers at run time.", show_default="not allowed"),
 ]
 CacheOption = Annotated[
-    str | None, typer.Option(help="Key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 where it fits")
+    str | None,
+    typer.Option(help="Type of the key-value cache: f16, q8_0 or q4_0.", show_default="q8_0 if the model allows it"),
 ]
 BaseUrlOption = Annotated[
     str | None,
     typer.Option(
-        help="A server with OpenAI's API (its address with /v1) that answers in place of the bundle's base; no answer "
-        "counts as sure then."
+        help="Address, ending in /v1, of a server with OpenAI's API that replaces the bundle's base; no answer is then "
+        "accepted as sure."
     ),
 ]
-BaseModelOption = Annotated[str | None, typer.Option(help="With --base-url: the name of its model.")]
+BaseModelOption = Annotated[str | None, typer.Option(help="With --base-url: the model name on that server.")]
 ReuseOption = Annotated[
     str | None,
     typer.Option(
-        help="Give sure answers again: to the same question (`exact`), to near ones (`static`), or only where "
-        "near ones have proven to be the same (`verified`).",
+        help="Reuse accepted answers: for the same question (`exact`), also for similar ones (`static`), or for "
+        "similar ones once comparisons have verified that their answers agree (`verified`).",
         show_default="never",
     ),
 ]
 ReuseCheckOption = Annotated[
-    Path | None, typer.Option(help="A second check of near questions, fitted by `eval --suite cache --out FOLDER`.")
+    Path | None,
+    typer.Option(help="File of a second check of similar questions, fitted by `eval --suite cache --out FOLDER`."),
 ]
 
 
 def chosen_bundle(bundle: Path | None) -> Path:
-    """The bundle named, or the newest one that was built here."""
+    """The given bundle, or else the newest one in `RUNS`."""
     if bundle is not None:
         return bundle
     built = sorted(RUNS.glob("*/bundle/bundle.json"), key=lambda path: path.stat().st_mtime)
     if not built:
-        raise BundleError(f"there is no bundle in {RUNS}/; build one: cogumi build tiny, or name its folder")
+        raise BundleError(f"there is no bundle in {RUNS}/; build one (cogumi build tiny), or name its folder")
     return built[-1].parent
 
 
 def chosen_engines(url: str | None, model: str | None) -> EngineFactory:
-    """What opens the engines of a bundle: its own models, or the base on the server at `url`."""
+    """The engine factory: the bundle's own models, or `model` on the server at `url` as the base."""
     from cogumi.cascade.engines import llama_engines, remote_base
 
     if (url is None) != (model is None):
         raise CogumiError(
-            "--base-url and --base-model go together: the server's address with /v1, and its model's name"
+            "--base-url and --base-model must be given together: the server's address with /v1, and its model's name"
         )
     return remote_base(url, model) if url and model else llama_engines

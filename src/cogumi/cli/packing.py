@@ -17,17 +17,18 @@ COLUMNS = ("file", "size", "zstd", "with dictionary", "ratio")
 
 
 def pack(
-    folder: Annotated[Path, typer.Argument(help="Folder of a bundle, or of a model.")],
-    out: Annotated[Path, typer.Argument(help="New folder for its packed form.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a bundle or a model.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the packed files.")],
     sparse: Annotated[
-        bool, typer.Option("--sparse", help="Try to store safetensors files without their zeros: for pruned models.")
+        bool,
+        typer.Option("--sparse", help="Store safetensors files without their zeros if smaller: for pruned models."),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Pack a bundle with zstd, without loss; `chat`, `serve`, `inspect` and `eval` open it as it is.
+    """Compress a bundle losslessly with zstd; `chat`, `serve`, `inspect` and `eval` open packed bundles directly.
 
-    Quantized weights are close to random and hardly get smaller; the figures say what was won. A model's folder is
-    packed to be kept: `unpack` brings it back. The manifest.json of the build that made a folder is left out.
+    Quantized weights are close to random and hardly shrink; the printed figures show the gain. A packed model folder
+    is for storage: `unpack` restores it. The manifest.json of a build is not packed.
 
     Example: `cogumi pack runs/tiny/bundle tiny.packed`
     """
@@ -37,17 +38,17 @@ def pack(
     with staged(out, folder) as part, ByteProgress(f"packing {folder}") as bar:
         figures = pack_folder(folder, part, Config(sparse=sparse), bar.advanced)
     if json:
-        console.emit(figures)
+        console.print_json(figures)
     else:
         _print(out, figures)
 
 
 def unpack(
     packed: Annotated[Path, typer.Argument(help="Folder of a packed bundle.")],
-    out: Annotated[Path, typer.Argument(help="New folder for its files.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the unpacked files.")],
     json: JsonOption = False,
 ) -> None:
-    """Unpack a packed bundle: the same files, byte for byte.
+    """Unpack a packed bundle; every file is restored byte for byte.
 
     Example: `cogumi unpack tiny.packed tiny`
     """
@@ -56,13 +57,13 @@ def unpack(
     with ByteProgress(f"unpacking {packed}") as bar:
         count = archive.unpack(packed, out, bar.advanced)
     if json:
-        console.emit({"out": str(out), "bytes": count})
+        console.print_json({"out": str(out), "bytes": count})
     else:
-        console.OUT.print(f"{out}: {size(count)}", soft_wrap=True, markup=False)
+        console.STDOUT.print(f"{out}: {size(count)}", soft_wrap=True, markup=False)
 
 
 def _print(out: Path, figures: Mapping[str, Any]) -> None:
-    """A row per file, the two forms that were tried, and what it came to."""
+    """Print one row per file with the two encodings tried, and the totals."""
     rows = []
     for name, file in figures["files"].items():
         tried = file["with_dictionary_bytes"]
@@ -71,17 +72,17 @@ def _print(out: Path, figures: Mapping[str, Any]) -> None:
     rows.append(["all", size(figures["bytes"]), "", "", f"{figures['ratio']:.3f}"])
     console.table(f"Packed in {out}: {size(figures['packed_bytes'])}", COLUMNS, rows)
     for name, file in figures.get("sparse", {}).items():
-        kept = "stored without them" if file["packed_bytes"] < file["zstd_alone_bytes"] else "stored as it is"
+        kept = "stored without zeros" if file["packed_bytes"] < file["zstd_alone_bytes"] else "stored unchanged"
         sizes = f"{size(file['packed_bytes'])} against {size(file['zstd_alone_bytes'])} with zstd alone"
-        console.OUT.print(f"{name}: {file['zeros']:.1%} zeros, {sizes}: {kept}.", soft_wrap=True, markup=False)
+        console.STDOUT.print(f"{name}: {file['zeros']:.1%} zeros, {sizes}: {kept}.", soft_wrap=True, markup=False)
     models = [file for name, file in figures["files"].items() if name.endswith(".gguf")]
     before, after = (sum(file[key] for file in models) for key in ("bytes", "packed_bytes"))
     if models:
-        console.OUT.print(f"The models alone are {before / after:.3f} times smaller.")
+        console.STDOUT.print(f"Models alone: compression ratio {before / after:.3f}.")
     dictionary = figures["dictionary_bytes"]
     if dictionary:
-        console.OUT.print(f"The dictionary takes {size(dictionary)}.")
+        console.STDOUT.print(f"The dictionary takes {size(dictionary)}.")
     elif all(file["with_dictionary_bytes"] is None for file in figures["files"].values()):
-        console.OUT.print("There is too little to learn a dictionary from.")
+        console.STDOUT.print("Too few small files to train a dictionary.")
     else:
-        console.OUT.print("The dictionary would have saved less than it takes: none is used.")
+        console.STDOUT.print("No dictionary is used: it would save less than its own size.")

@@ -1,4 +1,4 @@
-"""Bars with the time left, for what takes more than two seconds; lines where there is no terminal."""
+"""Progress bars with the time left, for work of more than two seconds; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cogumi.cli.console import NOTES
+from cogumi.cli.console import STDERR
 from cogumi.core.amounts import duration, size
 
 
-class _Shown:
-    """A bar that is there within a `with`, on a terminal."""
+class _TerminalBar:
+    """Context manager that shows a bar if standard error is a terminal."""
 
     _bar: Progress
 
     def __enter__(self) -> Self:
-        if NOTES.is_terminal:
+        if STDERR.is_terminal:
             self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if NOTES.is_terminal:
+        if STDERR.is_terminal:
             self._bar.stop()
 
 
 @dataclass(slots=True)
 class _Step:
-    """A step that is shown: its bar on a terminal, and what its last line said."""
+    """Display state of a step: its bar on a terminal, the time of its last line, its last figures."""
 
     title: str
     bar: TaskID | None
     began: float
-    told: float
+    last_line: float
     figures: str = ""
 
 
-class BuildProgress(_Shown):
-    """Shows a build: a bar for every step under way on a terminal, otherwise a plain line for each now and then."""
+class BuildProgress(_TerminalBar):
+    """Shows a build: a bar for every running step on a terminal, otherwise occasional plain lines."""
 
     PLAIN_EVERY = 15.0  # seconds between lines of one step
 
@@ -62,57 +62,57 @@ class BuildProgress(_Shown):
             TaskProgressColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[figures]}"),
-            console=NOTES,
+            console=STDERR,
             transient=True,
         )
         self._steps: dict[str, _Step] = {}
 
     def started(self, step: str, stage: str, number: int, of: int, reason: str) -> None:
-        """Name the step that begins and why it runs again, if it does."""
+        """Show a started step, and the reason if it runs again."""
         title = escape(f"[{number}/{of}] {step} ({stage})")
-        bar = self._bar.add_task(title, total=None, figures="") if NOTES.is_terminal else None
+        bar = self._bar.add_task(title, total=None, figures="") if STDERR.is_terminal else None
         now = time.monotonic()
         self._steps[step] = _Step(title, bar, now, now)
-        if reason or not NOTES.is_terminal:
-            NOTES.print(f"{title}{f': {escape(reason)}' if reason else ''}", soft_wrap=True)
+        if reason or not STDERR.is_terminal:
+            STDERR.print(f"{title}{f': {escape(reason)}' if reason else ''}", soft_wrap=True)
 
     def advanced(self, step: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
-        """Move the bar of the step, or print a line if its last one is old."""
+        """Move the bar of the step, or print a line if the last one is old."""
         shown, now = self._steps[step], time.monotonic()
         shown.figures = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if shown.bar is not None:
             self._bar.update(shown.bar, completed=done, total=total, figures=shown.figures)
-        elif now - shown.told >= self.PLAIN_EVERY:
-            shown.told = now
+        elif now - shown.last_line >= self.PLAIN_EVERY:
+            shown.last_line = now
             left = f", {duration((now - shown.began) / done * (total - done))} left" if total and done else ""
-            NOTES.print(f"  {step}: {done}{f' of {total}' if total else ''}{left}  {shown.figures}", soft_wrap=True)
+            STDERR.print(f"  {step}: {done}{f' of {total}' if total else ''}{left}  {shown.figures}", soft_wrap=True)
 
     def printed(self, step: str, line: str) -> None:
-        """Pass on what the process of a step printed, above the bars."""
-        NOTES.print(line, markup=False, soft_wrap=True)
+        """Show a line printed by the process of a step, above the bars."""
+        STDERR.print(line, markup=False, soft_wrap=True)
 
     def finished(self, step: str, seconds: float, skipped: bool, metrics: Mapping[str, Any]) -> None:
-        """Say how long the step took."""
+        """Show the time that the step took."""
         shown = self._steps[step]
         self._remove(step)
         took = "unchanged" if skipped else duration(seconds)
-        NOTES.print(f"[green]✓[/] {shown.title}  {took}  [dim]{shown.figures}[/]", soft_wrap=True)
+        STDERR.print(f"[green]✓[/] {shown.title}  {took}  [dim]{shown.figures}[/]", soft_wrap=True)
 
     def failed(self, step: str, reason: str, running: Sequence[str]) -> None:
-        """Say what went wrong, and which steps the end of the build still waits for."""
+        """Show the reason of a failure, and the steps that are still running."""
         self._remove(step)
-        waits = f"; waiting for {', '.join(running)}, Ctrl-C stops it" if running else ""
-        NOTES.print(f"[red]✗[/] {escape(reason)}{waits}", soft_wrap=True)
+        waits = f"; waiting for {', '.join(running)} (Ctrl-C stops them)" if running else ""
+        STDERR.print(f"[red]✗[/] {escape(reason)}{waits}", soft_wrap=True)
 
     def _remove(self, step: str) -> None:
-        """Take the step's bar away; a step that failed before it started has none."""
+        """Remove the step's bar; a step that failed before its start has none."""
         shown = self._steps.pop(step, None)
         if shown is not None and shown.bar is not None:
             self._bar.remove_task(shown.bar)
 
 
 class SuiteProgress:
-    """Shows how far a suite is: a bar with the time left on a terminal, otherwise a plain line now and then."""
+    """Shows the progress of a suite: a bar on a terminal, otherwise occasional plain lines."""
 
     def __init__(self, name: str) -> None:
         self._build, self._name = BuildProgress(), name
@@ -131,7 +131,7 @@ class SuiteProgress:
 
 
 class ByteProgress:
-    """Shows bytes that are done, if it takes longer than `QUIET`: a bar on a terminal, else a line now and then."""
+    """Shows processed bytes after `QUIET` seconds: a bar on a terminal, otherwise occasional plain lines."""
 
     QUIET = 2.0  # seconds
 
@@ -141,11 +141,11 @@ class ByteProgress:
             BarColumn(bar_width=30),
             DownloadColumn(),
             TimeRemainingColumn(),
-            console=NOTES,
+            console=STDERR,
             transient=True,
         )
         self._title, self._task = title, self._bar.add_task(escape(title), total=None)
-        self._began = self._told = time.monotonic()
+        self._began = self._last_line = time.monotonic()
 
     def __enter__(self) -> ByteProgress:
         return self
@@ -158,17 +158,17 @@ class ByteProgress:
         """Move the bar, or print a line if the last one is old."""
         now = time.monotonic()
         self._bar.update(self._task, completed=done, total=total)
-        if NOTES.is_terminal:
+        if STDERR.is_terminal:
             if now - self._began > self.QUIET:
                 self._bar.start()
-        elif now - self._told >= BuildProgress.PLAIN_EVERY:
-            self._told = now
+        elif now - self._last_line >= BuildProgress.PLAIN_EVERY:
+            self._last_line = now
             left = duration((now - self._began) / done * (total - done))
-            NOTES.print(f"{self._title}: {size(done)} of {size(total)}, {left} left", markup=False, soft_wrap=True)
+            STDERR.print(f"{self._title}: {size(done)} of {size(total)}, {left} left", markup=False, soft_wrap=True)
 
 
-class BenchProgress(_Shown):
-    """Shows a benchmark: a bar over all rows with the time left on a terminal, otherwise a line per row."""
+class BenchProgress(_TerminalBar):
+    """Shows a benchmark: one bar over all rows on a terminal, otherwise a line per row."""
 
     def __init__(self) -> None:
         self._bar = Progress(
@@ -176,18 +176,18 @@ class BenchProgress(_Shown):
             BarColumn(bar_width=30),
             TaskProgressColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=NOTES,
+            console=STDERR,
             transient=True,
         )
-        self._task = self._bar.add_task("making the model", total=None)
+        self._task = self._bar.add_task("preparing the model", total=None)
         self._before = 0
 
     def started(self, name: str, number: int, of: int) -> None:
-        """Name the row that begins."""
+        """Show a started row."""
         self._before = number - 1
         self._bar.update(self._task, description=escape(name), total=of, completed=self._before)
-        if not NOTES.is_terminal:
-            NOTES.print(f"[{number}/{of}] {name}", markup=False)
+        if not STDERR.is_terminal:
+            STDERR.print(f"[{number}/{of}] {name}", markup=False)
 
     def advanced(self, share: float) -> None:
         """Move the bar within a row."""

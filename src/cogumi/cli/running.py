@@ -1,4 +1,4 @@
-"""Commands that run a bundle: `chat`, `serve`, `forget`."""
+"""Commands that run a bundle or change its state folder: `chat`, `serve`, `personal`, `forget`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 def chat(
     bundle: BundleArgument = None,
     mode: ModeOption = None,
-    once: Annotated[str | None, typer.Option(help="Answer this one question and end.")] = None,
+    once: Annotated[str | None, typer.Option(help="Answer this question and exit.")] = None,
     examples: Annotated[
-        Path | None, typer.Option(help='Worked examples to answer after: a JSON line {"question", "answer"} for each.')
+        Path | None, typer.Option(help='Few-shot examples: JSONL with "question" and "answer" on each line.')
     ] = None,
     settings: SettingsOption = None,
     state: StateOption = None,
@@ -57,15 +57,15 @@ def chat(
     base_model: BaseModelOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Talk to a bundle; under each answer stand the tier that gave it, P(correct) and why.
+    """Chat with a bundle; below each answer: the tier that gave it, P(correct), and the decisions.
 
     Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
     """
     from cogumi.cascade.modes import load_settings
-    from cogumi.cli.chat import USER, answer, load_examples, talk
+    from cogumi.cli.chat import USER, answer, chat_loop, load_examples
 
     if json and once is None:
-        raise CogumiError('--json prints one answer: give its question with --once "..."')
+        raise CogumiError('--json prints a single answer: give the question with --once "..."')
     chosen = load_settings(settings)
     chosen.check(mode)
     shown = load_examples(examples) if examples else ()
@@ -82,12 +82,12 @@ def chat(
     with closing(opened) as cascade:
         conversation = cascade.chat(mode=mode, user=USER, examples=shown)
         if once is None:
-            talk(conversation, chosen)
+            chat_loop(conversation, chosen)
         elif json:
             from cogumi.engine.reply_extension import extension
 
             reply = conversation.ask(once)
-            console.emit(
+            console.print_json(
                 {"question": once, "answer": reply.text, "finish_reason": reply.finish_reason} | extension(reply)
             )
         else:
@@ -96,10 +96,10 @@ def chat(
 
 def serve(
     bundle: BundleArgument = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
-    context: Annotated[int, typer.Option(min=32, help="Tokens of prompt and answer together, per request.")] = 512,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Number of requests answered at the same time.")] = 8,
+    context: Annotated[int, typer.Option(min=32, help="Maximum tokens per request, prompt and answer.")] = 512,
     threads: ThreadsOption = None,
     repack: RepackOption = True,
     unpack: UnpackOption = None,
@@ -114,7 +114,7 @@ def serve(
     base_model: BaseModelOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Serve a bundle to any OpenAI client, at http://HOST:PORT/v1; any API key is accepted.
+    """Serve a bundle to OpenAI clients at http://HOST:PORT/v1; any API key is accepted.
 
     Example: `cogumi serve runs/tiny/bundle --port 8000`
     """
@@ -123,11 +123,11 @@ def serve(
 
     folder, chosen = chosen_bundle(bundle), load_settings(settings)
     if modifiers is not None and not modifiers.is_dir():
-        raise CogumiError(f"{modifiers} is no folder; make it, or name the one that modifiers are added from")
+        raise CogumiError(f"{modifiers} is not a folder; create it, or name the folder of the modifier files")
     engines, memory = chosen_engines(base_url, base_model), parse_bytes(adapter_memory) if adapter_memory else None
     listener = app.bind(host, port)
     where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    console.NOTES.print(f"cogumi: loading {folder}", soft_wrap=True)
+    console.STDERR.print(f"cogumi: loading {folder}", soft_wrap=True)
 
     load = partial(
         _opened,
@@ -148,7 +148,7 @@ def serve(
 
     def ready(engine: ServedEngine) -> None:
         if json:
-            console.emit({"url": f"{where}/v1", "bundle": str(folder), "models": list(engine.models)})
+            console.print_json({"url": f"{where}/v1", "bundle": str(folder), "models": list(engine.models)})
         else:
             console.print_serving(where, engine.models)
 
@@ -156,57 +156,57 @@ def serve(
 
 
 def personal(
-    user: Annotated[str, typer.Argument(help="The user as requests name them; `local` is the terminal's.")],
-    state: Annotated[Path, typer.Option(help="The folder that --state named.")],
-    on: Annotated[bool | None, typer.Option("--on/--off", help="Switch it.", show_default="show it only")] = None,
+    user: Annotated[str, typer.Argument(help="User id as in requests; `local` for `cogumi chat`.")],
+    state: Annotated[Path, typer.Option(help="State folder of `chat` or `serve`.")],
+    on: Annotated[bool | None, typer.Option("--on/--off", help="Switch it on or off.", show_default="show it")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Personal routing: a user's own ratings change how sure answers are for them. Off unless they ask for it.
+    """Show or switch personal routing: a user's ratings adjust P(correct) for that user. Off by default.
 
-    A server that is running follows within a minute. Example: `cogumi personal alice --on --state state`
+    A running server applies the change within a minute. Example: `cogumi personal alice --on --state state`
     """
     from cogumi.cascade.memory.learned_file import LearnedFile
     from cogumi.cascade.memory.personal_offsets import PersonalOffsets
 
     with closing(_memory(state)) as memory:
         if on is not None:
-            memory.choose_personal(user, on)
+            memory.set_personal(user, on)
         learned = LearnedFile(state)
         learned.refresh()
         found = PersonalOffsets(memory).describe(user, learned.state.layer)
     if json:
-        console.emit(asdict(found))
+        console.print_json(asdict(found))
     else:
         console.print_personal(found)
 
 
 def forget(
-    user: Annotated[str, typer.Argument(help="The user as requests name them; `local` is the terminal's.")],
-    state: Annotated[Path, typer.Option(help="The folder that --state named.")],
+    user: Annotated[str, typer.Argument(help="User id as in requests; `local` for `cogumi chat`.")],
+    state: Annotated[Path, typer.Option(help="State folder of `chat` or `serve`.")],
 ) -> None:
-    """Delete what is remembered of a user: questions, answers, ratings.
+    """Delete the stored data of a user: questions, answers, ratings.
 
     Example: `cogumi forget alice --state state`
     """
     with closing(_memory(state)) as memory:
-        console.OUT.print(f"{memory.forget(user)} turns of {user} deleted")
+        console.STDOUT.print(f"{memory.forget(user)} turns of {user} deleted")
 
 
 def _memory(state: Path) -> Memory:
-    """The memory in a state folder. Raises `CogumiError` if there is none."""
+    """Open the memory in a state folder. Raises `CogumiError` if there is none."""
     from cogumi.cascade.memory.turns import FILE, Memory
 
     if not (state / FILE).is_file():
-        raise CogumiError(f"{state} holds no memory; name the folder that was given with --state")
+        raise CogumiError(f"{state} holds no memory; name the --state folder of `chat` or `serve`")
     return Memory(state / FILE)
 
 
 def _opened(folder: Path, **options: Any) -> Cascade:
-    """A bundle as a cascade with these options of `open_cascade`, a bar while it is unpacked, and what it lacks."""
+    """Open a bundle with options of `open_cascade`: show unpacking progress, print missing capabilities."""
     from cogumi.cascade.opening import open_cascade
 
     with ByteProgress(f"unpacking {folder}") as bar:
         cascade = open_cascade(folder, progress=bar.advanced, **options)
     for line in cascade.missing:
-        console.NOTES.print(f"cogumi: {line}", soft_wrap=True, markup=False)
+        console.STDERR.print(f"cogumi: {line}", soft_wrap=True, markup=False)
     return cascade

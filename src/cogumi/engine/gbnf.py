@@ -1,6 +1,6 @@
-"""Checks GBNF text before llama.cpp's parser gets it.
+"""Checks GBNF text before llama.cpp parses it.
 
-Some grammars crash that parser or keep it busy for minutes, and the whole process with it. They are refused here.
+Some grammars crash that parser, and the process with it, or block it for minutes. They are refused.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import NamedTuple
 from cogumi.core.errors import RequestError
 
 MAX_REPEATS = 1000
-"""Largest number in a repeat such as `{2,1000}`; the parser writes out every repetition."""
+"""Largest number in a repetition such as `{2,1000}`; the parser expands every repetition."""
 MAX_CHARACTERS = 100_000
-"""Length of a grammar."""
+"""Most characters of a grammar."""
 MAX_DEPTH = 1500
-"""Groups within groups: llama.cpp's parser takes 3000 in 10 ms, 20,000 overrun its stack."""
+"""Most nested groups: llama.cpp's parser handles 3000 in 10 ms; 20,000 overflow its stack."""
 MAX_EMPTY = 50
-"""Consecutive parts that may all be empty. The cost of a token grows with their cube: 50 take 0.1 s, 200 take 2 s."""
+"""Most consecutive parts that may be empty. The time per token grows with their cube: 0.1 s for 50, 2 s for 200."""
 
 _TOKENS = re.compile(
     r"""\#[^\n]* | "(?:\\.|[^"\\])*"? | \[(?:\\.|[^\]\\])*\]?  # a comment, a literal, a class
-    | [\w-]+\s*::= | [\w-]+ | \.  # a rule's beginning, its name elsewhere, any character
+    | [\w-]+\s*::= | [\w-]+ | \.  # the start of a rule, a reference to a rule, any character
     | \{[^}]*\}? | [?*+()|]""",
     re.VERBOSE | re.DOTALL,
 )
 
 
 def check_grammar(text: str) -> None:
-    """Raise `RequestError` for a grammar on which llama.cpp would run for ever or out of its stack."""
+    """Raise `RequestError` for a grammar that would block llama.cpp or overflow its stack."""
     if len(text) > MAX_CHARACTERS:
         raise RequestError(f"the grammar has {len(text)} characters; keep it below {MAX_CHARACTERS}")
     if not text.strip() or "\0" in text:
@@ -43,50 +43,52 @@ def check_grammar(text: str) -> None:
             raise RequestError(f"the grammar nests more than {MAX_DEPTH} groups; flatten it")
         least, most = _times(token) if token[0] == "{" else (0, 0)
         if least > most:
-            raise RequestError(f"the grammar repeats backwards ({token}); put the smaller number first")
+            raise RequestError(
+                f"the grammar has a repetition with swapped limits ({token}); put the smaller number first"
+            )
         if max(least, most if most < math.inf else 0) > MAX_REPEATS:
-            raise RequestError(f"the grammar repeats more than {MAX_REPEATS} times ({token}); ask for less")
+            raise RequestError(f"the grammar repeats more than {MAX_REPEATS} times ({token}); use a smaller number")
     if _empty_in_a_row(tokens) > MAX_EMPTY:
-        what = f"the grammar has more than {MAX_EMPTY} parts in a row that may all be empty"
-        raise RequestError(f"{what}; repeat something that may not, such as x{{0,50}} instead of (x?){{50}}")
+        what = f"the grammar has more than {MAX_EMPTY} consecutive parts that may be empty"
+        raise RequestError(f"{what}; repeat a non-empty part, such as x{{0,50}} instead of (x?){{50}}")
 
 
 def _times(braces: str) -> tuple[float, float]:
-    """Least and most times of `{2,3}`, `{2}`, `{2,}` or `{,3}`."""
+    """Least and most repetitions of `{2,3}`, `{2}`, `{2,}` or `{,3}`."""
     least, comma, most = (part.strip() for part in braces[1:].rstrip("}").partition(","))
     low = float(least) if least.isdecimal() else 0.0
     return low, float(most) if most.isdecimal() else math.inf if comma else low
 
 
 class _Part(NamedTuple):
-    """At how many places a parser may stand before it reads a character of a part, and whether it may read none."""
+    """Number of positions of the parser before the first character of a part, and whether the part may be empty."""
 
     places: float
     empty: bool
 
     def then(self, rest: _Part) -> _Part:
-        """The part, and what follows it."""
+        """The part followed by `rest`."""
         return _Part(self.places + self.empty * rest.places, self.empty and rest.empty)
 
     def either(self, other: _Part) -> _Part:
-        """One of two parts; alternatives mostly begin unlike each other, so the wider one counts."""
+        """One of two parts; the larger number of positions counts, because alternatives mostly start differently."""
         return _Part(max(self.places, other.places), self.empty or other.empty)
 
     def repeated(self, mark: str) -> _Part:
-        """The part under `?`, `*`, `+` or a repeat in braces, which llama.cpp writes out."""
+        """The part with `?`, `*`, `+` or a repetition in braces, which llama.cpp expands."""
         least, most = _times(mark) if mark[0] == "{" else (float(mark == "+"), math.inf)
         written = max(least, 1.0) if math.isinf(most) else most
         return _Part(self.places * written if self.empty else self.places, self.empty or least == 0)
 
 
 def _empty_in_a_row(tokens: Sequence[str]) -> float:
-    """Most places at which the parser may stand at once, read from the right.
+    """Largest number of simultaneous positions of the parser, computed from right to left.
 
-    A rule's name counts as one part that is not empty, whatever the rule says.
+    A reference to a rule counts as one non-empty part, whatever the rule is.
     """
     nothing, never = _Part(0.0, True), _Part(0.0, False)
-    worst, rest, others = 0.0, nothing, never  # the rest of an alternative, and the alternatives behind it
-    marks: list[str] = []  # behind the part that comes next
+    worst, rest, others = 0.0, nothing, never  # the rest of an alternative, and the alternatives after it
+    marks: list[str] = []  # repetition marks after the next part
     around: list[tuple[_Part, _Part, list[str]]] = []
     for token in reversed(tokens):
         if token[0] in "?*+{":

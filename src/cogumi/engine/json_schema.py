@@ -1,9 +1,8 @@
-"""JSON schemas that an answer cannot leave, by llguidance: a mask over the vocabulary before every token.
+"""Constrained decoding by JSON schema with llguidance: a mask over the vocabulary before every token.
 
-llguidance follows JSON Schema draft 2020-12 and refuses what it cannot hold an answer to. Two things are narrower
-here than the schema, so that an answer comes to an end: at most one space, or one line break with its indentation,
-stands where JSON allows white space; and an object has no properties beyond those that its schema lists, unless the
-schema speaks of others or combines schemas.
+llguidance follows JSON Schema draft 2020-12 and refuses features that it cannot enforce. Two rules are stricter than
+the schema, so that answers end: white space is at most one space, or one line break with its indentation; and an object
+has only properties that its schema lists, unless the schema mentions others or combines schemas.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from cogumi.engine.protocol import Tokenizer
 OPTIONS: Any = {"whitespace_pattern": r" ?|\n[ \t]{0,20}"}
 LIMITS = LLParserLimits(verbose_errors=False)
 MAX_CHARACTERS = 100_000
-"""Length of a schema."""
+"""Most characters of a schema."""
 MAX_EXACT = 2**53
-"""Largest whole number of a schema."""
+"""Largest integer in a schema."""
 MAX_MULTIPLE = 10_000
 """States of the automaton that counts multiples: 10,000 take half a second, 100,000 take six."""
 MAX_REASON = 300
-"""Characters of llguidance's own words in an error."""
+"""Most characters of llguidance's message quoted in an error."""
 _COMBINED = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
 _MORE_PROPERTIES = frozenset({"additionalProperties", "patternProperties", "minProperties"})
 _NOTES = frozenset(
@@ -44,25 +43,25 @@ _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "defin
 
 
 class SchemaCompiler:
-    """Makes grammars of JSON schemas over a tokenizer's vocabulary; `ends` says whether an id ends an answer.
+    """Compiles JSON schemas to grammars over a tokenizer's vocabulary; `ends`: whether an id ends an answer.
 
-    Thread-safe. The vocabulary is read when the first schema comes.
+    Thread-safe. The vocabulary is read at the first schema.
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: Callable[[int], bool]) -> None:
         self._tokenizer, self._is_end = tokenizer, ends
 
     def compile(self, schema: str) -> SchemaGrammar:
-        """The grammar of a schema (JSON text) for one generation.
+        """Compile a schema (JSON text) to a grammar for one generation.
 
-        Raises `RequestError` for text that is no schema, and for what an answer cannot be held to, by its name.
+        Raises `RequestError` for an invalid schema, and for features that cannot be enforced, by name.
         """
         if len(schema) > MAX_CHARACTERS:
             raise RequestError(f"the JSON schema has {len(schema)} characters; keep it below {MAX_CHARACTERS}")
         try:
             known = json.loads(schema, parse_int=_exact)
             if isinstance(known, dict):
-                known.pop("x-guidance", None)  # by which a schema could ask to be taken less strictly
+                known.pop("x-guidance", None)  # a schema could relax its enforcement by this key
             _check_multiples(known)
             closed = json.dumps(_closed(known), allow_nan=False)
             grammar = LLMatcher.grammar_from_json_schema(closed, overrides=OPTIONS)
@@ -71,11 +70,11 @@ class SchemaCompiler:
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise RequestError(
-                f"an answer cannot be held to the JSON schema ({_reason(matcher)}); leave that out or correct it"
+                f"the JSON schema cannot be enforced ({_reason(matcher)}); remove that part or correct it"
             )
         matcher.compute_bitmask()
         if matcher.is_error():
-            raise RequestError("no answer of finite length meets the JSON schema; correct it")
+            raise RequestError("no finite answer satisfies the JSON schema; correct it")
         return SchemaGrammar(matcher, self._tokenizer.size, self._ends)
 
     @cached_property
@@ -95,12 +94,12 @@ class SchemaGrammar:
 
     def allows(self, token: int) -> bool:
         """Whether a token may come next."""
-        if token in self._ends:  # which the matcher counts as no part of a text
+        if token in self._ends:  # the matcher does not treat end tokens as text
             return bool(self._matcher.is_accepting())
         return bool(self._matcher.validate_tokens([token]) == 1)
 
     def mask(self, logits: NDArray[np.float32]) -> None:
-        """Set what may not come next to minus infinity, in place; `RequestError` if nothing is left."""
+        """Set the logits of forbidden tokens to minus infinity, in place; `RequestError` if no token is allowed."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed = np.unpackbits(bits, count=self._size, bitorder="little")
@@ -109,7 +108,7 @@ class SchemaGrammar:
             raise RequestError("the JSON schema allows no token of this vocabulary here; loosen it")
 
     def accept(self, token: int) -> None:
-        """Go on by one token; `RequestError` if it is not allowed."""
+        """Advance by one token; `RequestError` if it is not allowed."""
         if not self.allows(token):
             raise RequestError(f"the JSON schema does not allow token {token} here")
         self._matcher.consume_token(token)
@@ -121,7 +120,7 @@ class SchemaGrammar:
 
 
 class _Pieces:
-    """A tokenizer as llguidance reads it."""
+    """A tokenizer in llguidance's interface."""
 
     bos_token_id = None
 
@@ -140,18 +139,18 @@ def _reason(matcher: LLMatcher) -> str:
 
 
 def _exact(digits: str) -> int:
-    """A whole number of a schema. Raises ValueError if llguidance, which computes with doubles, would round it."""
+    """Parse an integer of a schema. Raises ValueError if llguidance, which uses doubles, would round it."""
     number = int(digits)
     if abs(number) > MAX_EXACT:
-        raise ValueError(f"{digits} is beyond 2^53, so it cannot be kept exactly")
+        raise ValueError(f"{digits} is beyond 2^53 and cannot be represented exactly")
     return number
 
 
 def _check_multiples(schema: Any) -> None:
-    """Raise `RequestError` where the automaton that counts all multiples at once would take minutes to build."""
+    """Raise `RequestError` if the automaton for all `multipleOf` together would take minutes to build."""
     common = 1
     rest = [schema]
-    while rest:  # everything, as a reference may point to any place
+    while rest:  # all values, because a reference may point anywhere
         value = rest.pop()
         if isinstance(value, (dict, list)):
             rest += value.values() if isinstance(value, dict) else value
@@ -162,13 +161,13 @@ def _check_multiples(schema: Any) -> None:
         common = math.lcm(common, int("".join(map(str, digits))) * 10 ** max(int(places), 0))
         if common > MAX_MULTIPLE:
             what = f"the JSON schema uses multipleOf {number}"
-            raise RequestError(f"{what}, too many digits together with what else it uses; keep to {MAX_MULTIPLE}")
+            raise RequestError(f"{what}; the least common multiple of all (digits only) must not exceed {MAX_MULTIPLE}")
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with its objects closed to properties that it does not list; unchanged if it combines schemas.
+    """Forbid properties that the schema does not list; unchanged if it combines schemas.
 
-    A closed part of a combination would forbid what the other parts list.
+    A closed part of a combination would forbid the properties of the other parts.
     """
     parts = list(_parts(schema))
     if not any(_combines(part) for part in parts):
@@ -180,13 +179,13 @@ def _closed(schema: Any) -> Any:
 
 
 def _combines(part: dict[str, Any]) -> bool:
-    """Whether more than one schema holds for the same value."""
+    """Whether several schemas apply to the same value."""
     combined = part.keys() & _COMBINED
     return "allOf" in combined or (bool(combined) and len(part.keys() - _NOTES - {"type"}) > 1)
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """A schema and all schemas inside it; constants, names and examples are none."""
+    """A schema and all schemas inside it, without constants, names and examples."""
     if isinstance(value, list):
         for one in value:
             yield from _parts(one)

@@ -1,4 +1,4 @@
-"""OpenAI's API from the client's side: requests as bodies, streamed chunks as tokens (SPEC E5)."""
+"""Client side of OpenAI's API: converts requests to bodies, and streamed chunks to tokens (SPEC E5)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _BYTES = re.compile(r"\\x([0-9a-fA-F]{2})")
 
 
 def to_body(request: Request, model: str) -> dict[str, Any]:
-    """The body of a request: for chat completions if it has `messages`, else for completions.
+    """Convert a request to the body of chat completions if it has `messages`, else of completions.
 
-    Raises `RequestError` for what OpenAI's API cannot express.
+    Raises `RequestError` for features that OpenAI's API does not have.
     """
     if request.grammar is not None:
         raise RequestError("OpenAI's API has no grammars; give a JSON schema, or use the llama engine")
@@ -63,7 +63,7 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
 
 
 class Entry(NamedTuple):
-    """One token of a server's `logprobs`: bytes, log-probability (None: not given), and the best tokens, best first."""
+    """One token of a server's `logprobs`: bytes, log-probability (None: missing), and the best tokens, best first."""
 
     piece: bytes
     logprob: float | None
@@ -88,19 +88,19 @@ def entries(logprobs: Mapping[str, Any] | None) -> list[Entry]:
     ]
 
 
-def all_greedy(told: Sequence[Entry]) -> bool | None:
-    """Whether each token is the likeliest at its place; None where a server does not tell the best ones."""
-    if any(entry.logprob is None or not entry.best for entry in told):
+def all_greedy(scored: Sequence[Entry]) -> bool | None:
+    """Whether each token is the most likely one at its position; None if the server does not return the best tokens."""
+    if any(entry.logprob is None or not entry.best for entry in scored):
         return None
-    return all(entry.logprob >= entry.best[0][1] for entry in told if entry.logprob is not None)
+    return all(entry.logprob >= entry.best[0][1] for entry in scored if entry.logprob is not None)
 
 
-def _bytes(told: Mapping[str, Any]) -> bytes:
-    return _piece(told["token"]) if told.get("bytes") is None else bytes(told["bytes"])
+def _bytes(entry: Mapping[str, Any]) -> bytes:
+    return _piece(entry["token"]) if entry.get("bytes") is None else bytes(entry["bytes"])
 
 
 def _piece(text: str) -> bytes:
-    """A token's bytes from its text; OpenAI writes part of a character as `bytes:\\x..`."""
+    """A token's bytes from its text; OpenAI writes an incomplete character as `bytes:\\x..`."""
     if text.startswith("bytes:"):
         return bytes(int(byte, 16) for byte in _BYTES.findall(text))
     return text.encode("utf-8")
@@ -136,7 +136,7 @@ class Vocabulary:
         return self._ids.get(piece, -1)
 
     def token(self, entry: Entry, text: str, alternatives: int) -> Token:
-        """The token of an entry; what the server does not give is NaN, `entropy` is a lower bound."""
+        """The token of an entry; values that the server does not give are NaN, `entropy` is a lower bound."""
         values = [logprob for _, logprob in entry.best]
         return Token(
             id=self.id(entry.piece),
@@ -149,7 +149,7 @@ class Vocabulary:
 
 
 class StreamedAnswer:
-    """An answer, put together from the chunks of its stream. Tokens are counted here if the server gives no usage."""
+    """Collects an answer from the chunks of its stream. Counts tokens if the server gives no usage."""
 
     def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
         self.request, self._vocabulary = request, vocabulary
@@ -168,7 +168,7 @@ class StreamedAnswer:
         self._prompt = tuple(replace(token, id=i) for token, i in zip(tokens, ids, strict=True))
 
     def add(self, chunk: Mapping[str, Any]) -> list[Token | Decision]:
-        """Add a chunk; its events. Text that comes without log-probabilities is one token without id."""
+        """Add a chunk and return its events. Text without log-probabilities becomes one token without id."""
         if usage := chunk.get("usage"):
             details = usage.get("prompt_tokens_details") or {}
             cached = details.get("cached_tokens") or 0
@@ -188,37 +188,37 @@ class StreamedAnswer:
         return [*new, *self._decisions(chunk)]
 
     def _decisions(self, chunk: Mapping[str, Any]) -> tuple[Decision, ...]:
-        """Read the `cogumi` object, which the last chunk of a choice carries if the server is one of ours."""
+        """Read the `cogumi` object, which cogumi's own server adds to the last chunk of a choice."""
         if "cogumi" not in chunk or (extension := read_extension(chunk["cogumi"])) is None:
             return ()
         self._extension = extension
         return extension.decisions
 
     def reply(self, reason: str | None = None) -> Reply:
-        """The end, for `reason` or the server's own; raises `RequestError` if the answer is not whole."""
+        """The reply, with `reason` or the server's finish reason; raises `RequestError` for an incomplete answer."""
         reason = reason or self._finish
         if reason is None:
-            raise RequestError("the server broke off in the middle of its answer; see its log, then ask again")
+            raise RequestError("the server ended the stream before the end of the answer; see its log, then try again")
         if reason not in ("stop", "length", "cancelled"):
-            raise RequestError(f"the server ended its answer with {reason!r}, which is no whole answer")
-        seen = self._extension or ReplyExtension()
+            raise RequestError(f"the server ended its answer with {reason!r}, so the answer is not complete")
+        extension = self._extension or ReplyExtension()
         timing = {"seconds": time.perf_counter() - self._began, "first_token_seconds": self._first}
         return Reply(
             text="".join(token.text for token in self._tokens),
             tokens=tuple(self._tokens),
             finish_reason=reason,
-            usage=seen.usage or self._usage or Usage(0, len(self._tokens)),
-            signals=seen.signals | timing,
-            decisions=seen.decisions,
-            tier=seen.tier,
-            route=seen.route,
-            p_correct=seen.p_correct,
-            accepted=seen.accepted,
+            usage=extension.usage or self._usage or Usage(0, len(self._tokens)),
+            signals=extension.signals | timing,
+            decisions=extension.decisions,
+            tier=extension.tier,
+            route=extension.route,
+            p_correct=extension.p_correct,
+            accepted=extension.accepted,
             prompt=self._prompt,
         )
 
 
 def _shares(text: str, listed: Sequence[Entry]) -> list[str]:
-    """The text of each token of a chunk: its own bytes, or all text at the last token where these differ from it."""
+    """The text of each token of a chunk: its bytes as text, or all text at the last token if these differ from it."""
     own = [entry.piece.decode("utf-8", "replace") for entry in listed]
     return own if "".join(own) == text or not listed else [*[""] * (len(listed) - 1), text]

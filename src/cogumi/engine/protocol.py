@@ -1,4 +1,4 @@
-"""The one protocol that chat, server, benchmark and evaluation know, and how to drive it for many requests."""
+"""The engine protocol used by chat, server, benchmark and evaluation, and helpers to run many requests."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ class Tokenizer(Protocol):
 
     @property
     def settings(self) -> Mapping[str, str | None]:
-        """`bos_token`, `eos_token` and `chat_template` as Hugging Face's `tokenizer_config.json` has them."""
+        """`bos_token`, `eos_token` and `chat_template` as in Hugging Face's `tokenizer_config.json`."""
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of `text`; nothing is added in front or behind."""
+        """Ids of `text`, without added special tokens."""
 
     def piece(self, token: int) -> bytes:
-        """The bytes an id stands for; empty for special tokens."""
+        """The bytes of an id; empty for special tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out."""
+        """Text of `ids` without special tokens."""
 
     def render(self, request: Request) -> list[int]:
-        """Prompt ids of a request: its chat messages through the template, or its raw prompt."""
+        """Prompt ids of a request: its messages in the chat template, or its raw prompt."""
 
 
 class Capability(StrEnum):
-    """What an engine may be able to do besides answering. Values are words for messages: "the base has no ..."."""
+    """Optional features of an engine. Values are phrases for messages such as "the base has no ..."."""
 
     SCORES = "scores of given texts"
-    """`score`, `read` and `Request.echo`: log-probabilities of texts that it did not generate."""
+    """`score`, `read` and `Request.echo`: log-probabilities of given texts."""
     HIDDEN_STATES = "hidden states"
     """`Reading.last` and `mean`, and `Request.hidden`."""
     WHOLE_DISTRIBUTIONS = "whole distributions"
-    """Every `Token` tells log-probability, entropy and margin of the model's whole distribution, the end token too."""
+    """Every `Token`, including the end token, has log-probability, entropy and margin of the whole distribution."""
     EMBEDDINGS = "embeddings"
     GRAMMARS = "grammars"
     """`Request.grammar`."""
     JSON_SCHEMAS = "JSON schemas"
     """`Request.json_schema`."""
     SPECULATION = "speculation"
-    """It drafts tokens and verifies them; the engine is a `SpeculatingEngine`."""
+    """Drafts tokens and verifies them; the engine is a `SpeculatingEngine`."""
     PREFILL = "prefill"
-    """It reads a prompt before it is asked; the engine is a `PrefillingEngine`."""
+    """Reads a prompt before its request; the engine is a `PrefillingEngine`."""
     HEAD_ADAPTATION = "a head to adapt"
     """`Request.adapt`."""
     RUNTIME_ADAPTERS = "adapters at run time"
@@ -74,11 +74,11 @@ Capabilities: TypeAlias = frozenset[Capability]
 
 
 class Engine(Protocol):
-    """Anything that answers requests. Safe to call from several threads.
+    """Anything that answers requests. Thread-safe.
 
-    `generate` submits at the call; iterating collects, and the last event is always a `Reply`. Closing the iterator
-    early cancels the request and frees its place. Errors that can be known beforehand (`ContextError`, bad sampling
-    values, an unknown adapter) are raised by the call itself, before any work.
+    `generate` submits the request; iterating over the result yields its events, always with a `Reply` at the end.
+    Closing the iterator early cancels the request and frees its slot. Invalid requests (`ContextError`, bad sampling
+    values, an unknown adapter) raise an error from the call itself, before any work.
     """
 
     @property
@@ -87,32 +87,32 @@ class Engine(Protocol):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names a request may give as `adapter`."""
+        """Valid values of a request's `adapter`."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do besides answering; asked for the rest, it raises `RequestError`."""
+        """Optional features of the engine; use of another feature raises `RequestError`."""
 
     def check(self, request: Request) -> None:
-        """Raise what `generate` would refuse before any work."""
+        """Validate a request: raise the errors that `generate` raises before any work."""
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """Answer a request, event by event."""
+        """Answer a request as a stream of events."""
 
     def score(self, request: Request, answer: str) -> Score:
         """Negative log-likelihood of `answer` after the request's prompt, and whether it is the greedy answer.
 
-        After messages the end-of-answer token is part of the answer; a raw prompt is merely continued.
+        After messages, the end-of-answer token is part of the answer; after a raw prompt it is not.
         """
 
     def read(self, request: Request) -> Reading:
-        """Read the prompt only: its score and hidden states."""
+        """Score and hidden states of the prompt, without generation."""
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """One row per text: the mean hidden state of the text's tokens."""
 
     def close(self) -> None:
-        """Free everything; waiting requests end as cancelled."""
+        """Free all resources; pending requests end as cancelled."""
 
 
 class SpeculatingEngine(Engine, Protocol):
@@ -120,14 +120,14 @@ class SpeculatingEngine(Engine, Protocol):
 
     @property
     def drafting_speedup(self) -> float:
-        """How many times faster a lone request is expected to be answered with drafts, at best; 1 if not at all."""
+        """Best expected speed-up of a single request by drafting; 1 if drafting does not help."""
 
 
 class PrefillingEngine(Engine, Protocol):
     """An engine with `Capability.PREFILL`."""
 
     def prefill(self, session: str, text: str | Request) -> Future[int]:
-        """Read a prompt into the cache before it is sent; the result is the number of tokens cached."""
+        """Read a prompt into the cache before its request; the result is the number of cached tokens."""
 
 
 class ExtensibleEngine(Engine, Protocol):
@@ -138,7 +138,7 @@ class ExtensibleEngine(Engine, Protocol):
 
 
 def lacking(engine: Engine, wanted: Capability) -> RequestError:
-    """The error for a request that needs what an engine does not have."""
+    """The error for a request that needs a missing capability."""
     has = ", ".join(sorted(engine.capabilities)) or "none"
     return RequestError(
         f"{type(engine).__name__} has no {wanted}; ask another engine (capabilities of this one: {has})"
@@ -146,12 +146,12 @@ def lacking(engine: Engine, wanted: Capability) -> RequestError:
 
 
 def missing_reply() -> RuntimeError:
-    """The error for a generation that ended without its `Reply`, which no engine may do."""
+    """The error for a generation that ended without a `Reply`, which is a defect of the engine."""
     return RuntimeError("an engine ended a generation without a Reply: a defect in that engine")
 
 
 def final_reply(events: Iterator[Event]) -> Reply:
-    """Drain a generation and return its `Reply`."""
+    """Consume a generation and return its `Reply`."""
     last = deque(events, maxlen=1)
     reply = last[0] if last else None
     if not isinstance(reply, Reply):
@@ -160,7 +160,7 @@ def final_reply(events: Iterator[Event]) -> Reply:
 
 
 def replies(engine: Engine, requests: Iterable[Request], window: int = 64) -> Iterator[Reply]:
-    """Answer many requests in order, keeping up to `window` of them in flight so that the engine can batch."""
+    """Answer requests in order, with up to `window` of them in flight so that the engine can batch them."""
     waiting: deque[Iterator[Event]] = deque()
     for request in requests:
         waiting.append(engine.generate(request))

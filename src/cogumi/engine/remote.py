@@ -1,13 +1,13 @@
-"""The engine over any OpenAI-compatible server, vLLM for many GPUs among them (SPEC E5).
+"""The engine over any OpenAI-compatible server, such as vLLM (SPEC E5).
 
-One event loop in a thread of its own holds every request; at most `workers` of them are sent at the same time.
-Messages go to the server's chat completions, raw prompts to its completions; both are streamed, and closing the
-iterator closes the stream, so that the server frees its slot. Servers give no hidden states (readings have none) and
-only a few best tokens (`Token.entropy` is a lower bound from these), and whether a request can be answered is only
-known once it is sent (so `ContextError` and `BusyError` come with the first event).
+All requests run in one event loop in a separate thread; at most `workers` are sent at the same time. Messages use the
+server's chat completions, raw prompts its completions; both are streamed, and closing the iterator closes the stream,
+so that the server frees its slot. Servers give no hidden states (readings have none) and only a few best tokens
+(`Token.entropy` is a lower bound from these). Only the server can decide whether a request fits, so `ContextError` and
+`BusyError` are raised by the first event.
 
-From a cascade that cogumi serves, replies have its tier, route, decisions, signals and P(correct), as if it were local;
-`seconds` and `first_token_seconds` among the signals are measured here.
+Replies of a cascade behind cogumi's own server keep its tier, route, decisions, signals and P(correct); the signals
+`seconds` and `first_token_seconds` are measured by the client.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from cogumi.engine.sampling import check
 T = TypeVar("T")
 
 LONGEST_REASON = 300
-"""Characters of a server's message that an error quotes."""
+"""Most characters of a server's message quoted in an error."""
 KEYS = ("COGUMI_REMOTE_KEY", "OPENAI_API_KEY")
-"""Environment variables that may hold the server's key, the first that is set."""
+"""Environment variables with the server's key; the first one set is used."""
 
 
 class RemoteEngine:
-    """`engine.protocol.Engine` over the server at `url` (with its `/v1`), as its model named `model`.
+    """`engine.protocol.Engine` over the model `model` of the server at `url` (which ends in `/v1`).
 
-    `tokenizer` is a GGUF file with the model's vocabulary: token ids, scores and readings need it. `adapters` are
-    model names on that server. `timeout` is the longest wait for the next piece of a response, in seconds. `extra` is
+    `tokenizer`: a GGUF file with the model's vocabulary, needed for token ids, scores and readings. `adapters`: adapter
+    name -> model name on the server. `timeout`: longest wait for the next part of a response, in seconds. `extra`:
     added to the body of every request for text.
     """
 
@@ -79,28 +79,28 @@ class RemoteEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the given file; raises `RequestError` if there is none."""
+        """The tokenizer of the given file; raises `RequestError` without a file."""
         if self._tokenizer is None:
-            raise RequestError(f"{self._url} does not say its vocabulary; give a GGUF file of it as tokenizer")
+            raise RequestError(f"{self._url} does not provide its vocabulary; give a GGUF file of it as tokenizer")
         return self._tokenizer
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names a request may give as `adapter`."""
+        """Valid values of a request's `adapter`."""
         return tuple(self._adapters)
 
     @property
     def capabilities(self) -> Capabilities:
-        """What OpenAI's API offers; scores need a tokenizer too, and a server may have less."""
+        """Capabilities of OpenAI's API; scores also need a tokenizer, and a server may support less."""
         scores = {Capability.SCORES} if self._tokenizer else set()
         return frozenset({Capability.EMBEDDINGS, Capability.JSON_SCHEMAS} | scores)
 
     def check(self, request: Request) -> None:
-        """Raise what `generate` would refuse before anything is sent."""
+        """Validate a request: raise the errors that `generate` raises before sending it."""
         self._body(request)
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """Answer a request; see `Engine.generate`. What only the server can refuse is raised by the first event."""
+        """Answer a request; see `Engine.generate`. Refusals by the server are raised by the first event."""
         body = self._body(request)
         prompt = self._prompt(request) if request.echo else []
         answer, events = StreamedAnswer(request, self._vocabulary), cast(SimpleQueue[Outcome], SimpleQueue())
@@ -112,12 +112,12 @@ class RemoteEngine:
         """Negative log-likelihood of `answer` after the request's prompt; see `Engine.score`."""
         prompt = self._prompt(request)
         ids = [*prompt, *continuation(request, answer, self.tokenizer)]
-        told = self._wait(self._echoed(ids, self._named(request), 1))[len(prompt) :]
-        nats = -sum(entry.logprob or 0.0 for entry in told)
-        return Score(nats, len(told), len(answer.encode("utf-8")), greedy=all_greedy(told))
+        scored = self._wait(self._echoed(ids, self._named(request), 1))[len(prompt) :]
+        nats = -sum(entry.logprob or 0.0 for entry in scored)
+        return Score(nats, len(scored), len(answer.encode("utf-8")), greedy=all_greedy(scored))
 
     def read(self, request: Request) -> Reading:
-        """Score of the prompt; servers give no hidden states, so `last` and `mean` are empty."""
+        """Score of the prompt; `last` and `mean` are empty, because servers give no hidden states."""
         ids = self._prompt(request)
         echoed = self._wait(self._echoed(ids, self._named(request), 1))
         surprise = tuple(-(entry.logprob or 0.0) for entry in echoed[1:])
@@ -125,7 +125,7 @@ class RemoteEngine:
         return Reading(Score(sum(surprise), len(surprise), size), surprise, (), ())
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The server's embeddings (texts, width); an empty text, which servers refuse, is a row of zeros."""
+        """The server's embeddings [texts, width]; zeros for an empty text, because servers refuse it."""
         full = [i for i, text in enumerate(texts) if text]
         known = self._wait(self._embedded([texts[i] for i in full] or ["a"]))
         rows = np.zeros((len(texts), known.shape[1]), np.float32)
@@ -133,7 +133,7 @@ class RemoteEngine:
         return rows
 
     def close(self) -> None:
-        """End all requests as cancelled and disconnect."""
+        """Cancel all requests and disconnect."""
         with self._lock:
             if self._closed:
                 return
@@ -144,7 +144,7 @@ class RemoteEngine:
         self._loop.close()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start `work` on the loop; the server's errors become `RequestError`s."""
+        """Start `work` on the loop; errors of the server become `RequestError`s."""
         with self._lock:
             if not self._closed:
                 return asyncio.run_coroutine_threadsafe(self._with_own_errors(work), self._loop)
@@ -155,7 +155,7 @@ class RemoteEngine:
         try:
             return self._submit(work).result()
         except CancelledError as error:
-            raise RequestError("the engine was closed meanwhile: open it again") from error
+            raise RequestError("the engine was closed during the request: open it again") from error
 
     async def _disconnect(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -165,22 +165,22 @@ class RemoteEngine:
         await self._client.close()
 
     async def _with_own_errors(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work` once a slot is free; raises `RequestError` where the server fails."""
+        """Run `work` when a slot is free; raises `RequestError` for errors of the server."""
         try:
             async with self._slots:
                 return await work
         except openai.APIError as error:
             raise self._error(error) from error
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            what = f"{self._url} sent what OpenAI's API does not know ({error!r}); check that it is such a server"
+            what = f"{self._url} sent a response that is not of OpenAI's API ({error!r}); check the address"
             raise RequestError(what) from error
         finally:
-            work.close()  # where it was cancelled before there was a slot
+            work.close()  # if it was cancelled before a slot was free
 
     async def _answered(
         self, body: dict[str, Any], answer: StreamedAnswer, events: SimpleQueue[Outcome], prompt: list[int]
     ) -> Reply:
-        """Stream one answer into `events`; `prompt` (empty: not wanted) is echoed before, for its log-probabilities."""
+        """Stream one answer into `events`; first echo `prompt` (unless empty) for its log-probabilities."""
         if prompt:
             echoed = await self._echoed(prompt, body["model"], max(BEST, answer.request.logprobs))
             answer.add_prompt(echoed[1:], prompt[1:])
@@ -194,13 +194,13 @@ class RemoteEngine:
         return answer.reply()
 
     async def _echoed(self, ids: list[int], model: str, best: int) -> list[Entry]:
-        """The server's entry for each of `ids`. One token is generated too: not every server can do without."""
+        """The server's entry for each of `ids`. One token is generated, because not every server accepts zero."""
         completion = await self._client.completions.create(
             model=model, prompt=ids, max_tokens=1, temperature=0, echo=True, logprobs=best, extra_body=self._extra
         )
         echoed = entries(completion.to_dict()["choices"][0].get("logprobs"))
         if len(echoed) != len(ids) + 1 or any(entry.logprob is None for entry in echoed[1:]):
-            what = f"it gave {len(echoed)} tokens with log-probabilities for a prompt of {len(ids)} and one more"
+            what = f"it returned {len(echoed)} tokens with log-probabilities, expected {len(ids) + 1}"
             raise RequestError(f"{self._url} does not echo whole prompts ({what}); score with another engine")
         return echoed[:-1]
 
@@ -208,7 +208,7 @@ class RemoteEngine:
         answer = await self._client.embeddings.create(model=self._model, input=texts)
         rows = np.array([one.embedding for one in sorted(answer.data, key=lambda one: one.index)], np.float32)
         if rows.ndim != 2 or len(rows) != len(texts):
-            raise RequestError(f"{self._url} does not give one vector per text; use a server that pools embeddings")
+            raise RequestError(f"{self._url} does not return one vector per text; use a server that pools embeddings")
         return rows
 
     def _body(self, request: Request) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class RemoteEngine:
         return to_body(in_context(request), self._named(request)) | {"extra_body": self._extra}
 
     def _named(self, request: Request) -> str:
-        """The server's model for a request."""
+        """The model name on the server for a request."""
         check_adapter(request, self._adapters)
         return self._adapters[request.adapter] if request.adapter is not None else self._model
 
@@ -228,12 +228,12 @@ class RemoteEngine:
     def _error(self, error: openai.APIError) -> RequestError:
         """Map a failure of the server or of the connection to a `RequestError`."""
         if isinstance(error, openai.APITimeoutError):
-            return RequestError(f"{self._url} was silent for {self._timeout:g} s; ask again, or raise the timeout")
+            return RequestError(f"{self._url} sent nothing for {self._timeout:g} s; try again, or raise the timeout")
         if isinstance(error, openai.APIConnectionError):
             why = error.__cause__ or error
             return RequestError(f"no connection to {self._url} ({why}); start that server, or correct the address")
-        said = error.body.get("message") if isinstance(error.body, dict) else None
-        what = f"{self._url} says: {' '.join(str(said or error.message).split())[:LONGEST_REASON]}"
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        what = f"{self._url} refused: {' '.join(str(message or error.message).split())[:LONGEST_REASON]}"
         status = error.status_code if isinstance(error, openai.APIStatusError) else None
         if error.code == "context_length_exceeded" or "maximum context length" in what:
             return ContextError(what)
@@ -245,7 +245,7 @@ class RemoteEngine:
 
 
 def _outcome(task: Future[Reply], answer: StreamedAnswer) -> Reply | Exception:
-    """How a task ended."""
+    """The reply of a task, or its error."""
     if task.cancelled():
         return answer.reply("cancelled")
     error = task.exception()

@@ -1,4 +1,4 @@
-"""The `cogumi` object of a response: what a cascade says of its answer beyond OpenAI's API; written and read here."""
+"""The `cogumi` object of a response: a cascade's data about its answer beyond OpenAI's API; written and read here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cogumi.core.types import Decision, Reply, Usage
 
 
 class ReplyExtension(BaseModel):
-    """The object as a client reads it; keys that it lacks have the defaults of `Reply`, unknown keys are ignored."""
+    """The object as read by a client; missing keys have the defaults of `Reply`, unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,7 +25,7 @@ class ReplyExtension(BaseModel):
 
 
 def extension(reply: Reply) -> dict[str, Any]:
-    """The `cogumi` object of a reply; `tier` is empty where one tier was asked directly."""
+    """The `cogumi` object of a reply; `tier` is empty if the request went directly to one tier."""
     return {
         "tier": reply.tier,
         "route": reply.route,
@@ -38,7 +38,7 @@ def extension(reply: Reply) -> dict[str, Any]:
 
 
 def read_extension(value: object) -> ReplyExtension | None:
-    """The `cogumi` object that a server sent; None for anything malformed, since the answer is good without it."""
+    """Read the `cogumi` object of a server; None if it is malformed, because the answer is usable without it."""
     try:
         return ReplyExtension.model_validate(value)
     except ValidationError:

@@ -9,7 +9,7 @@ from cogumi.engine.protocol import Event
 def text_delta(so_far: str, event: Event) -> tuple[str, str]:
     """The text to append after `so_far` for an event, and the answer's current text.
 
-    A revision that starts with `so_far` (for example one with a low-confidence note) appends its rest; any other
+    A revision that starts with `so_far` (for example one with a disclaimer) appends its rest; any other
     revision is appended as a new paragraph.
     """
     if isinstance(event, Token):

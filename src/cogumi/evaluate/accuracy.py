@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.core.types import Example, Request
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade_all
@@ -18,7 +18,7 @@ def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Exam
     """
     answers = list(replies(engine, requests))
     verdicts = grade_all(
-        [(example, without_note(answer.text)) for example, answer in zip(examples, answers, strict=True)]
+        [(example, without_disclaimer(answer.text)) for example, answer in zip(examples, answers, strict=True)]
     )
     cells: dict[str, dict[str, list[int]]] = {}
     kept: list[bool] = []

@@ -1,4 +1,4 @@
-"""One place through which every finished answer passes: what metrics, telemetry and logs attach to."""
+"""Hooks that receive every finished answer, for metrics, telemetry and logs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ log = logging.getLogger(__name__)
 class Answered:
     """One finished choice of a request for text, streamed or whole, of chat or completions.
 
-    `request_id` is the response's `x-request-id` (the same for all choices), `model` the name that the client gave,
-    `request` what the engine was given (its `id` is the id under which the choice can be rated). `seconds` and
-    `first_token_seconds` run from the time at which the server took the request on; the latter ends with the first
-    event that carries text, and is None where none came. `cancelled` if the client disconnected or the server closed
-    before the engine had finished, `error` if the engine refused or failed. `reply` is None after an error, and after
-    a cancellation for which the engine gave no partial reply.
+    `request_id`: the response's `x-request-id` (the same for all choices). `model`: the model name in the request.
+    `request`: the request to the engine (its `id` is the id for ratings). `seconds` and `first_token_seconds`: time
+    from accepting the request until the end and until the first event with text (None without one). `cancelled`: the
+    client disconnected or the server closed before the engine had finished. `error`: the engine refused or failed.
+    `reply`: None after an error, and after a cancellation without a partial reply.
     """
 
     request_id: str
@@ -36,18 +35,18 @@ class Answered:
 
 
 AnswerHook: TypeAlias = Callable[[Answered], None]
-"""Is called once for each finished choice, in a worker thread: several calls may run at the same time."""
+"""Called once for each finished choice, in a worker thread; several calls may run at the same time."""
 
 
 class AnswerHooks:
-    """Calls every hook in turn. A hook that raises is logged at its first failure, and breaks nothing."""
+    """Calls every hook in turn. The first exception of a hook is logged; exceptions have no other effect."""
 
     def __init__(self, hooks: Sequence[AnswerHook]) -> None:
         self._hooks = tuple(hooks)
         self._failed: set[int] = set()
 
     def __call__(self, answered: Answered) -> None:
-        """Pass one answer on."""
+        """Pass one answer to all hooks."""
         for index, hook in enumerate(self._hooks):
             try:
                 hook(answered)

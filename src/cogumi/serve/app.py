@@ -1,7 +1,7 @@
 """The HTTP server: an ASGI application over a cascade, run by uvicorn (SPEC G1).
 
-`create_app` makes a plain FastAPI application: others can be mounted on it, and it can be mounted in others.
-`serve` runs it on a port that is already bound, and answers 503 until the bundle is loaded.
+`create_app` makes a plain FastAPI application: applications can be mounted on it, and it can be mounted in others.
+`serve` runs it on a bound port; requests get 503 until the bundle is loaded.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def create_app(
     max_body_bytes: int = 4 * 2**20,
     keep_alive_seconds: float = 10.0,
 ) -> FastAPI:
-    """An application that serves the engine which `load` opens, in a thread, once the application runs.
+    """Make an application that serves the engine opened by `load`, which runs in a thread after the start.
 
-    `on_ready` and `on_failure` tell how the loading ended; `on_answer` are called with every finished answer (see
-    `Answered`). Clients may add modifiers out of the folder `modifiers` (None: they may not). Bodies above
-    `max_body_bytes` are refused. A stream without news sends a comment every `keep_alive_seconds`.
+    `on_ready` or `on_failure` is called when loading ends; each hook of `on_answer` with every finished answer (see
+    `Answered`). Clients may add modifiers from the folder `modifiers` (None: not allowed). Bodies above
+    `max_body_bytes` are refused. An idle stream sends a comment every `keep_alive_seconds`.
     """
     host = EngineHost(load, on_ready, on_failure)
 
@@ -54,7 +54,7 @@ def create_app(
         async with host.open():
             yield
 
-    middleware = [  # the first is the outermost; all of them stand before mounted applications, too
+    middleware = [  # the first is the outermost; mounted applications are also behind it
         Middleware(RequestIds),
         Middleware(BodyLimit, max_bytes=max_body_bytes),
     ]
@@ -70,7 +70,7 @@ def create_app(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket (port 0 takes a free one); raises `CogumiError` if the address cannot be had."""
+    """A listening socket (port 0 chooses a free one); raises `CogumiError` if the address cannot be bound."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -78,7 +78,9 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        why = f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it, or choose another --port"
+        why = (
+            f"cannot listen on {host}:{port}: {error.strerror}; stop the program that uses it, or choose another --port"
+        )
         raise CogumiError(why) from error
     return listener
 
@@ -89,7 +91,7 @@ def serve(
     on_ready: Callable[[ServedEngine], None],
     modifiers: Path | None = None,
 ) -> None:
-    """Serve on `listener` until a signal; raises what `load` raised if the bundle cannot be opened."""
+    """Serve on `listener` until a signal; raises the error of `load` if the bundle cannot be opened."""
     failures: list[BaseException] = []
 
     def fail(error: BaseException) -> None:

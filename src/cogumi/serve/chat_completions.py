@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: the body checked and turned into `Request`s, replies turned into JSON objects."""
+"""OpenAI's chat completions: validates the body, converts it to `Request`s, and replies to JSON objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.core.types import Message, Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
 from cogumi.engine.reply_extension import extension
@@ -16,7 +16,7 @@ from cogumi.serve.request_body import Body, best_logprobs, extensions, new_head,
 
 
 def _joined(content: Any) -> Any:
-    """The text of a list of text parts; anything that is not text is refused."""
+    """Join a list of text parts; other kinds of parts are refused."""
     if not isinstance(content, list):
         return content
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
@@ -26,20 +26,20 @@ def _joined(content: Any) -> Any:
 
 
 class ChatMessage(BaseModel):
-    """One message: a text, or text parts (joined by newlines). Keys such as `name` change nothing."""
+    """One message: a text, or text parts (joined by newlines). Other keys, such as `name`, are ignored."""
 
     role: Literal["developer", "system", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_joined)]
 
     def plain(self) -> Message:
-        """The message as engines take it: `developer` means `system`, disclaimers of earlier answers are removed."""
+        """Convert to the engine's message: `developer` becomes `system`, disclaimers of earlier answers are removed."""
         if self.role == "assistant":
-            return Message(self.role, without_note(self.content))
+            return Message(self.role, without_disclaimer(self.content))
         return Message("system" if self.role == "developer" else self.role, self.content)
 
 
 class JsonSchema(BaseModel):
-    """The schema that the answer follows. It is always enforced, whatever `strict` says."""
+    """The schema of the answer. It is always enforced, for any value of `strict`."""
 
     name: str
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
@@ -118,7 +118,7 @@ class ChatResponseBuilder:
         self.head = new_head("chatcmpl", body.model)
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        """`logprobs.content` of generated tokens (the end token left out), None unless asked for."""
+        """`logprobs.content` of generated tokens (without the end token); None unless requested."""
         if not self.wants_tokens:
             return None
 
@@ -151,7 +151,7 @@ class ChatResponseBuilder:
     def chunks(
         self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
     ) -> list[dict[str, Any]]:
-        """The role first, then text and tokens, then the end, which carries `cogumi`."""
+        """The role first, then text and tokens, then the end with the key `cogumi`."""
         chunks = [self._chunk(index, {"role": "assistant", "content": ""})] if first else []
         if text or (tokens and self.wants_tokens):
             chunks.append(self._chunk(index, {"content": text}, self.logprobs(tokens) if tokens else None))

@@ -1,4 +1,4 @@
-"""Runs the choices of one HTTP request in worker threads and brings their events into the event loop."""
+"""Runs the choices of one HTTP request in worker threads and passes their events to the event loop."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from cogumi.serve.problem import Problem, internal_error, problem_of
 log = logging.getLogger(__name__)
 
 ChoiceEvents: TypeAlias = AsyncGenerator[tuple[int, Event] | None]
-"""Events of all choices, each with the index of its choice; None where none came for a while."""
+"""Events of all choices, each with the index of its choice; None after a time without events."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request for text: what its choices have in common; `on_answer` gets each finished one."""
+    """One HTTP request for text: the data shared by its choices; `on_answer` receives each finished choice."""
 
     request_id: str
     model: str
@@ -37,7 +37,7 @@ class Call:
 
 
 class _Choice:
-    """One engine request of a call. `run` works in a thread of its own, `cancel` may be called from any other."""
+    """One engine request of a call. `run` blocks its thread; `cancel` may be called from any thread."""
 
     def __init__(self, call: Call, engine: Engine, request: Request, post: Callable[[Outcome], None]) -> None:
         self._call, self._engine, self._request, self._post = call, engine, request, post
@@ -47,19 +47,19 @@ class _Choice:
         self._first: float | None = None
 
     def run(self) -> None:
-        """Post every event, the reply or the error last, then report the answer."""
+        """Post every event, the reply or the error last, then call the hook."""
         try:
             end: Outcome = self._generate()
-        except BaseException as failure:  # panics of native libraries are no `Exception`
-            end = failure if isinstance(failure, Exception) else RuntimeError(f"the engine broke down: {failure!r}")
-        answered = self._answered(end)  # before the end is posted, which makes the call cancel all its choices
+        except BaseException as failure:  # panics of native libraries are not an `Exception`
+            end = failure if isinstance(failure, Exception) else RuntimeError(f"the engine crashed: {failure!r}")
+        answered = self._answered(end)  # computed before posting, because the end may cancel all choices of the call
         try:
             self._post(end)  # before the hooks, so that no client waits for them
         finally:
             self._call.on_answer(answered)
 
     def cancel(self) -> None:
-        """Stop the work, if it still runs."""
+        """Stop the generation if it is still running."""
         self._cancelled.set()
         if self._events is not None:
             _close(self._events)
@@ -100,10 +100,10 @@ class _Choice:
 async def run_choices(
     call: Call, engine: Engine, requests: Sequence[Request], threads: Executor, keep_alive_seconds: float
 ) -> ChoiceEvents:
-    """Run `requests` side by side; yield `(index, event)` as they come.
+    """Run `requests` in parallel; yield `(index, event)` in order of arrival.
 
-    Yields None after each `keep_alive_seconds` without an event. Closing the generator cancels what still runs.
-    Raises `Problem`: an engine's refusal, or 500 for its defect.
+    Yields None after each `keep_alive_seconds` without an event. Closing the generator cancels running requests.
+    Raises `Problem`: a refusal by the engine, or 500 for a defect.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, Outcome]] = asyncio.Queue()
@@ -151,7 +151,7 @@ class _Closable(Protocol):
 
 
 def _close(events: Iterator[Event]) -> None:
-    """Cancel a generation, from any thread; one that cannot be closed while it works stops at its next event."""
+    """Cancel a generation from any thread; a generator that is executing stops at its next event."""
     if isinstance(events, _Closable):
         with contextlib.suppress(ValueError):  # "generator already executing"
             events.close()

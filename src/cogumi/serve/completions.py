@@ -1,7 +1,7 @@
-"""OpenAI's legacy completions: raw prompts, with which lm-evaluation-harness scores log-likelihoods.
+"""OpenAI's legacy completions: raw prompts, used by lm-evaluation-harness to score log-likelihoods.
 
-One tier answers: the one that the model's name says, or the base where the name is that of the cascade, since the
-draft judges conversations only, not raw prompts.
+The tier of the model's name answers; for the cascade's name it is the base, because the draft reads only conversations,
+not raw prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cogumi.serve.request_body import Body, best_logprobs, extensions, new_head,
 
 
 def _several(value: Any) -> Any:
-    """A list of prompts, each a text or its ids, from any form that OpenAI's API accepts."""
+    """A list of prompts, each a text or ids, from any form that OpenAI's API accepts."""
 
     def is_ids(one: Any) -> bool:
         return isinstance(one, list) and bool(one) and all(type(i) is int and i >= 0 for i in one)
@@ -34,13 +34,13 @@ def _several(value: Any) -> Any:
 Texts = Annotated[list[str | list[int]], BeforeValidator(_several), Field(max_length=2048)]
 """One or several texts, each as a string or as ids."""
 DEFAULT_TOKENS = 16
-"""Tokens of an answer whose length the client leaves open, as in OpenAI's API."""
+"""Default of `max_tokens`, as in OpenAI's API."""
 
 
 class CompletionRequest(Body):
-    """Body of `POST /v1/completions`. Each of several prompts has its own `n` choices.
+    """Body of `POST /v1/completions`. Each prompt has its own `n` choices.
 
-    `max_tokens` 0 with `echo` asks for the prompt alone, mostly for its log-probabilities.
+    `max_tokens` 0 with `echo` returns only the prompt, usually for its log-probabilities.
     """
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"suffix": ("",), "best_of": (1,)}
@@ -53,7 +53,7 @@ class CompletionRequest(Body):
     @model_validator(mode="after")
     def _check_echo(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens 0 asks for nothing; set echo to read the prompt, or ask for at least 1 token")
+            raise ValueError("max_tokens is 0; set echo to get the prompt, or request at least 1 token")
         if self.stream and self.echo and self.logprobs is not None:
             raise ValueError("the log-probabilities of an echoed prompt cannot be streamed; leave out stream")
         return self
@@ -92,7 +92,7 @@ class CompletionResponseBuilder:
     def chunks(
         self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
     ) -> list[dict[str, Any]]:
-        """Text (the echoed prompt before the first) and tokens, then the end, which carries `cogumi`."""
+        """Text (with the echoed prompt before the first) and tokens, then the end with the key `cogumi`."""
         chunks = []
         shown = (self.echoed(index) if first else "") + text
         if shown or (tokens and self.wants_tokens):
@@ -113,7 +113,7 @@ class CompletionResponseBuilder:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt or ())
 
     def echoed(self, index: int) -> str:
-        """The prompt's text if the response repeats it before a choice, else empty."""
+        """The prompt's text if `echo` is set, else empty."""
         return self.prompt_text(index) if self.body.echo else ""
 
     def _chunk(self, index: int, text: str, logprobs: Any, finish_reason: str | None = None) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class CompletionResponseBuilder:
         return self.head | {"choices": [choice]} | ({"usage": None} if self.include_usage else {})
 
     def _whole_logprobs(self, index: int, reply: Reply) -> dict[str, Any] | None:
-        """The answer's tokens; with `echo` the prompt's before them, the first of which has no prediction."""
+        """Log-probabilities of the answer; with `echo` after those of the prompt, whose first token has none."""
         if not self.body.echo:
             return self._logprobs(reply.tokens, len(self.prompt_text(index)))
         first = self.tokenizer.render(self.requests[index])[0]
@@ -132,9 +132,9 @@ class CompletionResponseBuilder:
         return listed
 
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
-        """The legacy object, from character `offset` on; None unless asked for.
+        """The legacy `logprobs` object, starting at character `offset`; None unless requested.
 
-        One entry per token, the end token included. Of two best tokens with the same text, the better one is kept.
+        One entry per token, including the end token. Of two best tokens with the same text, the better one is kept.
         """
         if not self.wants_tokens:
             return None
@@ -155,7 +155,7 @@ class CompletionResponseBuilder:
 
 
 def token_text(piece: bytes) -> str:
-    """A token as OpenAI writes it without its bytes: the text, or `bytes:\\x..` for only part of a character."""
+    """A token in OpenAI's text form: the text, or `bytes:\\x..` for an incomplete character."""
     try:
         return piece.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Ends the work for a request as soon as its client disconnects, so that its slot is free again."""
+"""Cancels the work for a request when its client disconnects, to free its slot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 
 CLIENT_CLOSED_REQUEST = Response(status_code=499)
-"""What a route returns where the client disconnected before the answer; nobody receives it."""
+"""Placeholder response after the client disconnected; it is not sent."""
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
@@ -35,7 +35,7 @@ async def _disconnected(request: Request) -> None:
 
 
 class ClosingStream(StreamingResponse):
-    """Server-sent events from `first` and `lines`; closes `lines` however the response ends."""
+    """Server-sent events from `first` and `lines`; always closes `lines` at the end of the response."""
 
     def __init__(self, first: str, lines: AsyncGenerator[str]) -> None:
         async def body() -> AsyncGenerator[str]:

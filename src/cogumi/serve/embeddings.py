@@ -1,4 +1,4 @@
-"""OpenAI's embeddings: the body checked, and vectors turned into the response."""
+"""OpenAI's embeddings: validates the body, converts vectors to the response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cogumi.serve.completions import Texts
 
 
 class EmbeddingRequest(BaseModel):
-    """Body of `POST /v1/embeddings`. Ids stand for the text they decode to."""
+    """Body of `POST /v1/embeddings`. Ids are decoded to text."""
 
     model: str
     input: Texts
@@ -32,7 +32,7 @@ class EmbeddingRequest(BaseModel):
         return [one if isinstance(one, str) else tokenizer.decode(one) for one in self.input]
 
     def answer(self, rows: NDArray[np.float32], tokens: int) -> dict[str, Any]:
-        """The response for rows (texts, width) of texts of that many tokens together."""
+        """The response for the vectors `rows` [texts, width]; `tokens`: total number of tokens."""
         if self.encoding_format == "base64":
             vectors: list[Any] = [base64.b64encode(row.astype("<f4").tobytes()).decode("ascii") for row in rows]
         else:

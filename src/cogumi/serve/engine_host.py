@@ -16,7 +16,7 @@ from cogumi.engine.protocol import Engine, Tokenizer
 from cogumi.serve.problem import Problem
 
 MAX_REQUESTS = 128
-"""Generations held at the same time, a thread each; how many of them run is up to the engine."""
+"""Most simultaneous generations, one thread each; the engine decides how many of them run."""
 
 
 class ServedEngine(Engine, Protocol):
@@ -27,28 +27,28 @@ class ServedEngine(Engine, Protocol):
         """Every name a client may ask for."""
 
     def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:
-        """The engine behind one of `models`, and the request as that engine takes it."""
+        """The engine of a model name, and the request adapted to it."""
 
     def feedback(self, id: str, right: bool, user: str | None = None) -> None:
         """Record whether an answer was right."""
 
     def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
-        """Switch a user's personal routing (None: as it is), and what is known of it."""
+        """Switch a user's personal routing (None: no change) and return its state."""
 
     def add_modifier(self, name: str, path: Path) -> None:
         """Add a modifier while requests run."""
 
 
 class EngineHost:
-    """What the routes share: the engine once it is loaded, and the threads that wait for it.
+    """The state shared by the routes: the loaded engine, and the worker threads.
 
-    The application's lifespan opens the host. A mounted application has no lifespan of its own (ASGI servers tell only
-    the outermost one that they start and stop): there the first request that needs the engine opens the host, and the
-    end of the event loop closes it.
+    The application's lifespan opens the host. A mounted application gets no lifespan events, because ASGI servers send
+    them only to the outermost application: the first request that needs the engine then opens the host, and the end of
+    the event loop closes it.
     """
 
     threads: ThreadPoolExecutor
-    """Where blocking work for requests runs; exists once the host is open."""
+    """Pool for blocking work of requests; exists while the host is open."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class EngineHost:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncGenerator[None]:
-        """Load the engine; close it at the end. Inside of another `open` this does nothing."""
+        """Load the engine; close it at the end. Nested calls have no effect."""
         if self._loading is not None:
             yield
             return
@@ -81,7 +81,7 @@ class EngineHost:
 
     @property
     def engine(self) -> ServedEngine:
-        """The loaded engine; raises `Problem` 503 until it is there."""
+        """The loaded engine; raises `Problem` 503 until loading is finished."""
         if self._engine is not None:
             return self._engine
         if self._loading is None and self._holder is None:
@@ -90,18 +90,18 @@ class EngineHost:
         raise Problem(503, why, code="not_ready", retry=self._failure is None)
 
     def serving(self, model: str) -> ServedEngine:
-        """The engine if it answers under the name `model`; raises `Problem` 404 with the names it has."""
+        """The engine, if it has the model name `model`; otherwise raises `Problem` 404 with the known names."""
         if model not in self.engine.models:
-            what = f"the model {model!r} does not exist; there are: {', '.join(self.engine.models)}"
+            what = f"the model {model!r} does not exist; choose one of: {', '.join(self.engine.models)}"
             raise Problem(404, what, code="model_not_found", param="model")
         return self.engine
 
     def resolved(self, model: str) -> Engine:
-        """The engine behind the name `model`."""
+        """The engine of the model name `model`."""
         return self.serving(model).resolve(model, Request())[0]
 
     def tokenizer(self, model: str | None) -> Tokenizer:
-        """The tokenizer of a model, of the base if none is named."""
+        """The tokenizer of a model (None: of the base)."""
         return self.resolved(model).tokenizer if model else self.engine.tokenizer
 
     async def _hold(self) -> None:
@@ -121,7 +121,7 @@ class EngineHost:
             self._on_ready(self._engine)
 
     def _close(self) -> None:
-        """Free the engine; requests that still run end as cancelled."""
+        """Close the engine; running requests end as cancelled."""
         engine, self._engine, self._loading = self._engine, None, None
         if engine is not None:
             engine.close()

@@ -1,4 +1,4 @@
-"""Gives every error of the application OpenAI's body and the HTTP status that it stands for."""
+"""Maps every error of the application to OpenAI's error body and an HTTP status."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> JSONResponse:
         response = internal_error().response
-        response.headers[REQUEST_ID] = request_id(request.scope)  # this handler runs outside of all middleware
+        response.headers[REQUEST_ID] = request_id(request.scope)  # this handler runs outside all middleware
         return response
 
     @app.exception_handler(RequestValidationError)

@@ -1,4 +1,4 @@
-"""The events of an answer as server-sent events."""
+"""Converts the events of an answer to server-sent events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _data(value: dict[str, Any]) -> str:
 async def server_sent(events: ChoiceEvents, builder: ResponseBuilder) -> AsyncGenerator[str]:
     """The lines of a stream, ending with `[DONE]`.
 
-    A `Problem` before the first line is raised, so that it can become an HTTP status; a later one is data.
+    A `Problem` before the first line is raised, so that it becomes an HTTP status; a later one is sent as data.
     """
     sent: dict[int, str] = {}
     usage = Usage()
@@ -50,11 +50,11 @@ async def server_sent(events: ChoiceEvents, builder: ResponseBuilder) -> AsyncGe
 
 
 def _chunks(index: int, event: Event, sent: dict[int, str], builder: ResponseBuilder) -> list[dict[str, Any]]:
-    """What one event adds to the stream of choice `index`; `sent` holds each choice's text so far."""
+    """The chunks of one event of choice `index`; `sent` holds the text of each choice so far."""
     text, whole = text_delta(sent.get(index, ""), event)
     first, reply = index not in sent, event if isinstance(event, Reply) else None
     tokens: tuple[Token, ...] = (event,) if isinstance(event, Token) else ()
-    if reply and first:  # nothing was streamed: all comes at once
+    if reply and first:  # nothing was streamed: send all tokens now
         tokens = reply.tokens
     if not (text or reply or (tokens and builder.wants_tokens)):
         return []

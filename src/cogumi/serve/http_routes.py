@@ -1,4 +1,4 @@
-"""The HTTP routes: OpenAI's models, chat, completions and embeddings; tokenizer, feedback, health and readiness."""
+"""HTTP routes: OpenAI's models, chat, completions, embeddings; tokenizer, feedback, modifiers, health, readiness."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from cogumi.serve.tokenizer_api import DetokenizeRequest, TokenizeRequest
 
 
 def status_routes(host: EngineHost) -> APIRouter:
-    """Which models there are, and whether they can be asked yet."""
+    """Health, readiness and the list of models."""
     router = APIRouter()
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """The process is alive, whether or not the bundle is loaded."""
+        """200 while the process is alive, even if the bundle is not loaded."""
         return {"status": "ok"}
 
     @router.get("/ready")
@@ -52,7 +52,7 @@ def status_routes(host: EngineHost) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """Every name a request may give as `model`: the cascade, its modes, its tiers."""
+        """Every valid value of `model`: the cascade, its modes, its tiers."""
         return {"object": "list", "data": [model_object(name, host.created) for name in host.engine.models]}
 
     @router.get("/v1/models/{name:path}")
@@ -65,7 +65,7 @@ def status_routes(host: EngineHost) -> APIRouter:
 
 
 def text_routes(host: EngineHost, on_answer: AnswerHook, keep_alive_seconds: float) -> APIRouter:
-    """Chat and completions; `on_answer` gets every finished choice."""
+    """Chat and completions; `on_answer` receives every finished choice."""
     router = APIRouter()
 
     async def answer(http: Request, body: ChatRequest | CompletionRequest) -> Response:
@@ -103,7 +103,7 @@ def text_routes(host: EngineHost, on_answer: AnswerHook, keep_alive_seconds: flo
 
 
 def reading_routes(host: EngineHost) -> APIRouter:
-    """Embeddings and the tokenizer, which write no text."""
+    """Embeddings and the tokenizer, which generate no text."""
     router = APIRouter()
 
     @router.post("/v1/embeddings")
@@ -139,7 +139,7 @@ def feedback_routes(host: EngineHost) -> APIRouter:
 
     @router.post("/v1/feedback", status_code=204, response_class=Response)
     async def feedback(body: Feedback) -> None:
-        """An answer was right or wrong; its id is that of the completion, with `-1` and so on for further choices."""
+        """Rate an answer as right or wrong; its id is that of the completion, with `-1` etc. for further choices."""
         rate = host.engine.feedback
         try:
             await asyncio.get_running_loop().run_in_executor(host.threads, rate, body.id, body.right, body.user)
@@ -150,7 +150,7 @@ def feedback_routes(host: EngineHost) -> APIRouter:
 
 
 def personal_routes(host: EngineHost) -> APIRouter:
-    """Personal routing of users: off unless they ask for it."""
+    """Personal routing of users; off by default."""
     router = APIRouter()
 
     async def chosen(user: str, on: bool | None) -> dict[str, Any]:
@@ -159,24 +159,24 @@ def personal_routes(host: EngineHost) -> APIRouter:
 
     @router.get("/v1/personal")
     async def shown(user: str) -> dict[str, Any]:
-        """Whether it is on, how many answers the user has rated of those needed, and the offsets by domain."""
+        """Show whether it is on, the number of rated answers and of those needed, and the offsets by domain."""
         return await chosen(user, None)
 
     @router.post("/v1/personal")
     async def switched(body: PersonalChoice) -> dict[str, Any]:
-        """Switch it on or off; the answer is what GET shows."""
+        """Switch it on or off; the response is that of GET."""
         return await chosen(body.user, body.on)
 
     return router
 
 
 def modifier_routes(host: EngineHost, folder: Path | None) -> APIRouter:
-    """Adding modifiers out of the operator's `folder` to the running server; refused if there is none."""
+    """Adding modifiers from the operator's `folder` to the running server; refused without a folder."""
     router = APIRouter()
 
     @router.post("/v1/modifiers", status_code=201)
     async def added(body: NewModifier) -> dict[str, Any]:
-        """Add a modifier; it is then one of the models."""
+        """Add a modifier; it becomes one of the models."""
         if folder is None:
             what = "modifiers cannot be added to this server: start it with --modifiers FOLDER"
             raise Problem(403, what, code="modifiers_off")
@@ -191,13 +191,13 @@ def modifier_routes(host: EngineHost, folder: Path | None) -> APIRouter:
 
 
 def _inside(folder: Path, file: str) -> Path:
-    """The file of that name in the folder; raises `Problem` for a path, and for a link to somewhere else."""
+    """The path of a file in the folder; raises `Problem` for a name with folders or a link out of the folder."""
     root, found, exists = folder.resolve(), None, False
-    with suppress(OSError, RuntimeError, ValueError):  # too long, a circle of links, a null byte
+    with suppress(OSError, RuntimeError, ValueError):  # name too long, cyclic links, a null byte
         found = (folder / file).resolve()
         exists = found.is_file()
     if found is None or file != Path(file).name or not found.is_relative_to(root):
-        raise Problem(400, f"{file!r} is no name of a file in the folder of modifiers", param="file")
+        raise Problem(400, f"{file!r} is not the name of a file in the folder of modifiers", param="file")
     if not exists:
         raise Problem(404, f"there is no file {file!r} in the folder of modifiers", param="file")
     return found
@@ -208,7 +208,7 @@ async def _first(lines: AsyncGenerator[str]) -> str:
 
 
 def _headers(reply: Reply) -> dict[str, str]:
-    """Which tier answered and how sure it is, for clients that read headers only."""
+    """The tier, route and P(correct) of an answer, for clients that read only headers."""
     headers = {
         "x-cogumi-tier": quote(reply.tier, safe=" +:>,/-"),
         "x-cogumi-route": quote(reply.route, safe=" +:>,/-"),

@@ -1,4 +1,4 @@
-"""ASGI middleware around every route and every application mounted on the server: request ids, limit on bodies."""
+"""ASGI middleware for all routes and mounted applications: request ids, and a limit on the size of bodies."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ REQUEST_ID = "x-request-id"
 
 
 def request_id(scope: Scope) -> str:
-    """The id of an HTTP request: the `request_id` of its state, made at the first call.
+    """The id of an HTTP request: the `request_id` of its state, generated at the first call.
 
-    An application that wraps this one may have set it; its id is then kept.
+    An id set by an outer application is kept.
     """
     return str(scope.setdefault("state", {}).setdefault("request_id", f"req_{uuid.uuid4().hex}"))
 
 
 class RequestIds:
-    """Gives every HTTP response the header `x-request-id`, unless an application further in has set it."""
+    """Adds the header `x-request-id` to every HTTP response, unless an inner application has set it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -44,7 +44,7 @@ class RequestIds:
 
 
 class BodyLimit:
-    """Refuses HTTP requests whose body is larger than `max_bytes`; reads each body whole before it is passed on."""
+    """Refuses HTTP requests with a body above `max_bytes`; reads the whole body before the application runs."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -62,7 +62,7 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
         if len(body) > self.max_bytes:
-            what = f"the request body is larger than {self.max_bytes} bytes; send a shorter conversation"
+            what = f"the request body is larger than {self.max_bytes} bytes; send a smaller one"
             await Problem(413, what).response(scope, receive, send)
             return
         unread = [{"type": "http.request", "body": bytes(body), "more_body": False}]

@@ -1,4 +1,4 @@
-"""Refused requests as an OpenAI client sees them: HTTP status, OpenAI's error body, and whether a retry can help."""
+"""Errors in OpenAI's format: HTTP status, error body, and whether a retry can help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Problem(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON body every OpenAI client understands."""
+        """The JSON body in OpenAI's format."""
         kind = {429: "rate_limit_error", 503: "server_error", 500: "server_error"}
         return {
             "error": {
@@ -39,7 +39,7 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that say whether a retry can help."""
+        """Headers for the client's retry logic."""
         if not self.retry:
             return {"x-should-retry": "false"}
         return {"retry-after": "1"} if self.status in (429, 503) else {}
@@ -51,7 +51,7 @@ class Problem(Exception):
 
 
 def problem_of(error: RequestError) -> Problem:
-    """Map an engine's error to the response for it."""
+    """Map an engine's error to a response."""
     if isinstance(error, ContextError):
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, BusyError):
@@ -60,5 +60,5 @@ def problem_of(error: RequestError) -> Problem:
 
 
 def internal_error() -> Problem:
-    """The response to a defect of the server; the traceback goes to the log only."""
+    """The response to a defect of the server; the traceback is only logged."""
     return Problem(500, "internal error; the server's log has the details", code="internal_error", retry=True)

@@ -1,7 +1,7 @@
-"""What chat and completions share: the keys of a request's body, and the parts of a response.
+"""The parts of bodies and responses that chat and completions share.
 
-Keys without an effect here (`metadata`, unknown ones) are accepted; what a client asks for and this version
-cannot do (tools, say) is refused by name, never silently dropped.
+Keys without effect (`metadata`, unknown keys) are accepted; unsupported features (such as tools) are refused by name,
+never silently ignored.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def _listed(stop: Any) -> Any:
 
 
 class Body(BaseModel):
-    """The keys of a request for text, whatever its prompt looks like.
+    """The common keys of requests for text.
 
-    `unsupported` names what this version cannot do: each key with the values (besides null) that are harmless.
+    `unsupported`: keys of unsupported features, each with the values (besides null) that have no effect.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -100,9 +100,9 @@ class Body(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def choices(self, **own: Any) -> list[Request]:
-        """One engine request per choice, with the fields of `own`; with a `seed`, choice i draws from `seed + i`.
+        """One engine request per choice, with the fields `own`; with a `seed`, choice i uses `seed + i`.
 
-        What the body leaves open keeps the default of `Request`.
+        Missing keys have the defaults of `Request`.
         """
         asked: dict[str, Any] = {
             "max_tokens": self.max_tokens,
@@ -133,7 +133,7 @@ class Body(BaseModel):
 
 
 class Feedback(BaseModel):
-    """Body of `POST /v1/feedback`: whether the answer of that `id` was right, by the user it was given to."""
+    """Body of `POST /v1/feedback`: whether the answer `id` was right; `user`: the user of that answer."""
 
     model_config = ConfigDict(extra="forbid")
     id: Annotated[str, Field(min_length=1, max_length=200)]
@@ -161,7 +161,7 @@ class ResponseBuilder(Protocol):
     """Builds the JSON objects of one response; every chunk of a stream carries the same id, time and model."""
 
     head: dict[str, Any]
-    """The keys that every object begins with."""
+    """The first keys of every object."""
     include_usage: bool
     """Whether a stream ends with `usage_chunk`."""
     wants_tokens: bool
@@ -173,14 +173,14 @@ class ResponseBuilder(Protocol):
     def chunks(
         self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
     ) -> list[dict[str, Any]]:
-        """What one event adds to the stream of choice `index`; `reply` ends the choice."""
+        """The chunks of one event of choice `index`; `reply` ends the choice."""
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The chunk without choices that ends a stream with `include_usage`."""
 
 
 def new_head(prefix: str, model: str) -> dict[str, Any]:
-    """The keys that every object of one response begins with; `created` in Unix seconds."""
+    """The first keys of every object of one response; `created` in Unix seconds."""
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -190,7 +190,7 @@ def new_head(prefix: str, model: str) -> dict[str, Any]:
 
 
 def answer_id(completion: str, index: int) -> str:
-    """The id under which a choice can be rated: for the first one that of the whole response."""
+    """The id for ratings of a choice; that of the first choice is the id of the response."""
     return f"{completion}-{index}" if index else completion
 
 
@@ -200,7 +200,7 @@ def model_object(name: str, created: int) -> dict[str, Any]:
 
 
 def extensions(replies: Sequence[Reply]) -> dict[str, Any]:
-    """The `cogumi` object of a whole response: that of the first choice; with several, `choices` holds all."""
+    """The `cogumi` object of a whole response: that of the first choice; `choices` has all if there are several."""
     first = extension(replies[0])
     return first | ({"choices": [extension(reply) for reply in replies]} if len(replies) > 1 else {})
 
@@ -216,5 +216,5 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 
 def best_logprobs(token: Token) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """The token's log-probability and those of the best ids: the same float in both, which clients test for."""
+    """The token's log-probability and those of the best ids; the floats are equal, because clients compare them."""
     return dict(token.top).get(token.id, token.logprob), token.top

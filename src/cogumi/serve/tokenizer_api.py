@@ -1,4 +1,4 @@
-"""The tokenizer over HTTP, by the interface that lm-evaluation-harness asks servers for."""
+"""The tokenizer over HTTP, with the interface that lm-evaluation-harness uses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cogumi.engine.protocol import Tokenizer
 
 
 class TokenizeRequest(BaseModel):
-    """Body of `POST /tokenize`. Special tokens may be written out.
+    """Body of `POST /tokenize`. The text of special tokens is recognised.
 
-    `add_special_tokens` changes nothing: completions put nothing before a prompt either.
+    `add_special_tokens` is ignored, because completions add no special tokens to a prompt either.
     """
 
     prompt: str

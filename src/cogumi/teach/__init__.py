@@ -1,1 +1,1 @@
-"""Models answer questions and are graded: base responses, solution paths, tier answers; later teachers."""
+"""Graded answers of models: base responses, solution paths, tier answers; later also teacher models."""

@@ -51,8 +51,8 @@ def estimate(config: Config, given: Given) -> Estimate:
     memory = Footprint(weights, 0, 0, cache, 0, weights + cache)
     limit, problems = given.hardware.memory, []
     if limit is not None and memory.peak > limit:
-        what = f"answering takes {memory.peak / 1e9:.1f} GB on a GPU, and there are {limit / 1e9:.1f}"
-        problems.append(f"{what}; try a smaller `window`, or hide the GPU from this step")
+        what = f"answering needs {memory.peak / 1e9:.1f} GB on a GPU that has {limit / 1e9:.1f} GB"
+        problems.append(f"{what}; use a smaller `window`, or run this step without the GPU")
     return Estimate(cost=Cost("answers", shape, shape.parameters, memory=memory), problems=tuple(problems))
 
 

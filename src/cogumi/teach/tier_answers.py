@@ -84,7 +84,7 @@ def ask(tiers: Tiers, examples: Sequence[Example], options: AskOptions) -> list[
         order = sorted((i for i, domain in enumerate(routed) if domain), key=lambda i: (routed[i], i))
         counter.total += len(order)
         drafts = list(counter.counted(replies(tiers.draft, requests, options.window)))
-        surprises = list(pool.map(tiers.surprise, requests))
+        surprises = list(pool.map(tiers.base_perplexity, requests))
         hidden = (replace(request, hidden=True) for request in requests)
         bases = list(counter.counted(replies(tiers.base, hidden, options.window)))
         signals = list(pool.map(tiers.base_signals, requests, bases, questions))

@@ -1,1 +1,1 @@
-"""What a running cascade keeps: turns, answers, feedback, and what it learns from them."""
+"""Data stored by a running cascade: turns, cached answers, ratings, and corrections learned from ratings."""

@@ -1,17 +1,17 @@
-"""The answer cache: an answer given before is given again, to the same question and to its like (SPEC F12).
+"""The answer cache: reuses an answer for the same question and for similar ones (SPEC F12).
 
-The very same question is found first; its spelling counts, but for line ends and white space around it, because in code
-and names everything else can matter. Else the nearest questions of the same scope are tried, best first: one is reused
-if its cosine is high enough, `confidence.reuse.conflict` finds nothing that speaks against it and, if the operator has
-fitted a `check` on pairs of their own (suite `cache`), that agrees. Questions of which the embedder reads only the
-beginning are found by their very text alone.
+An identical question is looked up first; only line ends and surrounding white space are ignored, because in code and
+names every other difference can matter. Otherwise the most similar questions of the same scope are tried, best first:
+an answer is reused if the cosine is high enough, `confidence.reuse.conflict` finds no conflict, and the optional
+`check`, which an operator fits on their own pairs (suite `cache`), agrees. Questions that are too long for the embedder
+are found by identical text only.
 
-With `verified`, similarity is proven first (`confidence.verified_reuse`): a near question's answer is made afresh and
-compared with the kept one until enough were the same, and now and then afterwards. What users say of answers (`judge`)
-counts for that one entry; only the cache's own comparisons move what all entries share.
+With `verified`, similarity is verified first (`confidence.verified_reuse`): the answer to a similar question is
+generated and compared with the cached one until enough comparisons agree, and occasionally afterwards. A user's rating
+(`judge`) affects only that entry; the state shared by all entries changes only by the cache's own comparisons.
 
-Kept are whole and accepted answers. One that was cut, cancelled, marked as unsure or withheld is not: the next try may
-do better. Tokens are not kept, so requests for log-probabilities must pass by the cache.
+Only complete and accepted answers are stored, not truncated, cancelled, unsure or withheld ones, because a new attempt
+may be better. Tokens are not stored, so requests for log-probabilities must not use the cache.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from cogumi.core.types import Reply
 from cogumi.engine.embedder import Embedder
 
 SIMILARITY = 0.92
-"""Cosine from which on a kept question is considered."""
+"""Least cosine of a similar question."""
 NEAREST = 4
-"""Kept questions considered at most."""
-_PENDING = 1_000  # look-ups whose fresh answer is waited for
-_LOADED = 1_000  # partitions in memory
+"""Most similar questions considered."""
+_MAX_PENDING = 1_000  # look-ups that wait for a fresh answer
+_MAX_PARTITIONS = 1_000  # partitions in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """All that must be equal for an answer to be reused. `settings` holds whatever else changes answers: sampling,
-    limits, formats, earlier turns of the conversation.
+    """All values that must be equal for reuse of an answer. `settings` holds other values that affect answers, such as
+    sampling, limits, formats and earlier turns of the conversation.
     """
 
     user: str = ""
@@ -64,14 +64,14 @@ class Scope:
     settings: str = ""
 
     def digest(self) -> bytes:
-        """What stands for the scope in the file; different scopes differ."""
+        """Key of the scope in the file; unique per scope."""
         return _digest(json.dumps(astuple(self)))
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A kept answer: to which question, how similar (cosine; 1 if `exact`). `entry`, `scope`, `score` and `bound`
-    belong to `AnswerCache.judge`.
+    """A cached answer, its question, and their similarity (cosine; 1 if `exact`). `entry`, `scope`, `score` and `bound`
+    are used by `AnswerCache.judge`.
     """
 
     question: str
@@ -85,11 +85,11 @@ class Hit:
 
 
 class AnswerCache:
-    """At most `size` answers in `folder` (None: in memory only), several threads and processes at once.
+    """At most `size` answers in `folder` (None: in memory only); safe for several threads and processes.
 
-    Without an `embedder` only the very same questions are found. `similarity` is the least cosine of a near
-    question. `verified` keeps wrong answers below a share of `risk` of the near hits. Raises `StateError` for a folder
-    that cannot be used; afterwards a file that fails is told as a warning and costs hits, not answers.
+    Without an `embedder`, only identical questions are found. `similarity` is the least cosine of a similar question.
+    With `verified`, at most a share of `risk` of the reused answers to similar questions is wrong. Raises `StateError`
+    for an unusable folder; a later failure of the file is a warning and only causes cache misses.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class AnswerCache:
         self._random = random.Random()
 
     def find(self, scope: Scope, question: str) -> Hit | None:
-        """The answer to reuse, if there is one."""
+        """Find an answer to reuse; None if there is none."""
         place, key = scope.digest(), _key(question)
-        with self._using():
+        with self._locked():
             self._refresh()
             if entry := self._answers.lookup(place, key):
                 self._answers.touch(entry.id)
@@ -124,22 +124,22 @@ class AnswerCache:
         vector = self._vector(question)
         if not len(vector):
             return None
-        with self._using():
+        with self._locked():
             hit = self._nearest(place, question, vector)
             if hit and self._verifier:
-                hit = self._proven(hit, key)
+                hit = self._verified(hit, key)
             if hit:
                 self._answers.touch(hit.entry)
             return hit
         return None
 
     def keep(self, scope: Scope, question: str, reply: Reply) -> None:
-        """Store a fresh answer, if it is whole and accepted; the entries used longest ago make room."""
+        """Store a new answer if it is complete and accepted; least recently used entries are evicted."""
         if reply.finish_reason != "stop" or not reply.accepted:
             return
         place, key = scope.digest(), _key(question)
         vector = self._vector(question)
-        with self._using():
+        with self._locked():
             if pending := self._pending.pop((place, key), None):
                 self._learn(pending, same_text(reply.text, pending.reply.text), compared=True)
             self._answers.put(place, key, question, reply, self._encoder, vector)
@@ -150,15 +150,15 @@ class AnswerCache:
                     self._near[where].vectors.remove([id for _, id in ids])
 
     def judge(self, hit: Hit, right: bool) -> None:
-        """Whether a reused answer was right, as somebody says who got it; a wrong one is not given again."""
-        with self._using():
+        """Record a user's rating of a reused answer; a wrong one is deleted."""
+        with self._locked():
             if self._verifier and not hit.exact:
                 self._learn(hit, right, compared=False)
             if not right:
                 self._answers.remove(hit.entry)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         with self._lock:
             self._answers.close()
 
@@ -171,36 +171,36 @@ class AnswerCache:
         return self._embedder.identity if self._embedder else ""
 
     @contextmanager
-    def _using(self) -> Iterator[None]:
-        """The file, for one thread at a time; its failure is a warning."""
+    def _locked(self) -> Iterator[None]:
+        """Lock the file for this thread; a failure of the file is a warning."""
         with self._lock:
             try:
                 yield
             except sqlite3.Error as error:
-                warnings.warn(f"the answer cache cannot be used at the moment: {error}", stacklevel=4)
+                warnings.warn(f"the answer cache cannot be used now: {error}", stacklevel=4)
 
     def _vector(self, question: str) -> NDArray[np.float32]:
-        """The question's vector; empty where it must not be found by it."""
+        """The question's vector; empty if the embedder cannot read the whole question."""
         if self._embedder and question.strip() and self._embedder.reads_all(question):
             return self._embedder.embed([question]).reshape(-1)
         return np.empty(0, np.float32)
 
     def _refresh(self) -> None:
-        """Take in what other processes have written."""
+        """Load entries written by other processes."""
         if self._answers.changed():
             for partition in self._near.values():
                 partition.stale = True
-            self._absorb()
+            self._train_verifier()
 
     def _partition(self, place: bytes) -> Partition:
         assert self._embedder is not None
         partition = self._near.get(place) or Partition(Neighbours(self._embedder.width))
         self._near[place] = partition
         self._near.move_to_end(place)
-        while len(self._near) > _LOADED:
+        while len(self._near) > _MAX_PARTITIONS:
             self._near.popitem(last=False)
         if partition.stale:
-            if len(partition.vectors) > 2 * self._size:  # mostly gone by other processes
+            if len(partition.vectors) > 2 * self._size:  # other processes removed most of them
                 partition.vectors, partition.last = Neighbours(self._embedder.width), 0
             ids, vectors = self._answers.vectors(place, self._encoder, self._embedder.width, partition.last)
             if ids:
@@ -210,45 +210,45 @@ class AnswerCache:
         return partition
 
     def _nearest(self, place: bytes, question: str, vector: NDArray[np.float32]) -> Hit | None:
-        """The best kept question that nothing speaks against."""
+        """The most similar question without a conflict."""
         partition = self._partition(place)
         for id, cosine in partition.vectors.nearest(vector, NEAREST):
             if cosine < self._similarity:
                 break
             entry = self._answers.entry(place, id)
-            if entry is None:  # gone by another process
+            if entry is None:  # removed by another process
                 partition.vectors.remove([id])
             elif (score := self._score(question, entry, cosine)) is not None:
                 return Hit(entry.question, entry.reply, cosine, False, place, id, score)
         return None
 
     def _score(self, question: str, entry: Entry, cosine: float) -> float | None:
-        """How much speaks for reuse; None where something forbids it."""
+        """Score for reuse; None if it is not allowed."""
         if conflict(question, entry.question):
             return None
         if self._check is None:
             return cosine
         logit = float(self._check.logits(pair_features(question, entry.question, cosine))[0])
-        return logit if logit >= 0 or self._verifier else None  # verified: the proof draws the line
+        return logit if logit >= 0 or self._verifier else None  # `verified` applies its own threshold
 
-    def _proven(self, hit: Hit, key: bytes) -> Hit | None:
-        """The hit if it is proven; else it waits for the fresh answer that `keep` compares it with."""
+    def _verified(self, hit: Hit, key: bytes) -> Hit | None:
+        """The hit if it is verified; otherwise None, and `keep` compares the hit with the fresh answer."""
         assert self._verifier is not None
         bound = self._verifier.bound(hit.score, self._answers.judgements(hit.entry, self._basis))
         hit = replace(hit, bound=bound)
         if self._verifier.trusts(bound) and self._random.random() >= RECHECK_SHARE:
             return hit
         self._pending[hit.scope, key] = hit
-        while len(self._pending) > _PENDING:
+        while len(self._pending) > _MAX_PENDING:
             self._pending.popitem(last=False)
         return None
 
     def _learn(self, hit: Hit, right: bool, *, compared: bool) -> None:
         self._answers.judge(hit.entry, self._basis, hit.score, hit.bound, right, compared)
-        self._absorb()
+        self._train_verifier()
 
-    def _absorb(self) -> None:
-        """Teach the verifier what was compared, here and in other processes."""
+    def _train_verifier(self) -> None:
+        """Pass new comparisons of all processes to the verifier."""
         if self._verifier:
             for id, score, bound, right in self._answers.compared(self._basis, self._compared):
                 self._verifier.learn(score, bound, right)
@@ -257,7 +257,7 @@ class AnswerCache:
 
 @dataclass(slots=True)
 class Partition:
-    """One scope's vectors; `last` is the highest id among them, `stale` if the file may hold more."""
+    """The vectors of one scope; `last`: their highest id, `stale`: the file may hold more."""
 
     vectors: Neighbours
     last: int = 0

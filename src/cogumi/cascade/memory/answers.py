@@ -1,7 +1,7 @@
-"""The file of the answer cache: one SQLite database in the operator's folder, shared by threads and processes.
+"""The file of the answer cache: one SQLite database in the state folder, shared by threads and processes.
 
-Nothing in it can run code. A row carries a hash of all that it holds, so what was changed on disk is never served;
-a file that is damaged is moved aside with a warning, and one of another version refused.
+It contains no executable data. Each row has a hash of its content, so a row changed on disk is never returned. A
+damaged file is renamed with a warning; a file of another version is refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from cogumi.core.types import Decision, Reply, Usage
 
 FILE = "answers.sqlite"
 VERSION = 1
-KEPT = 40_000
-"""Judgements kept."""
-APPLICATION = 0x636F6761  # "coga": tells this database from other programs'
+MAX_JUDGEMENTS = 40_000
+"""Most judgements stored."""
+APPLICATION = 0x636F6761  # "coga": marks this program's databases
 _BUSY_SECONDS = 10.0
 _SCHEMA = f"""
 CREATE TABLE entries (
@@ -46,7 +46,7 @@ PRAGMA user_version = {VERSION};
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A kept answer."""
+    """A stored answer."""
 
     id: int
     question: str
@@ -54,10 +54,9 @@ class Entry:
 
 
 class AnswerFile:
-    """Entries and judgements in `folder`, or in memory alone for None; not safe for threads.
+    """Entries and judgements in `folder` (None: in memory only); not thread-safe.
 
-    Raises `StateError` for a folder that cannot be used and a file of another version or program; methods raise
-    `sqlite3.Error`.
+    Raises `StateError` for an unusable folder and a file of another version or program; methods raise `sqlite3.Error`.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -67,12 +66,14 @@ class AnswerFile:
                 folder.mkdir(parents=True, exist_ok=True)
             self._db = self._open()
         except (OSError, sqlite3.OperationalError) as error:
-            raise StateError(f"the cache {folder} cannot be used: {error}; check its rights or name another") from error
+            raise StateError(
+                f"the cache {folder} cannot be used: {error}; check its permissions or name another folder"
+            ) from error
         except sqlite3.DatabaseError as error:
             assert self._path is not None  # memory is never damaged
             moved = _aside(self._path)
             warnings.warn(
-                f"the cache {self._path} is damaged ({error}): it was moved to {moved.name}, a new one begins",
+                f"the cache {self._path} is damaged ({error}): it was moved to {moved.name}, a new one was created",
                 stacklevel=3,
             )
             self._db = self._open()
@@ -85,15 +86,15 @@ class AnswerFile:
             if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 db.execute("PRAGMA journal_mode = WAL")
                 with _transaction(db):
-                    if not db.execute("SELECT 1 FROM sqlite_master").fetchone():  # nobody else was faster
+                    if not db.execute("SELECT 1 FROM sqlite_master").fetchone():  # still empty
                         for statement in _SCHEMA.split(";"):
                             db.execute(statement)
             found = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
             if found != [APPLICATION, VERSION]:
                 what = f"of version {found[1]}" if found[0] == APPLICATION else "of another program"
                 raise StateError(
-                    f"{self._path} is a file {what}, this cogumi reads answers of version {VERSION}: "
-                    "move it away or name another cache folder"
+                    f"{self._path} is a file {what}; this program reads version {VERSION}: "
+                    "move it away or name another folder"
                 )
             if (problem := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(" ".join(problem.split()))
@@ -104,16 +105,16 @@ class AnswerFile:
         return db
 
     def changed(self) -> bool:
-        """Whether another process has written since the last call; True at first."""
+        """Whether another process has written since the last call; True at the first call."""
         before, self._version = self._version, self._db.execute("PRAGMA data_version").fetchone()[0]
         return before != self._version
 
     def lookup(self, scope: bytes, key: bytes) -> Entry | None:
-        """The entry of this very key."""
+        """The entry with this key."""
         return self._entry("scope = ? AND key = ?", scope, key)
 
     def entry(self, scope: bytes, id: int) -> Entry | None:
-        """The entry under an id, if it is still there and of this scope."""
+        """The entry with this id, if it exists in this scope."""
         return self._entry("scope = ? AND id = ?", scope, id)
 
     def _entry(self, condition: str, *values: bytes | int) -> Entry | None:
@@ -123,14 +124,14 @@ class AnswerFile:
             return None
         id, *content, digest, body = row
         if _digest(*content, body) != digest:
-            warnings.warn(f"an answer of the cache {self._path} was changed on disk; it is left out", stacklevel=4)
+            warnings.warn(f"an answer of the cache {self._path} was changed on disk and is deleted", stacklevel=4)
             self.remove(id)
             return None
         kept = json.loads(body)
         return Entry(id, kept["question"], _reply(kept["reply"]))
 
     def vectors(self, scope: bytes, encoder: str, width: int, after: int) -> tuple[list[int], NDArray[np.float32]]:
-        """Ids above `after` of a scope with their vectors [n, width] by that encoder."""
+        """Ids above `after` in a scope, and their vectors [n, width] by that encoder."""
         query = "SELECT id, vector FROM entries WHERE scope = ? AND encoder = ? AND id > ? ORDER BY id"
         rows = [row for row in self._db.execute(query, (scope, encoder, after)) if len(row[1]) == 2 * width]
         found = np.frombuffer(b"".join(vector for _, vector in rows), np.float16).reshape(len(rows), width)
@@ -139,7 +140,7 @@ class AnswerFile:
     def put(
         self, scope: bytes, key: bytes, question: str, reply: Reply, encoder: str, vector: NDArray[np.float32]
     ) -> int:
-        """Store an answer in place of an earlier one to the same key; its id."""
+        """Store an answer and return its id; replaces an earlier answer with the same key."""
         body = json.dumps({"question": question, "reply": _plain(reply)})
         blob = vector.astype(np.float16).tobytes()
         row = (scope, key, time.time(), encoder, blob, _digest(scope, key, encoder, blob, body), body)
@@ -149,42 +150,43 @@ class AnswerFile:
         return int(self._db.execute(query, row).lastrowid or 0)
 
     def touch(self, id: int) -> None:
-        """This entry was used just now."""
+        """Set the time of last use of an entry to now."""
         self._db.execute("UPDATE entries SET used = ? WHERE id = ?", (time.time(), id))
 
     def remove(self, id: int) -> None:
-        """Forget an entry."""
+        """Delete an entry."""
         self._db.execute("DELETE FROM entries WHERE id = ?", (id,))
 
     def evict(self, size: int) -> list[tuple[bytes, int]]:
-        """Forget the entries used longest ago, a hundredth of `size` at a time, once there are more; their scopes
-        and ids.
+        """Delete the least recently used entries if there are more than `size`, a hundredth of `size` at a time.
+
+        Returns their scopes and ids.
         """
         if self._db.execute("SELECT count(*) FROM entries").fetchone()[0] <= size:
             return []
         with _transaction(self._db):
             excess = self._db.execute("SELECT count(*) FROM entries").fetchone()[0] - size
-            last = max(excess, size // 100) if excess > 0 else 0  # another process may have been faster
+            last = max(excess, size // 100) if excess > 0 else 0  # another process may have evicted them
             query = "SELECT scope, id FROM entries ORDER BY used, id LIMIT ?"
             gone: list[tuple[bytes, int]] = self._db.execute(query, (last,)).fetchall()
             self._db.executemany("DELETE FROM entries WHERE id = ?", [(id,) for _, id in gone])
         return gone
 
     def judge(self, entry: int, basis: bytes, score: float, bound: float, right: bool, compared: bool) -> None:
-        """Store a judgement; `compared` if it comes of the cache's own comparison, not of somebody's word. Scores of
-        another `basis` (encoder, check) mean something else.
+        """Store a judgement; `compared`: from the cache's own comparison, not from a rating. Scores of another `basis`
+        (encoder, check) are not comparable.
         """
         query = "INSERT INTO judged (entry, basis, score, bound, right, compared) VALUES (?, ?, ?, ?, ?, ?)"
         id = self._db.execute(query, (entry, basis, score, bound, right, compared)).lastrowid
-        self._db.execute("DELETE FROM judged WHERE id <= ?", ((id or 0) - KEPT,))
+        self._db.execute("DELETE FROM judged WHERE id <= ?", ((id or 0) - MAX_JUDGEMENTS,))
 
     def judgements(self, entry: int, basis: bytes) -> list[tuple[float, bool]]:
-        """(score, right) of one entry."""
+        """(score, right) of each judgement of an entry."""
         rows = self._db.execute("SELECT score, right FROM judged WHERE entry = ? AND basis = ?", (entry, basis))
         return [(score, bool(right)) for score, right in rows]
 
     def compared(self, basis: bytes, after: int) -> list[tuple[int, float, float, bool]]:
-        """(id, score, bound, right) of the cache's own comparisons above an id, in order."""
+        """(id, score, bound, right) of the cache's own comparisons with ids above `after`, in order."""
         query = "SELECT id, score, bound, right FROM judged WHERE compared AND basis = ? AND id > ? ORDER BY id"
         return [(*row[:3], bool(row[3])) for row in self._db.execute(query, (basis, after))]
 
@@ -192,13 +194,13 @@ class AnswerFile:
         return int(self._db.execute("SELECT count(*) FROM entries").fetchone()[0])
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._db.close()
 
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing, and nobody else writes meanwhile."""
+    """Atomic transaction that locks out other writers."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -210,7 +212,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _aside(path: Path) -> Path:
-    """Move a damaged file and its log to a free name beside it."""
+    """Rename a damaged file and its log to an unused name in the same folder."""
     number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
     moved = path.with_name(f"{path.name}.damaged-{number}")
     path.replace(moved)
@@ -221,7 +223,7 @@ def _aside(path: Path) -> Path:
 
 
 def _digest(*parts: bytes | str) -> bytes:
-    """Over the parts with their lengths, so that no two sequences of parts look alike."""
+    """Hash of the parts with their lengths, so that different sequences of parts have different hashes."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -230,7 +232,7 @@ def _digest(*parts: bytes | str) -> bytes:
 
 
 def _plain(reply: Reply) -> dict[str, Any]:
-    """What a replay needs: no tokens, no cost. That it was accepted need not be written: no other answer is kept."""
+    """A reply as JSON values, without tokens and usage; `accepted` is implied, because only such answers are stored."""
     return {
         "text": reply.text,
         "finish_reason": reply.finish_reason,

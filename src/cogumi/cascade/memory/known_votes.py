@@ -1,4 +1,4 @@
-"""The newest votes in a memory, and how far the users who cast them are trusted (SPEC F16)."""
+"""The newest votes in a memory, and the trust in the users who cast them (SPEC F16)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cogumi.confidence.recalibration import Correction, Doubles, Vote, Votes, fe
 
 REPLAY = 20_000  # votes
 HALF_LIFE = 5_000.0  # votes
-_OVERLAP = 0.02  # seconds that are read again; a vote missed or seen twice makes no difference
+_OVERLAP = 0.02  # seconds that are read again; a vote missed or read twice has no effect
 
 
 def vote_of(turn: Turn) -> Vote | None:
-    """A rated turn as a vote; None if it judges no answer of a gate."""
+    """Convert a rated turn to a vote; None if the turn has no gated answer."""
     if turn.outcome is None or turn.p_correct is None or turn.route == "abstained":
         return None
     content = json.dumps([turn.question, turn.answer]).encode()
@@ -24,49 +24,49 @@ def vote_of(turn: Turn) -> Vote | None:
     return Vote(turn.id, turn.user, answer, turn.p_correct, features(turn.signals), turn.outcome)
 
 
-class KnownVotes:
-    """At most `REPLAY` votes, read from `memory` by `follow`; `trust` by user, None until it was studied."""
+class RecentVotes:
+    """At most `REPLAY` votes, read from `memory` by `read_new`; `trust` by user, None before the first `fit`."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self.votes: dict[tuple[str, str], tuple[float, Vote]] = {}  # by user and id, with the time of the answer
+        self.votes: dict[tuple[str, str], tuple[float, Vote]] = {}  # (user, id) -> (time of the answer, vote)
         self.trust: dict[str, float] | None = None
-        self._followed = 0.0
+        self._read_until = 0.0
 
-    def follow(self) -> None:
-        """Read what was rated since the last time, by any process."""
+    def read_new(self) -> None:
+        """Read ratings of all processes since the last call."""
         began = time.time()
-        for turn in self._memory.rated(self._followed, REPLAY):
+        for turn in self._memory.rated(self._read_until, REPLAY):
             self.votes.pop((turn.user, turn.id), None)
             if vote := vote_of(turn):
                 self.votes[turn.user, turn.id] = turn.at, vote
-        self._followed = began - _OVERLAP
+        self._read_until = began - _OVERLAP
         for key in list(islice(self.votes, max(len(self.votes) - REPLAY, 0))):
             del self.votes[key]
 
     def since(self, time: float, newest: int = REPLAY) -> Votes:
-        """The newest votes on answers given since then."""
+        """The newest votes on answers given since `time`."""
         return Votes.of([vote for at, vote in self.votes.values() if at >= time][-newest:])
 
-    def study(self, votes: Votes) -> Correction:
-        """Fit a layer, and take over what the votes say of their users."""
+    def fit(self, votes: Votes) -> Correction:
+        """Fit a correction layer and the trust in users."""
         layer, self.trust = learn(votes, HALF_LIFE)
         return layer
 
-    def study_voters(self, votes: Votes, layer: Correction) -> None:
-        """Know those who began to vote against everybody after the last fit, before anything is decided by votes."""
+    def update_trust(self, votes: Votes, layer: Correction) -> None:
+        """Update the trust in users, to discount users who began to contradict all others after the last fit."""
         self.trust = trust(votes, layer.p_all(votes, ()))
 
     def weights(self, votes: Votes) -> Doubles:
-        """How much each vote counts [n]."""
+        """Weight of each vote [n]."""
         return weights(votes, self.trust or {})
 
     def weight_of(self, user: str) -> float:
-        """How far a user is trusted, 1 if nothing speaks against them."""
+        """Trust in a user; 1 without evidence against it."""
         return (self.trust or {}).get(user, 1.0)
 
     def forget(self, user: str) -> None:
-        """Drop a user's votes, and what is known of the user."""
+        """Delete a user's votes and trust."""
         self.votes = {key: found for key, found in self.votes.items() if key[0] != user}
         if self.trust is not None:
             self.trust.pop(user, None)

@@ -1,4 +1,4 @@
-"""The file learned.json: what serves, what is tried, and what happened so far; shared by threads and processes."""
+"""The file learned.json: the active correction, the candidate, and their history; shared by threads and processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HISTORY = 200  # events kept
 
 
 class Learned(BaseModel):
-    """What learned.json holds. Times are in seconds since 1970; `tests` counts the certificates tried for."""
+    """Content of learned.json. Times are in seconds since 1970; `tests` counts the certification tests so far."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     format: Literal[1] = 1
@@ -35,22 +35,22 @@ class Learned(BaseModel):
     tests: int = Field(0, ge=0)
     history: tuple[dict[str, Any], ...] = ()
 
-    def told(self, what: str, changes: Mapping[str, Any], **figures: float | bool) -> Learned:
-        """The same with `changes`, and one more event in its history."""
-        event = {"at": time.time(), "event": what, **figures}
-        return self.model_copy(update={**changes, "history": (*self.history, event)[-HISTORY:]})
+    def with_event(self, event: str, changes: Mapping[str, Any], **figures: float | bool) -> Learned:
+        """A copy with `changes` and one more event in its history."""
+        entry = {"at": time.time(), "event": event, **figures}
+        return self.model_copy(update={**changes, "history": (*self.history, entry)[-HISTORY:]})
 
 
 class LearnedFile:
-    """`state` as last read or saved; nothing learned if there is no file yet.
+    """`state` as last read or saved; without a file, the initial state.
 
-    A file that cannot be read is moved aside. Raises `StateError` if `folder` cannot be written.
+    An unreadable file is renamed. Raises `StateError` if `folder` is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / FILE
         self.state = Learned()
-        self._seen = 0, 0  # modification time and inode of the file that `state` comes from
+        self._loaded = 0, 0  # modification time and inode of the file that `state` was read from
         try:
             folder.mkdir(parents=True, exist_ok=True)
             sqlite3.connect(folder / LOCK).close()
@@ -58,46 +58,46 @@ class LearnedFile:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> StateError:
-        return StateError(f"{self._folder} cannot keep what is learned ({error}); name a folder that can be written")
+        return StateError(f"{self._folder} cannot store corrections ({error}); name a folder that can be written")
 
     def refresh(self) -> bool:
-        """Read what another process has saved since; whether there was anything."""
+        """Read the file if another process has changed it; returns whether it has."""
         try:
             stat = self._path.stat()
-            seen = stat.st_mtime_ns, stat.st_ino
+            found = stat.st_mtime_ns, stat.st_ino
         except OSError:
-            seen = 0, 0
-        if seen == self._seen:
+            found = 0, 0
+        if found == self._loaded:
             return False
-        self._seen = seen
+        self._loaded = found
         try:
-            self.state = Learned.model_validate_json(self._path.read_bytes()) if seen[1] else Learned()
+            self.state = Learned.model_validate_json(self._path.read_bytes()) if found[1] else Learned()
         except (OSError, ValidationError) as error:
             aside = self._path.with_name(FILE + ".unreadable")
             with suppress(OSError):
                 self._path.replace(aside)
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             warnings.warn(
-                f"{self._path} cannot be read ({reason}); set aside as {aside.name}, learning anew", stacklevel=2
+                f"{self._path} cannot be read ({reason}); renamed to {aside.name}, learning starts again", stacklevel=2
             )
             self.state = Learned()
         return True
 
     def save(self, state: Learned) -> None:
-        """Keep a state; where the file cannot be written, in this process only."""
+        """Save a state; if the file cannot be written, keep it in this process only."""
         self.state = state
         try:
             write_json(self._path, state.model_dump(mode="json"))
             stat = self._path.stat()
-            self._seen = stat.st_mtime_ns, stat.st_ino
+            self._loaded = stat.st_mtime_ns, stat.st_ino
         except OSError as error:
             warnings.warn(
-                f"{self._path} cannot be written ({error}); what was learned lasts until the end", stacklevel=2
+                f"{self._path} cannot be written ({error}); learned corrections are lost at exit", stacklevel=2
             )
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Whether no other process is learning here; the lock is released when its process ends."""
+    def exclusive_lock(self) -> Iterator[bool]:
+        """Try to take the exclusive lock on learning; yields whether it succeeded. It ends with the process."""
         try:
             lock = sqlite3.connect(self._folder / LOCK, timeout=0.0, isolation_level=None)
         except sqlite3.Error as error:

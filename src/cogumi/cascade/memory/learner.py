@@ -1,11 +1,11 @@
-"""Learning from use: what the votes in memory do to P(correct) (SPEC F16, F17); see `confidence.recalibration`.
+"""Learning from use: corrects P(correct) by the votes in memory (SPEC F16, F17); see `confidence.recalibration`.
 
-Every `CHECK` ratings that a process hears of, or at once where they speak against what serves, one process at a time
-looks at the fresh votes: it withdraws a layer that does harm, decides on a candidate that has enough votes of its own,
-or, where there is none and `EVERY` more ratings have come in, fits one. This happens in the thread that brings the
-rating and takes about half a second, since at most `known_votes.REPLAY` votes are looked at. What serves is kept in
-`learned.json` (see `learned_file`); where it cannot be read, the gate serves uncorrected. Abstentions are not learned
-from: a vote on one judges no answer.
+After `CHECK_INTERVAL` ratings in a process, or earlier if they contradict the active layer, one process at a time
+reviews the new votes: it rolls back a harmful layer, decides about a candidate (canary) with enough votes, or fits a
+candidate if there is none and there are `FIT_INTERVAL` more ratings. This runs in the thread of the rating and takes
+about half a second, because at most `known_votes.REPLAY` votes are read. The state is stored in `learned.json` (see
+`learned_file`); if the file is unreadable, the gate is not corrected. Votes on abstentions are ignored, because they
+judge no answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cogumi.cascade.memory.known_votes import KnownVotes, vote_of
+from cogumi.cascade.memory.known_votes import RecentVotes, vote_of
 from cogumi.cascade.memory.learned_file import Learned, LearnedFile
 from cogumi.cascade.memory.personal_offsets import PersonalOffsets, PersonalRouting
 from cogumi.cascade.memory.turns import Memory, Turn
@@ -41,19 +41,19 @@ from cogumi.confidence.recalibration import (
     weights,
 )
 
-NEED = 10_000  # votes, within the caps, before anything is learned
-CHECK = 500  # ratings
-EVERY = 1_000  # ratings
-ENOUGH = 500  # votes of the canary's own, within the caps, for a decision
-WATCH = 8_000  # votes
+MIN_VOTES = 10_000  # capped votes before the first fit
+CHECK_INTERVAL = 500  # ratings between reviews
+FIT_INTERVAL = 1_000  # ratings between fits
+CANARY_VOTES = 500  # capped votes on answers of the canary, for a decision about it
+WATCH_WINDOW = 8_000  # votes in which a harmful layer is searched for
 
 
 class Learner:
-    """Corrects P(correct) by what `memory` holds; keeps `learned.json` in `folder`.
+    """Corrects P(correct) by the ratings in `memory`; stores `learned.json` in `folder`.
 
-    `promises` are those of the calibration: without certificate no correction lifts an answer over their thresholds.
-    `need` votes are wanted before anything is learned. `neighbours` lets users of a similar pattern share strength.
-    Safe from several threads and processes. Raises `StateError` if the folder cannot be written.
+    `promises`: guarantees of the calibration; only a certified correction raises an answer above their thresholds.
+    `need`: votes before the first fit. `neighbours`: users with similar patterns share statistical strength. Safe for
+    several threads and processes. Raises `StateError` if the folder is not writable.
     """
 
     def __init__(
@@ -62,21 +62,19 @@ class Learner:
         folder: Path,
         promises: Sequence[Guarantee],
         *,
-        need: int = NEED,
+        need: int = MIN_VOTES,
         neighbours: bool = False,
     ) -> None:
         self._memory, self._need, self._neighbours = memory, need, neighbours
         self._promises = [promise for promise in promises if promise.threshold <= 1.0]
         self._thresholds = sorted(promise.threshold for promise in self._promises)
         self._lock, self._unchecked, self._suspicion = threading.Lock(), 0, 0.0
-        self._votes, self._personal = KnownVotes(memory), PersonalOffsets(memory)
+        self._votes, self._personal = RecentVotes(memory), PersonalOffsets(memory)
         self._file = LearnedFile(folder)
         self._refresh()
 
     def p_correct(self, turn_id: str, user: str, p: float, signals: Mapping[str, float]) -> float:
-        """P(correct) as it should be shown and compared with the threshold; the gate's own `p` where nothing is
-        learned. Never raises.
-        """
+        """P(correct) to show and to compare with the threshold; without corrections the gate's `p`. Never raises."""
         if not 0.0 <= p <= 1.0:
             return p
         self._refresh()
@@ -87,34 +85,35 @@ class Learner:
         return float(cap_below_thresholds(q, sigmoid(logit(q) + shift), self._thresholds)) if shift else q
 
     def personal(self, user: str, on: bool | None = None) -> PersonalRouting:
-        """Switch a user's personal routing on or off (None: as it is), and what is known of it.
+        """Switch a user's personal routing on or off (None: no change) and return its state.
 
-        Raises `StateError` where memory cannot be read or written.
+        Raises `StateError` if the memory cannot be read or written.
         """
         if on is not None:
-            self._memory.choose_personal(user, on)
-            self._personal.renew(user)
+            self._memory.set_personal(user, on)
+            self._personal.invalidate(user)
         self._refresh()
         return self._personal.describe(user, self._file.state.layer)
 
     def rated(self, turn: Turn) -> None:
-        """To be called after each `Memory.rate`, with what it returned. Raises `StateError` where memory cannot be
-        read.
+        """Process a rating; call it with the result of each `Memory.rate`.
+
+        Raises `StateError` if the memory cannot be read.
         """
-        self._personal.renew(turn.user)
+        self._personal.invalidate(turn.user)
         self._unchecked += 1
         self._suspicion = max(self._suspicion + self._cost(turn), 0.0)
-        if (self._unchecked >= CHECK or self._suspicion >= MAX_HARM) and self._lock.acquire(blocking=False):
+        if (self._unchecked >= CHECK_INTERVAL or self._suspicion >= MAX_HARM) and self._lock.acquire(blocking=False):
             try:
                 self._unchecked = 0
-                with self._file.alone() as alone:
-                    if alone:
-                        self._look()
+                with self._file.exclusive_lock() as locked:
+                    if locked:
+                        self._review()
             finally:
                 self._lock.release()
 
     def _cost(self, turn: Turn) -> float:
-        """What the layer has cost in this turn: Brier score against the gate's own."""
+        """Harm of the layer in this turn: its Brier score minus the gate's own."""
         state = self._file.state
         if not state.layer or turn.at < state.promoted or not (vote := vote_of(turn)):
             return 0.0
@@ -122,9 +121,9 @@ class Learner:
         return self._votes.weight_of(vote.user) * ((q - vote.right) ** 2 - (vote.p - vote.right) ** 2)
 
     def forget(self, user: str) -> int:
-        """Delete a user's turns from memory and what this process derived from them; returns the number of turns.
+        """Delete a user's turns from the memory, and data derived from them here; returns the number of turns.
 
-        Other processes hold votes of the user (numbers, no text) until they are closed or newer ones take their place.
+        Other processes keep votes of the user (numbers, no text) until they end or newer votes replace them.
         """
         with self._lock:  # no thread is learning meanwhile
             forgotten = self._memory.forget(user)
@@ -133,12 +132,12 @@ class Learner:
         return forgotten
 
     def state(self) -> dict[str, Any]:
-        """What serves, what is tried and what happened so far, as JSON values."""
+        """The active correction, the candidate and the history, as JSON values."""
         self._refresh()
         return self._file.state.model_dump(mode="json")
 
     def _refresh(self) -> None:
-        """Take over what another process has learned."""
+        """Load corrections learned by another process."""
         before = self._file.state
         if self._file.refresh():
             self._changed(before)
@@ -149,81 +148,81 @@ class Learner:
         self._changed(before)
 
     def _changed(self, before: Learned) -> None:
-        """Drop what was derived from the state `before`."""
+        """Drop data derived from the state `before`."""
         if self._file.state.layer != before.layer:
             self._suspicion = 0.0
-        self._personal.renew()
+        self._personal.invalidate()
 
-    def _serve(self, layer: Correction | None, votes: Votes) -> Doubles:
+    def _served(self, layer: Correction | None, votes: Votes) -> Doubles:
         return layer.p_all(votes, self._thresholds) if layer else votes.p
 
-    def _look(self) -> None:
-        """Withdraw, decide or fit, whichever is due."""
+    def _review(self) -> None:
+        """Roll back, decide or fit, as needed."""
         self._refresh()
-        self._votes.follow()
+        self._votes.read_new()
         state = before = self._file.state
         if self._votes.trust is None and (state.layer or state.canary):
-            self._votes.study(self._votes.since(state.since))
+            self._votes.fit(self._votes.since(state.since))
         if state.layer:
-            state = self._watched(state, state.layer)
+            state = self._roll_back_if_harmful(state, state.layer)
         if state.canary:
-            state = self._decided(state, state.canary)
-        elif self._memory.ratings(state.fitted) >= EVERY and self._memory.ratings(state.since) >= self._need:
-            state = self._fitted(state)
+            state = self._decide_canary(state, state.canary)
+        elif self._memory.ratings(state.fitted) >= FIT_INTERVAL and self._memory.ratings(state.since) >= self._need:
+            state = self._fit_candidate(state)
         if state is not before:
             self._save(state)
         if self._neighbours:
-            self._personal.compare(self._votes.since(0.0), state.layer)
+            self._personal.set_neighbours(self._votes.since(0.0), state.layer)
 
-    def _watched(self, state: Learned, layer: Correction) -> Learned:
-        """The same, or without the layer if it does harm."""
-        votes = self._votes.since(state.promoted, WATCH)
-        q = self._serve(layer, votes)
+    def _roll_back_if_harmful(self, state: Learned, layer: Correction) -> Learned:
+        """Roll back the layer if it is harmful."""
+        votes = self._votes.since(state.promoted, WATCH_WINDOW)
+        q = self._served(layer, votes)
         harm = cusum_harm(votes, self._votes.weights(votes), votes.p, q)
         if harm >= MAX_HARM:
-            self._votes.study_voters(self._votes.since(state.since), layer)
+            self._votes.update_trust(self._votes.since(state.since), layer)
             harm = cusum_harm(votes, self._votes.weights(votes), votes.p, q)
         if harm < MAX_HARM:
-            self._suspicion = harm  # what the caps have left of it
+            self._suspicion = harm  # computed with caps per user
             return state
-        now = time.time()  # earlier votes describe conditions that no longer hold: they are not replayed
+        now = time.time()  # not fitted on earlier votes again: conditions have changed
         changes = {"layer": None, "canary": None, "fitted": now, "since": now}
-        return state.told("rolled back", changes, harm=harm, votes=len(votes))
+        return state.with_event("rolled back", changes, harm=harm, votes=len(votes))
 
-    def _decided(self, state: Learned, canary: Correction) -> Learned:
-        """The candidate promoted, dropped, or left to go on."""
+    def _decide_canary(self, state: Learned, canary: Correction) -> Learned:
+        """Promote the candidate, drop it, or continue its trial."""
         fresh = self._votes.since(state.started)
         votes = fresh.select(np.array([in_canary(row.id) for row in fresh.rows], dtype=bool))
-        before, after = self._serve(state.layer, votes), self._serve(canary, votes)
+        before, after = self._served(state.layer, votes), self._served(canary, votes)
 
-        def open_still() -> bool:
+        def undecided() -> bool:
             w = self._votes.weights(votes)
-            return bool(w.sum() < ENOUGH) and cusum_harm(votes, w, before, after) < MAX_HARM
+            return bool(w.sum() < CANARY_VOTES) and cusum_harm(votes, w, before, after) < MAX_HARM
 
-        if open_still():
+        if undecided():
             return state
-        self._votes.study_voters(self._votes.since(state.since), canary)
-        if open_still():
+        self._votes.update_trust(self._votes.since(state.since), canary)
+        if undecided():
             return state
         w = self._votes.weights(votes)
         harm = cusum_harm(votes, w, before, after)
         lifting = replace(canary, certified=True)
         test = state.tests + 1
-        if certified(fresh, self._votes.weights(fresh), self._serve(lifting, fresh), self._promises, test):
+        if certified(fresh, self._votes.weights(fresh), self._served(lifting, fresh), self._promises, test):
             canary = lifting
-        found = gain(votes, w, before, self._serve(canary, votes))
+        found = gain(votes, w, before, self._served(canary, votes))
         figures = {"harm": harm, "certified": canary.certified, **asdict(found)}
         if harm >= MAX_HARM or found.gain < MIN_GAIN or found.low <= 0.0:
-            return state.told("dropped", {"canary": None, "tests": test}, **figures)
-        return state.told(
+            return state.with_event("dropped", {"canary": None, "tests": test}, **figures)
+        return state.with_event(
             "promoted", {"layer": canary, "promoted": time.time(), "canary": None, "tests": test}, **figures
         )
 
-    def _fitted(self, state: Learned) -> Learned:
-        """A candidate, if the votes suffice."""
+    def _fit_candidate(self, state: Learned) -> Learned:
+        """Fit a candidate if there are enough votes."""
         votes = self._votes.since(state.since)
         counted, now = float(weights(votes, {}).sum()), time.time()
         if counted < self._need:
             return state.model_copy(update={"fitted": now})
-        layer = self._votes.study(votes)
-        return state.told("canary", {"canary": layer, "started": now, "fitted": now}, votes=counted)
+        layer = self._votes.fit(votes)
+        return state.with_event("canary", {"canary": layer, "started": now, "fitted": now}, votes=counted)

@@ -1,4 +1,4 @@
-"""The nearest vectors of one partition, by FAISS: all of them while they are few, an inverted file once they are many.
+"""Nearest-neighbour search in one partition by FAISS: exhaustive while it is small, with an inverted file when large.
 
 Measured on one core at 100,000 entries of width 384: 6.8 ms flat (fp16), 0.5 ms with the inverted file; removing an
 entry costs 11 ms flat, 0.1 ms there. HNSW cannot remove.
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 from cogumi.core.packages import load
 
 MANY = 10_000
-"""Entries from which on an inverted file is worth its training."""
+"""Entries above which an inverted file is faster in spite of its training."""
 LISTS, PROBED = 256, 16
 
 
 class Neighbours:
-    """Vectors [width] of length 1 under ids; not safe for threads. Raises `PackageError` if FAISS is not installed."""
+    """Unit vectors [width] by id; not thread-safe. Raises `PackageError` if FAISS is not installed."""
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._faiss: Any = load("faiss", "finding near questions")
+        self._faiss: Any = load("faiss", "finding similar questions")
         self._index: Any = self._faiss.IndexIDMap2(self._faiss.IndexScalarQuantizer(width, *self._half))
         self._inverted = False
 
     def add(self, ids: Sequence[int], vectors: NDArray[np.float32]) -> None:
-        """Add vectors [n, width]; the partition turns into an inverted file when it has become large."""
-        self._faiss.omp_set_num_threads(1)  # of this thread; FAISS must not compete with the models
+        """Add vectors [n, width]; a large partition is converted to an inverted file."""
+        self._faiss.omp_set_num_threads(1)  # for this thread; FAISS must not compete with the models
         self._index.add_with_ids(np.ascontiguousarray(vectors, np.float32), np.array(ids, np.int64))
         if not self._inverted and len(self) >= MANY:
             self._invert()
@@ -42,7 +42,7 @@ class Neighbours:
         return [(int(i), float(c)) for i, c in zip(ids[0], cosines[0], strict=True) if i >= 0]
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Forget these ids; unknown ones are passed over."""
+        """Remove ids; unknown ids are ignored."""
         self._index.remove_ids(np.array(ids, np.int64))
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Neighbours:
         ids = self._faiss.vector_to_array(self._index.id_map)
         coarse = self._faiss.IndexFlatIP(self._width)
         index = self._faiss.IndexIVFScalarQuantizer(coarse, self._width, LISTS, *self._half)
-        self._coarse = coarse  # the index only points to it
+        self._coarse = coarse  # keep it alive: the index holds only a pointer
         index.set_direct_map_type(self._faiss.DirectMap.Hashtable)  # removal by id without a search
         index.nprobe = PROBED
         index.train(vectors)

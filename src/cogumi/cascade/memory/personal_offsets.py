@@ -1,4 +1,4 @@
-"""The offsets of users who asked for personal routing, made from their own turns (SPEC F17)."""
+"""Offsets of P(correct) for users with personal routing, fitted on their own turns (SPEC F17)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cogumi.confidence import personal
 from cogumi.confidence.recalibration import DOMAIN, Correction, Votes
 from cogumi.core.errors import StateError
 
-PERSON = 500  # turns of a user that offsets are made of
-_READY = 10_000, 60.0  # users whose offsets are held ready, seconds for which they are
+MAX_TURNS = 500  # newest turns of a user that offsets are fitted on
+_CACHE_LIMITS = 10_000, 60.0  # users with cached offsets, seconds until they expire
 
 
 @dataclass(frozen=True, slots=True)
 class PersonalRouting:
-    """What is known of one user's personal routing: `on` if they asked for it.
+    """State of one user's personal routing: whether it is `on`, and its offsets.
 
-    `rated` counts their rated answers, among the newest `PERSON` turns, that a gate had judged; from `needed` on they
-    have `offsets`: by domain (`all` where no router spoke), what is added to the logit of P(correct), in nats. These
-    are empty while personal routing is off.
+    `rated` counts rated and gated answers among the newest `MAX_TURNS` turns; `offsets` need at least `needed` of them.
+    These are added to the logit of P(correct), in nats, by domain (`all` if no router decided); empty while personal
+    routing is off.
     """
 
     user: str
@@ -35,22 +35,22 @@ class PersonalRouting:
 
 
 class PersonalOffsets:
-    """Offsets of the logit by user, held ready for a minute; see `confidence.personal`."""
+    """Offsets of the logit by user, cached for a minute; see `confidence.personal`."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._evidence: dict[str, personal.Evidence] = {}  # of those who may be neighbours
-        self._ready: dict[str, tuple[float, Mapping[str, float]]] = {}  # with the time at which they were made
+        self._evidence: dict[str, personal.Evidence] = {}  # users that may be neighbours
+        self._cache: dict[str, tuple[float, Mapping[str, float]]] = {}  # user -> (time of the fit, offsets)
 
     def shift(self, user: str, features: Mapping[str, float], layer: Correction | None) -> float:
-        """What to add to the logit of an answer to this user; 0 for who did not ask for it. Never raises."""
+        """Offset of the logit of an answer to this user; 0 without personal routing. Never raises."""
         own = self._of(user, layer)
         return (
             sum(share * own.get(name, 0.0) for name, share in personal.domain_shares(features).items()) if own else 0.0
         )
 
     def describe(self, user: str, layer: Correction | None) -> PersonalRouting:
-        """What is known of a user. Raises `StateError` if the memory cannot be read."""
+        """State of a user's personal routing. Raises `StateError` if the memory cannot be read."""
         on, own = self._memory.personal(user), self._own(user, layer)
         found = self._offsets(user, own) if on else {}
         named = {name.removeprefix(DOMAIN) or "all": offset for name, offset in found.items()}
@@ -59,18 +59,18 @@ class PersonalOffsets:
     def _of(self, user: str, layer: Correction | None) -> Mapping[str, float]:
         if not user:
             return {}
-        made, found = self._ready.get(user, (-math.inf, {}))
-        if time.monotonic() - made > _READY[1]:
-            with suppress(StateError):  # an answer does not fail because a memory cannot be read
+        made, found = self._cache.get(user, (-math.inf, {}))
+        if time.monotonic() - made > _CACHE_LIMITS[1]:
+            with suppress(StateError):  # an unreadable memory must not fail an answer
                 found = self._offsets(user, self._own(user, layer)) if self._memory.personal(user) else {}
-            if len(self._ready) >= _READY[0]:
-                self._ready.clear()
-            self._ready[user] = time.monotonic(), found
+            if len(self._cache) >= _CACHE_LIMITS[0]:
+                self._cache.clear()
+            self._cache[user] = time.monotonic(), found
         return found
 
     def _own(self, user: str, layer: Correction | None) -> personal.Evidence | None:
-        """A user's evidence; None if they rated nothing."""
-        turns = reversed(self._memory.recent(user, PERSON))
+        """A user's evidence; None without ratings."""
+        turns = reversed(self._memory.recent(user, MAX_TURNS))
         votes = Votes.of(vote for turn in turns if (vote := vote_of(turn)))
         return personal.evidence(votes, layer.p_all(votes, ()) if layer else votes.p).get(user)
 
@@ -78,19 +78,19 @@ class PersonalOffsets:
         others = [other for name, other in self._evidence.items() if name != user]
         return personal.offsets(own, others) if own else {}
 
-    def compare(self, votes: Votes, layer: Correction | None) -> None:
-        """Let users of a similar pattern in these votes share strength."""
+    def set_neighbours(self, votes: Votes, layer: Correction | None) -> None:
+        """Let users with similar patterns in these votes share statistical strength."""
         found = personal.evidence(votes, layer.p_all(votes, ()) if layer else votes.p)
         self._evidence = {name: own for name, own in found.items() if name and own.votes >= personal.MIN_VOTES}
 
-    def renew(self, user: str | None = None) -> None:
-        """Make the offsets of a user, or of all, anew when they are next needed."""
+    def invalidate(self, user: str | None = None) -> None:
+        """Invalidate the cached offsets of a user, or of all users."""
         if user is None:
-            self._ready.clear()
+            self._cache.clear()
         else:
-            self._ready.pop(user, None)
+            self._cache.pop(user, None)
 
     def forget(self, user: str) -> None:
-        """Drop all that is known of a user."""
-        self._ready.pop(user, None)
+        """Delete all data about a user."""
+        self._cache.pop(user, None)
         self._evidence.pop(user, None)

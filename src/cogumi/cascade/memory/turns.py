@@ -1,12 +1,12 @@
-"""Session memory: what was asked, who answered, and whether it was right (SPEC F8). One SQLite file per server.
+"""Session memory: questions, answering tiers and ratings (SPEC F8). One SQLite file per server.
 
-Several processes and threads may use the file at once (write-ahead log, busy timeout; open it after a fork, not
-before). Each turn is one transaction: a killed process loses at most the turn it was writing; a power cut may lose
-the last few. Everything is partitioned by user: no call with one user reads, rates or deletes a turn of another.
-Requests without a user share the partition "": they can be rated by id, but are never recalled for anybody.
+Several processes and threads may use the file at the same time (write-ahead log, busy timeout; open it after a fork,
+not before). Each turn is one transaction: a killed process loses at most the turn being written; a power failure may
+lose the last few. Data is partitioned by user: a call for one user never reads, rates or deletes turns of another.
+Requests without a user share the partition "": they can be rated by id but are never used for later answers.
 
-Bounds: of each user the newest `KEEP` turns are kept (of "" `KEEP_ANONYMOUS`), none for longer than `DAYS`; questions
-and answers are cut to `LONGEST` characters. Control characters are kept as they are.
+Limits: the newest `MAX_TURNS` per user (`MAX_ANONYMOUS_TURNS` for ""), at most `MAX_AGE_DAYS` old; questions and
+answers are truncated to `MAX_CHARACTERS`. Control characters are stored unchanged.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 from cogumi.core.errors import RequestError, StateError
 
 FILE = "memory.sqlite"
-"""Its name in the folder of what is kept between runs."""
+"""Its name in the state folder."""
 VERSION = 1
-APPLICATION = 0x636F676D  # "cogm": tells our databases from other programs'
-KEEP = 1_000
-KEEP_ANONYMOUS = 10_000
-DAYS = 180
-LONGEST = 20_000
+APPLICATION = 0x636F676D  # "cogm": marks this program's databases
+MAX_TURNS = 1_000
+MAX_ANONYMOUS_TURNS = 10_000
+MAX_AGE_DAYS = 180
+MAX_CHARACTERS = 20_000
 BUSY_SECONDS = 10.0
-_PAGE = 1_000  # rows read at a time, so that no reader holds all texts at once
-_LOG_PAGES = 4_000  # of 4 KiB: the log is carried over and synced to disk this rarely
+_PAGE = 1_000  # rows per query, so that a reader does not hold all texts in memory
+_LOG_PAGES = 4_000  # pages of 4 KiB in the log before it is written to the database and synced
 
 _SCHEMA = f"""
 CREATE TABLE turns (
@@ -53,9 +53,8 @@ _COLUMNS = "id, user, session, at, question, answer, domain, tier, route, mode, 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question with its answer. `at` is in seconds since 1970; `p_correct` is the gate's own P(correct), before
-    any correction (None: nobody judged it), `signals` what it was judged by; `outcome` whether the answer was right
-    (None: nobody said).
+    """One question with its answer. `at`: seconds since 1970. `p_correct`: the gate's P(correct) from the `signals`,
+    before corrections (None: no gate applied). `outcome`: whether the answer was right (None: not rated).
     """
 
     id: str
@@ -74,27 +73,27 @@ class Turn:
 
 
 def _key(text: str) -> bytes:
-    """Distinct names stay distinct, even those that are no valid Unicode."""
+    """Encode a name injectively, including invalid Unicode."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def _text(text: str) -> str:
-    return text[:LONGEST].encode("utf-8", "replace").decode("utf-8")
+    return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
 def _turn(row: tuple[Any, ...]) -> Turn:
     id, user, session, at, question, answer, domain, tier, route, mode, p_correct, signals, outcome = row
     id, user, session = (name.decode("utf-8", "surrogatepass") for name in (id, user, session))
-    said = None if outcome is None else bool(outcome)
+    right = None if outcome is None else bool(outcome)
     return Turn(
-        id, user, session, at, question, answer, domain, tier, route, mode, p_correct, json.loads(signals), said
+        id, user, session, at, question, answer, domain, tier, route, mode, p_correct, json.loads(signals), right
     )
 
 
 class Memory:
-    """The memory in the file `path`, made if there is none.
+    """The memory in the file `path`, which is created if missing.
 
-    Raises `StateError`, here and in every call, for a file that is no memory of this version or cannot be used.
+    Raises `StateError`, here and in every call, for an unusable file or one of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,11 +111,11 @@ class Memory:
 
     def _open(self) -> None:
         try:
-            found = self._kind()  # before anything is written into somebody else's file
+            found = self._kind()  # before writing, because the file may belong to another program
             if found is None:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("BEGIN IMMEDIATE")
-                found = self._kind()  # another process may have been faster
+                found = self._kind()  # another process may have created it meanwhile
                 for statement in _SCHEMA.split(";") if found is None else ():
                     self._db.execute(statement)
                 self._db.execute("COMMIT")
@@ -129,11 +128,11 @@ class Memory:
         except sqlite3.Error as error:
             raise self._unusable(error) from error
         if found is not None and found[0] != APPLICATION:
-            raise StateError(f"{self._path} is a database of another program; name another file for the memory")
+            raise StateError(f"{self._path} is a database of another program; use another state folder")
         if found is not None and found[1] != VERSION:
             raise StateError(
                 f"{self._path} is a memory of version {found[1]}, this program reads version {VERSION}; "
-                "use the program that wrote it, or move the file away to begin anew"
+                "use the program that wrote it, or move the file away to start a new memory"
             )
 
     def _kind(self) -> tuple[int, int] | None:
@@ -144,13 +143,13 @@ class Memory:
 
     def _unusable(self, error: Exception) -> StateError:
         return StateError(
-            f"the memory {self._path} cannot be used ({error}); check that its folder can be written and has room, "
-            "or move the file away to begin anew"
+            f"the memory {self._path} cannot be used ({error}); check that its folder can be written and has space, "
+            "or move the file away to start a new memory"
         )
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for one thread at a time."""
+        """The connection, locked for this thread."""
         with self._lock:
             try:
                 yield self._db
@@ -159,19 +158,19 @@ class Memory:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing; other processes wait."""
+        """Atomic transaction; other processes wait."""
         with self._database() as db:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
                 db.execute("COMMIT")
             except BaseException:
-                if db.in_transaction:  # SQLite itself ends it on some errors, a full disk among them
+                if db.in_transaction:  # SQLite ends it itself on some errors, such as a full disk
                     db.execute("ROLLBACK")
                 raise
 
     def remember(self, turn: Turn) -> None:
-        """Keep a turn; one of the same user and id is replaced. Oldest turns beyond the bounds go."""
+        """Store a turn, replacing one with the same user and id; delete turns beyond the limits."""
         signals = {name: value for name, value in turn.signals.items() if math.isfinite(value)}
         user = _key(turn.user)
         row = (
@@ -180,24 +179,24 @@ class Memory:
             *(json.dumps(signals), _text(turn.question), _text(turn.answer)),
         )
         columns = "user, id, session, at, rated_at, outcome, p_correct, domain, tier, route, mode, signals, question"
-        keep = KEEP if turn.user else KEEP_ANONYMOUS
+        keep = MAX_TURNS if turn.user else MAX_ANONYMOUS_TURNS
         with self._transaction() as db:
             db.execute(f"INSERT OR REPLACE INTO turns ({columns}, answer) VALUES ({', '.join('?' * len(row))})", row)
             oldest = "SELECT seq FROM turns WHERE user = ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
             db.execute(f"DELETE FROM turns WHERE user = ? AND seq <= ({oldest})", (user, user, keep))
-            db.execute("DELETE FROM turns WHERE at < ?", (time.time() - DAYS * 86_400,))
+            db.execute("DELETE FROM turns WHERE at < ?", (time.time() - MAX_AGE_DAYS * 86_400,))
 
     def recent(self, user: str, n: int = 5) -> tuple[Turn, ...]:
-        """The user's last `n` turns of all sessions, newest first; none for ""."""
+        """The user's last `n` turns of all sessions, newest first; empty for ""."""
         query = f"SELECT {_COLUMNS} FROM turns WHERE user = ? ORDER BY seq DESC LIMIT ?"
         return tuple(map(_turn, self._of(user, query, max(n, 0))))
 
     def failed(self, user: str) -> frozenset[str]:
-        """Domains in which an answer to this user was judged wrong."""
+        """Domains with an answer to this user that was rated wrong."""
         return frozenset(d for (d,) in self._of(user, "SELECT domain FROM turns WHERE user = ? AND outcome = 0"))
 
     def habit(self, user: str) -> dict[str, int]:
-        """Domain -> how many questions of this user it got."""
+        """Number of this user's questions by domain."""
         return dict(self._of(user, "SELECT domain, count(*) FROM turns WHERE user = ? GROUP BY domain"))
 
     def _of(self, user: str, query: str, *arguments: int) -> list[tuple[Any, ...]]:
@@ -207,22 +206,22 @@ class Memory:
             return db.execute(query, (_key(user), *arguments)).fetchall()
 
     def rate(self, id: str, user: str, right: bool) -> Turn:
-        """Store whether an answer was right, in place of what was said of it before.
+        """Store a rating of an answer, replacing an earlier rating.
 
         Raises `RequestError` if that user has no such answer.
         """
         query = f"UPDATE turns SET outcome = ?, rated_at = ? WHERE user = ? AND id = ? RETURNING {_COLUMNS}"
-        with self._transaction() as db:  # whose beginning orders the times of ratings, whichever process they come from
+        with self._transaction() as db:  # times are taken inside it, so that they are ordered across processes
             row = db.execute(query, (right, time.time(), _key(user), _key(id))).fetchone()
         if row is None:
             raise RequestError(
-                f"there is no answer '{id[:80]}' of this user to rate; send the id and user it was given with "
-                f"(answers are kept for {DAYS} days at most)"
+                f"there is no answer '{id[:80]}' of this user to rate; send the id and user of the answer "
+                f"(answers are kept for at most {MAX_AGE_DAYS} days)"
             )
         return _turn(row)
 
     def rated(self, since: float = 0.0, newest: int = 1_000_000) -> Iterator[Turn]:
-        """The `newest` rated turns of all users that were rated at `since` or later, in the order of rating."""
+        """The `newest` turns of all users rated at `since` or later, in the order of rating."""
         with self._database() as db:
             query = (
                 "SELECT rated_at, seq FROM turns WHERE rated_at >= ? ORDER BY rated_at DESC, seq DESC LIMIT 1 OFFSET ?"
@@ -239,26 +238,26 @@ class Memory:
             after = rows[-1][:2]
 
     def ratings(self, since: float = 0.0) -> int:
-        """How many kept turns were rated at `since` or later."""
+        """Number of stored turns rated at `since` or later."""
         with self._database() as db:
             return int(db.execute("SELECT count(*) FROM turns WHERE rated_at >= ?", (since,)).fetchone()[0])
 
     def personal(self, user: str) -> bool:
-        """Whether this user has asked for personal routing."""
+        """Whether personal routing is on for this user."""
         return bool(self._of(user, "SELECT 1 FROM personal WHERE user = ?"))
 
-    def choose_personal(self, user: str, wish: bool) -> None:
-        """Switch personal routing on or off for this user; nothing happens for ""."""
-        query = "INSERT OR IGNORE INTO personal VALUES (?)" if wish else "DELETE FROM personal WHERE user = ?"
+    def set_personal(self, user: str, on: bool) -> None:
+        """Switch personal routing on or off for this user; no effect for ""."""
+        query = "INSERT OR IGNORE INTO personal VALUES (?)" if on else "DELETE FROM personal WHERE user = ?"
         if user:
             with self._transaction() as db:
                 db.execute(query, (_key(user),))
 
     def forget(self, user: str) -> int:
-        """Delete everything of a user, also from the disk's pages; returns how many turns there were.
+        """Delete all data of a user, also from freed pages on disk; returns the number of turns.
 
         Freed pages are overwritten and the log is emptied. While another process is reading, its part of the log
-        stays until the next checkpoint.
+        remains until the next checkpoint.
         """
         with self._transaction() as db:
             turns = db.execute("DELETE FROM turns WHERE user = ?", (_key(user),)).rowcount
@@ -268,6 +267,6 @@ class Memory:
         return turns
 
     def close(self) -> None:
-        """Give the file back; calls after it raise `StateError`."""
+        """Close the file; later calls raise `StateError`."""
         with self._lock:
             self._db.close()

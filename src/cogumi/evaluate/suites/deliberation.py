@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.cascade.cascade import Cascade
-from cogumi.cascade.disclaimers import without_note
+from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.self_consistency import SAMPLING, Sampling, finish, vote
 from cogumi.cascade.self_critique import Critic, improve
@@ -87,9 +87,9 @@ def by_votes(engine: Engine, sampling: Sampling, start: FirstAnswer) -> Outcome:
     return Outcome(text, found.usage.completion_tokens, found.agreement, support)
 
 
-def by_critique(engine: Engine, critic: Critic, rounds: int, answers: int, tell: bool, start: FirstAnswer) -> Outcome:
-    """The answer with the critic's highest score; with `tell` the critique is part of the new prompt."""
-    found = finish(improve(engine, start.request, start.reply, critic, rounds=rounds, answers=answers, tell=tell))
+def by_critique(engine: Engine, critic: Critic, rounds: int, answers: int, hint: bool, start: FirstAnswer) -> Outcome:
+    """The answer with the critic's highest score; with `hint` the critique is part of the new prompt."""
+    found = finish(improve(engine, start.request, start.reply, critic, rounds=rounds, answers=answers, hint=hint))
     return Outcome(found.reply.text, found.usage.completion_tokens)
 
 
@@ -142,7 +142,7 @@ def first_answers(cascade: Cascade, examples: Sequence[Example], mode: str) -> t
     """The cascade's answers in a mode, without disclaimers."""
     requests = [Request(messages=e.messages, max_tokens=MAX_TOKENS, mode=mode) for e in examples]
     began = time.perf_counter()
-    given = [replace(reply, text=without_note(reply.text)) for reply in replies(cascade, requests, 2 * SLOTS)]
+    given = [replace(reply, text=without_disclaimer(reply.text)) for reply in replies(cascade, requests, 2 * SLOTS)]
     seconds = time.perf_counter() - began
     tokens = np.array([reply.usage.completion_tokens for reply in given], np.float64)
     return given, Measured(_graded(examples, [reply.text for reply in given]), tokens, seconds)

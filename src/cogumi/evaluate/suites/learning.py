@@ -254,7 +254,7 @@ def personal(promise: Guarantee, seed: int, votes: int, *, each: int = 8, neighb
     with tempfile.TemporaryDirectory() as folder:
         server = SimulatedServer(Path(folder), [promise], neighbours=neighbours)
         for user in people:
-            server.memory.choose_personal(f"user-{user}", True)
+            server.memory.set_personal(f"user-{user}", True)
         server.run(stream(votes), rng)
         later = stream(300)
         shown = np.zeros(len(later.p))

@@ -43,14 +43,14 @@ def selectors(templates: Templates) -> dict[str, Selector]:
     """The ways to select few-shot examples for a question, by name."""
 
     def at_random(example: Example) -> tuple[Pair, ...]:
-        return templates.at_random(_question(example), example.domain, max(EXAMPLE_COUNTS.values()))
+        return templates.random_examples(_question(example), example.domain, max(EXAMPLE_COUNTS.values()))
 
     return {
         ALONE: lambda example: (),
         RANDOM: at_random,
-        NEAREST: lambda example: templates.near(_question(example)),
+        NEAREST: lambda example: templates.similar(_question(example)),
         OWN: lambda example: at_random(example)[:GIVEN],
-        COMBINED: lambda example: templates.filled_up(_question(example), at_random(example)[:GIVEN]),
+        COMBINED: lambda example: templates.fill_up(_question(example), at_random(example)[:GIVEN]),
     }
 
 
@@ -118,11 +118,11 @@ def run(task: Task) -> Findings:
 
 def lookups(templates: Templates, examples: Sequence[Example]) -> list[float]:
     """Seconds of each search, including the embedding of the question but not that of the bank."""
-    templates.near("once")
+    templates.similar("once")
     seconds = []
     for example in examples:
         began = time.perf_counter()
-        templates.near(_question(example))
+        templates.similar(_question(example))
         seconds.append(time.perf_counter() - began)
     return seconds
 
