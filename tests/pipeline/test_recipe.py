@@ -127,8 +127,8 @@ def test_builtin_recipes_are_found_by_name():
 def test_registry_error_contains_the_nearest_name():
     with pytest.raises(RecipeError, match="unknown stage 'tokeniser'; did you mean 'tokenizer'"):
         registry.stage("tokeniser")
-    with pytest.raises(RecipeError, match="unknown engine 'lama'; did you mean 'llama'"):
-        registry.engine("lama")
+    with pytest.raises(RecipeError, match="unknown engine 'remot'; did you mean 'remote'"):
+        registry.engine("remot")
 
 
 def test_registry_error_says_what_to_install(monkeypatch, tmp_path):

@@ -154,7 +154,7 @@ def test_draft_with_another_tokenizer_is_bridged_or_refused(tmp_path):
 
 
 def test_domain_presets_can_be_copied_as_modifiers():
-    text = (importlib.resources.files("cogumi") / "recipes" / "domains" / "modifiers.yaml").read_text("utf-8")
+    text = (importlib.resources.files("cogumi.pipeline") / "recipes" / "domains" / "modifiers.yaml").read_text("utf-8")
     presets = {s["name"]: stage("modifier").Config.model_validate(s["config"]) for s in yaml.safe_load(text)["steps"]}
     assert {name: presets[name].lora.rank for name in ("code", "reasoning", "automation", "code_light")} == {
         "code": 128,
