@@ -142,7 +142,7 @@ def test_hidden_states_are_needed_only_for_probes(folder):
         object.__setattr__(known, "probe", probe)
         reply = final_reply(cascade_of(cascade.tiers, known).generate(ask(mode="fast")))
         assert (reply.accepted, reply.p_correct) == (False, None)
-        assert "the base (Silent) has no hidden states, which the gates need" in reply.decisions[0].reason
+        assert "the base (WithoutHiddenStates) has no hidden states, which the gates need" in reply.decisions[0].reason
 
 
 def test_closed_cascade_refuses_every_call(folder):
