@@ -36,9 +36,10 @@ def _end_with_parent() -> None:
 def _portable(error: Exception) -> Exception:
     """The error as one that any process can read, with its traceback as a note."""
     where = "".join(traceback.format_exception(error))
-    if isinstance(error, CogumiError):
-        portable: Exception = type(error)(str(error))
-    else:
+    try:
+        known = isinstance(error, CogumiError) or type(error).__module__ == "builtins"
+        portable = type(error)(str(error)) if known else RuntimeError(f"{type(error).__name__}: {error}")
+    except TypeError:  # its constructor takes more than a message
         portable = RuntimeError(f"{type(error).__name__}: {error}")
     portable.add_note(f"In the step's process:\n{where}")
     return portable
