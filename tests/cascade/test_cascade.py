@@ -321,9 +321,17 @@ def test_closing_early_frees_every_slot(tiers, mode):
     assert final_reply(whole.generate(ask())).finish_reason in ("stop", "length")
 
 
-def test_dropping_the_iterator_cancels_the_request(tiers):
-    whole = cascade(tiers, **PATHS["low, base likelier"])
-    next(whole.generate(ask(mode="fast", max_tokens=100)))
+def test_dropping_the_iterator_cancels_the_request(tiers, monkeypatch):
+    whole, scheduler, cancelled = cascade(tiers, **PATHS["low, base likelier"]), tiers.base._scheduler, []
+    cancel = scheduler.cancel
+    monkeypatch.setattr(scheduler, "cancel", lambda generation: (cancelled.append(generation), cancel(generation)))
+    gate = Gate(monkeypatch)
+    gate.shut(engine=tiers.base)
+    next(whole.generate(ask(mode="fast", max_tokens=100)))  # nothing holds the iterator afterwards
+    gate.wait()
+    assert not cancelled  # the generation is still under way
+    gate.open()
+    until(lambda: len(cancelled) == 1)
     until(lambda: tiers.base.free_slots == SLOTS)
 
 
