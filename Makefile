@@ -11,6 +11,13 @@ export CMAKE_ARGS ?= -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_
 	-DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
+# Without AMX, where the compiler knows it: on some virtual machines that announce AMX its kernels end the process.
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+ifneq ($(shell echo | cc $(NO_AMX) -E - 2>/dev/null),)
+export CFLAGS := $(CFLAGS) $(NO_AMX)
+export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
+endif
+
 .PHONY: demo test lint types format clean
 
 demo: .venv/build

@@ -167,7 +167,7 @@ def test_modifier_named_like_a_router_domain_is_never_accepted(made, law, mode):
         gates = {"draft": 0.1, "base": 0.1, "modifier": 0.99, "direct": 0.99}
         whole = calibrated(gates, 0.5, QuestionGate(1e9, 0.5, base_perplexity=0.0))
         for known, sure in ((("code", "math"), False), (("code", "math", "law"), True)):
-            tiers = replace(opened, router=router, calibrated=frozenset(known))
+            tiers = replace(opened, heads=replace(opened.heads, router=router), calibrated=frozenset(known))
             bot = cascade_of(tiers, whole, settings=Settings(files={".law": "law"}))
             for files in ((), ("contract.law",)):
                 reply = ask(bot, mode=mode, files=files)

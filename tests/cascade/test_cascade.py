@@ -351,7 +351,9 @@ def test_closing_the_cascade_cancels_all_requests(bundle, monkeypatch):
 
 
 def test_internal_error_reaches_the_reader(tiers):
-    broken = replace(tiers, router=Net.of([0], [1], [[[0.0, 0.0]]], [[0.0, 0.0]], ["code", "math"]))
+    broken = replace(
+        tiers, heads=replace(tiers.heads, router=Net.of([0], [1], [[[0.0, 0.0]]], [[0.0, 0.0]], ["code", "math"]))
+    )
     with pytest.raises(ValueError, match="mismatch"):
         list(cascade(broken).generate(ask()))
 

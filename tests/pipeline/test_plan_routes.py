@@ -235,7 +235,7 @@ def test_adapter_is_planned_as_its_last_step_writes_it(tmp_path):
             "inputs": {"model": "base", "adapter": "less"},
             "config": {"adapter_type": "q8_0"},
         },
-        {"name": "answers", "stage": "respond", "inputs": inputs},
+        {"name": "answers", "stage": "respond", "inputs": inputs | {"model": "base_gguf"}},
     ]
     steps.insert(2, steps.pop())
     bundle = {"name": "bundle", "stage": "bundle"}

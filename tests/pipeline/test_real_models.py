@@ -30,7 +30,7 @@ SMALLER = {
     "world": {"train": 6, "selection": 2, "fit": 4, "threshold": 4, "heldout": 2, "unanswerable": 2},
     "tokenizer": {"vocabulary": 400},
     "trim": {"size": 640},
-    "respond": {"rows": 60, "window": 64, "max_tokens": 2},
+    "respond": {"rows": 60, "max_tokens": 2},
     "router": {"rows": 40, "epochs": 2},
     "calibrate": {"max_tokens": 2, "rows": 60},
     "report": {"max_tokens": 2, "rows": 20, "speculation_prompts": 2},

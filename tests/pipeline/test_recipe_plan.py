@@ -62,7 +62,8 @@ def test_rows_of_files_are_measured(tmp_path):
 
 BASE = {"name": "base", "stage": "sft", "inputs": {"examples": "data"}, "config": {"init": "Qwen/Qwen2.5-0.5B"}}
 DATA = {"name": "data", "stage": "world"}
-RESPONSES = {"name": "responses", "stage": "respond", "inputs": {"examples": "data", "model": "base"}}
+BASE_GGUF = {"name": "base_gguf", "stage": "gguf", "inputs": {"model": "base"}}
+RESPONSES = {"name": "responses", "stage": "respond", "inputs": {"examples": "data", "model": "base_gguf"}}
 TAUGHT = {"examples": "data", "responses": "responses", "model": "base"}
 
 
@@ -139,14 +140,14 @@ def test_memory_beyond_the_gpu_is_a_problem_solved_by_sharding_or_adapters(tmp_p
 
 def test_draft_with_another_tokenizer_is_bridged_or_refused(tmp_path):
     draft = {"name": "draft", "stage": "draft", "inputs": TAUGHT, "config": {"init": "Llama-3.2-1B"}}
-    document = yaml.safe_dump({"name": "mine", "steps": [DATA, BASE, RESPONSES, draft]})
+    document = yaml.safe_dump({"name": "mine", "steps": [DATA, BASE, BASE_GGUF, RESPONSES, draft]})
     found = plan(parse_recipe(document, "mine", tmp_path))
     assert not found.problems
     assert re.search("tokenizer Llama, the base's is Qwen2.5: the engine drafts through text", found.steps[-1].notes[0])
     folder = qwen2(tmp_path / "mine")
     own = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(own | {"pre_tokenizer": None, "decoder": None}))
-    (line,) = problems(tmp_path, DATA, BASE, RESPONSES, changed(draft, init="mine"))
+    (line,) = problems(tmp_path, DATA, BASE, BASE_GGUF, RESPONSES, changed(draft, init="mine"))
     assert re.search("is not byte-level, so drafts cannot be bridged", line)
     (folder / "tokenizer.json").unlink()
     (line,) = problems(tmp_path, DATA, changed(BASE, init="mine"))

@@ -23,7 +23,7 @@ from cogumi.bundle.format import (
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.history import History
 from cogumi.cascade.services import Services
-from cogumi.cascade.tiers import Tiers
+from cogumi.cascade.tiers import Heads, Tiers
 from cogumi.compress.gguf.export import export_adapter, export_model
 from cogumi.confidence.calibrators import Calibrator
 from cogumi.confidence.gate import TIERS, Calibration, Gate, QuestionGate
@@ -77,8 +77,7 @@ def open_tiers(bundle: Path, slots: int, context: int) -> Tiers:
     return Tiers(
         LlamaEngine(files.base, draft=files.draft, adapters=files.modifiers, **size),
         LlamaEngine(files.draft, lookup=False, **size),
-        load_head(files.difficulty),
-        load_net(files.router),
+        Heads(load_head(files.difficulty), load_net(files.router)),
     )
 
 

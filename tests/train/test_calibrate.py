@@ -59,7 +59,7 @@ def artifacts(tmp_path_factory):
         ("base", "base.gguf", "model.gguf"),
         ("draft", "draft.gguf", "model.gguf"),
         ("modifier_math", "math.gguf", "adapter.gguf"),
-        ("draft_model", "difficulty.safetensors", "difficulty.safetensors"),
+        ("difficulty", "difficulty.safetensors", "difficulty.safetensors"),
     ):
         (root / role).mkdir()
         shutil.copy(root / "made" / source, root / role / name)

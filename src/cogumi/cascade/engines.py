@@ -17,13 +17,13 @@ from cogumi.engine.protocol import Engine
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`slots`: parallel requests, of `context` tokens each. `threads` per model and type of the key-value `cache`: None
-    lets the engine choose. Without `repack`, models are slower and need as little as half the memory. Idle modifiers
-    are freed while modifiers take more than `adapter_memory` bytes (None: no limit).
+    """`slots`: parallel requests, of `context` tokens each (None: see `LlamaEngine`). `threads` per model and type of
+    the key-value `cache`: None lets the engine choose. Without `repack`, models are slower and need as little as half
+    the memory. Idle modifiers are freed while modifiers take more than `adapter_memory` bytes (None: no limit).
     """
 
     slots: int = 8
-    context: int = 512
+    context: int | None = None
     threads: int | None = None
     cache: str | None = None
     repack: bool = True

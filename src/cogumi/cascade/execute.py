@@ -142,8 +142,7 @@ class RequestFlow:
         """The order of tiers; if it depends on the base's perplexity, the base reads the prompt first."""
         if plan.surprising_order is None or question is None:
             return plan.order
-        # Without a draft, the base has already read the prompt.
-        perplexity = self._tiers.base_perplexity(request) if self._tiers.has_draft else question.perplexity
+        perplexity = self._tiers.base_perplexity(request, question)
         return plan.surprising_order if perplexity > self._services.calibration.question.base_perplexity else plan.order
 
     def _ask(self, tier: str, request: Request, *, live: bool) -> Flow:

@@ -15,6 +15,7 @@ from cogumi.bundle.format import Bundle
 from cogumi.bundle.packed import Progress, no_progress
 from cogumi.bundle.unpack import BundleFiles
 from cogumi.cascade import added_modifiers
+from cogumi.cascade.bare_model import bare_model, open_model
 from cogumi.cascade.cascade import Cascade
 from cogumi.cascade.dissatisfaction import Escalation
 from cogumi.cascade.engines import EngineFactory, EngineOptions, Engines, llama_engines
@@ -27,7 +28,7 @@ from cogumi.cascade.modes import Settings
 from cogumi.cascade.self_critique import Critic
 from cogumi.cascade.services import Services
 from cogumi.cascade.template_bank import Pair, Templates
-from cogumi.cascade.tiers import Tiers
+from cogumi.cascade.tiers import Heads, Tiers
 from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.confidence.nets import load_head, load_net, load_scope
 from cogumi.core.errors import BundleError, CogumiError
@@ -49,7 +50,7 @@ def open_cascade(
     folder: str | Path,
     *,
     slots: int = 8,
-    context: int = 512,
+    context: int | None = None,
     threads: int | None = None,
     cache: str | None = None,
     gate: str = KINDS[0],
@@ -63,7 +64,7 @@ def open_cascade(
     progress: Progress = no_progress,
     engines: EngineFactory = llama_engines,
 ) -> Cascade:
-    """Open and verify a bundle as a cascade.
+    """Open and verify a bundle as a cascade; or a GGUF file, a Hugging Face folder or `smollm2`, without calibration.
 
     `slots`, `context`, `threads`, `cache`, `repack` and `adapter_memory` are passed to the engines (see
     `EngineOptions`). `engines` is the factory of the engines; it may replace the base, for example by a model on a
@@ -73,10 +74,13 @@ def open_cascade(
     suite `cache`). `unpack` and `progress`: mode and progress of unpacking (see `bundle.unpack.BundleFiles`). Parts
     whose optional packages are not installed are skipped with a warning. Raises `BundleError` for an invalid bundle.
     """
-    folder, state = Path(folder), Path(state) if state else None
+    model, folder, state = bare_model(folder), Path(folder), Path(state) if state else None
+    options = EngineOptions(slots, context, threads, cache, repack, adapter_memory)
+    if model is not None:
+        return open_model(model, options, settings or Settings(), state)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise BundleError(f"{folder} {what}: name the folder of a bundle, or build one: cogumi build")
+        what = "is neither a bundle nor a GGUF file" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {what}: name a bundle, a GGUF file or a model folder, or build one: cogumi build")
     with ExitStack() as opened:
         files = BundleFiles(folder, unpack, progress)
         opened.callback(files.close)
@@ -85,7 +89,6 @@ def open_cascade(
         embedder = once(partial(_embedder, files, bundle.embedder)) if bundle.embedder else None
         answers = _open_answers(bundle, embedder, reuse, Path(reuse_check) if reuse_check else None, state)
         history = _history(bundle, calibration, answers, state, gate, opened)
-        options = EngineOptions(slots, context, threads, cache, repack, adapter_memory)
         tiers = _tiers(bundle, engines(files, options), opened)
         services = Services(
             tiers,
@@ -135,10 +138,10 @@ def _tiers(bundle: Bundle, engines: Engines, opened: ExitStack) -> Tiers:
     difficulty, router = load_head(bundle.difficulty), load_net(bundle.router)
     if len(router.mean) != 2 * len(difficulty.mean):
         raise BundleError(
-            f"{bundle.path}: router and difficulty head belong to different drafts; build the bundle again"
+            f"{bundle.path}: router and difficulty head belong to different models; build the bundle again"
         )
-    scope, calibrated = load_scope(bundle.router), frozenset(bundle.modifiers)
-    return Tiers(base, draft or base, difficulty, router, scope, calibrated)
+    heads = Heads(difficulty, router, load_scope(bundle.router))
+    return Tiers(base, draft or base, heads, frozenset(bundle.modifiers))
 
 
 def _history(

@@ -1,6 +1,6 @@
 """The models of one cascade and their roles: the draft reads questions, base and modifiers answer.
 
-In a mobile package (SPEC D10) one model has both roles.
+Without a draft the base has both roles (SPEC M3), as in a mobile package (SPEC D10).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from cogumi.core.text import last_user_message
 from cogumi.core.types import Reading, Reply, Request, Score
 from cogumi.engine.protocol import Capability, Engine, Event, PrefillingEngine, SpeculatingEngine
 
+UNCALIBRATED = "this model is not calibrated, so P(correct) is unknown and no answer is accepted"
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -32,22 +34,29 @@ class Question:
 
 
 def router_input(reading: Reading) -> np.ndarray:
-    """Input of the domain router: mean and last hidden state of the draft [2 width]."""
+    """Input of the domain router: mean and last hidden state of the reader [2 width]."""
     return np.concatenate([np.array(reading.mean), np.array(reading.last)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """Nets on the hidden states of the reader; a question belongs to no domain if none is as probable as `scope`."""
+
+    difficulty: Net
+    router: Net
+    scope: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Tiers:
-    """`base` holds one adapter per modifier, named by its domain; `difficulty` and `router` read the draft's hidden
-    states. A question belongs to no domain if all probabilities are below `scope`. `calibrated`: modifiers that the
+    """`base` holds one adapter per modifier, named by its domain; `draft` is the base itself if no other model reads
+    the questions. `heads` belong to `draft`; None for a model without calibration. `calibrated`: modifiers that the
     gates were fitted on (None: all of the base).
     """
 
     base: Engine
     draft: Engine
-    difficulty: Net
-    router: Net
-    scope: float = 0.0
+    heads: Heads | None
     calibrated: frozenset[str] | None = None
 
     @property
@@ -67,7 +76,9 @@ class Tiers:
         return "draft" if self.has_draft else "base"
 
     def gap(self, calibration: Calibration) -> str:
-        """Message about capabilities that the gates need and the engines lack; empty if the gates apply."""
+        """Why the gates do not apply: there are none, or the engines lack what they need; empty if they apply."""
+        if self.heads is None:
+            return UNCALIBRATED
         reading = {Capability.SCORES, Capability.HIDDEN_STATES}
         answering = {Capability.WHOLE_DISTRIBUTIONS} | ({Capability.HIDDEN_STATES} if calibration.probe else set())
         needs = [(self.reader, self.draft, reading), ("base", self.base, answering)]
@@ -77,6 +88,8 @@ class Tiers:
     def missing(self, calibration: Calibration) -> tuple[str, ...]:
         """One line for each feature that a cascade of these engines lacks."""
         gap = self.gap(calibration)
+        if self.heads is None:
+            return (f"{gap}; calibrate it on questions of yours: cogumi adopt",)
         found = [f"{gap}, P(correct) is unknown, and modifiers answer only requests that name them"] if gap else []
         if calibration.has_modifiers and not self.modifiers:
             found.append("the base has no modifiers: only the base answers")
@@ -88,21 +101,25 @@ class Tiers:
 
     def modifier_of(self, question: Question) -> str | None:
         """The modifier for a question; None if the base should answer."""
-        return route(question.domains, self.modifiers) if in_scope(question.domains, self.scope) else None
+        scope = self.heads.scope if self.heads else 0.0
+        return route(question.domains, self.modifiers) if in_scope(question.domains, scope) else None
 
     def read_question(self, request: Request) -> Question:
         """Let the draft read a request's messages. Raises `ContextError` if they do not fit."""
         return self.judge(request, self.draft.read(_without_examples(request)))
 
     def judge(self, request: Request, reading: Reading) -> Question:
-        """Apply the difficulty head and the router to the draft's reading of a request."""
-        if len(reading.last) != len(self.difficulty.mean):
+        """Apply the heads to the reader's reading of a request. Raises `RequestError` without heads that fit it."""
+        if self.heads is None:
+            raise RequestError(UNCALIBRATED)
+        difficulty = self.heads.difficulty
+        if len(reading.last) != len(difficulty.mean):
             raise RequestError(
                 f"the {self.reader} has hidden states of {len(reading.last)} numbers, the bundle's heads need "
-                f"{len(self.difficulty.mean)}: open the bundle with the model that they were trained on"
+                f"{len(difficulty.mean)}: open the bundle with the model that they were trained on"
             )
-        p_easy = float(sigmoid(self.difficulty.logits(reading.last)[0]))
-        domains = self.router.probabilities(router_input(reading))
+        p_easy = float(sigmoid(difficulty.logits(reading.last)[0]))
+        domains = self.heads.router.probabilities(router_input(reading))
         text = last_user_message(request.messages)
         signals = question_signals(reading, p_easy, domains, text)
         return Question(signals, reading.score.perplexity, p_easy, domains)
@@ -118,17 +135,19 @@ class Tiers:
         if Capability.PREFILL in self.base.capabilities:
             cast(PrefillingEngine, self.base).prefill(name, replace(request, adapter=domain))
 
-    def base_perplexity(self, request: Request) -> float:
-        """The base's perplexity of a request's prompt, without generation."""
-        return self.base.read(request).score.perplexity
+    def base_perplexity(self, request: Request, question: Question) -> float:
+        """The base's perplexity of a request's prompt, without generation; known already if the base is the reader."""
+        return self.base.read(request).score.perplexity if self.has_draft else question.perplexity
 
     def base_signals(self, request: Request, reply: Reply, question: Question) -> dict[str, float]:
         """Signals of the base's answer without the probe: of the answer, the question, and the draft's score of it.
 
         Tokenized again as text, an answer may have more tokens than were generated. If it no longer fits the draft's
-        context, it gets the worst score.
+        context, it gets the worst score. Without a draft there is no score: the base's own is among its signals.
         """
         own = answer_signals(reply)
+        if not self.has_draft:
+            return {**own, **question.signals}
         try:
             opinion = self.draft.score(_without_examples(request), reply.text)
         except ContextError:
@@ -143,7 +162,8 @@ class Tiers:
     def close(self) -> None:
         """Free both models."""
         self.base.close()
-        self.draft.close()
+        if self.has_draft:
+            self.draft.close()
 
 
 def _lacking(role: str, engine: Engine, wanted: Collection[Capability]) -> str:

@@ -1,4 +1,4 @@
-"""Describes a path (bundle, packed folder, artifact, run or recipe) and its contents, and verifies every checksum."""
+"""Describes a bundle, model, packed folder, artifact, run or recipe, and verifies every checksum."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 from cogumi.bundle.format import INDEX, open_bundle
 from cogumi.bundle.packed import Archive, is_packed
+from cogumi.cascade.bare_model import CONFIG, bare_model
 from cogumi.core import artifact
 from cogumi.core.errors import ArtifactError
+from cogumi.engine.llama.binding.model import Model
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe
 
 REPORT = "report.json"
@@ -35,8 +37,10 @@ def describe(path: str) -> dict[str, Any]:
         return {"what": "run", "path": path} | report
     if folder.suffix in (".yaml", ".yml") or path in builtin_recipes():
         return _recipe(path)
+    if model := bare_model(path):
+        return _model(model)
     raise ArtifactError(
-        f"{path} is not a bundle, artifact, run or recipe; name a folder such as runs/tiny/bundle, "
+        f"{path} is not a bundle, model, artifact, run or recipe; name a folder such as runs/tiny/bundle, a GGUF file, "
         f"a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
     )
 
@@ -56,6 +60,14 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "description": opened.description,
         "calibration": opened.calibration,
     }
+
+
+def _model(path: Path) -> dict[str, Any]:
+    """Describe a model without calibration: a GGUF file, or a Hugging Face folder by its config."""
+    about: dict[str, Any] = {"what": "model", "path": str(path), "calibrated": False}
+    if path.is_dir():
+        return about | {"config": json.loads((path / CONFIG).read_bytes())}
+    return about | {"bytes": path.stat().st_size, **Model(path, vocabulary_only=True).describe()}
 
 
 def _packed(folder: Path) -> dict[str, Any]:

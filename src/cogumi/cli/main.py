@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cogumi.cli import building, console, measuring, packing, running
+from cogumi.cli import adopting, building, console, measuring, packing, running
 from cogumi.core.errors import CogumiError
 from cogumi.core.packages import missing
 from cogumi.core.version import __version__
@@ -46,6 +46,7 @@ def options(
 
 app.command()(building.build)
 app.command()(building.demo)
+app.command()(adopting.adopt)
 app.command()(running.chat)
 app.command()(running.serve)
 app.command()(measuring.inspect)

@@ -99,7 +99,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, help="Number of requests answered at the same time.")] = 8,
-    context: Annotated[int, typer.Option(min=32, help="Maximum tokens per request, prompt and answer.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=32,
+            help="Maximum tokens per request, prompt and answer.",
+            show_default="those the model was trained for, at most 4096",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     repack: RepackOption = True,
     unpack: UnpackOption = None,

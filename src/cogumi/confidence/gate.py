@@ -24,7 +24,7 @@ from cogumi.core.errors import BundleError, RequestError
 KINDS = ("calibrated", "searched", "perplexity")
 TIERS = ("draft", "base", "modifier", "direct")
 """Tiers with a gate; `direct` is a modifier that answers without the base's answer before it."""
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +104,11 @@ class Calibration:
     perplexity: float
     guarantees: Mapping[str, Guarantee]
     searched: Mapping[str, float]
+
+    @classmethod
+    def none(cls) -> Calibration:
+        """The calibration of a model without gates: no threshold, no guarantee."""
+        return cls(QuestionGate(math.inf, 0.0), {}, None, math.inf, {}, {})
 
     @property
     def has_modifiers(self) -> bool:

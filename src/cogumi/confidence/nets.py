@@ -156,6 +156,13 @@ def load_scope(path: Path) -> float:
     return float(np.ravel(tensors.get("scope", 0.0))[0])
 
 
+def save_head(weight: ArrayLike, bias: float, path: Path) -> None:
+    """Write a linear head with one logit, from hidden states as they are: `weight` [width] and `bias`."""
+    from safetensors.numpy import save_file
+
+    save_file({"weight": _f32(weight), "bias": _f32([bias])}, path)
+
+
 def load_head(path: Path) -> Net:
     """Load a linear head with one logit, saved as `weight` [width] and `bias` [1]. Raises `BundleError`."""
     tensors, _ = _tensors(path)

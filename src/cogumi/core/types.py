@@ -43,20 +43,21 @@ class Example:
 class Request:
     """A request to an engine: `messages` (rendered by the chat template) or a raw `prompt`.
 
-    `logit_bias` (id -> value added to its logit) and the penalties follow OpenAI's API: `presence_penalty` is
-    subtracted once from the logit of each id generated so far, `frequency_penalty` once per occurrence. `grammar`
-    (GBNF) and `json_schema` (JSON text) constrain the answer. `echo` requests the prompt's log-probabilities.
-    `speculate`: True forces drafting, False forbids it, None lets the engine choose. `abstain` withholds an unsure
-    answer instead of marking it. `user` and `session` partition memory and caches, `id` identifies the answer for
-    ratings; `files` are names of files that the question is about (`main.py`). `hidden` requests the hidden state of
-    the answer. `progressive` streams the draft's answer at once and revises it. `examples` are (question, answer) pairs
-    to imitate; `adapt`: True adapts the model's head to them (an engine without such a head refuses), False puts them
-    in the prompt, None adapts if there is a head. Scores and readings always use them in the prompt.
+    `max_tokens` None: as many as the context leaves. `logit_bias` (id -> value added to its logit) and the penalties
+    follow OpenAI's API: `presence_penalty` is subtracted once from the logit of each id generated so far,
+    `frequency_penalty` once per occurrence. `grammar` (GBNF) and `json_schema` (JSON text) constrain the answer. `echo`
+    requests the prompt's log-probabilities. `speculate`: True forces drafting, False forbids it, None lets the engine
+    choose. `abstain` withholds an unsure answer instead of marking it. `user` and `session` partition memory and
+    caches, `id` identifies the answer for ratings; `files` are names of files that the question is about (`main.py`).
+    `hidden` requests the hidden state of the answer. `progressive` streams the draft's answer at once and revises it.
+    `examples` are (question, answer) pairs to imitate; `adapt`: True adapts the model's head to them (an engine without
+    such a head refuses), False puts them in the prompt, None adapts if there is a head. Scores and readings always use
+    them in the prompt.
     """
 
     messages: tuple[Message, ...] = ()
     prompt: str | tuple[int, ...] | None = None
-    max_tokens: int = 128
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()

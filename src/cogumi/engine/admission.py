@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from cogumi.core.errors import ContextError, RequestError
 from cogumi.core.types import Request
@@ -11,21 +12,25 @@ from cogumi.engine.protocol import Tokenizer
 from cogumi.engine.sampling import check
 
 
-def admit(request: Request, tokenizer: Tokenizer, adapters: Collection[str], context: int) -> list[int]:
-    """Validate a request for an engine with a context of `context` tokens; returns its prompt ids.
+def admit(request: Request, tokenizer: Tokenizer, adapters: Collection[str], context: int) -> tuple[Request, list[int]]:
+    """Validate a request for an engine with a context of `context` tokens.
+
+    Returns the request, with a number as `max_tokens`, and its prompt ids.
 
     Raises `ContextError` if it is too long, `RequestError` for other invalid requests.
     """
     check(request)
     prompt = prompt_ids(request, tokenizer, adapters)
-    if len(prompt) + request.max_tokens > context:
+    most = request.max_tokens
+    if len(prompt) + (1 if most is None else most) > context:
+        asked = "" if most is None else f" and max_tokens is {most}"
         raise ContextError(
-            f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, but the context holds "
-            f"{context}; shorten the prompt or ask for fewer tokens"
+            f"the prompt has {len(prompt)} tokens{asked}, but the context holds {context}; shorten the prompt"
+            + ("" if most is None else " or ask for fewer tokens")
         )
     if beyond := [token for token in request.logit_bias if token >= tokenizer.size]:
         raise RequestError(f"logit_bias names token {beyond[0]}; the vocabulary ends at {tokenizer.size - 1}")
-    return prompt
+    return replace(request, max_tokens=context - len(prompt) if most is None else most), prompt
 
 
 def prompt_ids(request: Request, tokenizer: Tokenizer, adapters: Collection[str]) -> list[int]:

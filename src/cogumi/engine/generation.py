@@ -60,7 +60,8 @@ class Generation:
     """
 
     def __init__(self, request: Request, prompt: list[int], processor: LogitsProcessor | None = None) -> None:
-        self.request = request
+        assert request.max_tokens is not None  # set by `admission.admit`
+        self.request, self._most = request, request.max_tokens
         self.processor = processor
         self.ids = list(prompt)  # the prompt, then what has been generated
         self.cached = self.reused = 0
@@ -81,7 +82,7 @@ class Generation:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
-        return self.request.max_tokens - len(self._tokens)
+        return self._most - len(self._tokens)
 
     @property
     def generated(self) -> int:

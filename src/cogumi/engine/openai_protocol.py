@@ -29,6 +29,7 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
         raise RequestError("OpenAI's API has no grammars; give a JSON schema, or use the llama engine")
     best = max(BEST, request.logprobs)
     optional = {
+        "max_tokens": request.max_tokens,
         "stop": list(request.stop) or None,
         "seed": request.seed,
         "logit_bias": {str(token): bias for token, bias in request.logit_bias.items()} or None,
@@ -38,7 +39,6 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
     }
     body: dict[str, Any] = {
         "model": model,
-        "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
         "stream": True,

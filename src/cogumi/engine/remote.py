@@ -184,7 +184,7 @@ class RemoteEngine:
         if prompt:
             echoed = await self._echoed(prompt, body["model"], max(BEST, answer.request.logprobs))
             answer.add_prompt(echoed[1:], prompt[1:])
-        if not answer.request.max_tokens:
+        if answer.request.max_tokens == 0:
             return replace(answer.reply("length"), usage=Usage(len(prompt)))
         create: Any = self._client.chat.completions.create if "messages" in body else self._client.completions.create
         async with await create(**body) as stream:

@@ -23,7 +23,7 @@ Signals: TypeAlias = tuple[float, float, float]
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 _TYPES: dict[str, tuple[type, ...]] = {
-    "max_tokens": (int,),
+    "max_tokens": (int, type(None)),
     "logprobs": (int,),
     "temperature": (int, float),
     "top_p": (int, float),
@@ -46,7 +46,7 @@ def check(request: Request) -> None:
             raise RequestError(f"{name} is {value!r}; give {' or '.join(kind.__name__ for kind in kinds)}")
     if not all(isinstance(stop, str) for stop in request.stop) or len(request.stop) > MAX_STOPS:
         raise RequestError(f"stop must be a tuple of at most {MAX_STOPS} strings")
-    if request.max_tokens < (0 if request.echo and not request.hidden else 1):
+    if request.max_tokens is not None and request.max_tokens < (0 if request.echo and not request.hidden else 1):
         raise RequestError(f"max_tokens is {request.max_tokens}; ask for at least 1 token, or for 0 with echo")
     if not 0 <= request.temperature <= MAX_TEMPERATURE:
         raise RequestError(f"temperature is {request.temperature}; give 0 (greedy) up to {MAX_TEMPERATURE:g}")

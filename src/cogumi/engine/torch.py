@@ -125,8 +125,7 @@ class TorchEngine:
             generation.end("cancelled")
 
     def _admit(self, request: Request) -> Generation:
-        prompt = admit(request, self._tokenizer, self._names, self._context)
-        return Generation(request, prompt, self._processor(request))
+        return Generation(*admit(request, self._tokenizer, self._names, self._context), self._processor(request))
 
     def _prompt(self, request: Request) -> list[int]:
         return prompt_ids(request, self._tokenizer, self._names)

@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.bundle.format import open_bundle
 from cogumi.cascade.disclaimers import without_disclaimer
-from cogumi.cascade.opening import open_cascade
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.metrics import auroc, brier, ece
 from cogumi.confidence.signals import answer_signals, perplexity
@@ -31,6 +30,7 @@ from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, final_reply, replies
+from cogumi.evaluate.remembering import remembering_cascade
 from cogumi.evaluate.report_page import page
 from cogumi.grading.graders import grade_all
 from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
@@ -198,7 +198,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     lost = data.path / "unanswerable.jsonl"
     without = read_examples(lost) if lost.exists() else []
     controls = {r.removeprefix(CONTROL): a.path / "adapter.gguf" for r, a in inputs.items() if r.startswith(CONTROL)}
-    with closing(open_cascade(folder, slots=config.slots, context=config.context)) as cascade:
+    with remembering_cascade(folder, config.slots, config.context) as (cascade, plain):
         tiers = cascade.tiers
         answerable = [e for e in heldout if e.meta["check"]["kind"] != "abstain"]
         domains = [name for name in tiers.base.adapters if any(e.domain == name for e in answerable)]
@@ -206,6 +206,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         asked_adapters = sum(len(of[d]) * (1 + (d in controls)) for d in domains)
         whole = 2 + tiers.has_draft  # draft, base and cascade
         collector = AnswerCollector(config, context, whole * len(heldout) + len(without) + asked_adapters)
+        given = collector.ask(cascade, heldout)  # first, because its answers of the base are remembered with more
+        refused = collector.ask(cascade, without)
         base = collector.ask(tiers.base, heldout)
         answers = {"draft": collector.ask(tiers.draft, heldout)} if tiers.has_draft else {}
         answers["base"] = base
@@ -215,8 +217,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             [r for a in modifiers.values() for r in a.replies],
             [c for a in modifiers.values() for c in a.correct],
         )
-        answers["cascade"] = collector.ask(cascade, heldout)
-        refused = collector.ask(cascade, without)
+        answers["cascade"] = given
         compared = {}
         for name in domains:
             before, after = base.on(of[name]), modifiers[name].correct
@@ -233,7 +234,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         metrics = {
             "accuracy": {tier: graded.table() for tier, graded in answers.items()},
             "modifiers": compared,
-            "speculation": speculation_figures(tiers.base, easy, config),
+            "speculation": speculation_figures(plain, easy, config),
             "gate": gate_figures(base, answers["cascade"], cascade.promise),
             "routes": _routes(answers["cascade"].replies),
             "unanswerable": unanswerable_figures(refused, data.metrics.get("unseen_kinds", ())),
@@ -243,8 +244,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     judged, base_p = base_probabilities(base, answers["cascade"])
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
     reliability_picture(out / "reliability.png", {"base": (base_p, np.array(judged.correct, dtype=np.float64))})
-    given = [r.p_correct or 0.0 for r in answers["cascade"].replies]
-    risk_picture(out / "risk.png", given, answers["cascade"].correct, metrics["gate"])
+    p_given = [r.p_correct or 0.0 for r in given.replies]
+    risk_picture(out / "risk.png", p_given, answers["cascade"].correct, metrics["gate"])
     write_text(out / "report.md", page(metrics))
     return metrics
 

@@ -1,6 +1,6 @@
 """Graded answers of all tiers to a list of questions, for calibration and the honesty suite.
 
-The draft and the base answer every question, a modifier the questions routed to its domain.
+The base and, if there is one, the draft answer every question, a modifier the questions routed to its domain.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +20,15 @@ from cogumi.confidence.nets import Net
 from cogumi.confidence.policy import Policy, PolicyAnswers
 from cogumi.confidence.signals import abstains, answer_signals, modifier_signals, same_text
 from cogumi.core.types import Example, Reply, Request
-from cogumi.engine.protocol import replies
+from cogumi.engine.protocol import final_reply, replies
 from cogumi.grading.graders import grade_all
 
 Doubles = NDArray[np.float64]
 Progress = Callable[[int, int, Mapping[str, float]], None]
 T = TypeVar("T")
 
+PER_REPORT = 20
+"""Questions between two reports of the progress."""
 COLUMNS = ("draft", "base", "modifier", "direct")
 """The order of `PolicyAnswers`' columns; a policy uses those of its tiers."""
 
@@ -41,12 +44,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example with the draft's reading of the question, the base's perplexity (`surprise`), and the answers."""
+    """One example with the reading of the question, the base's perplexity of it (`surprise`), and the answers."""
 
     example: Example
     question: Question
     surprise: float
-    draft: Answer
+    draft: Answer | None
     base: Answer
     modifier: Answer | None
 
@@ -72,46 +75,55 @@ class AskOptions:
     progress: Progress = lambda done, total, figures: None
 
 
+class _Unmodified(NamedTuple):
+    """What the tiers without modifiers say about one question."""
+
+    question: Question
+    surprise: float
+    draft: Reply | None
+    base: Reply
+    signals: Mapping[str, float]
+
+
+def _without_modifier(tiers: Tiers, request: Request) -> _Unmodified:
+    """Read a question and answer it at once, while its prompt is in the base's cache."""
+    question = tiers.read_question(request)
+    surprise = tiers.base_perplexity(request, question)
+    base = final_reply(tiers.base.generate(replace(request, hidden=True)))
+    draft = final_reply(tiers.draft.generate(request)) if tiers.has_draft else None
+    return _Unmodified(question, surprise, draft, base, tiers.base_signals(request, base, question))
+
+
 def ask(tiers: Tiers, examples: Sequence[Example], options: AskOptions) -> list[Row]:
     """Let every tier answer, greedily and without speculation, and grade all answers."""
     requests = [Request(messages=e.messages, max_tokens=options.max_tokens, speculate=False) for e in examples]
-    n = len(requests)
-    counter = _ProgressCounter(options.progress, 3 * n)
+    counter = _ProgressCounter(options.progress, len(requests))
     with ThreadPoolExecutor(options.window // 2) as pool:
-        readings = counter.counted(pool.map(tiers.draft.read, requests))
-        questions = [tiers.judge(request, reading) for request, reading in zip(requests, readings, strict=True)]
-        routed = [tiers.modifier_of(question) for question in questions]
-        order = sorted((i for i, domain in enumerate(routed) if domain), key=lambda i: (routed[i], i))
-        counter.total += len(order)
-        drafts = list(counter.counted(replies(tiers.draft, requests, options.window)))
-        surprises = list(pool.map(tiers.base_perplexity, requests))
-        hidden = (replace(request, hidden=True) for request in requests)
-        bases = list(counter.counted(replies(tiers.base, hidden, options.window)))
-        signals = list(pool.map(tiers.base_signals, requests, bases, questions))
+        said = list(counter.counted(pool.map(partial(_without_modifier, tiers), requests)))
+    routed = [tiers.modifier_of(one.question) for one in said]
+    order = sorted((i for i, domain in enumerate(routed) if domain), key=lambda i: (routed[i], i))
+    counter.total += len(order)
     adapted = (replace(requests[i], adapter=routed[i]) for i in order)
     modified = list(counter.counted(replies(tiers.base, adapted, options.window)))
-    subjects = [*examples, *examples, *(examples[i] for i in order)]
-    answers = [*drafts, *bases, *modified]
-    correct = [v.correct for v in grade_all([(e, a.text) for e, a in zip(subjects, answers, strict=True)])]
-    others = {
-        i: Answer(reply, right, answer_signals(reply))
-        for i, reply, right in zip(order, modified, correct[2 * n :], strict=True)
+    drafts = [(i, one.draft) for i, one in enumerate(said) if one.draft]
+    answered = [*enumerate(one.base for one in said), *drafts, *zip(order, modified, strict=True)]
+    correct = [v.correct for v in grade_all([(examples[i], reply.text) for i, reply in answered])]
+    judged = [(i, reply, right) for (i, reply), right in zip(answered, correct, strict=True)]
+    n, m = len(said), len(said) + len(drafts)
+    of_base = [Answer(reply, right, said[i].signals) for i, reply, right in judged[:n]]
+    of_draft = {
+        i: Answer(reply, right, {**answer_signals(reply), **said[i].question.signals})
+        for i, reply, right in judged[n:m]
     }
+    of_modifier = {i: Answer(reply, right, answer_signals(reply)) for i, reply, right in judged[m:]}
     return [
-        Row(
-            examples[i],
-            questions[i],
-            surprises[i],
-            Answer(drafts[i], correct[i], {**answer_signals(drafts[i]), **questions[i].signals}),
-            Answer(bases[i], correct[n + i], signals[i]),
-            others.get(i),
-        )
-        for i in range(n)
+        Row(examples[i], one.question, one.surprise, of_draft.get(i), of_base[i], of_modifier.get(i))
+        for i, one in enumerate(said)
     ]
 
 
 class _ProgressCounter:
-    """Reports progress every 100 items."""
+    """Reports progress every `PER_REPORT` items."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
@@ -119,7 +131,7 @@ class _ProgressCounter:
     def counted(self, items: Iterable[T]) -> Iterable[T]:
         for item in items:
             self.done += 1
-            if self.done % 100 == 0:
+            if self.done % PER_REPORT == 0:
                 self.progress(self.done, self.total, {})
             yield item
 
@@ -142,8 +154,9 @@ def with_modifier(rows: Sequence[Row]) -> NDArray[np.intp]:
 def probabilities(rows: Sequence[Row], gates: Mapping[str, Gate], probe: Net | None) -> Doubles:
     """P(correct) from the gate of each column [n, 4]; NaN for a tier without a gate or an answer."""
     p = np.full((len(rows), len(COLUMNS)), np.nan)
-    if rows and "draft" in gates:
-        p[:, 0] = gates["draft"].p_all([r.draft.signals for r in rows])
+    drafts = [r.draft for r in rows if r.draft]
+    if drafts and "draft" in gates:
+        p[:, 0] = gates["draft"].p_all([draft.signals for draft in drafts])
     if rows:
         p[:, 1] = gates["base"].p_all(base_rows(rows, probe))
     index = with_modifier(rows)

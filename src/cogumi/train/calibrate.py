@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.cascade.tiers import Tiers
+from cogumi.cascade.tiers import Heads, Tiers
 from cogumi.confidence.gate import Calibration, Gate, QuestionGate
 from cogumi.confidence.guarantee import Guarantee, RiskLimit, guarantee, threshold_order
 from cogumi.confidence.metrics import aurc, auroc, brier, crossing, ece, log_loss
@@ -48,10 +48,10 @@ from cogumi.teach.tier_answers import (
 from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 
-VERSION = 2
+VERSION = 3
 KIND = "calibration"
-INPUTS = {"data": "examples", "base": "gguf", "draft": "gguf", "draft_model": "model", "router": "router"}
-OPTIONAL = {"modifier_*": "gguf"}
+INPUTS = {"data": "examples", "base": "gguf", "difficulty": "model|reader", "router": "router|reader"}
+OPTIONAL = {"draft": "gguf", "modifier_*": "gguf"}
 SPLITS = ("fit", "selection", "threshold")
 MODIFIER = "modifier_"
 NOVEL = 0.005
@@ -88,7 +88,7 @@ class Config(BaseModel):
 
 
 def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack) -> Tiers:
-    """Open the models of the inputs; the stack `opened` closes them."""
+    """Open the models of the inputs; the stack `opened` closes them. Without a draft the base reads the questions."""
     adapters = {
         role.removeprefix(MODIFIER): artifact.path / "adapter.gguf"
         for role, artifact in inputs.items()
@@ -97,11 +97,13 @@ def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack
     size: dict[str, Any] = {"slots": config.slots, "context": config.context, "lookup": False}
     base = LlamaEngine(inputs["base"].path / "model.gguf", adapters=adapters, **size)
     opened.callback(base.close)
-    draft = LlamaEngine(inputs["draft"].path / "model.gguf", **size)
-    opened.callback(draft.close)
-    difficulty = load_head(inputs["draft_model"].path / "difficulty.safetensors")
+    draft = base
+    if "draft" in inputs:
+        draft = LlamaEngine(inputs["draft"].path / "model.gguf", **size)
+        opened.callback(draft.close)
+    difficulty = load_head(inputs["difficulty"].path / "difficulty.safetensors")
     router = inputs["router"].path / "router.safetensors"
-    return Tiers(base, draft, difficulty, load_net(router), load_scope(router))
+    return Tiers(base, draft, Heads(difficulty, load_net(router), load_scope(router)))
 
 
 def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool], config: Config) -> QuestionGate:
@@ -130,6 +132,11 @@ def _draft_scores(rows: Sequence[Row]) -> Doubles:
     return np.array([(r.question.perplexity, r.question.p_easy) for r in rows])
 
 
+def _easy(row: Row, config: Config) -> bool:
+    """Whether a question is easy: for a draft by its difficulty, for the base if it answers correctly."""
+    return is_easy(row.example, config.easy_up_to) if row.draft else row.base.correct
+
+
 def _correct(answers: Sequence[Answer | None]) -> Doubles:
     """1 for correct answers, 0 for wrong and missing ones [n]."""
     return np.array([a is not None and a.correct for a in answers], dtype=np.float64)
@@ -156,8 +163,10 @@ def fit_gates(rows: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, Fitte
     ) -> Fitted:
         return fit_gate(signals[0], _correct(answers[0]), signals[1], _correct(answers[1]), seed)
 
-    drafts = [r.draft for r in fit], [r.draft for r in chosen]
-    gates = {"draft": fitted(([a.signals for a in drafts[0]], [a.signals for a in drafts[1]]), drafts), "base": base}
+    drafts = [r.draft for r in fit if r.draft], [r.draft for r in chosen if r.draft]
+    gates = {"base": base}
+    if all(drafts):
+        gates["draft"] = fitted(([a.signals for a in drafts[0]], [a.signals for a in drafts[1]]), drafts)
     of_fit, of_chosen = with_modifier(fit), with_modifier(chosen)
     if len(of_fit) and len(of_chosen):
         p = base.gate.p_all(base_rows(chosen, probe))
@@ -242,7 +251,7 @@ def calibrate(
     """
     fitted, probe = fit_gates(rows, seed)
     gates = {name: one.gate for name, one in fitted.items()}
-    easy = {name: [is_easy(r.example, config.easy_up_to) for r in rows[name]] for name in rows}
+    easy = {name: [_easy(r, config) for r in rows[name]] for name in rows}
     question = fit_question_gate(rows["fit"], easy["fit"], config)
     limit = config.answer_perplexity or _answer_perplexity(rows["fit"])
     without_guarantee = Calibration(question, gates, probe, limit, {}, {})
@@ -262,7 +271,7 @@ def calibrate(
             found.append(RiskLimit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable))
         return found
 
-    policies = [policy for policy in POLICIES if "modifier" in gates or not policy.modifier]
+    policies = [one for one in POLICIES if all(tier in gates for tier in one.order(one.modifier, False))]
     promises: dict[str, Guarantee] = {}
     searched: dict[str, tuple[float, list[tuple[float, float, float]]]] = {}
     for policy in policies:
@@ -316,7 +325,10 @@ def _question_figures(gate: QuestionGate, rows: Sequence[Row], easy: Sequence[bo
 
 def _judged(rows: Sequence[Row], p: Doubles, gates: Mapping[str, Gate]) -> dict[str, tuple[Doubles, list[Answer]]]:
     """P(correct) and the answers judged by each gate."""
-    judged = {"draft": (p[:, 0], [r.draft for r in rows]), "base": (p[:, 1], [r.base for r in rows])}
+    judged = {
+        "draft": (p[:, 0], [r.draft for r in rows if r.draft]),
+        "base": (p[:, 1], [r.base for r in rows]),
+    }
     index = with_modifier(rows)
     modified = [a for a in (rows[i].modifier for i in index) if a]
     judged |= {"modifier": (p[index, 2], modified), "direct": (p[index, 3], modified)}
@@ -337,7 +349,7 @@ def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, foun
         out / "histogram.png",
         [
             (
-                "draft's perplexity of the question",
+                "perplexity of the question",
                 {"easy": drafted[is_easy_row], "hard": drafted[~is_easy_row]},
                 found.question.perplexity,
             ),
@@ -366,11 +378,12 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`base`, `draft`, `modifier_<domain>` (GGUF), `draft_model`, `router`, `data` -> calibration.json, pictures."""
+    """`base`, `draft`, `modifier_<domain>` (GGUF), `difficulty`, `router`, `data` -> calibration.json, pictures."""
     examples = {name: read_examples(split_path(inputs["data"].path, name))[: config.rows] for name in SPLITS}
     if empty := [name for name, found in examples.items() if not found]:
         raise DataError(f"the split '{empty[0]}' is empty: calibration needs rows in {', '.join(SPLITS)}")
-    cost = {role: float((inputs[role].path / "model.gguf").stat().st_size) for role in ("draft", "base")}
+    models = [role for role in ("draft", "base") if role in inputs]
+    cost = {role: float((inputs[role].path / "model.gguf").stat().st_size) for role in models}
     with ExitStack() as opened:
         tiers = open_tiers(inputs, config, opened)
         options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)

@@ -51,7 +51,7 @@ KIND = "bundle"
 
 MODIFIER = "modifier_"
 MODIFIERS = MODIFIER + "*"
-INPUTS = {"base": "gguf", "difficulty": "model", "router": "router", "calibration": "calibration"}
+INPUTS = {"base": "gguf", "difficulty": "model|reader", "router": "router|reader", "calibration": "calibration"}
 OPTIONAL = {
     "draft": "gguf",
     "escalation": "escalation",
@@ -64,7 +64,7 @@ OPTIONAL = {
 }
 SOURCES = {
     "base": ("model.gguf", BASE, "answers first"),
-    "difficulty": (DIFFICULTY, DIFFICULTY, "how hard a question looks to the draft"),
+    "difficulty": (DIFFICULTY, DIFFICULTY, "how hard a question looks"),
     "router": (ROUTER, ROUTER, "which domain a question is from"),
     "calibration": (CALIBRATION, CALIBRATION, "from signals to P(correct), with the threshold"),
     "draft": ("model.gguf", DRAFT, "reads the question, and drafts for the base when that pays"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -38,6 +38,7 @@ from cogumi.engine.llama.speculative.drafting import Drafting, Speculator
 from cogumi.engine.llama.speculative.latency_measurement import file_key, machine_key, pass_seconds, stored_latency
 from cogumi.engine.llama.speculative.latency_model import MAX_DRAFT, LatencyCurve
 from cogumi.engine.llama.speculative.speculation import Controller
+from cogumi.engine.llama.thread_control import ThreadControl
 from cogumi.engine.protocol import Capabilities, Capability, Event
 from cogumi.engine.sampling import LogitsProcessor
 
@@ -47,6 +48,8 @@ BATCH = 128
 """Tokens per batch; longer prompts are processed in chunks. On CPUs larger batches are not faster, and delay others."""
 
 
+CONTEXT = 4096
+"""Default limit of the context: its cache takes memory for every slot."""
 MAX_SUPPORT = 1 << 26
 """Maximum number of logits kept of a request's examples while its head is adapted (256 MiB)."""
 
@@ -54,7 +57,8 @@ MAX_SUPPORT = 1 << 26
 class LlamaEngine:
     """`engine.protocol.Engine` over GGUF files.
 
-    `slots` requests run at a time, each of up to `context` tokens (prompt and answer), `queue` more may wait.
+    `slots` requests run at a time, each of up to `context` tokens (prompt and answer; None: as many as the model was
+    trained for, at most `CONTEXT`), `queue` more may wait.
     `threads` None: `default_threads`. `cache` is the type of the KV cache: f16, q8_0 or q4_0; None: q8_0 if the model's
     heads allow it, else f16. Drafts come from prompt `lookup` and from a `draft` model, given as a file or as another
     engine (whose weights are shared), bridged if its vocabulary differs; a request that forces speculation gets
@@ -70,7 +74,7 @@ class LlamaEngine:
         model: Path,
         *,
         slots: int = 8,
-        context: int = 512,
+        context: int | None = None,
         threads: int | None = None,
         draft: Path | LlamaEngine | None = None,
         draft_tokens: int = 5,
@@ -83,7 +87,7 @@ class LlamaEngine:
         base_sha256: str | None = None,
         repack: bool = True,
     ) -> None:
-        sizes = (slots, context, draft_tokens, queue, threads or 1)
+        sizes = (slots, 1 if context is None else context, draft_tokens, queue, threads or 1)
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise BundleError("slots, context, draft_tokens, queue and threads must be integers of at least 1")
         self._model = Model(model, repack=repack)
@@ -91,12 +95,14 @@ class LlamaEngine:
             self._draft: Model | None = draft._model
         else:
             self._draft = Model(draft, repack=repack) if draft else None
+        context = context or min(self._model.context, CONTEXT)
         sizes_of = {"width": self._model.width, "vocabulary": self._model.tokenizer.size}
         self._head = load_head(head, **sizes_of, base_sha256=base_sha256) if head else None
         self._context = context
         threads = threads or default_threads(model)
         batch = max(BATCH, slots * (max(MAX_DRAFT, draft_tokens) + 1))
-        size = {"sequences": slots, "length": context, "batch": batch, "threads": threads}
+        size: dict[str, Any] = {"sequences": slots, "length": context, "batch": batch}
+        size["threads"] = ThreadControl(threads)
         self._cache = _cache_of(self._model, cache)
         open_base = partial(Context, self._model, cache=self._cache, **size)
         drafting: Drafting | None = None
@@ -229,12 +235,11 @@ class LlamaEngine:
     def _admit(self, request: Request) -> Generation:
         check_examples(request)
         if not self._head or not request.examples or request.adapt is False:
-            prompt = admit(request, self.tokenizer, self.adapters, self._context)
-            return Generation(request, prompt, self._processor(request))
+            return Generation(*admit(request, self.tokenizer, self.adapters, self._context), self._processor(request))
         if request.speculate or request.echo:
             raise RequestError("an adapted head neither speculates nor echoes; leave that out, or set adapt to False")
         plain = replace(request, examples=(), adapt=None)
-        prompt = admit(plain, self.tokenizer, self.adapters, self._context)
+        plain, prompt = admit(plain, self.tokenizer, self.adapters, self._context)
         return Adaptation(plain, prompt, self._processor(plain), self._head, self._support(request))
 
     def _support(self, request: Request) -> list[SupportExample]:
@@ -283,6 +288,21 @@ class LlamaEngine:
         return [job.result.result() for job in jobs]
 
 
+def context_for(model: Path, requests: Iterable[Request]) -> int:
+    """The context that the longest of these requests needs, prompt and answer; a multiple of 64.
+
+    Raises `ContextError` if it is longer than the model's own. Only the file's tokenizer is loaded.
+    """
+    opened = Model(model, vocabulary_only=True)
+    needed = max(len(prompt_ids(r, opened.tokenizer, ())) + (r.max_tokens or 0) for r in requests)
+    if needed > opened.context:
+        raise ContextError(
+            f"a question and its answer need {needed} tokens, but {model.name} was trained for {opened.context}; "
+            "shorten the question or lower max_tokens"
+        )
+    return min(-(-needed // 64) * 64, opened.context)
+
+
 def default_threads(model: Path) -> int:
     """All processors available to this process; one thread for a model below `SMALL_MODEL`."""
     return 1 if model.stat().st_size < SMALL_MODEL else usable_threads()
@@ -297,7 +317,7 @@ def _cache_of(model: Model, wanted: str | None) -> str:
     return wanted
 
 
-def _drafter_of(base: Model, draft: Model, cache: str | None, size: Mapping[str, int]) -> Callable[[], Drafter]:
+def _drafter_of(base: Model, draft: Model, cache: str | None, size: Mapping[str, Any]) -> Callable[[], Drafter]:
     """A function that opens drafters for a draft model; `BundleError` if its vocabulary cannot be bridged."""
     same = draft.tokenizer.same_vocabulary(base.tokenizer)
     bridge = None if same else Bridge(base.tokenizer, draft.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from cogumi.core.errors import BundleError, RequestError
 from cogumi.engine.llama.binding.backend import compute, errors, reason
 from cogumi.engine.llama.binding.model import Model, cache_types
+from cogumi.engine.llama.thread_control import ThreadControl
 
 MAX_LOGITS = 1 << 24
 """Maximum number of logits returned by one batch (64 MiB of floats); bounds memory for large vocabularies."""
@@ -30,6 +32,8 @@ class Row(NamedTuple):
 class Context:
     """A KV cache for `sequences` sequences of up to `length` tokens each; the adapter is fixed.
 
+    `threads` is their number, or a control shared by contexts that run in turn and chooses it for each pass.
+
     The logits of a request must not depend on other requests nor on how its tokens are split into batches. Hence each
     sequence has its own stream in the cache, and values are bf16 with keys in f16: on CPUs the different types make
     llama.cpp use its attention kernel that works query by query. Measured at Q8_0: all logits bit-identical; with equal
@@ -43,18 +47,20 @@ class Context:
         sequences: int,
         length: int,
         batch: int,
-        threads: int,
+        threads: int | ThreadControl,
         cache: str = "f16",
         adapter: Any = None,
     ) -> None:
-        self.batch, self.length, self._threads = batch, length, threads
+        self.batch, self.length = batch, length
+        self._control = threads if isinstance(threads, ThreadControl) else None
+        self._threads = threads.most if isinstance(threads, ThreadControl) else threads
         self.outputs = max(min(batch, MAX_LOGITS // model.tokenizer.size), min(batch, 64), sequences)
         params = c.llama_context_default_params()
         params.n_ctx = sequences * length
         params.n_batch = params.n_ubatch = batch
         params.n_seq_max = sequences
         params.n_outputs_max = params.n_outputs_max_per_seq = self.outputs
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = self._threads
         params.pooling_type = c.LLAMA_POOLING_TYPE_NONE
         params.kv_unified = False
         params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -114,10 +120,23 @@ class Context:
         self._sequence[:n] = sequences
         self._returned[:n] = returned
         self._batch.n_tokens = n
-        status = compute(self._threads, lambda: c.llama_decode(self._context, self._batch))
+        status = self._run(n)
         if status:
             raise RequestError(f"llama.cpp could not run a batch of {n} tokens (status {status}: {reason()})")
         return self._view(c.llama_get_logits(self._context), self._vocab)[:outputs]
+
+    def _run(self, tokens: int) -> int:
+        """Run the batch with the number of threads that is fastest just now."""
+        control = self._control
+        if control is None:
+            return int(compute(self._threads, lambda: c.llama_decode(self._context, self._batch)))
+        if (threads := control.choose()) != self._threads:
+            c.llama_set_n_threads(self._context, threads, threads)
+            self._threads = threads
+        began = time.perf_counter()
+        status = int(compute(threads, lambda: c.llama_decode(self._context, self._batch)))
+        control.observe(threads, tokens, time.perf_counter() - began)
+        return status
 
     def hidden(self) -> NDArray[np.float32]:
         """Hidden states (outputs, width) after the final norm of the last batch, if `return_hidden` is on."""

@@ -18,7 +18,9 @@ _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
 
 
 class Model:
-    """A GGUF file mapped into memory. Raises `BundleError` if llama.cpp cannot use the file.
+    """A GGUF file mapped into memory; `context` is the number of tokens it was trained for.
+
+    Raises `BundleError` if llama.cpp cannot use the file.
 
     `repack`: llama.cpp keeps a second copy of weights of some types (Q4_0, Q4_K, Q8_0, ..) in the fastest layout for
     this processor. Without it only the mapped file is used, whose pages the system may drop.
@@ -39,6 +41,32 @@ class Model:
         self.tokenizer = Tokenizer(self.weights, path)
         self.width = int(c.llama_model_n_embd(pointer))
         self.bytes = int(c.llama_model_size(pointer))
+        self.context = int(c.llama_model_n_ctx_train(pointer))
+
+    def describe(self) -> dict[str, Any]:
+        """What the file says about itself: type, sizes, tokens. Only its metadata is needed."""
+        pointer, buffer = self.weights.pointer, ctypes.create_string_buffer(256)
+        c.llama_model_desc(pointer, buffer, len(buffer))
+        names = ("general.name", "general.license", "general.architecture")
+        found = {name.split(".")[1]: self._text(name) for name in names}
+        tokens = self.tokenizer.settings
+        return {
+            **{name: text for name, text in found.items() if text},
+            "type": buffer.value.decode("utf-8", "replace"),
+            "context": self.context,
+            "width": self.width,
+            "layers": int(c.llama_model_n_layer(pointer)),
+            "vocabulary": self.tokenizer.size,
+            "bos_token": tokens["bos_token"],
+            "eos_token": tokens["eos_token"],
+            "chat_template": tokens["chat_template"] is not None,
+        }
+
+    def _text(self, key: str) -> str:
+        """A text of the file's metadata; empty if there is none."""
+        buffer = ctypes.create_string_buffer(256)
+        found = c.llama_model_meta_val_str(self.weights.pointer, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if found >= 0 else ""
 
     def load_adapter(self, path: Path) -> Any:
         """Load a LoRA GGUF for contexts of this model; it lives as long as the model.

@@ -1,0 +1,112 @@
+"""The command `adopt`: a model and question files become a calibrated bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cogumi.cli import console
+from cogumi.cli.building import JobsOption
+from cogumi.cli.options import RUNS, JsonOption
+from cogumi.cli.progress import BuildProgress
+
+if TYPE_CHECKING:
+    from cogumi.data.sources.survey import Survey
+
+AUTO, NONE = "auto", "none"
+
+
+def adopt(
+    model: Annotated[str, typer.Argument(help="A GGUF file, or the name `smollm2`.")],
+    data: Annotated[list[Path], typer.Option("--data", help="File of questions with answers; may be repeated.")],
+    domains: Annotated[
+        str | None, typer.Option(help="Use only these domains, separated by commas.", show_default="all")
+    ] = None,
+    modifiers: Annotated[
+        str,
+        typer.Option(help="Domains that get a modifier, separated by commas; `auto`: where it helps; `none`."),
+    ] = AUTO,
+    e: Annotated[
+        float, typer.Option("--errors", min=0.001, max=0.5, help="Largest share of wrong answers among accepted ones.")
+    ] = 0.05,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the build.", show_default="runs/<first file's name>")
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the model into the bundle.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the work begins.")] = False,
+    jobs: JobsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a model honest about your questions: calibrate it on them, train modifiers where it fails, report.
+
+    Your files are divided into five sets, so that every figure is measured on questions that nothing was fitted on. The
+    recipe is written beside the build; change it and run `cogumi build` on it.
+
+    Example: `cogumi adopt model.gguf --data questions.jsonl`, then `cogumi chat runs/questions/bundle`
+    """
+    from cogumi.core.errors import CogumiError
+    from cogumi.core.model_files import locate_model
+    from cogumi.data.sources.survey import Survey, domain_name, survey
+    from cogumi.pipeline import adopt as adoption
+    from cogumi.pipeline.adopted_recipe import Adoption
+    from cogumi.pipeline.build import build
+
+    located = locate_model(model, Path())
+    if not located.is_file():
+        raise CogumiError(f"{model} is a folder; make a GGUF file of it first: cogumi convert {model} model.gguf")
+    found = survey(data)
+    if domains is not None:
+        wanted = [domain_name(name) for name in domains.split(",")]
+        if unknown := sorted(set(wanted) - {d.name for d in found.domains}):
+            names = ", ".join(d.name for d in found.domains)
+            raise CogumiError(f"no question is of the domain '{unknown[0]}'; the files have: {names}")
+        found = Survey(tuple(d for d in found.domains if d.name in wanted))
+    home = out or RUNS / domain_name(data[0].name.split(".")[0])
+    home.parent.mkdir(parents=True, exist_ok=True)
+    plan = Adoption(home.name, model, found, home.parent, e, copy=copy)
+    if not json:
+        _show(found)
+        if line := adoption.shortage(found, e):
+            console.STDERR.print(line, soft_wrap=True, markup=False)
+        if not yes and console.STDERR.is_terminal and not typer.confirm("Build this?", default=True):
+            raise SystemExit(1)
+    chosen = None if modifiers == AUTO else [] if modifiers == NONE else [domain_name(n) for n in modifiers.split(",")]
+
+    def run(recipe: Any) -> dict[str, Any]:
+        with BuildProgress() as progress:
+            return build(recipe, home.parent, jobs=jobs, progress=progress)
+
+    def say(line: str) -> None:
+        console.STDERR.print(line, soft_wrap=True, markup=False)
+
+    try:
+        done = adoption.adopt(plan, home.parent, chosen, run, say)
+    except KeyboardInterrupt:
+        console.STDERR.print("cogumi: stopped; finished steps are kept: run the same command again to continue")
+        raise SystemExit(130) from None
+    if json:
+        console.print_json({**done.report, "recipe_file": str(done.recipe), "modifier_reasons": done.reasons})
+        return
+    console.print_report(dict(done.report))
+    console.STDOUT.print(f"recipe: {done.recipe}", soft_wrap=True, markup=False)
+    console.print_next(home / "bundle")
+
+
+def _show(found: Survey) -> None:
+    """Print what the files hold."""
+    rows = [
+        [
+            d.name,
+            f"{d.rows:,}",
+            f"{d.questions:,}",
+            f"{d.rejected:,}",
+            d.grader or "none: free text",
+            " ".join(d.example.messages[-1].content.split())[:40],
+            " ".join(d.example.answer.split())[:20],
+        ]
+        for d in found.domains
+    ]
+    columns = ["domain", "rows", "different", "rejected", "grader", "first question", "its answer"]
+    console.table("questions", columns, rows)

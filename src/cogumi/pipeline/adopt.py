@@ -1,0 +1,120 @@
+"""From a model and question files to a calibrated bundle (SPEC M4).
+
+The recipe grows: the base answers first; where it fails often enough, modifiers are trained; those that answer better
+on selection questions stay. Each phase is an ordinary build of the recipe so far, so that nothing is done twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cogumi.confidence.guarantee import upper_bound
+from cogumi.core import artifact
+from cogumi.core.errors import CogumiError, DataError
+from cogumi.core.files import write_text
+from cogumi.core.registry import nearest
+from cogumi.data.sources.survey import Survey
+from cogumi.pipeline.adopted_recipe import SHARES, Adoption, head, modifiers, step_names, whole
+from cogumi.pipeline.recipe import parse_recipe
+
+FAILURES = 60
+"""Failed training questions that a modifier needs."""
+GAIN = 0.05
+"""Least gain on selection questions with which a modifier is kept."""
+CONFIDENCE = 0.95
+
+Build = Callable[[Any], dict[str, Any]]
+Report = Callable[[str], None]
+
+
+def least_accepted(e: float) -> int:
+    """Accepted answers without an error that prove at most the share `e` of errors with 95% confidence."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - e))
+
+
+def rows_for_promise(e: float, coverage: float) -> int:
+    """Questions that the promise takes if the share `coverage` is accepted without an error."""
+    return math.ceil(least_accepted(e) / coverage * sum(SHARES.values()) / SHARES["threshold"])
+
+
+def shortage(survey: Survey, e: float) -> str:
+    """A line about too few questions for the promise; empty if there are enough for a coverage of one half."""
+    rows, needed = sum(d.questions for d in survey.gradable), rows_for_promise(e, 0.5)
+    if rows >= needed:
+        return ""
+    threshold = rows * SHARES["threshold"] // sum(SHARES.values())
+    best = upper_bound(0, threshold, CONFIDENCE) if threshold else 1.0
+    return (
+        f"{rows} questions are too few for the promise of at most {e:.0%} wrong: about {needed:,} are needed if half "
+        f"of them can be accepted, {rows_for_promise(e, 1.0):,} at least. With {threshold} questions to test on, even "
+        f"without an error only {best:.0%} can be proved. P(correct) is calibrated as far as possible."
+    )
+
+
+@dataclass(slots=True)
+class Adopted:
+    """The finished build: its recipe file, its report, and why each domain has a modifier or not."""
+
+    recipe: Path
+    report: Mapping[str, Any]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def adopt(plan: Adoption, runs: Path, wanted: Sequence[str] | None, build: Build, say: Report) -> Adopted:
+    """Build a bundle in phases. `wanted`: domains that get a modifier in any case, None for an automatic choice.
+
+    `build` runs a recipe; `say` prints a line. Raises `DataError` if no domain can be graded, `CogumiError` for an
+    unknown domain in `wanted`.
+    """
+    names = [d.name for d in plan.survey.gradable]
+    if not names:
+        raise DataError(
+            "the answers are free text, which no grader can judge: give short answers, or a 'check' in each row "
+            "(docs/your-data.md lists the graders)"
+        )
+    for name in wanted or ():
+        if name not in names:
+            raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
+    home = runs / plan.name
+    build(_parsed(head(plan), plan))
+    reasons = _candidates(home, names, wanted)
+    chosen = [name for name, reason in reasons.items() if not reason]
+    if chosen:
+        say(f"modifiers: training {', '.join(chosen)}")
+        build(_parsed(head(plan) + modifiers(plan, chosen), plan))
+        for name in chosen:
+            found = artifact.read_manifest(home / step_names(name)[2]).metrics
+            what = f"{found['before']:.0%} -> {found['after']:.0%} of {found['n']} selection questions"
+            keeps = wanted is not None or found["gain"] >= GAIN
+            reasons[name] = f"modifier: {what}" if keeps else f"no modifier, because it gains too little: {what}"
+    kept = [name for name in chosen if reasons[name].startswith("modifier")]
+    for name, reason in reasons.items():
+        say(f"{name}: {reason}")
+    file = plan.root / f"{plan.name}.yaml"
+    write_text(file, whole(plan, kept))
+    return Adopted(file, build(_parsed(whole(plan, kept), plan)), reasons)
+
+
+def _parsed(text: str, plan: Adoption) -> Any:
+    return parse_recipe(text, f"{plan.name}.yaml", plan.root.resolve())
+
+
+def _candidates(home: Path, names: Sequence[str], wanted: Sequence[str] | None) -> dict[str, str]:
+    """Domain -> why it gets no modifier; empty for those to train."""
+    metrics = artifact.read_manifest(home / "responses").metrics
+    failed, asked = Counter(metrics["failures"]), Counter(metrics["asked"])
+    reasons: dict[str, str] = {}
+    for name in names:
+        what = f"the base failed {failed[name]} of {asked[name]} training questions"
+        if wanted is not None:
+            reasons[name] = "" if name in wanted else "no modifier, as asked"
+        elif failed[name] < FAILURES:
+            reasons[name] = f"no modifier: {what}, and {FAILURES} failures are needed"
+        else:
+            reasons[name] = ""
+    return reasons

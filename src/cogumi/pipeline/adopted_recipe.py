@@ -1,0 +1,127 @@
+"""The recipe that `cogumi adopt` writes, as YAML with comments (SPEC M4)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogumi.data.sources.survey import OWN, Survey, files_by_domain
+
+SHARES = {"train": 30, "selection": 10, "fit": 20, "threshold": 20, "heldout": 20}
+"""60% to fit with, 20% for the promise, 20% for the report (SPEC M4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What to build: a model (as for stage `gguf_file`), the files of a survey, and the domains that get a modifier.
+
+    `root` is the folder of the recipe, where its relative paths start.
+    """
+
+    name: str
+    model: str
+    survey: Survey
+    root: Path
+    e: float
+    layers: int | None = None
+    copy: bool = False
+
+
+def _flow(value: Any) -> str:
+    """A value in YAML's flow style, which JSON is."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _path(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), root.resolve())).as_posix()
+
+
+def step_names(domain: str) -> tuple[str, str, str]:
+    """The steps of a domain's modifier: its training, its GGUF file, its gain."""
+    return f"modifier_{domain}", f"modifier_{domain}_gguf", f"gain_{domain}"
+
+
+def head(plan: Adoption) -> str:
+    """Name, data, base and reader."""
+    domains = plan.survey.gradable
+    files = {name: [_path(p, plan.root) for p in paths] for name, paths in files_by_domain(domains).items()}
+    graders = {d.name: d.grader for d in domains if d.grader != OWN}
+    model = _path(Path(plan.model), plan.root) if Path(plan.model).exists() else plan.model
+    return f"""# Written by `cogumi adopt`. Change it and run `cogumi build` on this file; finished steps are kept.
+name: {plan.name}
+seed: 7
+steps:
+  # The questions. A grader judges an answer; `docs/your-data.md` lists them.
+  - name: rows
+    stage: load
+    config:
+      files: {_flow(files)}
+      graders: {_flow(graders)}
+
+  # Five sets: training, choice of forms, fit of the gates, the promise, the report.
+  - {{name: data, stage: split, inputs: {{pool: rows}}, config: {_flow(SHARES)}}}
+
+  # The model, where it lies.
+  - {{name: base, stage: gguf_file, config: {_flow({"model": model, "copy": plan.copy})}}}
+
+  # Its answers to the training questions, and heads on its hidden states that read a question.
+  - name: responses
+    stage: respond
+    inputs: {{examples: data, model: base}}
+    config: {{max_tokens: {plan.survey.max_tokens}}}
+  - {{name: reader, stage: reader, inputs: {{examples: data, responses: responses}}}}
+"""
+
+
+def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
+    """A LoRA adapter for each domain, trained on what the base failed, and its gain on other questions."""
+    if not domains:
+        return ""
+    tokens = plan.survey.max_tokens
+    text = """
+  # Modifiers: adapters trained on the questions that the base failed.
+  - {name: weights, stage: convert, inputs: {gguf: base}}
+"""
+    for domain in domains:
+        trained, exported, gain = step_names(domain)
+        upper = f", layers: {plan.layers}" if plan.layers else ""
+        text += f"""  - name: {trained}
+    stage: modifier
+    inputs: {{examples: data, responses: responses, model: weights}}
+    config: {{domain: {domain}{upper}, loop: {{steps: 60, batch: 16, lr: 0.001, evaluate_every: 30}}}}
+  - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: weights}}}}
+  - name: {gain}
+    stage: gain
+    inputs: {{examples: data, base: base, adapter: {exported}}}
+    config: {{domain: {domain}, max_tokens: {tokens}}}
+"""
+    return text
+
+
+def tail(plan: Adoption, domains: Sequence[str]) -> str:
+    """Calibration, bundle and report with the modifiers that are kept."""
+    kept = "".join(f", modifier_{domain}: {step_names(domain)[1]}" for domain in domains)
+    tokens = plan.survey.max_tokens
+    return f"""
+  # Of the answers that are accepted as sure, at most the share `e` may be wrong, with 95% confidence.
+  - name: calibration
+    stage: calibrate
+    inputs: {{data: data, base: base, difficulty: reader, router: reader{kept}}}
+    config: {{e: {plan.e}, max_tokens: {tokens}}}
+
+  - name: bundle
+    stage: bundle
+    inputs: {{base: base, difficulty: reader, router: reader, calibration: calibration, examples: data{kept}}}
+    config: {{title: {_flow(plan.name)}}}
+
+  - {{name: report, stage: report, inputs: {{data: data, bundle: bundle}}, config: {{max_tokens: {tokens}}}}}
+"""
+
+
+def whole(plan: Adoption, domains: Sequence[str]) -> str:
+    """The whole recipe."""
+    return head(plan) + modifiers(plan, domains) + tail(plan, domains)
