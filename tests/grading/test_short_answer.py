@@ -207,7 +207,9 @@ def test_system_messages_are_not_part_of_the_question():
 @pytest.mark.parametrize("check", [{}, {"answers": []}, {"answers": "Paris"}, {"answers": ["?"]}, {"answers": [3]}])
 def test_invalid_checks_are_refused(check):
     with pytest.raises(DataError, match="example id"):
-        grade(Example("id", "d", 1, (Message("user", "q"),), "a", meta={"check": {"kind": "short_answer", **check}}), "a")
+        grade(
+            Example("id", "d", 1, (Message("user", "q"),), "a", meta={"check": {"kind": "short_answer", **check}}), "a"
+        )
 
 
 SYLLABLES = st.sampled_from(["zor", "mek", "dal", "tib", "quen", "ruv", "ösk", "lam", "éna", "pho"])
@@ -270,7 +272,23 @@ def test_one_number_only(one, other):
 
 
 PIECES = st.sampled_from(
-    ["Paris", " or ", "?", "\n", "-", "'", "not ", "is ", ". ", "I don't know", "<think>", "**", "capital of ", "\0", "²"]
+    [
+        "Paris",
+        " or ",
+        "?",
+        "\n",
+        "-",
+        "'",
+        "not ",
+        "is ",
+        ". ",
+        "I don't know",
+        "<think>",
+        "**",
+        "capital of ",
+        "\0",
+        "²",
+    ]
 )
 
 

@@ -30,8 +30,8 @@ _DECLINES = re.compile(
 )
 """One sentence, normalised, that declines a question in plain words and suggests no answer."""
 COURTESY = re.compile(
-    r"(?:let me know|feel free|please (?:let me know|provide|feel free)|i hope|would you like|do you (?:need|want|have)|"
-    r"is there anything|if you (?:need|have|want|would)|can you|could you)\b.*"
+    r"(?:let me know|feel free|please (?:let me know|provide|feel free)|i hope|would you like|"
+    r"do you (?:need|want|have)|is there anything|if you (?:need|have|want|would)|can you|could you)\b.*"
 )
 """A polite sentence, normalised, that says nothing about the question."""
 
@@ -44,7 +44,7 @@ def sentences(text: str) -> list[str]:
 def abstains(text: str) -> bool:
     """Whether a text declines in plain words ("I don't know.", "There is no such country.") and says nothing else."""
     said = [sentence for sentence in sentences(text) if not COURTESY.fullmatch(sentence)]
-    return normalise(text) == normalise(ABSTENTION) or bool(said) and all(map(_DECLINES.fullmatch, said))
+    return normalise(text) == normalise(ABSTENTION) or (bool(said) and all(map(_DECLINES.fullmatch, said)))
 
 
 def declines_somewhere(text: str) -> bool:

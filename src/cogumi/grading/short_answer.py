@@ -1,10 +1,10 @@
 """Does a sentence name the right answer, and nothing but it? (SPEC B3)
 
-`judge` looks for mentions: runs of whole words that equal an accepted wording or a rival, ignoring letter case, accents,
-punctuation and Markdown. A mention is a claim unless it is part of a longer name ("Southeast Asia", "Australia's",
-"New York-based"), negated, in a question, on the right of a comparison, or an echo of what was asked. The output is right
-if it claims an accepted wording, claims no rival, and does not decline. In doubt it is wrong: confidence is fitted on these
-verdicts, and an answer that hedges between two names must not count as known.
+`judge` looks for mentions: runs of whole words that equal an accepted wording or a rival, ignoring letter case,
+accents, punctuation and Markdown. A mention is a claim unless it is part of a longer name ("Southeast Asia",
+"Australia's", "Paris-based"), negated, in a question, on the right of a comparison, or an echo of what was asked. The
+output is right if it claims an accepted wording, claims no rival, and does not decline. In doubt it is wrong:
+confidence is fitted on these verdicts, and an answer that hedges between two names must not count as known.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ _WRONG = {"wrong", "incorrect", "false"}
 _CONTRAST = {"but", "it's", "rather"}
 _MAGNITUDES = {"hundred", "thousand", "million", "billion", "trillion"}
 _NUMBER_WORDS = _MAGNITUDES | {
-    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "twenty", "thirty", "forty", "fifty", "sixty",
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "twenty", "thirty", "forty", "fifty",
+    "sixty",
     "seventy", "eighty", "ninety",
 }  # fmt: skip
 _OPENERS = _ARTICLES | _COPULA | _NEGATION | {
     "in", "on", "at", "of", "by", "from", "to", "for", "with", "and", "or", "either", "yes", "its", "his", "her",
-    "their", "this", "that", "which", "it", "so", "because", "who", "where", "both", "than", "final", "does", "i", "you",
+    "their", "this", "that", "which", "it", "so", "because", "who", "where", "both", "than", "final", "does", "i",
+    "you",
     "he", "she", "they", "lives", "likes", "owns", "works", "element", "country", "city", "capital", "currency",
 }  # fmt: skip
 """Words that may stand beside a name with a capital letter and are not part of it."""
@@ -47,6 +49,7 @@ _OPENERS = _ARTICLES | _COPULA | _NEGATION | {
 @dataclass(frozen=True, slots=True)
 class _Token:
     word: str
+    spelled: str
     capital: bool
     start: int
     end: int
@@ -67,7 +70,8 @@ class _Text:
             text,
             tuple(
                 _Token(
-                    m[0].casefold().replace(",", "") if m[0][0].isdigit() else m[0].casefold().replace(".", ""),
+                    m[0].replace(",", "") if m[0][0].isdigit() else m[0].casefold().replace(".", ""),
+                    m[0].replace(".", ""),
                     m[0][0].isupper() and not shouted,
                     m.start(),
                     m.end(),
@@ -126,21 +130,32 @@ def _occurrences(words: Sequence[str], wanted: Sequence[str]) -> Iterator[int]:
     return (at for at in range(len(words) - size + 1) if size and tuple(words[at : at + size]) == tuple(wanted))
 
 
+def _occurs(wanted: Sequence[str], words: Sequence[str]) -> bool:
+    return any(True for _ in _occurrences(words, wanted))
+
+
 def _mentions(text: _Text, answers: Sequence[str], rivals: Sequence[str]) -> list[_Mention]:
     """The mentions in a text; one inside a longer mention is left out."""
     words = text.words()
     wordings = {_wording(rival): False for rival in rivals} | {_wording(answer): True for answer in answers}
+    spelled = {_wording(text): text for text in (*rivals, *answers)}
     found = [
         _Mention(at, at + len(wanted) - 1, right)
         for wanted, right in wordings.items()
         for at in _occurrences(words, wanted)
-        if not any(_CLAUSE_END.search(text.between(i, i + 1)) for i in range(at, at + len(wanted) - 1))
+        if _same_case(text.tokens[at], spelled[wanted])
+        and not any(_CLAUSE_END.search(text.between(i, i + 1)) for i in range(at, at + len(wanted) - 1))
     ]
     return [
         m
         for m in found
         if not any(n.first <= m.first and m.last <= n.last and n.last - n.first > m.last - m.first for n in found)
     ]
+
+
+def _same_case(token: _Token, wording: str) -> bool:
+    """Whether a word may stand for a wording: one or two letters must have the same case ("US", not "us")."""
+    return not 1 <= len(wording) <= 2 or wording.isdigit() or token.spelled == wording
 
 
 def _extended(text: _Text, mention: _Mention) -> bool:
@@ -150,7 +165,7 @@ def _extended(text: _Text, mention: _Mention) -> bool:
     number = text.tokens[mention.first].word[0].isdigit()
     if number and (re.search(r"(?:^|[^\w)\s])-$|^-$|\s-$", left) or right[:1] == "%"):
         return True
-    if re.search(r"\w.$", left) and _JOINED.match(left[-1]) or re.match(r"[-\u2010\u2011_@&/\\+.']\w", right):
+    if (re.search(r"\w.$", left) and _JOINED.match(left[-1])) or re.match(r"[-\u2010\u2011_@&/\\+.']\w", right):
         return True
     before, after = text.between(mention.first - 1, mention.first), text.between(mention.last, mention.last + 1)
     if before and not before.strip(" \t"):
@@ -244,7 +259,7 @@ def _echoed(text: _Text, mention: _Mention, asking: Sequence[str]) -> bool:
     Stated is: the whole output or its first phrase ("Macao."), after a copula or a colon ("... is Macao"), or before a
     copula that leads to other words of the question ("A horse is bigger").
     """
-    if not any(True for _ in _occurrences(asking, text.words()[mention.first : mention.last + 1])):
+    if not _occurs(text.words()[mention.first : mention.last + 1], asking):
         return False
     before = [word for word in text.before(mention.first) if word not in _ARTICLES]
     after = text.after(mention.last)
@@ -280,7 +295,8 @@ def judge(output: str, question: str, answers: Sequence[str], rivals: Sequence[s
         if not (rival in compared and _comparative(text, rival) in asking):
             return False, f"{expected}, found {' '.join(text.words()[rival.first : rival.last + 1])} too"
     claims = [m for m in mentions if m.right and m not in compared and not _extended(text, m)]
-    claims = [m for m in claims if not _echoed(text, m, asking)]
+    if not any(_occurs(_wording(rival), asking) for rival in rivals):  # else the question offers a choice
+        claims = [m for m in claims if not _echoed(text, m, asking)]
     if not claims:
         return False, expected
     if any(_hedged(text, m, mentions) for m in claims):
@@ -295,4 +311,4 @@ def _echo_of_rival(text: _Text, rival: _Mention, asking: Sequence[str]) -> bool:
     size = rival.last - rival.first + 1
     words = text.words()
     run = words[rival.first - 1 : rival.last + 1] if rival.first else ()
-    return len(run) == size + 1 and run[0] not in _COPULA | _ARTICLES and any(True for _ in _occurrences(asking, run))
+    return len(run) == size + 1 and run[0] not in _COPULA | _ARTICLES and _occurs(run, asking)
