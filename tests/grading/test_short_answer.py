@@ -92,6 +92,9 @@ RIGHT = [
     (REUNION, "The capital of Reunion is Saint-Denis."),
     (("Who wrote it?", ["Gödel"], []), "Godel"),
     (MEXICO, "Puebla is in Mexico."),
+    (("Who?", ["St. Pierre and Miquelon"], []), "It is St. Pierre and Miquelon."),
+    (("Which city?", ["Washington", "Washington, D.C."], ["New York"]), "Washington, D.C."),
+    (("Which city?", ["Washington", "Washington, D.C."], ["New York"]), "It is Washington D.C."),
 ]
 WRONG = [
     (CAPITAL, ""),
@@ -237,7 +240,7 @@ def test_two_candidates_are_never_right(name, rival, frame, joint):
     a, b = name.split(), rival.split()
     assume(not set(a) & set(b))
     for output in (frame.format(name) + joint + rival, rival + joint + frame.format(name)):
-        negated_rival = joint == " and not " and output.endswith(rival)
+        negated_rival = joint in (" and not ", " nor ") and output.endswith(rival)
         assert not accepts(output, name, [rival]) or negated_rival
 
 

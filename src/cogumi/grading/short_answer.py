@@ -41,7 +41,7 @@ _OPENERS = _ARTICLES | _COPULA | _NEGATION | {
     "in", "on", "at", "of", "by", "from", "to", "for", "with", "and", "or", "either", "yes", "its", "his", "her",
     "their", "this", "that", "which", "it", "so", "because", "who", "where", "both", "than", "final", "does", "i",
     "you",
-    "he", "she", "they", "lives", "likes", "owns", "works", "element", "country", "city", "capital", "currency",
+    "he", "she", "they", "lives", "likes", "owns", "works", "element", "country", "capital", "currency",
 }  # fmt: skip
 """Words that may stand beside a name with a capital letter and are not part of it."""
 
@@ -144,13 +144,19 @@ def _mentions(text: _Text, answers: Sequence[str], rivals: Sequence[str]) -> lis
         for wanted, right in wordings.items()
         for at in _occurrences(words, wanted)
         if _same_case(text.tokens[at], spelled[wanted])
-        and not any(_CLAUSE_END.search(text.between(i, i + 1)) for i in range(at, at + len(wanted) - 1))
+        and not any(_parted(text, i) for i in range(at, at + len(wanted) - 1))
     ]
     return [
         m
         for m in found
         if not any(n.first <= m.first and m.last <= n.last and n.last - n.first > m.last - m.first for n in found)
     ]
+
+
+def _parted(text: _Text, at: int) -> bool:
+    """Whether a clause ends between a word and the next; "St." does not end one."""
+    gap = text.between(at, at + 1)
+    return _CLAUSE_END.search(gap.removeprefix(".") if len(text.tokens[at].word) <= 2 else gap) is not None
 
 
 def _same_case(token: _Token, wording: str) -> bool:
@@ -287,6 +293,8 @@ def judge(output: str, question: str, answers: Sequence[str], rivals: Sequence[s
     if declines_somewhere(output):
         return False, f"{expected}, found an abstention"
     text, asking = _Text.of(output), _asking_sentence(question)
+    if text.words() in (asking, _Text.of(question).words()):
+        return False, f"{expected}, found the question"
     mentions = [m for m in _mentions(text, answers, rivals) if not _asked(text, m) and not _negated(text, m)]
     compared = {m for m in mentions if _compared(text, m)}
     for rival in mentions:

