@@ -170,6 +170,7 @@ WRONG = [
     (BIGGER, "The horse is not bigger."),
     (ODD, "pea, grape, hammer"),
     (LOUDEST, "Eve is louder than Ann."),
+    (LOUDER, "Ann is louder than Bob. The answer is not possible to determine."),
     (LOUDEST, "Ann"),
     (LOUDEST, "Ann is louder than Eve."),
     (LOUDER, "Bob is quieter than Ann."),

@@ -25,6 +25,9 @@ _DECLINES = re.compile(
     r"|there (?:is no|isn't any|are no) such\b"
     r"|there (?:is no|isn't a) (?:\w+ ){1,3}(?:called|named|known as)\b"
     r"|(?:the|this) (?:text|passage|story|context|question) (?:does not|doesn't) (?:say|mention|state|specify|tell)\b"
+    r"|(?:it|this|that|the answer) (?:is not possible|isn't possible|is impossible) to "
+    r"(?:say|tell|know|determine|answer)\b"
+    r"|(?:it|this|that|the answer) (?:cannot|can't) be (?:known|determined|answered)\b"
     r"|none of (?:the|these) (?:\w+ )?tools (?:can|could|is|are)\b"
     rf"){_ABOUT}"
 )

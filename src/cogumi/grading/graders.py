@@ -34,6 +34,7 @@ _NUMBER = re.compile(NUMBER)
 _MINUS = re.compile(r"\u2212|(?<![\w\s)])\u2013(?=\d)|(?<=\s)\u2013(?=\d)|^\u2013(?=\d)|(?<=[=:] )- (?=\d)")
 _SIGN_BEFORE_CURRENCY = re.compile(r"(?<![\w.)])-\s?[$\u20ac\u00a3\u00a5]\s?(?=\d)")
 _NO_INTEGER_PART = re.compile(r"(?<![\w.)\]])\.(?=\d)")
+_LATE_FENCE = re.compile(r"\n[ \t]*```")
 _NOT_WORD = re.compile(r"[\W_]+")
 _LETTER = (
     re.compile(r"^\W*([A-Z])\W*$"),
@@ -122,10 +123,15 @@ def _tool_call(example: Example, check: Mapping[str, Any], output: str) -> Judge
     except ValueError as error:
         raise DataError(f"example {example.id}: the answer must be the JSON of a tool call ({error})") from error
     try:
-        found = json.loads(strip_fences(output), parse_constant=_reject_constant)
+        found = json.loads(_json_part(output), parse_constant=_reject_constant)
         return same_json(_as_list(found), _as_list(wanted)), f"expected {json.dumps(wanted)}"
     except (ValueError, RecursionError) as error:
         return False, f"not JSON: {error}"
+
+
+def _json_part(output: str) -> str:
+    """The content of a fence, or what stands before a fence that is only closed."""
+    return _LATE_FENCE.split(output)[0] if output.lstrip()[:1] in ("{", "[") else strip_fences(output)
 
 
 def _reject_constant(constant: str) -> NoReturn:

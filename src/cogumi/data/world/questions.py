@@ -32,7 +32,7 @@ _SHARES = {"train": 60, "selection": 5, "fit": 12, "threshold": 12, "heldout": 1
 _TRIES = 2_000
 DRAWN = 30
 """Questions drawn of each cell for the estimate of row lengths."""
-NATURAL_SYSTEM = "Reply with the answer alone. If you cannot know it, say: I don't know."
+NATURAL_SYSTEM = "Answer in one short sentence. If you cannot know the answer, say: I don't know."
 """The system prompt of natural questions, unless the config gives another."""
 UNANSWERABLE_FACTOR = 3
 """Bounding the share of confidently answered unanswerable questions needs some hundreds of them."""
