@@ -47,6 +47,7 @@ RIGHT = [
     (CAPITAL, "No, it is Paris."),
     (CAPITAL, "Is it London? No, it is Paris."),
     (CAPITAL, "<think>London or Lyon?</think>Paris"),
+    (CAPITAL, "<think>" + "It is London. " * 200 + "</think>Paris"),
     (CAPITAL, "“Paris”"),
     (CAPITAL, "\\boxed{Paris}"),
     (CAPITAL, "Answer\nParis\nThe city lies on a river."),
@@ -182,6 +183,7 @@ WRONG = [
     (MEXICO, "The Gulf of Mexico."),
     (MEXICO, "New Mexico"),
     (("Name the sign.", ["x2"], []), "x²"),
+    (CAPITAL, "Paris. " + "It is large. " * 200),
 ]
 
 

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from cogumi.core.text import declines_somewhere
 
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['.][^\W\d_]+)*|[^\W_]+")
-_EMPHASIS = re.compile(r"(?<!\w)[*_`]+|[*_`]+(?!\w)|<think>.*?</think>", re.DOTALL)
+_EMPHASIS = re.compile(r"(?<!\w)[*_`]+|[*_`]+(?!\w)|<think>(?:(?!<think>).)*?</think>", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
 _CLAUSE_END = re.compile(r"[,;:.!?\n()]")
 _JOINED = re.compile(r"[-\u2010\u2011_@&/\\+]")
 """A sign that joins two words to one thing, or two candidates, where no space parts them from it."""
 
+LONGEST = 2_000
+"""Characters of the longest output that can be a short answer, without its `<think>` block."""
 _ARTICLES = {"a", "an", "the"}
 _COPULA = {"is", "are", "was", "were", "be", "it's", "that's", "called", "named", "answer", "has", "as"}
 _STATES = {"is", "are", "was", "were"}
@@ -293,6 +295,8 @@ def judge(output: str, question: str, answers: Sequence[str], rivals: Sequence[s
     if declines_somewhere(output):
         return False, f"{expected}, found an abstention"
     text, asking = _Text.of(output), _asking_sentence(question)
+    if len(text.text) > LONGEST:
+        return False, f"{expected}, found more than {LONGEST} characters"
     if text.words() in (asking, _Text.of(question).words()):
         return False, f"{expected}, found the question"
     mentions = [m for m in _mentions(text, answers, rivals) if not _asked(text, m) and not _negated(text, m)]
