@@ -1,5 +1,6 @@
 """Stage `world`: data sets are seeded and disjoint, and every reference answer passes its own check."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -12,10 +13,12 @@ from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
 from cogumi.core.types import ABSTENTION, Example, Message
 from cogumi.data.examples import SPLITS, normalised_question, read_examples, split_path
-from cogumi.data.world import DIFFICULTIES, DOMAINS, UNANSWERABLE, make
+from cogumi.data.world import DIFFICULTIES, SYNTHETIC, make
+from cogumi.data.world import UNANSWERABLE as ALL_KINDS
 from cogumi.data.world import questions as world_stage
 from cogumi.grading.graders import grade, grade_all
 
+UNANSWERABLE = {kind: made for kind, made in ALL_KINDS.items() if made[0] in SYNTHETIC}
 SMALL = {"train": 30, "selection": 3, "fit": 5, "threshold": 5, "heldout": 5, "unanswerable": 10}
 
 
@@ -41,7 +44,7 @@ def everything(out):
 def test_checks_accept_reference_answers_and_reject_other_texts():
     rng = random.Random(3)
     examples = []
-    for domain in DOMAINS:
+    for domain in SYNTHETIC:
         for difficulty in DIFFICULTIES:
             for _ in range(4):
                 task = make(domain, difficulty, rng)
@@ -64,7 +67,7 @@ def test_only_an_abstention_is_correct_for_unanswerable_questions(kind, seed):
     assert not grade(example, "Paris").correct
 
 
-@given(st.sampled_from(sorted(DOMAINS)), st.sampled_from(DIFFICULTIES), st.integers(0, 10_000))
+@given(st.sampled_from(sorted(SYNTHETIC)), st.sampled_from(DIFFICULTIES), st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
 def test_question_depends_only_on_the_generator_state(domain, difficulty, seed):
     assert make(domain, difficulty, random.Random(seed)) == make(domain, difficulty, random.Random(seed))
@@ -73,7 +76,7 @@ def test_question_depends_only_on_the_generator_state(domain, difficulty, seed):
 def test_sets_are_disjoint_and_have_the_configured_sizes(world):
     out, metrics = world
     sets = everything(out)
-    cells = len(DOMAINS) * len(DIFFICULTIES) + 2  # two kinds of unanswerable questions are known
+    cells = len(SYNTHETIC) * len(DIFFICULTIES) + 2  # two kinds of unanswerable questions are known
     more = {n: 0 if n == "train" else 2 * (world_stage.UNANSWERABLE_FACTOR - 1) for n in SPLITS}
     assert metrics["rows"] == {**{n: SMALL[n] * (cells + more[n]) for n in SPLITS}, "unanswerable": 30}
     questions = [normalised_question(e.messages) for rows in sets.values() for e in rows]
@@ -115,7 +118,7 @@ def test_fresh_questions_are_new_and_from_the_held_out_part(world):
         normalised_question(e.messages) for n in SPLITS if n != "heldout" for e in read_examples(split_path(out, n))
     }
     assert not read & set(questions)
-    assert {e.source for e in found} == {*(f"{d}/{k}" for d in DOMAINS for k in DIFFICULTIES), *UNANSWERABLE}
+    assert {e.source for e in found} == {*(f"{d}/{k}" for d in SYNTHETIC for k in DIFFICULTIES), *UNANSWERABLE}
     assert found == world_stage.draw_fresh(12, 7, lambda done, total, figures: None)
 
 
@@ -129,3 +132,79 @@ def test_unknown_names_are_refused(tmp_path):
 def test_rows_are_plain_json(world):
     row = json.loads(split_path(world[0], "train").read_text().splitlines()[0])
     assert {"id", "domain", "difficulty", "messages", "answer", "meta"} <= set(row)
+
+
+NATURAL = {"wording": "natural", "domains": SYNTHETIC}
+IDS_OF_SEED_7 = {
+    "train": "667ea36ce8a3a8dfa7e0985c4641d5e1",
+    "selection": "3aa51f1857828c69423e3c7b39c48f11",
+    "fit": "ba2ddccb7ff7357e78923ef62cbc2351",
+    "threshold": "562679e448d4e682982904c0665c5722",
+    "heldout": "ea26f9ca36e4d5032e142d553b251f70",
+}
+"""Start of the SHA-256 of the sets before natural wordings existed: recipes without them must not change."""
+
+
+def test_the_default_world_keeps_its_bytes(world):
+    out, _ = world
+    found = {name: hashlib.sha256(split_path(out, name).read_bytes()).hexdigest()[:32] for name in SPLITS}
+    assert found == IDS_OF_SEED_7
+
+
+@pytest.fixture(scope="module")
+def natural(tmp_path_factory):
+    out = tmp_path_factory.mktemp("natural") / "data"
+    return out, run(out, **NATURAL)
+
+
+def test_natural_questions_have_a_short_system_prompt_and_bounded_length(natural):
+    rows = [e for examples in everything(natural[0]).values() for e in examples]
+    assert {tuple(m.role for m in e.messages) for e in rows} == {("system", "user")}
+    assert {e.messages[0].content for e in rows} == {world_stage.NATURAL_SYSTEM}
+    assert max(len(e.messages[1].content) for e in rows) < 300
+    assert not {e.meta["check"]["kind"] for e in rows} & {"exact"}
+
+
+@pytest.mark.parametrize("domain", SYNTHETIC)
+def test_natural_checks_accept_sentences_and_reject_other_texts(domain):
+    rng, pairs, wrong = random.Random(11), [], []
+    for difficulty in DIFFICULTIES:
+        for _ in range(6):
+            task = make(domain, difficulty, rng, "natural")
+            meta = {"check": dict(task.check)}
+            example = Example("x", domain, difficulty, (Message("user", task.question),), task.answer, "", meta)
+            pairs.append((example, task.answer))
+            wrong += [(example, "pudding"), (example, ABSTENTION), (example, task.question)]
+            if task.check["kind"] == "short_answer":
+                pairs.append((example, f"The answer is {task.answer}."))
+                wrong += [(example, rival) for rival in task.check["rivals"]]
+    assert [
+        (e.messages[0].content, o) for (e, o), v in zip(pairs, grade_all(pairs), strict=True) if not v.correct
+    ] == []
+    assert [(e.messages[0].content, o) for (e, o), v in zip(wrong, grade_all(wrong), strict=True) if v.correct] == []
+
+
+def test_system_prompt_can_be_changed_or_left_out(tmp_path):
+    small = {"wording": "natural", "domains": ("math",)}
+    run(tmp_path / "own", system="Be brief.", **small)
+    assert read_examples(split_path(tmp_path / "own", "fit"))[0].messages[0] == Message("system", "Be brief.")
+    run(tmp_path / "none", system="", **small)
+    assert len(read_examples(split_path(tmp_path / "none", "fit"))[0].messages) == 1
+
+
+def test_chosen_domains_bring_only_their_own_unanswerable_kinds(tmp_path):
+    metrics = run(tmp_path / "a", domains=("reading", "math"))
+    assert metrics["domains"] == ["reading", "math"]
+    assert metrics["unanswerable_kinds"] == ["missing_fact"]
+    assert metrics["unseen_kinds"] == []
+    assert {e.domain for rows in everything(tmp_path / "a").values() for e in rows} == {"reading", "math"}
+    with pytest.raises(DataError, match=r"unknown domains \['maths'\] in `domains`"):
+        run(tmp_path / "b", domains=("maths",))
+
+
+def test_fresh_questions_follow_the_config(natural):
+    config = world_stage.Config(wording="natural", domains=("reading",))
+    found = world_stage.draw_fresh(4, 7, lambda done, total, figures: None, config=config)
+    assert {e.source for e in found} == {*(f"reading/{k}" for k in DIFFICULTIES), "missing_fact"}
+    read = {normalised_question(e.messages) for n in SPLITS if n != "heldout" for e in everything(natural[0])[n]}
+    assert not read & {normalised_question(e.messages) for e in found}

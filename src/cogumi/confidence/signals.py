@@ -11,16 +11,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cogumi.core.text import abstains as text_abstains
 from cogumi.core.text import normalise
-from cogumi.core.types import ABSTENTION, Reading, Reply, Score
+from cogumi.core.types import Reading, Reply, Score
 
 FLOOR = 20.0  # nats: larger surprisals carry no more information; also keeps -inf out of the gates
 _EMPTY = (-FLOOR, FLOOR, 0.0)  # an answer without tokens counts as one token of maximum surprisal
 
 
 def abstains(text: str) -> bool:
-    """Whether a text is the abstention sentence, ignoring case, spacing, quotes and the final full stop."""
-    return normalise(text) == normalise(ABSTENTION)
+    """Whether a text is an abstention, in plain words; `core.text.abstains` defines it for graders too."""
+    return text_abstains(text)
 
 
 def same_text(one: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""Shared text functions: normalisation, code fences, numbers, the last user message."""
+"""Shared text functions: normalisation, code fences, numbers, abstentions, the last user message."""
 
 from __future__ import annotations
 
@@ -6,12 +6,53 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from cogumi.core.types import Message
+from cogumi.core.types import ABSTENTION, Message
 
 NUMBER = r"(?:(?<![\w.)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}\b)?"
 """A decimal number as a regular expression without groups: sign, thousands separated by commas, exponent."""
 FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 """A Markdown code fence, closed or truncated; group 1 is its content."""
+
+_SENTENCE_END = re.compile(r"[.!?]+(?:\s+|$)|\n+")
+_APOLOGY = r"(?:(?:well|sorry|unfortunately|i'm sorry|i am sorry|i'm afraid|i apologi[sz]e)[, ]+(?:but |that )?)*"
+_ABOUT = r"(?:(?!\b(?:but|however|maybe|perhaps|probably|guess|think|believe)\b)[^,;:])*"
+_DECLINES = re.compile(
+    rf"{_APOLOGY}(?:"
+    r"i (?:really |honestly |just )?(?:do not|don't|cannot|can't) (?:know|say|tell|answer|determine)\b"
+    r"|(?:i'm|i am) not (?:really |quite |entirely )?(?:sure|certain|aware|familiar)\b|no idea$|not sure$"
+    r"|i (?:have no|do not have any|don't have any|do not have enough|don't have enough|do not have|don't have) "
+    r"(?:idea|information|knowledge|data)\b"
+    r"|there (?:is no|isn't any|are no) such\b"
+    r"|there (?:is no|isn't a) (?:\w+ ){1,3}(?:called|named|known as)\b"
+    r"|(?:the|this) (?:text|passage|story|context|question) (?:does not|doesn't) (?:say|mention|state|specify|tell)\b"
+    r"|(?:it|this|that|the answer) (?:is not possible|isn't possible|is impossible) to "
+    r"(?:say|tell|know|determine|answer)\b"
+    r"|(?:it|this|that|the answer) (?:cannot|can't) be (?:known|determined|answered)\b"
+    r"|none of (?:the|these) (?:\w+ )?tools (?:can|could|is|are)\b"
+    rf"){_ABOUT}"
+)
+"""One sentence, normalised, that declines a question in plain words and suggests no answer."""
+COURTESY = re.compile(
+    r"(?:let me know|feel free|please (?:let me know|provide|feel free)|i hope|would you like|"
+    r"do you (?:need|want|have)|is there anything|if you (?:need|have|want|would)|can you|could you)\b.*"
+)
+"""A polite sentence, normalised, that says nothing about the question."""
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, normalised; empty ones are left out."""
+    return [part for raw in _SENTENCE_END.split(text) if (part := normalise(raw))]
+
+
+def abstains(text: str) -> bool:
+    """Whether a text declines in plain words ("I don't know.", "There is no such country.") and says nothing else."""
+    said = [sentence for sentence in sentences(text) if not COURTESY.fullmatch(sentence)]
+    return normalise(text) == normalise(ABSTENTION) or (bool(said) and all(map(_DECLINES.fullmatch, said)))
+
+
+def declines_somewhere(text: str) -> bool:
+    """Whether a text declines, even if it goes on to guess ("I don't know, but maybe Paris.")."""
+    return any(map(_DECLINES.match, sentences(text)))
 
 
 def normalise(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 CHECKS: Mapping[str, tuple[str, ...]] = {
     "exact": (),
+    "short_answer": ("answers",),
     "numeric": (),
     "choice": (),
     "code": ("tests",),
@@ -23,8 +24,11 @@ def check_problem(check: Any) -> str | None:
     missing = [name for name in CHECKS[check["kind"]] if name not in check]
     if missing:
         return f"check of kind {check['kind']} lacks {', '.join(missing)}"
-    for name in ("tests", "options"):
+    for name in ("tests", "options", "answers", "rivals"):
         value = check.get(name, [""])
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            return f"{name} of a check must be a non-empty list of strings"
+        empty_allowed = name == "rivals"
+        if not isinstance(value, list) or not (value or empty_allowed) or not all(isinstance(i, str) for i in value):
+            return f"{name} of a check must be a {'' if empty_allowed else 'non-empty '}list of strings"
+    if not all(any(c.isalnum() for c in answer) for answer in check.get("answers", ())):
+        return "answers of a check must have letters or digits"
     return None

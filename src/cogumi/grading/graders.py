@@ -1,12 +1,13 @@
 """Grading an output against its example (SPEC B3). `example.meta["check"]["kind"]` selects the grader:
 
 exact      the output equals `answer` (ignoring letter case, white space, outer quotes and a final full stop)
+short_answer  the output, a phrase or a sentence, names one of `answers` and none of `rivals` (see `short_answer`)
 numeric    the last number in the output equals `value` (default: the last number in `answer`)
 choice     the output selects the same option as `answer` (by letter, or by the text of one of `options`)
 code       the output, a Python program, passes every assert in `tests`, in the sandbox
 tool_call  the output is the JSON of `call` (default: of `answer`): {"tool", "args"} or a list of them; keys in any
            order
-abstain    the output is the sentence `types.ABSTENTION`
+abstain    the output declines in plain words (see `core.text.abstains`)
 
 Without a check the grader is `exact`. Graders accept any output; an invalid check raises `DataError`.
 """
@@ -20,27 +21,44 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from cogumi.core.errors import DataError
-from cogumi.core.text import NUMBER, normalise, strip_fences
-from cogumi.core.types import ABSTENTION, Example, Verdict
+from cogumi.core.text import COURTESY, NUMBER, abstains, last_user_message, normalise, strip_fences
+from cogumi.core.types import Example, Verdict
 from cogumi.grading.checks import check_problem
 from cogumi.grading.sandbox import Outcome, run_all
+from cogumi.grading.short_answer import judge
 
 Judgement = tuple[bool, str]
 """Whether the output is correct, and the reason if it is not."""
 
 _NUMBER = re.compile(NUMBER)
+_MINUS = re.compile(r"\u2212|(?<![\w\s)])\u2013(?=\d)|(?<=\s)\u2013(?=\d)|^\u2013(?=\d)|(?<=[=:] )- (?=\d)")
+_SIGN_BEFORE_CURRENCY = re.compile(r"(?<![\w.)])-\s?[$\u20ac\u00a3\u00a5]\s?(?=\d)")
+_NO_INTEGER_PART = re.compile(r"(?<![\w.)\]])\.(?=\d)")
+_LATE_FENCE = re.compile(r"\n[ \t]*```")
 _NOT_WORD = re.compile(r"[\W_]+")
 _LETTER = (
     re.compile(r"^\W*([A-Z])\W*$"),
-    re.compile(r"\banswer\b(?:\s+is)?\s*:?\s*[(*\"']*([A-Z])\b(?!['’]|\s+[a-z])"),
+    re.compile(
+        r"\b(?i:answer|choice|option)\b(?:\s+is)?\s*:?\s*(?:[Oo]ption\s+)?[(*\"'$]*(?:\\boxed\{)?([A-Z])\b(?!['’]|\s+[a-z])"
+    ),
+    re.compile(r"\\boxed\{(?:\\text\{)?\(?([A-Z])\)?\}"),
     re.compile(r"^\W*([A-Z])[).:]"),
 )
 
 
 def last_number(text: str) -> Decimal | None:
     """The last decimal number in a text; commas as thousands separators are allowed."""
-    found = _NUMBER.findall(text.replace("\u2212", "-"))
+    text = _SIGN_BEFORE_CURRENCY.sub("-", _MINUS.sub("-", text))
+    found = _NUMBER.findall(_NO_INTEGER_PART.sub("0.", text))
     return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def _without_courtesy(text: str) -> str:
+    """A text without its polite last sentences, which may hold numbers ("Let me know if you need 2 more.")."""
+    parts = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
+    while len(parts) > 1 and COURTESY.fullmatch(normalise(parts[-1])):
+        parts.pop()
+    return "\n".join(parts)
 
 
 def chosen(text: str, options: Sequence[str]) -> int | None:
@@ -75,11 +93,15 @@ def _exact(example: Example, check: Mapping[str, Any], output: str) -> Judgement
     return normalise(output) == normalise(example.answer), f"expected: {example.answer}"
 
 
+def _short_answer(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
+    return judge(output, last_user_message(example.messages), check["answers"], check.get("rivals", ()))
+
+
 def _numeric(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
     wanted = last_number(str(check.get("value", example.answer)))
     if wanted is None:
         raise DataError(f"example {example.id}: numeric check without a number; set `value` or give a numeric answer")
-    found = last_number(output)
+    found = last_number(_without_courtesy(output))
     return found == wanted, f"expected {wanted}, found {'no number' if found is None else found}"
 
 
@@ -101,10 +123,15 @@ def _tool_call(example: Example, check: Mapping[str, Any], output: str) -> Judge
     except ValueError as error:
         raise DataError(f"example {example.id}: the answer must be the JSON of a tool call ({error})") from error
     try:
-        found = json.loads(strip_fences(output), parse_constant=_reject_constant)
+        found = json.loads(_json_part(output), parse_constant=_reject_constant)
         return same_json(_as_list(found), _as_list(wanted)), f"expected {json.dumps(wanted)}"
     except (ValueError, RecursionError) as error:
         return False, f"not JSON: {error}"
+
+
+def _json_part(output: str) -> str:
+    """The content of a fence, or what stands before a fence that is only closed."""
+    return _LATE_FENCE.split(output)[0] if output.lstrip()[:1] in ("{", "[") else strip_fences(output)
 
 
 def _reject_constant(constant: str) -> NoReturn:
@@ -116,11 +143,12 @@ def _as_list(calls: Any) -> list[Any]:
 
 
 def _abstain(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
-    return normalise(output) == normalise(ABSTENTION), "the question has no answer; expected an abstention"
+    return abstains(output), "the question has no answer; expected an abstention"
 
 
 _GRADERS: dict[str, Callable[[Example, Mapping[str, Any], str], Judgement]] = {
     "exact": _exact,
+    "short_answer": _short_answer,
     "numeric": _numeric,
     "choice": _choice,
     "tool_call": _tool_call,

@@ -1,6 +1,8 @@
-"""The embedded synthetic world (SPEC A2): six domains, five difficulties, an automatic check for every question.
+"""The embedded world (SPEC A2): six synthetic domains and `knowledge` of the real world.
 
-One file per domain; each offers `make(difficulty, rng) -> Task`, and `UNANSWERABLE`, its kinds of unanswerable
+Five difficulties each, and an automatic check for every question.
+
+One file per domain; each offers `make(difficulty, rng, wording) -> Task`, and `UNANSWERABLE`, its kinds of unanswerable
 questions. A difficulty is a fixed family of questions; the families are listed in the docstring of each file and were
 frozen before the first measured build.
 """
@@ -8,11 +10,11 @@ frozen before the first measured build.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 
-from cogumi.data.world import code, commonsense, math, reading, reasoning, tools
-from cogumi.data.world.task import Task
+from cogumi.data.world import code, commonsense, knowledge, math, reading, reasoning, tools
+from cogumi.data.world.task import Maker, Task, Wording
 
 DOMAINS: Mapping[str, ModuleType] = {
     "math": math,
@@ -21,16 +23,19 @@ DOMAINS: Mapping[str, ModuleType] = {
     "tools": tools,
     "reading": reading,
     "commonsense": commonsense,
+    "knowledge": knowledge,
 }
+SYNTHETIC = tuple(domain for domain in DOMAINS if domain != "knowledge")
+"""Domains that need no data package."""
 DIFFICULTIES = (1, 2, 3, 4, 5)
 
-UNANSWERABLE: Mapping[str, tuple[str, Callable[[random.Random], Task]]] = {
+UNANSWERABLE: Mapping[str, tuple[str, Maker]] = {
     kind: (domain, make) for domain, module in DOMAINS.items() for kind, make in module.UNANSWERABLE.items()
 }
 """Kind -> (domain, generator)."""
 
 
-def make(domain: str, difficulty: int, rng: random.Random) -> Task:
+def make(domain: str, difficulty: int, rng: random.Random, wording: Wording = "terse") -> Task:
     """One question of a domain and difficulty; the same generator state gives the same question."""
-    task: Task = DOMAINS[domain].make(difficulty, rng)
+    task: Task = DOMAINS[domain].make(difficulty, rng, wording)
     return task

@@ -8,23 +8,41 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from cogumi.data.world.task import OPENINGS, Task
+from cogumi.data.world.task import Maker, Task, Wording, openings
 
-UNANSWERABLE: Mapping[str, Callable[[random.Random], Task]] = {}
+UNANSWERABLE: Mapping[str, Maker] = {}
 
-_PLUS = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {b} to {a}.")
-_MINUS = ("What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}.")
+_PLUS: Mapping[Wording, tuple[str, ...]] = {
+    "terse": ("What is {a} + {b}?", "{a} + {b} = ?", "Add {b} to {a}."),
+    "natural": (
+        "What is {a} plus {b}?",
+        "What is {a} + {b}?",
+        "How much is {a} plus {b}?",
+        "I have {a} coins and get {b} more. How many coins do I have?",
+        "What do you get when you add {b} to {a}?",
+    ),
+}
+_MINUS: Mapping[Wording, tuple[str, ...]] = {
+    "terse": ("What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}."),
+    "natural": (
+        "What is {a} minus {b}?",
+        "What is {a} - {b}?",
+        "How much is {a} minus {b}?",
+        "I have {a} coins and give {b} away. How many coins are left?",
+        "What do you get when you subtract {b} from {a}?",
+    ),
+}
 _RANGES = {1: ((0, 9), (0, 9)), 2: ((0, 19), (0, 9)), 3: ((10, 99), (0, 9)), 4: ((10, 99),) * 2, 5: ((10, 99),) * 2}
 """Difficulty -> ranges of the two numbers."""
 
 
-def make(difficulty: int, rng: random.Random) -> Task:
+def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Task:
     """A sum or a difference, never negative."""
     a, b = (rng.randint(*bounds) for bounds in _RANGES[difficulty])
     minus = difficulty in (2, 5)
     if minus and b > a:
         a, b = b, a
-    question = rng.choice(_MINUS if minus else _PLUS).format(a=a, b=b)
-    return Task(rng.choice(OPENINGS) + question, str(a - b if minus else a + b), {"kind": "numeric"})
+    question = rng.choice((_MINUS if minus else _PLUS)[wording]).format(a=a, b=b)
+    return Task(rng.choice(openings(wording)) + question, str(a - b if minus else a + b), {"kind": "numeric"})

@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from cogumi.data.world.task import CITIES, COLORS, NAMES, Task, exact, no_answer
+from cogumi.data.world.task import CITIES, COLORS, NAMES, Maker, Task, Wording, named, no_answer
 
 # attribute -> (statement, two questions, question about the friend, values)
 _FACTS: Mapping[str, tuple[str, tuple[str, str], str, tuple[str, ...]]] = {
@@ -45,6 +45,18 @@ _FACTS: Mapping[str, tuple[str, tuple[str, str], str, tuple[str, ...]]] = {
         ("cook", "nurse", "pilot", "baker", "judge", "singer", "farmer", "teacher"),
     ),
 }
+_QUESTIONS: Mapping[Wording, Mapping[str, tuple[tuple[str, ...], str]]] = {
+    "terse": {attribute: (asked, friend) for attribute, (_, asked, friend, _) in _FACTS.items()},
+    "natural": {
+        "city": (("Where does {n} live?", "Which city does {n} live in?"), "Where does {n}'s friend live?"),
+        "hat": (("What color is {n}'s hat?", "Which color of hat does {n} have?"), "What color is {n}'s friend's hat?"),
+        "pet": (("Which animal does {n} own?", "What pet does {n} have?"), "Which animal does {n}'s friend own?"),
+        "food": (("Which food does {n} like?", "What does {n} like to eat?"), "Which food does {n}'s friend like?"),
+        "job": (("What is {n}'s job?", "What does {n} do for a living?"), "What is the job of {n}'s friend?"),
+    },
+}
+"""Attribute -> (questions, question about the friend)."""
+_FRIEND: Mapping[Wording, str] = {"terse": "The friend of {n} is {f}.", "natural": "{n}'s friend is {f}."}
 _SHAPES: Mapping[int, tuple[int, int]] = {1: (1, 1), 2: (1, 2), 3: (3, 3), 4: (3, 5), 5: (2, 4)}
 """Difficulty -> (people, facts)."""
 
@@ -63,20 +75,22 @@ def _statements(facts: list[tuple[str, str, str]]) -> str:
     return " ".join(_FACTS[a][0].format(n=n, v=v) for n, a, v in facts)
 
 
-def make(difficulty: int, rng: random.Random) -> Task:
+def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Task:
     """A text and a question about it."""
     count, total = _SHAPES[difficulty]
     people = rng.sample(NAMES, count)
     facts = _text(people, total, rng)
     person, attribute, value = rng.choice(facts)
+    rivals = sorted({v for _, _, v in facts})
+    questions, about_friend = _QUESTIONS[wording][attribute]
     if difficulty < 5:
-        return exact(f"{_statements(facts)} {rng.choice(_FACTS[attribute][1]).format(n=person)}", value)
+        return named(f"{_statements(facts)} {rng.choice(questions).format(n=person)}", value, rivals, wording)
     asker = rng.choice([n for n in NAMES if n not in people])
-    friend = f"The friend of {asker} is {person}."
-    return exact(f"{friend} {_statements(facts)} {_FACTS[attribute][2].format(n=asker)}", value)
+    friend = _FRIEND[wording].format(n=asker, f=person)
+    return named(f"{friend} {_statements(facts)} {about_friend.format(n=asker)}", value, rivals, wording)
 
 
-def _missing_fact(rng: random.Random) -> Task:
+def _missing_fact(rng: random.Random, wording: Wording = "terse") -> Task:
     """A question about an attribute of a person that the text does not mention."""
     count, total = _SHAPES[rng.choice((1, 2))]
     people = rng.sample(NAMES, count)
@@ -84,7 +98,7 @@ def _missing_fact(rng: random.Random) -> Task:
     person = rng.choice(people)
     mentioned = {a for n, a, _ in facts if n == person}
     attribute = rng.choice([a for a in _FACTS if a not in mentioned])
-    return no_answer(f"{_statements(facts)} {rng.choice(_FACTS[attribute][1]).format(n=person)}")
+    return no_answer(f"{_statements(facts)} {rng.choice(_QUESTIONS[wording][attribute][0]).format(n=person)}")
 
 
-UNANSWERABLE: Mapping[str, Callable[[random.Random], Task]] = {"missing_fact": _missing_fact}
+UNANSWERABLE: Mapping[str, Maker] = {"missing_fact": _missing_fact}

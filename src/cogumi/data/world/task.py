@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from cogumi.core.types import ABSTENTION
+
+Wording = Literal["terse", "natural"]
+"""How questions read: in few words, or as a person asks a pretrained model."""
 
 NAMES = (
     "Tom", "Ann", "Bob", "Eve", "Sam", "Mia", "Leo", "Ida", "Max", "Zoe", "Ben", "Amy", "Dan", "Kim", "Roy", "Sue",
@@ -27,16 +31,36 @@ CITIES = (
 )
 OPENINGS = ("", "Tell me: ", "Quick: ", "Please say: ", "Question: ", "I wonder: ", "Think: ", "Say: ")
 """Optional prefixes of a question, so that few facts still make many different questions."""
+NATURAL_OPENINGS = ("", "Quick question: ", "Please tell me: ", "I'd like to know: ")
 COLORS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question, its reference answer and its check (see `grading.graders`)."""
+    """A question, its reference answer and its check (see `grading.graders`).
+
+    Questions with the same `key` are about one fact, and go to the same split; empty: the question itself decides.
+    `group` names the kind of fact.
+    """
 
     question: str
     answer: str
     check: Mapping[str, Any]
+    key: str = ""
+    group: str = ""
+
+
+class Maker(Protocol):
+    """A generator of questions; the same state of `rng` gives the same question."""
+
+    def __call__(self, rng: random.Random, wording: Wording = "terse") -> Task:
+        """One question."""
+        ...
+
+
+def openings(wording: Wording) -> Sequence[str]:
+    """The prefixes of a question in a wording."""
+    return NATURAL_OPENINGS if wording == "natural" else OPENINGS
 
 
 def exact(question: str, answer: str) -> Task:
@@ -44,6 +68,14 @@ def exact(question: str, answer: str) -> Task:
     return Task(question, answer, {"kind": "exact"})
 
 
-def no_answer(question: str) -> Task:
+def named(question: str, answer: str, rivals: Iterable[str], wording: Wording) -> Task:
+    """A question with a name as answer: the exact text if terse, else any sentence that names it and no rival."""
+    if wording == "terse":
+        return exact(question, answer)
+    others = [rival for rival in rivals if rival != answer]
+    return Task(question, answer, {"kind": "short_answer", "answers": [answer], "rivals": others})
+
+
+def no_answer(question: str, key: str = "", group: str = "") -> Task:
     """An unanswerable question: only an abstention is correct."""
-    return Task(question, ABSTENTION, {"kind": "abstain"})
+    return Task(question, ABSTENTION, {"kind": "abstain"}, key, group)

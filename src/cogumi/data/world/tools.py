@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cogumi.data.world.task import CITIES, NAMES, Task, no_answer
+from cogumi.data.world.task import CITIES, NAMES, Maker, Task, Wording, no_answer
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _SONGS = ("jazz", "rock", "folk", "blues", "disco", "opera")
@@ -72,12 +72,25 @@ def _call(name: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     return rng.choice(ways).format(**values), {"tool": name, "args": values}
 
 
-def _offer(names: list[str], rng: random.Random) -> str:
+_FORM: Mapping[Wording, tuple[str, str, str]] = {
+    "terse": ("Tools: {tools}. {asked}", " Then: ", ""),
+    "natural": (
+        'Tools: {tools}. Reply in JSON: {{"tool": name, "args": {{argument: "value"}}}}{many}. Request: {asked}',
+        " Then: ",
+        ", or a list of two",
+    ),
+}
+"""The frame of a question, the words between two requests, and what asks for two calls."""
+
+
+def _question(names: list[str], asked: Sequence[str], rng: random.Random, wording: Wording) -> str:
     rng.shuffle(names)
-    return "Tools: " + ", ".join(f"{n}({', '.join(_ALL[n][0])})" for n in names) + ". "
+    frame, then, many = _FORM[wording]
+    tools = ", ".join(f"{n}({', '.join(_ALL[n][0])})" for n in names)
+    return frame.format(tools=tools, asked=then.join(asked), many=many if len(asked) > 1 else "")
 
 
-def make(difficulty: int, rng: random.Random) -> Task:
+def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Task:
     """A request and the tool call, or the two calls, that fulfil it."""
     pool = {1: _ONE, 2: _ONE, 3: _TWO, 4: _THREE, 5: _ONE}[difficulty]
     wanted = rng.sample(sorted(pool), 2 if difficulty == 5 else 1)
@@ -86,14 +99,14 @@ def make(difficulty: int, rng: random.Random) -> Task:
     asked, calls = zip(*(_call(name, rng) for name in wanted), strict=True)
     value: Any = list(calls) if difficulty == 5 else calls[0]
     answer = json.dumps(value, separators=(",", ":"))
-    return Task(_offer(offered, rng) + " Then: ".join(asked), answer, {"kind": "tool_call"})
+    return Task(_question(offered, asked, rng, wording), answer, {"kind": "tool_call"})
 
 
-def _missing_tool(rng: random.Random) -> Task:
+def _missing_tool(rng: random.Random, wording: Wording = "terse") -> Task:
     """A request that the offered tools cannot fulfil."""
     wanted, *offered = rng.sample(sorted(_ONE), 1 + rng.choice((1, 2, 3)))
     asked, _ = _call(wanted, rng)
-    return no_answer(_offer(offered, rng) + asked)
+    return no_answer(_question(offered, [asked], rng, wording))
 
 
-UNANSWERABLE: Mapping[str, Callable[[random.Random], Task]] = {"missing_tool": _missing_tool}
+UNANSWERABLE: Mapping[str, Maker] = {"missing_tool": _missing_tool}
