@@ -6,7 +6,6 @@ A file is opened for every read and unmapped afterwards, so that memory holds on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from cogumi.compress.gguf.layout import Tensor, read_json
 from cogumi.core.errors import ExportError
-from cogumi.core.files import sha256
+from cogumi.core.model_fingerprint import weights_sha256
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 IMPORTANCE = "importance.safetensors"
@@ -77,10 +76,7 @@ class Weights:
     @property
     def sha256(self) -> str:
         """The hash of a single file, or a hash over the hashes of several."""
-        if len(self.files) == 1:
-            return sha256(self.files[0])
-        lines = (f"{path.name} {sha256(path)}\n" for path in self.files)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return weights_sha256(self.files)
 
 
 @contextmanager
