@@ -72,7 +72,9 @@ def test_weights_are_the_dequantized_ones_of_the_file(tmp_path):
     stored = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(tmp_path / "one.gguf").tensors}
     assert np.array_equal(found["model.embed_tokens.weight"], stored["token_embd.weight"])
     assert np.array_equal(found["model.layers.1.mlp.down_proj.weight"], stored["blk.1.ffn_down.weight"])
-    assert np.array_equal(rotary_order(found["model.layers.1.self_attn.k_proj.weight"], 2), stored["blk.1.attn_k.weight"])
+    assert np.array_equal(
+        rotary_order(found["model.layers.1.self_attn.k_proj.weight"], 2), stored["blk.1.attn_k.weight"]
+    )
 
 
 def test_rows_are_written_in_blocks_of_whole_heads(tmp_path, monkeypatch):

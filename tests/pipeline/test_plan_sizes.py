@@ -223,7 +223,7 @@ def test_memory_of_an_open_model_equals_the_plan(tmp_path):
         assert done.returncode == 0, done.stderr
         taken[repack] = int(done.stdout)
         assert plan.total(repack) == pytest.approx(taken[repack], rel=0.1), (repack, plan, taken)
-    assert plan.repacked == planned_repacking(shape)
+    assert plan.repacked == planned_repacking(llama)
     if re.search(r"\bavx2\b", Path("/proc/cpuinfo").read_text()):
         assert taken[True] - taken[False] == pytest.approx(plan.repacked, rel=0.1)
 

@@ -172,9 +172,7 @@ def _check_parts(folder: Path, index: Index) -> None:
             )
 
 
-def write_bundle(
-    out: Path, files: Mapping[str, Path], description: Mapping[str, Any], link_base: bool = False
-) -> None:
+def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str, Any], link_base: bool = False) -> None:
     """Copy `files` (name inside the bundle -> source path) into `out` and describe them in bundle.json.
 
     `link_base`: the base stays where it lies, and the bundle refers to it.
@@ -200,7 +198,7 @@ def write_bundle(
     index = Index(format=FORMAT, parts=parts, files=file_entries(out, files), base_path=base_path, description=free)
     _check_names(out, index)
     _check_parts(out, index)
-    write_json(out / INDEX, index.model_dump(exclude_none=True))
+    write_json(out / INDEX, index.model_dump(exclude=None if link_base else {"base_path"}))
 
 
 def standalone_index(folder: Path) -> dict[str, Any]:

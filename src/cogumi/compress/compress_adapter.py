@@ -92,7 +92,9 @@ def _checked(adapter: Artifact, base: Artifact) -> Adapter:
     """The adapter's updates. `ArtifactError` if it was trained on another base, or holds NaN or infinity."""
     trained_on = adapter.metrics.get("base_sha256")
     if trained_on and trained_on != model_fingerprint(base):
-        raise ArtifactError(f"the adapter {adapter.path} was not trained on {base.path}; give the base it was trained on")
+        raise ArtifactError(
+            f"the adapter {adapter.path} was not trained on {base.path}; give the base it was trained on"
+        )
     updates = read_adapter(adapter.path)
     for layer, update in updates.items():
         if not (update.a.isfinite().all() and update.b.isfinite().all()):

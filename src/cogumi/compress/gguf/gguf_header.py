@@ -214,6 +214,5 @@ def _split_message(path: Path, count: int) -> str:
     first = f"{match['name']}-00001-of-{match['count']}.gguf" if match else path.name
     last = f"{match['name']}-{count:05}-of-{match['count']}.gguf" if match else f"part {count}"
     return (
-        f"{path} is one of {count} parts ({first} to {last}); join them first: "
-        f"llama-gguf-split --merge {first} {whole}"
+        f"{path} is one of {count} parts ({first} to {last}); join them first: llama-gguf-split --merge {first} {whole}"
     )

@@ -119,7 +119,9 @@ def _part(role: str, artifact: Artifact) -> dict[str, Any]:
     """The metrics of a GGUF artifact that identify its base and tokenizer (fields of `Part`)."""
     names = Part.model_fields
     if missing := [name for name in names if name not in artifact.metrics]:
-        raise ExportError(f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf', or name a file with stage 'gguf_file'")
+        raise ExportError(
+            f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf', or name a file with stage 'gguf_file'"
+        )
     return {name: artifact.metrics[name] for name in names}
 
 
