@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from cogumi.pipeline.build import build
 from cogumi.pipeline.fingerprint import plan
 from cogumi.pipeline.plan import recipe_plan
 from cogumi.pipeline.recipe import parse_recipe
+from support.gguf import edit
+from support.gguf_rewrite import rewritten
 from support.pico import make_adapter, make_model
 from support.train import context
 
@@ -42,7 +45,9 @@ def recipe(root, **config):
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    export_model(make_model(tmp_path / "model"), tmp_path / "some.gguf", "q4_1")
+    about = {"general.name": "Mine", "general.license": "mit", "general.languages": ["de", "en"]}
+    edit(make_model(tmp_path / "model") / "config.json", gguf_metadata=about)
+    export_model(tmp_path / "model", tmp_path / "some.gguf", "q4_1")
     return tmp_path / "some.gguf"
 
 
@@ -114,6 +119,15 @@ def test_plan_knows_shape_and_sizes_from_the_header(tmp_path, file):
         plan(recipe(tmp_path))
 
 
+def test_plan_and_build_agree_about_a_model_that_cannot_be_trained(tmp_path, file):
+    rewritten(file, tmp_path / "other.gguf", llama__expert_count=4)
+    problem = "step 'weights': .*other.gguf cannot be trained: llama.expert_count is 4; it can still be served as it is"
+    found = recipe_plan.plan(recipe(tmp_path, model="other.gguf"))
+    assert re.fullmatch(problem, found.problems[0])
+    with pytest.raises(ExportError, match=problem):
+        steps_run(tmp_path, model="other.gguf")
+
+
 def stage_run(stage, out, inputs=None, **config):
     out.mkdir()
     metrics = stage.run(stage.Config(**config), inputs or {}, out, context())
@@ -144,6 +158,7 @@ def test_bundle_refers_to_the_file_where_it_lies(tmp_path, file, parts):
     assert (out / BASE).is_symlink()
     index = json.loads((out / "bundle.json").read_text())
     assert index["base_path"] == str(file)
+    assert "Base model: name: Mine; licence: mit; languages: de, en." in (out / "README.md").read_text()
     assert index["files"][BASE] == {"bytes": file.stat().st_size, "sha256": sha256(file)}
     assert open_bundle(Path(shutil.copytree(out, tmp_path / "links", symlinks=True))).base.resolve() == file
     alone = Path(shutil.copytree(out, tmp_path / "alone"))
@@ -205,13 +220,13 @@ def test_a_modifier_of_another_file_is_refused(tmp_path, parts):
 
 
 def test_a_folder_is_no_file(tmp_path, file):
-    with pytest.raises(ExportError, match="is a folder, not a .gguf file"):
+    with pytest.raises(ExportError, match=r"is a folder, not a \.gguf file"):
         gguf_file.open_model("model", tmp_path)
 
 
 def test_weights_larger_than_memory_are_refused_before_the_work(tmp_path, file, monkeypatch):
     base = stage_run(gguf_file, tmp_path / "base", model=str(file))
     monkeypatch.setattr(convert, "total_memory", lambda: 100_000)
-    with pytest.raises(ExportError, match="this machine has 100.0 KB of memory; serve it without training"):
+    with pytest.raises(ExportError, match=r"this machine has 100\.0 KB of memory; serve it without training"):
         stage_run(convert, tmp_path / "weights", {"gguf": base})
     assert not list((tmp_path / "weights").iterdir())

@@ -25,7 +25,7 @@ from cogumi.compress.gguf.file_sizes import (
 )
 from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
 from cogumi.compress.gguf.layout import Llama
-from cogumi.compress.gguf.planned_files import Weights, weights_of_gguf
+from cogumi.compress.gguf.planned_files import weights_of_gguf
 from cogumi.compress.gguf.type_mixture import stored_tensors
 from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.errors import ExportError

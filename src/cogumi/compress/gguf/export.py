@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
+from cogumi.compress.gguf.gguf_vocabulary import Vocabulary, warn_of_lost_text
 from cogumi.compress.gguf.layout import F32, Array, Llama, Tensor, read_json, rotary_order, write_about
 from cogumi.compress.gguf.planned_files import Adapter, planned_weights
 from cogumi.compress.gguf.type_mixture import (
@@ -121,6 +121,7 @@ def export_model(
     llama = Llama.load(folder)
     tensors = stored_tensors(llama, type, types, importance is not None)
     vocabulary, weights = Vocabulary.load(folder), Weights.load(folder)
+    warn_of_lost_text(vocabulary)
     columns = read_importance(importance, tensors, weights) if importance else {}
     writer = GGUFWriter(None, llama.kind)
     writer.add_type(GGUFType.MODEL)

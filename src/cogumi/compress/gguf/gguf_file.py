@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cogumi.compress.gguf.gguf_header import Header, read_header
-from cogumi.compress.gguf.gguf_tokenizer import tokenizer_sha256
+from cogumi.compress.gguf.gguf_tokenizer import read_vocabulary, tokenizer_sha256
 from cogumi.compress.gguf.planned_files import weights_of_header
 from cogumi.core.errors import ExportError
 from cogumi.core.estimate import Estimate, Given
@@ -39,6 +40,13 @@ class Config(BaseModel):
     copy_file: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Untrainable:
+    """A planned file that serves, but whose weights cannot be trained for a `reason`."""
+
+    reason: str
+
+
 def open_model(name: str, root: Path) -> Header:
     """The header of the GGUF file that `name` stands for; `ExportError` if it is a folder or no usable file."""
     path = locate_model(name, root).resolve()
@@ -57,8 +65,9 @@ def estimate(config: Config, given: Given) -> Estimate:
     header = open_model(config.model, given.root)
     try:
         shape = header.shape
+        read_vocabulary(header)
     except ExportError as error:
-        return Estimate(notes=(str(error),))
+        return Estimate((Untrainable(str(error)),), notes=(str(error),))
     return Estimate((ModelFacts(shape, tokenizer_sha256(header)), weights_of_header(header)))
 
 

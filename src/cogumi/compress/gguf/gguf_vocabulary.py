@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,10 +149,15 @@ def fingerprint(
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
-def unrepresentable(missing: Sequence[int]) -> str:
-    """A line that says which text a vocabulary without these bytes loses."""
-    names = " ".join(f"{byte:02X}" for byte in missing)
-    return f"the vocabulary has no token for {len(missing)} of the 256 bytes ({names}): text with them loses them"
+def warn_of_lost_text(vocabulary: Vocabulary) -> None:
+    """Warn, once per process, of text that the vocabulary cannot represent, if there is any."""
+    if missing := vocabulary.missing_bytes:
+        names = " ".join(f"{byte:02X}" for byte in missing)
+        warnings.warn(
+            f"the vocabulary has no token for {len(missing)} of the 256 bytes ({names}): the model never sees them, "
+            "and characters that hold them are cut; all other text is unaffected",
+            stacklevel=1,
+        )
 
 
 def _byte_of_character() -> dict[str, int]:

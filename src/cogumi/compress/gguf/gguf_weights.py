@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cogumi.compress.gguf.gguf_header import Header, llama3_rope
 from cogumi.compress.gguf.gguf_tokenizer import read_vocabulary, write_tokenizer
-from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
+from cogumi.compress.gguf.gguf_vocabulary import Vocabulary, warn_of_lost_text
 from cogumi.compress.gguf.layout import ABOUT, Llama, Tensor, halves_order
 from cogumi.core.amounts import size
 from cogumi.core.errors import ExportError
@@ -40,6 +40,7 @@ def write_folder(
     disk has no room, before anything is written.
     """
     shape, vocabulary = header.shape, read_vocabulary(header)
+    warn_of_lost_text(vocabulary)
     needed = sum(FP32 * prod(tensor.shape) for tensor in _stored(shape))
     out.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out).free) < needed:

@@ -42,6 +42,11 @@ class Weights:
         tensor of the index.
         """
         index = folder / INDEX
+        if not any(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("*.bin"))):
+            raise ExportError(
+                f"{folder} holds its weights as {pickled[0].name}, which can run code when it is opened; save the "
+                "model as safetensors (save_pretrained of transformers does)"
+            )
         if name != ONE or (folder / name).exists() or not index.exists():
             return cls._read_headers([folder / name])
         shards = read_json(index).get("weight_map")

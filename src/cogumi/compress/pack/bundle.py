@@ -120,7 +120,7 @@ def _part(role: str, artifact: Artifact) -> dict[str, Any]:
     names = Part.model_fields
     if missing := [name for name in names if name not in artifact.metrics]:
         raise ExportError(
-            f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf', or name a file with stage 'gguf_file'"
+            f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf', or take stage 'gguf_file'"
         )
     return {name: artifact.metrics[name] for name in names}
 
@@ -138,8 +138,12 @@ def model_card(title: str, inputs: Mapping[str, Artifact], sizes: Mapping[str, i
         _, name, description = _source(role)
         made_by = f"`{artifact.fingerprint[:12]}`"
         rows.append(f"| `{name}` | {description} | {sizes[name]:,} | {_figures(artifact.metrics)} | {made_by} |")
+    about = inputs["base"].metrics.get("about", {}) if "base" in inputs else {}
+    named = {"name": "name", "license": "licence", "languages": "languages"}
+    known = {word: about[f"general.{key}"] for key, word in named.items() if about.get(f"general.{key}")}
+    base = "; ".join(f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in known.items())
     return f"""# {title}
-
+{f"{chr(10)}Base model: {base}.{chr(10)}" if base else ""}
 Chat with it: `cogumi chat <this folder>`; serve it: `cogumi serve <this folder>`.
 
 | part | what it does | bytes | figures of the step that made it | its fingerprint |
