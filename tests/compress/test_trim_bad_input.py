@@ -36,8 +36,8 @@ def wordpiece(document):
     document["model"] = {"type": "WordPiece", "vocab": {"[UNK]": 0}}
 
 
-def without_bytes(document):
-    del document["model"]["vocab"]["Ġ"]
+def not_bytewise(document):
+    document["pre_tokenizer"] = {"type": "Whitespace"}
 
 
 def shared_ids(document):
@@ -59,7 +59,7 @@ def suffixes(document):
         (sentencepiece, "is SentencePiece's BPE; only byte-level BPE"),
         (unigram, "is SentencePiece's Unigram; only byte-level BPE"),
         (wordpiece, r"is WordPiece \(BERT's\); only byte-level BPE"),
-        (without_bytes, "lacks 1 of the 256 bytes"),
+        (not_bytewise, "does not split texts into bytes; only byte-level BPE"),
         (shared_ids, "two tokens of tokenizer.json share an id"),
         (unknown_processor, "post-processor Novel is not known"),
         (suffixes, "sets end_of_word_suffix"),

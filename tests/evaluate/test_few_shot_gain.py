@@ -84,7 +84,7 @@ def test_examples_improve_an_adaptable_head_and_zero_shot_is_low(measured):
 
 
 def test_zero_shot_does_not_depend_on_the_examples(inputs):
-    judge = Judge(inputs["model"].path, SMALL)
+    judge = Judge(inputs["model"], SMALL)
     episode, other = read_episodes(inputs["episodes"].path, "heldout")[:2]
     swapped = few_shot_gain.Episode(
         episode.id, episode.family, episode.rule, "", 0, other.support, episode.query
@@ -93,7 +93,7 @@ def test_zero_shot_does_not_depend_on_the_examples(inputs):
 
 
 def test_in_context_examples_are_conversation_turns(inputs):
-    judge = Judge(inputs["model"].path, SMALL)
+    judge = Judge(inputs["model"], SMALL)
     episode = read_episodes(inputs["episodes"].path, "heldout")[0]
     one, two, query = *episode.support[:2], episode.query[0]
     text = judge.tokenizer.raw.decode(
@@ -105,7 +105,7 @@ def test_in_context_examples_are_conversation_turns(inputs):
 
 def test_k_shot_uses_only_the_first_k_examples(inputs):
     """The states of all shots are computed in one batch; k-shot must equal the result with only k examples."""
-    judge = Judge(inputs["model"].path, SMALL)
+    judge = Judge(inputs["model"], SMALL)
     episode = read_episodes(inputs["episodes"].path, "heldout")[1]
     start, rates, _ = heads.load(inputs["anil"].path / heads.FILE)
     model = judge.adapter(inputs["anil"])
@@ -119,7 +119,7 @@ def test_k_shot_uses_only_the_first_k_examples(inputs):
 
 
 def test_learning_rates_of_controls_are_selected_on_the_selection_families(inputs):
-    judge = Judge(inputs["model"].path, Config(shots=(2,), queries=5, lrs=(1e-6, 0.3), steps=(1, 3)))
+    judge = Judge(inputs["model"], Config(shots=(2,), queries=5, lrs=(1e-6, 0.3), steps=(1, 3)))
     selection = read_episodes(inputs["episodes"].path, "selection")
     start = heads.initial_head(8, 32, 32, judge.plain.lm_head.out_features, 0)
     accuracy, rates = judge.head(judge.plain, start, None, selection)

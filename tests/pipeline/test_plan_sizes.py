@@ -20,13 +20,12 @@ from cogumi.compress.gguf.file_sizes import (
     ZSTD,
     adapter_file,
     model_file,
-    read_model,
     typical_vocabulary,
     vocabulary_bytes,
 )
 from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
 from cogumi.compress.gguf.layout import Llama
-from cogumi.compress.gguf.planned_files import Weights
+from cogumi.compress.gguf.planned_files import weights_of_gguf
 from cogumi.compress.gguf.type_mixture import stored_tensors
 from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.errors import ExportError
@@ -98,9 +97,9 @@ def test_file_size_equals_the_plan(folders, tmp_path, name, type):
     file = planned(folders[name], type)
     assert file.bytes == out.stat().st_size
     assert file.read == weight_bytes(out)
-    shape, found, vocabulary = read_model(out)
-    assert found == type
-    assert model_file(shape, type, vocabulary).bytes == file.bytes
+    found = weights_of_gguf(out)
+    assert (found.type, found.types) == (type, ())
+    assert found.file.bytes == file.bytes
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "q8_0"])
@@ -125,9 +124,9 @@ def test_planned_sizes_equal_published_file_sizes(name):
 def test_synthetic_model_of_a_published_shape_has_the_planned_size(tmp_path, type):
     llama = replace(SHAPES["draft"], layers=3, vocabulary=2048)
     path = make_weights(tmp_path, "some", llama, type)
-    shape, found, vocabulary = read_model(path)
-    assert (shape.layers, shape.hidden, shape.vocabulary, found) == (3, llama.hidden, 2048, type)
-    assert model_file(shape, type, vocabulary).bytes == path.stat().st_size
+    found = weights_of_gguf(path)
+    assert (found.shape.layers, found.shape.hidden, found.shape.vocabulary, found.type) == (3, llama.hidden, 2048, type)
+    assert found.file.bytes == path.stat().st_size
 
 
 @given(
@@ -175,14 +174,14 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folders, tmp_path):
         (tmp_path / f"{name}.gguf").write_bytes(content)
     for name in (*cut, "adapter", "missing"):
         with pytest.raises(ExportError) as caught:
-            read_model(tmp_path / f"{name}.gguf")
+            weights_of_gguf(tmp_path / f"{name}.gguf")
         assert "\n" not in str(caught.value)
     with pytest.raises(ExportError, match="is an adapter, not a model"):
-        read_model(tmp_path / "adapter.gguf")
+        weights_of_gguf(tmp_path / "adapter.gguf")
     foreign = data.replace(b"llama", b"gemma")
     (tmp_path / "foreign.gguf").write_bytes(foreign)
     with pytest.raises(ExportError, match="is a gemma; supported: llama, qwen2"):
-        read_model(tmp_path / "foreign.gguf")
+        weights_of_gguf(tmp_path / "foreign.gguf")
 
 
 # --- memory ---
@@ -216,8 +215,7 @@ def test_memory_of_an_open_model_equals_the_plan(tmp_path):
     """Includes repacked weights on processors that repack."""
     llama = replace(SHAPES["draft"], layers=6, vocabulary=8192)
     path = make_weights(tmp_path, "some", llama, "q4_k_m")
-    shape, type, vocabulary = read_model(path)
-    plan = memory(Parts("some", Weights(shape, type, vocabulary)), Serving(context=1024))
+    plan = memory(Parts("some", weights_of_gguf(path)), Serving(context=1024))
     taken = {}
     for repack in (True, False):
         command = [sys.executable, "-c", CHILD, str(path), str(int(repack))]
@@ -225,7 +223,7 @@ def test_memory_of_an_open_model_equals_the_plan(tmp_path):
         assert done.returncode == 0, done.stderr
         taken[repack] = int(done.stdout)
         assert plan.total(repack) == pytest.approx(taken[repack], rel=0.1), (repack, plan, taken)
-    assert plan.repacked == planned_repacking(shape)
+    assert plan.repacked == planned_repacking(llama)
     if re.search(r"\bavx2\b", Path("/proc/cpuinfo").read_text()):
         assert taken[True] - taken[False] == pytest.approx(plan.repacked, rel=0.1)
 

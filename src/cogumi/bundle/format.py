@@ -18,6 +18,9 @@ and optionally, depending on the recipe:
     head.safetensors            LoRA on the base's output head, adapted to the examples of a request
     fewshot.gguf                LoRA adapter on the base for use with that head
 
+The base may be a GGUF file that lies elsewhere (SPEC M2): then base.gguf is a link to it, and bundle.json holds its
+absolute path beside its size and checksum. A copy of the folder in which base.gguf is the file itself stands alone.
+
 A mobile package (SPEC D10) is a bundle without draft.gguf: its base is the draft of a larger cascade, its modifiers are
 adapters of that model, and the base reads the questions itself.
 
@@ -28,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -68,12 +72,16 @@ class Part(BaseModel):
 
 
 class Index(BaseModel):
-    """The content of bundle.json. `parts` has a row for every GGUF file, `files` one for every file."""
+    """The content of bundle.json. `parts` has a row for every GGUF file, `files` one for every file.
+
+    `base_path` is the absolute path of a base that lies elsewhere.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int
     parts: dict[str, Part]
     files: dict[str, FileEntry]
+    base_path: str | None = None
     description: dict[str, Any]
 
 
@@ -113,7 +121,8 @@ def _check_names(folder: Path, index: Index) -> None:
     root = folder.resolve()
     for name in index.files:
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or not (folder / name).resolve().is_relative_to(root):
+        outside = pure.is_absolute() or ".." in pure.parts
+        if outside or not (_is_external(folder, name, index) or (folder / name).resolve().is_relative_to(root)):
             raise BundleError(f"{folder}: the path '{name}' leaves the folder; do not use this bundle")
         if name not in (*REQUIRED, *OPTIONAL) and not _MODIFIER.fullmatch(name):
             raise BundleError(f"{folder}: '{name}' is not a file of the bundle format; build the bundle again")
@@ -122,6 +131,23 @@ def _check_names(folder: Path, index: Index) -> None:
             raise BundleError(f"{folder}: {INDEX} does not list {name}; build the bundle again")
     if extra := sorted(set(file_names(folder)) - set(index.files) - {INDEX}):
         raise BundleError(f"{folder}: {extra[0]} is in the folder but not in {INDEX}; move it elsewhere")
+
+
+def _is_external(folder: Path, name: str, index: Index) -> bool:
+    """Whether a file is the base, and a link to the path that the index gives for it."""
+    link = folder / name
+    return name == BASE and index.base_path is not None and link.is_symlink() and os.readlink(link) == index.base_path
+
+
+def _check_base(folder: Path, index: Index) -> None:
+    """`BundleError` if the base lies elsewhere, and is not there any more, or is another file now."""
+    if not _is_external(folder, BASE, index):
+        return
+    path, advice = Path(os.readlink(folder / BASE)), "put it back, or build the bundle again"
+    if not path.is_file():
+        raise BundleError(f"{folder}: the base of this bundle was {path}: it is not there any more; {advice}")
+    if difference(folder, {BASE: index.files[BASE]}):
+        raise BundleError(f"{folder}: the base of this bundle is {path}, which has changed since; {advice}")
 
 
 def _check_parts(folder: Path, index: Index) -> None:
@@ -146,8 +172,10 @@ def _check_parts(folder: Path, index: Index) -> None:
             )
 
 
-def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str, Any]) -> None:
+def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str, Any], link_base: bool = False) -> None:
     """Copy `files` (name inside the bundle -> source path) into `out` and describe them in bundle.json.
+
+    `link_base`: the base stays where it lies, and the bundle refers to it.
 
     `description["parts"]` maps each GGUF name to its `Part` values; the other keys are free (metrics, provenance) and
     must be JSON. Raises `BundleError`, before bundle.json is written, if the files do not belong together.
@@ -155,7 +183,9 @@ def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str,
     for name, source in files.items():
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.resolve() != target.resolve():
+        if name == BASE and link_base:
+            target.symlink_to(source.resolve())
+        elif source.resolve() != target.resolve():
             shutil.copyfile(source, target)
     free = {key: value for key, value in description.items() if key != "parts"}
     try:
@@ -164,10 +194,17 @@ def write_bundle(out: Path, files: Mapping[str, Path], description: Mapping[str,
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise BundleError(f"{out}: 'parts' of the description: {where}: {problem['msg']}") from error
-    index = Index(format=FORMAT, parts=parts, files=file_entries(out, files), description=free)
+    base_path = str(files[BASE].resolve()) if link_base else None
+    index = Index(format=FORMAT, parts=parts, files=file_entries(out, files), base_path=base_path, description=free)
     _check_names(out, index)
     _check_parts(out, index)
-    write_json(out / INDEX, index.model_dump())
+    write_json(out / INDEX, index.model_dump(exclude=None if link_base else {"base_path"}))
+
+
+def standalone_index(folder: Path) -> dict[str, Any]:
+    """The content of bundle.json for a copy of a bundle that holds the base itself."""
+    index: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
+    return {key: value for key, value in index.items() if key != "base_path"}
 
 
 def _index_mismatch(files: Mapping[str, FileEntry], verified: Mapping[str, FileEntry]) -> str | None:
@@ -191,6 +228,8 @@ def open_bundle(folder: Path, verified: Mapping[str, FileEntry] | None = None) -
         "copy or build the bundle",
     )
     _check_names(folder, index)
+    if verified is None:
+        _check_base(folder, index)
     if problem := difference(folder, index.files) if verified is None else _index_mismatch(index.files, verified):
         raise BundleError(f"{folder}: {problem}; copy or build the bundle again")
     _check_parts(folder, index)

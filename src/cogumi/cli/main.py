@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cogumi.cli import adopting, building, console, measuring, packing, running
+from cogumi.cli import adopting, building, console, converting, measuring, packing, running
 from cogumi.core.errors import CogumiError
 from cogumi.core.packages import missing
 from cogumi.core.version import __version__
@@ -55,6 +55,7 @@ app.command()(running.personal)
 app.command()(running.forget)
 app.command()(packing.pack)
 app.command()(packing.unpack)
+app.command()(converting.convert)
 app.command()(building.plan)
 app.command()(building.vocabulary)
 app.command()(measuring.bench)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.core.errors import ArtifactError, DataError, RecipeError, TrainingError
 from cogumi.core.estimate import Estimate, Given, uncounted
 from cogumi.core.facts import AdapterFacts, ModelFacts
-from cogumi.core.files import sha256
+from cogumi.core.model_fingerprint import model_fingerprint
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import read_examples, split_path
@@ -88,11 +88,13 @@ def energy_kept(before: Adapter, after: Adapter) -> float:
     return 1 - lost / whole
 
 
-def _checked(adapter: Artifact, base: Path) -> Adapter:
+def _checked(adapter: Artifact, base: Artifact) -> Adapter:
     """The adapter's updates. `ArtifactError` if it was trained on another base, or holds NaN or infinity."""
     trained_on = adapter.metrics.get("base_sha256")
-    if trained_on and trained_on != sha256(base / "model.safetensors"):
-        raise ArtifactError(f"the adapter {adapter.path} was not trained on {base}; give the base it was trained on")
+    if trained_on and trained_on != model_fingerprint(base):
+        raise ArtifactError(
+            f"the adapter {adapter.path} was not trained on {base.path}; give the base it was trained on"
+        )
     updates = read_adapter(adapter.path)
     for layer, update in updates.items():
         if not (update.a.isfinite().all() and update.b.isfinite().all()):
@@ -148,7 +150,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     """`adapter`, the `model` it was trained on and `examples`; for `loop` also `responses` -> a PEFT folder."""
     torch.set_num_threads(context.threads)
     base, adapter = inputs["model"].path, inputs["adapter"]
-    before = _checked(adapter, base)
+    before = _checked(adapter, inputs["model"])
     most = BLOCK * math.ceil(max(len(update.a) for update in before.values()) / BLOCK)
     if config.rank > most:
         raise RecipeError(f"rank: {config.rank} would only add zeros to {adapter.path}; use {most} at most")
@@ -182,5 +184,5 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "selection": figures,
         "gain": gain,
         "gain_kept": list(gain.values())[-1] / gain["before"] if gain["before"] > 0 else None,
-        "base_sha256": sha256(base / "model.safetensors"),
+        "base_sha256": model_fingerprint(inputs["model"]),
     }

@@ -46,6 +46,13 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory() -> int:
+    """Bytes of memory of this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process or of its largest finished child."""
     unit = 1 if platform.system() == "Darwin" else 1024

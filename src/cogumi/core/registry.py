@@ -29,6 +29,8 @@ STAGES: dict[str, str] = {
     "trim": "cogumi.compress.trim.trim",
     "importance": "cogumi.compress.gguf.importance",
     "gguf": "cogumi.compress.gguf.export",
+    "gguf_file": "cogumi.compress.gguf.gguf_file",
+    "convert": "cogumi.compress.gguf.convert",
     "awq": "cogumi.compress.quantize.awq",
     "gptq": "cogumi.compress.quantize.gptq",
     "reader": "cogumi.train.reader",

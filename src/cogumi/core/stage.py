@@ -50,6 +50,8 @@ class Stage(Protocol):
     - `needs(config, roles) -> Mapping[str, str]`: further inputs that this config requires;
       `roles` are those in the recipe.
     - `estimate(config, given) -> Estimate`: outputs and costs of a step before it runs (see `core.estimate`).
+    - `identity(config, root) -> Any`: the JSON value that stands for the config in the step's fingerprint, for stages
+      that identify a file by its content alone. It may refuse the file, before anything runs.
     - `TRAINS = True`: `run` trains by `train.loop`, so several processes may run it together (see `pipeline.ranks`).
     - `REPORTS = True`: its metrics, `report.md` and pictures become those of the whole build.
     """

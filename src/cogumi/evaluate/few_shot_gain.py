@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.core.errors import ArtifactError
-from cogumi.core.files import sha256, write_text
+from cogumi.core.files import write_text
+from cogumi.core.model_fingerprint import model_fingerprint
 from cogumi.core.pictures import new_figure
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
@@ -73,12 +74,13 @@ class EpisodeStates:
 class Judge:
     """Measures models on episodes."""
 
-    def __init__(self, base: Path, config: Config) -> None:
-        self.base, self.config = base, config
+    def __init__(self, model: Artifact, config: Config) -> None:
+        base = self.base = model.path
+        self.config = config
         self.tokenizer = HFTokenizer.load(base)
         self.plain = load(base).eval()
         self.room = self.plain.config.max_position_embeddings
-        self.base_sha256 = sha256(base / "model.safetensors")
+        self.base_sha256 = model_fingerprint(model)
 
     def adapter(self, artifact: Artifact) -> Any:
         """The base with the adapter of an artifact; `ArtifactError` if that was trained on another base."""
@@ -265,7 +267,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     """
     torch.set_num_threads(context.threads)
     episodes = read_episodes(inputs["episodes"].path, "heldout")
-    found, rates = measure(Judge(inputs["model"].path, config), inputs, episodes, context)
+    found, rates = measure(Judge(inputs["model"], config), inputs, episodes, context)
     mean = {method: np.mean(runs, axis=0) for method, runs in found.items()}
     families = sorted({episode.family for episode in episodes})
     of = np.array([episode.family for episode in episodes])

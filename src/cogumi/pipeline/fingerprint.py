@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cogumi.core import artifact
-from cogumi.core.errors import RecipeError
+from cogumi.core.errors import CogumiError, RecipeError
 from cogumi.core.files import sha256
 from cogumi.core.registry import stage
 from cogumi.core.stage import Stage
@@ -70,6 +70,12 @@ def _with_content(value: Any, root: Path) -> Any:
     return [value.as_posix(), {name: sha256(folder / name) for name in names}]
 
 
+def _identity(module: Stage, config: BaseModel, root: Path) -> Any:
+    """What stands for the config in a step's fingerprint."""
+    hook = getattr(module, "identity", None)
+    return hook(config, root) if hook else _with_content(config.model_dump(), root)
+
+
 def plan(recipe: Recipe, seed: int | None = None) -> list[PlannedStep]:
     """All steps of a recipe in order, with fingerprints; `RecipeError` names an invalid step."""
     seed = recipe.seed if seed is None else seed
@@ -85,11 +91,11 @@ def plan(recipe: Recipe, seed: int | None = None) -> list[PlannedStep]:
             identity = {
                 "stage": step.stage,
                 "version": module.VERSION,
-                "config": _with_content(config.model_dump(), recipe.root),
+                "config": _identity(module, config, recipe.root),
                 "seed": seed,
                 "inputs": {role: plans[name].fingerprint for role, name in step.inputs.items()},
             }
-        except RecipeError as error:
+        except CogumiError as error:
             raise RecipeError(f"{where}: {error}") from error
         except ValidationError as error:
             raise RecipeError(f"{where}: {explain(error, module.Config)}") from error

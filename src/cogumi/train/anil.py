@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import AdapterFacts, ModelFacts
-from cogumi.core.files import sha256
+from cogumi.core.model_fingerprint import model_fingerprint
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.episodes import Episode, read_episodes
@@ -266,7 +266,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         choose,
     )
     save(lm, out)
-    base_sha256 = sha256(base / "model.safetensors")
+    base_sha256 = model_fingerprint(inputs["model"])
     if isinstance(model, Learner):
         heads.save(model.head, config.inner, base_sha256, out / heads.FILE)
     return {

@@ -20,7 +20,7 @@ from torch import Tensor
 from cogumi.core.errors import ArtifactError, TrainingError
 from cogumi.core.estimate import Estimate, Given, uncounted
 from cogumi.core.facts import AdapterFacts, ModelFacts
-from cogumi.core.files import sha256
+from cogumi.core.model_fingerprint import model_fingerprint
 from cogumi.core.registry import nearest
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -91,7 +91,7 @@ def members(inputs: Mapping[str, Artifact], tokenizer: HFTokenizer, room: int, s
     given = {role.removeprefix(_ROLE): a for role, a in sorted(inputs.items()) if role.startswith(_ROLE)}
     if len(given) < 2:
         raise TrainingError(f"a backbone needs two adapters or more, {len(given)} given; name them adapter_<domain>")
-    base = sha256(inputs["model"].path / "model.safetensors")
+    base = model_fingerprint(inputs["model"])
     for name, artifact in given.items():
         if artifact.metrics.get("base_sha256", base) != base:
             raise ArtifactError(f"adapter '{name}' was trained on another base; train it again on this one")

@@ -13,6 +13,7 @@ from cogumi.core.errors import TrainingError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import ModelFacts
 from cogumi.core.files import sha256
+from cogumi.core.model_fingerprint import model_fingerprint
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
@@ -47,7 +48,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.set_num_threads(context.threads)
     folder, adapter = inputs["model"].path, inputs["adapter"]
     trained_on = adapter.metrics.get("base_sha256")
-    if trained_on and trained_on != sha256(folder / "model.safetensors"):
+    if trained_on and trained_on != model_fingerprint(inputs["model"]):
         raise TrainingError(
             f"the adapter {adapter.path} was trained on another base than {folder}; merge it into its own base"
         )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from cogumi.core.errors import TrainingError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import AdapterFacts, ModelFacts
-from cogumi.core.files import sha256
+from cogumi.core.model_fingerprint import model_fingerprint
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
@@ -110,5 +110,5 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "gain": after["exact"] - (before or 0.0),
         "selection_nats_per_token": nats,
         "curve": {"training": at.losses, "selection": at.validations},
-        "base_sha256": sha256(base / "model.safetensors"),
+        "base_sha256": model_fingerprint(inputs["model"]),
     }

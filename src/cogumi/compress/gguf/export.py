@@ -21,8 +21,8 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
-from cogumi.compress.gguf.layout import F32, Array, Llama, Tensor, read_json, rotary_order
+from cogumi.compress.gguf.gguf_vocabulary import Vocabulary, warn_of_lost_text
+from cogumi.compress.gguf.layout import F32, Array, Llama, Tensor, read_json, rotary_order, write_about
 from cogumi.compress.gguf.planned_files import Adapter, planned_weights
 from cogumi.compress.gguf.type_mixture import (
     FILE_TYPES,
@@ -37,11 +37,12 @@ from cogumi.compress.gguf.weights import IMPORTANCE, Weights, read_importance
 from cogumi.core.errors import ExportError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import AdapterFacts, ModelFacts
+from cogumi.core.model_fingerprint import model_fingerprint
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.engine.llama.binding.quantize import quantize_rows
 
-VERSION = 2
+VERSION = 3
 KIND = "gguf"
 INPUTS = {"model": "model"}
 OPTIONAL = {"adapter": "adapter|backbone|model", "importance": "importance", "types": "model"}
@@ -120,11 +121,13 @@ def export_model(
     llama = Llama.load(folder)
     tensors = stored_tensors(llama, type, types, importance is not None)
     vocabulary, weights = Vocabulary.load(folder), Weights.load(folder)
+    warn_of_lost_text(vocabulary)
     columns = read_importance(importance, tensors, weights) if importance else {}
     writer = GGUFWriter(None, llama.kind)
     writer.add_type(GGUFType.MODEL)
     writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
+    write_about(writer, folder)
     llama.write(writer)
     vocabulary.write(writer, llama.vocabulary)
     _check(weights, tensors, frozenset({"lm_head.weight"} if llama.tied else ()))
@@ -308,7 +311,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     and the `model` it was trained on -> adapter.gguf.
     """
     base = inputs["model"].path
-    common = {"base_fingerprint": Weights.load(base).sha256, "tokenizer_sha256": Vocabulary.load(base).sha256}
+    common = {"base_fingerprint": model_fingerprint(inputs["model"]), "tokenizer_sha256": Vocabulary.load(base).sha256}
     if "adapter" in inputs:
         path = out / "adapter.gguf"
         export_adapter(inputs["adapter"].path / config.part, base, path, config.adapter_type)

@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
 
-from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 
+from cogumi.compress.gguf.gguf_header import EMBEDDING, HEAD
 from cogumi.compress.gguf.gguf_vocabulary import Vocabulary
-from cogumi.compress.gguf.layout import KINDS, Llama, Tensor
-from cogumi.compress.gguf.type_mixture import FILE_TYPES, NONE, TENSOR_TYPES, stored_tensors
-from cogumi.core.errors import ExportError
+from cogumi.compress.gguf.layout import Llama, Tensor
+from cogumi.compress.gguf.type_mixture import NONE, TENSOR_TYPES, stored_tensors
 from cogumi.core.facts import FP32_PACKED
 from cogumi.core.shapes import ModelShape
 
@@ -29,7 +28,6 @@ ALIGNMENT = 32
 """Every tensor of a GGUF file begins at a multiple of this."""
 DUMMY_VOCABULARY = 32
 """Vocabulary size with which types and key sizes are computed: neither depends on it, so results can be cached."""
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 ZSTD = {"F32": FP32_PACKED, "F16": 0.92, "Q8_0": 0.96, "Q4_0": 0.96, "Q4_K": 0.98, "Q2_K": 0.96, "IQ4_NL": 0.98}
 """Compressed size (zstd level 10) of normally distributed weights, as a share; other types are incompressible."""
 ZSTD_TEXT = 0.4
@@ -117,48 +115,6 @@ def typical_vocabulary(family: str, rows: int) -> int:
     """Estimated bytes of the tokenizer's keys for `rows` ids of a vocabulary like one of `VOCABULARIES`."""
     text, merges, merge = VOCABULARIES[family]
     return int(rows * (FIXED + text + merges * (8 + merge))) + TEMPLATE
-
-
-def read_model(path: Path) -> tuple[Llama, str, int]:
-    """Shape, type and bytes of tokenizer keys of a model's GGUF file; `ExportError` if it is damaged or unsupported."""
-    try:
-        reader = GGUFReader(path)
-        keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-        if keys.get("general.type") == "adapter":
-            raise ExportError(f"{path} is an adapter, not a model; give its base")
-        kind = keys["general.architecture"]
-        if kind not in KINDS:
-            raise ExportError(f"{path} is a {kind}; supported: {', '.join(KINDS)}")
-        type = next(name for name, number in FILE_TYPES.items() if number == keys["general.file_type"])
-        llama = _read_shape(kind, keys, {tensor.name: tensor.n_elements for tensor in reader.tensors})
-    except FileNotFoundError as error:
-        raise ExportError(f"there is no file {path}; check the name") from error
-    except (OSError, ValueError, KeyError, IndexError, StopIteration) as error:
-        raise ExportError(f"{path} is not a complete GGUF model ({error!r}); export or copy it again") from error
-    tokenizer = (field for name, field in reader.fields.items() if name.startswith("tokenizer."))
-    return llama, type, sum(int(part.nbytes) for field in tokenizer for part in field.parts)
-
-
-def _read_shape(kind: str, keys: Mapping[str, Any], tensors: Mapping[str, int]) -> Llama:
-    def key(name: str) -> Any:
-        return keys[f"{kind}.{name}"]
-
-    heads, hidden = key("attention.head_count"), key("embedding_length")
-    return Llama(
-        hidden=hidden,
-        feed_forward=key("feed_forward_length"),
-        layers=key("block_count"),
-        heads=heads,
-        kv_heads=key("attention.head_count_kv"),
-        head=keys.get(f"{kind}.attention.key_length", hidden // heads),
-        vocabulary=int(tensors[EMBEDDING]) // hidden,
-        context=key("context_length"),
-        tied=HEAD not in tensors,
-        kind=kind,
-        epsilon=key("attention.layer_norm_rms_epsilon"),
-        theta=key("rope.freq_base"),
-        stretch=(1.0,) * int(tensors.get("rope_freqs.weight", 0)),
-    )
 
 
 def _padded(count: int) -> int:

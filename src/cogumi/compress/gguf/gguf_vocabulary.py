@@ -9,34 +9,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
 from cogumi.core.errors import ExportError
 
+TEMPLATE = "chat_template.jinja"
+"""The file of a chat template in newer model folders."""
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
-def _split(digits: str) -> str:
-    """A pre-tokenizer that first splits text by a pattern, in the notation of `_describe`."""
+
+def _split(digits: str) -> list[dict[str, Any]]:
+    """A pre-tokenizer that splits text by a pattern, and the parts into bytes."""
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     pattern = {"Regex": words + digits + rest}
-    return f"Split(pattern={pattern!r}, behavior='Isolated', invert=False) + ByteLevel(use_regex=False)"
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return [split, BYTE_LEVEL | {"use_regex": False}]
 
 
-LLAMA3, QWEN2 = "llama-bpe", "qwen2"
-PRE_TOKENIZERS = {
-    "ByteLevel": "gpt-2",
-    "Digits(individual_digits=True) + ByteLevel": "smollm",
-    _split(r"\p{N}{1,3}"): LLAMA3,
-    _split(r"\p{N}"): QWEN2,
+LLAMA3 = "llama-bpe"
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [BYTE_LEVEL],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
+    LLAMA3: _split(r"\p{N}{1,3}"),
+    "qwen2": _split(r"\p{N}"),
 }
-"""Pre-tokenizer in the notation of `_describe` -> llama.cpp's name for it."""
+"""llama.cpp's name of a pre-tokenizer -> the same in the notation of `tokenizer.json`."""
 
 _IRRELEVANT = {"type", "trim_offsets"}  # without effect on ids
 _DEFAULTS = {"add_prefix_space": False, "use_regex": True}
@@ -61,6 +66,7 @@ class Vocabulary:
     bos: int | None
     eos: int
     pad: int | None
+    unk: int | None
     add_bos: bool
     add_eos: bool
     template: str | None
@@ -73,7 +79,7 @@ class Vocabulary:
         model, added = document["model"], document["added_tokens"]
         _check(folder, document)
         ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
-        bos, eos, pad = (_special(folder, settings, ids, name) for name in ("bos_token", "eos_token", "pad_token"))
+        bos, eos, pad, unk = (_special(folder, settings, ids, f"{name}_token") for name in ("bos", "eos", "pad", "unk"))
         if eos is None:
             raise ExportError(f"{folder}/tokenizer_config.json names no eos_token; without one an answer never ends")
         add_bos, add_eos = _adds_bos_eos(folder, text, bos, eos)
@@ -86,22 +92,22 @@ class Vocabulary:
             bos=bos,
             eos=eos,
             pad=pad,
+            unk=unk,
             add_bos=bos is not None and _setting(settings, "add_bos_token", add_bos),
             add_eos=_setting(settings, "add_eos_token", add_eos),
             template=_template(folder, settings),
         )
 
     @property
+    def missing_bytes(self) -> tuple[int, ...]:
+        """The bytes without a token, ascending: text that holds one of them loses it, in torch and in llama.cpp."""
+        lost = BYTE_OF.keys() - set(self.tokens.values())
+        return tuple(sorted(BYTE_OF[character] for character in lost))
+
+    @property
     def sha256(self) -> str:
         """Equal for two tokenizers exactly if they encode every text to the same ids."""
-        content = [
-            self.pre,
-            sorted(self.tokens.items()),
-            self.merges,
-            sorted(self.control),
-            sorted(self.defined),
-        ]
-        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+        return fingerprint(self.pre, self.tokens, self.merges, self.control, self.defined)
 
     def write(self, writer: GGUFWriter, rows: int) -> None:
         """Add the `tokenizer.*` keys; those of the embedding's `rows` without a token become unused tokens."""
@@ -120,6 +126,8 @@ class Vocabulary:
         writer.add_eos_token_id(self.eos)
         if self.pad is not None:
             writer.add_pad_token_id(self.pad)
+        if self.unk is not None:
+            writer.add_unk_token_id(self.unk)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         if self.template is not None:
@@ -131,6 +139,35 @@ class Vocabulary:
         if number in self.defined:
             return TokenType.USER_DEFINED
         return TokenType.NORMAL if number in self.tokens else TokenType.UNUSED
+
+
+def fingerprint(
+    pre: str, tokens: Mapping[int, str], merges: Sequence[str], control: Collection[int], defined: Collection[int]
+) -> str:
+    """Hash of everything that determines the ids of a text."""
+    content = [pre, sorted(tokens.items()), merges, sorted(control), sorted(defined)]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def warn_of_lost_text(vocabulary: Vocabulary) -> None:
+    """Warn, once per process, of text that the vocabulary cannot represent, if there is any."""
+    if missing := vocabulary.missing_bytes:
+        names = " ".join(f"{byte:02X}" for byte in missing)
+        warnings.warn(
+            f"the vocabulary has no token for {len(missing)} of the 256 bytes ({names}): the model never sees them, "
+            "and characters that hold them are cut; all other text is unaffected",
+            stacklevel=1,
+        )
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Character -> byte in byte-level BPE: printable Latin-1 bytes stand for themselves, others for 256, 257, ..."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_of_character()
 
 
 def _read(path: Path) -> str:
@@ -154,9 +191,6 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
             raise ExportError(f"{folder}: the tokenizer's BPE sets {option}, which llama.cpp does not support")
     if model.get("ignore_merges") and _pre_tokenizer(folder, document["pre_tokenizer"]) != LLAMA3:
         raise ExportError(f"{folder}: the tokenizer's BPE sets ignore_merges; llama.cpp supports that for Llama 3 only")
-    lost = sorted(set(ByteLevel.alphabet()) - set(model["vocab"]))
-    if lost:
-        raise ExportError(f"{folder}: the vocabulary lacks {len(lost)} of the 256 bytes; train it with all of them")
     if not model["merges"]:
         raise ExportError(f"{folder}: the tokenizer has no merges; llama.cpp needs at least one")
     for token in document["added_tokens"]:
@@ -169,16 +203,22 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
 
 def _pre_tokenizer(folder: Path, node: Mapping[str, Any] | None) -> str:
     parts = [] if node is None else node["pretokenizers"] if node["type"] == "Sequence" else [node]
-    found = " + ".join(_describe(part) for part in parts)
-    if found not in PRE_TOKENIZERS:
-        supported = " or ".join([*PRE_TOKENIZERS][:2])
+    found = _describe(parts)
+    names = {_describe(known): name for name, known in PRE_TOKENIZERS.items()}
+    if found not in names:
+        supported = " or ".join([*names][:2])
         raise ExportError(
             f"{folder}: the pre-tokenizer is {found or 'none'}; supported: {supported}, and those of Llama 3 and Qwen2"
         )
-    return PRE_TOKENIZERS[found]
+    return names[found]
 
 
-def _describe(part: Mapping[str, Any]) -> str:
+def _describe(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The steps of a pre-tokenizer with all options that change ids: equal texts for equal pre-tokenizers."""
+    return " + ".join(map(_describe_one, parts))
+
+
+def _describe_one(part: Mapping[str, Any]) -> str:
     options = {key: value for key, value in part.items() if key not in _IRRELEVANT and value != _DEFAULTS.get(key)}
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
     return f"{part['type']}({arguments})" if arguments else str(part["type"])
@@ -194,7 +234,10 @@ def _special(folder: Path, settings: Mapping[str, Any], ids: Mapping[str, int], 
 
 def _adds_bos_eos(folder: Path, text: str, bos: int | None, eos: int) -> tuple[bool, bool]:
     """Whether the tokenizer puts bos before a text, and whether it puts eos after it."""
-    raw = Tokenizer.from_str(text)
+    try:
+        raw = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no narrower type
+        raise ExportError(f"{folder}/tokenizer.json cannot be read ({error}); copy it again") from error
     plain, special = (raw.encode("a", add_special_tokens=add).ids for add in (False, True))
     for add_bos in (False, True):
         for add_eos in (False, True):
@@ -211,7 +254,7 @@ def _setting(settings: Mapping[str, Any], name: str, default: bool) -> bool:
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template, from its own file (newer folders) or the settings."""
-    path = folder / "chat_template.jinja"
+    path = folder / TEMPLATE
     template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
     if template is not None and not isinstance(template, str):
         raise ExportError(f"{folder}/tokenizer_config.json holds several chat templates; keep one, as a string")

@@ -25,6 +25,8 @@ from cogumi.core.shapes import ModelShape, shape_of
 Array: TypeAlias = NDArray[Any]
 
 KINDS = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}
+ABOUT = "gguf_metadata"
+"""Key of config.json with the `general.*` keys of a GGUF file: the model's name, licence, languages and so on."""
 F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
 
 
@@ -185,6 +187,28 @@ def rotary_order(rows: Array, heads: int) -> Array:
     """Reorder rows [heads * d, ...] from Hugging Face's halves to llama.cpp's adjacent pairs."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def halves_order(rows: Array, heads: int) -> Array:
+    """Reorder rows [heads * d, ...] from llama.cpp's adjacent pairs to Hugging Face's halves: undoes `rotary_order`."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_about(writer: GGUFWriter, folder: Path) -> None:
+    """Add the keys that describe the model of a folder, as they were in the GGUF file that it comes from."""
+    for key, value in read_json(folder / "config.json").get(ABOUT, {}).items():
+        match value:
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
+            case str():
+                writer.add_string(key, value)
+            case list():
+                writer.add_array(key, value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cogumi.core.shapes import ModelShape
 
 if TYPE_CHECKING:
     from cogumi.compress.gguf.file_sizes import GgufFile
+    from cogumi.compress.gguf.gguf_header import Header
 
 TYPE = "q4_k_m"
 """The default type of a model."""
@@ -103,7 +104,15 @@ def weights_of_folder(model: ModelFacts) -> Weights:
 
 def weights_of_gguf(path: Path) -> Weights:
     """The plan that corresponds to an existing GGUF file."""
-    from cogumi.compress.gguf.file_sizes import read_model
+    from cogumi.compress.gguf.gguf_header import read_header
 
-    shape, type, vocabulary = read_model(path)
-    return Weights(shape, type, vocabulary)
+    return weights_of_header(read_header(path))
+
+
+def weights_of_header(header: Header) -> Weights:
+    """The same for a file whose header was read; the matrices have the types that they have there."""
+    planned = Weights(header.layout, header.type, header.key_bytes, importance=header.type.startswith("iq"))
+    chosen = {tensor.name: tensor.type for tensor in planned.file.tensors if len(tensor.shape) == 2}
+    stored = {name: header.tensors[name].tensor_type for name in chosen.keys() & header.tensors.keys()}
+    other = sorted((name, type.name.lower()) for name, type in stored.items() if type != chosen[name])
+    return replace(planned, types=tuple(other))

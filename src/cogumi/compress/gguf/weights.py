@@ -6,7 +6,6 @@ A file is opened for every read and unmapped afterwards, so that memory holds on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from cogumi.compress.gguf.layout import Tensor, read_json
 from cogumi.core.errors import ExportError
-from cogumi.core.files import sha256
+from cogumi.core.model_fingerprint import weights_sha256
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 IMPORTANCE = "importance.safetensors"
@@ -43,6 +42,11 @@ class Weights:
         tensor of the index.
         """
         index = folder / INDEX
+        if not any(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("*.bin"))):
+            raise ExportError(
+                f"{folder} holds its weights as {pickled[0].name}, which can run code when it is opened; save the "
+                "model as safetensors (save_pretrained of transformers does)"
+            )
         if name != ONE or (folder / name).exists() or not index.exists():
             return cls._read_headers([folder / name])
         shards = read_json(index).get("weight_map")
@@ -77,10 +81,7 @@ class Weights:
     @property
     def sha256(self) -> str:
         """The hash of a single file, or a hash over the hashes of several."""
-        if len(self.files) == 1:
-            return sha256(self.files[0])
-        lines = (f"{path.name} {sha256(path)}\n" for path in self.files)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return weights_sha256(self.files)
 
 
 @contextmanager

@@ -14,17 +14,17 @@ its own checksums.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.bundle.format import INDEX as BUNDLE_INDEX
-from cogumi.bundle.format import open_bundle
+from cogumi.bundle.format import open_bundle, standalone_index
 from cogumi.bundle.packed import (
     DICTIONARY,
     FORMAT,
@@ -74,9 +74,16 @@ class Config(BaseModel):
 
 
 def pack(
-    folder: Path, names: Iterable[str], out: Path, config: Config, progress: Progress = no_progress
+    folder: Path,
+    names: Iterable[str],
+    out: Path,
+    config: Config,
+    progress: Progress = no_progress,
+    replaced: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Pack the named files of a folder into the empty folder `out` and return the figures.
+
+    `replaced` gives other files for some of the names.
 
     `{bytes, packed_bytes, ratio, dictionary_bytes, files: {name: {bytes, packed_bytes, ratio, plain_bytes,
     with_dictionary_bytes, dictionary}}}`; the total `packed_bytes` includes the dictionary. With `sparse` also
@@ -84,7 +91,7 @@ def pack(
     smaller form, under its own name or as `<name>.sparse`, whose `bytes` are those of the dense file. Equal files give
     equal bytes. `BundleError` for a file name that cannot be packed.
     """
-    sources = {name: folder / name for name in sorted(names)}
+    sources = {name: replaced.get(name, folder / name) for name in sorted(names)}
     if refused := [name for name in sources if not is_valid_name(name)]:
         raise BundleError(f"{folder / refused[0]} cannot be packed under that name; rename it or move it elsewhere")
     sizes = {name: path.stat().st_size for name, path in sources.items()}
@@ -258,10 +265,12 @@ def pack_folder(folder: Path, out: Path, config: Config, progress: Progress = no
     """
     if (folder / BUNDLE_INDEX).is_file():
         open_bundle(folder)
-        names = [*json.loads((folder / BUNDLE_INDEX).read_bytes())["files"], BUNDLE_INDEX]
-    else:
-        names = _model_files(folder)
-    return pack(folder, names, out, config, progress)
+        index = standalone_index(folder)
+        with TemporaryDirectory(dir=out) as scratch:
+            alone = Path(scratch) / BUNDLE_INDEX
+            write_json(alone, index)
+            return pack(folder, [*index["files"], BUNDLE_INDEX], out, config, progress, {BUNDLE_INDEX: alone})
+    return pack(folder, _model_files(folder), out, config, progress)
 
 
 def _model_files(folder: Path) -> list[str]:

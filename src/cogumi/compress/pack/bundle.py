@@ -46,7 +46,7 @@ from cogumi.core.stage import Context, matches
 from cogumi.core.types import Artifact
 from cogumi.data.examples import iterate_examples
 
-VERSION = 2
+VERSION = 3
 KIND = "bundle"
 
 MODIFIER = "modifier_"
@@ -83,11 +83,15 @@ OWN_FILES = {EXAMPLES: FileSize(31_000, 0.18), CARD: FileSize(2_000, 0.48), INDE
 
 
 class Config(BaseModel):
-    """`title` of the model card; number of `examples` kept per domain from the input of that name."""
+    """`title` of the model card; number of `examples` kept per domain from the input of that name.
+
+    `copy_base`: a base that lies elsewhere (stage `gguf_file`) is copied, so that the bundle stands alone.
+    """
 
     model_config = ConfigDict(extra="forbid")
     title: str = "A Cogumi cascade"
     examples: int = Field(40, ge=1)
+    copy_base: bool = False
 
 
 def _source(role: str) -> tuple[str, str, str]:
@@ -115,7 +119,9 @@ def _part(role: str, artifact: Artifact) -> dict[str, Any]:
     """The metrics of a GGUF artifact that identify its base and tokenizer (fields of `Part`)."""
     names = Part.model_fields
     if missing := [name for name in names if name not in artifact.metrics]:
-        raise ExportError(f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf'")
+        raise ExportError(
+            f"input '{role}' has no metric '{missing[0]}'; export it with stage 'gguf', or take stage 'gguf_file'"
+        )
     return {name: artifact.metrics[name] for name in names}
 
 
@@ -132,8 +138,12 @@ def model_card(title: str, inputs: Mapping[str, Artifact], sizes: Mapping[str, i
         _, name, description = _source(role)
         made_by = f"`{artifact.fingerprint[:12]}`"
         rows.append(f"| `{name}` | {description} | {sizes[name]:,} | {_figures(artifact.metrics)} | {made_by} |")
+    about = inputs["base"].metrics.get("about", {}) if "base" in inputs else {}
+    named = {"name": "name", "license": "licence", "languages": "languages"}
+    known = {word: about[f"general.{key}"] for key, word in named.items() if about.get(f"general.{key}")}
+    base = "; ".join(f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in known.items())
     return f"""# {title}
-
+{f"{chr(10)}Base model: {base}.{chr(10)}" if base else ""}
 Chat with it: `cogumi chat <this folder>`; serve it: `cogumi serve <this folder>`.
 
 | part | what it does | bytes | figures of the step that made it | its fingerprint |
@@ -198,7 +208,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "provenance": {role: artifact.fingerprint for role, artifact in inputs.items()},
         "measured": {role: artifact.metrics for role, artifact in inputs.items()},
     }
-    write_bundle(out, {**files, CARD: card}, description)
+    write_bundle(out, {**files, CARD: card}, description, files[BASE].is_symlink() and not config.copy_base)
     open_bundle(out)
     sizes[CARD] = card.stat().st_size
     return {"bytes": sizes, "total_bytes": sum(sizes.values())}

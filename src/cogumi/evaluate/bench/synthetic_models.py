@@ -203,6 +203,7 @@ def _vocabulary(n: int) -> Vocabulary:
         bos=None,
         eos=END,
         pad=None,
+        unk=None,
         add_bos=False,
         add_eos=False,
         template="{% for message in messages %}{{ message['content'] }}{% endfor %}",

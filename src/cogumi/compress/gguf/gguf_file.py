@@ -1,0 +1,90 @@
+"""Stage `gguf_file`: the GGUF file that a person has, as the base of a bundle, where it lies (SPEC M1, M2).
+
+The artifact holds a link to the file. Its fingerprint depends on the file's content and not on its place: a file that
+was moved changes nothing, a file that was changed is a new base.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cogumi.compress.gguf.gguf_header import Header, read_header
+from cogumi.compress.gguf.gguf_tokenizer import read_vocabulary, tokenizer_sha256
+from cogumi.compress.gguf.planned_files import weights_of_header
+from cogumi.core.errors import ExportError
+from cogumi.core.estimate import Estimate, Given
+from cogumi.core.facts import ModelFacts
+from cogumi.core.files import sha256
+from cogumi.core.model_files import GGUF, locate_model
+from cogumi.core.stage import Context
+from cogumi.core.types import Artifact
+
+VERSION = 1
+KIND = "gguf"
+INPUTS: dict[str, str] = {}
+MODEL = "model.gguf"
+"""The file of an artifact of this kind."""
+
+
+class Config(BaseModel):
+    """`model` is a short name such as smollm2, or the path of a GGUF file; `copy`: copy the file instead of a link."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model: str
+    copy_file: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Untrainable:
+    """A planned file that serves, but whose weights cannot be trained for a `reason`."""
+
+    reason: str
+
+
+def open_model(name: str, root: Path) -> Header:
+    """The header of the GGUF file that `name` stands for; `ExportError` if it is a folder or no usable file."""
+    path = locate_model(name, root).resolve()
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder, not a {GGUF} file; export it with stage 'gguf' or: cogumi convert")
+    return read_header(path)
+
+
+def identity(config: Config, root: Path) -> Any:
+    """The hash of the file, whose header is checked."""
+    return {"sha256": sha256(open_model(config.model, root).path), "copy_file": config.copy_file}
+
+
+def estimate(config: Config, given: Given) -> Estimate:
+    """The file and, if it can be trained, its model; from the header alone."""
+    header = open_model(config.model, given.root)
+    try:
+        shape = header.shape
+        read_vocabulary(header)
+    except ExportError as error:
+        return Estimate((Untrainable(str(error)),), notes=(str(error),))
+    return Estimate((ModelFacts(shape, tokenizer_sha256(header)), weights_of_header(header)))
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """The file -> model.gguf, a link or a copy; the metrics are what the file says about its model."""
+    header = open_model(config.model, context.root)
+    if config.copy_file:
+        shutil.copyfile(header.path, out / MODEL)
+    else:
+        (out / MODEL).symlink_to(header.path)
+    return {
+        "bytes": header.path.stat().st_size,
+        "type": header.type,
+        "architecture": header.architecture,
+        "parameters": header.parameters,
+        "context": header.context,
+        "about": header.about,
+        "base_fingerprint": sha256(header.path),
+        "tokenizer_sha256": tokenizer_sha256(header),
+    }
