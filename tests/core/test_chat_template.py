@@ -25,7 +25,10 @@ def around(content: str, before: str = "", after: str = "") -> str:
 
 
 C = "message['content']"
-THINK = "{% set c = message.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+THINK = (
+    "{% set c = message.content %}"
+    "{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+)
 TEMPLATES = {
     "own": TEMPLATE,
     "trim": around(C + " | trim"),
@@ -108,10 +111,11 @@ def test_contents_render_as_in_transformers_and_never_become_control_tokens(toke
     typed = any(special in message.content for message in chat for special in SPECIALS)
     try:
         ids = ours.chat(chat)
-    except RequestError:  # a template that rejects the chat, or contents whose parts would be joined to a control token
-        assert (
-            expected is None or typed or control_sequence(expected) != control_sequence(theirs(reference, plain(chat)))
-        )
+    except RequestError as error:  # the template rejects the chat, or would join contents to a control token
+        if "form a control token" in str(error):
+            assert typed or control_sequence(expected) != control_sequence(theirs(reference, plain(chat)))
+        else:
+            assert expected is None
         return
     if not typed:
         assert ids == expected
@@ -124,6 +128,13 @@ def plain(chat):
     texts = [re.sub(r"[<|>]", "-", kept.sub(lambda m: f"\ue0f0{m[0][1:-1]}\ue0f1", m.content)) for m in chat]
     texts = [text.replace("\ue0f0", "<").replace("\ue0f1", ">") for text in texts]
     return [Message(m.role, text.replace("end", "eNd")) for m, text in zip(chat, texts, strict=True)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_user_may_type_the_name_of_a_control_token_in_every_template(tokenizers, name):
+    ours, reference = tokenizers[name]
+    typed, harmless = ([Message("user", f"a {text} b")] for text in ("<|end|>", "end"))
+    assert control_sequence(ours.chat(typed)) == control_sequence(theirs(reference, harmless))
 
 
 def test_names_of_control_tokens_stay_text():

@@ -72,19 +72,14 @@ def _compile(source: str) -> Template:
 
 
 @lru_cache(maxsize=16)
-def _hidden_characters(source: str, controls: Controls) -> re.Pattern[str]:
-    """What a template cannot read in a content: all but white space and the template's own string constants.
+def _constants(source: str, controls: Controls) -> re.Pattern[str]:
+    """The string constants of a template, which it may look for in a content (`'</think>' in content`).
 
-    It may look for a constant (`'</think>' in content`). Constants that a name contains, or that contain one, do not
-    count, because pieces of a content could be joined to a name.
+    Those that are a part of a control token's name, or contain one, do not count: pieces of contents could be joined.
     """
-    constants = {node.value for node in _ENVIRONMENT.parse(source).find_all(nodes.Const)}
-    read = [
-        re.escape(constant)
-        for constant in sorted((c for c in constants if isinstance(c, str) and c), key=len, reverse=True)
-        if not any(constant in name or name in constant for name in controls.names)
-    ]
-    return re.compile("|".join(("(?P<read>" + "|".join([*read, r"\s"]) + ")", r"(?s:.)")))
+    found = {node.value for node in _ENVIRONMENT.parse(source).find_all(nodes.Const) if isinstance(node.value, str)}
+    read = [c for c in found if c and not any(c in name or name in c for name in controls.names)]
+    return re.compile(f"({'|'.join(map(re.escape, sorted(read, key=len, reverse=True))) or '(?!)'})")
 
 
 @dataclass(frozen=True)
@@ -129,8 +124,9 @@ def render_pieces(
     contents = [message.content for message in messages]
     mark = next(c for c in map(chr, range(ord(_PRIVATE), 0xF900)) if not any(c in content for content in contents))
     broken = [controls.broken(content, mark) for content in contents]
+    text = _render(template, messages, broken, add_generation_prompt, bos, eos)
     hidden = [_hide(content, template, controls) for content in contents]
-    text, unread = (_render(template, messages, given, add_generation_prompt, bos, eos) for given in (broken, hidden))
+    unread = _render(template, messages, hidden, add_generation_prompt, bos, eos)
     if controls.pattern.findall(text) != controls.pattern.findall(unread):
         raise RequestError(
             "the model's chat template joins or changes these messages so that they form a control token; "
@@ -182,5 +178,8 @@ def _render(
 
 
 def _hide(content: str, template: str, controls: Controls) -> str:
-    """The content with private-use characters in place of what the template cannot read."""
-    return _hidden_characters(template, controls).sub(lambda found: found["read"] or _PRIVATE, content)
+    """The content with private-use characters in place of all that is neither white space nor a constant the template
+    may look for.
+    """
+    parts = _constants(template, controls).split(content)
+    return "".join(part if i % 2 else re.sub(r"\S", _PRIVATE, part) for i, part in enumerate(parts))
