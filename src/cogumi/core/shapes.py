@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cogumi.core.errors import ArtifactError
 from cogumi.core.registry import nearest
+from cogumi.core.weight_files import check_weight_files, has_own_head
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 """Architecture -> model type. A config saved without its model has only the model type."""
@@ -148,11 +149,18 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
     return shape
 
 
+def stored_shape(config: Mapping[str, Any], folder: Path, where: str) -> ModelShape:
+    """`shape_of`, but not tied if the folder stores a head of its own."""
+    shape = shape_of(config, where)
+    return replace(shape, tied=shape.tied and not has_own_head(folder))
+
+
 def find_shape(name: str, root: Path) -> ModelShape:
     """The shape of a model folder (relative paths start at `root`) or of a `known` Hub id; else `ArtifactError`."""
     config = root / name / "config.json"
     try:
-        return shape_of(json.loads(config.read_text("utf-8")), name)
+        check_weight_files(config.parent)
+        return stored_shape(json.loads(config.read_text("utf-8")), config.parent, name)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, AttributeError) as error:

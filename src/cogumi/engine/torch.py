@@ -219,7 +219,7 @@ class TorchEngine:
         found = signals(logits, tokens)
         for i, (generation, token) in enumerate(zip(batch, tokens.tolist(), strict=True)):
             top = top_logprobs(logits[i], generation.request.logprobs)
-            generation.emit(token, self._pieces[token], token == self._tokenizer.eos, found[i], None, top)
+            generation.emit(token, self._pieces[token], token in self._tokenizer.ends, found[i], None, top)
         return tokens
 
 

@@ -1,10 +1,9 @@
-"""Model folders: initialize, load and save models. fp32 safetensors, Llama architecture."""
+"""Model folders: initialize, load and save models. fp32 safetensors, Llama architecture (SPEC M1)."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +14,9 @@ from safetensors.torch import save_file
 
 from cogumi.core.errors import ArtifactError, TrainingError
 from cogumi.core.shapes import ModelShape
-from cogumi.models.tokenization import TOKENIZER_FILES, HFTokenizer
+from cogumi.core.weight_files import check_weight_files
+from cogumi.models.tokenization import HFTokenizer
+from cogumi.models.tokenizer_settings import copy_tokenizer
 
 Quantize: TypeAlias = Literal["nf4"] | None
 """Type of frozen weights while an adapter is trained: unchanged, or 4 bits (Dettmers et al. 2023, QLoRA)."""
@@ -78,8 +79,9 @@ def locate(name: str, root: Path) -> Path:
 def load(folder: Path, quantize: Quantize = None) -> Any:
     """The causal language model of a folder, ready for training: in fp32, or with its matrices in 4 bits on a GPU.
 
-    Raises `TrainingError` for `nf4` without a GPU, `ArtifactError` for a folder without a model and for weights that
-    are not finite.
+    A stored head that differs from the embedding is used, even if the config says that they are tied.
+    Raises `TrainingError` for `nf4` without a GPU, `ArtifactError` for a folder without a model or with `.bin` files
+    only, and for weights that are not finite.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
@@ -99,6 +101,7 @@ def load(folder: Path, quantize: Quantize = None) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         options = {"dtype": torch.bfloat16, "quantization_config": four_bits, "device_map": {"": _local_rank()}}
+    check_weight_files(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -106,6 +109,8 @@ def load(folder: Path, quantize: Quantize = None) -> Any:
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise ArtifactError(f"{folder}: {name} holds NaN or infinity; use a checkpoint from before training failed")
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # the folder's config may say otherwise; what it stores is the model
     return model
 
 
@@ -124,8 +129,7 @@ def save(model: Any, tokenizer_folder: Path, out: Path) -> None:
         if not (tied and name == "lm_head.weight")
     }
     save_tensors(tensors, out / "model.safetensors", {"format": "pt"})
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(tokenizer_folder / name, out / name)
+    copy_tokenizer(tokenizer_folder, out)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:

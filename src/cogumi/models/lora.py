@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,17 +38,27 @@ class LoraShape(BaseModel):
         return {target: self.ranks.get(target, self.rank) for target in (*self.targets, *self.ranks)}
 
 
+def unknown_targets(lora: LoraShape, linear: Collection[str]) -> list[str]:
+    """A line for each target that is none of the `linear` maps in a model's layers. The embedding and the output head
+    are no targets: where they are tied, one adapter would change both, and llama.cpp applies it to neither.
+    """
+    return [
+        f"LoRA target '{target}' is not a layer of this model; {nearest(target, linear)}"
+        for target in lora.by_target
+        if target not in linear
+    ]
+
+
 def attach(model: Any, shape: LoraShape, seed: int) -> Any:
-    """A peft model in which only the adapter is trainable. `TrainingError` if a target matches no linear layer."""
+    """A peft model in which only the adapter is trainable. `TrainingError` as `unknown_targets` says."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    for target in (*shape.targets, *shape.ranks):
-        if target not in names:
-            raise TrainingError(
-                f"LoRA target '{target}' matches no linear layer; {nearest(target, names)} "
-                f"(this model has {', '.join(sorted(names))})"
-            )
+    head = model.get_output_embeddings()
+    linear = {
+        n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
+    }
+    if lines := unknown_targets(shape, linear):
+        raise TrainingError(lines[0])
     scale = shape.alpha / shape.rank
     config = LoraConfig(
         r=shape.rank,

@@ -8,10 +8,8 @@ from pathlib import Path
 from cogumi.core.estimate import Cost, Estimate, Given
 from cogumi.core.facts import ModelFacts, Rows, TokenizerFacts, model_at
 from cogumi.core.footprint import FP32, Footprint, Training, footprint
-from cogumi.core.registry import nearest
-from cogumi.core.shapes import ModelShape
 from cogumi.models.folders import Quantize, Shape
-from cogumi.models.lora import LoraShape
+from cogumi.models.lora import LoraShape, unknown_targets
 from cogumi.train.loop import LoopConfig
 from cogumi.train.validation import TOKENS
 
@@ -66,7 +64,7 @@ def training_estimate(
     return Estimate(
         cost=_cost(training, memory, loop, int(loop.steps * loop.batch * rows.mean), merged, given.hardware.gpus),
         notes=() if known else (f"rows of unknown length: {ASSUMED.longest} tokens assumed",),
-        problems=(*unknown_targets(lora, shape), *too_large(given, memory, training)),
+        problems=(*(unknown_targets(lora, shape.linear) if lora else ()), *too_large(given, memory, training)),
     )
 
 
@@ -86,15 +84,6 @@ def _cost(t: Training, memory: Footprint, loop: LoopConfig, tokens: int, merged:
         checkpoint=2 * (trained + memory.optimizer * gpus) + (1 + loop.keep) * trained,
         needs_gpu=t.nf4,
     )
-
-
-def unknown_targets(lora: LoraShape | None, shape: ModelShape) -> list[str]:
-    """A line for each target of a LoRA that a model does not have."""
-    return [
-        f"LoRA target '{target}' is not a layer of this model; {nearest(target, shape.linear)}"
-        for target in (lora.by_target if lora else ())
-        if target not in shape.linear
-    ]
 
 
 def too_large(given: Given, memory: Footprint, training: Training) -> list[str]:

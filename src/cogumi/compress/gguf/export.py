@@ -55,10 +55,20 @@ LARGEST = 65504.0
 _ADAPTER_OPTIONS = (
     "use_dora",
     "use_rslora",
+    "use_qalora",
+    "use_bdlora",
     "fan_in_fan_out",
     "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
     "lora_bias",
 )
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base as it is; PiSSA, OLoRA and others take a part of it."""
 _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -149,11 +159,7 @@ def export_adapter(folder: Path, base: Path, out: Path, type: str = "f32") -> No
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ExportError(f"{folder} is a {kind} adapter; supported: LORA")
-    for option in _ADAPTER_OPTIONS:
-        if config.get(option):
-            raise ExportError(
-                f"{folder}/adapter_config.json sets {option}, which llama.cpp does not support; train without it"
-            )
+    _check_variant(folder, config)
     llama = Llama.load(base)
     writer = GGUFWriter(None, llama.kind)
     writer.add_type(GGUFType.ADAPTER)
@@ -167,6 +173,25 @@ def export_adapter(folder: Path, base: Path, out: Path, type: str = "f32") -> No
         for tensor in tensors:
             values = _read(weights, tensor, 0, tensor.shape[0])
             writer.write_tensor_data(quantize_rows(values, tensor.type.name))
+
+
+def _check_variant(folder: Path, config: Mapping[str, Any]) -> None:
+    """`ExportError` for a LoRA that is more than factors beside the unchanged matrices of its base."""
+    for option in _ADAPTER_OPTIONS:
+        if config.get(option):
+            raise ExportError(
+                f"{folder}/adapter_config.json sets {option}, which llama.cpp does not support; train without it"
+            )
+    if config.get("bias", "none") != "none":
+        raise ExportError(
+            f"{folder}/adapter_config.json sets bias: {config['bias']}, which llama.cpp does not support; "
+            "train with bias: none"
+        )
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        raise ExportError(
+            f"{folder}/adapter_config.json sets init_lora_weights: {config['init_lora_weights']}, which changes the "
+            "base; save it with path_initial_model_for_weight_conversion, or train without it"
+        )
 
 
 def check_adapter_type(type: str) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from gguf import TokenType
 
 from cogumi.compress.gguf.gguf_header import Header
-from cogumi.compress.gguf.gguf_vocabulary import LLAMA3, PRE_TOKENIZERS, TEMPLATE, Vocabulary, fingerprint
+from cogumi.compress.gguf.gguf_vocabulary import LLAMA3, PRE_TOKENIZERS, Vocabulary, fingerprint
 from cogumi.core.errors import ExportError
 from cogumi.core.files import write_json, write_text
+from cogumi.models.tokenizer_settings import TEMPLATE
 
 ALIASES = {"llama3": LLAMA3, "llama-v3": LLAMA3, "deepseek-r1-qwen": "qwen2"}
 """Further names under which llama.cpp knows a pre-tokenizer of `PRE_TOKENIZERS`."""

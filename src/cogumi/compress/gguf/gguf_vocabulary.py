@@ -18,10 +18,11 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 
+from cogumi.core.chat_template import Controls, closing_token
 from cogumi.core.errors import ExportError
+from cogumi.models.tokenization import TOKENIZER_FILES
+from cogumi.models.tokenizer_settings import TokenizerSettings
 
-TEMPLATE = "chat_template.jinja"
-"""The file of a chat template in newer model folders."""
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -56,7 +57,10 @@ _MATCH_OPTIONS = ("lstrip", "rstrip", "single_word")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer in llama.cpp's terms: `control` ids are special tokens, `defined` ids other added tokens."""
+    """A tokenizer in llama.cpp's terms: `control` ids are special tokens, `defined` ids other added tokens.
+
+    `turn_end` closes an assistant's message in the chat template.
+    """
 
     pre: str
     tokens: Mapping[int, str]
@@ -70,18 +74,23 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     template: str | None
+    turn_end: int | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
         """Read a folder's tokenizer files; `ExportError` if llama.cpp would produce other ids."""
-        text, settings = _read(folder / "tokenizer.json"), json.loads(_read(folder / "tokenizer_config.json"))
+        text, _ = (_read(folder / name) for name in TOKENIZER_FILES)
+        settings = TokenizerSettings.load(folder)
         document = json.loads(text)
         model, added = document["model"], document["added_tokens"]
         _check(folder, document)
         ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
-        bos, eos, pad, unk = (_special(folder, settings, ids, f"{name}_token") for name in ("bos", "eos", "pad", "unk"))
+        names = ("bos", "eos", "pad", "unk")
+        bos, eos, pad, unk = (_special(folder, getattr(settings, name), ids, name) for name in names)
         if eos is None:
             raise ExportError(f"{folder}/tokenizer_config.json names no eos_token; without one an answer never ends")
+        controls = Controls(frozenset(token["content"] for token in added if token["special"]))
+        closing = closing_token(settings.template, controls, bos=settings.bos or "", eos=settings.eos or "")
         add_bos, add_eos = _adds_bos_eos(folder, text, bos, eos)
         return cls(
             pre=_pre_tokenizer(folder, document["pre_tokenizer"]),
@@ -93,9 +102,10 @@ class Vocabulary:
             eos=eos,
             pad=pad,
             unk=unk,
-            add_bos=bos is not None and _setting(settings, "add_bos_token", add_bos),
-            add_eos=_setting(settings, "add_eos_token", add_eos),
-            template=_template(folder, settings),
+            add_bos=bos is not None and (add_bos if settings.add_bos is None else settings.add_bos),
+            add_eos=add_eos if settings.add_eos is None else settings.add_eos,
+            template=settings.template,
+            turn_end=ids[closing] if closing else None,
         )
 
     @property
@@ -124,6 +134,8 @@ class Vocabulary:
         if self.bos is not None:
             writer.add_bos_token_id(self.bos)
         writer.add_eos_token_id(self.eos)
+        if self.turn_end is not None and self.turn_end != self.eos:
+            writer.add_eot_token_id(self.turn_end)
         if self.pad is not None:
             writer.add_pad_token_id(self.pad)
         if self.unk is not None:
@@ -182,10 +194,8 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
     model = document["model"]
     if model["type"] != "BPE":
         raise ExportError(f"{folder}: the tokenizer model is {model['type']}; supported is BPE over bytes")
-    if document["normalizer"] not in (None, {"type": "NFC"}):
-        raise ExportError(
-            f"{folder}: the tokenizer normalizes text ({document['normalizer']['type']}); llama.cpp would not"
-        )
+    if other := [kind for kind in _normalizers(document["normalizer"]) if kind != "NFC"]:
+        raise ExportError(f"{folder}: the tokenizer normalizes text ({other[0]}); llama.cpp would not")
     for option in _BPE_OPTIONS:
         if model.get(option):
             raise ExportError(f"{folder}: the tokenizer's BPE sets {option}, which llama.cpp does not support")
@@ -199,6 +209,15 @@ def _check(folder: Path, document: Mapping[str, Any]) -> None:
                 raise ExportError(
                     f"{folder}: token {token['content']!r} sets {option}, which llama.cpp does not support"
                 )
+
+
+def _normalizers(node: Mapping[str, Any] | None) -> list[str]:
+    """The kinds of normalizers in a possibly empty or nested sequence."""
+    if node is None:
+        return []
+    if node["type"] != "Sequence":
+        return [str(node["type"])]
+    return [kind for part in node["normalizers"] for kind in _normalizers(part)]
 
 
 def _pre_tokenizer(folder: Path, node: Mapping[str, Any] | None) -> str:
@@ -224,11 +243,9 @@ def _describe_one(part: Mapping[str, Any]) -> str:
     return f"{part['type']}({arguments})" if arguments else str(part["type"])
 
 
-def _special(folder: Path, settings: Mapping[str, Any], ids: Mapping[str, int], name: str) -> int | None:
-    value = settings.get(name)
-    text = value["content"] if isinstance(value, dict) else value
+def _special(folder: Path, text: str | None, ids: Mapping[str, int], name: str) -> int | None:
     if text is not None and text not in ids:
-        raise ExportError(f"{folder}: {name} {text!r} of tokenizer_config.json is not in tokenizer.json")
+        raise ExportError(f"{folder}: {name}_token {text!r} of tokenizer_config.json is not in tokenizer.json")
     return None if text is None else ids[text]
 
 
@@ -244,18 +261,3 @@ def _adds_bos_eos(folder: Path, text: str, bos: int | None, eos: int) -> tuple[b
             if [bos] * add_bos + plain + [eos] * add_eos == special:
                 return add_bos, add_eos
     raise ExportError(f"{folder}: the tokenizer's post-processor adds more than bos and eos; llama.cpp cannot")
-
-
-def _setting(settings: Mapping[str, Any], name: str, default: bool) -> bool:
-    """A flag of the settings, which overrule the post-processor's `default`; null counts as missing."""
-    value = settings.get(name)
-    return default if value is None else bool(value)
-
-
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template, from its own file (newer folders) or the settings."""
-    path = folder / TEMPLATE
-    template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
-    if template is not None and not isinstance(template, str):
-        raise ExportError(f"{folder}/tokenizer_config.json holds several chat templates; keep one, as a string")
-    return template

@@ -20,7 +20,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
 from cogumi.core.errors import ArtifactError, ExportError
-from cogumi.core.shapes import ModelShape, shape_of
+from cogumi.core.shapes import ModelShape, stored_shape
+from cogumi.core.weight_files import check_weight_files
 
 Array: TypeAlias = NDArray[Any]
 
@@ -78,7 +79,8 @@ class Llama(ModelShape):
         """Read `config.json`; `ExportError` for a model that llama.cpp would not run as torch does."""
         config = read_json(folder / "config.json")
         try:
-            shape = shape_of(config, str(folder))
+            check_weight_files(folder)
+            shape = stored_shape(config, folder, str(folder))
         except ArtifactError as error:
             raise ExportError(str(error)) from error
         if shape.kind == "qwen2" and shape.query != shape.hidden:

@@ -23,9 +23,9 @@ from cogumi.core.errors import ArtifactError
 from cogumi.core.files import write_json
 from cogumi.models.folders import save_tensors
 from cogumi.models.tokenization import TOKENIZER_FILES
+from cogumi.models.tokenizer_settings import copy_templates
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-TEMPLATE = "chat_template.jinja"
 PER_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors with a row per id."""
 _ID_FIELDS = ("_token_id", "suppress_tokens")
@@ -104,12 +104,13 @@ class Model:
             write_json(out / name, with_ids(config, new))
         if len(self.weights.files) > 1:
             write_json(out / INDEX, read_json(self.folder / INDEX) | {"metadata": {"total_size": total}})
-        _copy(self.folder, [TEMPLATE], out)
+        copy_templates(self.folder, out)
 
     def copy(self, out: Path) -> None:
         """Copy the folder without changes."""
-        names = (*self.configs, *TOKENIZER_FILES, TEMPLATE, INDEX, *(path.name for path in self.weights.files))
+        names = (*self.configs, *TOKENIZER_FILES, INDEX, *(path.name for path in self.weights.files))
         _copy(self.folder, names, out)
+        copy_templates(self.folder, out)
 
 
 def _copy(folder: Path, names: Iterable[str], out: Path) -> None:
