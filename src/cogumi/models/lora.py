@@ -37,8 +37,11 @@ class LoraShape(BaseModel):
         return {target: self.ranks.get(target, self.rank) for target in (*self.targets, *self.ranks)}
 
 
-def attach(model: Any, shape: LoraShape, seed: int) -> Any:
-    """A peft model in which only the adapter is trainable. `TrainingError` if a target matches no linear layer."""
+def attach(model: Any, shape: LoraShape, seed: int, layers: range | None = None) -> Any:
+    """A peft model in which only the adapter is trainable; with `layers` it is on these layers of the model only.
+
+    Raises `TrainingError` if a target matches no linear layer.
+    """
     from peft import LoraConfig, get_peft_model
 
     names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -57,6 +60,7 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
         target_modules=list(shape.targets),
         task_type="CAUSAL_LM",
         lora_dropout=shape.dropout,
+        layers_to_transform=None if layers is None else list(layers),
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
