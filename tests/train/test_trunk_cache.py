@@ -1,6 +1,8 @@
 """Upper layers trained over cached states of the lower ones: as without the cache; resumption, bounds, errors."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -203,6 +205,19 @@ def test_the_head_runs_on_answers_only(world):
     model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[0]))
     answer_loss(model, collate(rows, [0, 1]))
     assert seen == [sum(row.weight for row in rows)]
+
+
+def test_one_of_several_processes_computes_the_cache_for_all(world, whole, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "support.trunk"]
+    command = [sys.executable, *launcher, world, tmp_path / "home", CONFIG.model_dump_json()]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    leader, helper = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("home", "home-helper"))
+    assert PHASE in leader.pop("phases")
+    assert PHASE not in helper.pop("phases")
+    assert leader == helper
+    for (_, ours), (_, alone) in zip(leader["curve"]["selection"], whole[1][0]["curve"]["selection"], strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=2e-3)
 
 
 def test_models_without_upper_layers_are_refused_before_work(world, tmp_path):

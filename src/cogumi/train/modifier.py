@@ -117,7 +117,8 @@ class _Run:
         self.model, self.below, self.rows, self.judged = model, below, rows, judged
         self.cached = bool(below and config.cache)
         self.own: Collate = collate
-        self.others = self.trained = self.own
+        self.others: Collate = collate
+        self.trained: Collate = collate
         if below and config.cache:
             everything = [*judged.own, *judged.others, *rows]
             first = len(judged.own) + len(judged.others)

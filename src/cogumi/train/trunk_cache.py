@@ -75,7 +75,7 @@ class TrunkCache:
 
     def _write(self, states: Any, i: int, values: np.ndarray) -> None:
         most = float(np.abs(values[: self.rows[i].size]).max())
-        if not most <= np.finfo(TYPES[self.precision]).max:
+        if not most <= float(np.finfo(TYPES[self.precision]).max):
             raise TrainingError(f"hidden states reach {most:.3g}, too much for a cache of fp16; set `cache: fp32`")
         states[self._first[i] : self._first[i + 1]] = values[: self.rows[i].size]
 
