@@ -61,6 +61,21 @@ def test_lines_without_a_terminal_name_their_step(monkeypatch):
     assert lines[3].endswith("left  loss 1")
 
 
+def test_time_left_is_that_of_the_current_phase(monkeypatch):
+    """A new total begins a phase, as training after a caching pass; the time before does not count."""
+    console, shown = shown_on(monkeypatch, False), BuildProgress()
+    monkeypatch.setattr(BuildProgress, "PLAIN_EVERY", 0.0)
+    times = iter((0.0, 100.0, 100.0, 110.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    shown.started("math", "modifier", 1, 1, "")
+    shown.advanced("math", 50, 100, {})
+    shown.advanced("math", 1, 20, {})
+    shown.advanced("math", 2, 20, {})
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert lines[1].startswith("math: 50 of 100, 1 min 40 s left")
+    assert lines[3].startswith("math: 2 of 20, 1 min 30 s left")
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_ctrl_c_stops_all_steps_and_says_how_to_continue(tmp_path, jobs):
     steps = [{"name": name, "stage": "world", "config": {"train": 10**7}} for name in ("a", "b")]

@@ -16,6 +16,7 @@ from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from cogumi.evaluate.bench import memory_use, speed
+from cogumi.evaluate.bench.adapter_training import adapter_training
 from cogumi.evaluate.bench.paired import Setup, alternate
 from cogumi.evaluate.bench.roofline import Memory, weight_bytes
 from cogumi.evaluate.bench.run import NAMED_ONLY, chosen, measures, run
@@ -161,6 +162,13 @@ def test_quantized_cache_is_smaller(setup):
     row = memory_use.kv_cache(setup, "q4_0", 0.29)
     assert row.ratio == pytest.approx(18 / 64, abs=0.1)  # a block of 32 values has 18 bytes in q4_0 and 64 in f16
     assert row.conditions["computed_bytes_per_token"] == [288, 1024]
+
+
+def test_adapters_train_faster_over_cached_states(setup):
+    row = adapter_training(setup)
+    assert 1 < row.ratio <= row.conditions["spread"][1]
+    assert row.conditions["without_cache"] < row.ratio
+    assert row.conditions["caching_tokens_s"] > row.baseline  # one pass without gradients
 
 
 def test_concurrent_stress_does_not_change_answers(setup):

@@ -40,12 +40,15 @@ class _TerminalBar:
 
 @dataclass(slots=True)
 class _Step:
-    """Display state of a step: its bar on a terminal, the time of its last line, its last figures."""
+    """Display state of a step: its bar on a terminal, the start of its current phase, the time of its last line, the
+    work of the phase (a new total begins a new phase), its last figures.
+    """
 
     title: str
     bar: TaskID | None
     began: float
     last_line: float
+    total: int | None = None
     figures: str = ""
 
 
@@ -80,6 +83,8 @@ class BuildProgress(_TerminalBar):
         """Move the bar of the step, or print a line if the last one is old."""
         shown, now = self._steps[step], time.monotonic()
         shown.figures = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if total != shown.total:
+            shown.total, shown.began = total, shown.began if shown.total is None else now
         if shown.bar is not None:
             self._bar.update(shown.bar, completed=done, total=total, figures=shown.figures)
         elif now - shown.last_line >= self.PLAIN_EVERY:

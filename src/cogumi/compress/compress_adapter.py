@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def estimate(config: Config, given: Given) -> Estimate:
     """The adapter with its new rank, and the steps of its training."""
     adapter = given.find("adapter", AdapterFacts)
     if adapter:
-        adapter = AdapterFacts(dict.fromkeys(adapter.ranks, config.rank), adapter.head)
+        adapter = replace(adapter, ranks=dict.fromkeys(adapter.ranks, config.rank))
     if config.loop is None:
         return Estimate((adapter,))
     return uncounted(adapter, model=given.find("model", ModelFacts), steps=config.loop.steps)

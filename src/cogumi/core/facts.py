@@ -84,10 +84,11 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """A LoRA: its rank by target, and the rank of its part on the output head (0: none)."""
+    """A LoRA: its rank by target, the rank of its part on the output head (0: none), its layers (None: all)."""
 
     ranks: Mapping[str, int]
     head: int = 0
+    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training configuration. `ranks` are a LoRA's by target; if empty, all weights are trained.
+    """A training configuration. `ranks` are a LoRA's by target; if empty, all weights are trained. With `upper` the
+    LoRA is on that many upper layers, and no gradient reaches the others.
 
     A step accumulates gradients over `parts` micro-batches, each of `rows` rows of `length` tokens on one device, whose
     last `answer` tokens contribute to the loss; validation batches have `judged` rows. Weights, gradients and optimizer
@@ -40,11 +41,17 @@ class Training:
     gpus: int = 1
     muon: bool = False
     fused: bool = True
+    upper: int | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of layers through which gradients flow."""
+        return self.upper or self.shape.layers
 
     @property
     def trained(self) -> int:
         """Number of weights that training changes."""
-        return self.shape.adapter_parameters(self.ranks) if self.ranks else self.shape.parameters
+        return self.shape.adapter_parameters(self.ranks, self.upper) if self.ranks else self.shape.parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +132,8 @@ def _activations(t: Training) -> int:
     layer = norms + value * inner
     learned = _learned(t, t.rows, 3)
     if t.recompute:
-        return tokens * FP32 * shape.hidden * shape.layers + max(tokens * layer, learned)
-    return tokens * layer * shape.layers + learned
+        return tokens * FP32 * shape.hidden * t.layers + max(tokens * layer, learned)
+    return tokens * layer * t.layers + learned
 
 
 def _learned(t: Training, rows: int, copies: int) -> int:

@@ -82,9 +82,11 @@ class ModelShape:
         ends = self.head_weights * (1 if self.tied else 2) + self.hidden
         return ends + self.matrices + self.layers * (biases + norms)
 
-    def adapter_parameters(self, ranks: Mapping[str, int]) -> int:
-        """Weights of a LoRA with these ranks by target: A [rank, in] and B [out, rank] in every layer."""
-        return self.layers * sum(rank * sum(self.linear[target]) for target, rank in ranks.items())
+    def adapter_parameters(self, ranks: Mapping[str, int], layers: int | None = None) -> int:
+        """Weights of a LoRA with these ranks by target: A [rank, in] and B [out, rank] in every one of its layers (all
+        if None).
+        """
+        return (layers or self.layers) * sum(rank * sum(self.linear[target]) for target, rank in ranks.items())
 
     def cache_values(self) -> int:
         """Values per token in the key-value cache."""

@@ -49,8 +49,11 @@ def unknown_targets(lora: LoraShape, linear: Collection[str]) -> list[str]:
     ]
 
 
-def attach(model: Any, shape: LoraShape, seed: int) -> Any:
-    """A peft model in which only the adapter is trainable. `TrainingError` as `unknown_targets` says."""
+def attach(model: Any, shape: LoraShape, seed: int, layers: range | None = None) -> Any:
+    """A peft model in which only the adapter is trainable; with `layers` it is on these layers of the model only.
+
+    Raises `TrainingError` as `unknown_targets` says.
+    """
     from peft import LoraConfig, get_peft_model
 
     head = model.get_output_embeddings()
@@ -68,6 +71,7 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
         target_modules=list(shape.targets),
         task_type="CAUSAL_LM",
         lora_dropout=shape.dropout,
+        layers_to_transform=None if layers is None else list(layers),
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():  # peft uses a name that transformers has deprecated

@@ -19,17 +19,20 @@ IGNORE = -100
 @dataclass(frozen=True, slots=True)
 class Batch:
     """`ids` `[rows, positions]`, padded on the right, which causal attention ignores; `labels`: `ids` of tokens to
-    learn, IGNORE elsewhere; `starts` `[rows]` of the answers; `index` are the rows' positions in the data set.
+    learn, IGNORE elsewhere; `starts` `[rows]` of the answers; `index` are the rows' positions in the data set. With
+    `states` `[rows, positions, hidden]` the model's input is these hidden states (`train.trunk_cache`), not `ids`.
     """
 
     ids: Tensor
     labels: Tensor
     starts: Tensor
     index: Tensor
+    states: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in (self.ids, self.labels, self.starts, self.index)))
+        ids, labels, starts, index = (t.to(device) for t in (self.ids, self.labels, self.starts, self.index))
+        return Batch(ids, labels, starts, index, None if self.states is None else self.states.to(device))
 
 
 def make_rows(examples: Sequence[Example], tokenizer: HFTokenizer, context: int) -> list[Row]:

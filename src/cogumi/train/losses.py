@@ -31,9 +31,10 @@ def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """`labelled_logits` of the answer tokens; prompts have no labels."""
+    """`labelled_logits` of the answer tokens; prompts have no labels, so that the head does not run on them."""
     core = language_model(model)
-    return labelled_logits(core.lm_head, core.model(input_ids=batch.ids).last_hidden_state, batch.labels)
+    given = {"input_ids": batch.ids} if batch.states is None else {"inputs_embeds": batch.states.to(core.dtype)}
+    return labelled_logits(core.lm_head, core.model(**given, use_cache=False).last_hidden_state, batch.labels)
 
 
 def answer_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from cogumi.core.estimate import Cost, Estimate, Given
 from cogumi.core.facts import ModelFacts, Rows, TokenizerFacts, model_at
 from cogumi.core.footprint import FP32, Footprint, Training, footprint
 from cogumi.models.folders import Quantize, Shape
 from cogumi.models.lora import LoraShape, unknown_targets
+from cogumi.models.upper_layers import too_many
 from cogumi.train.loop import LoopConfig
+from cogumi.train.trunk_cache import TYPES, Precision
 from cogumi.train.validation import TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Upper:
+    """Training of the upper `layers` only, on the cached states of the others with this precision, or without cache."""
+
+    layers: int
+    cache: Precision | None
+
 
 ASSUMED = Rows(0, 512, 512, 512)
 """Rows of unknown length."""
@@ -38,14 +52,17 @@ def training_estimate(
     *,
     merged: bool = True,
     whole_rows: bool = False,
+    upper: Upper | None = None,
 ) -> Estimate:
     """Cost, notes and problems of training a model on the input `examples`; the stage adds the facts.
 
-    Without `lora` all weights are trained. `merged`: the output is the whole model, not only an adapter. `whole_rows`:
-    the loss includes questions.
+    Without `lora` all weights are trained, with `upper` that LoRA is on the upper layers only. `merged`: the output is
+    the whole model, not only an adapter. `whole_rows`: the loss includes questions.
     """
     shape, known = model.shape, given.rows("examples", model)
     rows = known or ASSUMED
+    if upper and (problem := too_many(upper.layers, shape.layers)):
+        return Estimate(problems=(problem,))
     training = Training(
         shape,
         rows=math.ceil(loop.batch / (loop.accumulate * given.hardware.gpus)),
@@ -59,18 +76,26 @@ def training_estimate(
         parts=loop.accumulate,
         gpus=given.hardware.gpus,
         muon=loop.muon_lr is not None,
+        upper=upper.layers if upper else None,
     )
     memory = footprint(training)
     return Estimate(
-        cost=_cost(training, memory, loop, int(loop.steps * loop.batch * rows.mean), merged, given.hardware.gpus),
+        cost=_cost(training, memory, loop, rows, merged, upper.cache if upper else None),
         notes=() if known else (f"rows of unknown length: {ASSUMED.longest} tokens assumed",),
         problems=(*(unknown_targets(lora, shape.linear) if lora else ()), *too_large(given, memory, training)),
     )
 
 
-def _cost(t: Training, memory: Footprint, loop: LoopConfig, tokens: int, merged: bool, gpus: int) -> Cost:
-    passes = 4 + (2 if t.ranks is None else 0) + (2 if t.recompute else 0)
+def _cost(t: Training, memory: Footprint, loop: LoopConfig, rows: Rows, merged: bool, cache: Precision | None) -> Cost:
+    """The cost of a run over rows; `cache` holds the states of the layers below those that are trained."""
+    tokens = int(loop.steps * loop.batch * rows.mean)
+    layer, below = t.shape.matrices // t.shape.layers, t.shape.layers - t.layers
+    upper = 4 + (2 if t.ranks is None else 0) + (2 if t.recompute else 0)
+    flops = upper * (t.layers * layer + t.shape.head_weights) * tokens
+    distinct = min(tokens, int(rows.count * rows.mean)) if rows.count else tokens
+    flops += 2 * below * layer * (distinct if cache else tokens)
     trained = FP32 * t.trained
+    states = distinct * t.shape.hidden * np.dtype(TYPES[cache]).itemsize if cache else 0
     return Cost(
         method="full" if t.ranks is None else "QLoRA nf4" if t.nf4 else "LoRA",
         shape=t.shape,
@@ -78,10 +103,10 @@ def _cost(t: Training, memory: Footprint, loop: LoopConfig, tokens: int, merged:
         trained=t.trained,
         steps=loop.steps,
         tokens=tokens,
-        flops=float(passes * (t.shape.matrices + t.shape.head_weights) * tokens),
+        flops=float(flops),
         memory=memory,
         output=FP32 * t.shape.parameters if merged else trained,
-        checkpoint=2 * (trained + memory.optimizer * gpus) + (1 + loop.keep) * trained,
+        checkpoint=2 * (trained + memory.optimizer * t.gpus) + (1 + loop.keep) * trained + states,
         needs_gpu=t.nf4,
     )
 

@@ -46,7 +46,12 @@ def passes(rows: Sequence[Item]) -> Iterator[list[int]]:
         yield chosen
 
 
-def judge_answers(apply: Apply, rows: Sequence[Row], groups: Sequence[str] = ()) -> dict[str, float]:
+def judge_answers(
+    apply: Apply,
+    rows: Sequence[Row],
+    groups: Sequence[str] = (),
+    collate: Callable[[Sequence[Any], Sequence[int]], Any] = collate,
+) -> dict[str, float]:
     """`loss` (nats per answer token), `exact` (share of exact answers), and `exact/<group>` of each group.
 
     `rows` must not be empty; `groups` names a group for each row, or is empty.

@@ -319,7 +319,7 @@ def estimate(config: Config, given: Given) -> Estimate:
     model = given.find("model", ModelFacts)
     if "adapter" in given.inputs:
         trained = given.find("adapter", AdapterFacts)
-        return Estimate((model, Adapter(trained.ranks, config.adapter_type) if trained else None))
+        return Estimate((model, Adapter(trained.ranks, config.adapter_type, trained.layers) if trained else None))
     notes = []
     if "types" in given.inputs:
         step = given.inputs["types"].step

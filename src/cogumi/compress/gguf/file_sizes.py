@@ -94,8 +94,11 @@ def model_file(
     return GgufFile(_keys(llama) + vocabulary, tuple(known))
 
 
-def adapter_file(shape: ModelShape, ranks: Mapping[str, int], type: str = "f32") -> GgufFile:
-    """The file of a LoRA on this shape: A [rank, in] and B [out, rank] of every target; `ranks` by target name."""
+def adapter_file(shape: ModelShape, ranks: Mapping[str, int], type: str = "f32", layers: int | None = None) -> GgufFile:
+    """The file of a LoRA on this shape: A [rank, in] and B [out, rank] of every target in `layers` layers (all if
+    None); `ranks` by target name.
+    """
+    shape = replace(shape, layers=layers or shape.layers)
     return _adapter(replace(_llama(shape), vocabulary=DUMMY_VOCABULARY), tuple(ranks.items()), type)
 
 

@@ -50,22 +50,23 @@ class Weights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA as a GGUF file: ranks by target, and tensor type."""
+    """A LoRA as a GGUF file: ranks by target, tensor type, and its number of layers (None: all)."""
 
     ranks: Mapping[str, int]
     type: str = "f32"
+    layers: int | None = None
 
     def file(self, shape: ModelShape) -> GgufFile:
         """The file with its sizes, for a base of that shape."""
         from cogumi.compress.gguf.file_sizes import adapter_file
 
-        return adapter_file(shape, self.ranks, self.type)
+        return adapter_file(shape, self.ranks, self.type, self.layers)
 
     def reduced(self, rank: int, type: str) -> Adapter:
         """The same with another rank and type, unless that is larger."""
         from cogumi.compress.gguf.file_sizes import bits
 
-        smaller = Adapter(dict.fromkeys(self.ranks, rank), type)
+        smaller = replace(self, ranks=dict.fromkeys(self.ranks, rank), type=type)
         before, after = (sum(one.ranks.values()) * bits(one.type) for one in (self, smaller))
         return smaller if after < before else self
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cogumi.core.environment import cache_folder, environment
 from cogumi.core.errors import CogumiError, RequestError
+from cogumi.core.packages import load
 from cogumi.core.registry import nearest
 from cogumi.engine.llama.binding.model import load_tokenizer
 from cogumi.engine.llama.engine import default_threads
@@ -25,7 +26,15 @@ ACCEPT = (0.3, 0.6, 0.75, 0.9)
 """Acceptance rates of the synthetic drafts."""
 BUNDLES = ("q4_k_m", "iq4_xs")
 """File types of the base in the rows about bundles."""
-NAMED_ONLY = ("concurrency_16", "start", *(f"bundle_1b_{type}" for type in BUNDLES), "bundle_mobile", "unpack", "soak")
+NAMED_ONLY = (
+    "concurrency_16",
+    "start",
+    *(f"bundle_1b_{type}" for type in BUNDLES),
+    "bundle_mobile",
+    "unpack",
+    "adapter_training",
+    "soak",
+)
 """Rows that take long or have no baseline; they run only if requested by name."""
 
 Measure = Callable[[Setup], Row]
@@ -63,8 +72,15 @@ def measures(accept: Sequence[float] = ACCEPT) -> dict[str, Measure]:
         "unpack": unpacking.unpack,
         **{f"bundle_1b_{type}": partial(bundle_sizes.bundle_1b, type=type) for type in BUNDLES},
         "bundle_mobile": bundle_sizes.bundle_mobile,
+        "adapter_training": _adapter_training,
         "soak": soak,
     }
+
+
+def _adapter_training(setup: Setup) -> Row:
+    """The row of that name; its module needs torch, the others do not."""
+    found: Row = load("cogumi.evaluate.bench.adapter_training", "the row adapter_training").adapter_training(setup)
+    return found
 
 
 def chosen(only: Sequence[str], accept: Sequence[float]) -> dict[str, Measure]:
