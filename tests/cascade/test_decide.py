@@ -57,8 +57,8 @@ def test_mode_determines_the_order_of_tiers(mode, order, surprising_order):
 def test_only_orders_with_a_calibrated_threshold_are_used():
     assert plan(replace(SITUATION, has_draft=False), mode="mobile").order == ("base", "modifier")
     alone = plan(gates={"modifier": None}, mode="balanced")
-    assert (alone.order, alone.threshold) == (("base",), 0.8)
-    assert usable(MODES["mobile"], False, calibration(modifier=None)).policy.name == "base"
+    assert (alone.order, alone.thresholds["base"]) == (("base",), 0.8)
+    assert usable(MODES["mobile"], False, True, calibration(modifier=None)).policy.name == "base"
 
 
 def test_tokens_are_streamed_only_when_they_are_final():

@@ -7,6 +7,7 @@ from typing import Any
 
 from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.core.types import Example, Request
+from cogumi.data.examples import level
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade_all
 
@@ -23,7 +24,7 @@ def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Exam
     cells: dict[str, dict[str, list[int]]] = {}
     kept: list[bool] = []
     for example, answer, verdict in zip(examples, answers, verdicts, strict=True):
-        cell = cells.setdefault(example.domain, {}).setdefault(str(example.difficulty), [0, 0])
+        cell = cells.setdefault(example.domain, {}).setdefault(level(example), [0, 0])
         cell[0] += verdict.correct
         cell[1] += 1
         if answer.accepted:

@@ -30,9 +30,10 @@ from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import FileFacts, FileSize
 from cogumi.core.files import write_json
 from cogumi.core.stage import Context
-from cogumi.core.types import Artifact
+from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.teach.context_size import context_for
 from cogumi.teach.tier_answers import (
     Answer,
     AskOptions,
@@ -48,7 +49,7 @@ from cogumi.teach.tier_answers import (
 from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 
-VERSION = 2
+VERSION = 3
 KIND = "calibration"
 INPUTS = {"data": "examples", "base": "gguf", "draft": "gguf", "draft_model": "model", "router": "router"}
 OPTIONAL = {"modifier_*": "gguf"}
@@ -67,7 +68,8 @@ Doubles = NDArray[np.float64]
 
 class Config(BaseModel):
     """At most the share `e` of accepted answers may be wrong, and at most the share `unanswerable` of unanswerable
-    questions accepted, with `confidence`; questions up to difficulty `easy_up_to` are easy.
+    questions accepted, with `confidence`; questions up to difficulty `easy_up_to` are easy, and of those without a level the ones that the
+    base answers correctly.
 
     The specification's perplexity limits are 20 (`draft_perplexity`), 12.4 (`base_perplexity`) and 30
     (`answer_perplexity`); None fits them where the histograms cross.
@@ -84,17 +86,19 @@ class Config(BaseModel):
     rows: int | None = Field(None, ge=1, description="at most so many rows of each split; none: all")
     max_tokens: int = Field(128, ge=1)
     slots: int = Field(16, ge=1)
-    context: int = Field(256, ge=16)
+    context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
 
 
-def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack) -> Tiers:
-    """Open the models of the inputs; the stack `opened` closes them."""
+def open_tiers(inputs: Mapping[str, Artifact], examples: Sequence[Example], config: Config, opened: ExitStack) -> Tiers:
+    """Open the models of the inputs for questions `examples`; the stack `opened` closes them."""
+    models = [inputs[role].path / "model.gguf" for role in ("base", "draft")]
+    context = context_for(models, examples, config.max_tokens, config.context)
     adapters = {
         role.removeprefix(MODIFIER): artifact.path / "adapter.gguf"
         for role, artifact in inputs.items()
         if role.startswith(MODIFIER)
     }
-    size: dict[str, Any] = {"slots": config.slots, "context": config.context, "lookup": False}
+    size: dict[str, Any] = {"slots": config.slots, "context": context, "lookup": False}
     base = LlamaEngine(inputs["base"].path / "model.gguf", adapters=adapters, **size)
     opened.callback(base.close)
     draft = LlamaEngine(inputs["draft"].path / "model.gguf", **size)
@@ -242,7 +246,7 @@ def calibrate(
     """
     fitted, probe = fit_gates(rows, seed)
     gates = {name: one.gate for name, one in fitted.items()}
-    easy = {name: [is_easy(r.example, config.easy_up_to) for r in rows[name]] for name in rows}
+    easy = {name: [is_easy(r.example, config.easy_up_to, r.base.correct) for r in rows[name]] for name in rows}
     question = fit_question_gate(rows["fit"], easy["fit"], config)
     limit = config.answer_perplexity or _answer_perplexity(rows["fit"])
     without_guarantee = Calibration(question, gates, probe, limit, {}, {})
@@ -256,10 +260,12 @@ def calibrate(
 
     def limits(split: str, answers: PolicyAnswers, config: Config) -> list[RiskLimit]:
         """Limits on the errors of accepted answers and, if the split has any, on accepted unanswerable questions."""
-        without = np.array([r.example.meta.get("check", {}).get("kind") == "abstain" for r in rows[split]], dtype=bool)
+        without = np.array([not r.example.answerable for r in rows[split]], dtype=bool)
         found = [RiskLimit(answers.count, config.e)]
         if without.any():
-            found.append(RiskLimit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable))
+            found.append(
+                RiskLimit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable, True)
+            )
         return found
 
     policies = [policy for policy in POLICIES if "modifier" in gates or not policy.modifier]
@@ -372,9 +378,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         raise DataError(f"the split '{empty[0]}' is empty: calibration needs rows in {', '.join(SPLITS)}")
     cost = {role: float((inputs[role].path / "model.gguf").stat().st_size) for role in ("draft", "base")}
     with ExitStack() as opened:
-        tiers = open_tiers(inputs, config, opened)
-        options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
         everything = [example for found in examples.values() for example in found]
+        tiers = open_tiers(inputs, everything, config, opened)
+        options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
         answered = iter(ask(tiers, everything, options))
         rows = {name: [next(answered) for _ in found] for name, found in examples.items()}
     return calibrate(rows, cost, config, context.seed, out)

@@ -7,7 +7,7 @@ reject it by these figures.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import AdapterFacts, ModelFacts
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
-from cogumi.core.types import Artifact
+from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import read_responses
 from cogumi.models.folders import Quantize, load
@@ -36,6 +36,8 @@ VERSION = 1
 KIND = "adapter"
 INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
+MEMORISED = 0.9
+"""A base that fails no training question but has a lower accuracy on selection questions has memorised the former."""
 
 
 class Config(BaseModel):
@@ -62,6 +64,23 @@ def estimate(config: Config, given: Given) -> Estimate:
     return replace(found, facts=(adapter,))
 
 
+def _nothing_failed(domain: str, questions: Sequence[Example], base: Path, data: Path) -> str:
+    """The message for a base that fails no training question: it knows the domain, or it memorised the questions."""
+    if not questions:
+        return f"no training question of '{domain}' was answered; choose a domain of the data, or raise `rows` of `respond`"
+    selection = [e for e in read_examples(split_path(data, "selection")) if e.domain == domain]
+    model = load(base)
+    rows = make_rows(selection, HFTokenizer.load(base), model.config.max_position_embeddings)
+    right = _exact(model, rows)
+    found = f"the base answers all {len(questions)} training questions of '{domain}' correctly"
+    if right is None or right >= MEMORISED:
+        return f"{found}, so it needs no modifier for it"
+    return (
+        f"{found}, but {right:.1%} of {len(rows)} selection questions: it memorised its training rows. Train the base "
+        "for fewer steps or on more rows, so that its failures show"
+    )
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`examples`, `responses` and `model` (the base) -> a PEFT folder."""
     torch.set_num_threads(context.threads)
@@ -72,9 +91,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     questions = [e for e in questions if e.domain == config.domain and e.id in responses]
     failed = [e for e in questions if not responses[e.id].correct]
     if not failed:
-        raise TrainingError(
-            f"the base failed no training question of '{config.domain}', so it needs no modifier for it"
-        )
+        raise TrainingError(_nothing_failed(config.domain, questions, base, data))
     chosen = failed if config.rows == "failures" else random.Random(context.seed).sample(questions, len(failed))
     tokenizer = HFTokenizer.load(base)
     model = load(base, config.quantize)

@@ -76,13 +76,22 @@ class Model:
 
     def _head(self, name: str) -> int:
         """Width of one attention head's keys or values."""
+        known = self._number(f"attention.{name}_length")
+        return known or self.width // int(c.llama_model_n_head(self.weights.pointer))
+
+    @property
+    def trained_context(self) -> int | None:
+        """The context that the model was trained for, also with the vocabulary only; None if the file has none."""
+        return self._number("context_length")
+
+    def _number(self, name: str) -> int | None:
+        """A number of the architecture in the file's metadata; None if it has none of that name."""
         model, buffer = self.weights.pointer, ctypes.create_string_buffer(64)
         known = c.llama_model_meta_val_str
-        if known(model, b"general.architecture", buffer, len(buffer)) >= 0:
-            key = buffer.value.decode() + f".attention.{name}_length"
-            if known(model, key.encode(), buffer, len(buffer)) >= 0:
-                return int(buffer.value)
-        return self.width // int(c.llama_model_n_head(model))
+        if known(model, b"general.architecture", buffer, len(buffer)) < 0:
+            return None
+        key = f"{buffer.value.decode()}.{name}"
+        return int(buffer.value) if known(model, key.encode(), buffer, len(buffer)) >= 0 else None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
