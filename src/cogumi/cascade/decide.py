@@ -46,12 +46,12 @@ class Plan:
     """How a request is answered.
 
     `order`: tiers of the policy, asked in turn until an answer is accepted (see `Policy.order`); `surprising_order`:
-    the order if the prompt has a high perplexity for the base, None if it is the same. `thresholds`: least score of
-    an accepted answer of each tier. `domain`: the modifier's name. `streamed`: tiers whose tokens are streamed as generated. `preview`:
-    the draft's answer is shown first. `preload`: the modifier reads the prompt while the base answers. `deliberation`:
-    methods to try if no answer was accepted, or None. `doubt`: the reason why no answer can be accepted whatever the
-    gates' result, else empty. `calibrated`: whether P(correct) is valid for this request. `disclaimer`: appended to an
-    answer that is not accepted. `decisions`: the decisions made so far, for the reply.
+    the order if the prompt has a high perplexity for the base, None if it is the same. `thresholds`: least score of an
+    accepted answer of each tier. `domain`: the modifier's name. `streamed`: tiers whose tokens are streamed as
+    generated. `preview`: the draft's answer is shown first. `preload`: the modifier reads the prompt while the base
+    answers. `deliberation`: methods to try if no answer was accepted, or None. `doubt`: the reason why no answer can be
+    accepted whatever the gates' result, else empty. `calibrated`: whether P(correct) is valid for this request.
+    `disclaimer`: appended to an answer that is not accepted. `decisions`: the decisions made so far, for the reply.
     """
 
     mode: str

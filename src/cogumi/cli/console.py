@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cogumi.core.amounts import duration, share, size
 from cogumi.core.types import Reply
+from cogumi.data.examples import level_title
 
 if TYPE_CHECKING:
     from cogumi.cascade.memory.personal_offsets import PersonalRouting
@@ -68,21 +69,24 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def print_accuracy(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]], title: str) -> None:
     """Print `{tier: {domain: {difficulty: [correct, n]}}}` as tables: by tier and domain, by tier and difficulty."""
     domains = sorted({domain for tier in accuracy.values() for domain in tier})
-    levels = sorted({str(level) for tier in accuracy.values() for cells in tier.values() for level in cells})
-
-    def by_level(cells: Mapping[str, Mapping[str, Sequence[int]]], level: str) -> str:
-        return share(cell for row in cells.values() for at, cell in row.items() if str(at) == level)
-
     rows = [
         [tier, share(cell for row in cells.values() for cell in row.values())]
         + [share(cells.get(domain, {}).values()) for domain in domains]
         for tier, cells in accuracy.items()
     ]
     table(title, ["tier", "all", *domains], rows)
-    if len(levels) > 1:
-        names = ["no answer" if level == "0" else f"level {level}" for level in levels]
-        rows = [[tier, *(by_level(cells, level) for level in levels)] for tier, cells in accuracy.items()]
-        table("The same by difficulty", ["tier", *names], rows)
+    if len({level for tier in accuracy.values() for cells in tier.values() for level in cells}) > 1:
+        print_levels(accuracy)
+
+
+def print_levels(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]]) -> None:
+    """Print `{tier: {domain: {level: [correct, n]}}}` by tier and level of difficulty."""
+    levels = sorted({level for tier in accuracy.values() for cells in tier.values() for level in cells})
+    rows = [
+        [tier, *(share(pair for row in cells.values() for at, pair in row.items() if at == level) for level in levels)]
+        for tier, cells in accuracy.items()
+    ]
+    table("The same by difficulty", ["tier", *map(level_title, levels)], rows)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -98,6 +102,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             ("accepted answers (coverage)", f"{gate['coverage']:.1%}"),
             (f"wrong among accepted (bound {gate['bound']:.0%})", f"{gate['accepted_error']:.1%}"),
         ]
+        if not gate["accepted"]:
+            rows[-1] = ("wrong among accepted", "-")
     if unanswerable := report.get("unanswerable"):
         confident, n = unanswerable["confident"], unanswerable["n"]
         rows.append(("unanswerable questions with an accepted answer", f"{confident} of {n}"))
@@ -113,20 +119,44 @@ def print_report(report: Mapping[str, Any]) -> None:
     rows.append(("build time", duration(report["seconds"])))
     rows.append(("peak memory", size(report["peak_rss_bytes"])))
     table(f"Recipe {report['recipe']}", ["figure", "value"], rows)
+    if gate and "promise" in gate:
+        STDOUT.print(gate["promise"], markup=False)
     for page in report.get("pages", ()):
         STDOUT.print(f"figures: {page}", soft_wrap=True, markup=False)
 
 
 def print_evaluation(figures: Mapping[str, Any]) -> None:
-    """Print the figures of `evaluate.accuracy`, and the rejected rows of the file."""
-    print_accuracy({figures["tier"]: figures["accuracy"]}, f"{figures['n']} questions of {figures['data']}")
-    if figures["coverage"] is not None:
-        wrong = "-" if figures["accepted_error"] is None else f"{figures['accepted_error']:.1%}"
-        STDOUT.print(f"accepted: {figures['coverage']:.1%}, wrong among accepted: {wrong}")
-    if rejected := figures["rejected"]:
-        STDERR.print(f"{len(rejected)} rows could not be used:")
-        for row in rejected[:10]:
-            STDERR.print(f"  {escape(row)}", soft_wrap=True)
+    """Print the figures of `evaluate.accuracy`, and the rows that could not be read, asked or graded."""
+    every = {"all": {name: figures[name] for name in ("correct", "n", "interval")}, **figures["domains"]}
+    rows = [
+        [name, f"{row['correct']} of {row['n']}", share([[row["correct"], row["n"]]]), _interval(row["interval"])]
+        for name, row in every.items()
+    ]
+    title = f"{figures['tier']}: {figures['n']} questions of {figures['data']}"
+    table(title, ["domain", "correct", "share", "95% interval"], rows)
+    levels = {str(level) for cells in figures["accuracy"].values() for level in cells}
+    if len(levels) > 1:
+        print_levels({figures["tier"]: figures["accuracy"]})
+    if figures["accepted"] is not None:
+        wrong = f", {figures['accepted_wrong']} of them wrong" if figures["accepted"] else ""
+        STDOUT.print(f"accepted: {figures['accepted']} of {figures['n']} ({figures['coverage']:.1%}){wrong}")
+    if figures["calibrated"]:
+        order = "-" if figures["auroc"] is None else f"{figures['auroc']:.3f}"
+        STDOUT.print(f"P(correct) of {figures['calibrated']} answers: AUROC {order}, ECE {figures['ece']:.3f}")
+    else:
+        STDOUT.print("P(correct): not calibrated")
+    for what in ("rejected", "failed"):
+        if found := figures[what]:
+            reason = "could not be read" if what == "rejected" else "could not be asked or graded"
+            STDERR.print(f"{len(found)} rows {reason}:")
+            for row in found[:10]:
+                STDERR.print(f"  {escape(row)}", soft_wrap=True)
+    if "out" in figures:
+        STDOUT.print(f"answers: {figures['out']}", soft_wrap=True, markup=False)
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.1%} to {bounds[1]:.1%}"
 
 
 def findings(name: str, found: Any) -> dict[str, Any]:

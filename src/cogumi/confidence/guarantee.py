@@ -88,7 +88,7 @@ class Missed:
 
 @dataclass(frozen=True, slots=True)
 class Guarantee:
-    """A certified threshold and its evidence. `threshold` is infinite if no threshold passed; `missed` is then the best.
+    """A certified threshold and its evidence; if none passed, `threshold` is infinite and `missed` is the best.
 
     `accepted` of `n` rows were accepted, non-abstaining answers, `wrong` of them wrong; `bound` is the
     upper bound of their error rate at this threshold (1 if no answer is accepted).
@@ -113,9 +113,9 @@ class Guarantee:
         """What is certified, with the evidence; or what is missing, and how many more rows would do."""
         if self.certified:
             return (
-                f"Certified with {self.confidence:.0%} confidence: at most {percent(self.risk)} of the accepted answers "
-                f"are wrong. The threshold {self.threshold:.2f} accepts {self.accepted} of {self.n} with {self.wrong} "
-                f"wrong, which proves at most {percent(self.bound)}."
+                f"Certified with {self.confidence:.0%} confidence: at most {percent(self.risk)} of the accepted "
+                f"answers are wrong. The threshold {self.threshold:.2f} accepts {self.accepted} of {self.n} with "
+                f"{self.wrong} wrong, which proves at most {percent(self.bound)}."
             )
         missed = self.missed
         if missed is None or not missed.counted:

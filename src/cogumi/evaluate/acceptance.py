@@ -29,8 +29,8 @@ MODEL = "model.gguf"
 
 
 class Config(BaseModel):
-    """`rows`: most easy questions and most hard questions to ask; easy means difficulty up to `easy_up_to`, or without a
-    level that the base answers correctly.
+    """`rows`: most easy questions and most hard questions to ask; easy means difficulty up to `easy_up_to`, or without
+    a level that the base answers correctly.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -143,6 +143,8 @@ def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee
         "accepted_error": 1 - sum(kept) / len(kept) if kept else 0.0,
         "bound": promise.risk,
         "confidence": promise.confidence,
+        "certified": promise.certified,
+        "promise": promise.sentence(),
         "assumption": promise.assumption,
     }
 
@@ -214,11 +216,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         answers = {"draft": collector.ask(tiers.draft, heldout)} if tiers.has_draft else {}
         answers["base"] = base
         modifiers = {name: collector.ask(tiers.base, of[name], name) for name in domains}
-        answers["modifier"] = GradedAnswers(
-            [e for a in modifiers.values() for e in a.examples],
-            [r for a in modifiers.values() for r in a.replies],
-            [c for a in modifiers.values() for c in a.correct],
-        )
+        if modifiers:
+            answers["modifier"] = GradedAnswers(
+                [e for a in modifiers.values() for e in a.examples],
+                [r for a in modifiers.values() for r in a.replies],
+                [c for a in modifiers.values() for c in a.correct],
+            )
         answers["cascade"] = collector.ask(cascade, heldout)
         refused = collector.ask(cascade, without)
         compared = {}
@@ -236,6 +239,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         right = zip(heldout, base.correct, strict=True)
         easy = [e for e, answered in right if is_easy(e, config.easy_up_to, answered)][: config.speculation_prompts]
         metrics = {
+            "questions": len(heldout),
             "accuracy": {tier: graded.table() for tier, graded in answers.items()},
             "modifiers": compared,
             "speculation": speculation_figures(tiers.base, easy, config),

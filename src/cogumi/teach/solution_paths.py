@@ -43,8 +43,8 @@ _ROLE = "adapter_"
 
 
 class Config(BaseModel):
-    """Answerable questions (of `domains`, if given) of at least difficulty `hard_from` or without a level are sampled, at
-    most `rows`.
+    """Answerable questions (of `domains`, if given) of at least difficulty `hard_from` or without a level are sampled,
+    at most `rows`.
 
     A question gets up to `samples` answers, `per_round` at once, until it has `paths` solutions. Sample k has
     temperature `temperatures[k % n]`. Programs are compared with the reference answer on `probes` inputs; 0 relies on

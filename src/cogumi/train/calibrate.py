@@ -68,8 +68,8 @@ Doubles = NDArray[np.float64]
 
 class Config(BaseModel):
     """At most the share `e` of accepted answers may be wrong, and at most the share `unanswerable` of unanswerable
-    questions accepted, with `confidence`; questions up to difficulty `easy_up_to` are easy, and of those without a level the ones that the
-    base answers correctly.
+    questions accepted, with `confidence`; questions up to difficulty `easy_up_to` are easy, and of those without a
+    level the ones that the base answers correctly.
 
     The specification's perplexity limits are 20 (`draft_perplexity`), 12.4 (`base_perplexity`) and 30
     (`answer_perplexity`); None fits them where the histograms cross.

@@ -67,7 +67,7 @@ def estimate(config: Config, given: Given) -> Estimate:
 def _nothing_failed(domain: str, questions: Sequence[Example], base: Path, data: Path) -> str:
     """The message for a base that fails no training question: it knows the domain, or it memorised the questions."""
     if not questions:
-        return f"no training question of '{domain}' was answered; choose a domain of the data, or raise `rows` of `respond`"
+        return f"no training question of '{domain}' was answered; choose a domain of the data, or more `rows` to answer"
     selection = [e for e in read_examples(split_path(data, "selection")) if e.domain == domain]
     model = load(base)
     rows = make_rows(selection, HFTokenizer.load(base), model.config.max_position_embeddings)
