@@ -103,7 +103,7 @@ def test_threshold_is_close_to_the_ideal_one():
 def test_second_limit_can_end_the_sequence_earlier():
     few = {0.9: (500, 0), 0.8: (700, 5), 0.7: (900, 10)}
     without = {0.9: (400, 0), 0.8: (400, 2), 0.7: (400, 60)}
-    limits = [RiskLimit(few.__getitem__, 0.05), RiskLimit(without.__getitem__, 0.02)]
+    limits = [RiskLimit(lambda t: few.get(t, (0, 0)), 0.05), RiskLimit(lambda t: without.get(t, (0, 0)), 0.02, True)]
     assert guarantee([0.9, 0.8, 0.7], limits[:1], 1000, 0.95).threshold == 0.7
     found = guarantee([0.9, 0.8, 0.7], limits, 1000, 0.95)
     assert (found.threshold, found.accepted, found.wrong, found.risk) == (0.8, 700, 5, 0.05)

@@ -6,15 +6,19 @@ Results go to standard output, progress and messages to standard error, so that 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from cogumi.core.amounts import duration, share, size
 from cogumi.core.types import Reply
@@ -40,12 +44,73 @@ def confidence(reply: Reply) -> str:
     return f"{reply.tier or 'model'}{sure} · {reply.usage.completion_tokens} tokens{drafted}"
 
 
+def verdict(reply: Reply) -> str:
+    """One line about an answer: whether the cascade stands by it, which tier gave it, P(correct) and what is needed."""
+    name, _, domain = reply.tier.partition(":")
+    tier = f"{name} {domain}".strip() or "the model"
+    if reply.route == "cache":
+        return "sure: an earlier accepted answer, repeated"
+    if reply.p_correct is None:
+        return f"not calibrated: answer of {tier}"
+    judged = [d for d in reply.decisions if d.signal == "p_correct" and d.tier == reply.tier]
+    needed = judged[-1].threshold if judged else None
+    p = f"{reply.p_correct:.0%}"
+    if reply.accepted:
+        return f"sure: {tier}, {p}" + (f", {needed:.0%} needed" if needed is not None else "")
+    if reply.route == "abstained":
+        return f"declined: {tier}, {p}"
+    limit = "" if needed is None else f", {needed:.0%} needed" if needed < 1 else ", nothing is certified"
+    return f"not sure: best guess of {tier}, {p}{limit}"
+
+
+def print_verdict(reply: Reply) -> None:
+    """Print the one line below an answer."""
+    STDOUT.print(f"\n  [bold cyan]{escape(verdict(reply))}[/]")
+
+
+def width() -> int | None:
+    """Columns of the terminal; None if the output is not a terminal."""
+    return STDOUT.width if STDOUT.is_terminal else None
+
+
+class Wrap:
+    """Breaks streamed text between words at `width` columns (None: never); `add` returns what can be printed."""
+
+    def __init__(self, width: int | None) -> None:
+        self._width, self._column, self._word = width, 0, ""
+
+    def add(self, piece: str) -> str:
+        """The printable part of the text so far that was not returned before; a last, unfinished word waits."""
+        if self._width is None:
+            return piece
+        *parts, self._word = re.split(r"(\s)", self._word + piece)
+        return "".join(map(self._placed, parts))
+
+    def end(self) -> str:
+        """The rest of the text."""
+        rest, self._word = self._word, ""
+        return self._placed(rest)
+
+    def _placed(self, part: str) -> str:
+        """A word or a white space, after a line break where it does not fit the line."""
+        size = cell_len(part)
+        if part == "\n":
+            self._column = 0
+        elif self._width is not None and self._column and self._column + size > self._width:
+            self._column = 0 if part.isspace() else size
+            return "\n" if part.isspace() else f"\n{part}"
+        else:
+            self._column += size
+        return part
+
+
 def print_reasons(reply: Reply) -> None:
     """Print the lines below an answer: the tier, P(correct), and every decision."""
-    STDOUT.print(f"\n  [bold cyan]{escape(confidence(reply))}[/]", soft_wrap=True)
+    STDOUT.print(f"\n  [bold cyan]{escape(confidence(reply))}[/]")
     for decision in reply.decisions:
         mark = "[green]✓[/]" if decision.accepted else "[yellow]→[/]"
-        STDOUT.print(f"  {mark} [dim]{escape(decision.tier)}: {escape(decision.reason)}[/]", soft_wrap=True)
+        line = Text.from_markup(f"{mark} [dim]{escape(decision.tier)}: {escape(decision.reason)}[/]")
+        STDOUT.print(Padding(line, (0, 0, 0, 2), expand=False))
 
 
 def print_personal(found: PersonalRouting) -> None:
@@ -104,7 +169,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         ]
         if not gate["accepted"]:
             rows[-1] = ("wrong among accepted", "-")
-    if unanswerable := report.get("unanswerable"):
+    if (unanswerable := report.get("unanswerable")) and unanswerable["n"]:
         confident, n = unanswerable["confident"], unanswerable["n"]
         rows.append(("unanswerable questions with an accepted answer", f"{confident} of {n}"))
     rows += [
@@ -189,6 +254,9 @@ def print_inspection(found: Mapping[str, Any]) -> None:
     for key, value in found.items():
         if key == "files":
             table("Files, verified", ["file", "size", "SHA-256"], _file_rows(value))
+        elif key == "promises":
+            for policy, line in value.items():
+                STDOUT.print(f"[bold]{escape(policy)}[/]: {escape(line)}", soft_wrap=True)
         elif key == "steps":
             rows = [
                 [s["name"], s["stage"], ", ".join(f"{r}={i}" for r, i in s.get("inputs", {}).items())] for s in value
@@ -217,9 +285,10 @@ def print_bench(found: Mapping[str, Any]) -> None:
         values = f"{row['value']:.4g} / {row['baseline']:.4g} {row['unit']}"
         figures.append([row["name"], f"{row['ratio']:.3f}", spread, f"{mark}{conditions.get('goal', '')}", values])
     model = f"{found['model']} ({size(found['model_bytes'])}), {found['threads']} threads"
-    title = f"{model}, memory {found['bandwidth_gb_s']:.1f} GB/s"
+    title = f"{model}, memory {found['bandwidth_gb_s']:.1f} GB/s ({found['bandwidth_basis']})"
     if figures:
-        table(title, ["row", "ratio", "spread", "goal", "with / without"], figures)
+        columns = ["row", "ratio (median of pairs)", "spread of pairs", "goal", "with / without (median of each side)"]
+        table(title, columns, figures)
     for row in rows:
         rest = {k: v for k, v in row["conditions"].items() if k not in ("goal", "met", "spread", "rounds")}
         text = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rest.items())

@@ -86,8 +86,8 @@ def evaluate(
     if data is None:
         raise CogumiError("give a file of questions with --data FILE, or a suite with --suite NAME")
     from cogumi.cascade.opening import open_cascade
-    from cogumi.data.sources.question_files import load
     from cogumi.core.files import write_text
+    from cogumi.data.sources.question_files import load
     from cogumi.evaluate.accuracy import ask, figures
 
     examples, rejected = load(data)

@@ -252,8 +252,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     judged, base_p = base_probabilities(base, answers["cascade"])
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
     reliability_picture(out / "reliability.png", {"base": (base_p, np.array(judged.correct, dtype=np.float64))})
-    given = [r.p_correct or 0.0 for r in answers["cascade"].replies]
-    risk_picture(out / "risk.png", given, answers["cascade"].correct, metrics["gate"])
+    given = [(r.p_correct or 0.0, r.accepted) for r in answers["cascade"].replies]
+    p, accepted = zip(*given, strict=True)
+    risk_picture(out / "risk.png", p, accepted, answers["cascade"].correct, metrics["gate"])
     write_text(out / "report.md", page(metrics))
     return metrics
 

@@ -280,7 +280,9 @@ def calibrate(
     found = Calibration(question, gates, probe, limit, promises, {name: t for name, (t, _) in searched.items()})
     write_json(out / FILE, found.to_json())
     _draw(out, rows["threshold"], easy["threshold"], p["threshold"], found)
-    frontier_picture(out / "frontier.png", {name: tried for name, (_, tried) in searched.items()})
+    frontier_picture(
+        out / "frontier.png", {name: tried for name, (_, tried) in searched.items()}, len(rows["selection"])
+    )
     return {
         "rows": {name: len(split) for name, split in rows.items()},
         "question": _question_figures(question, rows["threshold"], easy["threshold"]),
@@ -337,7 +339,7 @@ def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, foun
     )
     is_easy_row, right = np.array(easy, dtype=bool), _correct([r.base for r in rows]) > 0
     drafted, surprise = _draft_scores(rows)[:, 0], np.array([r.surprise for r in rows])
-    answered = np.log10([perplexity(r.base.signals) for r in rows])
+    answered = np.array([perplexity(r.base.signals) for r in rows])
     threshold = found.guarantees[Policy().name].threshold
     histogram_picture(
         out / "histogram.png",
@@ -353,9 +355,9 @@ def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, foun
                 _finite(found.question.base_perplexity),
             ),
             (
-                "log10 of the answer's perplexity",
+                "perplexity of the base's answer",
                 {"right": answered[right], "wrong": answered[~right]},
-                math.log10(found.perplexity),
+                found.perplexity,
             ),
             ("P(correct) of the base's answer", {"right": p[right, 1], "wrong": p[~right, 1]}, _finite(threshold)),
         ],
