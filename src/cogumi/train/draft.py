@@ -224,7 +224,8 @@ def estimate(config: Config, given: Given) -> Estimate:
         return Estimate()
     found = training_estimate(given, draft, config.loop, whole_rows=config.question_weight > 0)
     notes, problems = _bridge(base, draft)
-    problems += _not_smaller(draft.shape.parameters, base.shape.parameters) if base else []
+    if base and config.init == "scratch":
+        problems += _not_smaller(draft.shape.parameters, base.shape.parameters)
     head = draft.shape.hidden + 1
     return replace(
         found,
@@ -261,8 +262,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     folder = inputs["model"].path if config.init == "scratch" else locate(config.init, context.root)
     tokenizer = HFTokenizer.load(folder)
     language_model = build(config.shape, tokenizer, context.seed) if config.init == "scratch" else load(folder)
-    for problem in _not_smaller(parameters(language_model), parameters(load(inputs["model"].path))):
-        raise TrainingError(problem)
+    if config.init == "scratch":
+        for problem in _not_smaller(parameters(language_model), parameters(load(inputs["model"].path))):
+            raise TrainingError(problem)
     torch.manual_seed(context.seed)
     model = DraftModel(language_model)
     responses = read_responses(inputs["responses"].path)

@@ -153,7 +153,10 @@ def _too_long(given: Given, config: Any, made: tuple[object, ...]) -> Iterator[t
     models = own or [model for role in given.inputs if (model := given.find(role, ModelFacts))]
     for model in models[:1]:
         for rows in filter(None, (given.rows(role, model) for role in given.inputs)):
-            context, key = model.shape.context, "shape.context" if own and hasattr(config, "shape") else ""
+            context, key = (
+                model.shape.context,
+                "shape.context" if own and getattr(config, "init", "") == "scratch" else "",
+            )
             asked = rows.question + getattr(config, "max_tokens", 0)
             if isinstance(limit := getattr(config, "context", None), int) and asked > limit:
                 yield TooLong(rows.where, asked, limit), "context"
