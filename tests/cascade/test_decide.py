@@ -1,5 +1,6 @@
 """`cascade.decide`: the pure function from a request and its situation to a plan."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -57,8 +58,38 @@ def test_mode_determines_the_order_of_tiers(mode, order, surprising_order):
 def test_only_orders_with_a_calibrated_threshold_are_used():
     assert plan(replace(SITUATION, has_draft=False), mode="mobile").order == ("base", "modifier")
     alone = plan(gates={"modifier": None}, mode="balanced")
-    assert (alone.order, alone.threshold) == (("base",), 0.8)
-    assert usable(MODES["mobile"], False, calibration(modifier=None)).policy.name == "base"
+    assert (alone.order, alone.thresholds["base"]) == (("base",), 0.8)
+    assert usable(MODES["mobile"], False, True, calibration(modifier=None)).policy.name == "base"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("has_modifiers", [False, True])
+@pytest.mark.parametrize("has_draft", [False, True])
+def test_every_bundle_accepts_answers_in_every_mode_if_its_base_is_certified(mode, has_draft, has_modifiers):
+    """Only `base` is certified: a missing tier is left out, an uncertified one answers but is never accepted."""
+    whole = calibration()
+    certified = {"base": whole.guarantees["base"]}
+    tested = {name: replace(p, threshold=math.inf) for name, p in whole.guarantees.items()}
+    for guarantees in (certified, tested | certified):
+        only = replace(whole, guarantees=guarantees)
+        situation = replace(SITUATION, has_draft=has_draft, modifiers=("code",) if has_modifiers else ())
+        found = decide(ask(mode=mode), situation, SETTINGS, only)
+        assert ("draft" in found.order) is (has_draft and MODES[mode].draft)
+        assert ("modifier" in found.order) is (has_modifiers and MODES[mode].modifier)
+        skips_base = has_modifiers and MODES[mode].modifier_first
+        assert found.thresholds["base"] == (math.inf if skips_base else 0.8)
+        for tier in set(found.order) - {"base"}:
+            assert found.thresholds[tier] == math.inf
+
+
+def test_calibrated_modifiers_that_the_bundle_lacks_do_not_raise_the_threshold():
+    both = calibration()
+    high = replace(
+        both, guarantees={**both.guarantees, "base+modifier": replace(both.guarantees["base"], threshold=0.9)}
+    )
+    missing = decide(ask(mode="balanced"), replace(SITUATION, modifiers=()), SETTINGS, high)
+    assert (missing.order, missing.thresholds["base"]) == (("base",), 0.8)
+    assert decide(ask(mode="balanced"), SITUATION, SETTINGS, high).thresholds["base"] == 0.9
 
 
 def test_tokens_are_streamed_only_when_they_are_final():

@@ -241,5 +241,5 @@ def test_question_gate_when_all_outcomes_are_equal():
     rows = synthetic_rows(np.random.default_rng(12), 30)
     gate = fit_question_gate(rows, [True] * 30, Config())
     assert all(r.question.perplexity <= gate.perplexity and r.question.p_easy >= gate.p_easy for r in rows)
-    assert not is_easy(replace(rows[0].example, difficulty=0), 2)
-    assert not is_easy(replace(rows[0].example, difficulty=1, meta={"check": {"kind": "abstain"}}), 2)
+    assert not is_easy(replace(rows[0].example, difficulty=0), 2, right=False)
+    assert not is_easy(replace(rows[0].example, difficulty=1, meta={"check": {"kind": "abstain"}}), 2, right=True)

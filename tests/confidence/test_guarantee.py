@@ -14,7 +14,9 @@ from cogumi.confidence.guarantee import (
     RiskLimit,
     binomial_cdf,
     guarantee,
+    percent,
     threshold_order,
+    trials_needed,
     upper_bound,
 )
 
@@ -103,9 +105,57 @@ def test_threshold_is_close_to_the_ideal_one():
 def test_second_limit_can_end_the_sequence_earlier():
     few = {0.9: (500, 0), 0.8: (700, 5), 0.7: (900, 10)}
     without = {0.9: (400, 0), 0.8: (400, 2), 0.7: (400, 60)}
-    limits = [RiskLimit(few.__getitem__, 0.05), RiskLimit(without.__getitem__, 0.02)]
+    limits = [RiskLimit(lambda t: few.get(t, (0, 0)), 0.05), RiskLimit(lambda t: without.get(t, (0, 0)), 0.02, True)]
     assert guarantee([0.9, 0.8, 0.7], limits[:1], 1000, 0.95).threshold == 0.7
     found = guarantee([0.9, 0.8, 0.7], limits, 1000, 0.95)
     assert (found.threshold, found.accepted, found.wrong, found.risk) == (0.8, 700, 5, 0.05)
     assert guarantee([0.7, 0.9], limits, 1000, 0.95).threshold == float("inf")
     assert threshold_order(limits, [0.9, 0.8, 0.7]) == [0.9, 0.8, 0.7]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.data(), st.sampled_from([0.02, 0.05, 0.1]))
+def test_trials_needed_is_the_least_number_that_proves_the_risk(n, data, risk):
+    wrong = data.draw(st.integers(0, min(n, 12)))
+    needed = trials_needed(wrong, n, risk, 0.95)
+    if needed is None:
+        assert wrong >= risk * n or wrong / n > 0.8 * risk
+        return
+
+    def proves(trials):
+        return upper_bound(-(-wrong * trials // n), trials, 0.95) <= risk + 1e-9
+
+    assert needed >= n
+    assert proves(needed)
+    assert not any(proves(trials) for trials in range(max(n, needed - 40), needed))
+
+
+def test_trials_needed_for_too_many_errors():
+    assert trials_needed(0, 0, 0.05, 0.95) is None
+    assert trials_needed(5, 100, 0.05, 0.95) is None
+    assert trials_needed(0, 10, 0.05, 0.95) == 59
+
+
+def test_missed_promise_says_what_was_proved_and_how_many_rows_are_lacking():
+    """63 of 352 with 1 wrong prove 7.4%; 124 with 2 wrong prove 5%, which takes 341 more rows."""
+    found = guarantee(GRID, [RiskLimit(lambda t: (63, 1) if t == 0.9 else (20, 5), 0.05)], 352, 0.95)
+    assert not found.certified
+    assert found.sentence() == (
+        "Not certified: the best threshold accepts 63 of 352 with 1 wrong, which proves at most 7.4%, not 5%. "
+        "About 341 more rows in the split `threshold` would do, or set `e`."
+    )
+    assert Guarantee.from_json(found.to_json()) == found
+    hopeless = guarantee(GRID, [RiskLimit(lambda t: (100, 50), 0.05)], 100, 0.95).sentence()
+    assert "More rows alone will not do: improve the model, or set `e`" in hopeless
+    assert "no threshold accepts an answer" in guarantee(GRID, [RiskLimit(lambda t: (0, 0), 0.05)], 9, 0.95).sentence()
+    limits = [RiskLimit(lambda t: (500, 0), 0.05), RiskLimit(lambda t: (60, 0), 0.02, unanswerable=True)]
+    refused = guarantee(GRID, limits, 600, 0.95).sentence()
+    assert "accepts 0 of 60 unanswerable questions, which proves at most 4.9%, not 2%" in refused
+    assert "About 89 more unanswerable rows in the split `threshold` would do, or set `unanswerable`." in refused
+
+
+def test_certified_promise_shows_its_evidence():
+    found = guarantee([0.87], [RiskLimit(lambda t: (120, 1), 0.05)], 352, 0.95)
+    assert found.certified
+    assert "The threshold 0.87 accepts 120 of 352 with 1 wrong, which proves at most 3.9%." in found.sentence()
+    assert [percent(x) for x in (0.05, 0.0731, 0.1, 0.0201)] == ["5%", "7.4%", "10%", "2.1%"]

@@ -167,7 +167,12 @@ def test_bundle_without_modifiers_has_only_the_base_policy():
     promise = Guarantee(0.8, 0.05, 0.95, 100, 80, 1, 0.05)
     plain = Calibration(QuestionGate(20.0, 0.5), {"base": gate_of(1.0)}, None, 30.0, {"base": promise}, {})
     assert plain.threshold("calibrated", Policy()) == 0.8
-    assert plain.threshold("calibrated", Policy(draft=True)) == math.inf  # not calibrated, so never above the threshold
+    turbo = Policy(draft=True)  # not calibrated: only the base's answers count, by the guarantee of `base`
+    assert plain.threshold("calibrated", turbo, "draft") == math.inf
+    assert plain.threshold("calibrated", turbo, "base") == 0.8
+    assert plain.promise(turbo) == promise
+    straight = Policy(modifier=True, modifier_first=True)  # may skip the base, so `base` says nothing about it
+    assert plain.threshold("calibrated", straight, "base") == math.inf
 
 
 def test_gate_kinds():

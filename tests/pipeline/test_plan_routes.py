@@ -39,7 +39,7 @@ def plan_for(parts=WHOLE, bandwidth=BANDWIDTH, **budget):
 
 
 def measures(route):
-    return route.parts.bytes, route.memory.total(repack=False), 1 / route.ceiling
+    return route.parts.bytes, route.memory.total(repack=False), 1 / route.speed
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,11 @@ def test_impossible_budget_gets_the_arithmetic_and_an_alternative():
     assert "the smallest type has 1.56" in line
     assert re.search(r"what fits instead: Qwen2\.5-1\.5B, vocabulary of 32,768 .* q2_k", line)
     assert "\n" not in line
-    by_speed = refusal(plan_for(eight, bandwidth=12e9, tokens_per_second=10, disk=10**9 * 3))
+    by_speed = refusal(plan_for(eight, bandwidth=24e9, tokens_per_second=10, disk=10**9 * 3))
     assert "1.20 GB to read for each token, less 71.3 MB for everything but weights, for 8.03e+09 weights" in by_speed
     assert "are 1.12 bits each" in by_speed
     absurd = refusal(plan_for(eight, tokens_per_second=1e9))
-    assert "18 bytes to read for each token leave no room for 8.03e+09 weights" in absurd
+    assert "9 bytes to read for each token leave no room for 8.03e+09 weights" in absurd
     assert "0.00" not in absurd
     assert alternative(plan_for(eight, disk=10_000)) is None
     assert "nothing of known shape fits either" in refusal(plan_for(eight, disk=10_000))
@@ -149,7 +149,7 @@ def test_refusal_names_cache_or_small_files_when_they_dominate():
     assert "100 times 100,000 tokens takes 92.16 GB" in many
     assert "ask for less --context or fewer --slots; even with" in many
     slow = refusal_of(Serving(2_000_000), tokens_per_second=1000)
-    assert "half full, takes 17.41 GB, and there are 18.0 MB to read for each token" in slow
+    assert "half full, takes 17.41 GB, and there are 9.0 MB to read for each token" in slow
     nets = refusal_of(Serving(), replace(WHOLE, small={"embedder.onnx": FileSize(10**9)}), disk=10**9)
     assert re.search(r"the draft, adapters and small files take 1\.\d\d GB, and there are 1\.00 GB on disk; even", nets)
 

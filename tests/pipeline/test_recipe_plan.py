@@ -88,7 +88,10 @@ def test_each_problem_is_reported_in_one_line(tmp_path):
     assert re.search("unknown stage 'sfd'; did you mean 'sft'", one(DATA, BASE | {"stage": "sfd"}))
     lora = {"targets": ["q_proj", "qkv_proj"]}
     assert re.search("LoRA target 'qkv_proj' is not a layer .* 'v_proj'", one(DATA, changed(BASE, lora=lora)))
-    assert re.search("rows have about 40000 tokens, .* context is 32768", one(DATA, BASE, length=40_000))
+    assert re.search(
+        "longest row has about 40000 tokens, .* context is 32768; .* or choose another model",
+        one(DATA, BASE, length=40_000),
+    )
     assert re.search("needs an input 'examples'; given: none", one(DATA, BASE | {"inputs": {}}))
     assert re.search(
         "'examples' is of kind model, not examples",

@@ -184,7 +184,7 @@ def test_without_a_program_to_compare_with_the_tests_decide():
 def test_unusable_inputs_are_refused(world, tmp_path):
     with pytest.raises(DataError, match=r"no training question of domain 'cod'; did you mean 'code'\?"):
         found(world, tmp_path, domains=("cod",))
-    with pytest.raises(DataError, match=r"has difficulty 5 or more; lower hard_from"):
+    with pytest.raises(DataError, match=r"difficulty below 5; lower hard_from"):
         found(world, tmp_path, hard_from=5)
 
 

@@ -113,7 +113,7 @@ def test_cascade_answers_match_the_calibrated_policy(routed, tmp_path):
     calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
     examples = calibrate.read_examples(split_path(inputs["data"].path, "threshold"))
     with calibrate.ExitStack() as opened:
-        tiers = calibrate.open_tiers(inputs, config, opened)
+        tiers = calibrate.open_tiers(inputs, examples, config, opened)
         cascade = cascade_of(tiers, calibration, workers=4)
         for mode in ("fast", "balanced", "turbo", "mobile"):
             promise = figures["guarantee"][MODES[mode].policy.name]

@@ -40,7 +40,7 @@ class Attempt:
         if self.doubt:
             reason = self.doubt
         elif math.isinf(gate_check.threshold):
-            reason = "calibration found no threshold with the promised error rate, so no answer is accepted"
+            reason = f"no threshold is certified for answers of {self.tier}, so none is accepted"
         elif gate_check.accepted and abstains(self.reply.text):
             found = f"{gate_check.signal} {gate_check.value:.2f}, threshold {gate_check.threshold:.2f}"
             reason = f"accepted abstention ({found})"
@@ -101,7 +101,7 @@ class Judge:
         doubt = self.plan.doubt
         own = self.services.calibration.gates[gate].p_correct(signals)
         shared, p = self.services.history.p_correct(self.id, self.user, own, signals)
-        found = check(self.services.gate, p, signals, self.plan.threshold)
+        found = check(self.services.gate, p, signals, self.plan.thresholds[gate])
         found = replace(found, accepted=found.accepted and not doubt)
         personal = _personal(tier, shared, p) if self.plan.calibrated and p != shared else None
         return Attempt(tier, reply, signals, own, found, doubt, personal)

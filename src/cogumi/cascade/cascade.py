@@ -78,14 +78,16 @@ class Cascade:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """One line for each feature that this cascade lacks because of its engines."""
-        return self.tiers.missing(self.calibration)
+        """One line for each feature that this cascade lacks: because of its engines, or because it is not certified."""
+        found = self.tiers.missing(self.calibration)
+        return found if not self.calibration.guarantees or self.promise.certified else (*found, self.promise.sentence())
 
     @property
     def promise(self) -> Guarantee:
         """The calibrated guarantee for the tiers of the default mode. Raises `BundleError` if there is none."""
         mode = self.services.settings.mode(self.services.settings.default)
-        return self.calibration.promise(usable(mode, self.tiers.has_draft, self.calibration).policy)
+        has_draft, has_modifiers = self.tiers.has_draft, bool(self.tiers.modifiers)
+        return self.calibration.promise(usable(mode, has_draft, has_modifiers, self.calibration).policy)
 
     @property
     def models(self) -> tuple[str, ...]:

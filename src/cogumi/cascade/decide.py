@@ -12,7 +12,7 @@ from cogumi.cascade.disclaimers import LOW_CONFIDENCE, SECOND_ATTEMPT
 from cogumi.cascade.modes import AUTO, Mode, Settings
 from cogumi.cascade.tiers import Question
 from cogumi.confidence.domain_router import preload, with_history
-from cogumi.confidence.gate import KINDS, Calibration
+from cogumi.confidence.gate import KINDS, TIERS, Calibration
 from cogumi.core.types import Decision, Request
 
 DISSATISFIED = "the user was not satisfied with the previous answer: answered again, and no answer is accepted"
@@ -46,19 +46,19 @@ class Plan:
     """How a request is answered.
 
     `order`: tiers of the policy, asked in turn until an answer is accepted (see `Policy.order`); `surprising_order`:
-    the order if the prompt has a high perplexity for the base, None if it is the same. `threshold`: least score of an
-    accepted answer. `domain`: the modifier's name. `streamed`: tiers whose tokens are streamed as generated. `preview`:
-    the draft's answer is shown first. `preload`: the modifier reads the prompt while the base answers. `deliberation`:
-    methods to try if no answer was accepted, or None. `doubt`: the reason why no answer can be accepted whatever the
-    gates' result, else empty. `calibrated`: whether P(correct) is valid for this request. `disclaimer`: appended to an
-    answer that is not accepted. `decisions`: the decisions made so far, for the reply.
+    the order if the prompt has a high perplexity for the base, None if it is the same. `thresholds`: least score of an
+    accepted answer of each tier. `domain`: the modifier's name. `streamed`: tiers whose tokens are streamed as
+    generated. `preview`: the draft's answer is shown first. `preload`: the modifier reads the prompt while the base
+    answers. `deliberation`: methods to try if no answer was accepted, or None. `doubt`: the reason why no answer can be
+    accepted whatever the gates' result, else empty. `calibrated`: whether P(correct) is valid for this request.
+    `disclaimer`: appended to an answer that is not accepted. `decisions`: the decisions made so far, for the reply.
     """
 
     mode: str
     domain: str | None
     order: tuple[str, ...]
     surprising_order: tuple[str, ...] | None
-    threshold: float
+    thresholds: Mapping[str, float]
     streamed: tuple[str, ...]
     preview: bool
     speculate: bool | None
@@ -84,7 +84,7 @@ def decide(
     if automatic and situation.dissatisfied:
         mode = mode.model_copy(update={"modifier": True})
     ungated = question is None or bool(request.examples)
-    mode = Mode() if ungated else usable(mode, situation.has_draft, calibration)
+    mode = Mode() if ungated else usable(mode, situation.has_draft, bool(situation.modifiers), calibration)
     novel = question is not None and calibration.question.novel(question.perplexity)
     hard = question is None or not calibration.question.easy(question.perplexity, question.p_easy)
 
@@ -112,7 +112,7 @@ def decide(
         domain=domain,
         order=order,
         surprising_order=surprising_order if surprising_order != order else None,
-        threshold=calibration.threshold(gate, mode.policy),
+        thresholds={tier: calibration.threshold(gate, mode.policy, tier) for tier in TIERS},
         streamed=("base",) if live else ("draft",) if progressive and order[0] == "draft" else (),
         preview=progressive and order[0] != "draft",
         speculate=speculate,
@@ -125,9 +125,12 @@ def decide(
     )
 
 
-def usable(mode: Mode, has_draft: bool, calibration: Calibration) -> Mode:
+def usable(mode: Mode, has_draft: bool, has_modifiers: bool, calibration: Calibration) -> Mode:
     """The mode without tiers that are missing or not calibrated, so that calibration covers its policy."""
-    absent = {"draft": not has_draft, "modifier": not calibration.has_modifiers}
+    absent = {
+        "draft": not (has_draft and "draft" in calibration.gates),
+        "modifier": not (has_modifiers and calibration.has_modifiers),
+    }
     return mode.model_copy(update={name: False for name, missing in absent.items() if missing})
 
 

@@ -6,18 +6,23 @@ Results go to standard output, progress and messages to standard error, so that 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from cogumi.core.amounts import duration, share, size
 from cogumi.core.types import Reply
+from cogumi.data.examples import level_title
 
 if TYPE_CHECKING:
     from cogumi.cascade.memory.personal_offsets import PersonalRouting
@@ -39,12 +44,73 @@ def confidence(reply: Reply) -> str:
     return f"{reply.tier or 'model'}{sure} · {reply.usage.completion_tokens} tokens{drafted}"
 
 
+def verdict(reply: Reply) -> str:
+    """One line about an answer: whether the cascade stands by it, which tier gave it, P(correct) and what is needed."""
+    name, _, domain = reply.tier.partition(":")
+    tier = f"{name} {domain}".strip() or "the model"
+    if reply.route == "cache":
+        return "sure: an earlier accepted answer, repeated"
+    if reply.p_correct is None:
+        return f"not calibrated: answer of {tier}"
+    judged = [d for d in reply.decisions if d.signal == "p_correct" and d.tier == reply.tier]
+    needed = judged[-1].threshold if judged else None
+    p = f"{reply.p_correct:.0%}"
+    if reply.accepted:
+        return f"sure: {tier}, {p}" + (f", {needed:.0%} needed" if needed is not None else "")
+    if reply.route == "abstained":
+        return f"declined: {tier}, {p}"
+    limit = "" if needed is None else f", {needed:.0%} needed" if needed < 1 else ", nothing is certified"
+    return f"not sure: best guess of {tier}, {p}{limit}"
+
+
+def print_verdict(reply: Reply) -> None:
+    """Print the one line below an answer."""
+    STDOUT.print(f"\n  [bold cyan]{escape(verdict(reply))}[/]")
+
+
+def width() -> int | None:
+    """Columns of the terminal; None if the output is not a terminal."""
+    return STDOUT.width if STDOUT.is_terminal else None
+
+
+class Wrap:
+    """Breaks streamed text between words at `width` columns (None: never); `add` returns what can be printed."""
+
+    def __init__(self, width: int | None) -> None:
+        self._width, self._column, self._word = width, 0, ""
+
+    def add(self, piece: str) -> str:
+        """The printable part of the text so far that was not returned before; a last, unfinished word waits."""
+        if self._width is None:
+            return piece
+        *parts, self._word = re.split(r"(\s)", self._word + piece)
+        return "".join(map(self._placed, parts))
+
+    def end(self) -> str:
+        """The rest of the text."""
+        rest, self._word = self._word, ""
+        return self._placed(rest)
+
+    def _placed(self, part: str) -> str:
+        """A word or a white space, after a line break where it does not fit the line."""
+        size = cell_len(part)
+        if part == "\n":
+            self._column = 0
+        elif self._width is not None and self._column and self._column + size > self._width:
+            self._column = 0 if part.isspace() else size
+            return "\n" if part.isspace() else f"\n{part}"
+        else:
+            self._column += size
+        return part
+
+
 def print_reasons(reply: Reply) -> None:
     """Print the lines below an answer: the tier, P(correct), and every decision."""
-    STDOUT.print(f"\n  [bold cyan]{escape(confidence(reply))}[/]", soft_wrap=True)
+    STDOUT.print(f"\n  [bold cyan]{escape(confidence(reply))}[/]")
     for decision in reply.decisions:
         mark = "[green]✓[/]" if decision.accepted else "[yellow]→[/]"
-        STDOUT.print(f"  {mark} [dim]{escape(decision.tier)}: {escape(decision.reason)}[/]", soft_wrap=True)
+        line = Text.from_markup(f"{mark} [dim]{escape(decision.tier)}: {escape(decision.reason)}[/]")
+        STDOUT.print(Padding(line, (0, 0, 0, 2), expand=False))
 
 
 def print_personal(found: PersonalRouting) -> None:
@@ -68,21 +134,24 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def print_accuracy(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]], title: str) -> None:
     """Print `{tier: {domain: {difficulty: [correct, n]}}}` as tables: by tier and domain, by tier and difficulty."""
     domains = sorted({domain for tier in accuracy.values() for domain in tier})
-    levels = sorted({str(level) for tier in accuracy.values() for cells in tier.values() for level in cells})
-
-    def by_level(cells: Mapping[str, Mapping[str, Sequence[int]]], level: str) -> str:
-        return share(cell for row in cells.values() for at, cell in row.items() if str(at) == level)
-
     rows = [
         [tier, share(cell for row in cells.values() for cell in row.values())]
         + [share(cells.get(domain, {}).values()) for domain in domains]
         for tier, cells in accuracy.items()
     ]
     table(title, ["tier", "all", *domains], rows)
-    if len(levels) > 1:
-        names = ["no answer" if level == "0" else f"level {level}" for level in levels]
-        rows = [[tier, *(by_level(cells, level) for level in levels)] for tier, cells in accuracy.items()]
-        table("The same by difficulty", ["tier", *names], rows)
+    if len({level for tier in accuracy.values() for cells in tier.values() for level in cells}) > 1:
+        print_levels(accuracy)
+
+
+def print_levels(accuracy: Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]]) -> None:
+    """Print `{tier: {domain: {level: [correct, n]}}}` by tier and level of difficulty."""
+    levels = sorted({level for tier in accuracy.values() for cells in tier.values() for level in cells})
+    rows = [
+        [tier, *(share(pair for row in cells.values() for at, pair in row.items() if at == level) for level in levels)]
+        for tier, cells in accuracy.items()
+    ]
+    table("The same by difficulty", ["tier", *map(level_title, levels)], rows)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -98,7 +167,9 @@ def print_report(report: Mapping[str, Any]) -> None:
             ("accepted answers (coverage)", f"{gate['coverage']:.1%}"),
             (f"wrong among accepted (bound {gate['bound']:.0%})", f"{gate['accepted_error']:.1%}"),
         ]
-    if unanswerable := report.get("unanswerable"):
+        if not gate["accepted"]:
+            rows[-1] = ("wrong among accepted", "-")
+    if (unanswerable := report.get("unanswerable")) and unanswerable["n"]:
         confident, n = unanswerable["confident"], unanswerable["n"]
         rows.append(("unanswerable questions with an accepted answer", f"{confident} of {n}"))
     rows += [
@@ -113,20 +184,44 @@ def print_report(report: Mapping[str, Any]) -> None:
     rows.append(("build time", duration(report["seconds"])))
     rows.append(("peak memory", size(report["peak_rss_bytes"])))
     table(f"Recipe {report['recipe']}", ["figure", "value"], rows)
+    if gate and "promise" in gate:
+        STDOUT.print(gate["promise"], markup=False)
     for page in report.get("pages", ()):
         STDOUT.print(f"figures: {page}", soft_wrap=True, markup=False)
 
 
 def print_evaluation(figures: Mapping[str, Any]) -> None:
-    """Print the figures of `evaluate.accuracy`, and the rejected rows of the file."""
-    print_accuracy({figures["tier"]: figures["accuracy"]}, f"{figures['n']} questions of {figures['data']}")
-    if figures["coverage"] is not None:
-        wrong = "-" if figures["accepted_error"] is None else f"{figures['accepted_error']:.1%}"
-        STDOUT.print(f"accepted: {figures['coverage']:.1%}, wrong among accepted: {wrong}")
-    if rejected := figures["rejected"]:
-        STDERR.print(f"{len(rejected)} rows could not be used:")
-        for row in rejected[:10]:
-            STDERR.print(f"  {escape(row)}", soft_wrap=True)
+    """Print the figures of `evaluate.accuracy`, and the rows that could not be read, asked or graded."""
+    every = {"all": {name: figures[name] for name in ("correct", "n", "interval")}, **figures["domains"]}
+    rows = [
+        [name, f"{row['correct']} of {row['n']}", share([[row["correct"], row["n"]]]), _interval(row["interval"])]
+        for name, row in every.items()
+    ]
+    title = f"{figures['tier']}: {figures['n']} questions of {figures['data']}"
+    table(title, ["domain", "correct", "share", "95% interval"], rows)
+    levels = {str(level) for cells in figures["accuracy"].values() for level in cells}
+    if len(levels) > 1:
+        print_levels({figures["tier"]: figures["accuracy"]})
+    if figures["accepted"] is not None:
+        wrong = f", {figures['accepted_wrong']} of them wrong" if figures["accepted"] else ""
+        STDOUT.print(f"accepted: {figures['accepted']} of {figures['n']} ({figures['coverage']:.1%}){wrong}")
+    if figures["calibrated"]:
+        order = "-" if figures["auroc"] is None else f"{figures['auroc']:.3f}"
+        STDOUT.print(f"P(correct) of {figures['calibrated']} answers: AUROC {order}, ECE {figures['ece']:.3f}")
+    else:
+        STDOUT.print("P(correct): not calibrated")
+    for what in ("rejected", "failed"):
+        if found := figures[what]:
+            reason = "could not be read" if what == "rejected" else "could not be asked or graded"
+            STDERR.print(f"{len(found)} rows {reason}:")
+            for row in found[:10]:
+                STDERR.print(f"  {escape(row)}", soft_wrap=True)
+    if "out" in figures:
+        STDOUT.print(f"answers: {figures['out']}", soft_wrap=True, markup=False)
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.1%} to {bounds[1]:.1%}"
 
 
 def findings(name: str, found: Any) -> dict[str, Any]:
@@ -159,6 +254,9 @@ def print_inspection(found: Mapping[str, Any]) -> None:
     for key, value in found.items():
         if key == "files":
             table("Files, verified", ["file", "size", "SHA-256"], _file_rows(value))
+        elif key == "promises":
+            for policy, line in value.items():
+                STDOUT.print(f"[bold]{escape(policy)}[/]: {escape(line)}", soft_wrap=True)
         elif key == "steps":
             rows = [
                 [s["name"], s["stage"], ", ".join(f"{r}={i}" for r, i in s.get("inputs", {}).items())] for s in value
@@ -187,9 +285,10 @@ def print_bench(found: Mapping[str, Any]) -> None:
         values = f"{row['value']:.4g} / {row['baseline']:.4g} {row['unit']}"
         figures.append([row["name"], f"{row['ratio']:.3f}", spread, f"{mark}{conditions.get('goal', '')}", values])
     model = f"{found['model']} ({size(found['model_bytes'])}), {found['threads']} threads"
-    title = f"{model}, memory {found['bandwidth_gb_s']:.1f} GB/s"
+    title = f"{model}, memory {found['bandwidth_gb_s']:.1f} GB/s ({found['bandwidth_basis']})"
     if figures:
-        table(title, ["row", "ratio", "spread", "goal", "with / without"], figures)
+        columns = ["row", "ratio (median of pairs)", "spread of pairs", "goal", "with / without (median of each side)"]
+        table(title, columns, figures)
     for row in rows:
         rest = {k: v for k, v in row["conditions"].items() if k not in ("goal", "met", "spread", "rounds")}
         text = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rest.items())

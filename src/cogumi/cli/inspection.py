@@ -10,9 +10,11 @@ from typing import Any
 from cogumi.bundle.format import INDEX, open_bundle
 from cogumi.bundle.packed import Archive, is_packed
 from cogumi.cascade.bare_model import CONFIG, bare_model
+from cogumi.confidence.guarantee import Guarantee
 from cogumi.core import artifact
 from cogumi.core.errors import ArtifactError
 from cogumi.engine.llama.binding.model import Model
+from cogumi.pipeline.build import PAGE, UNFINISHED
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe
 
 REPORT = "report.json"
@@ -32,6 +34,8 @@ def describe(path: str) -> dict[str, Any]:
         artifact.verify(folder)
         manifest = artifact.read_manifest(folder)
         return {"what": "artifact", "path": path} | manifest.model_dump(exclude={"format"})
+    if (folder / UNFINISHED).is_file():
+        return _unfinished(folder)
     if (folder / REPORT).is_file():
         report: dict[str, Any] = json.loads((folder / REPORT).read_bytes())
         return {"what": "run", "path": path} | report
@@ -45,10 +49,28 @@ def describe(path: str) -> dict[str, Any]:
     )
 
 
+def _unfinished(folder: Path) -> dict[str, Any]:
+    """Describe a build that was stopped or failed: where, and its finished steps; an older report is not shown."""
+    state: dict[str, Any] = json.loads((folder / UNFINISHED).read_bytes())
+    finished = sorted(path.parent.name for path in folder.glob(f"*/{artifact.MANIFEST}"))
+    found = {
+        "what": "unfinished run",
+        "path": str(folder),
+        "recipe": state["recipe"],
+        "failed_step": state["step"],
+        "error": state["error"],
+        "finished_steps": finished,
+    }
+    older = (folder / REPORT).is_file()
+    return found | ({"note": f"{REPORT} and {PAGE} are those of an older build"} if older else {})
+
+
 def _bundle(folder: Path) -> dict[str, Any]:
     opened = open_bundle(folder)
     index = json.loads((folder / INDEX).read_bytes())
     built = (folder / artifact.MANIFEST).is_file()  # a copied bundle may come without its manifest
+    certified = {name: Guarantee.from_json(value) for name, value in opened.calibration["guarantees"].items()}
+    promises = {name: promise.sentence() for name, promise in certified.items()}
     return {
         "what": "bundle",
         "path": str(folder),
@@ -58,6 +80,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "files": index["files"],
         "parts": index["parts"],
         "description": opened.description,
+        "promises": promises,
         "calibration": opened.calibration,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,12 @@ from cogumi.cli.options import (
 )
 from cogumi.cli.progress import BenchProgress, SuiteProgress
 from cogumi.core.errors import CogumiError
-from cogumi.core.types import Request
+from cogumi.core.types import Example, Request
+
+MAX_TOKENS = 256
+"""Most tokens of an answer in `eval`."""
+CONTEXTS = (512, 4096)
+"""Smallest and largest context of `eval`."""
 
 
 def inspect(
@@ -45,7 +51,8 @@ def inspect(
 def evaluate(
     bundle: BundleArgument = None,
     data: Annotated[
-        Path | None, typer.Option(help="Questions: JSONL in Alpaca or messages format; with --suite, the suite's data.")
+        Path | None,
+        typer.Option(help="Questions: JSONL of any form in docs/your-data.md; with --suite, the suite's data."),
     ] = None,
     suite: Annotated[
         str | None,
@@ -55,7 +62,13 @@ def evaluate(
             show_default="grade the answers to --data",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="With --suite: folder to write pictures and figures to.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the questions with their answers and verdicts, one JSON object per line; with --suite, "
+            "folder for pictures and figures."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="With --suite: random seed.")] = 0,
     tier: Annotated[str, typer.Option(help="Tier to ask: cascade, base, draft or modifier:NAME.")] = "cascade",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows, from the first.")] = None,
@@ -75,21 +88,39 @@ def evaluate(
     if data is None:
         raise CogumiError("give a file of questions with --data FILE, or a suite with --suite NAME")
     from cogumi.cascade.opening import open_cascade
+    from cogumi.core.files import write_text
     from cogumi.data.sources.question_files import load
-    from cogumi.evaluate.accuracy import measure
+    from cogumi.evaluate.accuracy import ask, figures
 
     examples, rejected = load(data)
     examples = examples[:limit]
     engines = chosen_engines(base_url, base_model)
-    with closing(open_cascade(chosen_bundle(bundle), threads=threads, engines=engines)) as cascade:
+    size = _context(examples)
+    with closing(open_cascade(chosen_bundle(bundle), context=size, threads=threads, engines=engines)) as cascade:
         model = _model(tier, cascade.models)
-        resolved = [cascade.resolve(model, Request(messages=example.messages)) for example in examples]
-        figures = measure(resolved[0][0], [request for _, request in resolved], examples)
-    figures |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected]}
+        resolved = [
+            cascade.resolve(model, Request(messages=example.messages, max_tokens=MAX_TOKENS)) for example in examples
+        ]
+        asked, failed = ask(resolved[0][0], [request for _, request in resolved], examples)
+    found = figures(asked)
+    found |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected], "failed": failed}
+    if out is not None:
+        write_text(out, "".join(dumps(one.row(), ensure_ascii=False) + "\n" for one in asked))
+        found["out"] = str(out)
     if json:
-        console.print_json(figures)
+        console.print_json(found)
     else:
-        console.print_evaluation(figures)
+        console.print_evaluation(found)
+
+
+def _context(examples: Sequence[Example]) -> int:
+    """A context that holds the longest question and an answer; a row that exceeds `CONTEXTS` is reported as failed."""
+    from cogumi.core.facts import TEMPLATE, RowFacts
+
+    pairs = [(sum(len(m.content.encode()) for m in example.messages), 0) for example in examples]
+    longest = RowFacts.of(pairs, len(pairs)).rows(TEMPLATE).longest
+    least, most = CONTEXTS
+    return min(max(longest + MAX_TOKENS, least), most)
 
 
 def _model(tier: str, models: Sequence[str]) -> str:

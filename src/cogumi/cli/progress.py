@@ -102,6 +102,8 @@ class BuildProgress(_TerminalBar):
         self._remove(step)
         took = "unchanged" if skipped else duration(seconds)
         STDERR.print(f"[green]✓[/] {shown.title}  {took}  [dim]{shown.figures}[/]", soft_wrap=True)
+        for line in metrics.get("warnings", ()):
+            STDERR.print(f"  [yellow]![/] {escape(step)}: {escape(line)}", soft_wrap=True)
 
     def failed(self, step: str, reason: str, running: Sequence[str]) -> None:
         """Show the reason of a failure, and the steps that are still running."""

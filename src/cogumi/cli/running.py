@@ -44,6 +44,7 @@ def chat(
     bundle: BundleArgument = None,
     mode: ModeOption = None,
     once: Annotated[str | None, typer.Option(help="Answer this question and exit.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="With --once: show every decision below the answer.")] = False,
     examples: Annotated[
         Path | None, typer.Option(help='Few-shot examples: JSONL with "question" and "answer" on each line.')
     ] = None,
@@ -57,12 +58,12 @@ def chat(
     base_model: BaseModelOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Chat with a bundle; below each answer: the tier that gave it, P(correct), and the decisions.
+    """Chat with a bundle; below each answer: whether it is sure, its tier and P(correct). /why shows every decision.
 
     Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
     """
     from cogumi.cascade.modes import load_settings
-    from cogumi.cli.chat import USER, answer, chat_loop, load_examples
+    from cogumi.cli.chat import USER, answer, chat_loop, load_examples, topics
 
     if json and once is None:
         raise CogumiError('--json prints a single answer: give the question with --once "..."')
@@ -82,7 +83,11 @@ def chat(
     with closing(opened) as cascade:
         conversation = cascade.chat(mode=mode, user=USER, examples=shown)
         if once is None:
-            chat_loop(conversation, chosen)
+            files = cascade.services.files
+            title = files.bundle.description.get("title", "") if files else ""
+            chat_loop(
+                conversation, chosen, title, topics(cascade.tiers.heads.router.classes if cascade.tiers.heads else ())
+            )
         elif json:
             from cogumi.engine.reply_extension import extension
 
@@ -91,7 +96,8 @@ def chat(
                 {"question": once, "answer": reply.text, "finish_reason": reply.finish_reason} | extension(reply)
             )
         else:
-            console.print_reasons(answer(conversation, once))
+            reply = answer(conversation, once)
+            console.print_reasons(reply) if why else console.print_verdict(reply)
 
 
 def serve(

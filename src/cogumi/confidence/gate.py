@@ -115,24 +115,38 @@ class Calibration:
         """Whether answers of modifiers were calibrated."""
         return "modifier" in self.gates
 
+    def covering(self, policy: Policy) -> Policy:
+        """The policy whose guarantee covers the accepted answers of `policy`.
+
+        Its own; or, if that is not certified, `base`: then only answers of the base are accepted, and these are the
+        ones that the policy `base` accepts. A policy in which a modifier may replace the base has only its own.
+        """
+        own, base = self.guarantees.get(policy.name), self.guarantees.get(Policy().name)
+        replaced = policy.modifier and policy.modifier_first
+        fits = base is not None and base.certified and not (own is not None and own.certified)
+        return Policy() if fits and not replaced else policy
+
     def promise(self, policy: Policy) -> Guarantee:
-        """The guarantee of a policy. Raises `BundleError` for a policy without calibration."""
-        if policy.name not in self.guarantees:
-            raise BundleError(f"calibration.json has no guarantee for the policy {policy.name}; build the bundle again")
-        return self.guarantees[policy.name]
+        """The guarantee of a policy (see `covering`). Raises `BundleError` for a policy without calibration."""
+        name = self.covering(policy).name
+        if name not in self.guarantees:
+            raise BundleError(f"calibration.json has no guarantee for the policy {name}; build the bundle again")
+        return self.guarantees[name]
 
-    def threshold(self, kind: str, policy: Policy) -> float:
-        """The value that the gate of a `kind` compares an answer with (see `check`).
+    def threshold(self, kind: str, policy: Policy, tier: str = "base") -> float:
+        """The value that the gate of a `kind` compares an answer of a `tier` with (see `check`).
 
-        The highest accepted perplexity for that kind, else the lowest P(correct); infinite for a policy without
-        calibration.
+        The highest accepted perplexity for that kind, else the lowest P(correct); infinite if no answer of the tier is
+        accepted.
         """
         if kind == "perplexity":
             return self.perplexity
-        name = policy.name
         if kind == "searched":
-            return self.searched.get(name, math.inf)
-        return self.guarantees[name].threshold if name in self.guarantees else math.inf
+            return self.searched.get(policy.name, math.inf)
+        covering = self.covering(policy)
+        if covering.name not in self.guarantees or (covering != policy and tier != "base"):
+            return math.inf
+        return self.guarantees[covering.name].threshold
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` turns into the same calibration."""

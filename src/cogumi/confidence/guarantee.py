@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 ASSUMPTION = "questions exchangeable with the rows of the threshold split, answered greedily by this bundle"
+MOST_ERRORS = 500
+"""`trials_needed` gives up after this many errors."""
 GRID = tuple(i / 200 for i in range(199, 39, -1))  # 0.995, 0.990, ..., 0.200
 
 
@@ -50,9 +52,43 @@ def upper_bound(wrong: int, n: int, confidence: float) -> float:
     return high
 
 
+def trials_needed(wrong: int, n: int, risk: float, confidence: float) -> int | None:
+    """The least number of trials, at least `n`, that proves an error rate of at most `risk`, if errors stay as frequent
+    as `wrong` in `n` (rounded up to whole errors). None if they are too frequent for any reasonable number.
+    """
+    if n == 0 or wrong >= risk * n:
+        return None
+    for errors in range(wrong, wrong + MOST_ERRORS):
+        first, last = 0, n  # bisection for the least number that proves `risk` with so many errors
+        while binomial_cdf(errors, last, risk) > 1.0 - confidence:
+            first, last = last, 2 * last
+        while first + 1 < last:
+            middle = (first + last) // 2
+            first, last = (middle, last) if binomial_cdf(errors, middle, risk) > 1.0 - confidence else (first, middle)
+        least = max(last, n, (errors - 1) * n // wrong + 1 if wrong else 0)
+        if wrong * least <= errors * n:
+            return least
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """The best threshold that was not certified: `wrong` of `counted` rows prove `bound`, more than `risk`.
+
+    Counted are accepted answers or, if `unanswerable`, unanswerable questions, where an accepted answer is wrong.
+    """
+
+    threshold: float
+    counted: int
+    wrong: int
+    bound: float
+    risk: float
+    unanswerable: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Guarantee:
-    """A certified threshold and its evidence. `threshold` is infinite if no threshold passed.
+    """A certified threshold and its evidence; if none passed, `threshold` is infinite and `missed` is the best.
 
     `accepted` of `n` rows were accepted, non-abstaining answers, `wrong` of them wrong; `bound` is the
     upper bound of their error rate at this threshold (1 if no answer is accepted).
@@ -66,6 +102,41 @@ class Guarantee:
     wrong: int
     bound: float
     assumption: str = ASSUMPTION
+    missed: Missed | None = None
+
+    @property
+    def certified(self) -> bool:
+        """Whether a threshold passed."""
+        return math.isfinite(self.threshold)
+
+    def sentence(self) -> str:
+        """What is certified, with the evidence; or what is missing, and how many more rows would do."""
+        if self.certified:
+            return (
+                f"Certified with {self.confidence:.0%} confidence: at most {percent(self.risk)} of the accepted "
+                f"answers are wrong. The threshold {self.threshold:.2f} accepts {self.accepted} of {self.n} with "
+                f"{self.wrong} wrong, which proves at most {percent(self.bound)}."
+            )
+        missed = self.missed
+        if missed is None or not missed.counted:
+            return f"Not certified: no threshold accepts an answer with at most {percent(self.risk)} wrong."
+        key = "unanswerable" if missed.unanswerable else "e"
+        what = (
+            f"{missed.wrong} of {missed.counted} unanswerable questions"
+            if missed.unanswerable
+            else f"{missed.counted} of {self.n} with {missed.wrong} wrong"
+        )
+        found = (
+            f"Not certified: the best threshold accepts {what}, which proves at most {percent(missed.bound)}, "
+            f"not {percent(missed.risk)}."
+        )
+        needed = trials_needed(missed.wrong, missed.counted, missed.risk, self.confidence)
+        if needed is None:
+            return f"{found} More rows alone will not do: improve the model, or set `{key}`."
+        rows = missed.counted if missed.unanswerable else self.n
+        more = math.ceil((needed - missed.counted) * rows / missed.counted)
+        which = "unanswerable rows" if missed.unanswerable else "rows"
+        return f"{found} About {more:,} more {which} in the split `threshold` would do, or set `{key}`."
 
     @property
     def coverage(self) -> float:
@@ -79,7 +150,15 @@ class Guarantee:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Guarantee:
         """Inverse of `to_json`."""
-        return cls(**value | {"threshold": math.inf if value["threshold"] is None else value["threshold"]})
+        threshold = math.inf if value["threshold"] is None else value["threshold"]
+        missed = Missed(**value["missed"]) if value.get("missed") else None
+        return cls(**value | {"threshold": threshold, "missed": missed})
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with at most one decimal: 0.05 -> 5%, 0.0731 -> 7.4% (bounds are rounded up)."""
+    tenths = math.ceil(round(1000 * share, 6))
+    return f"{tenths // 10}%" if tenths % 10 == 0 else f"{tenths / 10:.1f}%"
 
 
 Count = Callable[[float], tuple[int, int]]
@@ -88,10 +167,11 @@ Count = Callable[[float], tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class RiskLimit:
-    """At most `risk` of the counted rows (accepted answers, or unanswerable questions) may be wrong."""
+    """At most `risk` of the counted rows (accepted answers or, if `unanswerable`, such questions) may be wrong."""
 
     count: Count
     risk: float
+    unanswerable: bool = False
 
     def p_value(self, threshold: float) -> float:
         """P(at most this many wrong rows) if the error rate were `risk`; 1 without counted rows."""
@@ -108,6 +188,20 @@ def threshold_order(limits: Sequence[RiskLimit], grid: Sequence[float] = GRID) -
     return list(grid[evidence.index(min(evidence)) :])
 
 
+def best_missed(limits: Sequence[RiskLimit], confidence: float, grid: Sequence[float] = GRID) -> Missed:
+    """The threshold whose bounds are closest to their limits, with the limit that it misses by most."""
+
+    def at(threshold: float) -> Missed:
+        found = []
+        for limit in limits:
+            counted, wrong = limit.count(threshold)
+            bound = upper_bound(wrong, counted, confidence)
+            found.append(Missed(threshold, counted, wrong, bound, limit.risk, limit.unanswerable))
+        return max(found, key=lambda one: one.bound / one.risk)
+
+    return min(map(at, grid), key=lambda one: one.bound / one.risk)
+
+
 def guarantee(order: Sequence[float], limits: Sequence[RiskLimit], rows: int, confidence: float) -> Guarantee:
     """Test thresholds in `order` on the threshold split of `rows` rows; returns the last one that passes.
 
@@ -122,7 +216,7 @@ def guarantee(order: Sequence[float], limits: Sequence[RiskLimit], rows: int, co
             break
         passed = threshold, accepted, wrong
     if passed is None:
-        return Guarantee(math.inf, risk, confidence, rows, 0, 0, 1.0)
+        return Guarantee(math.inf, risk, confidence, rows, 0, 0, 1.0, missed=best_missed(limits, confidence))
     threshold, accepted, wrong = passed
     bound = upper_bound(wrong, accepted, confidence)
     return Guarantee(threshold, risk, confidence, rows, accepted, wrong, bound)

@@ -98,6 +98,17 @@ def crossing(lower: ArrayLike, upper: ArrayLike) -> float:
     return float(values[int(np.argmax(gain))])
 
 
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of `correct` in `n` (Wilson 1927); 0 to 1 for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    share, scale = correct / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def bootstrap_gain(before: Doubles, after: Doubles, seed: int) -> tuple[float, float, float]:
     """Mean gain of paired outcomes [n] and its 95% bootstrap interval."""
     difference = after - before

@@ -25,34 +25,48 @@ FP32_PACKED = 0.93
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Lengths in tokens of a model's `count` training rows: longest row, longest answer, mean row."""
+    """Lengths in tokens of a model's `count` training rows: longest row, longest answer, mean row, longest question.
+
+    `where` is the place of the longest row; empty if unknown.
+    """
 
     count: int
     longest: int
     answer: int
     mean: float
+    question: int = 0
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RowFacts:
-    """Lengths in bytes of training rows; `longest` and `mean` include question and answer."""
+    """Lengths in bytes of training rows; `longest` and `mean` include question and answer.
+
+    `question` is the longest question, `where` the place of the longest row (`facts.jsonl:17`; empty if unknown).
+    """
 
     count: int
     longest: int
     answer: int
     mean: float
+    question: int = 0
+    where: str = ""
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[int, int]], count: int) -> RowFacts:
-        """Facts about `count` rows from a sample of byte lengths (question, answer)."""
+    def of(cls, pairs: Sequence[tuple[int, int]], count: int, places: Sequence[str] = ()) -> RowFacts:
+        """Facts about `count` rows from a sample of byte lengths (question, answer), and the `places` of these rows."""
         whole = [question + answer for question, answer in pairs]
-        return cls(count, max(whole), max(answer for _, answer in pairs), sum(whole) / len(whole))
+        where = places[whole.index(max(whole))] if places else ""
+        answer, question = max(answer for _, answer in pairs), max(question for question, _ in pairs)
+        return cls(count, max(whole), answer, sum(whole) / len(whole), question, where)
 
     def rows(self, template: int, length: int | None = None) -> Rows:
         """Lengths in tokens, with `template` tokens added per row; `length` replaces the estimated longest row."""
         longest = length or template + math.ceil(self.longest / BYTES_PER_TOKEN)
         answer = min(longest, 1 + math.ceil(self.answer / BYTES_PER_TOKEN))
-        return Rows(self.count, longest, answer, min(longest, template + self.mean / BYTES_PER_TOKEN))
+        question = min(longest, template + math.ceil(self.question / BYTES_PER_TOKEN))
+        mean = min(longest, template + self.mean / BYTES_PER_TOKEN)
+        return Rows(self.count, longest, answer, mean, question, self.where)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with its reference answer. `difficulty` is 1 (easy) to 5, or 0 if unknown.
+    """A question with its reference answer. `difficulty` is a level from 1 (easy) to 5, or 0 without a level.
 
-    `meta["check"]` names the grader and its arguments (see `grading.graders`).
+    `meta["check"]`, if present, names the grader and its arguments (see `grading.graders`); read it as `check`.
     """
 
     id: str
@@ -37,6 +37,17 @@ class Example:
     answer: str
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def check(self) -> Mapping[str, Any]:
+        """How an output is judged: `meta["check"]`, or the default grader `exact`."""
+        found: Mapping[str, Any] = self.meta.get("check", {"kind": "exact"})
+        return found
+
+    @property
+    def answerable(self) -> bool:
+        """Whether the question has an answer; if not, the correct output is `ABSTENTION`."""
+        return self.check.get("kind") != "abstain"
 
 
 @dataclass(frozen=True, slots=True)

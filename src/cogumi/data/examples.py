@@ -24,6 +24,8 @@ from cogumi.core.types import Example, Message
 
 SPLITS = ("train", "selection", "fit", "threshold", "heldout")
 POOL = "pool.jsonl"
+NO_ANSWER, NO_LEVEL = "0", "none"
+"""Keys of unanswerable questions, and of answerable ones without a difficulty, in tables by difficulty."""
 
 
 def split_path(artifact: Path, split: str) -> Path:
@@ -56,10 +58,22 @@ def split_of(question: str, shares: Mapping[str, int], seed: int) -> str:
     raise AssertionError("shares do not cover the hash range")
 
 
-def is_easy(example: Example, easy_up_to: int) -> bool:
-    """Whether a question is answerable and has a difficulty of 1 to `easy_up_to`."""
-    answerable = example.meta.get("check", {}).get("kind") != "abstain"
-    return answerable and 1 <= example.difficulty <= easy_up_to
+def is_easy(example: Example, easy_up_to: int, right: bool) -> bool:
+    """Whether a question is answerable and easy: of a level up to `easy_up_to`, or without a level and answered
+    correctly by the base (`right`).
+    """
+    easy = 1 <= example.difficulty <= easy_up_to if example.difficulty else right
+    return example.answerable and easy
+
+
+def level(example: Example) -> str:
+    """The key of a question in tables by difficulty: its level, `NO_ANSWER`, or `NO_LEVEL`."""
+    return (str(example.difficulty) if example.difficulty else NO_LEVEL) if example.answerable else NO_ANSWER
+
+
+def level_title(key: str) -> str:
+    """The heading of a `level` in tables and pictures."""
+    return {NO_ANSWER: "unanswerable", NO_LEVEL: "no level"}.get(key, f"level {key}")
 
 
 def to_json(example: Example) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import POOL, to_line
 from cogumi.data.sources.question_files import Rejected, iterate, no_usable_row
 
-VERSION = 1
+VERSION = 2
 KIND = "pool"
 INPUTS: dict[str, str] = {}
 REJECTED_FILE = "rejected.jsonl"
@@ -34,22 +34,34 @@ class Config(BaseModel):
     files: dict[str, list[Path]] = Field(min_length=1)
 
 
-def _rows(config: Config, root: Path) -> Iterator[Example | Rejected]:
+def _rows(config: Config, root: Path, unused: Counter[str] | None = None) -> Iterator[Example | Rejected]:
     for domain, paths in config.files.items():
         for path in paths:
-            yield from iterate(root / path, domain)
+            yield from iterate(root / path, domain, unused)
 
 
 def estimate(config: Config, given: Given) -> Estimate:
     """Lengths of the rows, read from the files; empty if a file is missing or no row is usable."""
     if not all((given.root / path).is_file() for paths in config.files.values() for path in paths):
         return Estimate()
-    pairs = [
-        (sum(len(m.content.encode()) for m in row.messages), len(row.answer.encode()))
-        for row in _rows(config, given.root)
-        if isinstance(row, Example)
-    ]
-    return Estimate((RowFacts.of(pairs, len(pairs)) if pairs else None,))
+    pairs, places = [], []
+    unused = Counter[str]()
+    rejected, first = 0, None
+    for row in _rows(config, given.root, unused):
+        if isinstance(row, Example):
+            pairs.append((sum(len(m.content.encode()) for m in row.messages), len(row.answer.encode())))
+            places.append(row.source)
+        else:
+            rejected, first = rejected + 1, first or row
+    found = RowFacts.of(pairs, len(pairs), places) if pairs else None
+    return Estimate((found,), notes=tuple(warnings(unused, rejected, first)))
+
+
+def warnings(unused: Mapping[str, int], rejected: int, first: Rejected | None) -> list[str]:
+    """A line for rejected rows, with the `first` of them, and one for columns that are not used."""
+    found = [f"{rejected} rows rejected, the first: {first}"] if rejected else []
+    names = ", ".join(f"'{name}' ({count} rows)" for name, count in sorted(unused.items()))
+    return [*found, f"columns not used: {names}"] if names else found
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
@@ -57,13 +69,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
 
     A rejected row is {"file", "line", "reason"}.
     """
-    domains, rejected = Counter[str](), 0
+    domains, unused, rejected = Counter[str](), Counter[str](), 0
     first: Rejected | None = None
     with (
         open(out / POOL, "w", encoding="utf-8", newline="\n") as pool,
         open(out / REJECTED_FILE, "w", encoding="utf-8", newline="\n") as refused,
     ):
-        for done, row in enumerate(_rows(config, context.root), 1):
+        for done, row in enumerate(_rows(config, context.root, unused), 1):
             if isinstance(row, Rejected):
                 refused.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
                 rejected, first = rejected + 1, first or row
@@ -74,4 +86,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 context.progress(done, None, {"rejected": rejected})
     if not domains:
         raise DataError(no_usable_row("the files of this recipe", rejected, first))
-    return {"rows": domains.total(), "domains": dict(sorted(domains.items())), "rejected": rejected}
+    return {
+        "rows": domains.total(),
+        "domains": dict(sorted(domains.items())),
+        "rejected": rejected,
+        "unused_columns": dict(sorted(unused.items())),
+        "warnings": warnings(unused, rejected, first),
+    }

@@ -1,38 +1,110 @@
-"""Accuracy, coverage and accepted error of an engine's answers to a list of questions, for `cogumi eval`."""
+"""Accuracy, confidence and accepted answers of an engine on a list of questions, for `cogumi eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cogumi.cascade.disclaimers import without_disclaimer
-from cogumi.core.types import Example, Request
+from cogumi.confidence.metrics import auroc, ece, wilson
+from cogumi.core.errors import DataError, RequestError
+from cogumi.core.text import last_user_message
+from cogumi.core.types import Example, Reply, Request, Verdict
+from cogumi.data.examples import level
 from cogumi.engine.protocol import Engine, replies
-from cogumi.grading.graders import grade_all
+from cogumi.grading.graders import grade, grade_all
 
 
-def measure(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]) -> dict[str, Any]:
-    """Accuracy `{domain: {difficulty: [correct, n]}}`, coverage, and the error among accepted answers.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question with its graded answer."""
 
-    The last two are None from an engine that does not judge its own answers; the error also if none was accepted.
+    example: Example
+    reply: Reply
+    verdict: Verdict
+
+    def row(self) -> dict[str, Any]:
+        """The answer as a JSON object."""
+        return {
+            "question": last_user_message(self.example.messages),
+            "answer": self.example.answer,
+            "output": self.verdict.output,
+            "correct": self.verdict.correct,
+            "p_correct": self.reply.p_correct,
+            "accepted": self.reply.accepted,
+            "tier": self.reply.tier,
+            "domain": self.example.domain,
+            "grader": self.verdict.grader,
+            "source": self.example.source,
+        }
+
+
+def ask(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]) -> tuple[list[Asked], list[str]]:
+    """The graded answers of all questions that can be asked and graded, and a line for each other one."""
+    failed: list[str] = []
+    usable: list[tuple[Request, Example]] = []
+    for request, example in zip(requests, examples, strict=True):
+        try:
+            engine.check(request)
+            usable.append((request, example))
+        except RequestError as error:
+            failed.append(f"{example.source}: {error}")
+    answers = list(replies(engine, [request for request, _ in usable]))
+    asked = [(example, reply) for (_, example), reply in zip(usable, answers, strict=True)]
+    graded = []
+    for (example, reply), verdict in zip(asked, _verdicts(asked), strict=True):
+        if isinstance(verdict, Verdict):
+            graded.append(Asked(example, reply, verdict))
+        else:
+            failed.append(f"{example.source}: {verdict}")
+    return graded, failed
+
+
+def _verdicts(asked: Sequence[tuple[Example, Reply]]) -> Iterator[Verdict | DataError]:
+    """The verdict of each answer, or the error of a row that cannot be graded."""
+    pairs = [(example, without_disclaimer(reply.text)) for example, reply in asked]
+    try:
+        yield from grade_all(pairs)
+    except DataError:
+        for example, output in pairs:
+            try:
+                yield grade(example, output)
+            except DataError as error:
+                yield error
+
+
+def figures(asked: Sequence[Asked]) -> dict[str, Any]:
+    """Accuracy with 95% (Wilson) intervals, in all, by domain and as cells `{domain: {level: [correct, n]}}`; accepted
+    answers and wrong ones among them; AUROC and ECE of P(correct).
+
+    A figure is None if it cannot be measured: without answers, without P(correct), or without accepted answers.
     """
-    answers = list(replies(engine, requests))
-    verdicts = grade_all(
-        [(example, without_disclaimer(answer.text)) for example, answer in zip(examples, answers, strict=True)]
-    )
+    right = [one.verdict.correct for one in asked]
     cells: dict[str, dict[str, list[int]]] = {}
-    kept: list[bool] = []
-    for example, answer, verdict in zip(examples, answers, verdicts, strict=True):
-        cell = cells.setdefault(example.domain, {}).setdefault(str(example.difficulty), [0, 0])
-        cell[0] += verdict.correct
+    for one in asked:
+        cell = cells.setdefault(one.example.domain, {}).setdefault(level(one.example), [0, 0])
+        cell[0] += one.verdict.correct
         cell[1] += 1
-        if answer.accepted:
-            kept.append(verdict.correct)
-    judged = any(answer.decisions for answer in answers)
+    kept = [one.verdict.correct for one in asked if one.reply.accepted]
+    known = [(one.reply.p_correct, one.verdict.correct) for one in asked if one.reply.p_correct is not None]
+    p, of_known = [p for p, _ in known], [correct for _, correct in known]
+    judged = any(one.reply.decisions for one in asked)
+    domains = {}
+    for domain, row in sorted(cells.items()):
+        correct, n = (sum(cell[i] for cell in row.values()) for i in (0, 1))
+        domains[domain] = {"correct": correct, "n": n, "interval": wilson(correct, n)}
     return {
-        "n": len(examples),
-        "correct": sum(verdict.correct for verdict in verdicts),
+        "n": len(asked),
+        "correct": sum(right),
+        "interval": wilson(sum(right), len(right)),
         "accuracy": cells,
-        "coverage": len(kept) / len(examples) if judged else None,
+        "domains": domains,
+        "accepted": len(kept) if judged else None,
+        "accepted_wrong": len(kept) - sum(kept) if judged else None,
+        "coverage": len(kept) / len(asked) if judged else None,
         "accepted_error": 1 - sum(kept) / len(kept) if kept else None,
+        "calibrated": len(known),
+        "auroc": auroc(p, of_known) if len(set(of_known)) == 2 else None,
+        "ece": ece(p, of_known) if known else None,
     }

@@ -17,9 +17,10 @@ from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Request
 from cogumi.data.examples import read_examples, split_path
-from cogumi.engine.llama.engine import LlamaEngine, context_for
+from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import replies
 from cogumi.grading.graders import grade_all
+from cogumi.teach.context_size import context_for
 
 VERSION = 1
 KIND = "gain"
@@ -53,7 +54,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         path,
         adapters={name: inputs["adapter"].path / "adapter.gguf"},
         slots=config.slots,
-        context=context_for(path, requests[: len(examples)]),
+        context=context_for([path], examples, config.max_tokens, None),
         threads=context.threads,
         lookup=False,
     )

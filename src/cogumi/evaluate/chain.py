@@ -31,8 +31,9 @@ from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply, replies
 from cogumi.grading.graders import grade_all
+from cogumi.teach.context_size import context_for
 
-VERSION = 1
+VERSION = 2
 KIND = "report"
 INPUTS = {"data": "examples"}
 MODEL = "model.gguf"
@@ -53,7 +54,7 @@ class Config(BaseModel):
     rows: int | None = Field(None, ge=1)
     max_tokens: int = Field(64, ge=1)
     slots: int = Field(8, ge=1)
-    context: int = Field(256, ge=16)
+    context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
     rounds: int = Field(5, ge=1)
     prompts: int = Field(40, ge=1)
 
@@ -75,7 +76,7 @@ class Quality:
 def judge(model: Path, examples: Sequence[Example], config: Config, context: Context) -> Quality:
     """Score the reference answers and grade greedy answers of one model."""
     requests = [Request(messages=e.messages, max_tokens=config.max_tokens) for e in examples]
-    with closing(_engine(model, config, context, config.slots)) as engine:
+    with closing(_engine(model, examples, config, context, config.slots)) as engine:
         scores = [engine.score(request, e.answer) for request, e in zip(requests, examples, strict=True)]
         answers = list(replies(engine, requests, 2 * config.slots))
     verdicts = grade_all([(e, a.text) for e, a in zip(examples, answers, strict=True)])
@@ -89,7 +90,7 @@ def judge(model: Path, examples: Sequence[Example], config: Config, context: Con
 def decode_rate(model: Path, examples: Sequence[Example], config: Config, context: Context) -> float:
     """Tokens per second after the first of each answer, one answer at a time."""
     tokens, seconds = 0, 0.0
-    with closing(_engine(model, config, context, 1)) as engine:
+    with closing(_engine(model, examples, config, context, 1)) as engine:
         for example in examples:
             reply = final_reply(engine.generate(Request(messages=example.messages, max_tokens=config.max_tokens)))
             tokens += len(reply.tokens) - 1
@@ -97,8 +98,9 @@ def decode_rate(model: Path, examples: Sequence[Example], config: Config, contex
     return tokens / seconds if tokens else math.nan
 
 
-def _engine(model: Path, config: Config, context: Context, slots: int) -> LlamaEngine:
-    return LlamaEngine(model, slots=slots, context=config.context, threads=context.threads, lookup=False)
+def _engine(model: Path, examples: Sequence[Example], config: Config, context: Context, slots: int) -> LlamaEngine:
+    size = context_for([model], examples, config.max_tokens, config.context)
+    return LlamaEngine(model, slots=slots, context=size, threads=context.threads, lookup=False)
 
 
 def packed_bytes(path: Path) -> int:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.confidence.metrics import bootstrap_gain
 from cogumi.core.files import write_text
-from cogumi.core.pictures import new_figure
+from cogumi.core.pictures import legend_below, new_figure
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
@@ -138,13 +138,15 @@ def picture(path: Path, curve: Sequence[Mapping[str, float]], bar: float) -> Non
     figure, axes = new_figure(1)
     axes[0].plot([c["speedup"] for c in curve], [100 * c["exact"] for c in curve], marker="o")
     for point in curve:
-        axes[0].annotate(f"{point['share']:.0%}", (point["speedup"], 100 * point["exact"]))
+        at = (point["speedup"], 100 * point["exact"])
+        axes[0].annotate(f"{point['share']:.0%}", at, (4, 4), textcoords="offset points", fontsize=8)
     chosen = [point for point in curve if point["bar"] == bar]
     axes[0].plot(
         [c["speedup"] for c in chosen], [100 * c["exact"] for c in chosen], "*", markersize=14, label="chosen bar"
     )
     axes[0].set(xlabel="decode speed against no skipping", ylabel="exact selection answers, %")
-    axes[0].legend(loc="lower left")
+    axes[0].set_title("Speed and quality by share of skipping tokens")
+    legend_below(axes[0])
     figure.savefig(path)
 
 

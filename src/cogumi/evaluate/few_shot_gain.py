@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.core.errors import ArtifactError
 from cogumi.core.files import write_text
 from cogumi.core.model_fingerprint import model_fingerprint
-from cogumi.core.pictures import new_figure
+from cogumi.core.pictures import legend_below, new_figure
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.episodes import Episode, read_episodes
@@ -217,7 +217,7 @@ def picture(path: Path, accuracy: Mapping[str, Mapping[str, float]]) -> None:
     for method, by_shots in accuracy.items():
         axes[0].plot([int(k) for k in by_shots], list(by_shots.values()), marker="o", label=method)
     axes[0].set(xlabel="examples given", ylabel="share right, unseen families", ylim=(0, 1))
-    axes[0].legend(loc="upper left")
+    legend_below(axes[0], columns=3)
     figure.savefig(path)
 
 

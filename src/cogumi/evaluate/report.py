@@ -27,15 +27,16 @@ from cogumi.confidence.signals import answer_signals, perplexity
 from cogumi.core.files import write_text
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Reply, Request
-from cogumi.data.examples import SPLITS, is_easy, read_examples, split_path
+from cogumi.data.examples import SPLITS, is_easy, level, read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, final_reply, replies
 from cogumi.evaluate.remembering import remembering_cascade
 from cogumi.evaluate.report_page import page
 from cogumi.grading.graders import grade_all
+from cogumi.teach.context_size import context_for
 from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 
-VERSION = 3
+VERSION = 4
 KIND = "report"
 INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
@@ -61,7 +62,7 @@ class Config(BaseModel):
     speculation_prompts: int = Field(200, ge=1)
     max_tokens: int = Field(64, ge=1)
     slots: int = Field(16, ge=1)
-    context: int = Field(256, ge=16)
+    context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,10 @@ class GradedAnswers:
         return [c for e, c in zip(self.examples, self.correct, strict=True) if e.id in wanted]
 
     def table(self) -> dict[str, dict[str, list[int]]]:
-        """`{domain: {difficulty: [correct, n]}}`; difficulty 0 holds the unanswerable questions."""
+        """`{domain: {level: [correct, n]}}`; levels are those of `data.examples.level`."""
         cells: dict[str, dict[str, list[int]]] = {}
         for example, correct in zip(self.examples, self.correct, strict=True):
-            cell = cells.setdefault(example.domain, {}).setdefault(str(example.difficulty), [0, 0])
+            cell = cells.setdefault(example.domain, {}).setdefault(level(example), [0, 0])
             cell[0] += correct
             cell[1] += 1
         return {domain: dict(sorted(levels.items())) for domain, levels in sorted(cells.items())}
@@ -142,6 +143,8 @@ def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee
         "accepted_error": 1 - sum(kept) / len(kept) if kept else 0.0,
         "bound": promise.risk,
         "confidence": promise.confidence,
+        "certified": promise.certified,
+        "promise": promise.sentence(),
         "assumption": promise.assumption,
     }
 
@@ -171,7 +174,7 @@ def unanswerable_figures(answers: GradedAnswers, unseen: Sequence[str]) -> dict[
     """Unanswerable questions with an accepted answer, by kind."""
     kinds: dict[str, list[int]] = {}
     for example, reply in zip(answers.examples, answers.replies, strict=True):
-        cell = kinds.setdefault(str(example.meta["unanswerable"]), [0, 0])
+        cell = kinds.setdefault(str(example.meta.get("unanswerable", "unanswerable")), [0, 0])
         cell[0] += reply.accepted
         cell[1] += 1
     confident = sum(cell[0] for cell in kinds.values())
@@ -198,9 +201,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     lost = data.path / "unanswerable.jsonl"
     without = read_examples(lost) if lost.exists() else []
     controls = {r.removeprefix(CONTROL): a.path / "adapter.gguf" for r, a in inputs.items() if r.startswith(CONTROL)}
-    with remembering_cascade(folder, config.slots, config.context) as (cascade, plain):
+    bundle = open_bundle(folder)
+    models = [bundle.base] + ([bundle.draft] if bundle.draft else [])
+    size = context_for(models, [*heldout, *without], config.max_tokens, config.context)
+    with remembering_cascade(folder, config.slots, size) as (cascade, plain):
         tiers = cascade.tiers
-        answerable = [e for e in heldout if e.meta["check"]["kind"] != "abstain"]
+        answerable = [e for e in heldout if e.answerable]
         domains = [name for name in tiers.base.adapters if any(e.domain == name for e in answerable)]
         of = {name: [e for e in answerable if e.domain == name] for name in domains}
         asked_adapters = sum(len(of[d]) * (1 + (d in controls)) for d in domains)
@@ -212,11 +218,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         answers = {"draft": collector.ask(tiers.draft, heldout)} if tiers.has_draft else {}
         answers["base"] = base
         modifiers = {name: collector.ask(tiers.base, of[name], name) for name in domains}
-        answers["modifier"] = GradedAnswers(
-            [e for a in modifiers.values() for e in a.examples],
-            [r for a in modifiers.values() for r in a.replies],
-            [c for a in modifiers.values() for c in a.correct],
-        )
+        if modifiers:
+            answers["modifier"] = GradedAnswers(
+                [e for a in modifiers.values() for e in a.examples],
+                [r for a in modifiers.values() for r in a.replies],
+                [c for a in modifiers.values() for c in a.correct],
+            )
         answers["cascade"] = given
         compared = {}
         for name in domains:
@@ -228,10 +235,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 "lost_elsewhere": lost_elsewhere(name, base, answers["cascade"]),
                 "n": len(after),
             }
-        for name, control in _controls(collector, open_bundle(folder).base, controls, of).items():
+        for name, control in _controls(collector, bundle.base, size, controls, of).items():
             compared[name]["control"] = _share(control.correct)
-        easy = [e for e in heldout if is_easy(e, config.easy_up_to)][: config.speculation_prompts]
+        right = zip(heldout, base.correct, strict=True)
+        easy = [e for e, answered in right if is_easy(e, config.easy_up_to, answered)][: config.speculation_prompts]
         metrics = {
+            "questions": len(heldout),
             "accuracy": {tier: graded.table() for tier, graded in answers.items()},
             "modifiers": compared,
             "speculation": speculation_figures(plain, easy, config),
@@ -245,7 +254,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
     reliability_picture(out / "reliability.png", {"base": (base_p, np.array(judged.correct, dtype=np.float64))})
     p_given = [r.p_correct or 0.0 for r in given.replies]
-    risk_picture(out / "risk.png", p_given, answers["cascade"].correct, metrics["gate"])
+    risk_picture(out / "risk.png", p_given, [r.accepted for r in given.replies], given.correct, metrics["gate"])
     write_text(out / "report.md", page(metrics))
     return metrics
 
@@ -263,13 +272,16 @@ def lost_elsewhere(name: str, base: GradedAnswers, cascade: GradedAnswers) -> fl
 
 
 def _controls(
-    collector: AnswerCollector, base: Path, adapters: Mapping[str, Path], of: Mapping[str, Sequence[Example]]
+    collector: AnswerCollector,
+    base: Path,
+    context: int,
+    adapters: Mapping[str, Path],
+    of: Mapping[str, Sequence[Example]],
 ) -> dict[str, GradedAnswers]:
     """Graded answers of the controls to the questions of their domains."""
     if not adapters:
         return {}
-    size = collector.config
-    engine = LlamaEngine(base, slots=size.slots, context=size.context, lookup=False, adapters=adapters)
+    engine = LlamaEngine(base, slots=collector.config.slots, context=context, lookup=False, adapters=adapters)
     with closing(engine):
         return {name: collector.ask(engine, of[name], name) for name in adapters if name in of}
 

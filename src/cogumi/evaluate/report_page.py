@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cogumi.core.amounts import share
+from cogumi.data.examples import level_title
 
 Cells = Mapping[str, Mapping[str, Sequence[int]]]
 
@@ -21,12 +22,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _accuracy(accuracy: Mapping[str, Cells]) -> list[str]:
     domains = sorted({domain for cells in accuracy.values() for domain in cells})
     levels = sorted({level for cells in accuracy.values() for row in cells.values() for level in row})
+    shown = levels if len(levels) > 1 else []
     rows = []
     for tier, cells in accuracy.items():
         by_domain = [share(cells.get(domain, {}).values()) for domain in domains]
-        by_level = [share(pair for row in cells.values() for at, pair in row.items() if at == k) for k in levels]
+        by_level = [share(pair for row in cells.values() for at, pair in row.items() if at == k) for k in shown]
         rows.append([tier, share(pair for row in cells.values() for pair in row.values()), *by_domain, *by_level])
-    return _table(["tier", "all", *domains, *(f"level {k}" for k in levels)], rows)
+    return _table(["tier", "all", *domains, *map(level_title, shown)], rows)
 
 
 def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
@@ -42,15 +44,18 @@ def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
         ["AUROC of perplexity alone", f"{gate['auroc_perplexity']:.3f}"],
         ["AUROC of length alone", f"{gate['auroc_length']:.3f}"],
         ["accepted with confidence", f"{gate['coverage']:.1%} ({gate['accepted']})"],
-        [f"wrong among accepted (promised: at most {gate['bound']:.0%})", f"{gate['accepted_error']:.1%}"],
-        ["unanswerable, yet answered with confidence", f"{refused['confident']} of {refused['n']}"],
-        *kinds,
+        [
+            f"wrong among accepted (asked: at most {gate['bound']:.0%})",
+            f"{gate['accepted_error']:.1%}" if gate["accepted"] else "-",
+        ],
     ]
+    if refused["n"]:
+        rows += [["unanswerable, yet answered with confidence", f"{refused['confident']} of {refused['n']}"], *kinds]
     return [
         "## Does it know what it knows?",
         "",
         *_table(["figure", "value"], rows),
-        f"The promise holds with {gate['confidence']:.0%} confidence. {gate['assumption']}",
+        gate["promise"] + (f" Assumption: {gate['assumption']}." if gate["certified"] else ""),
         "",
         "![reliability](reliability.png) ![risk and coverage](risk.png)",
         "",
@@ -86,14 +91,14 @@ def page(figures: Mapping[str, Any]) -> str:
     lines = [
         "# Results of this build",
         "",
-        "Measured on held-out questions that no earlier step has read. Level 0: unanswerable questions, to which an",
-        "abstention is the correct answer. The modifier row covers the domains that have one.",
+        f"Measured on {figures['questions']:,} held-out questions that no earlier step has read. To an unanswerable",
+        "question an abstention is the correct answer. The modifier row covers the domains that have one.",
         "",
         *_accuracy(figures["accuracy"]),
         "![accuracy by level](accuracy.png)",
         "",
         *_honesty(figures["gate"], figures["unanswerable"]),
-        *_modifiers(figures["modifiers"]),
+        *(_modifiers(figures["modifiers"]) if figures["modifiers"] else ()),
         *_speculation(figures["speculation"]),
         "## Routes and sizes",
         "",

@@ -64,7 +64,7 @@ def differential_test(example: Example, output: str, count: int) -> str | None:
 
     None if the tests contain no call with an integer.
     """
-    tested = calls(example.meta["check"]["tests"])
+    tested = calls(example.check["tests"])
     numbers = [
         n.value
         for _, arguments in tested

@@ -157,10 +157,9 @@ _GRADERS: dict[str, Callable[[Example, Mapping[str, Any], str], Judgement]] = {
 
 
 def _check(example: Example) -> Mapping[str, Any]:
-    check: Mapping[str, Any] = example.meta.get("check", {"kind": "exact"})
-    if problem := check_problem(check):
+    if problem := check_problem(example.check):
         raise DataError(f"example {example.id}: {problem}")
-    return check
+    return example.check
 
 
 def _program(check: Mapping[str, Any], output: str) -> str:

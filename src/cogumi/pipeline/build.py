@@ -32,6 +32,8 @@ from cogumi.pipeline.quality_gates import check_gate
 from cogumi.pipeline.recipe import LOGS, Recipe
 
 PAGE = "report.md"
+UNFINISHED = "unfinished.json"
+"""File in the folder of a build that was stopped or failed; the next complete build removes it."""
 HEADROOM = 2
 """A step starts beside others only if this many times the largest memory of any step so far is available."""
 PATIENCE = 3.0
@@ -64,8 +66,22 @@ def build(
         closing(_executor(recipe, jobs, lock)) as executor,
     ):
         run = _Run(plans, home, seed, recipe.root, executor, leader, progress or Silent())
-        run.to_the_end()
-        return _report(recipe, plans, home, run.rows, time.perf_counter() - began)
+        with _unfinished(recipe, home, run):
+            run.to_the_end()
+            return _report(recipe, plans, home, run.rows, time.perf_counter() - began)
+
+
+@contextmanager
+def _unfinished(recipe: Recipe, home: Path, run: _Run) -> Iterator[None]:
+    """A file says that the build has not ended, and which step failed, because the report beside it is older."""
+    path = home / (UNFINISHED if recipe.name == recipe.folder else f"{recipe.name}-{UNFINISHED}")
+    write_json(path, {"recipe": recipe.name, "step": None, "error": "the build was stopped before its end"})
+    try:
+        yield
+    except Exception as error:
+        write_json(path, {"recipe": recipe.name, "step": run.failed, "error": str(error)})
+        raise
+    path.unlink()
 
 
 @contextmanager
@@ -130,6 +146,7 @@ class _Run:
         self._done: dict[str, Artifact] = {}
         self._rows: dict[str, dict[str, Any]] = {}
         self._error: BaseException | None = None
+        self.failed: str | None = None
         self._peak = peak_rss_bytes()
         self._home, self._seed, self._root = home, seed, root
         self._executor, self._leader, self._progress = executor, leader, progress
@@ -216,7 +233,7 @@ class _Run:
         """Keep the first error to raise it at the end; show an error at once if other steps are still running."""
         if self._running or self._error is not None:
             self._progress.failed(p.name, str(error), list(self._running))
-        self._error = self._error or error
+        self._error, self.failed = self._error or error, self.failed or p.name
 
 
 def _help(plans: list[PlannedStep], home: Path, seed: int, root: Path) -> dict[str, Any]:

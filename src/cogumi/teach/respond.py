@@ -33,9 +33,10 @@ from cogumi.data.responses import (
     write_readings,
     write_responses,
 )
-from cogumi.engine.llama.engine import LlamaEngine, context_for
+from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, final_reply
 from cogumi.grading.graders import grade_all
+from cogumi.teach.context_size import context_for
 
 VERSION = 2
 KIND = "responses"
@@ -94,7 +95,7 @@ def _parts(
     missing = [start for start, path in stored.items() if not path.is_file()]
     if missing:
         requests = [Request(messages=e.messages, max_tokens=config.max_tokens, speculate=False) for e in examples]
-        size = context_for(model, requests)
+        size = context_for([model], examples, config.max_tokens, None)
         engine = LlamaEngine(model, slots=config.slots, context=size, threads=context.threads, lookup=False)
         done = len(examples) - sum(len(chunks[start]) for start in missing)
         with closing(engine) as base, ThreadPoolExecutor(config.slots) as pool:

@@ -35,7 +35,7 @@ from cogumi.grading.differential_tests import differential_test
 from cogumi.grading.graders import grade_all
 from cogumi.grading.sandbox import run_all
 
-VERSION = 1
+VERSION = 2
 KIND = "paths"
 INPUTS = {"examples": "examples", "model": "model"}
 OPTIONAL = {"adapter_*": "adapter"}
@@ -43,7 +43,8 @@ _ROLE = "adapter_"
 
 
 class Config(BaseModel):
-    """Answerable questions of at least difficulty `hard_from` (of `domains`, if given) are sampled, at most `rows`.
+    """Answerable questions (of `domains`, if given) of at least difficulty `hard_from` or without a level are sampled,
+    at most `rows`.
 
     A question gets up to `samples` answers, `per_round` at once, until it has `paths` solutions. Sample k has
     temperature `temperatures[k % n]`. Programs are compared with the reference answer on `probes` inputs; 0 relies on
@@ -97,7 +98,7 @@ def program_form(code: str) -> str:
 
 def form(example: Example, output: str) -> str:
     """Canonical form of an answer; answers with equal forms are the same solution (see the module)."""
-    kind = example.meta.get("check", {}).get("kind", "exact")
+    kind = example.check["kind"]
     try:
         if kind == "code":
             with warnings.catch_warnings():  # generated code may contain questionable Python
@@ -163,12 +164,12 @@ def hard_questions(examples: Sequence[Example], config: Config) -> list[Example]
     found = [
         e
         for e in examples
-        if e.difficulty >= config.hard_from
+        if (not e.difficulty or e.difficulty >= config.hard_from)
         and e.domain in (config.domains or domains)
-        and e.meta.get("check", {}).get("kind") != "abstain"
+        and e.answerable
     ][: config.rows]
     if not found:
-        raise DataError(f"no training question has difficulty {config.hard_from} or more; lower hard_from")
+        raise DataError(f"every training question has a difficulty below {config.hard_from}; lower hard_from")
     return found
 
 
@@ -191,7 +192,7 @@ def agreeing(pairs: Sequence[tuple[Example, str]], passed: Sequence[bool], probe
     """Which of the `passed` outputs also agree with the reference on `probes` new inputs, if they are programs."""
     programs: dict[int, str] = {}
     for i, ((example, output), good) in enumerate(zip(pairs, passed, strict=True)):
-        if good and probes and example.meta.get("check", {}).get("kind") == "code":
+        if good and probes and example.check["kind"] == "code":
             program = differential_test(example, output, probes)
             if program:
                 programs[i] = program

@@ -30,9 +30,10 @@ from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import FileFacts, FileSize
 from cogumi.core.files import write_json
 from cogumi.core.stage import Context
-from cogumi.core.types import Artifact
+from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import is_easy, read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.teach.context_size import context_for
 from cogumi.teach.tier_answers import (
     Answer,
     AskOptions,
@@ -67,7 +68,8 @@ Doubles = NDArray[np.float64]
 
 class Config(BaseModel):
     """At most the share `e` of accepted answers may be wrong, and at most the share `unanswerable` of unanswerable
-    questions accepted, with `confidence`; questions up to difficulty `easy_up_to` are easy.
+    questions accepted, with `confidence`; questions up to difficulty `easy_up_to` are easy, and of those without a
+    level the ones that the base answers correctly.
 
     The specification's perplexity limits are 20 (`draft_perplexity`), 12.4 (`base_perplexity`) and 30
     (`answer_perplexity`); None fits them where the histograms cross.
@@ -84,17 +86,22 @@ class Config(BaseModel):
     rows: int | None = Field(None, ge=1, description="at most so many rows of each split; none: all")
     max_tokens: int = Field(128, ge=1)
     slots: int = Field(16, ge=1)
-    context: int = Field(256, ge=16)
+    context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
 
 
-def open_tiers(inputs: Mapping[str, Artifact], config: Config, opened: ExitStack) -> Tiers:
-    """Open the models of the inputs; the stack `opened` closes them. Without a draft the base reads the questions."""
+def open_tiers(inputs: Mapping[str, Artifact], examples: Sequence[Example], config: Config, opened: ExitStack) -> Tiers:
+    """Open the models of the inputs for questions `examples`; the stack `opened` closes them.
+
+    Without a draft the base reads the questions.
+    """
+    models = [inputs[role].path / "model.gguf" for role in ("base", "draft") if role in inputs]
+    context = context_for(models, examples, config.max_tokens, config.context)
     adapters = {
         role.removeprefix(MODIFIER): artifact.path / "adapter.gguf"
         for role, artifact in inputs.items()
         if role.startswith(MODIFIER)
     }
-    size: dict[str, Any] = {"slots": config.slots, "context": config.context, "lookup": False}
+    size: dict[str, Any] = {"slots": config.slots, "context": context, "lookup": False}
     base = LlamaEngine(inputs["base"].path / "model.gguf", adapters=adapters, **size)
     opened.callback(base.close)
     draft = base
@@ -134,7 +141,7 @@ def _draft_scores(rows: Sequence[Row]) -> Doubles:
 
 def _easy(row: Row, config: Config) -> bool:
     """Whether a question is easy: for a draft by its difficulty, for the base if it answers correctly."""
-    return is_easy(row.example, config.easy_up_to) if row.draft else row.base.correct
+    return is_easy(row.example, config.easy_up_to, row.base.correct) if row.draft else row.base.correct
 
 
 def _correct(answers: Sequence[Answer | None]) -> Doubles:
@@ -265,10 +272,12 @@ def calibrate(
 
     def limits(split: str, answers: PolicyAnswers, config: Config) -> list[RiskLimit]:
         """Limits on the errors of accepted answers and, if the split has any, on accepted unanswerable questions."""
-        without = np.array([r.example.meta.get("check", {}).get("kind") == "abstain" for r in rows[split]], dtype=bool)
+        without = np.array([not r.example.answerable for r in rows[split]], dtype=bool)
         found = [RiskLimit(answers.count, config.e)]
         if without.any():
-            found.append(RiskLimit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable))
+            found.append(
+                RiskLimit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable, True)
+            )
         return found
 
     policies = [one for one in POLICIES if all(tier in gates for tier in one.order(one.modifier, False))]
@@ -283,7 +292,9 @@ def calibrate(
     found = Calibration(question, gates, probe, limit, promises, {name: t for name, (t, _) in searched.items()})
     write_json(out / FILE, found.to_json())
     _draw(out, rows["threshold"], easy["threshold"], p["threshold"], found)
-    frontier_picture(out / "frontier.png", {name: tried for name, (_, tried) in searched.items()})
+    frontier_picture(
+        out / "frontier.png", {name: tried for name, (_, tried) in searched.items()}, len(rows["selection"])
+    )
     return {
         "rows": {name: len(split) for name, split in rows.items()},
         "question": _question_figures(question, rows["threshold"], easy["threshold"]),
@@ -343,7 +354,7 @@ def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, foun
     )
     is_easy_row, right = np.array(easy, dtype=bool), _correct([r.base for r in rows]) > 0
     drafted, surprise = _draft_scores(rows)[:, 0], np.array([r.surprise for r in rows])
-    answered = np.log10([perplexity(r.base.signals) for r in rows])
+    answered = np.array([perplexity(r.base.signals) for r in rows])
     threshold = found.guarantees[Policy().name].threshold
     histogram_picture(
         out / "histogram.png",
@@ -359,9 +370,9 @@ def _draw(out: Path, rows: Sequence[Row], easy: Sequence[bool], p: Doubles, foun
                 _finite(found.question.base_perplexity),
             ),
             (
-                "log10 of the answer's perplexity",
+                "perplexity of the base's answer",
                 {"right": answered[right], "wrong": answered[~right]},
-                math.log10(found.perplexity),
+                found.perplexity,
             ),
             ("P(correct) of the base's answer", {"right": p[right, 1], "wrong": p[~right, 1]}, _finite(threshold)),
         ],
@@ -385,9 +396,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     models = [role for role in ("draft", "base") if role in inputs]
     cost = {role: float((inputs[role].path / "model.gguf").stat().st_size) for role in models}
     with ExitStack() as opened:
-        tiers = open_tiers(inputs, config, opened)
-        options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
         everything = [example for found in examples.values() for example in found]
+        tiers = open_tiers(inputs, everything, config, opened)
+        options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
         answered = iter(ask(tiers, everything, options))
         rows = {name: [next(answered) for _ in found] for name, found in examples.items()}
     return calibrate(rows, cost, config, context.seed, out)

@@ -50,9 +50,10 @@ from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade_all, last_number
+from cogumi.teach.context_size import context_for
 from cogumi.teach.tier_answers import AskOptions
 
-VERSION = 2
+VERSION = 3
 KIND = "critic"
 INPUTS = {"data": "examples", "base": "gguf"}
 OPTIONAL = {"modifier_*": "gguf"}
@@ -75,7 +76,7 @@ class Config(BaseModel):
     unknown: float = Field(0.1, ge=0, lt=1)
     max_tokens: int = Field(64, ge=1)
     slots: int = Field(16, ge=1)
-    context: int = Field(256, ge=16)
+    context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def error_type(example: Example, reply: Reply, correct: bool) -> str:
     that the question does not contain -> hallucination; a text that the question does not contain although it contains
     the right answer -> hallucination; all others -> logic.
     """
-    text, check = reply.text, example.meta.get("check", {"kind": "exact"})
+    text, check = reply.text, example.check
     kind, question = check["kind"], question_of(example).casefold()
     if correct:
         return NONE
@@ -316,7 +317,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         if role.startswith(MODIFIER)
     }
     model = inputs["base"].path / "model.gguf"
-    engine = LlamaEngine(model, adapters=adapters, lookup=False, slots=config.slots, context=config.context)
+    size = context_for([model], [e for split in splits for e in split], config.max_tokens, config.context)
+    engine = LlamaEngine(model, adapters=adapters, lookup=False, slots=config.slots, context=size)
     options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
     try:
         training, selection = (labelled_answers(engine, split, options, context.seed) for split in splits)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from cogumi.bundle.format import DIFFICULTY
+from cogumi.core.errors import TrainingError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import FileFacts, FileSize, ModelFacts, TokenizerFacts
 from cogumi.core.files import sha256
@@ -46,8 +47,12 @@ _MAX_NATS = 4.0  # otherwise the squared perplexity error of an untrained draft 
 _VALIDATE_EVERY = 16  # every 16th training question is used for validation instead of training
 
 
+_SHAPE = Shape(hidden=96, layers=2, heads=3, feed_forward=256)
+
+
 class Config(BaseModel):
-    """Answerable questions up to difficulty `easy_up_to` are easy.
+    """Answerable questions up to difficulty `easy_up_to` are easy, and of those without a level the ones that the base
+    answered correctly.
 
     With `distill` the draft learns the base's distribution over each token of its response (T = 1) instead of the
     token.
@@ -55,7 +60,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     init: str = "scratch"
-    shape: Shape = Shape(hidden=96, layers=2, heads=3, feed_forward=256)
+    shape: Shape = _SHAPE
     easy_up_to: int = Field(2, ge=1, le=5)
     answers: Literal["base", "dataset"] = "base"
     distill: bool = False
@@ -64,6 +69,12 @@ class Config(BaseModel):
     alignment_weight: float = Field(0.1, ge=0)
     question_weight: float = Field(0.3, ge=0)
     loop: LoopConfig = LoopConfig()
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _completed(cls, shape: Any) -> Any:
+        """A shape given in part keeps the draft's own defaults, not those of a base."""
+        return {**_SHAPE.model_dump(), **shape} if isinstance(shape, Mapping) else shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,7 @@ def draft_rows(
     for example in examples:
         prompt = tokenizer.chat(example.messages)
         response = responses.get(example.id)
-        easy = is_easy(example, config.easy_up_to)
+        easy = is_easy(example, config.easy_up_to, response is not None and response.correct)
         target = response if response and response.finished and easy else None
         text = example.answer if config.answers == "dataset" else target.output if target else ""
         answer = tokenizer.answer(text) if target else []
@@ -213,6 +224,8 @@ def estimate(config: Config, given: Given) -> Estimate:
         return Estimate()
     found = training_estimate(given, draft, config.loop, whole_rows=config.question_weight > 0)
     notes, problems = _bridge(base, draft)
+    if base and config.init == "scratch":
+        problems += _not_smaller(draft.shape.parameters, base.shape.parameters)
     head = draft.shape.hidden + 1
     return replace(
         found,
@@ -236,12 +249,22 @@ def _bridge(base: ModelFacts | None, draft: ModelFacts) -> tuple[list[str], list
     return [f"tokenizer {draft.tokenizer}, the base's is {base.tokenizer}: the engine drafts through text"], problems
 
 
+def _not_smaller(draft: int, base: int) -> list[str]:
+    """A line if a draft of so many weights is not smaller than its base."""
+    if draft < base:
+        return []
+    return [f"the draft has {draft:,} weights, the base {base:,}; give a smaller `shape`, because it must be faster"]
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`examples`, `responses`, `model` (the base) -> a model folder and difficulty.safetensors."""
     torch.set_num_threads(context.threads)
     folder = inputs["model"].path if config.init == "scratch" else locate(config.init, context.root)
     tokenizer = HFTokenizer.load(folder)
     language_model = build(config.shape, tokenizer, context.seed) if config.init == "scratch" else load(folder)
+    if config.init == "scratch":
+        for problem in _not_smaller(parameters(language_model), parameters(load(inputs["model"].path))):
+            raise TrainingError(problem)
     torch.manual_seed(context.seed)
     model = DraftModel(language_model)
     responses = read_responses(inputs["responses"].path)

@@ -42,6 +42,8 @@ KIND = "adapter"
 INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
 _ELSEWHERE = 2  # passes over the rows of other domains: before and after training
+MEMORISED = 0.9
+"""A base that fails no training question but has a lower accuracy on selection questions has memorised the former."""
 
 
 class Config(BaseModel):
@@ -94,6 +96,23 @@ def estimate(config: Config, given: Given) -> Estimate:
     return replace(found, facts=(adapter,))
 
 
+def _nothing_failed(domain: str, questions: Sequence[Example], base: Path, data: Path) -> str:
+    """The message for a base that fails no training question: it knows the domain, or it memorised the questions."""
+    if not questions:
+        return f"no training question of '{domain}' was answered; choose a domain of the data, or more `rows` to answer"
+    selection = [e for e in read_examples(split_path(data, "selection")) if e.domain == domain]
+    model = load(base)
+    rows = make_rows(selection, HFTokenizer.load(base), model.config.max_position_embeddings)
+    right = judge_answers(applied(model), rows)["exact"] if rows else None
+    found = f"the base answers all {len(questions)} training questions of '{domain}' correctly"
+    if right is None or right >= MEMORISED:
+        return f"{found}, so it needs no modifier for it"
+    return (
+        f"{found}, but {right:.1%} of {len(rows)} selection questions: it memorised its training rows. Train the base "
+        "for fewer steps or on more rows, so that its failures show"
+    )
+
+
 def _chosen(config: Config, inputs: Mapping[str, Artifact], seed: int) -> tuple[list[Example], dict[str, int]]:
     """The questions to train on, and the numbers of questions of the domain that were asked and failed."""
     responses = read_responses(inputs["responses"].path)
@@ -101,9 +120,7 @@ def _chosen(config: Config, inputs: Mapping[str, Artifact], seed: int) -> tuple[
     questions = [e for e in questions if e.domain == config.domain and e.id in responses]
     failed = [e for e in questions if not responses[e.id].correct]
     if not failed:
-        raise TrainingError(
-            f"the base failed no training question of '{config.domain}', so it needs no modifier for it"
-        )
+        raise TrainingError(_nothing_failed(config.domain, questions, inputs["model"].path, inputs["examples"].path))
     chosen = failed if config.rows == "failures" else random.Random(seed).sample(questions, len(failed))
     return chosen, {"asked": len(questions), "failed": len(failed)}
 

@@ -24,9 +24,10 @@ from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
+from cogumi.teach.context_size import context_for
 from cogumi.train.fit_classifier import fit_classifier
 
-VERSION = 2
+VERSION = 3
 KIND = "router"
 INPUTS = {"draft_gguf": "gguf", "data": "examples"}
 FILE = "router.safetensors"
@@ -35,14 +36,15 @@ CLASSES = 6
 
 
 class Config(BaseModel):
-    """`rows` of the training split to train on; `context`: most tokens of a question; `false_alarms`: share of known
+    """`rows` of the training split to train on; `context`: most tokens of a question (None: those of the
+    longest); `false_alarms`: share of known
     questions that may count as out of scope.
     """
 
     model_config = ConfigDict(extra="forbid")
     rows: int = Field(4000, ge=1)
     epochs: int = Field(40, ge=1)
-    context: int = Field(256, ge=16)
+    context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
     false_alarms: float = Field(0.02, ge=0, lt=1)
 
 
@@ -67,7 +69,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     data = inputs["data"].path
     splits = {name: read_examples(split_path(data, name)) for name in ("train", "selection")}
     splits["train"] = splits["train"][: config.rows]
-    draft = LlamaEngine(inputs["draft_gguf"].path / "model.gguf", slots=1, context=config.context, lookup=False)
+    path = inputs["draft_gguf"].path / "model.gguf"
+    size = context_for([path], [e for examples in splits.values() for e in examples], 0, config.context)
+    draft = LlamaEngine(path, slots=1, context=size, lookup=False)
     try:
         total, done, features = sum(map(len, splits.values())), 0, {}
         for name, examples in splits.items():

@@ -107,8 +107,7 @@ def _write_examples(source: Path, target: Path, count: int) -> None:
     kept: Counter[str] = Counter()
     lines = []
     for example in iterate_examples(source):
-        answerable = example.meta.get("check", {}).get("kind") != "abstain"
-        if answerable and len(example.messages) == 1 and kept[example.domain] < count:
+        if example.answerable and len(example.messages) == 1 and kept[example.domain] < count:
             kept[example.domain] += 1
             row = {"domain": example.domain, "question": example.messages[0].content, "answer": example.answer}
             lines.append(json.dumps(row, ensure_ascii=False))

@@ -1,12 +1,15 @@
 """Reads a user's question-answer files row by row, in constant memory (SPEC A1).
 
-A file is JSON Lines (one object per line) or one JSON array of objects. A row has one of two forms:
+A file is JSON Lines (one object per line) or one JSON array of objects. A row has one of three forms:
 
+question  {"question": ..., "answer": ...}
 Alpaca    {"instruction": ..., "input": ... (optional), "output": ... (or "response")}
-messages  {"messages": [{"role": ..., "content": ...}, ...]}; the last turn, the assistant's, is the answer
+messages  {"messages": [{"role": ..., "content": ...}, ...]}; the last turn, the assistant's, is the answer; or the last
+          turn is the user's, and the answer is in "answer", as in the files of a build
 
-and may have "domain", "difficulty" (1 to 5, 0 unknown) and "check" (see `grading.graders`). An unusable row does not
-stop reading; it is returned as a `Rejected` with its line and the reason.
+and may have "domain", "difficulty" (a level from 1 to 5; 0, null or absent: no level) and "check" (see
+`grading.graders`), in the row or in its "meta". An unusable row does not stop reading; it is returned as a `Rejected`
+with its line and the reason. Columns that are not used are counted.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +28,8 @@ from cogumi.core.types import Example, Message
 from cogumi.data.examples import example_id, to_line
 from cogumi.grading.checks import check_problem
 
+USED = ("id", "domain", "difficulty", "check", "meta", "source")
+"""Columns that a row of any form may have; `id` and `source` are replaced by those of the file's row."""
 _ROLES = ("system", "user", "assistant")
 _CHUNK = 1 << 16
 _MARKS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
@@ -59,8 +65,12 @@ def no_usable_row(where: str, rejected: int, first: Rejected | None) -> str:
     return f"{where} has no usable row; {rejected} were rejected, the first is {first}"
 
 
-def iterate(path: Path, domain: str = "general") -> Iterator[Example | Rejected]:
-    """Stream a file: an `Example` or a `Rejected` for every row. `domain` is the default for rows without one."""
+def iterate(path: Path, domain: str = "general", unused: Counter[str] | None = None) -> Iterator[Example | Rejected]:
+    """Stream a file: an `Example` or a `Rejected` for every row. `domain` is the default for rows without one.
+
+    `unused` counts the rows of each column that is not used.
+    """
+    counted: Counter[str] = Counter() if unused is None else unused
     try:
         with open(path, "rb") as file:
             head = file.read(_CHUNK)
@@ -68,7 +78,7 @@ def iterate(path: Path, domain: str = "general") -> Iterator[Example | Rejected]
             is_array = head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             for line, raw in _array_rows(file) if is_array else _lines(file):
                 try:
-                    yield _example(raw, domain, f"{path.name}:{line}")
+                    yield _example(raw, domain, f"{path.name}:{line}", counted)
                 except (ValueError, RecursionError) as error:
                     yield Rejected(str(path), line, str(error))
     except OSError as error:
@@ -121,7 +131,7 @@ def _leading_lines(text: bytes) -> int:
     return text[: len(text) - len(text.lstrip())].count(b"\n")
 
 
-def _example(raw: bytes, domain: str, source: str) -> Example:
+def _example(raw: bytes, domain: str, source: str, unused: Counter[str]) -> Example:
     """The example of one row; ValueError or RecursionError with the reason if the row is unusable."""
     if not raw:
         raise ValueError("a row is missing here: an extra comma, or the file is truncated")
@@ -133,22 +143,45 @@ def _example(raw: bytes, domain: str, source: str) -> Example:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError("a row must be a JSON object")
-    messages, answer = _from_messages(row["messages"]) if "messages" in row else _from_alpaca(row)
-    domain, difficulty = row.get("domain", domain), row.get("difficulty", 0)
+    messages, answer, used = _question_and_answer(row)
+    domain, difficulty = row.get("domain", domain), row.get("difficulty") or 0
     if not isinstance(domain, str) or not domain:
         raise ValueError("domain must be a non-empty string")
     if type(difficulty) is not int or not 0 <= difficulty <= 5:
-        raise ValueError("difficulty must be a whole number from 0 (unknown) to 5")
-    check = row.get("check")
-    if check is not None and (problem := check_problem(check)):
-        raise ValueError(problem)
-    meta = {} if check is None else {"check": check}
+        raise ValueError("difficulty must be a whole number from 1 to 5, or 0 without a level")
+    meta = _meta(row)
     example = Example(example_id(domain, messages), domain, difficulty, messages, answer, source, meta)
     try:
         to_line(example).encode()
     except UnicodeEncodeError as error:
         raise ValueError("an unpaired surrogate, which cannot be encoded as UTF-8") from error
+    unused.update(name for name in row if name not in (*USED, *used))
     return example
+
+
+def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's `meta` with its valid check, which may also be a column of its own."""
+    meta = row.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise ValueError("meta must be an object")
+    check = row.get("check") or meta.get("check")
+    if check is not None and (problem := check_problem(check)):
+        raise ValueError(problem)
+    rest = {name: value for name, value in meta.items() if name != "check"}
+    return rest if check is None else rest | {"check": check}
+
+
+def _question_and_answer(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
+    """The conversation up to the question, the answer, and the columns that hold them."""
+    if "messages" in row:
+        if "answer" not in row:
+            return *_from_messages(row["messages"]), ("messages",)
+        turns = row["messages"] if isinstance(row["messages"], list) else []
+        return *_from_messages([*turns, {"role": "assistant", "content": row["answer"]}]), ("messages", "answer")
+    if "question" in row and "instruction" not in row:
+        question, answer = _text(row["question"], "question"), _text(row.get("answer"), "answer")
+        return (Message("user", question),), answer, ("question", "answer")
+    return *_from_alpaca(row), ("instruction", "input", "output" if "output" in row else "response")
 
 
 def _text(value: Any, name: str) -> str:
@@ -159,9 +192,9 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _from_alpaca(row: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
+def _from_alpaca(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
     if "instruction" not in row:
-        raise ValueError("the row has neither 'messages' nor 'instruction'")
+        raise ValueError("the row has none of 'question', 'instruction' and 'messages'")
     question = _text(row["instruction"], "instruction")
     if row.get("input"):
         question += "\n\n" + _text(row["input"], "input")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -95,7 +95,7 @@ class LlamaEngine:
             self._draft: Model | None = draft._model
         else:
             self._draft = Model(draft, repack=repack) if draft else None
-        context = context or min(self._model.context, CONTEXT)
+        context = context or min(self._model.trained_context or CONTEXT, CONTEXT)
         sizes_of = {"width": self._model.width, "vocabulary": self._model.tokenizer.size}
         self._head = load_head(head, **sizes_of, base_sha256=base_sha256) if head else None
         self._context = context
@@ -286,21 +286,6 @@ class LlamaEngine:
         for job in jobs:
             self._scheduler.submit(adapter, job)
         return [job.result.result() for job in jobs]
-
-
-def context_for(model: Path, requests: Iterable[Request]) -> int:
-    """The context that the longest of these requests needs, prompt and answer; a multiple of 64.
-
-    Raises `ContextError` if it is longer than the model's own. Only the file's tokenizer is loaded.
-    """
-    opened = Model(model, vocabulary_only=True)
-    needed = max(len(prompt_ids(r, opened.tokenizer, ())) + (r.max_tokens or 0) for r in requests)
-    if needed > opened.context:
-        raise ContextError(
-            f"a question and its answer need {needed} tokens, but {model.name} was trained for {opened.context}; "
-            "shorten the question or lower max_tokens"
-        )
-    return min(-(-needed // 64) * 64, opened.context)
 
 
 def default_threads(model: Path) -> int:

@@ -75,4 +75,4 @@ def _roof(axis: Any, found: Mapping[str, Any]) -> None:
     axis.grid(color="0.9")
     axis.set(xlabel="GB read per step", ylabel="tokens/s")
     axis.set_title(f"roofline: {found['model']}, threads: {found['threads']}", fontsize=10)
-    axis.legend(loc="upper right", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8, frameon=False)

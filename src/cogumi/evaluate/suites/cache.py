@@ -26,7 +26,7 @@ from cogumi.confidence.nets import Net
 from cogumi.confidence.reuse import FEATURES, KINDS, pair_features
 from cogumi.confidence.verified_reuse import RECHECK_SHARE, Verifier, proven_threshold
 from cogumi.core.errors import CogumiError, DataError
-from cogumi.core.pictures import new_figure
+from cogumi.core.pictures import legend_below, new_figure
 from cogumi.engine.embedder import MODEL, Embedder
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.evaluate.suites.cache_lookups import lookup_speed
@@ -249,6 +249,7 @@ def _picture(path: Path, scores: Mapping[str, Doubles], part: Part, points: Mapp
         axes.plot([found / part.same.sum()], [1 - found / max(int(hits.sum()), 1)], "o", label=name)
     axes.axhline(RISK, color="black", linestyle="--", label=f"{RISK:.0%}")
     axes.set(xlabel="hit rate", ylabel="wrong among hits", xlim=(0, 1), ylim=(0, None))
-    axes.legend(loc="upper left")
+    axes.set_title(f"Reused answers ({len(part.same)} pairs)")
+    legend_below(axes)
     canvas.savefig(path)
     return path

@@ -28,7 +28,7 @@ from cogumi.confidence.critic_net import FILE, critic_input, load_critic
 from cogumi.confidence.metrics import auroc, bootstrap_gain
 from cogumi.confidence.vote import final_answer
 from cogumi.core.errors import CogumiError
-from cogumi.core.pictures import new_figure
+from cogumi.core.pictures import legend_below, new_figure
 from cogumi.core.types import Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.protocol import Engine, replies
@@ -239,11 +239,12 @@ def first_wrong(start: FirstAnswer) -> int | None:
 
 def cost_picture(path: Path, first: Measured, found: Mapping[str, Measured]) -> None:
     """Accuracy against generated tokens on hard questions; tokens relative to the first answers."""
-    figure, (axes,) = new_figure(width=6)
+    figure, (axes,) = new_figure(width=6, height=5.0)
     for name, one in {f"mode {START}, greedy": first, **found}.items():
         axes.plot(one.tokens.sum() / first.tokens.sum(), one.accuracy, "o", label=name)
     axes.set(xlabel="tokens generated, relative to the greedy answers", ylabel="share of hard questions right")
-    axes.legend(fontsize="x-small")
+    axes.set_title(f"Methods on hard questions ({len(first.tokens)} questions)")
+    legend_below(axes)
     figure.savefig(path)
 
 

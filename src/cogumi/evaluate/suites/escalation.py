@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cogumi.cascade.dissatisfaction import FILE, MARKS, Escalation, describe, encode, last_turn, numbered
 from cogumi.confidence.metrics import auroc
 from cogumi.core.errors import CogumiError
-from cogumi.core.pictures import new_figure
+from cogumi.core.pictures import legend_below, new_figure
 from cogumi.core.types import Message
 from cogumi.data.followups.dialogues import draw
 from cogumi.evaluate.suite import Figure, Findings, Task
@@ -178,7 +178,8 @@ def _picture(path: Path, truth: Truths, curves: Mapping[str, Doubles]) -> None:
         false_rate = [float(np.mean(p[~truth] >= threshold)) for threshold in thresholds]
         axes[0].plot(false_rate, true_rate, label=f"{name}: {auroc(p, truth):.3f}")
     axes[0].set(xlabel="share of other turns called dissatisfied", ylabel="share of dissatisfied turns noticed")
-    axes[0].legend(loc="lower right", title="AUROC")
+    axes[0].set_title(f"Dissatisfied turns, AUROC in the legend ({len(truth)} turns)")
+    legend_below(axes[0])
     figure.savefig(path)
 
 

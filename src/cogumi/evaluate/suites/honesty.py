@@ -129,7 +129,7 @@ def _made_for(description: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _answerable(example: Example) -> bool:
-    return bool(example.meta.get("check", {}).get("kind") != "abstain")
+    return example.answerable
 
 
 def _balanced(pool: Pool, draw: np.random.Generator) -> Index:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cogumi.confidence.metrics import auroc
 from cogumi.core.errors import CogumiError, DataError
-from cogumi.core.pictures import new_figure
+from cogumi.core.pictures import legend_below, new_figure
 from cogumi.engine.embedder import Embedder
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.evaluate.suites.fit_question_router import fit_question
@@ -235,7 +235,7 @@ def run(task: Task) -> Findings:
 def _picture(path: Path, splits: Sequence[Split]) -> None:
     """Accuracy against the share of strong calls, mean over splits."""
     share = np.linspace(0, 1, 201)
-    figure, axes = new_figure(1)
+    figure, axes = new_figure(height=5.0)
 
     def line(label: str, asks: Sequence[Doubles], **style: str) -> None:
         accuracy = np.zeros(len(share))
@@ -250,5 +250,6 @@ def _picture(path: Path, splits: Sequence[Split]) -> None:
     for name in (OURS, PLAIN, LENGTH, RANDOM):
         line(f"{name}: weak wrong", [s.routers[name].ask["wrong"] for s in splits])
     axes[0].set(xlabel="share of strong calls", ylabel="share right, unseen subjects", xlim=(0, 1))
-    axes[0].legend(loc="lower right", fontsize="small")
+    axes[0].set_title(f"Accuracy by strong calls (mean of {len(splits)} splits)")
+    legend_below(axes[0])
     figure.savefig(path)

@@ -123,4 +123,8 @@ def answer_to(what: str, options: Options, progress: Callable[[], AbstractContex
     if Path(what).suffix != GGUF:
         return Answer(parts.name, found, search, beside=beside)
     with progress() as shown:
-        return Answer(parts.name, found, search, figures.measured(Path(what), search, shown))
+        measured = figures.measured(Path(what), search, shown)
+    if bandwidth is not None and options.bandwidth is None:
+        bandwidth = 1e9 * measured["bandwidth_gb_s"]
+    search = replace(search, bandwidth=bandwidth, reached=measured["share_of_ceiling"], measured=True)
+    return Answer(parts.name, found, search, measured)

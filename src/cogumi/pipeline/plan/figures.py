@@ -25,10 +25,6 @@ THREADS = 8
 """Maximum number of threads for measuring memory bandwidth: they saturate it, and each uses 256 MB."""
 ORDER = "vocabulary, adapters, type of the weights, layers and neurons"
 """What routes change, in order of expected quality loss, smallest first."""
-CEILING = (
-    "tokens/s are the ceiling that memory bandwidth sets; the runtime reaches about 0.4 to 0.65 of it "
-    "(measure it: cogumi bench --only roofline)"
-)
 FILE_COLUMNS = ("file", "bytes", "share", "packed by zstd, estimated")
 BESIDE_COLUMNS = ("step", "bytes", "packed by zstd, estimated")
 MEMORY = {
@@ -79,6 +75,8 @@ def figures(search: RouteSearch) -> dict[str, Any]:
         "budget": asdict(search.budget),
         "serving": asdict(search.serving),
         "bandwidth_bytes_per_second": search.bandwidth,
+        "share_of_ceiling": search.reached,
+        "share_measured": search.measured,
         "parameters": shape.parameters,
         "fp32_bytes": FP32 * shape.parameters,
         "bf16_bytes": BF16 * shape.parameters,
@@ -109,6 +107,7 @@ def _row(route: Route) -> dict[str, Any]:
         "ram_bytes": route.ram,
         "repack": route.repack,
         "bytes_per_token": bytes_per_token(parts, route.serving),
+        "tokens_per_second": None if route.speed is None else round(route.speed, 2),
         "tokens_per_second_at_most": None if ceiling is None else round(ceiling, 2),
         "fits": not route.missed,
         "missed": list(route.missed),
@@ -151,15 +150,14 @@ def route_table(search: RouteSearch) -> tuple[str, list[str], list[list[str]]]:
         routes, key=lambda r: (r.parts.base.shape.layers, r.parts.base.shape.vocabulary)
     ):
         rows.append([str(layers), f"{ids:,}", *map(_cell, some)])
-    by = ", its speed by the ceiling" if search.budget.tokens_per_second else ""
-    legend = f", + where it fits{by}" if search.budget != Budget() else ""
-    speed = " with tokens/s at most" if search.bandwidth else ""
+    legend = ", + where it fits" if search.budget != Budget() else ""
+    speed = " with expected tokens/s" if search.bandwidth else ""
     return f"routes: MB of the bundle{speed}{legend}", ["layers", "ids", *types], rows
 
 
 def _cell(route: Route) -> str:
     megabytes = route.parts.bytes / 1e6
-    speed = f" {route.ceiling:.0f}/s" if route.ceiling else ""
+    speed = f" {route.speed:.0f}/s" if route.speed else ""
     fits = " +" if route.budget != Budget() and not route.missed else ""
     return f"{megabytes:,.{0 if megabytes >= 100 else 1}f}{speed}{fits}"
 
@@ -174,9 +172,8 @@ def lines(search: RouteSearch) -> list[str]:
     if search.budget == Budget():
         return found
     if not route.missed:
-        by = ", its speed by the ceiling" if search.budget.tokens_per_second else ""
-        return [*found, f"it fits as it is{by}", *_caveat(search)]
-    found += _caveat(search)
+        return [*found, "it fits as it is", *_basis(search)]
+    found += _basis(search)
     found.append(f"it does not fit: {', '.join(route.missed)}")
     change = search.fitting
     if change is None:
@@ -185,9 +182,12 @@ def lines(search: RouteSearch) -> list[str]:
     return [*found, f"smallest change that fits: {', '.join(change.changes)}: {_summary(change)}"]
 
 
-def _caveat(search: RouteSearch) -> list[str]:
-    """The explanation of the upper bound, if the budget includes a speed."""
-    return [CEILING] if search.budget.tokens_per_second else []
+def _basis(search: RouteSearch) -> list[str]:
+    """How the speed is computed, if the bandwidth is known."""
+    if not search.bandwidth:
+        return []
+    share = "measured with this file" if search.measured else "usual: 40% to 65%, measure it: cogumi bench"
+    return [f"tokens/s: {search.reached:.0%} ({share}) of what memory of {search.bandwidth / 1e9:.1f} GB/s allows"]
 
 
 def measurement_line(measured: Mapping[str, Any]) -> str:
@@ -200,6 +200,6 @@ def measurement_line(measured: Mapping[str, Any]) -> str:
 
 
 def _summary(route: Route) -> str:
-    speed = f", at most {route.ceiling:.1f} tokens/s" if route.ceiling else ""
+    speed = f", about {route.speed:.1f} tokens/s (at most {route.ceiling:.1f})" if route.speed else ""
     repacked = "" if route.repack or not route.memory.repacked else " without repacking (open with --no-repack)"
     return f"{size(route.parts.bytes)} on disk, {size(route.ram)} in memory{repacked}{speed}"

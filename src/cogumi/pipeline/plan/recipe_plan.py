@@ -26,8 +26,6 @@ from cogumi.pipeline.recipe import Recipe, Step, explain
 
 COLUMNS = ("step", "method", "weights", "trained", "steps", "tokens", "peak memory", "disk")
 UNKNOWN = Hardware()
-WORKED_ON = ("model", "base")
-"""Roles of the model whose context the rows of a step must fit."""
 
 T = TypeVar("T")
 
@@ -105,13 +103,13 @@ def table(found: Plan) -> list[list[str]]:
 
 
 def remarks(found: Plan) -> list[str]:
-    """The notes of the steps, one line per step."""
-    lines = []
+    """The notes of the steps: one line for all steps with the same notes."""
+    steps: dict[str, list[str]] = {}
     for step in found.steps:
         notes = [*step.notes, "needs a GPU"] if step.cost.needs_gpu else step.notes
         if notes:
-            lines.append(f"{step.name}: {'; '.join(notes)}")
-    return lines
+            steps.setdefault("; ".join(notes), []).append(step.name)
+    return [f"{', '.join(names)}: {notes}" for notes, names in steps.items()]
 
 
 def plan(recipe: Recipe, hardware: Hardware = UNKNOWN, length: int | None = None) -> Plan:
@@ -134,17 +132,36 @@ def _paths(value: Any) -> Iterator[Path]:
             yield from _paths(item)
 
 
-def _too_long(given: Given, made: tuple[object, ...]) -> Iterator[str]:
-    """A problem if rows exceed the context of the model that a step makes or, if it makes none, uses."""
-    models = [fact for fact in made if isinstance(fact, ModelFacts)]
-    models = models or [model for role in WORKED_ON if (model := given.find(role, ModelFacts))]
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """The longest row, at `where`, has about `tokens` tokens, more than a `context`: of a model, or the config's."""
+
+    where: str
+    tokens: int
+    context: int
+
+    def line(self, key: str) -> str:
+        """The problem as text; `key` of the step's config sets the context (empty: the model does)."""
+        row = f"the longest row ({self.where})" if self.where else "the longest row"
+        way = f"raise `{key}`" if key else "choose another model"
+        return f"{row} has about {self.tokens} tokens, the context is {self.context}; shorten it or {way}"
+
+
+def _too_long(given: Given, config: Any, made: tuple[object, ...]) -> Iterator[tuple[TooLong, str]]:
+    """Rows that exceed the context of the model that a step makes or uses, or of its config; with the config's key."""
+    own = [fact for fact in made if isinstance(fact, ModelFacts)]
+    models = own or [model for role in given.inputs if (model := given.find(role, ModelFacts))]
     for model in models[:1]:
-        longest = max((rows.longest for role in given.inputs if (rows := given.rows(role, model))), default=0)
-        if longest > model.shape.context:
-            yield (
-                f"the longest rows have about {longest} tokens, the model's context is {model.shape.context}; "
-                "shorten them or choose another model"
+        for rows in filter(None, (given.rows(role, model) for role in given.inputs)):
+            context, key = (
+                model.shape.context,
+                "shape.context" if own and getattr(config, "init", "") == "scratch" else "",
             )
+            asked = rows.question + getattr(config, "max_tokens", 0)
+            if isinstance(limit := getattr(config, "context", None), int) and asked > limit:
+                yield TooLong(rows.where, asked, limit), "context"
+            elif (longest := max(rows.longest, asked)) > context:
+                yield TooLong(rows.where, longest, context), key
 
 
 class _Planner:
@@ -154,6 +171,7 @@ class _Planner:
         self.recipe, self.hardware, self.length = recipe, hardware, length
         self.result = Plan(recipe)
         self.stages: dict[str, Stage] = {}
+        self.too_long: set[tuple[str, int]] = set()
 
     def add(self, step: Step) -> None:
         """Plan one step; its problems are collected, and later steps are planned nevertheless."""
@@ -173,8 +191,15 @@ class _Planner:
             return
         facts = tuple(fact for fact in found.facts if fact is not None)
         self.result.facts[step.name] = facts
-        self._report(step, [*_too_long(given, facts), *found.problems])
+        self._report(step, [*self._new_problems(given, config, facts), *found.problems])
         self.result.steps.append(StepPlan(step.name, step.stage, found.cost, found.notes))
+
+    def _new_problems(self, given: Given, config: Any, facts: tuple[object, ...]) -> Iterator[str]:
+        """A line for each context that a row exceeds; later steps with the same context are not mentioned again."""
+        for problem, key in _too_long(given, config, facts):
+            if (place := (problem.where, problem.context)) not in self.too_long:
+                self.too_long.add(place)
+                yield problem.line(key)
 
     def _report(self, step: Step, problems: Iterator[str] | list[str]) -> None:
         self.result.problems += [f"step '{step.name}': {problem}" for problem in problems]

@@ -70,7 +70,9 @@ def _limits(route: Route) -> Iterator[Limit]:
         yield Limit("in memory", budget.ram, base, beside)
     if budget.tokens_per_second and route.bandwidth:
         cache = {f"the cache of {_tokens(route)} tokens, half full,": bytes_per_token(parts, route.serving) - read}
-        yield Limit("to read for each token", int(route.bandwidth / budget.tokens_per_second), read, cache)
+        yield Limit(
+            "to read for each token", int(route.reached * route.bandwidth / budget.tokens_per_second), read, cache
+        )
 
 
 def _tokens(route: Route) -> str:

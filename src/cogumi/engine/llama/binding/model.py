@@ -18,7 +18,7 @@ _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
 
 
 class Model:
-    """A GGUF file mapped into memory; `context` is the number of tokens it was trained for.
+    """A GGUF file mapped into memory.
 
     Raises `BundleError` if llama.cpp cannot use the file.
 
@@ -41,7 +41,6 @@ class Model:
         self.tokenizer = Tokenizer(self.weights, path)
         self.width = int(c.llama_model_n_embd(pointer))
         self.bytes = int(c.llama_model_size(pointer))
-        self.context = int(c.llama_model_n_ctx_train(pointer))
 
     def describe(self) -> dict[str, Any]:
         """What the file says about itself: type, sizes, tokens. Only its metadata is needed."""
@@ -53,7 +52,7 @@ class Model:
         return {
             **{name: text for name, text in found.items() if text},
             "type": buffer.value.decode("utf-8", "replace"),
-            "context": self.context,
+            "context": self.trained_context,
             "width": self.width,
             "layers": int(c.llama_model_n_layer(pointer)),
             "vocabulary": self.tokenizer.size,
@@ -104,13 +103,22 @@ class Model:
 
     def _head(self, name: str) -> int:
         """Width of one attention head's keys or values."""
+        known = self._number(f"attention.{name}_length")
+        return known or self.width // int(c.llama_model_n_head(self.weights.pointer))
+
+    @property
+    def trained_context(self) -> int | None:
+        """The context that the model was trained for, also with the vocabulary only; None if the file has none."""
+        return self._number("context_length")
+
+    def _number(self, name: str) -> int | None:
+        """A number of the architecture in the file's metadata; None if it has none of that name."""
         model, buffer = self.weights.pointer, ctypes.create_string_buffer(64)
         known = c.llama_model_meta_val_str
-        if known(model, b"general.architecture", buffer, len(buffer)) >= 0:
-            key = buffer.value.decode() + f".attention.{name}_length"
-            if known(model, key.encode(), buffer, len(buffer)) >= 0:
-                return int(buffer.value)
-        return self.width // int(c.llama_model_n_head(model))
+        if known(model, b"general.architecture", buffer, len(buffer)) < 0:
+            return None
+        key = f"{buffer.value.decode()}.{name}"
+        return int(buffer.value) if known(model, key.encode(), buffer, len(buffer)) >= 0 else None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
