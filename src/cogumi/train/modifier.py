@@ -24,7 +24,7 @@ from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import read_responses
 from cogumi.models.folders import Quantize, load
-from cogumi.models.lora import LoraShape, attach, merged, save
+from cogumi.models.lora import LoraShape, attach, check_targets, merged, save
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import make_rows
 from cogumi.train.loop import LoopConfig, train
@@ -78,6 +78,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     chosen = failed if config.rows == "failures" else random.Random(context.seed).sample(questions, len(failed))
     tokenizer = HFTokenizer.load(base)
     model = load(base, config.quantize)
+    check_targets(model, config.lora)
     room = model.config.max_position_embeddings
     selection = read_examples(split_path(data, "selection"))
     own = make_rows([e for e in selection if e.domain == config.domain], tokenizer, room)
