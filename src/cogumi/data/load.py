@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cogumi.core.errors import DataError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import RowFacts
+from cogumi.core.registry import nearest
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import POOL, to_line
 from cogumi.data.sources.question_files import Rejected, iterate, no_usable_row
+from cogumi.grading.suggest import SUGGESTED, check_of
 
-VERSION = 2
+VERSION = 3
 KIND = "pool"
 INPUTS: dict[str, str] = {}
 REJECTED_FILE = "rejected.jsonl"
@@ -28,16 +30,45 @@ _ROWS_PER_REPORT = 1_000
 
 
 class Config(BaseModel):
-    """`files` lists paths by domain; a "domain" in a row overrides it."""
+    """`files` lists paths by domain; a "domain" in a row overrides it. `domains`: rows of others are left out.
+
+    `graders` names a kind of check by domain, for rows without their own; the options of a `choice` are the different
+    answers of its domain.
+    """
 
     model_config = ConfigDict(extra="forbid")
     files: dict[str, list[Path]] = Field(min_length=1)
+    domains: tuple[str, ...] | None = None
+    graders: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("graders")
+    @classmethod
+    def _known(cls, value: dict[str, str]) -> dict[str, str]:
+        for kind in value.values():
+            if kind not in SUGGESTED:
+                raise ValueError(f"'{kind}' is not a grader that needs no further data: {nearest(kind, SUGGESTED)}")
+        return value
 
 
 def _rows(config: Config, root: Path, unused: Counter[str] | None = None) -> Iterator[Example | Rejected]:
+    answers: dict[str, set[str]] = defaultdict(set)
+    if "choice" in config.graders.values():
+        for row in _read(config, root, None):
+            if isinstance(row, Example) and config.graders.get(row.domain) == "choice":
+                answers[row.domain].add(row.answer)
+    for row in _read(config, root, unused):
+        if isinstance(row, Example) and "check" not in row.meta and (kind := config.graders.get(row.domain)):
+            yield replace(row, meta={**row.meta, "check": check_of(kind, row.answer, answers[row.domain])})
+        else:
+            yield row
+
+
+def _read(config: Config, root: Path, unused: Counter[str] | None) -> Iterator[Example | Rejected]:
     for domain, paths in config.files.items():
         for path in paths:
-            yield from iterate(root / path, domain, unused)
+            for row in iterate(root / path, domain, unused):
+                if config.domains is None or isinstance(row, Rejected) or row.domain in config.domains:
+                    yield row
 
 
 def estimate(config: Config, given: Given) -> Estimate:

@@ -9,6 +9,8 @@ from typing import Any
 
 from cogumi.core.text import NUMBER
 
+SUGGESTED = ("exact", "short_answer", "numeric", "choice", "tool_call")
+"""Kinds of checks that an answer alone defines."""
 MOST = 0.95
 """Share of the answers that must have a grader's form."""
 CLASSES, PER_CLASS = 12, 8

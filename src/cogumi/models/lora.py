@@ -49,6 +49,16 @@ def unknown_targets(lora: LoraShape, linear: Collection[str]) -> list[str]:
     ]
 
 
+def check_targets(model: Any, shape: LoraShape) -> None:
+    """`TrainingError` with the first of `unknown_targets`; for stages that measure the model before they train it."""
+    head = model.get_output_embeddings()
+    linear = {
+        n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
+    }
+    if lines := unknown_targets(shape, linear):
+        raise TrainingError(lines[0])
+
+
 def attach(model: Any, shape: LoraShape, seed: int, layers: range | None = None) -> Any:
     """A peft model in which only the adapter is trainable; with `layers` it is on these layers of the model only.
 
@@ -56,12 +66,7 @@ def attach(model: Any, shape: LoraShape, seed: int, layers: range | None = None)
     """
     from peft import LoraConfig, get_peft_model
 
-    head = model.get_output_embeddings()
-    linear = {
-        n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
-    }
-    if lines := unknown_targets(shape, linear):
-        raise TrainingError(lines[0])
+    check_targets(model, shape)
     scale = shape.alpha / shape.rank
     config = LoraConfig(
         r=shape.rank,

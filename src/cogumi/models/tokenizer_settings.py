@@ -18,13 +18,13 @@ from cogumi.core.errors import DataError
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-GENERATION, OLD_SPECIAL = "generation_config.json", "special_tokens_map.json"
+CONFIG, GENERATION, OLD_SPECIAL = "config.json", "generation_config.json", "special_tokens_map.json"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSettings:
     """Names of the special tokens, whether bos and eos are put around a text (None: the tokenizer's post-processor
-    decides), the chat template, and the ids that end generation by `generation_config.json`.
+    decides), the chat template, and the ids that end generation by `generation_config.json` or else `config.json`.
     """
 
     bos: str | None
@@ -41,7 +41,14 @@ class TokenizerSettings:
         """Read a folder; `DataError` for a damaged file, and for several templates of which none is the default."""
         settings = _document(folder / SETTINGS)
         special = _document(folder / OLD_SPECIAL) | {k: v for k, v in settings.items() if v is not None}
-        ends = _document(folder / GENERATION).get("eos_token_id")
+        ends = next(
+            (
+                found
+                for name in (GENERATION, CONFIG)
+                if (found := _document(folder / name).get("eos_token_id")) is not None
+            ),
+            None,
+        )
         return cls(
             bos=_name(special.get("bos_token")),
             eos=_name(special.get("eos_token")),

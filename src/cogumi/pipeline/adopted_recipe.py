@@ -50,6 +50,7 @@ def head(plan: Adoption) -> str:
     domains = plan.survey.gradable
     files = {name: [_path(p, plan.root) for p in paths] for name, paths in files_by_domain(domains).items()}
     graders = {d.name: d.grader for d in domains if d.grader != OWN}
+    names = [d.name for d in domains]
     model = _path(Path(plan.model), plan.root) if Path(plan.model).exists() else plan.model
     return f"""# Written by `cogumi adopt`. Change it and run `cogumi build` on this file; finished steps are kept.
 name: {plan.name}
@@ -60,6 +61,7 @@ steps:
     stage: load
     config:
       files: {_flow(files)}
+      domains: {_flow(names)}
       graders: {_flow(graders)}
 
   # Five sets: training, choice of forms, fit of the gates, the promise, the report.

@@ -26,7 +26,7 @@ from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import read_responses
 from cogumi.models.folders import Quantize, load, save
-from cogumi.models.lora import LoraShape, attach, merged
+from cogumi.models.lora import LoraShape, attach, check_targets, merged
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import collate, make_rows
 from cogumi.train.curves import curves_picture
@@ -101,6 +101,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     chosen = with_rehearsal(questions, {e.id: responses[e.id].correct for e in questions}, config, context.seed)
     tokenizer = HFTokenizer.load(folder)
     model = load(folder, config.quantize)
+    if config.lora:
+        check_targets(model, config.lora)
     room = model.config.max_position_embeddings
     rows = make_rows(chosen, tokenizer, room)
     selection = read_examples(split_path(data, "selection"))

@@ -25,7 +25,7 @@ from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import read_examples, split_path
 from cogumi.data.responses import read_responses
 from cogumi.models.folders import Quantize, load
-from cogumi.models.lora import LoraShape, attach, merged, save
+from cogumi.models.lora import LoraShape, attach, check_targets, merged, save
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.models.upper_layers import layers_below, only
 from cogumi.train.batches import Order, collate, make_rows
@@ -183,6 +183,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     chosen, counts = _chosen(config, inputs, context.seed)
     tokenizer = HFTokenizer.load(base)
     model = load(base, config.quantize)
+    check_targets(model, config.lora)
     room, depth = model.config.max_position_embeddings, model.config.num_hidden_layers
     rows = make_rows(chosen, tokenizer, room)
     selection = read_examples(split_path(inputs["examples"].path, "selection"))

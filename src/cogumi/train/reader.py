@@ -66,11 +66,9 @@ def fit(x: Doubles, labels: Sequence[str]) -> tuple[Net, Doubles]:
     from sklearn.model_selection import StratifiedKFold
 
     classes, counts = np.unique(np.array(labels), return_counts=True)
-    if len(classes) == 1:
-        width = x.shape[1]
-        net = Net.of(np.zeros(width), np.ones(width), [np.zeros((width, 1))], [[0.0]], [str(classes[0])])
-        return net, np.ones((len(x), 1))
     net, outside = _linear(x, labels), np.zeros((len(x), len(classes)))
+    if len(classes) == 1:
+        return net, outside + 1.0
     folds = StratifiedKFold(max(2, min(FOLDS, int(counts.min()))), shuffle=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with one row is in one fold only
@@ -85,6 +83,9 @@ def _linear(x: Doubles, labels: Sequence[str]) -> Net:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
+    if len(set(labels)) == 1:
+        width = x.shape[1]
+        return Net.of(np.zeros(width), np.ones(width), [np.zeros((width, 1))], [[0.0]], [labels[0]])
     scaler = StandardScaler().fit(x)
     line = LogisticRegression(max_iter=2000, C=STRENGTH).fit(scaler.transform(x), labels)
     return Net.of(scaler.mean_, scaler.scale_, [line.coef_.T], [line.intercept_], [str(c) for c in line.classes_])
@@ -92,7 +93,8 @@ def _linear(x: Doubles, labels: Sequence[str]) -> Net:
 
 def _probabilities(net: Net, x: Doubles) -> Doubles:
     z = net.logits(x)
-    return softmax(np.concatenate([np.zeros_like(z), z], axis=1) if z.shape[1] == 1 else z)
+    binary = len(net.classes) == 2
+    return softmax(np.concatenate([np.zeros_like(z), z], axis=1) if binary else z)
 
 
 def difficulty_head(last: Doubles, right: Doubles) -> tuple[Doubles, float, float | None]:

@@ -29,7 +29,7 @@ from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.examples import read_examples, split_path
 from cogumi.models.folders import load, save
-from cogumi.models.lora import LoraShape, attach, merged
+from cogumi.models.lora import LoraShape, attach, check_targets, merged
 from cogumi.models.lora import save as save_adapter
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import Order, collate, make_rows
@@ -164,6 +164,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     torch.set_num_threads(context.threads)
     folder, data = inputs["model"].path, inputs["examples"].path
     tokenizer, model = HFTokenizer.load(folder), load(folder)
+    check_targets(model, config.lora)
     room = model.config.max_position_embeddings
     rows, selection = (make_rows(read_examples(split_path(data, s)), tokenizer, room) for s in ("train", "selection"))
     before = judge_answers(applied(model), selection)

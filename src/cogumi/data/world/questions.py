@@ -20,7 +20,7 @@ from cogumi.data.examples import SPLITS, example_id, normalised_question, split_
 from cogumi.data.world import DIFFICULTIES, DOMAINS, SYNTHETIC, UNANSWERABLE, make
 from cogumi.data.world.task import Maker, Task, Wording
 
-VERSION = 2
+VERSION = 3
 KIND = "examples"
 INPUTS: dict[str, str] = {}
 
@@ -174,7 +174,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     for done, (domain, difficulty) in enumerate(cells):
         tasks = draw(
             f"{domain}/{difficulty}",
-            counts,
+            counts | {"train": config.train_by_domain.get(domain, config.train)},
             partial(make, domain, difficulty, wording=config.wording),
             context.seed,
         )

@@ -39,7 +39,7 @@ class ThreadControl:
         if self.most == 1:
             return
         size = tokens.bit_length()
-        usual = self._seconds.get((size, threads))
+        usual = None if self._left <= 0 else self._seconds.get((size, threads))  # a trial starts a new average
         self._seconds[size, threads] = seconds if usual is None else usual + RECENT * (seconds - usual)
         both = [self._seconds.get((size, n)) for n in (1, self.most)]
         compared = both[0] is not None and both[1] is not None
