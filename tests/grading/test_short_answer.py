@@ -232,12 +232,14 @@ def accepts(output, answer, rivals=()):
     return verdict((QUESTION, [answer], list(rivals)), output).correct
 
 
+@settings(deadline=None)
 @given(NAMES, FRAMES)
 def test_every_frame_states_every_name(name, frame):
     assert accepts(frame.format(name), name)
     assert accepts(frame.format(unicodedata.normalize("NFD", name)), name)
 
 
+@settings(deadline=None)
 @given(NAMES, NAMES, FRAMES, st.sampled_from([" or ", ", ", ". ", " and ", "/", "\n", " and not ", " nor "]))
 def test_two_candidates_are_never_right(name, rival, frame, joint):
     a, b = name.split(), rival.split()
@@ -247,12 +249,14 @@ def test_two_candidates_are_never_right(name, rival, frame, joint):
         assert not accepts(output, name, [rival]) or negated_rival
 
 
+@settings(deadline=None)
 @given(NAMES, FRAMES, NAME, st.sampled_from(["{1} {0}", "{0} {1}", "{0}-{1}", "{1}-{0}", "{0}s", "x{0}", "{0}'s hat"]))
 def test_a_name_inside_another_name_is_wrong(name, frame, more, longer):
     assume(more not in name.split())
     assert not accepts(frame.format(longer.format(name, more)), name)
 
 
+@settings(deadline=None)
 @given(NAMES)
 def test_negations_questions_and_abstentions_are_wrong(name):
     for frame in ("It is not {}.", "It isn't {}", "{} is not the capital.", "Is it {}?", "I don't know, perhaps {}."):
@@ -260,6 +264,7 @@ def test_negations_questions_and_abstentions_are_wrong(name):
     assert not accepts(ABSTENTION, name)
 
 
+@settings(deadline=None)
 @given(NAMES, FRAMES)
 def test_an_answer_that_occurs_in_the_question_must_be_stated(name, frame):
     case = (f"What is the capital of {name}?", [name], [])
@@ -269,6 +274,7 @@ def test_an_answer_that_occurs_in_the_question_must_be_stated(name, frame):
     assert verdict(case, f"The capital of {name} is {name}.").correct
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 10_000))
 def test_one_number_only(one, other):
     assert accepts(f"The answer is {one}.", str(one))
@@ -299,7 +305,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.one_of(st.text(), st.lists(PIECES, max_size=12).map("".join)))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_any_output_is_graded_and_a_right_one_holds_the_answer(output):
     if verdict(CAPITAL, output).correct:
         plain = "".join(c for c in unicodedata.normalize("NFD", output) if not unicodedata.combining(c))

@@ -69,6 +69,7 @@ _COUNTRY_ALIASES: Mapping[str, tuple[str, ...]] = {
 _CAPITAL_ALIASES: Mapping[str, tuple[str, ...]] = {
     "US": ("Washington, D.C.", "Washington DC"), "IN": ("Delhi",), "MM": ("Naypyidaw", "Naypyitaw"), "UA": ("Kiev",),
     "KZ": ("Nur-Sultan", "Astana"), "ZA": ("Cape Town", "Bloemfontein"), "BO": ("La Paz",), "MO": ("Macau",),
+    "GQ": ("Malabo", "Oyala"),
     "LK": ("Sri Jayawardenepura Kotte", "Kotte"), "BJ": ("Cotonou",), "MN": ("Ulan Bator", "Ulaanbaatar"),
     "TD": ("Ndjamena",), "NL": ("The Hague",), "CI": ("Abidjan",), "TZ": ("Dar es Salaam",), "MY": ("Putrajaya",),
     "SZ": ("Lobamba",), "YE": ("Sanaa", "Sana'a"), "CL": ("Santiago de Chile",), "DZ": ("Algiers",),

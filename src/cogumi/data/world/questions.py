@@ -72,8 +72,8 @@ class Config(BaseModel):
         return {kind: made for kind, made in UNANSWERABLE.items() if made[0] in self.domains}
 
 
-def _example(task: Task, domain: str, difficulty: int, kind: str | None, config: Config) -> Example:
-    messages = (*config.system_messages(), Message("user", task.question))
+def _example(task: Task, domain: str, difficulty: int, kind: str | None, system: tuple[Message, ...] = ()) -> Example:
+    messages = (*system, Message("user", task.question))
     meta: dict[str, Any] = {"check": dict(task.check)}
     if task.group:
         meta |= {"group": task.group, "key": task.key}
@@ -121,6 +121,7 @@ def draw_fresh(
     `config` (None: `Config()`) chooses domains and wording. The `source` of each example is the name of its cell.
     """
     config = config or Config()
+    system = config.system_messages()
     makers: dict[str, tuple[str, int, str | None, Maker]] = {
         kind: (domain, 0, kind, make_task) for kind, (domain, make_task) in config.kinds().items()
     }
@@ -138,7 +139,7 @@ def draw_fresh(
             tries += 1
             if question not in seen and split_of(task.key or question, _SHARES, seed) == split:
                 seen.add(question)
-                found.append(replace(_example(task, domain, difficulty, kind, config), source=cell))
+                found.append(replace(_example(task, domain, difficulty, kind, system), source=cell))
                 tries = 0
         progress(done + 1, len(makers), {})
     return found
@@ -169,7 +170,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     unknown = sorted(set(config.train_by_domain) - set(config.domains))
     if unknown:
         raise DataError(f"unknown domains {unknown} in `train_by_domain`; choose from {sorted(config.domains)}")
-    kinds = config.kinds()
+    kinds, system = config.kinds(), config.system_messages()
     cells = [(domain, difficulty) for domain in config.domains for difficulty in DIFFICULTIES]
     for done, (domain, difficulty) in enumerate(cells):
         tasks = draw(
@@ -179,7 +180,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             context.seed,
         )
         for name in SPLITS:
-            sets[name] += [_example(task, domain, difficulty, None, config) for task in tasks[name]]
+            sets[name] += [_example(task, domain, difficulty, None, system) for task in tasks[name]]
         context.progress(done + 1, len(cells) + len(kinds), {})
     unanswerable: list[Example] = []
     for done, (kind, (domain, make_task)) in enumerate(kinds.items()):
@@ -188,10 +189,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         wanted = dict.fromkeys(SPLITS, 0) if unseen else per_set
         wanted["heldout"] += config.unanswerable
         tasks = draw(kind, wanted, partial(make_task, wording=config.wording), context.seed)
-        unanswerable += [_example(t, domain, 0, kind, config) for t in tasks["heldout"][: config.unanswerable]]
+        unanswerable += [_example(t, domain, 0, kind, system) for t in tasks["heldout"][: config.unanswerable]]
         tasks["heldout"] = tasks["heldout"][config.unanswerable :]
         for name in SPLITS:
-            sets[name] += [_example(task, domain, 0, kind, config) for task in tasks[name]]
+            sets[name] += [_example(task, domain, 0, kind, system) for task in tasks[name]]
         context.progress(len(cells) + done + 1, len(cells) + len(kinds), {})
     for name in SPLITS:
         random.Random(f"{context.seed}/{name}").shuffle(sets[name])
