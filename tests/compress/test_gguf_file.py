@@ -14,7 +14,7 @@ from cogumi.bundle.format import BASE, open_bundle
 from cogumi.bundle.unpack import BundleFiles
 from cogumi.compress.gguf import convert, export, gguf_file
 from cogumi.compress.gguf.export import export_model
-from cogumi.compress.gguf.planned_files import Weights
+from cogumi.compress.gguf.planned_files import Weights, weights_of_gguf
 from cogumi.compress.pack import archive
 from cogumi.compress.pack import bundle as pack
 from cogumi.core.artifact import load
@@ -117,6 +117,13 @@ def test_plan_knows_shape_and_sizes_from_the_header(tmp_path, file):
     assert "is not a complete GGUF model" in recipe_plan.plan(recipe(tmp_path)).problems[0]
     with pytest.raises(RecipeError, match=r"step 'mine': .* is not a complete GGUF model"):
         plan(recipe(tmp_path))
+
+
+def test_sizes_of_a_mixture_without_a_name_are_known(tmp_path, file):
+    nameless = rewritten(file, tmp_path / "nameless.gguf", drop=["general.file_type"])
+    assert weights_of_gguf(nameless).file.bytes == pytest.approx(nameless.stat().st_size, abs=64)
+    other = rewritten(file, tmp_path / "other.gguf", general__file_type=15)  # says q4_k_m, and is not
+    assert weights_of_gguf(other).file.bytes == pytest.approx(other.stat().st_size, abs=64)
 
 
 def test_plan_and_build_agree_about_a_model_that_cannot_be_trained(tmp_path, file):

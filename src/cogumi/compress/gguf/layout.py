@@ -209,7 +209,7 @@ def write_about(writer: GGUFWriter, folder: Path) -> None:
                 writer.add_float32(key, value)
             case str():
                 writer.add_string(key, value)
-            case list():
+            case [_, *_]:
                 writer.add_array(key, value)
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogumi.core.errors import ExportError
 from cogumi.core.facts import ModelFacts
 from cogumi.core.shapes import ModelShape
 
@@ -113,6 +114,10 @@ def weights_of_gguf(path: Path) -> Weights:
 def weights_of_header(header: Header) -> Weights:
     """The same for a file whose header was read; the matrices have the types that they have there."""
     planned = Weights(header.layout, header.type, header.key_bytes, importance=header.type.startswith("iq"))
+    try:
+        planned.file  # noqa: B018
+    except ExportError:  # a mixture without a name, or one that this llama.cpp cannot make
+        planned = Weights(header.layout, "f32", header.key_bytes)
     chosen = {tensor.name: tensor.type for tensor in planned.file.tensors if len(tensor.shape) == 2}
     stored = {name: header.tensors[name].tensor_type for name in chosen.keys() & header.tensors.keys()}
     other = sorted((name, type.name.lower()) for name, type in stored.items() if type != chosen[name])
