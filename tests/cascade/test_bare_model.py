@@ -34,6 +34,7 @@ def test_conversations_and_memory_work(model, tmp_path):
         chat = bot.chat(user="ann", max_tokens=4)
         chat.ask("one")
         chat.ask("two")
+        assert len(chat.messages) == 4
         assert bot.forget("ann") == 2
 
 

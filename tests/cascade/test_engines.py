@@ -162,18 +162,15 @@ def test_closed_cascade_refuses_every_call(folder):
     cascade.close()
 
 
+REMEDY = "name a bundle, a GGUF file or a model folder, or build one: cogumi build"
+
+
 def test_path_that_is_not_a_bundle_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     for path, words in (
-        (
-            tmp_path / "nowhere",
-            "does not exist: name a bundle, a GGUF file or a model folder, or build one: cogumi build",
-        ),
-        (
-            file,
-            "is neither a bundle nor a GGUF file: name a bundle, a GGUF file or a model folder, or build one: cogumi build",
-        ),
+        (tmp_path / "nowhere", f"does not exist: {REMEDY}"),
+        (file, f"is neither a bundle nor a GGUF file: {REMEDY}"),
         (tmp_path, "is not a bundle: it has no bundle.json; build one: cogumi build"),
     ):
         with pytest.raises(BundleError) as refused:

@@ -20,12 +20,7 @@ def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("respond")
     (root / "base").mkdir()
     export_model(make_model(root / "model"), root / "base" / "model.gguf")
-    examples = [
-        Example(
-            f"e{i}", "math", 0, (Message("user", f"What is {i} + {i % 7}?"),), "x", meta={"check": {"kind": "exact"}}
-        )
-        for i in range(25)
-    ]
+    examples = [Example(f"e{i}", "math", 0, (Message("user", f"What is {i} + {i % 7}?"),), "x") for i in range(25)]
     for name in SPLITS:
         write_examples(split_path(root / "data", name), examples if name == "train" else [])
     return {

@@ -165,9 +165,9 @@ class History:
 
     def forget(self, user: str) -> int:
         """Delete the turns of a user and all derived data; returns the number of turns. Raises `RequestError`."""
-        if self.learner is None:
+        if self.memory is None:
             raise RequestError("nothing is stored without a state folder; open the bundle with one")
-        return self.learner.forget(user)
+        return self.learner.forget(user) if self.learner else self.memory.forget(user)
 
     def close(self) -> None:
         """Close the files."""
