@@ -112,13 +112,16 @@ def test_chat_handles_commands_and_errors(folder, tmp_path):
         "unread",
     ]
     done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
-    assert done.stdout.count("P(correct)") == 2
+    assert len(re.findall(r"\n  (?:sure|not sure|declined|not calibrated): ?", done.stdout)) == 2
+    assert done.stdout.count("P(correct)") == 0  # only /why shows more than one line
     assert "unknown mode 'nope'" in done.stdout
     assert "--state" in done.stdout  # ratings need a state folder
     assert "unknown command /nope" in done.stdout
     assert done.stderr.startswith("cogumi: ")
     assert "context" in done.stderr
-    assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends at the end of the input
+    ended = cogumi("chat", folder, stdin="Hello?\n/why").stdout  # ends at the end of the input
+    assert ended.count("P(correct)") == 1
+    assert ended.endswith("chat ended\n")
 
 
 def test_conversation_history_contains_no_disclaimers(cascade):
