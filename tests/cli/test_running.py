@@ -86,8 +86,10 @@ def test_chat_uses_the_examples_of_a_file(folder, tmp_path):
 
 
 def test_chat_once_prints_tier_confidence_and_reasons(folder):
-    shown = cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?").stdout
+    shown = cogumi("chat", folder, "--mode", "fast", "--why", "--once", "What is 3 + 4?").stdout
     assert "base · P(correct) 70%" in shown
+    short = cogumi("chat", folder, "--mode", "fast", "--once", "What is 3 + 4?").stdout
+    assert short.endswith("\n  sure: base, 70%, 50% needed\n")
     assert "meets the threshold 0.50" in shown
     answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--json").stdout)
     assert (answer["route"], answer["question"]) == ("low_confidence", "What is 3 + 4?")
@@ -112,13 +114,16 @@ def test_chat_handles_commands_and_errors(folder, tmp_path):
         "unread",
     ]
     done = cogumi("chat", cwd=tmp_path, stdin="\n".join(lines))
-    assert done.stdout.count("P(correct)") == 2
+    assert len(re.findall(r"\n  (?:sure|not sure|declined|not calibrated): ?", done.stdout)) == 2
+    assert done.stdout.count("P(correct)") == 0  # only /why shows more than one line
     assert "unknown mode 'nope'" in done.stdout
     assert "--state" in done.stdout  # ratings need a state folder
     assert "unknown command /nope" in done.stdout
     assert done.stderr.startswith("cogumi: ")
     assert "context" in done.stderr
-    assert cogumi("chat", folder, stdin="Hello?").stdout.count("P(correct)") == 1  # ends at the end of the input
+    ended = cogumi("chat", folder, stdin="Hello?\n/why").stdout  # ends at the end of the input
+    assert ended.count("P(correct)") == 1
+    assert ended.endswith("chat ended\n")
 
 
 def test_conversation_history_contains_no_disclaimers(cascade):
@@ -158,7 +163,7 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("{broken\n" + "\n".join(map(json.dumps, rows)))
     base = json.loads(cogumi("eval", folder, "--data", data, "--tier", "base", "--json").stdout)
-    assert base["accuracy"] == {"math": {"1": [1, 1], "0": [0, 3]}}
+    assert base["accuracy"] == {"math": {"1": [1, 1], "none": [0, 3]}}
     assert (base["coverage"], base["accepted_error"]) == (None, None)
     assert len(base["rejected"]) == 1
     whole = json.loads(cogumi("eval", folder, "--data", data, "--limit", "2", "--json").stdout)

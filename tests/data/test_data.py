@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from cogumi.core import artifact
 from cogumi.core.errors import DataError
+from cogumi.core.estimate import Given
 from cogumi.core.stage import Context
 from cogumi.core.types import Example, Message
 from cogumi.data import load as load_stage
@@ -17,6 +20,9 @@ from cogumi.data.examples import (
     POOL,
     SPLITS,
     example_id,
+    is_easy,
+    level,
+    level_title,
     normalised_question,
     read_examples,
     split_of,
@@ -135,7 +141,7 @@ def test_jsonl_and_json_array_formats_are_read(tmp_path):
         ("[" * 100_000 + "\n", "recursion"),
         ("9" * 5_000 + "\n", "digits"),
         ("3\n", "a row must be a JSON object"),
-        ({"question": "a"}, "neither 'messages' nor 'instruction'"),
+        ({"prompt": "a"}, "none of 'question', 'instruction' and 'messages'"),
         ({"instruction": "a"}, "output is missing"),
         ({"instruction": "a", "output": " "}, "output is empty"),
         ({"instruction": 3, "output": "a"}, "instruction is missing or not a string"),
@@ -262,7 +268,8 @@ def test_load_and_split_make_five_disjoint_sets(tmp_path):
     write(tmp_path / "a.jsonl", *rows, "broken\n")
     write(tmp_path / "b.jsonl", *uppercase)
     pool = loaded(tmp_path / "pool", {"one": ["a.jsonl"], "two": ["b.jsonl"]}, tmp_path)
-    assert pool.metrics == {"rows": 1000, "domains": {"one": 600, "two": 400}, "rejected": 1}
+    found = {name: pool.metrics[name] for name in ("rows", "domains", "rejected")}
+    assert found == {"rows": 1000, "domains": {"one": 600, "two": 400}, "rejected": 1}
     (listed,) = [json.loads(line) for line in (pool.path / load_stage.REJECTED_FILE).read_text().splitlines()]
     assert (listed["line"], listed["file"]) == (601, str(tmp_path / "a.jsonl"))
     out = tmp_path / "out"
@@ -333,3 +340,76 @@ def test_truncated_public_file_is_read_up_to_its_last_line():
     assert len(rows) == len(path.read_bytes().splitlines())
     assert "not JSON" in rows[-1].reason
     assert all("neither" in row.reason for row in rows[:-1])
+
+
+def test_forms_of_rows_and_columns_that_are_not_used(tmp_path):
+    check = {"kind": "numeric"}
+    own = {"messages": [{"role": "user", "content": "2+2?"}], "answer": "4", "meta": {"check": check, "topic": "sums"}}
+    rows = [
+        {"question": "2+2?", "answer": "4", "colour": "red"},
+        {"instruction": "2+2?", "output": "4", "difficulty": None, "response": "5"},
+        own,
+        CHAT | {"check": check},
+    ]
+    unused = Counter()
+    found = list(iterate(write(tmp_path / "rows.jsonl", *rows), "math", unused))
+    assert all(isinstance(row, Example) for row in found)
+    assert {row.answer for row in found} == {"4"}
+    assert [row.check["kind"] for row in found] == ["exact", "exact", "numeric", "numeric"]
+    assert found[2].meta == {"check": check, "topic": "sums"}
+    assert {row.difficulty for row in found} == {0}
+    assert unused == {"colour": 1, "response": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "2+2?"}, "answer is missing"),
+        ({"messages": [{"role": "user", "content": "x"}], "answer": 4}, "content is missing or not a string"),
+        ({"messages": 3, "answer": "4"}, "must end with a user's turn"),
+        ({"question": "x", "answer": "y", "meta": 3}, "meta must be an object"),
+        ({"question": "x", "answer": "y", "meta": {"check": {"kind": "vague"}}}, "kind is one of exact"),
+        ({"text": "x"}, "none of 'question', 'instruction' and 'messages'"),
+    ],
+)
+def test_unusable_row_is_rejected_with_its_reason(row, reason, tmp_path):
+    (found,) = iterate(write(tmp_path / "rows.jsonl", row))
+    assert reason in found.reason
+
+
+def test_rows_of_a_build_are_read_as_they_were_written(tmp_path):
+    examples = [
+        Example(example_id("math", (Message("user", "2+2?"),)), "math", 2, (Message("user", "2+2?"),), "4", "f:1")
+    ]
+    write_examples(tmp_path / "heldout.jsonl", examples)
+    (found,) = iterate(tmp_path / "heldout.jsonl")
+    assert (found.id, found.domain, found.difficulty, found.messages, found.answer) == (
+        examples[0].id,
+        "math",
+        2,
+        examples[0].messages,
+        "4",
+    )
+
+
+def test_load_warns_of_columns_and_rejected_rows(tmp_path):
+    write(tmp_path / "rows.jsonl", ALPACA | {"topic": "x"}, ALPACA | {"instruction": "Say ho", "topic": "y"}, "3\n")
+    config = load_stage.Config(files={"a": [Path("rows.jsonl")]})
+    found = load_stage.run(config, {}, tmp_path, context(tmp_path))
+    assert found["unused_columns"] == {"topic": 2}
+    assert [line.partition(":")[0] for line in found["warnings"]] == ["1 rows rejected, the first", "columns not used"]
+    notes = load_stage.estimate(config, Given("pool", tmp_path)).notes
+    assert list(notes) == found["warnings"]
+
+
+def test_level_of_a_question_and_what_is_easy():
+    def of(difficulty, **meta):
+        return Example("1", "math", difficulty, (Message("user", "x"),), "y", "", meta)
+
+    refused = {"check": {"kind": "abstain"}}
+    assert [level(one) for one in (of(3), of(0), of(0, **refused), of(3, **refused))] == ["3", "none", "0", "0"]
+    assert [level_title(key) for key in ("3", "none", "0")] == ["level 3", "no level", "unanswerable"]
+    assert [is_easy(of(2), 2, right) for right in (True, False)] == [True, True]  # a level decides
+    assert [is_easy(of(3), 2, right) for right in (True, False)] == [False, False]
+    assert [is_easy(of(0), 2, right) for right in (True, False)] == [True, False]  # else the base's answer
+    assert not is_easy(of(0, **refused), 2, True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cogumi.cli.inspection import describe
 from cogumi.core import artifact, registry
 from cogumi.core.errors import CogumiError, GateError, RecipeError, TrainingError
 from cogumi.pipeline.build import build
@@ -63,6 +64,22 @@ def test_report_merges_metrics_pages_and_plots(tmp_path):
     assert not (home / "weights-0.bin").exists()
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert report["peak_rss_bytes"] >= 0.9 * here > 1_000_000
+
+
+def test_failed_build_is_described_instead_of_the_report_of_an_older_one(tmp_path):
+    broken = step("second", inputs={"weights": "first"}, gates=[{"metric": "score", "at_least": 1e9}])
+    build(recipe(step("first"), step("report", stage="report", inputs={"x": "first"})), tmp_path)
+    assert describe(str(tmp_path / "small"))["what"] == "run"
+    with pytest.raises(GateError):
+        build(recipe(step("first"), broken), tmp_path)
+    found = describe(str(tmp_path / "small"))
+    assert (found["what"], found["failed_step"]) == ("unfinished run", "second")
+    assert "score" in found["error"]
+    assert "by" not in found
+    assert "first" in found["finished_steps"]
+    assert "older build" in found["note"]
+    build(recipe(step("first"), step("report", stage="report", inputs={"x": "first"})), tmp_path)
+    assert describe(str(tmp_path / "small"))["what"] == "run"
 
 
 def fingerprints(*steps, **more):

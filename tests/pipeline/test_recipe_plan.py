@@ -76,6 +76,31 @@ def changed(step, **config):
     return step | {"config": step.get("config", {}) | config}
 
 
+def test_too_long_row_is_named_once_with_file_line_and_key(tmp_path):
+    rows = [{"question": "short", "answer": "x"}, {"question": "word " * 700, "answer": "y"}]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pool = {"name": "pool", "stage": "load", "config": {"files": {"facts": ["facts.jsonl"]}}}
+    data = {"name": "data", "stage": "split", "inputs": {"pool": "pool"}}
+    tokenizer = {"name": "tokenizer", "stage": "tokenizer", "inputs": {"examples": "data"}}
+    own = {"name": "base", "stage": "sft", "inputs": {"examples": "data", "tokenizer": "tokenizer"}}
+    draft = {"name": "draft", "stage": "draft", "inputs": TAUGHT}
+    (line,) = problems(tmp_path, pool, data, tokenizer, own, RESPONSES, draft)
+    assert re.fullmatch(
+        r"step 'base': the longest row \(facts.jsonl:2\) has about \d+ tokens, the context is 512; "
+        r"shorten it or raise `shape.context`",
+        line,
+    )
+
+
+def test_draft_larger_than_its_base_is_a_problem(tmp_path):
+    tokenizer = {"name": "tokenizer", "stage": "tokenizer", "inputs": {"examples": "data"}}
+    own = {"name": "base", "stage": "sft", "inputs": {"examples": "data", "tokenizer": "tokenizer"}}
+    large = {"name": "draft", "stage": "draft", "inputs": TAUGHT, "config": {"shape": {"layers": 40}}}
+    (line,) = problems(tmp_path, DATA, tokenizer, own, RESPONSES, large)
+    assert re.search(r"the draft has [\d,]+ weights, more than the base with [\d,]+; give a smaller `shape`", line)
+    assert not problems(tmp_path, DATA, tokenizer, own, RESPONSES, changed(large, shape={"layers": 1}))
+
+
 def test_each_problem_is_reported_in_one_line(tmp_path):
     def one(*steps, **options):
         (line,) = problems(tmp_path, *steps, **options)

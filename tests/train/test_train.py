@@ -13,7 +13,7 @@ from cogumi.core.errors import ArtifactError, TrainingError
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example, Message
-from cogumi.data.examples import example_id, split_path, write_examples
+from cogumi.data.examples import example_id, read_examples, split_path, write_examples
 from cogumi.data.responses import Response, read_responses, write_responses
 from cogumi.models.draft_heads import DraftModel
 from cogumi.models.folders import Shape, build, load, locate
@@ -179,8 +179,37 @@ def test_modifier_is_trained_on_failures_only_and_the_base_is_unchanged(world, b
 
 def test_a_domain_without_failures_needs_no_modifier(world, base, tmp_path):
     found = inputs(world, responses=world / "responses", model=base[0])
-    with pytest.raises(TrainingError, match="failed no training question of 'poetry'"):
+    with pytest.raises(TrainingError, match="no training question of 'poetry' was answered"):
         modifier.run(modifier.Config(domain="poetry"), found, tmp_path, context())
+
+
+def test_base_that_memorised_its_training_rows_is_named(world, base, tmp_path):
+    rows = read_examples(split_path(world / "data", "train"))
+    (tmp_path / "responses").mkdir()
+    write_responses(tmp_path / "responses", [Response(e.id, e.answer, True, "", 0.1, 2, True) for e in rows])
+    found = inputs(world, responses=tmp_path / "responses", model=base[0])
+    message = r"all 100 training questions of 'math' correctly, but \d+\.\d% of 15 selection questions: it memorised"
+    with pytest.raises(TrainingError, match=message):
+        modifier.run(modifier.Config(domain="math"), found, tmp_path, context())
+
+
+def test_draft_is_not_larger_than_its_base(world, base, tmp_path):
+    found = inputs(world, responses=world / "responses", model=base[0])
+    with pytest.raises(TrainingError, match=r"the draft has [\d,]+ weights, more than the base with"):
+        draft.run(draft.Config(shape={"layers": 1}), found, tmp_path, context())
+    partial = draft.Config(shape={"layers": 1}).shape  # the other sizes are those of a draft, not of a base
+    assert partial == draft.Config().shape.model_copy(update={"layers": 1})
+
+
+def test_draft_without_levels_learns_what_the_base_answers_correctly(world, base):
+    tokenizer = HFTokenizer.load(base[0])
+    rows = [example("1 plus 1", "2", difficulty=0), example("7 plus 7", "14", difficulty=0)]
+    responses = {
+        e.id: Response(e.id, e.answer, right, "", 0.5, 2, True) for e, right in zip(rows, (True, False), strict=True)
+    }
+    taught = draft.draft_rows(rows, responses, tokenizer, draft.Config())
+    assert [row.easy for row in taught] == [True, False]
+    assert [row.perplexity > 0 for row in taught] == [True, False]
 
 
 def test_unknown_lora_target_is_refused_with_the_available_ones(base):

@@ -106,7 +106,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     share, scale = correct / n, 1 + z * z / n
     middle = (share + z * z / (2 * n)) / scale
     half = z * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if correct else 0.0), (middle + half if correct < n else 1.0)
 
 
 def bootstrap_gain(before: Doubles, after: Doubles, seed: int) -> tuple[float, float, float]:

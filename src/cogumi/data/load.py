@@ -90,7 +90,9 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 def warnings(unused: Mapping[str, int], rejected: int, first: Rejected | None) -> list[str]:
     """A line for rejected rows, with the `first` of them, and one for columns that are not used."""
-    found = [f"{rejected} rows rejected, the first: {first}"] if rejected else []
+    found = []
+    if first:
+        found.append(f"{rejected} rows rejected, the first: {Path(first.file).name}:{first.line}: {first.reason}")
     names = ", ".join(f"'{name}' ({count} rows)" for name, count in sorted(unused.items()))
     return [*found, f"columns not used: {names}"] if names else found
 

@@ -225,7 +225,7 @@ def estimate(config: Config, given: Given) -> Estimate:
     found = training_estimate(given, draft, config.loop, whole_rows=config.question_weight > 0)
     notes, problems = _bridge(base, draft)
     if base and config.init == "scratch":
-        problems += _not_smaller(draft.shape.parameters, base.shape.parameters)
+        problems += _larger(draft.shape.parameters, base.shape.parameters)
     head = draft.shape.hidden + 1
     return replace(
         found,
@@ -249,11 +249,11 @@ def _bridge(base: ModelFacts | None, draft: ModelFacts) -> tuple[list[str], list
     return [f"tokenizer {draft.tokenizer}, the base's is {base.tokenizer}: the engine drafts through text"], problems
 
 
-def _not_smaller(draft: int, base: int) -> list[str]:
-    """A line if a draft of so many weights is not smaller than its base."""
-    if draft < base:
+def _larger(draft: int, base: int) -> list[str]:
+    """A line if a draft of so many weights is larger than its base."""
+    if draft <= base:
         return []
-    return [f"the draft has {draft:,} weights, the base {base:,}; give a smaller `shape`, because it must be faster"]
+    return [f"the draft has {draft:,} weights, more than the base with {base:,}; give a smaller `shape`"]
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     tokenizer = HFTokenizer.load(folder)
     language_model = build(config.shape, tokenizer, context.seed) if config.init == "scratch" else load(folder)
     if config.init == "scratch":
-        for problem in _not_smaller(parameters(language_model), parameters(load(inputs["model"].path))):
+        for problem in _larger(parameters(language_model), parameters(load(inputs["model"].path))):
             raise TrainingError(problem)
     torch.manual_seed(context.seed)
     model = DraftModel(language_model)
