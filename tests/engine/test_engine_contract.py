@@ -248,10 +248,23 @@ def test_echoed_prompt_equals_read(engine):
         reply = final_reply(engine.generate(replace(ask, echo=True, logprobs=2)))
         reading = engine.read(ask)
         assert [token.id for token in reply.prompt] == engine.tokenizer.render(ask)[1:]
-        assert [-token.logprob for token in reply.prompt] == pytest.approx(reading.surprise, abs=1e-3)
+        echoed = [-token.logprob for token in reply.prompt]
+        assert echoed[-len(reading.surprise) :] == pytest.approx(reading.surprise, abs=1e-3)
         assert all(token.margin >= 0 and len(token.top) == 2 for token in reply.prompt)
         assert reply.text == final_reply(engine.generate(ask)).text
     assert final_reply(engine.generate(ASK)).prompt == ()
+
+
+@engines("echo")
+def test_a_reading_is_of_the_last_message_only(engine):
+    """Earlier turns change what is expected, not what is read; a raw prompt is read from its second token on."""
+    before = (Message("system", "Be brief."), Message("user", "Who is tall?"), Message("assistant", "Tom."))
+    long, short = replace(ASK, messages=(*before, *ASK.messages)), replace(ASK, messages=ASK.messages)
+    one, two = engine.read(long), engine.read(short)
+    assert abs(len(one.surprise) - len(two.surprise)) <= 1  # the template may write something once, at the beginning
+    assert len(engine.tokenizer.render(long)) > len(engine.tokenizer.render(short)) + 5
+    assert len(engine.read(Request(prompt=(7, 8, 9))).surprise) == 2
+    assert engine.read(long) == one
 
 
 @engines("echo")

@@ -5,7 +5,8 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.engine.llama.prefix_reuse import CachedSequence, choose_sequence, common_prefix
+from cogumi.core.text import common_prefix
+from cogumi.engine.llama.prefix_reuse import CachedSequence, choose_sequence
 
 ids = st.lists(st.integers(0, 2), max_size=30)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 from cogumi.core.types import ABSTENTION, Message
 
@@ -70,3 +71,11 @@ def strip_fences(text: str) -> str:
 def last_user_message(messages: Iterable[Message]) -> str:
     """The content of the last message with the role `user`; empty without one."""
     return next((m.content for m in reversed(tuple(messages)) if m.role == "user"), "")
+
+
+def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    if not one or not two or one[0] != two[0]:
+        return 0
+    longest = min(len(one), len(two))
+    return bisect_left(range(1, longest + 1), True, key=lambda n: one[:n] != two[:n])

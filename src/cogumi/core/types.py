@@ -203,10 +203,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Result of one pass over a prompt: its score, and hidden states after the final norm.
+    """Result of one pass over a question: its score, and hidden states after the final norm.
 
-    `surprise` has the nats of each prompt token but the first; `last` is the hidden state of the last position, `mean`
-    the average over positions (both [hidden]).
+    `surprise` has the nats of each token from the last message on (of a raw prompt, from the second token on); `last`
+    is the hidden state of the last position, `mean` the average over the scored positions and the one before (both
+    [hidden]).
     """
 
     score: Score

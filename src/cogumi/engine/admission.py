@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from cogumi.core.errors import ContextError, RequestError
+from cogumi.core.text import common_prefix
 from cogumi.core.types import Request
 from cogumi.engine.few_shot import in_context
 from cogumi.engine.protocol import Tokenizer
@@ -45,6 +46,18 @@ def prompt_ids(request: Request, tokenizer: Tokenizer, adapters: Collection[str]
     if not all(0 <= token < tokenizer.size for token in prompt):
         raise RequestError(f"the prompt contains an id outside the vocabulary of {tokenizer.size}")
     return prompt
+
+
+def question_start(request: Request, prompt: Sequence[int], tokenizer: Tokenizer) -> int:
+    """The number of leading prompt ids that do not depend on the last message: system prompt and earlier turns.
+
+    At least 1; for a raw prompt, 1.
+    """
+    if request.prompt is not None or not request.messages:
+        return 1
+    *before, last = in_context(request).messages
+    without = Request(messages=(*before, replace(last, content="")))
+    return max(1, common_prefix(prompt[:-1], tokenizer.render(without)))
 
 
 def continuation(request: Request, answer: str, tokenizer: Tokenizer) -> list[int]:

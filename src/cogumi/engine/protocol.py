@@ -106,7 +106,10 @@ class Engine(Protocol):
         """
 
     def read(self, request: Request) -> Reading:
-        """Score and hidden states of the prompt, without generation."""
+        """Score and hidden states of the last message, given the turns before it, without generation.
+
+        Of a raw prompt all ids but the first are scored. Earlier turns and the system prompt may come from the cache.
+        """
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """One row per text: the mean hidden state of the text's tokens."""

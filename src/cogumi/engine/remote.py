@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from cogumi.core.errors import BusyError, ContextError, RequestError
 from cogumi.core.types import Reading, Reply, Request, Score, Usage
-from cogumi.engine.admission import check_adapter, continuation, prompt_ids
+from cogumi.engine.admission import check_adapter, continuation, prompt_ids, question_start
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.few_shot import in_context
 from cogumi.engine.llama.binding.model import load_tokenizer
@@ -117,11 +117,12 @@ class RemoteEngine:
         return Score(nats, len(scored), len(answer.encode("utf-8")), greedy=all_greedy(scored))
 
     def read(self, request: Request) -> Reading:
-        """Score of the prompt; `last` and `mean` are empty, because servers give no hidden states."""
+        """Score of the question; `last` and `mean` are empty, because servers give no hidden states."""
         ids = self._prompt(request)
+        first = question_start(request, ids, self.tokenizer)
         echoed = self._wait(self._echoed(ids, self._named(request), 1))
-        surprise = tuple(-(entry.logprob or 0.0) for entry in echoed[1:])
-        size = sum(len(self.tokenizer.piece(i)) for i in ids[1:])
+        surprise = tuple(-(entry.logprob or 0.0) for entry in echoed[first:])
+        size = sum(len(self.tokenizer.piece(i)) for i in ids[first:])
         return Reading(Score(sum(surprise), len(surprise), size), surprise, (), ())
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from peft import PeftModel
 
 from cogumi.core.errors import BundleError
 from cogumi.core.types import Reading, Request, Score
-from cogumi.engine.admission import admit, check_length, continuation, prompt_ids
+from cogumi.engine.admission import admit, check_length, continuation, prompt_ids, question_start
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.generation import Generation
 from cogumi.engine.protocol import Capabilities, Capability, Event, lacking
@@ -101,11 +101,13 @@ class TorchEngine:
         return Score(float(nats), len(targets), len(answer.encode("utf-8")), greedy)
 
     def read(self, request: Request) -> Reading:
-        """Score and hidden states of the prompt."""
+        """Score and hidden states of the question; see `Engine.read`."""
         ids = self._prompt(request)
+        first = question_start(request, ids, self._tokenizer)
         logits, hidden = self._forward(ids, request.adapter)
-        surprise = tuple((-logprobs_of(logits[:-1], np.array(ids[1:], np.int64))).tolist())
-        size = sum(len(self._pieces[i]) for i in ids[1:])
+        logits, hidden = logits[first - 1 :], hidden[first - 1 :]
+        surprise = tuple((-logprobs_of(logits[:-1], np.array(ids[first:], np.int64))).tolist())
+        size = sum(len(self._pieces[i]) for i in ids[first:])
         score = Score(sum(surprise), len(surprise), size)
         return Reading(score, surprise, tuple(hidden[-1].tolist()), tuple(hidden.mean(axis=0).tolist()))
 

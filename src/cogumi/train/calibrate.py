@@ -49,7 +49,7 @@ from cogumi.teach.tier_answers import (
 from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 
-VERSION = 3
+VERSION = 5
 KIND = "calibration"
 INPUTS = {"data": "examples", "base": "gguf", "difficulty": "model|reader", "router": "router|reader"}
 OPTIONAL = {"draft": "gguf", "modifier_*": "gguf"}

@@ -27,7 +27,7 @@ from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.teach.context_size import context_for
 from cogumi.train.fit_classifier import fit_classifier
 
-VERSION = 3
+VERSION = 4
 KIND = "router"
 INPUTS = {"draft_gguf": "gguf", "data": "examples"}
 FILE = "router.safetensors"

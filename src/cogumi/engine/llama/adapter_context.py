@@ -320,7 +320,7 @@ def _reusable(job: Job) -> int:
     if isinstance(job, Adaptation):
         return 0
     if isinstance(job, Measurement):
-        return 0 if job.hidden else job.first - 1
+        return job.reusable
     echoes = isinstance(job, Generation) and job.request.echo
     return 0 if echoes else len(job.ids) - 1
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cogumi.core.environment import usable_threads
 from cogumi.core.errors import BundleError, ContextError, RequestError
 from cogumi.core.types import Reading, Request, Score
-from cogumi.engine.admission import admit, check_length, continuation, prompt_ids
+from cogumi.engine.admission import admit, check_length, continuation, prompt_ids, question_start
 from cogumi.engine.events import Events
 from cogumi.engine.few_shot import ADAPTER, check_examples, example_request
 from cogumi.engine.generation import Generation
@@ -207,16 +207,17 @@ class LlamaEngine:
         )
 
     def read(self, request: Request) -> Reading:
-        """Score and hidden states of the prompt."""
+        """Score and hidden states of the question; see `Engine.read`."""
         ids = self._prompt(request)
-        measured = self._measure(request.adapter, [Measurement(ids, 1, hidden=True)])[0]
+        first = question_start(request, ids, self.tokenizer)
+        measured = self._measure(request.adapter, [Measurement(ids, first, hidden=True, start=first - 1)])[0]
         surprise = tuple(-x for x in measured.logprobs)
-        size = sum(len(self.tokenizer.piece(i)) for i in ids[1:])
+        size = sum(len(self.tokenizer.piece(i)) for i in ids[first:])
         return Reading(
             Score(sum(surprise), len(surprise), size),
             surprise,
             tuple(measured.last.tolist()),
-            tuple((measured.total / len(ids)).tolist()),
+            tuple(measured.mean.tolist()),
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -225,7 +226,7 @@ class LlamaEngine:
         ids = {i: self.tokenizer.encode(text) for i, text in enumerate(texts) if text}
         measured = self._measure(None, [Measurement(run, len(run), hidden=True) for run in ids.values()])
         for i, measurement in zip(ids, measured, strict=True):
-            rows[i] = measurement.total / len(measurement.ids)
+            rows[i] = measurement.mean
         return rows
 
     def close(self) -> None:

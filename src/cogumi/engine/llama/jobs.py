@@ -17,18 +17,20 @@ Logits = NDArray[np.float32]
 
 
 class Measurement:
-    """Log-probabilities of `ids[first:]` given the ids before them, and optionally hidden states.
+    """Log-probabilities of `ids[first:]` given the ids before them, and optionally hidden states from `start` on.
 
-    `greedy`: whether each of these ids is the most probable token at its position.
+    Positions before `first - 1` and `start` may come from the cache. `last` is the state of the last position, `mean`
+    that of all from `start` on; it does not depend on how the positions were divided into passes. `greedy`: whether
+    each of these ids is the most probable token at its position.
     """
 
-    def __init__(self, ids: list[int], first: int, hidden: bool = False) -> None:
-        self.ids, self.first, self.hidden = ids, first, hidden
+    def __init__(self, ids: list[int], first: int, hidden: bool = False, start: int = 0) -> None:
+        self.ids, self.first, self.hidden, self.start = ids, first, hidden, start
         self.cached = 0
         self.cancelled = False  # measurements cannot be cancelled
         self.logprobs: list[float] = []
         self.greedy = True
-        self.last = self.total = np.zeros(0, np.float32)
+        self._states: list[NDArray[np.float32]] = []
         self.result: Future[Measurement] = Future()
         self.result.set_running_or_notify_cancel()  # only the engine ends it
 
@@ -42,9 +44,24 @@ class Measurement:
             self.logprobs += logprobs_of(rows, targets).tolist()
             self.greedy = self.greedy and bool((rows.argmax(axis=1) == targets).all())
         if states is not None:
-            self.last = states[-1].copy()
-            total = states.sum(axis=0)
-            self.total = self.total + total if len(self.total) else total
+            self._states.append(states[max(self.start - start, 0) :].copy())
+
+    @property
+    def reusable(self) -> int:
+        """Leading positions whose outputs are not needed."""
+        return min(self.first - 1, self.start) if self.hidden else self.first - 1
+
+    @property
+    def last(self) -> NDArray[np.float32]:
+        """The hidden state of the last position."""
+        last: NDArray[np.float32] = self._states[-1][-1]
+        return last
+
+    @property
+    def mean(self) -> NDArray[np.float32]:
+        """The mean hidden state from `start` on."""
+        mean: NDArray[np.float32] = np.concatenate(self._states).mean(axis=0)
+        return mean
 
     def end(self, _reason: str = "stop") -> None:
         """Set the result."""

@@ -6,9 +6,10 @@ the least recently used one, so that a long conversation survives eviction by un
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from cogumi.core.text import common_prefix
 
 MIN_SHARED = 0.1
 """Share of the prompt up to which a common prefix is negligible (a template's first tokens)."""
@@ -20,14 +21,6 @@ class CachedSequence:
 
     ids: list[int] = field(default_factory=list)
     used: int = 0
-
-
-def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    if not one or not two or one[0] != two[0]:
-        return 0
-    longest = min(len(one), len(two))
-    return bisect_left(range(1, longest + 1), True, key=lambda n: one[:n] != two[:n])
 
 
 def choose_sequence(prompt: Sequence[int], free: Mapping[int, CachedSequence]) -> tuple[int, int]:

@@ -1,53 +1,62 @@
 """Chooses the number of threads of each pass while a model runs: pure (SPEC E1).
 
 Threads of one pass wait for each other. If another program takes a processor away from one of them, all wait: with two
-threads beside other work a token was measured to take up to seven times as long as with one. So passes with all threads
-and with one thread are timed, and the faster number is used. Both are measured again from time to time, and soon after
-a pass that took much longer than usual. Results do not depend on the number of threads.
+threads beside other work a pass was measured to take up to thirty times as long as with one. So passes are timed, and
+the faster number of threads is used. The other number is tried again from time to time, more rarely each time that it
+was slower, and soon after a pass of several threads that took much longer than usual. Results do not depend on it.
 """
 
 from __future__ import annotations
 
-PROBE_EVERY, PROBE_SOON = 200, 4
-"""Passes until the other number of threads is tried: usually, and at the start and after a slow pass."""
-SLOW = 1.5
-"""A pass that takes this many times the usual is slow."""
-RECENT = 0.4
+FIRST, LARGEST = 50, 3200
+"""Passes until the next trial: after a change, and at most; doubled by every trial that changes nothing."""
+SMALL = 32
+"""A trial waits for a pass of at most this many tokens, because a slow one costs its length."""
+SLOW = 2.0
+"""A pass of several threads that takes this many times the usual is followed by a trial of one."""
+RECENT = 0.3
 """Weight of the newest pass in a running average."""
 
 
 class ThreadControl:
     """Chooses between `most` threads and one; with `most` 1 there is no choice. Used by one thread at a time.
 
-    Times are compared between passes of about equally many tokens (the same power of two).
+    Begins with one thread and tries `most` at the first occasion. Times are compared between passes of about equally
+    many tokens (the same power of two).
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._seconds: dict[tuple[int, int], float] = {}  # (power of two of the tokens, threads) -> running average
-        self._best = most
-        self._left = 1  # passes until the other number of threads is tried
+        self._best = 1
+        self._usual: dict[int, float] = {}  # power of two of the tokens -> average seconds with the best number
+        self._left, self._interval = 0, FIRST
 
-    def choose(self) -> int:
-        """The number of threads of the next pass."""
-        if self.most == 1 or self._left > 0:
-            return self._best
+    def choose(self, tokens: int) -> int:
+        """The number of threads of the next pass, which has so many tokens."""
+        trial = self.most > 1 and self._left <= 0 and tokens <= SMALL and tokens.bit_length() in self._usual
+        return self._other if trial else self._best
+
+    @property
+    def _other(self) -> int:
         return 1 if self._best == self.most else self.most
 
     def observe(self, threads: int, tokens: int, seconds: float) -> None:
-        """Learn from a pass of `tokens` tokens."""
+        """Learn from a pass."""
         if self.most == 1:
             return
         size = tokens.bit_length()
-        usual = None if self._left <= 0 else self._seconds.get((size, threads))  # a trial starts a new average
-        self._seconds[size, threads] = seconds if usual is None else usual + RECENT * (seconds - usual)
-        both = [self._seconds.get((size, n)) for n in (1, self.most)]
-        compared = both[0] is not None and both[1] is not None
-        if self._left <= 0:
-            self._left = PROBE_EVERY if compared else PROBE_SOON
+        usual = self._usual.get(size)
+        if threads != self._best:
+            self._end_trial(threads, size, seconds)
+            return
+        self._left -= 1
+        self._usual[size] = seconds if usual is None else usual + RECENT * (seconds - usual)
+        if usual is not None and threads > 1 and seconds > SLOW * usual:
+            self._left, self._interval = 0, FIRST
+
+    def _end_trial(self, threads: int, size: int, seconds: float) -> None:
+        if seconds < self._usual[size]:
+            self._best, self._usual, self._interval = threads, {size: seconds}, FIRST
         else:
-            self._left -= 1
-            if not compared or (usual is not None and seconds > SLOW * usual):
-                self._left = min(self._left, PROBE_SOON)
-        if both[0] is not None and both[1] is not None:
-            self._best = 1 if both[0] < both[1] else self.most
+            self._interval = min(2 * self._interval, LARGEST)
+        self._left = self._interval

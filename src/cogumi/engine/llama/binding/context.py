@@ -130,7 +130,7 @@ class Context:
         control = self._control
         if control is None:
             return int(compute(self._threads, lambda: c.llama_decode(self._context, self._batch)))
-        if (threads := control.choose()) != self._threads:
+        if (threads := control.choose(tokens)) != self._threads:
             c.llama_set_n_threads(self._context, threads, threads)
             self._threads = threads
         began = time.perf_counter()

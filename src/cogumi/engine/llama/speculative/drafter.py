@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from cogumi.core.text import common_prefix
 from cogumi.engine.generation import Generation
 from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.tokenizer import Tokenizer
-from cogumi.engine.llama.prefix_reuse import common_prefix
 from cogumi.engine.llama.speculative.bridge import Bridge, BridgedText
 from cogumi.engine.llama.speculative.speculation import Source
 from cogumi.engine.sampling import draw, probabilities
