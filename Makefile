@@ -1,4 +1,5 @@
-# make demo   build and try the tiny cascade        make test   lint, types, tests
+# make demo   a real model, made honest: build it and try it        make test   lint, types, tests
+# make tiny   the same machinery on a model trained from nothing, without any download
 # Both set up what they need in .venv; CONTRIBUTING.md says what each part is for.
 
 PYTHON ?= python3
@@ -18,10 +19,13 @@ export CFLAGS := $(CFLAGS) $(NO_AMX)
 export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
 endif
 
-.PHONY: demo test lint types format clean
+.PHONY: demo tiny test lint types format clean
 
 demo: .venv/build
 	$(BIN)/cogumi demo
+
+tiny: .venv/build
+	$(BIN)/cogumi build tiny
 
 # A process per core, each with one thread: several threads each would only wait for one another.
 test: .venv/dev lint types

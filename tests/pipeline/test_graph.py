@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cogumi.pipeline.graph import in_order, width
+from cogumi.pipeline.graph import beside, in_order, width
 from cogumi.pipeline.recipe import load_recipe
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,3 +59,17 @@ def test_cycle_is_named_without_the_steps_that_only_lead_to_it():
 def test_width_of_the_tiny_recipe():
     """Modifiers and their controls, the draft, the export of the base, and two networks without inputs."""
     assert width(load_recipe("tiny").graph) >= 10
+
+
+def test_steps_that_may_run_beside_each_other():
+    graph = {"a": [], "b": ["a"], "c": ["a"], "d": ["b"], "e": []}
+    found = beside(graph)
+    assert found == {"a": {"e"}, "b": {"c", "e"}, "c": {"b", "d", "e"}, "d": {"c", "e"}, "e": {"a", "b", "c", "d"}}
+
+
+@given(graphs())
+def test_beside_is_mutual_and_never_a_dependency(graph):
+    found = beside(graph)
+    for step, others in found.items():
+        assert all(step in found[other] for other in others)
+        assert not others & set(graph[step])

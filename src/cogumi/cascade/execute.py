@@ -27,7 +27,7 @@ from cogumi.cascade.worker_stream import Flow, as_flow
 from cogumi.confidence.policy import select_answer
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import ContextError
-from cogumi.core.types import Decision, Reply, Request, Revision, Usage
+from cogumi.core.types import Decision, Message, Reply, Request, Revision, Usage
 from cogumi.engine.protocol import Event
 
 SHORT_COMPLAINT = 12
@@ -39,7 +39,8 @@ class RequestFlow:
     """Processes one request; `run` yields its events and returns its reply."""
 
     def __init__(self, services: Services, request: Request) -> None:
-        self._services, self._tiers, self._request = services, services.tiers, request
+        self._services, self._tiers = services, services.tiers
+        self._request = _with_system(request, services.system)
         self._id, self._user = request.id or uuid.uuid4().hex, request.user or ""
         self._decisions: list[Decision] = []
         self._usage = Usage()
@@ -183,6 +184,13 @@ class RequestFlow:
             accepted=final.accepted,
             id=self._id,
         )
+
+
+def _with_system(request: Request, system: str) -> Request:
+    """The request with the system prompt that the bundle was calibrated with, unless it has its own."""
+    if not system or any(message.role == "system" for message in request.messages):
+        return request
+    return replace(request, messages=(Message("system", system), *request.messages))
 
 
 def _without_complaint(request: Request) -> Request:

@@ -99,6 +99,7 @@ def open_cascade(
             escalation=Escalation(bundle.escalation) if bundle.escalation else None,
             critic=Critic(bundle.critic) if bundle.critic else None,
             templates=Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
+            system=str(bundle.description.get("system", "")),
             files=files,
             added=_restore_modifiers(tiers.base, state),
         )

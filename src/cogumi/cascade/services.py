@@ -21,8 +21,8 @@ from cogumi.engine.protocol import Capability
 class Services:
     """`gate` is one of `confidence.gate.KINDS`; parts that the bundle lacks are None.
 
-    `files`: the bundle's files, open as long as the models need them. `added`: path of the list of added modifiers
-    (None: not stored).
+    `system`: the system prompt of a request that has none; empty for none. `files`: the bundle's files, open as long as
+    the models need them. `added`: path of the list of added modifiers (None: not stored).
     """
 
     tiers: Tiers
@@ -33,6 +33,7 @@ class Services:
     escalation: Escalation | None = None
     critic: Critic | None = None
     templates: Templates | None = None
+    system: str = ""
     files: BundleFiles | None = None
     added: Path | None = None
 

@@ -28,6 +28,13 @@ JobsOption = Annotated[
 ]
 
 
+FOLLOW_UP = (
+    ("What is the capital of Italy?", "an everyday fact"),
+    ("And of Japan?", "a follow-up: it makes sense after the question before only"),
+)
+"""The end of the demo: a conversation of two questions."""
+
+
 def _build(recipe: str, runs: Path, seed: int | None, jobs: int | None) -> dict[str, Any]:
     from cogumi.pipeline.build import build
     from cogumi.pipeline.recipe import load_recipe
@@ -41,7 +48,7 @@ def _build(recipe: str, runs: Path, seed: int | None, jobs: int | None) -> dict[
 
 
 def build(
-    recipe: Annotated[str, typer.Argument(help="Name of a built-in recipe, or a YAML file.")] = "tiny",
+    recipe: Annotated[str, typer.Argument(help="Name of a built-in recipe, or a YAML file.")] = "smollm2",
     runs: RunsOption = RUNS,
     seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="the recipe's")] = None,
     jobs: JobsOption = None,
@@ -61,25 +68,29 @@ def build(
 
 
 def demo(runs: RunsOption = RUNS, jobs: JobsOption = None) -> None:
-    """Build the tiny recipe, ask questions that take different routes through the cascade, and show the figures.
+    """Build the recipe smollm2, ask questions that take different routes through the cascade, and show the figures.
 
-    Example: `cogumi demo` (about ten minutes the first time, seconds after that).
+    Example: `cogumi demo` (about twenty minutes the first time on two cores, seconds after that).
     """
     from cogumi.cascade.opening import open_cascade
     from cogumi.cli.chat import answer
 
-    report = _build("tiny", runs, None, jobs)
+    report = _build("smollm2", runs, None, jobs)
     bundle = runs / report["recipe"] / "bundle"
     with closing(open_cascade(bundle)) as cascade:
         for row in report["showcase"]:
             console.print_question(row["question"], row["why"])
-            console.print_reasons(answer(cascade.chat(), row["question"]))
+            console.print_verdict(answer(cascade.chat(), row["question"]))
+        conversation = cascade.chat()
+        for question, why in FOLLOW_UP:
+            console.print_question(question, why)
+            console.print_verdict(answer(conversation, question))
     console.print_report(report)
     console.print_next(bundle)
 
 
 def plan(
-    what: PlannedArgument = "tiny",
+    what: PlannedArgument = "smollm2",
     disk: Annotated[str | None, typer.Option(help="Size limit of the bundle, such as 890MB.")] = None,
     ram: Annotated[str | None, typer.Option(help="Memory limit of the opened bundle, such as 1.5GB.")] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="Minimum speed of an answer.")] = None,

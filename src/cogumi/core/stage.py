@@ -53,6 +53,7 @@ class Stage(Protocol):
     - `identity(config, root) -> Any`: the JSON value that stands for the config in the step's fingerprint, for stages
       that identify a file by its content alone. It may refuse the file, before anything runs.
     - `TRAINS = True`: `run` trains by `train.loop`, so several processes may run it together (see `pipeline.ranks`).
+    - `LIGHT = True`: `run` takes seconds, so that a step beside it keeps all threads (see `pipeline.build`).
     - `REPORTS = True`: its metrics, `report.md` and pictures become those of the whole build.
     """
 

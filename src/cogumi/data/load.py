@@ -23,6 +23,7 @@ from cogumi.grading.suggest import SUGGESTED, check_of
 
 VERSION = 3
 KIND = "pool"
+LIGHT = True
 INPUTS: dict[str, str] = {}
 REJECTED_FILE = "rejected.jsonl"
 

@@ -24,6 +24,7 @@ from cogumi.data.examples import POOL, SPLITS, iterate_examples, normalised_ques
 
 VERSION = 1
 KIND = "examples"
+LIGHT = True
 INPUTS = {"pool": "pool"}
 
 _ROWS_PER_REPORT = 1_000

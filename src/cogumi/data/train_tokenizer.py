@@ -18,6 +18,7 @@ from cogumi.data.examples import read_examples, split_path
 
 VERSION = 1
 KIND = "tokenizer"
+LIGHT = True
 INPUTS = {"examples": "examples"}
 
 PAD, END = "<|pad|>", "<|end|>"

@@ -31,12 +31,13 @@ from cogumi.data.examples import SPLITS, is_easy, level, read_examples, split_pa
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, final_reply, replies
 from cogumi.evaluate.remembering import remembering_cascade
+from cogumi.evaluate.report_baselines import alone_figures, baselines, price
 from cogumi.evaluate.report_page import page
 from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
 from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 
-VERSION = 4
+VERSION = 5
 KIND = "report"
 INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
@@ -60,6 +61,8 @@ class Config(BaseModel):
     rows: int | None = Field(None, ge=1, description="held-out questions to ask; none: all")
     easy_up_to: int = Field(2, ge=1)
     speculation_prompts: int = Field(200, ge=1)
+    p_true: int = Field(0, ge=0, description="answers whose correctness the base is asked itself, as a baseline")
+    priced: int = Field(0, ge=0, description="questions on which the cascade's time is compared with the base's")
     max_tokens: int = Field(64, ge=1)
     slots: int = Field(16, ge=1)
     context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
@@ -194,6 +197,29 @@ def showcase(answers: Sequence[GradedAnswers]) -> list[dict[str, str]]:
     return chosen
 
 
+def comparisons(
+    of: Mapping[str, Sequence[Example]],
+    base: GradedAnswers,
+    cascade: GradedAnswers,
+    modifiers: Mapping[str, GradedAnswers],
+    controls: Mapping[str, GradedAnswers],
+) -> dict[str, Any]:
+    """Accuracy of each modifier and its control on the questions `of` its domain, before and after."""
+    found: dict[str, Any] = {}
+    for name, modifier in modifiers.items():
+        before, after = base.on(of[name]), modifier.correct
+        found[name] = {
+            "before": _share(before),
+            "after": _share(after),
+            "gain": _share(after) - _share(before),
+            "lost_elsewhere": lost_elsewhere(name, base, cascade),
+            "n": len(after),
+        }
+        if name in controls:
+            found[name]["control"] = _share(controls[name].correct)
+    return found
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`bundle`, `data` and `control_<domain>` (GGUF adapters) -> report.md with pictures; metrics are the report."""
     folder, data = inputs["bundle"].path, inputs["data"]
@@ -211,7 +237,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         of = {name: [e for e in answerable if e.domain == name] for name in domains}
         asked_adapters = sum(len(of[d]) * (1 + (d in controls)) for d in domains)
         whole = 2 + tiers.has_draft  # draft, base and cascade
-        collector = AnswerCollector(config, context, whole * len(heldout) + len(without) + asked_adapters)
+        collector = AnswerCollector(config, context, whole * len(heldout) + 2 * len(without) + asked_adapters)
         given = collector.ask(cascade, heldout)  # first, because its answers of the base are remembered with more
         refused = collector.ask(cascade, without)
         base = collector.ask(tiers.base, heldout)
@@ -225,24 +251,22 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 [c for a in modifiers.values() for c in a.correct],
             )
         answers["cascade"] = given
-        compared = {}
-        for name in domains:
-            before, after = base.on(of[name]), modifiers[name].correct
-            compared[name] = {
-                "before": _share(before),
-                "after": _share(after),
-                "gain": _share(after) - _share(before),
-                "lost_elsewhere": lost_elsewhere(name, base, answers["cascade"]),
-                "n": len(after),
-            }
-        for name, control in _controls(collector, bundle.base, size, controls, of).items():
-            compared[name]["control"] = _share(control.correct)
+        controlled = _controls(collector, bundle.base, size, controls, of)
+        judged, base_p = base_probabilities(base, given)
+        sure = [e for e, r in zip(heldout, given.replies, strict=True) if r.accepted and r.route == "base"]
         right = zip(heldout, base.correct, strict=True)
         easy = [e for e, answered in right if is_easy(e, config.easy_up_to, answered)][: config.speculation_prompts]
         metrics = {
             "questions": len(heldout),
             "accuracy": {tier: graded.table() for tier, graded in answers.items()},
-            "modifiers": compared,
+            "modifiers": comparisons(of, base, given, modifiers, controlled),
+            "alone": alone_figures(
+                heldout,
+                base.correct,
+                collector.ask(tiers.base, without).replies,
+                sum(r.accepted for r in refused.replies),
+            ),
+            "baselines": baselines(plain, judged.examples, judged.replies, judged.correct, base_p, config.p_true),
             "speculation": speculation_figures(plain, easy, config),
             "gate": gate_figures(base, answers["cascade"], cascade.promise),
             "routes": _routes(answers["cascade"].replies),
@@ -250,7 +274,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             "bytes": inputs["bundle"].metrics["bytes"],
             "showcase": showcase([answers["cascade"], refused]),
         }
-    judged, base_p = base_probabilities(base, answers["cascade"])
+    metrics["price"] = price(folder, bundle.base, sure[: config.priced], config.max_tokens, size)
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
     reliability_picture(out / "reliability.png", {"base": (base_p, np.array(judged.correct, dtype=np.float64))})
     p_given = [r.p_correct or 0.0 for r in given.replies]

@@ -62,6 +62,31 @@ def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _alone(alone: Mapping[str, Any], scores: Mapping[str, Any], price: Mapping[str, Any] | None) -> list[str]:
+    """The base without the cascade, simpler scores of its answers, and what the cascade costs."""
+    names = {"p_correct": "P(correct)", "likelihood": "perplexity alone", "length": "length alone"}
+    names["p_true"] = "asked itself, P(True)"
+    rows = [
+        [names[name], f"{row['auroc']:.3f}", f"{row['ece']:.3f}" if "ece" in row else "-", f"{row['n']}"]
+        for name, row in scores.items()
+    ]
+    asked = alone["unanswerable"]
+    lines = ["## Against the base alone", "", *_table(["score of the base's answers", "AUROC", "ECE", "answers"], rows)]
+    if asked["n"]:
+        lines += [
+            f"Of {asked['n']} unanswerable questions the base alone answers {asked['answered']}, as if it knew; the",
+            f"cascade answers {asked['accepted_by_cascade']} with confidence.",
+            "",
+        ]
+    if price:
+        lines += [
+            f"Price, on {price['n']} questions of which the base is sure: first token {price['first_token']:.2f}x,",
+            f"whole answer {price['answer']:.2f}x, eight at a time {price['8_streams']:.2f}x the time of the base alone.",
+            "",
+        ]
+    return lines
+
+
 def _modifiers(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = []
     for name, m in found.items():
@@ -98,6 +123,7 @@ def page(figures: Mapping[str, Any]) -> str:
         "![accuracy by level](accuracy.png)",
         "",
         *_honesty(figures["gate"], figures["unanswerable"]),
+        *_alone(figures["alone"], figures["baselines"], figures["price"]),
         *(_modifiers(figures["modifiers"]) if figures["modifiers"] else ()),
         *_speculation(figures["speculation"]),
         "## Routes and sizes",

@@ -68,7 +68,7 @@ steps:
   - {{name: data, stage: split, inputs: {{pool: rows}}, config: {_flow(SHARES)}}}
 
   # The model, where it lies.
-  - {{name: base, stage: gguf_file, config: {_flow({"model": model, "copy": plan.copy})}}}
+  - {{name: base, stage: gguf_file, config: {_flow({"model": model})}}}
 
   # Its answers to the training questions, and heads on its hidden states that read a question.
   - name: responses
@@ -118,7 +118,7 @@ def tail(plan: Adoption, domains: Sequence[str]) -> str:
   - name: bundle
     stage: bundle
     inputs: {{base: base, difficulty: reader, router: reader, calibration: calibration, examples: data{kept}}}
-    config: {{title: {_flow(plan.name)}}}
+    config: {_flow({"title": plan.name} | ({"copy_base": True} if plan.copy else {}))}
 
   - {{name: report, stage: report, inputs: {{data: data, bundle: bundle}}, config: {{max_tokens: {tokens}}}}}
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cogumi.pipeline.executors.in_process import InProcess
 from cogumi.pipeline.executors.local import LocalProcesses
 from cogumi.pipeline.failures import named
 from cogumi.pipeline.fingerprint import PlannedStep, digest, plan
-from cogumi.pipeline.graph import width
+from cogumi.pipeline.graph import beside, width
 from cogumi.pipeline.quality_gates import check_gate
 from cogumi.pipeline.recipe import LOGS, Recipe
 
@@ -58,14 +58,16 @@ def build(
     seed = recipe.seed if seed is None else seed
     plans = plan(recipe, seed)
     home = runs / recipe.folder
+    most = _parallel(recipe, jobs)
+    threads = threads_of(recipe, plans, most)
     if ranks.rank() > 0:
         return _help(plans, home, seed, recipe.root)
     with (
         _only_build(home) as lock,
         ranks.leading(home) as leader,
-        closing(_executor(recipe, jobs, lock)) as executor,
+        closing(LocalProcesses(most, lock) if most > 1 else InProcess()) as executor,
     ):
-        run = _Run(plans, home, seed, recipe.root, executor, leader, progress or Silent())
+        run = _Run(plans, threads, home, seed, recipe.root, executor, leader, progress or Silent())
         with _unfinished(recipe, home, run):
             run.to_the_end()
             return _report(recipe, plans, home, run.rows, time.perf_counter() - began)
@@ -107,16 +109,23 @@ def _only_build(folder: Path) -> Iterator[int]:
         yield lock
 
 
-def _executor(recipe: Recipe, jobs: int | None, lock: int) -> Executor:
-    """The executor of a build: depends on recipe, machine and `jobs` only, because bytes depend on the thread count.
+def _parallel(recipe: Recipe, jobs: int | None) -> int:
+    """The number of steps that may run at a time: depends on recipe, machine and `jobs` only.
 
     With a GPU (by default) or in a launch of several processes, steps run one after another.
     """
-    threads = usable_threads()
-    most = 1 if ranks.several() else min(width(recipe.graph), jobs or threads)
-    if most > 1 and jobs is None and _has_gpu():
-        most = 1
-    return LocalProcesses(most, max(1, threads // most), lock) if most > 1 else InProcess(threads)
+    most = 1 if ranks.several() else min(width(recipe.graph), jobs or usable_threads())
+    return 1 if most > 1 and jobs is None and _has_gpu() else most
+
+
+def threads_of(recipe: Recipe, plans: Sequence[PlannedStep], most: int) -> dict[str, int]:
+    """The threads of each step: all where only light steps may run beside it, else an equal share.
+
+    Known before anything runs, because bytes depend on the number of threads.
+    """
+    everything, light = usable_threads(), {p.name for p in plans if p.light}
+    share = max(1, everything // most)
+    return {name: everything if others <= light else share for name, others in beside(recipe.graph).items()}
 
 
 def _has_gpu() -> bool:
@@ -133,6 +142,7 @@ class _Run:
     def __init__(
         self,
         plans: list[PlannedStep],
+        threads: Mapping[str, int],
         home: Path,
         seed: int,
         root: Path,
@@ -148,7 +158,7 @@ class _Run:
         self._error: BaseException | None = None
         self.failed: str | None = None
         self._peak = peak_rss_bytes()
-        self._home, self._seed, self._root = home, seed, root
+        self._threads, self._home, self._seed, self._root = threads, home, seed, root
         self._executor, self._leader, self._progress = executor, leader, progress
 
     @property
@@ -200,9 +210,9 @@ class _Run:
         self._running[name] = p
         inputs = {role: self._done[parent].path for role, parent in p.step.inputs.items()}
         logs = self._home / LOGS / name
-        self._executor.start(
-            Task(name, STAGES[p.step.stage], p.config, self._seed, self._root, inputs, folder, p.fingerprint, logs)
-        )
+        module, threads = STAGES[p.step.stage], self._threads[name]
+        task = Task(name, threads, module, p.config, self._seed, self._root, inputs, folder, p.fingerprint, logs)
+        self._executor.start(task)
 
     def _finish(self, p: PlannedStep, skipped: bool) -> None:
         """Record the results of a step and check its gates."""

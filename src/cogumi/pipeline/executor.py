@@ -1,6 +1,6 @@
 """The protocol of executors: they run steps, locally or elsewhere, one or several at a time.
 
-The build decides which steps may run; an executor chooses the process and the number of threads of a step. That number
+The build decides which steps may run and with how many threads; an executor chooses the process. The number of threads
 never depends on timing, so that an interrupted and an uninterrupted build produce the same bytes.
 """
 
@@ -36,10 +36,12 @@ class Inputs(dict[str, Artifact]):
 class Task:
     """All data needed to run one step; it can be pickled and sent to another process.
 
-    `module` is the stage's module name, `inputs` the folders of finished steps by role, `folder` the prepared output.
+    `threads` is the number it computes with, `module` the stage's module name, `inputs` the folders of finished steps
+    by role, `folder` the prepared output.
     """
 
     step: str
+    threads: int
     module: str
     config: BaseModel
     seed: int
@@ -74,16 +76,16 @@ class Executor(Protocol):
         """Stop all running steps at once."""
 
 
-def run_task(task: Task, threads: int, progress: Callable[[int, int | None, Mapping[str, float]], None]) -> None:
+def run_task(task: Task, progress: Callable[[int, int | None, Mapping[str, float]], None]) -> None:
     """Run one step in this process and write its manifest; errors name the step."""
     with named(f"step '{task.step}'", task.folder):
         stage = importlib.import_module(task.module)
         inputs = Inputs({role: artifact.load(folder) for role, folder in task.inputs.items()})
         if torch := sys.modules.get("torch"):  # a stage that ran before in this process may have changed it
-            torch.set_num_threads(threads)
+            torch.set_num_threads(task.threads)
         started = time.perf_counter()
         metrics = stage.run(
-            task.config, inputs, task.folder, Context(task.seed, threads, task.root, progress, task.logs)
+            task.config, inputs, task.folder, Context(task.seed, task.threads, task.root, progress, task.logs)
         )
         artifact.finish(
             task.folder,
@@ -91,6 +93,6 @@ def run_task(task: Task, threads: int, progress: Callable[[int, int | None, Mapp
             fingerprint=task.fingerprint,
             parents={role: parent.fingerprint for role, parent in inputs.items()},
             metrics=metrics,
-            environment={**environment(threads), "peak_rss_bytes": peak_rss_bytes()},
+            environment={**environment(task.threads), "peak_rss_bytes": peak_rss_bytes()},
             seconds=time.perf_counter() - started,
         )

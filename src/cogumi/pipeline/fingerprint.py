@@ -43,6 +43,11 @@ class PlannedStep:
         return getattr(self.stage, "TRAINS", False)
 
     @property
+    def light(self) -> bool:
+        """Whether its stage takes seconds only (`LIGHT = True`)."""
+        return getattr(self.stage, "LIGHT", False)
+
+    @property
     def reports(self) -> bool:
         """Whether its metrics and page become those of the build: such stages declare `REPORTS = True`."""
         return getattr(self.stage, "REPORTS", False)

@@ -38,15 +38,30 @@ def _cycle(graph: Graph, stuck: list[str]) -> list[tuple[str, str]]:
         path.append(step)
 
 
+def _before(graph: Graph) -> dict[str, set[str]]:
+    """For each step all steps that must run before it."""
+    before: dict[str, set[str]] = {}
+    for step in in_order(graph):
+        before[step] = set(graph[step]).union(*(before[needed] for needed in graph[step]))
+    return before
+
+
+def beside(graph: Graph) -> dict[str, set[str]]:
+    """For each step the steps that may run at the same time: neither before nor after it."""
+    before = _before(graph)
+    return {
+        step: {other for other in graph if other != step and other not in before[step] and step not in before[other]}
+        for step in graph
+    }
+
+
 def width(graph: Graph) -> int:
     """The maximum number of steps that can run at once: the size of the largest antichain.
 
     By Dilworth's theorem it is the number of steps minus the size of a maximum matching of the relation "must run
     before", computed with Kuhn's algorithm.
     """
-    before: dict[str, set[str]] = {}
-    for step in in_order(graph):
-        before[step] = set(graph[step]).union(*(before[needed] for needed in graph[step]))
+    before = _before(graph)
     successor: dict[str, str] = {}
 
     def find_predecessor(step: str, tried: set[str]) -> bool:

@@ -30,6 +30,7 @@ from cogumi.data.responses import READINGS, read_readings, read_responses
 
 VERSION = 1
 KIND = "reader"
+LIGHT = True
 INPUTS = {"examples": "examples", "responses": "responses"}
 
 FOLDS = 5

@@ -21,6 +21,7 @@ from cogumi.models.encoder import DEFAULT, export_encoder, load_encoder
 
 VERSION = 1
 KIND = "embedder"
+LIGHT = True
 INPUTS: dict[str, str] = {}
 CHECK_TEXTS = (
     "",

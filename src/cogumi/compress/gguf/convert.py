@@ -34,6 +34,7 @@ from cogumi.core.types import Artifact
 
 VERSION = 1
 KIND = "model"
+LIGHT = True
 INPUTS = {"gguf": "gguf"}
 
 

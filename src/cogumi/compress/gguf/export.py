@@ -44,6 +44,7 @@ from cogumi.engine.llama.binding.quantize import quantize_rows
 
 VERSION = 3
 KIND = "gguf"
+LIGHT = True
 INPUTS = {"model": "model"}
 OPTIONAL = {"adapter": "adapter|backbone|model", "importance": "importance", "types": "model"}
 

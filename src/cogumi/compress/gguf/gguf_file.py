@@ -27,6 +27,7 @@ from cogumi.core.types import Artifact
 
 VERSION = 1
 KIND = "gguf"
+LIGHT = True
 INPUTS: dict[str, str] = {}
 MODEL = "model.gguf"
 """The file of an artifact of this kind."""

@@ -48,6 +48,7 @@ from cogumi.data.examples import iterate_examples
 
 VERSION = 3
 KIND = "bundle"
+LIGHT = True
 
 MODIFIER = "modifier_"
 MODIFIERS = MODIFIER + "*"
@@ -107,9 +108,10 @@ def _write_examples(source: Path, target: Path, count: int) -> None:
     kept: Counter[str] = Counter()
     lines = []
     for example in iterate_examples(source):
-        if example.answerable and len(example.messages) == 1 and kept[example.domain] < count:
+        asked = [message for message in example.messages if message.role != "system"]
+        if example.answerable and len(asked) == 1 and kept[example.domain] < count:
             kept[example.domain] += 1
-            row = {"domain": example.domain, "question": example.messages[0].content, "answer": example.answer}
+            row = {"domain": example.domain, "question": asked[0].content, "answer": example.answer}
             lines.append(json.dumps(row, ensure_ascii=False))
     write_text(target, "\n".join(lines) + "\n")
 
@@ -202,6 +204,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     write_text(card, model_card(config.title, inputs, sizes))
     description = {
         "title": config.title,
+        "system": inputs["examples"].metrics.get("system", "") if "examples" in inputs else "",
         "parts": parts,
         "seed": context.seed,
         "provenance": {role: artifact.fingerprint for role, artifact in inputs.items()},

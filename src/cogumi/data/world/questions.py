@@ -22,6 +22,7 @@ from cogumi.data.world.task import Maker, Task, Wording
 
 VERSION = 3
 KIND = "examples"
+LIGHT = True
 INPUTS: dict[str, str] = {}
 
 UNANSWERABLE_FILE = "unanswerable.jsonl"
@@ -203,4 +204,5 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "domains": list(config.domains),
         "unanswerable_kinds": sorted(kinds),
         "unseen_kinds": [kind for kind in config.unseen if kind in kinds],
+        "system": "\n".join(message.content for message in config.system_messages()),
     }

@@ -11,8 +11,7 @@ from cogumi.pipeline.executor import Ended, Task, run_task
 class InProcess:
     """An `Executor` that runs a step within `wait`."""
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self) -> None:
         self._task: Task | None = None
 
     def has_room(self, memory: int) -> bool:
@@ -28,7 +27,7 @@ class InProcess:
         task, self._task = self._task, None
         assert task is not None, "wait() without start()"
         try:
-            run_task(task, self._threads, partial(progress.advanced, task.step))
+            run_task(task, partial(progress.advanced, task.step))
         except Exception as error:
             return Ended(task.step, error)
         return Ended(task.step, None)

@@ -1,4 +1,4 @@
-"""Runs steps in parallel in worker processes of this machine, each with its share of the threads.
+"""Runs steps in parallel in worker processes of this machine, each with its number of threads.
 
 A worker is a new interpreter, not a fork. It starts when it is first needed and runs until the build ends, because
 importing the training libraries takes seconds. `worker.py` is the program of the worker.
@@ -30,12 +30,13 @@ class _Worker:
 
     def __init__(self, threads: int, lock: int) -> None:
         self.task: Task | None = None
+        self.threads = threads
         self._partial = b""
         self.connection, theirs = connection.Pipe()
         # The worker imports from the same folders as this process, including those added to sys.path.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
-        command = [sys.executable, "-m", "cogumi.pipeline.executors.worker", *map(str, (theirs.fileno(), threads))]
+        command = [sys.executable, "-m", "cogumi.pipeline.executors.worker", str(theirs.fileno())]
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -77,14 +78,14 @@ def _death(step: str, status: int) -> CogumiError:
 
 
 class LocalProcesses:
-    """An `Executor` with up to `jobs` worker processes of `threads` threads each.
+    """An `Executor` with up to `jobs` steps at a time, each in a worker process with the step's number of threads.
 
     `lock` is the descriptor of the build's lock. Workers inherit it, so that the folder stays locked until all
     processes that may write to it have ended, even if this one is killed.
     """
 
-    def __init__(self, jobs: int, threads: int, lock: int) -> None:
-        self._jobs, self._threads, self._lock = jobs, threads, lock
+    def __init__(self, jobs: int, lock: int) -> None:
+        self._jobs, self._lock = jobs, lock
         self._workers: list[_Worker] = []
 
     def _busy(self) -> dict[_Worker, Task]:
@@ -98,10 +99,10 @@ class LocalProcesses:
     def start(self, task: Task) -> None:
         """Give the step to an idle worker, or to a new one."""
         for worker in self._workers:
-            if worker.task is None and worker.process.poll() is None:
+            if worker.task is None and worker.threads == task.threads and worker.process.poll() is None:
                 break
         else:
-            worker = _Worker(self._threads, self._lock)
+            worker = _Worker(task.threads, self._lock)
             self._workers.append(worker)
         worker.task = task
         with suppress(BrokenPipeError):  # the worker just died; `wait` handles that

@@ -45,15 +45,15 @@ def _portable(error: Exception) -> Exception:
     return portable
 
 
-def _run(task: Task, threads: int, connection: Connection[Any, Any]) -> Ended:
+def _run(task: Task, connection: Connection[Any, Any]) -> Ended:
     try:
-        run_task(task, threads, lambda done, total, figures: connection.send((done, total, dict(figures))))
+        run_task(task, lambda done, total, figures: connection.send((done, total, dict(figures))))
     except Exception as error:
         return Ended(task.step, _portable(error))
     return Ended(task.step, None)
 
 
-def main(descriptor: int, threads: int) -> None:
+def main(descriptor: int) -> None:
     """Run the tasks that arrive on the connection until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the build stops its workers
     _end_with_parent()
@@ -64,7 +64,7 @@ def main(descriptor: int, threads: int) -> None:
             task = connection.recv()
         except EOFError:
             return
-        connection.send(_run(task, threads, connection))
+        connection.send(_run(task, connection))
 
 
 if __name__ == "__main__":
