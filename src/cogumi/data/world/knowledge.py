@@ -106,14 +106,26 @@ _SYLLABLES: Mapping[str, Sequence[str]] = {
 }
 
 
+_FOLLOW_UPS = ("And {s}?", "What about {s}?", "And for {s}?")
+_ASKED_ON = ("capital", "continent", "currency", "symbol", "country_of_city")
+"""Kinds of facts of which a follow-up names only the next subject."""
+FOLLOW_UP = 0.2
+"""Share of natural questions about such facts that follow up on an answered one of the same kind."""
+
+
 def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Task:
     """A question about one fact of this level; every kind of fact is equally frequent."""
     groups = facts()[difficulty]
     group = rng.choice(sorted(groups))
     fact = rng.choice(groups[group])
     question = rng.choice(_QUESTIONS[group]).format(s=fact.subject)
+    before: tuple[tuple[str, str], ...] = ()
+    if wording == "natural" and group in _ASKED_ON and rng.random() < FOLLOW_UP:
+        first = rng.choice([other for other in facts()[1][group] if other.key != fact.key])
+        before = ((rng.choice(_QUESTIONS[group]).format(s=first.subject), f"{first.answers[0]}."),)
+        question = rng.choice(_FOLLOW_UPS).format(s=fact.subject)
     check = {"kind": "short_answer", "answers": list(fact.answers), "rivals": list(fact.rivals)}
-    return Task(question, fact.answers[0], check, fact.key, group)
+    return Task(question, fact.answers[0], check, fact.key, group, before)
 
 
 def _invent(kind: str, rng: random.Random) -> str:

@@ -74,7 +74,7 @@ class Config(BaseModel):
 
 
 def _example(task: Task, domain: str, difficulty: int, kind: str | None, system: tuple[Message, ...] = ()) -> Example:
-    messages = (*system, Message("user", task.question))
+    messages = (*system, *task.messages)
     meta: dict[str, Any] = {"check": dict(task.check)}
     if task.group:
         meta |= {"group": task.group, "key": task.key}
@@ -93,7 +93,7 @@ def draw(
     missing, tries = sum(counts.values()), 0
     while missing:
         task = make_task(rng)
-        question = normalised_question((Message("user", task.question),))
+        question = normalised_question(task.messages)
         name = split_of(task.key or question, _SHARES, seed)
         tries += 1
         if question not in seen and len(drawn[name]) < counts[name]:
@@ -136,7 +136,7 @@ def draw_fresh(
         tries = 0
         while len(seen) < per_cell and tries < _TRIES:
             task = make_task(rng, config.wording)
-            question = normalised_question((Message("user", task.question),))
+            question = normalised_question(task.messages)
             tries += 1
             if question not in seen and split_of(task.key or question, _SHARES, seed) == split:
                 seen.add(question)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from cogumi.core.types import ABSTENTION
+from cogumi.core.types import ABSTENTION, Message
 
 Wording = Literal["terse", "natural"]
 """How questions read: in few words, or as a person asks a pretrained model."""
@@ -40,7 +40,7 @@ class Task:
     """A question, its reference answer and its check (see `grading.graders`).
 
     Questions with the same `key` are about one fact, and go to the same split; empty: the question itself decides.
-    `group` names the kind of fact.
+    `group` names the kind of fact. `before` are turns of the conversation so far, as (question, answer).
     """
 
     question: str
@@ -48,6 +48,15 @@ class Task:
     check: Mapping[str, Any]
     key: str = ""
     group: str = ""
+    before: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation up to the question."""
+        turns = [
+            Message(role, text) for turn in self.before for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return (*turns, Message("user", self.question))
 
 
 class Maker(Protocol):
