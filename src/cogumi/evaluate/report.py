@@ -31,7 +31,7 @@ from cogumi.data.examples import SPLITS, is_easy, level, read_examples, split_pa
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, final_reply, replies
 from cogumi.evaluate.remembering import remembering_cascade
-from cogumi.evaluate.report_baselines import alone_figures, baselines, price
+from cogumi.evaluate.report_baselines import alone_figures, baselines, conversation_figures, price
 from cogumi.evaluate.report_page import page
 from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
@@ -267,6 +267,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 sum(r.accepted for r in refused.replies),
             ),
             "baselines": baselines(plain, judged.examples, judged.replies, judged.correct, base_p, config.p_true),
+            "conversations": conversation_figures(heldout, given.replies, given.correct),
             "speculation": speculation_figures(plain, easy, config),
             "gate": gate_figures(base, answers["cascade"], cascade.promise),
             "routes": _routes(answers["cascade"].replies),

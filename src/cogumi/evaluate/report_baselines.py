@@ -2,7 +2,7 @@
 
 `alone`: the base without the cascade, which gives every answer as if it were sure. `baselines`: simpler scores of the
 base's answers: perplexity, length, and P(True), the probability that the base itself gives to "the proposed answer is
-right" (Kadavath et al. 2022). `price`: the time of an answer by the cascade against the same file without it.
+right" (Kadavath et al. 2022). `conversations`: follow-ups apart. `price`: the time of an answer by the cascade against the same file without it.
 """
 
 from __future__ import annotations
@@ -75,6 +75,25 @@ def baselines(
         own = p_true(base, examples[some], [reply.text for reply in answers[some]])
         found["p_true"] = {"n": len(own), "auroc": auroc(own, right[some]), "ece": ece(own, right[some])}
     return found
+
+
+def conversation_figures(
+    examples: Sequence[Example], answers: Sequence[Reply], right: Sequence[bool]
+) -> dict[str, Any] | None:
+    """The cascade's accuracy, ECE and accepted answers on follow-ups: questions after an answer. None without any."""
+    follows = [any(message.role == "assistant" for message in e.messages) for e in examples]
+    rows = [(r, ok) for r, ok, after in zip(answers, right, follows, strict=True) if after]
+    if not rows:
+        return None
+    p = np.array([r.p_correct or 0.0 for r, _ in rows])
+    kept = [ok for r, ok in rows if r.accepted]
+    return {
+        "n": len(rows),
+        "accuracy": sum(ok for _, ok in rows) / len(rows),
+        "ece": ece(p, [ok for _, ok in rows]),
+        "accepted": len(kept),
+        "wrong": len(kept) - sum(kept),
+    }
 
 
 def price(

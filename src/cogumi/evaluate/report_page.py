@@ -88,6 +88,16 @@ def _alone(alone: Mapping[str, Any], scores: Mapping[str, Any], price: Mapping[s
     return lines
 
 
+def _conversations(found: Mapping[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    return [
+        f"Follow-ups ({found['n']} questions after an answer): {found['accuracy']:.1%} right, ECE {found['ece']:.3f},",
+        f"{found['accepted']} accepted, {found['wrong']} of them wrong.",
+        "",
+    ]
+
+
 def _modifiers(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = []
     for name, m in found.items():
@@ -124,6 +134,7 @@ def page(figures: Mapping[str, Any]) -> str:
         "![accuracy by level](accuracy.png)",
         "",
         *_honesty(figures["gate"], figures["unanswerable"]),
+        *_conversations(figures["conversations"]),
         *_alone(figures["alone"], figures["baselines"], figures["price"]),
         *(_modifiers(figures["modifiers"]) if figures["modifiers"] else ()),
         *_speculation(figures["speculation"]),
