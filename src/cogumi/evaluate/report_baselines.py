@@ -1,8 +1,9 @@
-"""What confidence is compared with in the report, and what it costs (SPEC F2, H3).
+"""What confidence is compared with in the report, and what it costs (SPEC F2, H3, M7).
 
 `alone`: the base without the cascade, which gives every answer as if it were sure. `baselines`: simpler scores of the
 base's answers: perplexity, length, and P(True), the probability that the base itself gives to "the proposed answer is
-right" (Kadavath et al. 2022). `conversations`: follow-ups apart. `price`: the time of an answer by the cascade against the same file without it.
+right" (Kadavath et al. 2022). `conversations`: follow-up questions, apart. `price`: the time of an answer by the
+cascade against the same file without it.
 """
 
 from __future__ import annotations
