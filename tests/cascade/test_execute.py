@@ -284,3 +284,14 @@ def test_answers_are_accepted_only_on_accepting_routes(tiers):
     figures = measure(whole, [ask(stop=stop), ask(mode="turbo")], [EXAMPLE, EXAMPLE])
     assert (figures["coverage"], figures["accepted_error"]) == (1.0, 1.0)
     assert measure(tiers.base, [ask()], [EXAMPLE])["coverage"] is None
+
+
+def test_a_request_without_system_prompt_gets_the_one_of_the_calibration(tiers):
+    """The answer is that of the whole conversation; a request's own system prompt is kept."""
+    own = replace(ask(), messages=(Message("system", "Be kind."), *ask().messages))
+    shared = replace(ask(), messages=(Message("system", "Be brief."), *ask().messages))
+    bot = cascade(tiers, base=0.9, system="Be brief.")
+    plain = cascade(tiers, base=0.9)
+    for asked, same in ((ask(), shared), (shared, shared), (own, own)):
+        one, two = final_reply(bot.generate(asked)), final_reply(plain.generate(same))
+        assert (one.text, one.usage.prompt_tokens) == (two.text, two.usage.prompt_tokens)

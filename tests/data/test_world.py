@@ -122,6 +122,13 @@ def test_fresh_questions_are_new_and_from_the_held_out_part(world):
     assert found == world_stage.draw_fresh(12, 7, lambda done, total, figures: None)
 
 
+def test_training_questions_can_be_counted_by_domain(tmp_path):
+    run(tmp_path / "more", train=3, train_by_domain={"math": 7})
+    rows = read_examples(split_path(tmp_path / "more", "train"))
+    counts = {domain: sum(e.domain == domain and e.answerable for e in rows) for domain in ("math", "code")}
+    assert counts == {"math": 5 * 7, "code": 5 * 3}
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"unknown kinds \['sphinx'\] in `unseen`"):
         run(tmp_path / "a", unseen=("sphinx",))

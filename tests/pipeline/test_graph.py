@@ -6,6 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cogumi.pipeline.build import threads_of
+from cogumi.pipeline.fingerprint import plan
 from cogumi.pipeline.graph import beside, in_order, width
 from cogumi.pipeline.recipe import load_recipe
 
@@ -73,3 +75,13 @@ def test_beside_is_mutual_and_never_a_dependency(graph):
     for step, others in found.items():
         assert all(step in found[other] for other in others)
         assert not others & set(graph[step])
+
+
+def test_a_step_beside_light_ones_only_gets_all_threads(monkeypatch):
+    """In `smollm2` the modifiers share the threads; nothing heavy runs beside the base's answers and the calibration."""
+    recipe = load_recipe("smollm2")
+    monkeypatch.setattr("cogumi.pipeline.build.usable_threads", lambda: 2)
+    found = threads_of(recipe, plan(recipe, 7), 2)
+    assert {found[name] for name in ("math", "code", "tools")} == {1}
+    assert {found[name] for name in ("responses", "calibration", "report")} == {2}
+    assert set(threads_of(recipe, plan(recipe, 7), 1).values()) == {2}

@@ -15,6 +15,7 @@ from typing import Any
 
 from cogumi.confidence.guarantee import upper_bound
 from cogumi.core import artifact
+from cogumi.core.amounts import duration
 from cogumi.core.errors import CogumiError, DataError
 from cogumi.core.files import write_text
 from cogumi.core.registry import nearest
@@ -82,6 +83,7 @@ def adopt(plan: Adoption, runs: Path, wanted: Sequence[str] | None, build: Build
             raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
     home = runs / plan.name
     build(_parsed(head(plan), plan))
+    say(f"answering the questions of the other sets takes about {duration(_left(home))} more")
     reasons = _candidates(home, names, wanted)
     chosen = [name for name, reason in reasons.items() if not reason]
     if chosen:
@@ -98,6 +100,16 @@ def adopt(plan: Adoption, runs: Path, wanted: Sequence[str] | None, build: Build
     file = plan.root / f"{plan.name}.yaml"
     write_text(file, whole(plan, kept))
     return Adopted(file, build(_parsed(whole(plan, kept), plan)), reasons)
+
+
+def _left(home: Path) -> float:
+    """Seconds that calibration and report take at the speed with which the training questions were answered.
+
+    The report asks the questions that it has again of a modifier, hence the factor.
+    """
+    responses, rows = artifact.read_manifest(home / "responses"), artifact.read_manifest(home / "data").metrics["rows"]
+    others = rows["selection"] + rows["fit"] + rows["threshold"] + 1.3 * rows["heldout"]
+    return responses.seconds / max(responses.metrics["rows"], 1) * float(others)
 
 
 def _parsed(text: str, plan: Adoption) -> Any:

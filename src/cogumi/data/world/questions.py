@@ -110,6 +110,12 @@ def draw(
     return drawn
 
 
+def made_with(metrics: Mapping[str, Any]) -> Config:
+    """The config that matters to `draw_fresh`, from the metrics of this stage."""
+    known = {name: metrics[name] for name in ("domains", "wording", "system") if name in metrics}
+    return Config(**known)
+
+
 def draw_fresh(
     per_cell: int,
     seed: int,
@@ -204,5 +210,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "domains": list(config.domains),
         "unanswerable_kinds": sorted(kinds),
         "unseen_kinds": [kind for kind in config.unseen if kind in kinds],
+        "wording": config.wording,
         "system": "\n".join(message.content for message in config.system_messages()),
     }

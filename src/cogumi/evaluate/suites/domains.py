@@ -27,7 +27,7 @@ from cogumi.confidence.domain_router import confidences, preload, scope_for
 from cogumi.confidence.nets import Net, load_net, load_scope
 from cogumi.core.errors import CogumiError, ContextError
 from cogumi.core.types import Message, Request
-from cogumi.data.world.questions import draw_fresh
+from cogumi.data.world.questions import draw_fresh, made_with
 from cogumi.engine.embedder import Embedder
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.evaluate.suite import Figure, Findings, Task
@@ -193,12 +193,14 @@ def _read(draft: LlamaEngine, messages: tuple[Message, ...]) -> Doubles | None:
 def own_router(task: Task, folder: Path, foreign: Questions) -> list[Figure]:
     """Figures of the bundle's router on new questions of its world and on real ones, and of its pre-loading."""
     bundle = open_bundle(folder)
-    if "unseen_kinds" not in bundle.description.get("measured", {}).get("examples", {}):
+    made_for = bundle.description.get("measured", {}).get("examples", {})
+    if "unseen_kinds" not in made_for:
         raise CogumiError(
             "this bundle was not made for the built-in world: leave the bundle out to judge real questions"
         )
     net, scope = load_net(bundle.router), load_scope(bundle.router)
-    examples = draw_fresh(PER_CELL, int(bundle.description.get("seed", 0)), task.progress)
+    seed = int(bundle.description.get("seed", 0))
+    examples = draw_fresh(PER_CELL, seed, task.progress, config=made_with(made_for))
     with closing(LlamaEngine(bundle.draft or bundle.base, slots=1, context=CONTEXT, lookup=False)) as draft:
         own = _rows(draft, [e.messages for e in examples])
         other = _rows(draft, [(Message("user", text),) for text in foreign.texts])

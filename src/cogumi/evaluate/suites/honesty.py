@@ -32,7 +32,7 @@ from cogumi.confidence.signals import perplexity
 from cogumi.core.errors import CogumiError
 from cogumi.core.types import Example, Message
 from cogumi.data.sources.question_files import load
-from cogumi.data.world.questions import UNANSWERABLE_FACTOR, draw_fresh
+from cogumi.data.world.questions import UNANSWERABLE_FACTOR, draw_fresh, made_with
 from cogumi.evaluate.suite import Figure, Findings, Task
 from cogumi.teach.tier_answers import AskOptions, Row, ask, base_rows, familiar, policy_answers, probabilities
 from cogumi.train.calibrate import fit_base
@@ -119,7 +119,7 @@ def _questions(task: Task, description: Mapping[str, Any], seed: int) -> list[Ex
         return examples
     if "unseen_kinds" not in _made_for(description):
         raise CogumiError("this bundle was not made for the built-in world: give questions of its domains with --data")
-    return draw_fresh(PER_CELL, seed, task.progress)
+    return draw_fresh(PER_CELL, seed, task.progress, config=made_with(_made_for(description)))
 
 
 def _made_for(description: Mapping[str, Any]) -> Mapping[str, Any]:
