@@ -78,7 +78,7 @@ def test_beside_is_mutual_and_never_a_dependency(graph):
 
 
 def test_a_step_beside_light_ones_only_gets_all_threads(monkeypatch):
-    """In `smollm2` the modifiers share the threads; nothing heavy runs beside the base's answers and the calibration."""
+    """In `smollm2` the modifiers share the threads; nothing heavy runs beside the base or the calibration."""
     recipe = load_recipe("smollm2")
     monkeypatch.setattr("cogumi.pipeline.build.usable_threads", lambda: 2)
     found = threads_of(recipe, plan(recipe, 7), 2)

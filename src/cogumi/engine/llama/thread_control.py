@@ -2,14 +2,14 @@
 
 Threads of one pass wait for each other. If another program takes a processor away from one of them, all wait: with two
 threads beside other work a pass was measured to take up to thirty times as long as with one. So passes are timed, and
-the faster number of threads is used. The other number is tried again from time to time, more rarely each time that it
-was slower, and soon after a pass of several threads that took much longer than usual. Results do not depend on it.
+the faster number of threads is used. The other number is tried again from time to time, and at once after a pass of
+several threads that took much longer than usual. Results do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-FIRST, LARGEST = 50, 3200
-"""Passes until the next trial: after a change, and at most; doubled by every trial that changes nothing."""
+SHARE = 0.02
+"""Share of the time that trials may take: one of a second is followed by 50 seconds without."""
 SMALL = 32
 """A trial waits for a pass of at most this many tokens, because a slow one costs its length."""
 SLOW = 2.0
@@ -29,7 +29,7 @@ class ThreadControl:
         self.most = most
         self._best = 1
         self._usual: dict[int, float] = {}  # power of two of the tokens -> average seconds with the best number
-        self._left, self._interval = 0, FIRST
+        self._left = 0.0  # seconds of work until the next trial
 
     def choose(self, tokens: int) -> int:
         """The number of threads of the next pass, which has so many tokens."""
@@ -49,14 +49,12 @@ class ThreadControl:
         if threads != self._best:
             self._end_trial(threads, size, seconds)
             return
-        self._left -= 1
+        self._left -= seconds
         self._usual[size] = seconds if usual is None else usual + RECENT * (seconds - usual)
         if usual is not None and threads > 1 and seconds > SLOW * usual:
-            self._left, self._interval = 0, FIRST
+            self._left = 0.0
 
     def _end_trial(self, threads: int, size: int, seconds: float) -> None:
         if seconds < self._usual[size]:
-            self._best, self._usual, self._interval = threads, {size: seconds}, FIRST
-        else:
-            self._interval = min(2 * self._interval, LARGEST)
-        self._left = self._interval
+            self._best, self._usual = threads, {size: seconds}
+        self._left = seconds / SHARE
