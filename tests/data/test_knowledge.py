@@ -162,3 +162,19 @@ def test_numbers_in_words():
         "one hundred and one",
         "one hundred and eighteen",
     ]
+
+
+@needs_packages
+def test_follow_ups_are_about_the_same_kind_of_fact():
+    """The question before names another subject and its answer; alone, the follow-up would not say what is asked."""
+    draw = random.Random(5)
+    asked = [knowledge.make(1 + i % 5, draw, "natural") for i in range(400)]
+    found = [task for task in asked if task.before]
+    assert 20 < len(found) < 100
+    for task in found:
+        ((question, answer),) = task.before
+        assert task.question.endswith("?")
+        assert task.question not in question
+        assert [m.role for m in task.messages] == ["user", "assistant", "user"]
+        assert task.messages[1].content == answer
+    assert not any(knowledge.make(1 + i % 5, draw, "terse").before for i in range(200))

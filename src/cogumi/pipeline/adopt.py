@@ -108,8 +108,8 @@ def _left(home: Path) -> float:
     The report asks the questions that it has again of a modifier, hence the factor.
     """
     responses, rows = artifact.read_manifest(home / "responses"), artifact.read_manifest(home / "data").metrics["rows"]
-    others = rows["selection"] + rows["fit"] + rows["threshold"] + 1.3 * rows["heldout"]
-    return responses.seconds / max(responses.metrics["rows"], 1) * float(others)
+    others = float(rows["selection"] + rows["fit"] + rows["threshold"] + 1.3 * rows["heldout"])
+    return responses.seconds / max(int(responses.metrics["rows"]), 1) * others
 
 
 def _parsed(text: str, plan: Adoption) -> Any:

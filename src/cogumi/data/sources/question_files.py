@@ -3,7 +3,8 @@
 A file is JSON Lines (one object per line) or one JSON array of objects. A row has one of three forms:
 
 question  {"question": ..., "answer": ...}
-Alpaca    {"instruction": ..., "input": ... (optional), "output": ... (or "response")}
+Alpaca    {"instruction": ..., "input": ... (optional), "output": ... (or "response")}; an "answer" that ends the output
+          is the answer
 messages  {"messages": [{"role": ..., "content": ...}, ...]}; the last turn, the assistant's, is the answer; or the last
           turn is the user's, and the answer is in "answer", as in the files of a build
 
@@ -181,7 +182,7 @@ def _question_and_answer(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], s
     if "question" in row and "instruction" not in row:
         question, answer = _text(row["question"], "question"), _text(row.get("answer"), "answer")
         return (Message("user", question),), answer, ("question", "answer")
-    return *_from_alpaca(row), ("instruction", "input", "output" if "output" in row else "response")
+    return *_from_alpaca(row), ("instruction", "input", "output" if "output" in row else "response", *_short(row))
 
 
 def _text(value: Any, name: str) -> str:
@@ -199,7 +200,15 @@ def _from_alpaca(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
     if row.get("input"):
         question += "\n\n" + _text(row["input"], "input")
     answer = _text(row.get("output", row.get("response")), "output")
-    return (Message("user", question),), answer
+    return (Message("user", question),), str(row["answer"]) if _short(row) else answer
+
+
+def _short(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The column "answer" if it is the end of the output: the answer that "the correct answer is B" states."""
+    answer, output = row.get("answer"), row.get("output")
+    if isinstance(answer, str) and isinstance(output, str) and answer and output.strip().rstrip(".").endswith(answer):
+        return ("answer",)
+    return ()
 
 
 def _from_messages(turns: Any) -> tuple[tuple[Message, ...], str]:
