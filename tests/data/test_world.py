@@ -215,3 +215,15 @@ def test_fresh_questions_follow_the_config(natural):
     assert {e.source for e in found} == {*(f"reading/{k}" for k in DIFFICULTIES), "missing_fact"}
     read = {normalised_question(e.messages) for n in SPLITS if n != "heldout" for e in everything(natural[0])[n]}
     assert not read & {normalised_question(e.messages) for e in found}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 10**6))
+def test_natural_sums_show_their_work(difficulty, seed):
+    """Every step is right, and the last one ends with the result that the grader expects."""
+    task = make("math", difficulty, random.Random(seed), "natural")
+    steps = task.answer.removesuffix(".").split(", ")
+    for step in steps:
+        left, right = step.split(" = ")
+        assert eval(left) == int(right)
+    assert steps[-1].endswith(f"= {task.check["value"]}")

@@ -3,6 +3,8 @@
 1  one digit plus one digit                 2  up to 19 minus one digit
 3  two digits plus one digit                4  two digits plus two digits
 5  two digits minus two digits
+
+Natural answers show their work, digit by digit: so a small model learns sums that it cannot learn to guess.
 """
 
 from __future__ import annotations
@@ -44,5 +46,20 @@ def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Tas
     minus = difficulty in (2, 5)
     if minus and b > a:
         a, b = b, a
-    question = rng.choice((_MINUS if minus else _PLUS)[wording]).format(a=a, b=b)
-    return Task(rng.choice(openings(wording)) + question, str(a - b if minus else a + b), {"kind": "numeric"})
+    question = rng.choice(openings(wording)) + rng.choice((_MINUS if minus else _PLUS)[wording]).format(a=a, b=b)
+    result = str(a - b if minus else a + b)
+    if wording == "terse":
+        return Task(question, result, {"kind": "numeric"})
+    return Task(question, _worked(a, b, minus), {"kind": "numeric", "value": int(result)})
+
+
+def _worked(a: int, b: int, minus: bool) -> str:
+    """The steps of a sum or a difference; the last one ends with the result."""
+    tens, units = 10 * (b // 10), b % 10
+    if minus:
+        steps = [(a, "-", tens), (a - tens, "-", units)] if tens and units else [(a, "-", b)]
+    else:
+        ones = a % 10 + units
+        steps = [(a - a % 10, "+", tens)] if tens else []
+        steps += [(a % 10, "+", units), (a - a % 10 + tens, "+", ones)] if a > 9 else [(a, "+", b)]
+    return ", ".join(f"{x} {sign} {y} = {x - y if minus else x + y}" for x, sign, y in steps) + "."
