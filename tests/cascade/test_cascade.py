@@ -363,5 +363,5 @@ def test_bundle_with_mismatched_parts_is_refused(bundle, tmp_path, monkeypatch):
     files = open_bundle(bundle)
     Net.of(np.zeros(3), np.ones(3), [np.zeros((3, 2))], [[0.0, 0.0]], ["code", "math"]).save(tmp_path / "router")
     monkeypatch.setattr("cogumi.bundle.unpack.open_bundle", lambda _: replace(files, router=tmp_path / "router"))
-    with pytest.raises(BundleError, match="different drafts"):
+    with pytest.raises(BundleError, match="different models"):
         open_cascade(bundle)

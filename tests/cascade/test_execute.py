@@ -16,7 +16,8 @@ from cogumi.confidence.signals import FLOOR
 from cogumi.core.errors import ContextError, RequestError
 from cogumi.core.types import ABSTENTION, Decision, Example, Message, Reply, Request, Revision, Token, Usage
 from cogumi.engine.protocol import final_reply
-from cogumi.evaluate.accuracy import measure
+from cogumi.evaluate.accuracy import ask as ask_all
+from cogumi.evaluate.accuracy import figures
 from support.bundle import calibrated, cascade_of, make_bundle, open_tiers
 
 EASY, HARD = QuestionGate(1e9, 0.5), QuestionGate(1e9, 0.99)
@@ -281,9 +282,11 @@ def test_answers_are_accepted_only_on_accepting_routes(tiers):
     assert final_reply(cascade(tiers, modifier=0.9).generate(ask())).accepted
     doubted = cascade(tiers, base=0.9, escalation=Unhappy())
     assert not final_reply(doubted.generate(ask("a", "b", "wrong"))).accepted
-    figures = measure(whole, [ask(stop=stop), ask(mode="turbo")], [EXAMPLE, EXAMPLE])
-    assert (figures["coverage"], figures["accepted_error"]) == (1.0, 1.0)
-    assert measure(tiers.base, [ask()], [EXAMPLE])["coverage"] is None
+    asked, _ = ask_all(whole, [ask(stop=stop), ask(mode="turbo")], [EXAMPLE, EXAMPLE])
+    found = figures(asked)
+    assert (found["coverage"], found["accepted_error"]) == (1.0, 1.0)
+    alone, _ = ask_all(tiers.base, [ask()], [EXAMPLE])
+    assert figures(alone)["coverage"] is None
 
 
 def test_a_request_without_system_prompt_gets_the_one_of_the_calibration(tiers):

@@ -138,7 +138,7 @@ def test_results_table_contains_the_figures(capsys):
         "seconds": 200.0,
         "peak_rss_bytes": 1_500_000_000,
         "accuracy": {"base": cells},
-        "gate": gate | {"bound": 0.05},
+        "gate": gate | {"bound": 0.05, "accepted": 50},
         "unanswerable": {"confident": 3, "n": 500},
         "modifiers": {"math": {"before": 0.5, "after": 0.75, "n": 20}},
         "speculation": {"acceptance": 0.8, "speedup": 0.9, "identical": 200, "n": 200},

@@ -181,7 +181,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
 def test_a_folder_of_pickles_is_refused(tmp_path):
     make_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(ExportError, match=r"holds its weights as pytorch_model\.bin, which can run code"):
+    with pytest.raises(ExportError, match=r"has its weights in pytorch_model\.bin only; save the model as safetensors"):
         convert_model(tmp_path / "model", tmp_path / "out.gguf", None, lambda done, total: None)
     assert not (tmp_path / "out.gguf").exists()
 

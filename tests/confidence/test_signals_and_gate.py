@@ -160,7 +160,7 @@ def test_calibration_json_round_trip_is_exact():
     with pytest.raises(BundleError, match="format 9"):
         Calibration.from_json({"format": 9})
     with pytest.raises(BundleError, match="incomplete"):
-        Calibration.from_json({"format": 2})
+        Calibration.from_json({"format": 3})
 
 
 def test_bundle_without_modifiers_has_only_the_base_policy():

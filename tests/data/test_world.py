@@ -226,4 +226,4 @@ def test_natural_sums_show_their_work(difficulty, seed):
     for step in steps:
         left, right = step.split(" = ")
         assert eval(left) == int(right)
-    assert steps[-1].endswith(f"= {task.check["value"]}")
+    assert steps[-1].endswith(f"= {task.check['value']}")

@@ -13,7 +13,6 @@ from cogumi.core.files import exclusive_lock
 from cogumi.pipeline import build as build_module
 from cogumi.pipeline.build import build
 from cogumi.pipeline.build_progress import Silent
-from cogumi.pipeline.executors.in_process import InProcess
 from cogumi.pipeline.executors.local import LocalProcesses
 from cogumi.pipeline.recipe import parse_recipe
 from support.toy_builds import contents, finish, recipe, start, step, write_recipe
@@ -88,21 +87,21 @@ def test_threads_depend_only_on_recipe_machine_and_jobs(tmp_path, monkeypatch):
     assert {row["metrics"]["usable_threads"] for row in report["steps"]} == {min(3, len(os.sched_getaffinity(0)))}
 
 
-def test_builds_without_concurrency_run_in_this_process(tmp_path, monkeypatch):
-    def executor(*steps, jobs=None):
-        return type(build_module._executor(recipe(*steps), jobs, 0))
+def test_steps_run_one_at_a_time_where_nothing_else_is_possible(tmp_path, monkeypatch):
+    def at_once(*steps, jobs=None):
+        return build_module._parallel(recipe(*steps), jobs)
 
     pair, chain = (step("a"), step("b")), (step("a"), step("b", inputs={"a": "a"}))
     monkeypatch.setattr(build_module, "_has_gpu", lambda: False)
-    assert executor(*pair, jobs=2) is LocalProcesses
-    assert executor(*pair, jobs=1) is InProcess
-    assert executor(*chain, jobs=2) is InProcess
+    assert at_once(*pair, jobs=2) == 2
+    assert at_once(*pair, jobs=1) == 1
+    assert at_once(*chain, jobs=2) == 1
     monkeypatch.setattr(build_module, "usable_threads", lambda: 4)
-    assert executor(*pair) is LocalProcesses
+    assert at_once(*pair) == 2
     monkeypatch.setattr(build_module, "_has_gpu", lambda: True)
-    assert executor(*pair) is InProcess
+    assert at_once(*pair) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert executor(*pair, jobs=2) is InProcess
+    assert at_once(*pair, jobs=2) == 1
 
 
 def test_bytes_do_not_depend_on_jobs_or_kills(tmp_path):
@@ -254,5 +253,5 @@ def test_close_ends_running_steps(tmp_path):
     with pytest.raises(Stop):
         build(recipe(*steps), tmp_path, jobs=2, progress=Log(stop))
     assert not Path(f"/proc/{pids[0]}").exists()
-    with closing(LocalProcesses(2, 1, 0)) as executor:
+    with closing(LocalProcesses(2, 0)) as executor:
         assert executor.has_room(1 << 60)  # no step is running

@@ -84,7 +84,7 @@ def test_too_long_row_is_named_once_with_file_line_and_key(tmp_path):
     tokenizer = {"name": "tokenizer", "stage": "tokenizer", "inputs": {"examples": "data"}}
     own = {"name": "base", "stage": "sft", "inputs": {"examples": "data", "tokenizer": "tokenizer"}}
     draft = {"name": "draft", "stage": "draft", "inputs": TAUGHT}
-    (line,) = problems(tmp_path, pool, data, tokenizer, own, RESPONSES, draft)
+    (line,) = problems(tmp_path, pool, data, tokenizer, own, BASE_GGUF, RESPONSES, draft)
     assert re.fullmatch(
         r"step 'base': the longest row \(facts.jsonl:2\) has about \d+ tokens, the context is 512; "
         r"shorten it or raise `shape.context`",
@@ -96,9 +96,9 @@ def test_draft_larger_than_its_base_is_a_problem(tmp_path):
     tokenizer = {"name": "tokenizer", "stage": "tokenizer", "inputs": {"examples": "data"}}
     own = {"name": "base", "stage": "sft", "inputs": {"examples": "data", "tokenizer": "tokenizer"}}
     large = {"name": "draft", "stage": "draft", "inputs": TAUGHT, "config": {"shape": {"layers": 40}}}
-    (line,) = problems(tmp_path, DATA, tokenizer, own, RESPONSES, large)
+    (line,) = problems(tmp_path, DATA, tokenizer, own, BASE_GGUF, RESPONSES, large)
     assert re.search(r"the draft has [\d,]+ weights, more than the base with [\d,]+; give a smaller `shape`", line)
-    assert not problems(tmp_path, DATA, tokenizer, own, RESPONSES, changed(large, shape={"layers": 1}))
+    assert not problems(tmp_path, DATA, tokenizer, own, BASE_GGUF, RESPONSES, changed(large, shape={"layers": 1}))
 
 
 def test_each_problem_is_reported_in_one_line(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
-from cogumi.core.errors import RequestError
+from cogumi.core.errors import ContextError, RequestError
 from cogumi.core.registry import nearest
 from cogumi.core.types import Message, Reply, Request
 from cogumi.engine.protocol import Engine, Event, missing_reply
@@ -104,11 +104,16 @@ class RatedEngine(Engine, Protocol):
         """Switch a user's personal routing (None: no change) and return its state."""
 
 
+ANSWER_TOKENS = 256
+"""Most tokens of an answer in a conversation."""
+
+
 class Conversation:
     """A conversation: the turns so far, and the options of every question.
 
-    A failed or cancelled turn is not stored, so that the conversation can continue. Raises `RequestError` for an
-    unknown option.
+    A failed or cancelled turn is not stored, so that the conversation can continue. An answer has at most
+    `ANSWER_TOKENS` tokens unless the options say otherwise, or as many as the context leaves if these are fewer: one
+    long answer must not fill the context. Raises `RequestError` for an unknown option.
     """
 
     def __init__(self, engine: RatedEngine, **options: Any) -> None:
@@ -124,9 +129,16 @@ class Conversation:
 
     def stream(self, text: str) -> Stream:
         """Ask the next question and stream its answer; the turn is stored once the answer is complete."""
-        request = as_request((*self.messages, Message("user", text)), self.options)
+        request = as_request((*self.messages, Message("user", text)), {"max_tokens": ANSWER_TOKENS, **self.options})
         self.id = request.id or ""
-        return Stream(self._remembering(request, self._engine.generate(request)))
+        try:
+            events = self._engine.generate(request)
+        except ContextError:
+            if "max_tokens" in self.options:
+                raise
+            request = replace(request, max_tokens=None)
+            events = self._engine.generate(request)
+        return Stream(self._remembering(request, events))
 
     def _remembering(self, request: Request, events: Iterator[Event]) -> Iterator[Event]:
         with closing(cast(Generator[Event, None, None], events)):

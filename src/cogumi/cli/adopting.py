@@ -68,7 +68,7 @@ def adopt(
     plan = Adoption(home.name, model, found, home.parent, e, copy=copy)
     if not json:
         _show(found)
-        if line := adoption.shortage(found, e):
+        if found.gradable and (line := adoption.shortage(found, e)):
             console.STDERR.print(line, soft_wrap=True, markup=False)
         if not yes and console.STDERR.is_terminal and not typer.confirm("Build this?", default=True):
             raise SystemExit(1)

@@ -9,11 +9,9 @@ from typing import Any
 
 from cogumi.bundle.format import INDEX, open_bundle
 from cogumi.bundle.packed import Archive, is_packed
-from cogumi.cascade.bare_model import CONFIG, bare_model
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.core import artifact
 from cogumi.core.errors import ArtifactError
-from cogumi.engine.llama.binding.model import Model
 from cogumi.pipeline.build import PAGE, UNFINISHED
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe
 
@@ -41,8 +39,8 @@ def describe(path: str) -> dict[str, Any]:
         return {"what": "run", "path": path} | report
     if folder.suffix in (".yaml", ".yml") or path in builtin_recipes():
         return _recipe(path)
-    if model := bare_model(path):
-        return _model(model)
+    if found := _model(path):
+        return found
     raise ArtifactError(
         f"{path} is not a bundle, model, artifact, run or recipe; name a folder such as runs/tiny/bundle, a GGUF file, "
         f"a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
@@ -69,7 +67,8 @@ def _bundle(folder: Path) -> dict[str, Any]:
     opened = open_bundle(folder)
     index = json.loads((folder / INDEX).read_bytes())
     built = (folder / artifact.MANIFEST).is_file()  # a copied bundle may come without its manifest
-    certified = {name: Guarantee.from_json(value) for name, value in opened.calibration["guarantees"].items()}
+    found = opened.calibration.get("guarantees", {})
+    certified = {name: Guarantee.from_json(value) for name, value in found.items()}
     promises = {name: promise.sentence() for name, promise in certified.items()}
     return {
         "what": "bundle",
@@ -85,8 +84,14 @@ def _bundle(folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(path: Path) -> dict[str, Any]:
-    """Describe a model without calibration: a GGUF file, or a Hugging Face folder by its config."""
+def _model(name: str) -> dict[str, Any] | None:
+    """Describe a model without calibration: a GGUF file, or a folder by its config. None for other paths."""
+    from cogumi.cascade.bare_model import CONFIG, bare_model
+    from cogumi.engine.llama.binding.model import Model
+
+    path = bare_model(name)
+    if path is None:
+        return None
     about: dict[str, Any] = {"what": "model", "path": str(path), "calibrated": False}
     if path.is_dir():
         return about | {"config": json.loads((path / CONFIG).read_bytes())}

@@ -12,7 +12,7 @@ from typing import Any
 from cogumi.data.sources.survey import OWN, Survey, files_by_domain
 
 SHARES = {"train": 30, "selection": 10, "fit": 20, "threshold": 20, "heldout": 20}
-"""60% to fit with, 20% for the promise, 20% for the report (SPEC M4)."""
+"""60% to fit with, 20% for the promise, 20% for the report."""
 
 
 @dataclass(frozen=True, slots=True)

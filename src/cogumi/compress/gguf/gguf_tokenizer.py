@@ -56,6 +56,7 @@ def read_vocabulary(header: Header) -> Vocabulary:
         add_bos=bos is not None and bool(keys.get("tokenizer.ggml.add_bos_token", pre == LLAMA3)),
         add_eos=bool(keys.get("tokenizer.ggml.add_eos_token", False)),
         template=keys.get("tokenizer.chat_template"),
+        turn_end=_special(header, tokens, "tokenizer.ggml.eot_token_id"),
     )
 
 

@@ -59,7 +59,7 @@ _MATCH_OPTIONS = ("lstrip", "rstrip", "single_word")
 class Vocabulary:
     """A tokenizer in llama.cpp's terms: `control` ids are special tokens, `defined` ids other added tokens.
 
-    `turn_end` closes an assistant's message in the chat template.
+    `turn_end` closes an assistant's message in the chat template; None if `eos` does.
     """
 
     pre: str
@@ -105,7 +105,7 @@ class Vocabulary:
             add_bos=bos is not None and (add_bos if settings.add_bos is None else settings.add_bos),
             add_eos=add_eos if settings.add_eos is None else settings.add_eos,
             template=settings.template,
-            turn_end=ids[closing] if closing else None,
+            turn_end=ids[closing] if closing and ids[closing] != eos else None,
         )
 
     @property
@@ -134,7 +134,7 @@ class Vocabulary:
         if self.bos is not None:
             writer.add_bos_token_id(self.bos)
         writer.add_eos_token_id(self.eos)
-        if self.turn_end is not None and self.turn_end != self.eos:
+        if self.turn_end is not None:
             writer.add_eot_token_id(self.turn_end)
         if self.pad is not None:
             writer.add_pad_token_id(self.pad)

@@ -46,7 +46,8 @@ def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Tas
     minus = difficulty in (2, 5)
     if minus and b > a:
         a, b = b, a
-    question = rng.choice(openings(wording)) + rng.choice((_MINUS if minus else _PLUS)[wording]).format(a=a, b=b)
+    asked = rng.choice((_MINUS if minus else _PLUS)[wording]).format(a=a, b=b)
+    question = rng.choice(openings(wording)) + asked
     result = str(a - b if minus else a + b)
     if wording == "terse":
         return Task(question, result, {"kind": "numeric"})
