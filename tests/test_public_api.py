@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", DOCS.read_text("utf-8"), re.M | 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which `runs/tiny/bundle` is a bundle of pico models."""
+    """A folder in which `runs/smollm2/bundle` is a bundle of pico models."""
     root = tmp_path_factory.mktemp("api")
     made = make_bundle(root / "made")
     (root / "runs" / "tiny").mkdir(parents=True)

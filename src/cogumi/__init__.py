@@ -2,7 +2,7 @@
 
     import cogumi
 
-    with cogumi.open("runs/tiny/bundle") as bot:
+    with cogumi.open("runs/smollm2/bundle") as bot:
         reply = bot.ask("What is the capital of France?")
         print(reply.text, reply.p_correct, reply.accepted, reply.tier)
 

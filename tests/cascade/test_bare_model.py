@@ -4,7 +4,7 @@ import pytest
 
 import cogumi
 from cogumi.compress.gguf.export import export_model
-from cogumi.core.errors import BundleError
+from cogumi.core.errors import BundleError, CogumiError
 from support.pico import make_model
 
 
@@ -43,6 +43,11 @@ def test_an_answer_without_a_limit_ends_at_the_context(model):
         reply = bot.ask("What is 3 + 4?")
         assert reply.usage.prompt_tokens + reply.usage.completion_tokens <= 64
         assert reply.finish_reason in ("stop", "length")
+
+
+def test_options_that_need_a_calibration_are_refused(model):
+    with pytest.raises(CogumiError, match="a model without calibration"):
+        cogumi.open(model / "model.gguf", reuse="exact")
 
 
 def test_other_files_are_refused_in_one_line(tmp_path):

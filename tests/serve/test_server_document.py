@@ -58,7 +58,7 @@ def test_mounted_applications_answer(names):
 
 
 def test_hook_prints_each_answer(names, capsys):
-    app = create_app(lambda: cogumi.open("runs/tiny/bundle"), on_answer=[names["hook"]])
+    app = create_app(lambda: cogumi.open("runs/smollm2/bundle"), on_answer=[names["hook"]])
     with serving(app) as port:
         answer = answer_at(port)
     printed = capsys.readouterr().out

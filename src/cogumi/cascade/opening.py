@@ -77,6 +77,9 @@ def open_cascade(
     model, folder, state = bare_model(folder), Path(folder), Path(state) if state else None
     options = EngineOptions(slots, context, threads, cache, repack, adapter_memory)
     if model is not None:
+        if reuse is not None or engines is not llama_engines:
+            what = "reuse answers" if reuse is not None else "replace the base"
+            raise CogumiError(f"{model} is a model without calibration; to {what}, name a bundle")
         return open_model(model, options, settings or Settings(), state)
     if not folder.is_dir():
         what = "is neither a bundle nor a GGUF file" if folder.exists() else "does not exist"

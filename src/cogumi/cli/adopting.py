@@ -36,7 +36,7 @@ def adopt(
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the model into the bundle.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the work begins.")] = False,
-    jobs: JobsOption = None,
+    jobs: JobsOption = 1,
     json: JsonOption = False,
 ) -> None:
     """Make a model honest about your questions: calibrate it on them, train modifiers where it fails, report.

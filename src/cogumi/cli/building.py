@@ -21,9 +21,8 @@ JobsOption = Annotated[
         "--jobs",
         "-j",
         min=1,
-        help="Number of steps to run in parallel; they share the cores. The number of threads per step affects the "
-        "bytes of the result.",
-        show_default="as many as cores and recipe allow; 1 with a GPU",
+        help="Number of steps to run in parallel; they share the cores, and their threads affect the bytes of the "
+        "result. `build` runs as many as cores and recipe allow, with a GPU 1.",
     ),
 ]
 
@@ -56,7 +55,7 @@ def build(
 ) -> None:
     """Build a bundle from a recipe; finished steps are kept, interrupted ones continue.
 
-    Example: `cogumi build tiny` writes the bundle to runs/tiny/bundle and its figures to runs/tiny/report.md.
+    Example: `cogumi build smollm2` writes the bundle to runs/smollm2/bundle and its figures to runs/smollm2/report.md.
     """
     report = _build(recipe, runs, seed, jobs)
     if not report:
@@ -67,7 +66,7 @@ def build(
         console.print_report(report)
 
 
-def demo(runs: RunsOption = RUNS, jobs: JobsOption = None) -> None:
+def demo(runs: RunsOption = RUNS, jobs: JobsOption = 1) -> None:
     """Build the recipe smollm2, ask questions that take different routes through the cascade, and show the figures.
 
     Example: `cogumi demo` (about twenty minutes the first time on two cores, seconds after that).

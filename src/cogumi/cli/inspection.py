@@ -42,8 +42,8 @@ def describe(path: str) -> dict[str, Any]:
     if found := _model(path):
         return found
     raise ArtifactError(
-        f"{path} is not a bundle, model, artifact, run or recipe; name a folder such as runs/tiny/bundle, a GGUF file, "
-        f"a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
+        f"{path} is not a bundle, model, artifact, run or recipe; name a folder such as runs/smollm2/bundle, a GGUF "
+        f"file, a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
     )
 
 

@@ -37,7 +37,7 @@ def inspect(
 ) -> None:
     """Describe a bundle, artifact, run or recipe: sizes, fingerprints, figures. Verifies every checksum.
 
-    Example: `cogumi inspect runs/tiny/bundle`
+    Example: `cogumi inspect runs/smollm2/bundle`
     """
     from cogumi.cli.inspection import describe
 
@@ -79,7 +79,7 @@ def evaluate(
 ) -> None:
     """Ask a bundle the questions in a file and grade the answers, or run a suite of measurements.
 
-    Example: `cogumi eval runs/tiny/bundle --data questions.jsonl --tier base --limit 200`, or
+    Example: `cogumi eval runs/smollm2/bundle --data questions.jsonl --tier base --limit 200`, or
     `cogumi eval --suite honesty --out honesty`
     """
     if suite is not None:

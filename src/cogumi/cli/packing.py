@@ -30,7 +30,7 @@ def pack(
     Quantized weights are close to random and hardly shrink; the printed figures show the gain. A packed model folder
     is for storage: `unpack` restores it. The manifest.json of a build is not packed.
 
-    Example: `cogumi pack runs/tiny/bundle tiny.packed`
+    Example: `cogumi pack runs/smollm2/bundle smollm2.packed`
     """
     from cogumi.bundle.packed import staged
     from cogumi.compress.pack.archive import Config, pack_folder

@@ -60,7 +60,7 @@ def chat(
 ) -> None:
     """Chat with a bundle; below each answer: whether it is sure, its tier and P(correct). /why shows every decision.
 
-    Example: `cogumi chat runs/tiny/bundle --once "What is 3 + 4?"`
+    Example: `cogumi chat runs/smollm2/bundle --once "What is the capital of France?"`
     """
     from cogumi.cascade.modes import load_settings
     from cogumi.cli.chat import USER, answer, chat_loop, load_examples, topics
@@ -129,7 +129,7 @@ def serve(
 ) -> None:
     """Serve a bundle to OpenAI clients at http://HOST:PORT/v1; any API key is accepted.
 
-    Example: `cogumi serve runs/tiny/bundle --port 8000`
+    Example: `cogumi serve runs/smollm2/bundle --port 8000`
     """
     from cogumi.cascade.modes import load_settings
     from cogumi.serve import app

@@ -280,7 +280,7 @@ def _model_files(folder: Path) -> list[str]:
     names = file_names(folder) if folder.is_dir() else []
     models = [name for name in names if name.endswith(TENSORS)]
     if not models:
-        raise BundleError(f"{folder} is neither a bundle nor a model's folder; name one such as runs/tiny/bundle")
+        raise BundleError(f"{folder} is neither a bundle nor a model's folder; name one such as runs/smollm2/bundle")
     for name in models:
         sparse.check_file(folder / name)
     return names
