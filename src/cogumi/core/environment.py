@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_PAUSE_HARD = 2  # omp.h
 LIBRARIES = (
     "cogumi",
     "gguf",
@@ -37,6 +40,16 @@ def usable_threads() -> int:
     if not chosen.isdecimal() or "WORLD_SIZE" in os.environ:
         return processors
     return min(processors, max(int(chosen), 1))
+
+
+def end_idle_threads() -> None:
+    """End the OpenMP threads that the calling thread used last, if GNU's library is loaded.
+
+    Its barriers stop spinning once all teams of a process together exceed the processors: on two cores, llama.cpp made
+    20 passes a second in a process in which torch had computed before, 55 to 65 without torch or after this call.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD).omp_pause_resource_all(_PAUSE_HARD)
 
 
 def available_memory() -> int:

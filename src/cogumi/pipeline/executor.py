@@ -17,7 +17,7 @@ from typing import Protocol
 from pydantic import BaseModel
 
 from cogumi.core import artifact
-from cogumi.core.environment import environment, peak_rss_bytes
+from cogumi.core.environment import end_idle_threads, environment, peak_rss_bytes
 from cogumi.core.errors import RecipeError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
@@ -84,9 +84,12 @@ def run_task(task: Task, progress: Callable[[int, int | None, Mapping[str, float
         if torch := sys.modules.get("torch"):  # a stage that ran before in this process may have changed it
             torch.set_num_threads(task.threads)
         started = time.perf_counter()
-        metrics = stage.run(
-            task.config, inputs, task.folder, Context(task.seed, task.threads, task.root, progress, task.logs)
-        )
+        try:
+            metrics = stage.run(
+                task.config, inputs, task.folder, Context(task.seed, task.threads, task.root, progress, task.logs)
+            )
+        finally:
+            end_idle_threads()
         artifact.finish(
             task.folder,
             kind=stage.KIND,
