@@ -20,14 +20,14 @@ def folder(tmp_path_factory):
     """A folder in which `runs/smollm2/bundle` is a bundle of pico models."""
     root = tmp_path_factory.mktemp("api")
     made = make_bundle(root / "made")
-    (root / "runs" / "tiny").mkdir(parents=True)
-    made.rename(root / "runs" / "tiny" / "bundle")
+    (root / "runs" / "smollm2").mkdir(parents=True)
+    made.rename(root / "runs" / "smollm2" / "bundle")
     return root
 
 
 @pytest.fixture(scope="module")
 def bot(folder):
-    with cogumi.open(str(folder / "runs" / "tiny" / "bundle"), threads=1, state=folder / "kept") as opened:
+    with cogumi.open(str(folder / "runs" / "smollm2" / "bundle"), threads=1, state=folder / "kept") as opened:
         yield opened
 
 

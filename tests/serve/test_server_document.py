@@ -25,8 +25,8 @@ async def ui(scope, receive, send):
 @pytest.fixture
 def names(tmp_path, monkeypatch):
     """The names that the examples define, with a bundle at the path they use."""
-    (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    make_bundle(tmp_path / "runs" / "tiny")
+    (tmp_path / "runs" / "smollm2").mkdir(parents=True)
+    make_bundle(tmp_path / "runs" / "smollm2")
     monkeypatch.chdir(tmp_path)
     defined = {"ui": ui}
     for example in EXAMPLES:
