@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from cogumi.compress.gguf.gguf_vocabulary import BYTE_OF
+from cogumi.models.tokenization import BYTE_OF
 
 MISSING = (0x04, 0x13, 0xC0, 0xF1, 0xFF)
 

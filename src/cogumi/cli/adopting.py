@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cogumi.data.sources.survey import Survey
 
 AUTO, NONE = "auto", "none"
+UPPER = 1 / 3
+"""Share of the layers, from the top, that modifiers are trained on."""
 
 
 def adopt(
@@ -46,26 +48,15 @@ def adopt(
 
     Example: `cogumi adopt model.gguf --data questions.jsonl`, then `cogumi chat runs/questions/bundle`
     """
-    from cogumi.core.errors import CogumiError
-    from cogumi.core.model_files import locate_model
-    from cogumi.data.sources.survey import Survey, domain_name, survey
+    from cogumi.data.sources.survey import domain_name
     from cogumi.pipeline import adopt as adoption
     from cogumi.pipeline.adopted_recipe import Adoption
     from cogumi.pipeline.build import build
 
-    located = locate_model(model, Path())
-    if not located.is_file():
-        raise CogumiError(f"{model} is a folder; make a GGUF file of it first: cogumi convert {model} model.gguf")
-    found = survey(data)
-    if domains is not None:
-        wanted = [domain_name(name) for name in domains.split(",")]
-        if unknown := sorted(set(wanted) - {d.name for d in found.domains}):
-            names = ", ".join(d.name for d in found.domains)
-            raise CogumiError(f"no question is of the domain '{unknown[0]}'; the files have: {names}")
-        found = Survey(tuple(d for d in found.domains if d.name in wanted))
+    layers, found = _layers(model), _survey(data, domains)
     home = out or RUNS / domain_name(data[0].name.split(".")[0])
     home.parent.mkdir(parents=True, exist_ok=True)
-    plan = Adoption(home.name, model, found, home.parent, e, copy=copy)
+    plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy)
     if not json:
         _show(found)
         if found.gradable and (line := adoption.shortage(found, e)):
@@ -92,6 +83,33 @@ def adopt(
     console.print_report(dict(done.report))
     console.STDOUT.print(f"recipe: {done.recipe}", soft_wrap=True, markup=False)
     console.print_next(home / "bundle")
+
+
+def _layers(model: str) -> int:
+    """The number of layers of a GGUF file. Raises `CogumiError` for a folder, `BundleError` for a damaged file."""
+    from cogumi.core.errors import CogumiError
+    from cogumi.core.model_files import locate_model
+    from cogumi.engine.llama.binding.model import Model
+
+    located = locate_model(model, Path())
+    if not located.is_file():
+        raise CogumiError(f"{model} is a folder; make a GGUF file of it first: cogumi convert {model} model.gguf")
+    return int(Model(located, vocabulary_only=True).describe()["layers"])
+
+
+def _survey(data: list[Path], domains: str | None) -> Survey:
+    """What the files hold of the named domains (None: of all). Raises `CogumiError` for an unknown domain."""
+    from cogumi.core.errors import CogumiError
+    from cogumi.data.sources.survey import Survey, domain_name, survey
+
+    found = survey(data)
+    if domains is None:
+        return found
+    wanted = [domain_name(name) for name in domains.split(",")]
+    if unknown := sorted(set(wanted) - {d.name for d in found.domains}):
+        names = ", ".join(d.name for d in found.domains)
+        raise CogumiError(f"no question is of the domain '{unknown[0]}'; the files have: {names}")
+    return Survey(tuple(d for d in found.domains if d.name in wanted))
 
 
 def _show(found: Survey) -> None:

@@ -24,7 +24,7 @@ def _bytes_of_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _bytes_of_characters()
+BYTE_OF = _bytes_of_characters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ class HFTokenizer:
     def piece(self, token: int) -> bytes:
         """The bytes of an id of a byte-level vocabulary; empty for special tokens."""
         text = "" if token in self.control else self.raw.id_to_token(token) or ""
-        if token in self.literal or not all(c in _BYTES for c in text):
+        if token in self.literal or not all(c in BYTE_OF for c in text):
             return text.encode("utf-8")
-        return bytes(_BYTES[c] for c in text)
+        return bytes(BYTE_OF[c] for c in text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens."""

@@ -19,7 +19,7 @@ SHARES = {"train": 30, "selection": 10, "fit": 20, "threshold": 20, "heldout": 2
 class Adoption:
     """What to build: a model (as for stage `gguf_file`), the files of a survey, and the domains that get a modifier.
 
-    `root` is the folder of the recipe, where its relative paths start.
+    `root` is the folder of the recipe, where its relative paths start. Modifiers are trained on the upper `layers`.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Adoption:
     survey: Survey
     root: Path
     e: float
-    layers: int | None = None
+    layers: int
     copy: bool = False
 
 
@@ -90,11 +90,11 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
 """
     for domain in domains:
         trained, exported, gain = step_names(domain)
-        upper = f", layers: {plan.layers}" if plan.layers else ""
         text += f"""  - name: {trained}
     stage: modifier
     inputs: {{examples: data, responses: responses, model: weights}}
-    config: {{domain: {domain}{upper}, loop: {{steps: 60, batch: 16, lr: 0.001, evaluate_every: 30}}}}
+    config:
+      {{domain: {domain}, layers: {plan.layers}, loop: {{steps: 60, batch: 16, lr: 0.002, evaluate_every: 30}}}}
   - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: weights}}}}
   - name: {gain}
     stage: gain

@@ -90,10 +90,7 @@ class Config(BaseModel):
 
 
 def open_tiers(inputs: Mapping[str, Artifact], examples: Sequence[Example], config: Config, opened: ExitStack) -> Tiers:
-    """Open the models of the inputs for questions `examples`; the stack `opened` closes them.
-
-    Without a draft the base reads the questions.
-    """
+    """Open the models for questions `examples`; `opened` closes them. Without a draft the base reads the questions."""
     models = [inputs[role].path / "model.gguf" for role in ("base", "draft") if role in inputs]
     context = context_for(models, examples, config.max_tokens, config.context)
     adapters = {
@@ -275,9 +272,8 @@ def calibrate(
         without = np.array([not r.example.answerable for r in rows[split]], dtype=bool)
         found = [RiskLimit(answers.count, config.e)]
         if without.any():
-            found.append(
-                RiskLimit(answers.rows(np.flatnonzero(without[known[split]])).claimed, config.unanswerable, True)
-            )
+            claimed = answers.rows(np.flatnonzero(without[known[split]])).claimed
+            found.append(RiskLimit(claimed, config.unanswerable, True))
         return found
 
     policies = [one for one in POLICIES if all(tier in gates for tier in one.order(one.modifier, False))]
@@ -292,9 +288,8 @@ def calibrate(
     found = Calibration(question, gates, probe, limit, promises, {name: t for name, (t, _) in searched.items()})
     write_json(out / FILE, found.to_json())
     _draw(out, rows["threshold"], easy["threshold"], p["threshold"], found)
-    frontier_picture(
-        out / "frontier.png", {name: tried for name, (_, tried) in searched.items()}, len(rows["selection"])
-    )
+    tried_by_policy = {name: tried for name, (_, tried) in searched.items()}
+    frontier_picture(out / "frontier.png", tried_by_policy, len(rows["selection"]))
     return {
         "rows": {name: len(split) for name, split in rows.items()},
         "question": _question_figures(question, rows["threshold"], easy["threshold"]),

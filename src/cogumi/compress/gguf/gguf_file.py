@@ -34,7 +34,7 @@ MODEL = "model.gguf"
 
 
 class Config(BaseModel):
-    """`model` is a short name such as smollm2, or the path of a GGUF file; `copy`: copy the file instead of a link."""
+    """`model` is a short name such as smollm2, or the path of a GGUF file; `copy_file`: a copy instead of a link."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model: str

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from cogumi.core.chat_template import Controls, closing_token
 from cogumi.core.errors import ExportError
-from cogumi.models.tokenization import TOKENIZER_FILES
+from cogumi.models.tokenization import BYTE_OF, TOKENIZER_FILES
 from cogumi.models.tokenizer_settings import TokenizerSettings
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -170,16 +170,6 @@ def warn_of_lost_text(vocabulary: Vocabulary) -> None:
             "and characters that hold them are cut; all other text is unaffected",
             stacklevel=1,
         )
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Character -> byte in byte-level BPE: printable Latin-1 bytes stand for themselves, others for 256, 257, ..."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_OF = _byte_of_character()
 
 
 def _read(path: Path) -> str:
