@@ -109,11 +109,13 @@ def tail(plan: Adoption, domains: Sequence[str]) -> str:
     kept = "".join(f", modifier_{domain}: {step_names(domain)[1]}" for domain in domains)
     tokens = plan.survey.max_tokens
     return f"""
-  # Of the answers that are accepted as sure, at most the share `e` may be wrong, with 95% confidence.
-  - name: calibration
-    stage: calibrate
+  # Answers to the questions of the other sets. Of the answers that are accepted as sure, at most the share `e` may be
+  # wrong, with 95% confidence; another `e` does not ask again.
+  - name: answers
+    stage: answers
     inputs: {{data: data, base: base, difficulty: reader, router: reader{kept}}}
-    config: {{e: {plan.e}, max_tokens: {tokens}}}
+    config: {{max_tokens: {tokens}}}
+  - {{name: calibration, stage: calibrate, inputs: {{data: data, answers: answers}}, config: {{e: {plan.e}}}}}
 
   - name: bundle
     stage: bundle
