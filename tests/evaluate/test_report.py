@@ -47,19 +47,20 @@ def test_default_mode_is_judged_by_its_own_guarantee(bundle, data, tmp_path):
 
 
 def test_mobile_package_that_never_asks_its_base_is_reported(bundle, data, tmp_path):
-    """Every question is unfamiliar to the base, so the modifier answers first and the base has no P(correct)."""
+    """Every question is unfamiliar to the base, so the modifier answers first; the base is judged all the same."""
     index = json.loads((bundle / INDEX).read_text())
     calibration = json.loads((bundle / CALIBRATION).read_text())
     calibration["question"]["base_perplexity"] = 0.5
     calibration["guarantees"]["base+modifier+straight"]["threshold"] = 0.6
     write_json(tmp_path / CALIBRATION, calibration)
     files = {name: bundle / name for name in index["files"] if name != DRAFT} | {CALIBRATION: tmp_path / CALIBRATION}
-    write_bundle(tmp_path / "mobile", files, {"parts": {n: p for n, p in index["parts"].items() if n != DRAFT}})
+    parts = {n: p for n, p in index["parts"].items() if n != DRAFT}
+    write_bundle(tmp_path / "mobile", files, {"parts": parts, "mode": "mobile"})
     (tmp_path / "out").mkdir()
     found = reported(tmp_path / "mobile", data, tmp_path / "out")
     gate = found["gate"]
     assert found["routes"] == {"modifier": 1.0}
-    assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (0, 0.6, ROWS, 1.0)
+    assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (ROWS, 0.6, ROWS, 1.0)
     assert gate["accepted_error"] == 1.0  # a random model is never correct
     assert list(found["accuracy"]) == ["base", "modifier", "cascade"]
     assert (tmp_path / "out" / "report.md").exists()
@@ -75,3 +76,4 @@ def test_confident_draft_answers_count_as_accepted():
     promise = report.Guarantee(0.8, 0.05, 0.95, 100, 50, 0, 0.05)
     gate = report.gate_figures(asked, asked, promise)
     assert (gate["accepted"], gate["coverage"], gate["accepted_error"], gate["n"]) == (1, 0.5, 0.0, 0)
+    assert gate["given"]["n"] == 0

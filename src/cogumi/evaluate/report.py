@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
 from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 
-VERSION = 5
+VERSION = 6
 KIND = "report"
 INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
 REPORTS = True
 CONTROL = "control_"
+BASE_ALONE = "fast"
+"""The mode in which only the base answers."""
 
 _WANTED = (
     ("base", "the base is sure, and nothing else is asked"),
@@ -100,12 +102,12 @@ class AnswerCollector:
     total: int
     done: int = 0
 
-    def ask(self, engine: Engine, examples: Sequence[Example], adapter: str | None = None) -> GradedAnswers:
-        """An engine's graded answers to all questions, greedy and without speculation."""
-        requests = [
-            Request(messages=e.messages, max_tokens=self.config.max_tokens, adapter=adapter, speculate=False)
-            for e in examples
-        ]
+    def ask(
+        self, engine: Engine, examples: Sequence[Example], adapter: str | None = None, mode: str | None = None
+    ) -> GradedAnswers:
+        """An engine's graded answers to all questions, greedy and without speculation; `mode` is that of a cascade."""
+        options = Request(max_tokens=self.config.max_tokens, adapter=adapter, mode=mode, speculate=False)
+        requests = [replace(options, messages=e.messages) for e in examples]
         answers = []
         for reply in replies(engine, requests, 2 * self.config.slots):
             answers.append(reply)
@@ -116,21 +118,23 @@ class AnswerCollector:
         return GradedAnswers(examples, answers, [v.correct for v in verdicts])
 
 
-def base_probabilities(base: GradedAnswers, cascade: GradedAnswers) -> tuple[GradedAnswers, Doubles]:
-    """The base's answers to the questions on which the cascade used the base, and their P(correct) [n].
+def base_probabilities(base: GradedAnswers) -> tuple[GradedAnswers, Doubles]:
+    """The base's answers in a mode in which only the base answers, and their P(correct) [n].
 
-    In some modes the draft or a modifier answers first, and the base is not used.
+    Answers without P(correct), to questions unlike the calibration data, are left out.
     """
-    of_base = ("base", "p_correct")
-    found = [next((d.value for d in r.decisions if (d.tier, d.signal) == of_base), None) for r in cascade.replies]
-    at = [i for i, p in enumerate(found) if p is not None]
+    at = [i for i, reply in enumerate(base.replies) if reply.p_correct is not None]
     judged = GradedAnswers([base.examples[i] for i in at], [base.replies[i] for i in at], [base.correct[i] for i in at])
-    return judged, np.array([found[i] for i in at], dtype=np.float64)
+    return judged, np.array([base.replies[i].p_correct for i in at], dtype=np.float64)
 
 
 def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee) -> dict[str, Any]:
-    """Calibration and ranking of the base's P(correct), and error and coverage of the answers the cascade accepted."""
-    judged, p = base_probabilities(base, cascade)
+    """Calibration and ranking of P(correct), of the base's answers and of those given (`given`); error and coverage of
+    the accepted answers.
+    """
+    judged, p = base_probabilities(base)
+    told = [(r.p_correct, c) for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.p_correct is not None]
+    p_given, right = [p for p, _ in told], [c for _, c in told]
     signals = [answer_signals(reply) for reply in judged.replies]
     kept = [c for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.accepted]
     return {
@@ -140,6 +144,12 @@ def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee
         "auroc": auroc(p, judged.correct),
         "auroc_perplexity": auroc([-perplexity(s) for s in signals], judged.correct),
         "auroc_length": auroc([-s["log_length"] for s in signals], judged.correct),
+        "given": {
+            "n": len(told),
+            "ece": ece(p_given, right),
+            "brier": brier(p_given, right),
+            "auroc": auroc(p_given, right),
+        },
         "threshold": promise.threshold,
         "coverage": len(kept) / max(len(cascade.replies), 1),
         "accepted": len(kept),
@@ -240,7 +250,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         collector = AnswerCollector(config, context, whole * len(heldout) + 2 * len(without) + asked_adapters)
         given = collector.ask(cascade, heldout)  # first, because its answers of the base are remembered with more
         refused = collector.ask(cascade, without)
-        base = collector.ask(tiers.base, heldout)
+        base = collector.ask(cascade, heldout, mode=BASE_ALONE)
         answers = {"draft": collector.ask(tiers.draft, heldout)} if tiers.has_draft else {}
         answers["base"] = base
         modifiers = {name: collector.ask(tiers.base, of[name], name) for name in domains}
@@ -252,7 +262,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             )
         answers["cascade"] = given
         controlled = _controls(collector, bundle.base, size, controls, of)
-        judged, base_p = base_probabilities(base, given)
+        judged, base_p = base_probabilities(base)
         sure = [e for e, r in zip(heldout, given.replies, strict=True) if r.accepted and r.route == "base"]
         right = zip(heldout, base.correct, strict=True)
         easy = [e for e, answered in right if is_easy(e, config.easy_up_to, answered)][: config.speculation_prompts]

@@ -37,7 +37,10 @@ def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
         for kind, (k, n) in sorted(refused["kinds"].items())
     ]
     rows = [
-        ["answers judged", f"{gate['n']}"],
+        ["answers given, with P(correct)", f"{gate['given']['n']}"],
+        ["AUROC of their P(correct)", f"{gate['given']['auroc']:.3f}"],
+        ["their calibration error (ECE, ten bins)", f"{gate['given']['ece']:.3f}"],
+        ["answers of the base alone", f"{gate['n']}"],
         ["calibration error (ECE, ten bins)", f"{gate['ece']:.3f}"],
         ["Brier score", f"{gate['brier']:.3f}"],
         ["AUROC of P(correct)", f"{gate['auroc']:.3f}"],
