@@ -77,3 +77,38 @@ def test_confident_draft_answers_count_as_accepted():
     gate = report.gate_figures(asked, asked, promise)
     assert (gate["accepted"], gate["coverage"], gate["accepted_error"], gate["n"]) == (1, 0.5, 0.0, 0)
     assert gate["given"]["n"] == 0
+
+
+def test_showcase_has_a_question_of_every_kind_that_the_answers_offer():
+    def answered(domain, p, tier, accepted, history=()):
+        text = f"{domain} {p}"
+        meta = {"check": {"kind": "exact"}}
+        example = Example(text, domain, 1, (*history, Message("user", text)), "x", "test", meta)
+        return example, Reply("x", (), "stop", Usage(), tier=tier, p_correct=p, accepted=accepted)
+
+    def collected(rows):
+        return report.GradedAnswers([e for e, _ in rows], [r for _, r in rows], [True] * len(rows))
+
+    turn = (Message("user", "?"), Message("assistant", "x"))
+    given = [
+        answered("facts", 0.97, "base", True),
+        answered("facts", 0.6, "base", False),
+        answered("facts", 0.7, "base", False, turn),
+        answered("reading", 0.1, "base", False),
+        answered("reading", 0.2, "base", False),
+        answered("math", 0.99, "modifier:math", True),
+        answered("math", 0.98, "modifier:math", True),
+        answered("tools", 0.96, "modifier:tools", True),
+    ]
+    refused = collected([answered("facts", 0.3, "base", False), answered("facts", 0.02, "base", False)])
+    shown = report.showcase(collected(given), refused)
+    assert [row["question"] for row in shown] == [
+        "facts 0.97",
+        "math 0.99",
+        "tools 0.96",
+        "reading 0.2",  # "facts 0.6" is of a domain that was shown, "facts 0.7" makes no sense alone
+        "reading 0.1",
+        "facts 0.02",
+    ]
+    nothing_sure = collected([answered("facts", 0.6, "base", False), answered("math", 0.5, "modifier:math", False)])
+    assert [row["question"] for row in report.showcase(nothing_sure, refused)] == ["facts 0.6", "facts 0.02"]

@@ -43,17 +43,10 @@ INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
 REPORTS = True
 CONTROL = "control_"
+LONGEST_SHOWN = 300
+"""Characters of a question in the showcase."""
 BASE_ALONE = "fast"
 """The mode in which only the base answers."""
-
-_WANTED = (
-    ("base", "the base is sure, and nothing else is asked"),
-    ("modifier", "the base is unsure, the modifier of the domain is sure"),
-    ("modifier", "another domain, another modifier"),
-    ("abstained", "there is no answer, and the system says so"),
-    ("low_confidence", "too hard: an answer, with a warning instead of a claim"),
-    ("base", "another domain where the base is sure"),
-)
 
 
 class Config(BaseModel):
@@ -194,17 +187,45 @@ def unanswerable_figures(answers: GradedAnswers, unseen: Sequence[str]) -> dict[
     return {"confident": confident, "n": len(answers.examples), "kinds": kinds, "unseen_kinds": list(unseen)}
 
 
-def showcase(answers: Sequence[GradedAnswers]) -> list[dict[str, str]]:
-    """Up to six questions with different routes, no domain twice on the same route."""
-    rows = [(e, r) for a in answers for e, r in zip(a.examples, a.replies, strict=True)]
-    chosen: list[dict[str, str]] = []
-    used: set[tuple[str, str]] = set()
-    for route, why in _WANTED:
-        found = next((e for e, r in rows if r.route == route and (route, e.domain) not in used), None)
-        if found:
-            used.add((route, found.domain))
-            chosen.append({"question": found.messages[-1].content, "why": why})
-    return chosen
+def showcase(given: GradedAnswers, refused: GradedAnswers) -> list[dict[str, str]]:
+    """Up to six questions that show what the cascade does, each of another domain where possible.
+
+    `given` are its answers to held-out questions, `refused` those to unanswerable ones.
+    """
+
+    def by_p(answers: GradedAnswers, *, sure: bool, tier: str = "") -> list[Example]:
+        rows = [
+            (r.p_correct, i)
+            for i, r in enumerate(answers.replies)
+            if r.p_correct is not None and r.accepted == sure and r.tier.startswith(tier)
+        ]
+        return [answers.examples[i] for _, i in sorted(rows, reverse=True)]
+
+    of_base, of_modifiers = by_p(given, sure=True, tier="base"), by_p(given, sure=True, tier="modifier")
+    unsure = [e for e in by_p(given, sure=False, tier="base") if e.answerable]
+    kinds = (
+        ("the base is sure, and nothing else is asked", of_base),
+        ("the base is unsure, the modifier of the domain is sure", of_modifiers),
+        ("another domain, another modifier", of_modifiers),
+        ("likely right, but not proved: an answer with a warning", unsure),
+        ("too hard: P(correct) is low", unsure[::-1]),
+        ("there is no answer to this", by_p(refused, sure=False)[::-1]),
+    )
+    chosen: list[Example] = []
+    shown = []
+    for why, candidates in kinds:
+        new = [e for e in candidates if e not in chosen and _stands_alone(e)]
+        domains = {e.domain for e in chosen}
+        if found := next((e for e in new if e.domain not in domains), new[0] if new else None):
+            chosen.append(found)
+            shown.append({"question": found.messages[-1].content, "why": why})
+    return shown
+
+
+def _stands_alone(example: Example) -> bool:
+    """Whether a question is short and needs no earlier turn."""
+    follows = any(message.role == "assistant" for message in example.messages)
+    return not follows and len(example.messages[-1].content) < LONGEST_SHOWN
 
 
 def comparisons(
@@ -283,7 +304,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             "routes": _routes(answers["cascade"].replies),
             "unanswerable": unanswerable_figures(refused, data.metrics.get("unseen_kinds", ())),
             "bytes": inputs["bundle"].metrics["bytes"],
-            "showcase": showcase([answers["cascade"], refused]),
+            "showcase": showcase(given, refused),
         }
     metrics["price"] = price(folder, bundle.base, sure[: config.priced], config.max_tokens, size)
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
