@@ -18,6 +18,7 @@ LOOPS = 2
 LEAST = 0.4
 """Least share of the quiet speed. One loop per processor leaves half of it."""
 PROMPT, TOKENS, REQUESTS = 128, 32, 2
+CONTEXT = PROMPT + TOKENS
 """Tokens of a prompt and of its answer, and requests per measurement."""
 _LOOP = """
 import sys, threading
@@ -43,7 +44,7 @@ def busy(setup: Setup) -> Row:
     reading = Pairs([], [])
 
     def rate(beside: int, prompts: list[float]) -> float:
-        with closing(LlamaEngine(setup.model, threads=setup.threads, lookup=False)) as engine:
+        with closing(LlamaEngine(setup.model, slots=1, context=CONTEXT, threads=setup.threads, lookup=False)) as engine:
 
             def ask() -> Reply:
                 return answer(engine, Request(prompt=setup.passage(PROMPT), max_tokens=TOKENS))
