@@ -31,7 +31,7 @@ from cogumi.data.examples import SPLITS, is_easy, level, read_examples, split_pa
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, final_reply, replies
 from cogumi.evaluate.remembering import remembering_cascade
-from cogumi.evaluate.report_baselines import alone_figures, baselines, conversation_figures, price
+from cogumi.evaluate.report_baselines import alone_figures, base_alone, baselines, conversation_figures, price
 from cogumi.evaluate.report_page import page
 from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
@@ -284,7 +284,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         answers["cascade"] = given
         controlled = _controls(collector, bundle.base, size, controls, of)
         judged, base_p = base_probabilities(base)
-        sure = [e for e, r in zip(heldout, given.replies, strict=True) if r.accepted and r.route == "base"]
+        simple = [e for e, r in zip(heldout, given.replies, strict=True) if base_alone(r)]
         right = zip(heldout, base.correct, strict=True)
         easy = [e for e, answered in right if is_easy(e, config.easy_up_to, answered)][: config.speculation_prompts]
         metrics = {
@@ -306,7 +306,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             "bytes": inputs["bundle"].metrics["bytes"],
             "showcase": showcase(given, refused),
         }
-    metrics["price"] = price(folder, bundle.base, sure[: config.priced], config.max_tokens, size)
+    metrics["price"] = price(folder, bundle.base, simple[: config.priced], config.max_tokens, size)
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
     reliability_picture(out / "reliability.png", {"base": (base_p, np.array(judged.correct, dtype=np.float64))})
     p_given = [r.p_correct or 0.0 for r in given.replies]

@@ -83,7 +83,7 @@ def _alone(alone: Mapping[str, Any], scores: Mapping[str, Any], price: Mapping[s
         ]
     if price:
         lines += [
-            f"Price, on {price['n']} questions of which the base is sure: first token {price['first_token']:.2f}x,",
+            f"Price, on {price['n']} questions that the base answered alone: first token {price['first_token']:.2f}x,",
             f"whole answer {price['answer']:.2f}x, eight at a time {price['8_streams']:.2f}x the time of the base",
             "alone.",
             "",
