@@ -12,6 +12,7 @@ from cogumi.cli import console
 from cogumi.cli.options import RUNS, BandwidthOption, JsonOption, PlannedArgument, RunsOption
 from cogumi.cli.progress import BenchProgress, BuildProgress, ByteProgress
 from cogumi.cli.type_table import plan_types
+from cogumi.core.errors import CogumiError
 
 if TYPE_CHECKING:
     from cogumi.pipeline.plan.command import Answer
@@ -117,7 +118,7 @@ def plan(
         bool, typer.Option("--types", help="Measure the types of a model (a GGUF file, a folder, `smollm2`) here.")
     ] = False,
     questions: Annotated[
-        int | None, typer.Option(min=5, help="With --types: questions that each type answers.", show_default="80")
+        int | None, typer.Option(min=5, help="With --types: questions that each type answers.", show_default="60")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -135,6 +136,8 @@ def plan(
     `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`,
     `cogumi plan model.gguf --types`
     """
+    if questions is not None and not types:
+        raise CogumiError("--questions is for --types, which asks them")
     if types:
         limits = (disk, ram, tokens_per_second, cache, bandwidth, gpu_memory, length)
         plan_types(what, questions, any(limit is not None for limit in limits), check, json)

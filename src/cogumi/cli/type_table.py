@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cogumi.cli import console
 from cogumi.cli.progress import BenchProgress
 from cogumi.core.amounts import size
+from cogumi.core.errors import CogumiError
 
 if TYPE_CHECKING:
     from cogumi.evaluate.bench.type_comparison import Comparison, TypeFigures
@@ -23,7 +24,6 @@ def plan_types(name: str, questions: int | None, limited: bool, check: bool, jso
 
     `limited`: options about a plan were given, which is refused.
     """
-    from cogumi.core.errors import CogumiError
     from cogumi.core.model_files import locate_model
     from cogumi.evaluate.bench.type_comparison import TYPES, missing_room
 

@@ -33,6 +33,7 @@ from cogumi.compress.gguf.requantize import (
     requantized_types,
 )
 from cogumi.compress.gguf.type_mixture import stored_tensors
+from cogumi.compress.gguf.weights import Weights
 from cogumi.confidence.metrics import auroc, wilson
 from cogumi.confidence.signals import answer_signals
 from cogumi.core.amounts import size
@@ -59,10 +60,10 @@ OF_FOLDER = "f16"
 """The type that a model folder, which has none, is compared with."""
 TOLERANCE = 0.02
 """Largest rise of the loss, in nats per token (2% of perplexity), with which a type may be chosen as the fastest."""
-QUESTIONS = 80
+QUESTIONS = 60
 ROUNDS = 3
 STREAMS = 8
-ONE, MANY, READ = 48, 32, 512
+ONE, MANY, READ = 48, 32, 256
 """Tokens that a single stream generates, that each of several streams generates, and of the prompt that is read."""
 MAX_TOKENS = 48
 Doubles = NDArray[np.float64]
@@ -151,7 +152,7 @@ def missing_room(model: Path, types: Sequence[str]) -> str:
     Raises `ExportError` for a model that cannot be compared.
     """
     if model.is_dir():
-        llama = Llama.load(model)
+        llama, _ = Llama.load(model), Weights.load(model)
         needed = sum(t.nbytes for type in {OF_FOLDER, *types} for t in stored_tensors(llama, type))
     else:
         header = read_header(model)
