@@ -8,6 +8,7 @@ import pytest
 
 from cogumi.core.errors import BundleError, RequestError
 from cogumi.core.types import Reply, Request
+from cogumi.engine.llama.binding.context import Context
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from support.engines import ask, ids, opened, pico, plain
@@ -33,6 +34,23 @@ def test_idle_adapters_are_unloaded_and_reloaded_with_the_same_results():
     assert both == [seen["a"], seen["b"]] == [seen["c"]] * 2
     assert ask(engine, request).tokens != seen["a"]
     engine.close()
+
+
+def test_idle_contexts_are_freed_with_their_adapter_and_with_the_engine(monkeypatch):
+    """A context without jobs has the length 0, so that it must not be taken for no context."""
+    freed, close = [], Context.close
+    monkeypatch.setattr(Context, "close", lambda self: (freed.append(self), close(self)))
+    files = pico()
+    adapters = dict.fromkeys("ab", files.adapter_gguf)
+    engine = LlamaEngine(files.base_q8, threads=1, adapters=adapters, adapter_memory=1, slots=2, lookup=False)
+    request = Request(prompt=ids(20, 13), max_tokens=2)
+    ask(engine, request)
+    ask(engine, replace(request, adapter="a"))
+    assert len(freed) == 0
+    ask(engine, replace(request, adapter="b"))
+    assert len(freed) == 1
+    engine.close()
+    assert len(set(map(id, freed))) == 3
 
 
 def test_adapters_are_added_and_replaced_while_idle():

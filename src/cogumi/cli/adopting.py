@@ -65,7 +65,7 @@ def adopt(
     layers, found = _layers(model), _survey(data, domains)
     home = out or RUNS / domain_name(data[0].name.split(".")[0])
     home.parent.mkdir(parents=True, exist_ok=True)
-    kind, types = chosen_type(model, type)
+    kind, types = chosen_type(model, type) if found.gradable else (None, None)
     plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy, kind)
     if not json:
         _show(found)
