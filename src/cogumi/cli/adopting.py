@@ -11,6 +11,7 @@ from cogumi.cli import console
 from cogumi.cli.building import JobsOption
 from cogumi.cli.options import RUNS, JsonOption
 from cogumi.cli.progress import BuildProgress
+from cogumi.cli.type_table import base_line, chosen_type, print_types
 
 if TYPE_CHECKING:
     from cogumi.data.sources.survey import Survey
@@ -37,6 +38,14 @@ def adopt(
         Path | None, typer.Option(help="Folder of the build.", show_default="runs/<first file's name>")
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the model into the bundle.")] = False,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            help="Requantize the model to this llama.cpp type, or to the `fastest` here; what that costs is measured "
+            "and shown.",
+            show_default="the file as it is",
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the work begins.")] = False,
     jobs: JobsOption = 1,
     json: JsonOption = False,
@@ -56,9 +65,13 @@ def adopt(
     layers, found = _layers(model), _survey(data, domains)
     home = out or RUNS / domain_name(data[0].name.split(".")[0])
     home.parent.mkdir(parents=True, exist_ok=True)
-    plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy)
+    kind, types = chosen_type(model, type) if found.gradable else (None, None)
+    plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy, kind)
     if not json:
         _show(found)
+        if types:
+            print_types(model, types)
+            console.STDOUT.print(base_line(types, kind), soft_wrap=True, markup=False)
         if found.gradable and (line := adoption.shortage(found, e)):
             console.STDERR.print(line, soft_wrap=True, markup=False)
         if not yes and console.STDERR.is_terminal and not typer.confirm("Build this?", default=True):
@@ -78,7 +91,8 @@ def adopt(
         console.STDERR.print("cogumi: stopped; finished steps are kept: run the same command again to continue")
         raise SystemExit(130) from None
     if json:
-        console.print_json({**done.report, "recipe_file": str(done.recipe), "modifier_reasons": done.reasons})
+        shown = {"recipe_file": str(done.recipe), "modifier_reasons": done.reasons}
+        console.print_json({**done.report, **shown, "type": kind, "types": types.document() if types else None})
         return
     console.print_report(dict(done.report))
     console.STDOUT.print(f"recipe: {done.recipe}", soft_wrap=True, markup=False)

@@ -20,6 +20,7 @@ class Adoption:
     """What to build: a model (as for stage `gguf_file`), the files of a survey, and the domains that get a modifier.
 
     `root` is the folder of the recipe, where its relative paths start. Modifiers are trained on the upper `layers`.
+    `type`: the model is requantized to it; None: it stays as it is.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Adoption:
     e: float
     layers: int
     copy: bool = False
+    type: str | None = None
 
 
 def _flow(value: Any) -> str:
@@ -52,6 +54,8 @@ def head(plan: Adoption) -> str:
     graders = {d.name: d.grader for d in domains if d.grader != OWN}
     names = [d.name for d in domains]
     model = _path(Path(plan.model), plan.root) if Path(plan.model).exists() else plan.model
+    about = f"requantized to {plan.type}: not its own bytes" if plan.type else "where it lies"
+    base = {"model": model} | ({"type": plan.type} if plan.type else {})
     return f"""# Written by `cogumi adopt`. Change it and run `cogumi build` on this file; finished steps are kept.
 name: {plan.name}
 seed: 7
@@ -67,8 +71,8 @@ steps:
   # Five sets: training, choice of forms, fit of the gates, the promise, the report.
   - {{name: data, stage: split, inputs: {{pool: rows}}, config: {_flow(SHARES)}}}
 
-  # The model, where it lies.
-  - {{name: base, stage: gguf_file, config: {_flow({"model": model})}}}
+  # The model, {about}.
+  - {{name: base, stage: gguf_file, config: {_flow(base)}}}
 
   # Its answers to the training questions, and heads on its hidden states that read a question.
   - name: responses
