@@ -133,21 +133,26 @@ def test_without_a_faster_type_the_file_stays(home, monkeypatch):
     assert table.fastest.type == "q4_1"
 
 
-def test_adopt_requantizes_and_its_recipe_says_so(home):
-    """A real build: measured, written into the recipe, and the same when the recipe is built again."""
+def test_adopt_requantizes_and_its_recipe_says_so(compared, home, monkeypatch):
+    """A real build after a given measurement; the recipe builds the same again."""
+    monkeypatch.chdir(home)
     words = ("--out", "runs/mine", "--type", "q4_0", "--modifiers", "none", "--yes", "--jobs", "1", "--json")
-    report = json.loads(cogumi("adopt", "some.gguf", "--data", "mine.jsonl", *words, cwd=home).stdout)
+    done = CliRunner().invoke(app, ["adopt", "some.gguf", "--data", "mine.jsonl", *words])
+    report = json.loads(done.stdout)
     assert report["type"] == "q4_0"
-    assert [r["type"] for r in report["types"]["types"]] == ["q4_1", "q4_0"]
+    assert report["types"]["fastest"] == "q4_k_m"
+    assert compared[0][1] == ("q4_0",)
     text = (home / "runs" / "mine.yaml").read_text("utf-8")
     assert '{"model": "../some.gguf", "type": "q4_0"}' in text
     assert "# The model, requantized to q4_0: not its own bytes." in text
     bundle = home / "runs" / "mine" / "bundle"
     assert not (bundle / "base.gguf").is_symlink()
-    base = json.loads((bundle / "bundle.json").read_text("utf-8"))["measured"]["base"]
+    base = json.loads((bundle / "bundle.json").read_text("utf-8"))["description"]["measured"]["base"]
     assert (base["type"], base["requantized_from"]["type"]) == ("q4_0", "q4_1")
-    again = json.loads(cogumi("build", "runs/mine.yaml", "--runs", "runs", "--jobs", "1", "--json", cwd=home).stdout)
+    done = CliRunner().invoke(app, ["build", "runs/mine.yaml", "--runs", "runs", "--jobs", "1", "--json"])
+    again = json.loads(done.stdout)
     assert again["fingerprint"] == report["fingerprint"]
+    assert all(step["skipped"] for step in again["steps"])
 
 
 def test_adopt_refuses_an_unknown_type_before_any_work(home):
