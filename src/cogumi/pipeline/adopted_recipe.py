@@ -98,7 +98,9 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
     stage: modifier
     inputs: {{examples: data, responses: responses, model: weights}}
     config:
-      {{domain: {domain}, layers: {plan.layers}, loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25}}}}
+      domain: {domain}
+      layers: {plan.layers}
+      loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25}}
   - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: weights}}}}
   - name: {gain}
     stage: gain
