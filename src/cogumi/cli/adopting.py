@@ -59,6 +59,7 @@ def adopt(
     home = out or RUNS / domain_name(data[0].name.split(".")[0])
     home = home if home.name.strip(".") else home.resolve()
     chosen = None if modifiers == AUTO else [] if modifiers == NONE else [domain_name(n) for n in modifiers.split(",")]
+    home.parent.mkdir(parents=True, exist_ok=True)  # relative paths of the recipe start there
     plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy)
     obstacle = adoption_checks.check(plan, opened, chosen)
     if not json:

@@ -103,9 +103,8 @@ def _model(name: str) -> dict[str, Any] | None:
         return about | {"config": json.loads((path / CONFIG).read_bytes())}
     about |= {"bytes": path.stat().st_size, **Model(path, vocabulary_only=True).describe()}
     if name in builtin_recipes() and not Path(name).exists():
-        about["note"] = (
-            f"a recipe has this name too: cogumi plan {name}; its bundle, once built: {RUNS / name / 'bundle'}"
-        )
+        bundle = RUNS / name / "bundle"
+        about["note"] = f"a recipe has this name too: cogumi plan {name}; the bundle that it builds: {bundle}"
     return about
 
 

@@ -108,7 +108,9 @@ def chosen_bundle(bundle: Path | None) -> Path:
     if bundle is not None:
         own = RUNS / bundle / "bundle"
         if str(bundle) in PACKAGED and not bundle.exists() and own.is_dir():
-            console.STDERR.print(f"cogumi: {bundle} is the model alone; the bundle built from it is {own}")
+            console.STDERR.print(
+                f"cogumi: {bundle} is the model alone; the bundle built from it is {own}", soft_wrap=True
+            )
         return bundle
     built = sorted(RUNS.glob("*/bundle/bundle.json"), key=lambda path: path.stat().st_mtime)
     if not built:

@@ -37,7 +37,7 @@ class RememberingEngine:
         key = _key(request)
         found = self._replies.get(key) if key else None
         if found and (found.hidden or not request.hidden):
-            return iter((*found.tokens, found))
+            return (event for event in (*found.tokens, found))  # can be closed, like every generation
         events = self._engine.generate(request)
         return self._remembered(key, events) if key else events
 

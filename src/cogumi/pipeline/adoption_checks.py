@@ -10,7 +10,7 @@ from cogumi.core import artifact
 from cogumi.core.errors import CogumiError, DataError, ExportError, TrainingError
 from cogumi.core.registry import nearest
 from cogumi.core.types import Request
-from cogumi.data.sources.survey import Survey
+from cogumi.data.sources.survey import Survey, domain_name
 from cogumi.engine.llama.binding.model import Model
 from cogumi.pipeline import fingerprint
 from cogumi.pipeline.adopted_recipe import WEIGHTS, Adoption, head, modifiers
@@ -73,14 +73,18 @@ def _check_lengths(survey: Survey, model: Model) -> None:
         tokens = len(model.tokenizer.render(Request(messages=domain.longest.messages)))
         if context and tokens + survey.max_tokens > context:
             raise DataError(
-                f"the question {domain.longest.source} has {tokens} tokens; with {survey.max_tokens} for an answer that "
-                f"is more than the model's context of {context}: shorten that row or remove it"
+                f"the question {domain.longest.source} has {tokens} tokens; with {survey.max_tokens} for an answer "
+                f"that is more than the model's context of {context}: shorten that row or remove it"
             )
 
 
 def _check_folder(plan: Adoption) -> None:
     """`CogumiError` if the folder is no build, or holds a bundle of another model or of other questions."""
     home = plan.root / plan.name
+    if domain_name(plan.name) != plan.name:
+        raise CogumiError(
+            f"'{plan.name}' cannot be the name of a build; use letters, digits, - and _: {domain_name(plan.name)}"
+        )
     check_home(home)
     if not (home / "bundle" / artifact.MANIFEST).is_file():
         return
@@ -90,5 +94,5 @@ def _check_folder(plan: Adoption) -> None:
             continue
         if artifact.read_manifest(found).fingerprint != step.fingerprint:
             raise CogumiError(
-                f"{home} holds a bundle made from {OTHERS[step.name]}: choose another --out, or remove that folder first"
+                f"{home} holds a bundle made from {OTHERS[step.name]}: choose another --out, or remove that folder"
             )

@@ -43,7 +43,8 @@ class Options:
 @dataclass(frozen=True)
 class Answer:
     """`training` is the plan of a recipe's steps, `sizes` that of its bundle or of a single model; either may be None.
-    `measured` has the measurements of a GGUF file, or `unmeasured` the reason why there are none; `beside` the recipe's models outside the bundle, by step.
+    `measured` has the measurements of a GGUF file, or `unmeasured` the reason why there are none; `beside` the recipe's
+    models outside the bundle, by step.
     """
 
     name: str
