@@ -15,7 +15,8 @@ from cogumi.core.artifact import finish, read_manifest
 from cogumi.core.errors import BundleError, ExportError, RecipeError
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
-from cogumi.core.types import Artifact
+from cogumi.core.types import Artifact, Example, Message
+from cogumi.data.examples import SPLITS, split_path, write_examples
 from cogumi.pipeline.executor import Inputs
 
 BASE, OTHER, WORDS = "b" * 64, "c" * 64, "d" * 64
@@ -119,6 +120,24 @@ def test_symlink_outside_the_folder_is_refused(folder):
     refuse(folder, r"'base\.gguf' leaves the folder")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "system", "systems"),
+    [
+        (("Be\nbrief.",), "Be\nbrief.", ["Be brief."]),
+        (("",), "", [""]),
+        (("Be brief.", ""), "", ["", "Be brief."]),
+    ],
+)
+def test_the_bundle_keeps_the_system_prompts_of_its_calibration(tmp_path, prompts, system, systems):
+    """The only one stands before requests that have none."""
+    given = Inputs({**inputs(tmp_path), "examples": examples(tmp_path, *prompts)})
+    out = tmp_path / "out"
+    out.mkdir()
+    pack.run(pack.Config(), given, out, CONTEXT)
+    found = open_bundle(out).description
+    assert (found["system"], found["systems"]) == (system, systems)
+
+
 def test_file_that_is_not_part_of_the_format_is_refused(folder):
     (folder / "weights.pkl").write_bytes(b"x")
     entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
@@ -195,6 +214,16 @@ def inputs(folder, *, adapter_base=BASE):
         router=artifact("router", "router.safetensors", accuracy=0.987654),
         calibration=artifact("calibration", "calibration.json", gate={"ece": 0.03}),
     )
+
+
+def examples(folder, *prompts):
+    """An artifact of examples whose sets hold one question under each of these system prompts."""
+    (folder / "examples").mkdir()
+    for split in SPLITS:
+        rows = [((Message("system", prompt),) * bool(prompt), prompt) for prompt in prompts]
+        asked = [Example(name, "math", 0, (*system, Message("user", "2+2?")), "4") for system, name in rows]
+        write_examples(split_path(folder / "examples", split), asked)
+    return finish(folder / "examples", kind="examples", fingerprint="e", parents={}, metrics={}, environment={})
 
 
 CONTEXT = Context(3, 1, Path(), lambda done, total, figures: None)

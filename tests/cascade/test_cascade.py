@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cogumi.bundle.format import open_bundle
+from cogumi.cascade.decide import OTHER_SYSTEM
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE, finish, without_disclaimer
 from cogumi.cascade.modes import MODES, Mode, Settings, load_settings
 from cogumi.cascade.opening import open_cascade
@@ -176,6 +177,22 @@ def test_answer_to_a_novel_question_is_never_accepted(tiers, mode):
     assert not novelty.accepted
     assert novelty.value > novelty.threshold == 1.0
     assert not reply.decisions[-1].accepted
+
+
+def test_answer_under_another_system_prompt_is_never_accepted(tiers):
+    """Calibrated with one prompt: it is known in any spacing, and stands before a request that has none."""
+
+    def asked(prompt, systems=("Be brief.",)):
+        messages = (Message("system", prompt),) * bool(prompt) + (Message("user", "What is 2 + 3?"),)
+        known = cascade(tiers, base=0.9, threshold=0.8, system="Be brief.", systems=systems and frozenset(systems))
+        return final_reply(known.generate(Request(messages=messages, max_tokens=4, mode="fast")))
+
+    for reply in (asked(""), asked(" Be\nbrief. "), asked("You are a pirate.", systems=None)):
+        assert reply.accepted
+        assert reply.p_correct == pytest.approx(0.9)
+    other = asked("You are a pirate.")
+    assert (other.route, other.accepted, other.p_correct) == ("low_confidence", False, None)
+    assert OTHER_SYSTEM in [d.reason for d in other.decisions if d.signal == "system_prompt"]
 
 
 def test_perplexity_gate_can_be_selected(tiers):

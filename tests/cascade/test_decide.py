@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogumi.cascade.decide import DISSATISFIED, NOVEL, OWN_EXAMPLES, Situation, decide, usable
+from cogumi.cascade.decide import DISSATISFIED, NOVEL, OTHER_SYSTEM, OWN_EXAMPLES, Situation, decide, usable
 from cogumi.cascade.disclaimers import LOW_CONFIDENCE, SECOND_ATTEMPT
 from cogumi.cascade.modes import MODES, Mode, Settings
 from cogumi.cascade.tiers import Question
@@ -145,6 +145,9 @@ def test_every_reason_for_doubt_is_reported():
     both = plan(replace(angry, question=NEW), examples=(("q", "a"),))
     assert (both.doubt, both.disclaimer, both.calibrated) == (DISSATISFIED, LOW_CONFIDENCE, False)
     assert [(d.signal, d.reason) for d in both.decisions] == [("examples", OWN_EXAMPLES), ("novelty", NOVEL)]
+    other = plan(replace(SITUATION, other_system=True))
+    assert (other.doubt, other.calibrated, other.order) == (OTHER_SYSTEM, False, plan().order)
+    assert (other.decisions[-1].signal, other.decisions[-1].accepted) == ("system_prompt", False)
     own = plan(examples=(("q", "a"),), mode="accurate")
     assert (own.order, own.doubt, own.speculate, own.deliberation) == (("base",), OWN_EXAMPLES, None, None)
 
@@ -192,6 +195,7 @@ situations = st.builds(
     st.booleans(),
     st.sampled_from([0.0, 1.0, 2.0]),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([frozenset(), frozenset({"code"})]),
     st.sampled_from([{}, {"code": 30}]),
 )
@@ -224,10 +228,10 @@ def test_invariants_of_every_plan(request, situation, modifiers):
         assert found.order == ("base",)
         assert found.deliberation is None
     novel = situation.question is NEW
-    unsure = situation.dissatisfied or novel or situation.question is None or bool(request.examples)
-    assert bool(found.doubt) == unsure
-    assert found.calibrated == (not novel and situation.question is not None and not request.examples)
-    if not found.calibrated:
+    unread = situation.question is None or bool(request.examples)
+    assert bool(found.doubt) == (situation.dissatisfied or novel or situation.other_system or unread)
+    assert found.calibrated == (not novel and not situation.other_system and not unread)
+    if novel or unread:
         assert not {"modifier", "direct"} & {*found.order}
     assert found.preload <= ("modifier" in found.order)
     assert decide(request, situation, SETTINGS, known) == found

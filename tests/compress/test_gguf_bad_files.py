@@ -21,6 +21,7 @@ from cogumi.core.types import Artifact
 from cogumi.pipeline.fingerprint import plan
 from cogumi.pipeline.recipe import parse_recipe
 from support.gguf import edit, llama
+from support.gguf_kinds import embedding_model, split
 from support.gguf_rewrite import rewritten
 from support.pico import make_adapter, make_model
 from support.train import context
@@ -102,16 +103,23 @@ def test_files_that_are_no_text_model(folder, tmp_path, name):
     refused(rewritten(folder / "some.gguf", tmp_path / "one.gguf", **changes), message)
 
 
+def test_an_embedding_model_is_no_base(tmp_path):
+    refused(embedding_model(tmp_path / "bert.gguf"), r"is an embedding model \(bert\): it writes no answers")
+
+
 def test_an_adapter_is_no_model(folder, tmp_path):
     export_adapter(make_adapter(tmp_path / "a", folder / "model"), folder / "model", tmp_path / "adapter.gguf")
     refused(tmp_path / "adapter.gguf", "is an adapter, not a model; give its base")
 
 
 def test_a_part_of_a_split_model_names_the_parts(folder, tmp_path):
-    part = rewritten(folder / "some.gguf", tmp_path / "big-00002-of-00003.gguf", split__count=3, split__no=1)
-    refused(
-        part, r"is one of 3 parts \(big-00001-of-00003\.gguf to big-00003-of-00003\.gguf\); join them first: .*--merge"
-    )
+    parts = split(folder / "some.gguf", tmp_path / "big.gguf", 3)
+    for part in parts:
+        refused(
+            part, r"one of 3 parts \(big-00001-of-00003\.gguf to big-00003-of-00003\.gguf\); join them first: .*--m"
+        )
+    parts[1].unlink()
+    refused(parts[0], r"is one of 3 parts, and big-00002-of-00003\.gguf is missing")
     renamed = rewritten(folder / "some.gguf", tmp_path / "part.gguf", split__count=3)
     refused(renamed, "is one of 3 parts")
 
@@ -171,10 +179,12 @@ def test_a_full_disk_is_noticed_before_the_work(folder, tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    packaged = model_files.PackagedModel("llm_nowhere", "some.gguf", "nowhere")
+    packaged = model_files.PackagedModel("llm-nowhere", "llm_nowhere", "some.gguf", "nowhere")
     monkeypatch.setitem(model_files.PACKAGED, "some", packaged)
     text = "name: own\nsteps: [{name: mine, stage: gguf_file, config: {model: some}}]"
-    with pytest.raises(RecipeError, match=r"step 'mine': .*pip install 'cogumi\[nowhere\]'"):
+    with pytest.raises(
+        RecipeError, match=r"'mine': .*package llm-nowhere, which is not installed: pip install 'cogumi\[nowhere\]'"
+    ):
         plan(parse_recipe(text, "own", tmp_path))
 
 

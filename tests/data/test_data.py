@@ -231,9 +231,16 @@ def test_input_without_a_usable_row_is_refused(tmp_path):
         ("\n \n", "is empty"),
         ("[]", "is empty"),
         ("x\ny\n", "2 were rejected"),
+        ("question,answer\n2+2?,4\n", "rows are JSON objects in UTF-8, one a line or all in one array: docs/your-data"),
+        (json.dumps({"data": []}), "none of 'question', 'instruction' and 'messages'"),
+        (json.dumps({"question": "2+2?"}), "answer is missing"),
     ):
         with pytest.raises(DataError, match=message):
             load(write(tmp_path / "a.jsonl", text))
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "a.jsonl").write_text('{"question": "Où?", "answer": "là"}', encoding)
+        with pytest.raises(DataError, match=r"not UTF-8 text: .*; rows are JSON objects in UTF-8"):
+            load(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         load(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
@@ -276,8 +283,9 @@ def test_load_and_split_make_five_disjoint_sets(tmp_path):
     metrics = split(out, pool, tmp_path)
     sets = {name: read_examples(split_path(out, name)) for name in SPLITS}
     assert metrics["rows"] == {name: len(rows) for name, rows in sets.items()}
-    assert metrics["domains"] == {"one": 600, "two": 400}
-    assert sum(metrics["rows"].values()) == 1000
+    assert metrics["domains"] == {"one": 400, "two": 400}
+    assert metrics["warnings"] == ["200 rows repeat a question and are left out; 200 of them have another answer"]
+    assert len({e.id for rows in sets.values() for e in rows}) == sum(metrics["rows"].values()) == 800
     questions = [{normalised_question(e.messages) for e in rows} for rows in sets.values()]
     assert sum(map(len, questions)) == len(set.union(*questions)) == 400
     split(tmp_path / "again", pool, tmp_path)

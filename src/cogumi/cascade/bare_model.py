@@ -16,13 +16,15 @@ from cogumi.cascade.modes import Settings
 from cogumi.cascade.services import Services
 from cogumi.cascade.tiers import Tiers
 from cogumi.confidence.gate import Calibration
+from cogumi.core.environment import beyond_memory
 from cogumi.core.errors import BundleError
-from cogumi.core.model_files import GGUF, PACKAGED, locate_model
+from cogumi.core.model_files import CONFIG, GGUF, PACKAGED, locate_model
 from cogumi.core.registry import engine
+from cogumi.core.weight_files import stored_weights
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine
 
-CONFIG = "config.json"
+FP32 = 4
 
 
 def bare_model(name: str | Path) -> Path | None:
@@ -60,5 +62,7 @@ def _engine(path: Path, options: EngineOptions) -> Engine:
         raise BundleError(
             f"{path} is a folder, which runs in torch without a choice of the cache; convert it: cogumi convert"
         )
+    if excess := beyond_memory(FP32 * stored_weights(path)):
+        raise BundleError(f"{path} {excess} as fp32 weights; name a GGUF file of the model, or a smaller one")
     found: Engine = engine("torch")(path, context=options.context)
     return found

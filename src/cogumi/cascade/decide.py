@@ -18,6 +18,7 @@ from cogumi.core.types import Decision, Request
 DISSATISFIED = "the user was not satisfied with the previous answer: answered again, and no answer is accepted"
 OWN_EXAMPLES = "not calibrated for requests with their own examples, so no answer is accepted"
 NOVEL = "the question is unlike the calibration data, so no answer is accepted"
+OTHER_SYSTEM = "another system prompt than in calibration, so no answer is accepted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,9 @@ class Situation:
 
     `question`: signals of the question; None if the gates do not apply to these engines, for the reason `gap`.
     `routed`: the modifier that the router chose. `modifiers`: the modifiers that may be chosen. `speedup`: expected
-    speed-up of the base by drafting, 0 if it cannot draft. About the user: `dissatisfied` with the previous answer,
-    `failed` (domains with a wrong answer) and `habit` (domain -> number of questions).
+    speed-up of the base by drafting, 0 if it cannot draft. `other_system`: the request's system prompt is none of those
+    in calibration. About the user: `dissatisfied` with the previous answer, `failed` (domains with a wrong answer) and
+    `habit` (domain -> number of questions).
     """
 
     question: Question | None
@@ -36,6 +38,7 @@ class Situation:
     modifiers: tuple[str, ...] = ()
     has_draft: bool = False
     speedup: float = 0.0
+    other_system: bool = False
     dissatisfied: bool = False
     failed: frozenset[str] = frozenset()
     habit: Mapping[str, int] = field(default_factory=dict)
@@ -144,6 +147,8 @@ def _doubts(request: Request, situation: Situation, calibration: Calibration, no
     if novel and situation.question is not None:
         most = calibration.question.novelty or 0.0
         found.append(Decision(_reader(situation), "novelty", situation.question.perplexity, most, False, NOVEL))
+    if situation.other_system:
+        found.append(Decision("cascade", "system_prompt", 0.0, 1.0, False, OTHER_SYSTEM))
     return found
 
 

@@ -27,6 +27,7 @@ from cogumi.cascade.worker_stream import Flow, as_flow
 from cogumi.confidence.policy import select_answer
 from cogumi.confidence.signals import abstains
 from cogumi.core.errors import ContextError
+from cogumi.core.text import system_prompt
 from cogumi.core.types import Decision, Message, Reply, Request, Revision, Usage
 from cogumi.engine.protocol import Event
 
@@ -97,7 +98,7 @@ class RequestFlow:
 
     def _situation(self, request: Request, dissatisfied: bool) -> Situation:
         """Collect the input of `decide`; the question is not read if the gates do not apply."""
-        tiers, history = self._tiers, self._services.history
+        tiers, history, systems = self._tiers, self._services.history, self._services.systems
         gap = tiers.gap(self._services.calibration)
         question = None if gap else tiers.read_question(request)
         return Situation(
@@ -107,6 +108,7 @@ class RequestFlow:
             modifiers=tiers.modifiers,
             has_draft=tiers.has_draft,
             speedup=tiers.drafting_speedup(),
+            other_system=systems is not None and system_prompt(request.messages) not in systems,
             dissatisfied=dissatisfied,
             failed=history.failed(self._user),
             habit=history.habit(self._user),

@@ -11,8 +11,8 @@ from functools import cache as once
 from functools import partial
 from pathlib import Path
 
-from cogumi.bundle.format import Bundle
-from cogumi.bundle.packed import Progress, no_progress
+from cogumi.bundle.format import INDEX, Bundle
+from cogumi.bundle.packed import Progress, is_packed, no_progress
 from cogumi.bundle.unpack import BundleFiles
 from cogumi.cascade import added_modifiers
 from cogumi.cascade.bare_model import bare_model, open_model
@@ -32,6 +32,7 @@ from cogumi.cascade.tiers import Heads, Tiers
 from cogumi.confidence.gate import KINDS, Calibration
 from cogumi.confidence.nets import load_head, load_net, load_scope
 from cogumi.core.errors import BundleError, CogumiError
+from cogumi.core.model_files import GGUF, locate_model
 from cogumi.core.packages import installed, load
 from cogumi.engine.embedder import MODEL, TOKENIZER, Embedder
 from cogumi.engine.few_shot import read_pairs
@@ -84,6 +85,10 @@ def open_cascade(
     if not folder.is_dir():
         what = "is neither a bundle nor a GGUF file" if folder.exists() else "does not exist"
         raise BundleError(f"{folder} {what}: name a bundle, a GGUF file or a model folder, or build one: cogumi build")
+    if (folder / "bundle" / INDEX).is_file():
+        raise BundleError(f"{folder} is the folder of a build; name its bundle: {folder / 'bundle'}")
+    if any(folder.glob(f"*{GGUF}")) and not ((folder / INDEX).is_file() or is_packed(folder)):
+        locate_model(str(folder), Path())  # says which file to name
     with ExitStack() as opened:
         files = BundleFiles(folder, unpack, progress)
         opened.callback(files.close)
@@ -103,6 +108,7 @@ def open_cascade(
             critic=Critic(bundle.critic) if bundle.critic else None,
             templates=Templates(_examples(bundle.examples), embedder) if bundle.examples else None,
             system=str(bundle.description.get("system", "")),
+            systems=frozenset(known) if (known := bundle.description.get("systems")) else None,
             files=files,
             added=_restore_modifiers(tiers.base, state),
         )

@@ -21,7 +21,8 @@ from cogumi.engine.protocol import Capability
 class Services:
     """`gate` is one of `confidence.gate.KINDS`; parts that the bundle lacks are None.
 
-    `system`: the system prompt of a request that has none; empty for none. `files`: the bundle's files, open as long as
+    `system`: the system prompt of a request that has none; empty for none. `systems`: the prompts of the calibration
+    questions, as `core.text.system_prompt` gives them (None: unknown). `files`: the bundle's files, open as long as
     the models need them. `added`: path of the list of added modifiers (None: not stored).
     """
 
@@ -34,6 +35,7 @@ class Services:
     critic: Critic | None = None
     templates: Templates | None = None
     system: str = ""
+    systems: frozenset[str] | None = None
     files: BundleFiles | None = None
     added: Path | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,14 +60,20 @@ def adopt(
     """
     from cogumi.data.sources.survey import domain_name
     from cogumi.pipeline import adopt as adoption
+    from cogumi.pipeline import adoption_checks
     from cogumi.pipeline.adopted_recipe import Adoption
     from cogumi.pipeline.build import build
 
-    layers, found = _layers(model), _survey(data, domains)
+    opened, found = adoption_checks.usable_model(model), _survey(data, domains)
+    layers = int(opened.describe()["layers"])
     home = out or RUNS / domain_name(data[0].name.split(".")[0])
-    home.parent.mkdir(parents=True, exist_ok=True)
+    home = home if home.name.strip(".") else home.resolve()
+    chosen = None if modifiers == AUTO else [] if modifiers == NONE else [domain_name(n) for n in modifiers.split(",")]
+    home.parent.mkdir(parents=True, exist_ok=True)  # relative paths of the recipe start there
+    plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy)
+    obstacle = adoption_checks.check(plan, opened, chosen)
     kind, types = chosen_type(model, type) if found.gradable else (None, None)
-    plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy, kind)
+    plan = replace(plan, type=kind)
     if not json:
         _show(found)
         if types:
@@ -74,9 +81,10 @@ def adopt(
             console.STDOUT.print(base_line(types, kind), soft_wrap=True, markup=False)
         if found.gradable and (line := adoption.shortage(found, e)):
             console.STDERR.print(line, soft_wrap=True, markup=False)
+        if obstacle:
+            console.STDERR.print(f"without modifiers: {obstacle}", soft_wrap=True, markup=False)
         if not yes and console.STDERR.is_terminal and not typer.confirm("Build this?", default=True):
             raise SystemExit(1)
-    chosen = None if modifiers == AUTO else [] if modifiers == NONE else [domain_name(n) for n in modifiers.split(",")]
 
     def run(recipe: Any) -> dict[str, Any]:
         with BuildProgress() as progress:
@@ -86,7 +94,8 @@ def adopt(
         console.STDERR.print(line, soft_wrap=True, markup=False)
 
     try:
-        done = adoption.adopt(plan, home.parent, chosen, run, say)
+        with adoption.only_adoption(home):
+            done = adoption.adopt(plan, home.parent, chosen, run, say, obstacle)
     except KeyboardInterrupt:
         console.STDERR.print("cogumi: stopped; finished steps are kept: run the same command again to continue")
         raise SystemExit(130) from None
@@ -97,18 +106,6 @@ def adopt(
     console.print_report(dict(done.report))
     console.STDOUT.print(f"recipe: {done.recipe}", soft_wrap=True, markup=False)
     console.print_next(home / "bundle")
-
-
-def _layers(model: str) -> int:
-    """The number of layers of a GGUF file. Raises `CogumiError` for a folder, `BundleError` for a damaged file."""
-    from cogumi.core.errors import CogumiError
-    from cogumi.core.model_files import locate_model
-    from cogumi.engine.llama.binding.model import Model
-
-    located = locate_model(model, Path())
-    if not located.is_file():
-        raise CogumiError(f"{model} is a folder; make a GGUF file of it first: cogumi convert {model} model.gguf")
-    return int(Model(located, vocabulary_only=True).describe()["layers"])
 
 
 def _survey(data: list[Path], domains: str | None) -> Survey:

@@ -9,9 +9,12 @@ from typing import Any
 
 from cogumi.bundle.format import INDEX, open_bundle
 from cogumi.bundle.packed import Archive, is_packed
+from cogumi.cli.options import RUNS
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.core import artifact
 from cogumi.core.errors import ArtifactError
+from cogumi.core.model_files import CONFIG, GGUF, locate_model
+from cogumi.core.weight_files import check_weight_files
 from cogumi.pipeline.build import PAGE, UNFINISHED
 from cogumi.pipeline.recipe import builtin_recipes, load_recipe
 
@@ -37,10 +40,12 @@ def describe(path: str) -> dict[str, Any]:
     if (folder / REPORT).is_file():
         report: dict[str, Any] = json.loads((folder / REPORT).read_bytes())
         return {"what": "run", "path": path} | report
-    if folder.suffix in (".yaml", ".yml") or path in builtin_recipes():
-        return _recipe(path)
     if found := _model(path):
         return found
+    if folder.suffix in (".yaml", ".yml") or path in builtin_recipes():
+        return _recipe(path)
+    if any(folder.glob(f"*{GGUF}")):
+        locate_model(path, Path())  # says which file to name
     raise ArtifactError(
         f"{path} is not a bundle, model, artifact, run or recipe; name a folder such as runs/smollm2/bundle, a GGUF "
         f"file, a .yaml file, or a built-in recipe ({', '.join(builtin_recipes())})"
@@ -86,7 +91,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
 
 def _model(name: str) -> dict[str, Any] | None:
     """Describe a model without calibration: a GGUF file, or a folder by its config. None for other paths."""
-    from cogumi.cascade.bare_model import CONFIG, bare_model
+    from cogumi.cascade.bare_model import bare_model
     from cogumi.engine.llama.binding.model import Model
 
     path = bare_model(name)
@@ -94,8 +99,13 @@ def _model(name: str) -> dict[str, Any] | None:
         return None
     about: dict[str, Any] = {"what": "model", "path": str(path), "calibrated": False}
     if path.is_dir():
+        check_weight_files(path)
         return about | {"config": json.loads((path / CONFIG).read_bytes())}
-    return about | {"bytes": path.stat().st_size, **Model(path, vocabulary_only=True).describe()}
+    about |= {"bytes": path.stat().st_size, **Model(path, vocabulary_only=True).describe()}
+    if name in builtin_recipes() and not Path(name).exists():
+        bundle = RUNS / name / "bundle"
+        about["note"] = f"a recipe has this name too: cogumi plan {name}; the bundle that it builds: {bundle}"
+    return about
 
 
 def _packed(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cogumi.cli import console
 from cogumi.core.errors import BundleError, CogumiError
+from cogumi.core.model_files import PACKAGED
 
 if TYPE_CHECKING:
     from cogumi.cascade.engines import EngineFactory
@@ -104,6 +106,11 @@ ReuseCheckOption = Annotated[
 def chosen_bundle(bundle: Path | None) -> Path:
     """The given bundle, or else the newest one in `RUNS`."""
     if bundle is not None:
+        own = RUNS / bundle / "bundle"
+        if str(bundle) in PACKAGED and not bundle.exists() and own.is_dir():
+            console.STDERR.print(
+                f"cogumi: {bundle} is the model alone; the bundle built from it is {own}", soft_wrap=True
+            )
         return bundle
     built = sorted(RUNS.glob("*/bundle/bundle.json"), key=lambda path: path.stat().st_mtime)
     if not built:

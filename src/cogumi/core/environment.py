@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cogumi.core.amounts import size
+
 _PAUSE_HARD = 2  # omp.h
 LIBRARIES = (
     "cogumi",
@@ -61,9 +63,13 @@ def available_memory() -> int:
 
 def total_memory() -> int:
     """Bytes of memory of this machine."""
-    import psutil
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    return int(psutil.virtual_memory().total)
+
+def beyond_memory(needed: int) -> str:
+    """The words "takes .., this machine has .. of memory" if that many bytes exceed its memory, else empty."""
+    memory = total_memory()
+    return f"takes {size(needed)}, this machine has {size(memory)} of memory" if needed > memory else ""
 
 
 def peak_rss_bytes() -> int:

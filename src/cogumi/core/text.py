@@ -73,6 +73,11 @@ def last_user_message(messages: Iterable[Message]) -> str:
     return next((m.content for m in reversed(tuple(messages)) if m.role == "user"), "")
 
 
+def system_prompt(messages: Iterable[Message]) -> str:
+    """The system messages of a conversation as one text with white space collapsed; empty without one."""
+    return " ".join(" ".join(m.content for m in messages if m.role == "system").split())
+
+
 def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     if not one or not two or one[0] != two[0]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogumi.core.errors import ArtifactError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a value; other types have one."""
 CHUNK = 1 << 22
 """Bytes compared at a time."""
 
@@ -31,6 +34,15 @@ def check_weight_files(folder: Path) -> None:
             f"{folder} has its weights in {old[0]} only; save the model as safetensors "
             "(transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder))"
         )
+
+
+def stored_weights(folder: Path) -> int:
+    """The number of weights in the safetensors files; files that cannot be read count nothing."""
+    found = 0
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+            found += sum((t.stop - t.start) // WIDTHS.get(t.dtype, 1) for t in _tensors(path).values())
+    return found
 
 
 def has_own_head(folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """Stage `split`: divides a pool of examples into the five disjoint sets (SPEC A1).
 
-The set of a question is a hash of its normalised text and the seed. So duplicates are in the same set, the five sets
-share no question, and adding rows does not change the set of others.
+The set of a question is a hash of its normalised text and the seed. So questions that differ in letter case or white
+space are in the same set, the five sets share no question, and adding rows does not change the set of others. A row
+that repeats an earlier conversation is left out: gates and promise count on independent questions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
 from cogumi.data.examples import POOL, SPLITS, iterate_examples, normalised_question, split_of, split_path, to_line
 
-VERSION = 1
+VERSION = 2
 KIND = "examples"
 LIGHT = True
 INPUTS = {"pool": "pool"}
@@ -53,15 +54,21 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`pool` -> `<split>.jsonl` for every set, in constant memory; DataError if a set is empty."""
+    """`pool` -> `<split>.jsonl` for every set, with one id per row in memory; DataError if a set is empty."""
     shares = {name: int(getattr(config, name)) for name in SPLITS}
-    rows, domains = Counter(dict.fromkeys(SPLITS, 0)), Counter[str]()
+    rows, domains, answers = Counter(dict.fromkeys(SPLITS, 0)), Counter[str](), dict[str, int]()
+    repeated, disagreeing = 0, 0
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(open(split_path(out, name), "w", encoding="utf-8", newline="\n"))
             for name in SPLITS
         }
         for done, example in enumerate(iterate_examples(inputs["pool"].path / POOL), 1):
+            if example.id in answers:
+                repeated += 1
+                disagreeing += answers[example.id] != hash(example.answer)
+                continue
+            answers[example.id] = hash(example.answer)
             name = split_of(normalised_question(example.messages), shares, context.seed)
             files[name].write(to_line(example))
             rows[name] += 1
@@ -73,4 +80,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             f"{rows.total()} usable rows leave nothing for {', '.join(empty)}: "
             "add rows, or give these sets a larger share"
         )
-    return {"rows": dict(rows), "domains": dict(sorted(domains.items()))}
+    found: dict[str, Any] = {"rows": dict(rows), "domains": dict(sorted(domains.items()))}
+    if repeated:
+        line = f"{repeated} rows repeat a question and are left out"
+        found["warnings"] = [line + f"; {disagreeing} of them have another answer" * bool(disagreeing)]
+    return found

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,11 @@ from typing import Any
 from cogumi.confidence.guarantee import upper_bound
 from cogumi.core import artifact
 from cogumi.core.amounts import duration
-from cogumi.core.errors import CogumiError, DataError
-from cogumi.core.files import write_text
-from cogumi.core.registry import nearest
+from cogumi.core.errors import CogumiError
+from cogumi.core.files import exclusive_lock, write_text
 from cogumi.data.sources.survey import Survey
 from cogumi.pipeline.adopted_recipe import SHARES, Adoption, head, modifiers, step_names, whole
-from cogumi.pipeline.recipe import parse_recipe
+from cogumi.pipeline.adoption_checks import parsed
 
 FAILURES = 60
 """Failed training questions that a modifier needs."""
@@ -66,29 +66,34 @@ class Adopted:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def adopt(plan: Adoption, runs: Path, wanted: Sequence[str] | None, build: Build, say: Report) -> Adopted:
+@contextmanager
+def only_adoption(home: Path) -> Iterator[None]:
+    """Make the folder and lock it, so that no second adoption builds in it between two phases of this one."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(home):
+            yield
+    except BlockingIOError:
+        raise CogumiError(f"another adoption is running in {home}; wait for it, or choose another --out") from None
+
+
+def adopt(
+    plan: Adoption, runs: Path, wanted: Sequence[str] | None, build: Build, say: Report, obstacle: str = ""
+) -> Adopted:
     """Build a bundle in phases. `wanted`: domains that get a modifier in any case, None for an automatic choice.
 
-    `build` runs a recipe; `say` prints a line. Raises `DataError` if no domain can be graded, `CogumiError` for an
-    unknown domain in `wanted`.
+    `build` runs a recipe; `say` prints a line; `obstacle` is the reason why nothing can be trained, else empty. See
+    `adoption_checks.check` for what must hold.
     """
     names = [d.name for d in plan.survey.gradable]
-    if not names:
-        raise DataError(
-            "the answers are free text, which no grader can judge: give short answers, or a 'check' in each row "
-            "(docs/your-data.md lists the graders)"
-        )
-    for name in wanted or ():
-        if name not in names:
-            raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
     home = runs / plan.name
-    build(_parsed(head(plan), plan))
+    build(parsed(head(plan), plan))
     say(f"answering the questions of the other sets takes about {duration(_left(home))} more")
-    reasons = _candidates(home, names, wanted)
+    reasons = dict.fromkeys(names, f"no modifier: {obstacle}") if obstacle else _candidates(home, names, wanted)
     chosen = [name for name, reason in reasons.items() if not reason]
     if chosen:
         say(f"modifiers: training {', '.join(chosen)}")
-        build(_parsed(head(plan) + modifiers(plan, chosen), plan))
+        build(parsed(head(plan) + modifiers(plan, chosen), plan))
         for name in chosen:
             found = artifact.read_manifest(home / step_names(name)[2]).metrics
             what = f"{found['before']:.0%} -> {found['after']:.0%} of {found['n']} selection questions"
@@ -97,9 +102,11 @@ def adopt(plan: Adoption, runs: Path, wanted: Sequence[str] | None, build: Build
     kept = [name for name in chosen if reasons[name].startswith("modifier")]
     for name, reason in reasons.items():
         say(f"{name}: {reason}")
-    file = plan.root / f"{plan.name}.yaml"
-    write_text(file, whole(plan, kept))
-    return Adopted(file, build(_parsed(whole(plan, kept), plan)), reasons)
+    file, text = plan.root / f"{plan.name}.yaml", whole(plan, kept)
+    if file.is_file() and file.read_text("utf-8") != text:
+        say(f"the recipe that was in {file} is now {file.replace(file.with_suffix('.old.yaml'))}")
+    write_text(file, text)
+    return Adopted(file, build(parsed(text, plan)), reasons)
 
 
 def _left(home: Path) -> float:
@@ -110,10 +117,6 @@ def _left(home: Path) -> float:
     responses, rows = artifact.read_manifest(home / "responses"), artifact.read_manifest(home / "data").metrics["rows"]
     others = float(rows["selection"] + rows["fit"] + rows["threshold"] + 1.3 * rows["heldout"])
     return responses.seconds / max(int(responses.metrics["rows"]), 1) * others
-
-
-def _parsed(text: str, plan: Adoption) -> Any:
-    return parse_recipe(text, f"{plan.name}.yaml", plan.root.resolve())
 
 
 def _candidates(home: Path, names: Sequence[str], wanted: Sequence[str] | None) -> dict[str, str]:

@@ -13,6 +13,8 @@ from cogumi.data.sources.survey import OWN, Survey, files_by_domain
 
 SHARES = {"train": 30, "selection": 10, "fit": 20, "threshold": 20, "heldout": 20}
 """60% to fit with, 20% for the promise, 20% for the report."""
+WEIGHTS = "weights"
+"""The step whose model is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +90,20 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
     if not domains:
         return ""
     tokens = plan.survey.max_tokens
-    text = """
+    text = f"""
   # Modifiers: adapters trained on the questions that the base failed.
-  - {name: weights, stage: convert, inputs: {gguf: base}}
+  - {{name: {WEIGHTS}, stage: convert, inputs: {{gguf: base}}}}
 """
     for domain in domains:
         trained, exported, gain = step_names(domain)
         text += f"""  - name: {trained}
     stage: modifier
-    inputs: {{examples: data, responses: responses, model: weights}}
+    inputs: {{examples: data, responses: responses, model: {WEIGHTS}}}
     config:
       domain: {domain}
       layers: {plan.layers}
       loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25}}
-  - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: weights}}}}
+  - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: {WEIGHTS}}}}}
   - name: {gain}
     stage: gain
     inputs: {{examples: data, base: base, adapter: {exported}}}

@@ -34,6 +34,8 @@ from cogumi.pipeline.recipe import LOGS, Recipe
 PAGE = "report.md"
 UNFINISHED = "unfinished.json"
 """File in the folder of a build that was stopped or failed; the next complete build removes it."""
+LOCK = ".lock"
+"""File in the folder of a build that a running one locks."""
 HEADROOM = 2
 """A step starts beside others only if this many times the largest memory of any step so far is available."""
 PATIENCE = 3.0
@@ -86,17 +88,26 @@ def _unfinished(recipe: Recipe, home: Path, run: _Run) -> Iterator[None]:
     path.unlink()
 
 
+def check_home(folder: Path) -> None:
+    """`CogumiError` if a folder has files but is not that of a build, which replaces folders named like its steps."""
+    if folder.exists() and not folder.is_dir():
+        raise CogumiError(f"{folder} is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).exists():
+        raise CogumiError(f"{folder} has files, but not those of a build, and would lose some; choose another folder")
+
+
 @contextmanager
 def _only_build(folder: Path) -> Iterator[int]:
     """Make the folder and lock it for this build; yields the lock's descriptor."""
     with ExitStack() as stack:
         try:
+            check_home(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".lock").touch()
+            (folder / LOCK).touch()
             deadline = time.monotonic() + PATIENCE
             while True:
                 try:
-                    lock = stack.enter_context(exclusive_lock(folder / ".lock"))
+                    lock = stack.enter_context(exclusive_lock(folder / LOCK))
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:

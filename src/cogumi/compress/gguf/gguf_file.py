@@ -19,6 +19,7 @@ from cogumi.compress.gguf.gguf_tokenizer import read_vocabulary, tokenizer_sha25
 from cogumi.compress.gguf.planned_files import Weights, weights_of_header
 from cogumi.compress.gguf.requantize import requantize, requantized_types
 from cogumi.compress.gguf.type_mixture import check_type
+from cogumi.core.environment import beyond_memory
 from cogumi.core.errors import ExportError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import ModelFacts
@@ -26,6 +27,8 @@ from cogumi.core.files import sha256
 from cogumi.core.model_files import GGUF, locate_model
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
+from cogumi.core.weight_files import check_weight_files
+from cogumi.engine.llama.binding.model import Model
 
 VERSION = 1
 KIND = "gguf"
@@ -66,11 +69,20 @@ class Untrainable:
 
 
 def open_model(name: str, root: Path) -> Header:
-    """The header of the GGUF file that `name` stands for; `ExportError` if it is a folder or no usable file."""
+    """The header of the GGUF file that `name` stands for.
+
+    Raises `ExportError` if it is a folder or no usable file, or larger than memory; `BundleError` if llama.cpp has no
+    such architecture.
+    """
     path = locate_model(name, root).resolve()
     if path.is_dir():
-        raise ExportError(f"{path} is a folder, not a {GGUF} file; export it with stage 'gguf' or: cogumi convert")
-    return read_header(path)
+        check_weight_files(path)
+        raise ExportError(f"{name} is a folder, not a {GGUF} file; make one of it: cogumi convert {name} model.gguf")
+    if excess := beyond_memory(path.stat().st_size):
+        raise ExportError(f"{path} {excess}; take a smaller model, or a type of fewer bits")
+    header = read_header(path)
+    Model(path, vocabulary_only=True)
+    return header
 
 
 def identity(config: Config, root: Path) -> Any:

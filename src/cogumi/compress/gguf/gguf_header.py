@@ -6,7 +6,6 @@ Only the header is read; the tensors' data stays in the file until it is asked f
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from cogumi.compress.gguf.layout import KINDS, Llama, Tensor, llama3_stretch
 from cogumi.core.errors import ExportError
+from cogumi.core.model_files import not_a_model, parts_of
 
 EMBEDDING, HEAD, FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 GENERAL, TOKENIZER = "general.", "tokenizer."
@@ -29,7 +29,6 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Settings of every published Llama 3.1 to 3.3; a GGUF file holds only the frequencies that follow from them."""
 LLAMA3_LEARNED = 8192
 """Context of their pre-training in tokens, for files from whose frequencies it does not follow."""
-_PART = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -192,27 +191,23 @@ def read_header(path: Path) -> Header:
         keys = {name: field.contents() for name, field in fields.items()}
         sizes = {name: sum(int(part.nbytes) for part in field.parts) for name, field in fields.items()}
         header = Header(path, keys, sizes, {tensor.name: tensor for tensor in reader.tensors})
-        architecture = header.architecture
+        if int(keys.get("split.count", 0)) > 1:
+            raise ExportError(_split_message(path, int(keys["split.count"])))
+        if "general.architecture" not in keys:
+            raise KeyError("general.architecture")
     except FileNotFoundError as error:
         raise ExportError(f"there is no file {path}; check the name") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ExportError(f"{path} is not a complete GGUF model ({error!r}); copy or download it again") from error
-    if keys.get("general.type") == "adapter":
-        raise ExportError(f"{path} is an adapter, not a model; give its base")
-    if architecture == "clip" or keys.get("general.type") == "mmproj":
-        raise ExportError(f"{path} is the image encoder of a vision model; give the file of its language model")
-    if int(keys.get("split.count", 0)) > 1:
-        raise ExportError(_split_message(path, int(keys["split.count"])))
-    if "tokenizer.ggml.tokens" not in keys:
-        raise ExportError(f"{path} has no tokenizer (tokenizer.ggml.tokens); use a file that was exported with one")
+    if problem := not_a_model(path, keys):
+        raise ExportError(problem)
     return header
 
 
 def _split_message(path: Path, count: int) -> str:
-    match = _PART.fullmatch(path.name)
-    whole = f"{match['name']}.gguf" if match else "whole.gguf"
-    first = f"{match['name']}-00001-of-{match['count']}.gguf" if match else path.name
-    last = f"{match['name']}-{count:05}-of-{match['count']}.gguf" if match else f"part {count}"
-    return (
-        f"{path} is one of {count} parts ({first} to {last}); join them first: llama-gguf-split --merge {first} {whole}"
-    )
+    parts = parts_of(path)
+    if missing := [part.name for part in parts if not part.is_file()]:
+        return f"{path} is one of {count} parts, and {missing[0]} is missing: put all of them into one folder"
+    first, last = (parts[0].name, parts[-1].name) if parts else (path.name, f"part {count}")
+    join = f"llama-gguf-split --merge {first} whole.gguf"
+    return f"{path} is one of {count} parts ({first} to {last}); join them first: {join}"

@@ -44,8 +44,9 @@ from cogumi.core.facts import AdapterFacts, FileFacts, FileSize, ModelFacts
 from cogumi.core.files import write_text
 from cogumi.core.registry import nearest
 from cogumi.core.stage import Context, matches
+from cogumi.core.text import system_prompt
 from cogumi.core.types import Artifact
-from cogumi.data.examples import iterate_examples
+from cogumi.data.examples import iterate_examples, split_path
 
 VERSION = 4
 KIND = "bundle"
@@ -80,6 +81,8 @@ SOURCES = {
 """Role -> (file in the input's folder, name in the bundle, description in the model card)."""
 READERS, BESIDE = ("difficulty", "router"), ("calibration", "escalation", "critic", "embedder")
 """Roles whose files are copied, and whose sizes their own stages estimate."""
+CALIBRATED = ("selection", "fit", "threshold")
+"""Splits whose system prompts the calibration covers."""
 OWN_FILES = {EXAMPLES: FileSize(31_000, 0.18), CARD: FileSize(2_000, 0.48), INDEX: FileSize(37_000, 0.19)}
 """Sizes of the files that this stage writes itself, from the recipe tiny."""
 
@@ -123,6 +126,12 @@ def _write_examples(source: Path, target: Path, count: int) -> None:
             row = {"domain": example.domain, "question": asked[0].content, "answer": example.answer}
             lines.append(json.dumps(row, ensure_ascii=False))
     write_text(target, "\n".join(lines) + "\n")
+
+
+def _systems(examples: Artifact) -> dict[str, str]:
+    """The system prompts of the questions that gates and promise rest on: normalised -> as written."""
+    rows = (row.messages for split in CALIBRATED for row in iterate_examples(split_path(examples.path, split)))
+    return {system_prompt(row): "\n".join(m.content for m in row if m.role == "system") for row in rows}
 
 
 def _part(role: str, artifact: Artifact) -> dict[str, Any]:
@@ -211,10 +220,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     sizes = {name: path.stat().st_size for name, path in files.items()}
     card = out / CARD
     write_text(card, model_card(config.title, inputs, sizes))
+    systems = _systems(inputs["examples"]) if "examples" in inputs else {}
     description = {
         "title": config.title,
         "mode": config.mode,
-        "system": inputs["examples"].metrics.get("system", "") if "examples" in inputs else "",
+        "system": next(iter(systems.values())) if len(systems) == 1 else "",
+        "systems": sorted(systems),
         "parts": parts,
         "seed": context.seed,
         "provenance": {role: artifact.fingerprint for role, artifact in inputs.items()},

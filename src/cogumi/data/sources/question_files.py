@@ -63,7 +63,10 @@ def no_usable_row(where: str, rejected: int, first: Rejected | None) -> str:
     """The message for input without a usable row: the number of rejected rows, and the first of them."""
     if first is None:
         return f"{where} is empty: give a file with at least one row"
-    return f"{where} has no usable row; {rejected} were rejected, the first is {first}"
+    return (
+        f"{where} has no usable row; {rejected} were rejected, the first is {first}; rows are JSON objects in "
+        "UTF-8, one a line or all in one array: docs/your-data.md shows their forms"
+    )
 
 
 def iterate(path: Path, domain: str = "general", unused: Counter[str] | None = None) -> Iterator[Example | Rejected]:

@@ -23,6 +23,8 @@ _NAME = re.compile(r"[^A-Za-z0-9_-]+")
 class DomainRows:
     """The rows of one domain. `grader` is a kind of check, `OWN`, or None where no grader fits the answers.
 
+    `example` is the first row, `longest` the one with the longest question.
+
     `questions` counts different questions; `answer_bytes` is the length that 95% of the answers do not exceed.
     """
 
@@ -34,6 +36,7 @@ class DomainRows:
     grader: str | None
     answer_bytes: int
     example: Example = field(repr=False)
+    longest: Example = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,8 @@ def _of(name: str, rows: Sequence[Example], files: tuple[Path, ...], rejected: i
     lengths = sorted(len(e.answer.encode()) for e in rows)
     different = len({normalised_question(e.messages) for e in rows})
     usual = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
-    return DomainRows(name, files, len(rows), different, rejected, _grader(rows), usual, rows[0])
+    longest = max(rows, key=lambda e: sum(len(m.content.encode()) for m in e.messages))
+    return DomainRows(name, files, len(rows), different, rejected, _grader(rows), usual, rows[0], longest)
 
 
 def _grader(rows: Sequence[Example]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.core.environment import usable_threads
+from cogumi.core.environment import beyond_memory, usable_threads
 from cogumi.core.errors import BundleError, ContextError, RequestError
 from cogumi.core.types import Reading, Request, Score
 from cogumi.engine.admission import admit, check_length, continuation, prompt_ids, question_start
@@ -104,6 +104,10 @@ class LlamaEngine:
         size: dict[str, Any] = {"sequences": slots, "length": context, "batch": batch}
         size["threads"] = ThreadControl(threads)
         self._cache = _cache_of(self._model, cache)
+        if excess := beyond_memory(slots * context * self.cache_bytes + (self._model.bytes if repack else 0)):
+            raise BundleError(
+                f"{model} with {slots} requests of {context} tokens {excess}; take fewer, or shorter ones"
+            )
         open_base = partial(Context, self._model, cache=self._cache, **size)
         drafting: Drafting | None = None
         if draft or lookup:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogumi.compress.gguf.planned_files import Weights
 from cogumi.compress.pack.bundle_parts import Parts
+from cogumi.core.environment import beyond_memory
 from cogumi.core.errors import RecipeError
 from cogumi.core.estimate import Hardware
 from cogumi.pipeline.plan import figures, recipe_plan
@@ -42,7 +43,8 @@ class Options:
 @dataclass(frozen=True)
 class Answer:
     """`training` is the plan of a recipe's steps, `sizes` that of its bundle or of a single model; either may be None.
-    `measured` has the measurements of a GGUF file, `beside` the recipe's models outside the bundle, by step.
+    `measured` has the measurements of a GGUF file, or `unmeasured` the reason why there are none; `beside` the recipe's
+    models outside the bundle, by step.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Answer:
     sizes: RouteSearch | None
     measured: dict[str, Any] | None = None
     beside: Mapping[str, Weights] = field(default_factory=dict)
+    unmeasured: str = ""
 
     @property
     def title(self) -> str:
@@ -98,6 +101,7 @@ class Answer:
         """The lines to show below the tables."""
         found = recipe_plan.remarks(self.training) if self.training else []
         found += figures.lines(self.sizes) if self.sizes else []
+        found += [self.unmeasured] if self.unmeasured else []
         return [*found, figures.measurement_line(self.measured)] if self.measured else found
 
 
@@ -122,6 +126,8 @@ def answer_to(what: str, options: Options, progress: Callable[[], AbstractContex
     search = RouteSearch(parts, serving, options.budget, bandwidth)
     if Path(what).suffix != GGUF:
         return Answer(parts.name, found, search, beside=beside)
+    if excess := beyond_memory(max(search.route().ram, Path(what).stat().st_size)):
+        return Answer(parts.name, found, search, unmeasured=f"not measured: it {excess}")
     with progress() as shown:
         measured = figures.measured(Path(what), search, shown)
     if bandwidth is not None and options.bandwidth is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ def _keep(level: int, text: bytes, _user_data: Any) -> None:
         capture.append(message)
 
 
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a failed assertion ends the process with one line, not a hundred
 c.llama_log_set(_keep, ctypes.c_void_p(0))
 c.llama_backend_init()
 

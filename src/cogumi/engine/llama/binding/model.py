@@ -10,8 +10,10 @@ from typing import Any
 from llama_cpp import llama_cpp as c
 from llama_cpp._ggml import libggml as ggml
 
+from cogumi.core.environment import beyond_memory
 from cogumi.core.errors import BundleError
 from cogumi.engine.llama.binding.backend import errors, reason
+from cogumi.engine.llama.binding.gguf_keys import problem_of
 from cogumi.engine.llama.binding.tokenizer import Tokenizer, Weights
 
 _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
@@ -29,15 +31,24 @@ class Model:
     def __init__(self, path: Path, *, vocabulary_only: bool = False, repack: bool = True) -> None:
         if not path.is_file():
             raise BundleError(f"{path} does not exist; build or copy the model first")
+        if repack and not vocabulary_only and (excess := beyond_memory(path.stat().st_size)):
+            raise BundleError(
+                f"{path} {excess}; take a smaller model or type, or --no-repack, which reads it from disk, slowly"
+            )
         errors.clear()
         params = c.llama_model_default_params()
         params.vocab_only = vocabulary_only
         params.use_extra_bufts = repack
         pointer = c.llama_model_load_from_file(os.fsencode(path), params)
         if not pointer:
-            raise BundleError(f"{path} is not a complete GGUF model ({reason()}); export or copy it again")
+            why = reason()
+            raise BundleError(
+                problem_of(path) or f"{path} is not a complete GGUF model ({why}); export or copy it again"
+            )
         self.path = path
         self.weights = Weights(pointer)
+        if self._own("attention.causal") == "false" or c.llama_model_has_encoder(pointer):
+            raise BundleError(problem_of(path) or f"{path} is an encoder-decoder model; give a chat model")
         self.tokenizer = Tokenizer(self.weights, path)
         self.width = int(c.llama_model_n_embd(pointer))
         self.bytes = int(c.llama_model_size(pointer))
@@ -113,12 +124,11 @@ class Model:
 
     def _number(self, name: str) -> int | None:
         """A number of the architecture in the file's metadata; None if it has none of that name."""
-        model, buffer = self.weights.pointer, ctypes.create_string_buffer(64)
-        known = c.llama_model_meta_val_str
-        if known(model, b"general.architecture", buffer, len(buffer)) < 0:
-            return None
-        key = f"{buffer.value.decode()}.{name}"
-        return int(buffer.value) if known(model, key.encode(), buffer, len(buffer)) >= 0 else None
+        return int(found) if (found := self._own(name)) else None
+
+    def _own(self, name: str) -> str:
+        """A value of the architecture in the file's metadata, as text; empty if it has none of that name."""
+        return self._text(f"{self._text('general.architecture')}.{name}")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

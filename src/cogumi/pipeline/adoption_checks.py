@@ -1,0 +1,98 @@
+"""What `cogumi adopt` refuses before any work: models, questions and folders that it cannot use (SPEC M4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cogumi.compress.gguf.gguf_file import open_model
+from cogumi.core import artifact
+from cogumi.core.errors import CogumiError, DataError, ExportError, TrainingError
+from cogumi.core.registry import nearest
+from cogumi.core.types import Request
+from cogumi.data.sources.survey import Survey, domain_name
+from cogumi.engine.llama.binding.model import Model
+from cogumi.pipeline import fingerprint
+from cogumi.pipeline.adopted_recipe import WEIGHTS, Adoption, head, modifiers
+from cogumi.pipeline.build import check_home
+from cogumi.pipeline.plan import recipe_plan
+from cogumi.pipeline.recipe import Recipe, parse_recipe
+
+OTHERS = {"base": "another model", "rows": "other questions"}
+"""Step -> what a bundle was made from if the step has another fingerprint."""
+
+
+def parsed(text: str, plan: Adoption) -> Recipe:
+    """A recipe of an adoption, or its beginning."""
+    return parse_recipe(text, f"{plan.name}.yaml", plan.root.resolve())
+
+
+def usable_model(name: str) -> Model:
+    """The vocabulary of the model; the errors of `open_model`, and `ExportError` for one that cannot chat."""
+    model = Model(open_model(name, Path()).path, vocabulary_only=True)
+    if model.tokenizer.template is None:
+        raise ExportError(f"{name} has no chat template, so it cannot be asked questions; take a chat model (instruct)")
+    return model
+
+
+def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
+    """Why no modifier can be trained, empty if they can; `wanted` are the domains that must get one (None: any may).
+
+    Raises `DataError` for questions that cannot be graded or are too long, `CogumiError` for an unknown domain and for
+    a folder with other work in it, `TrainingError` if a wanted modifier cannot be trained.
+    """
+    names = [d.name for d in plan.survey.gradable]
+    if not names:
+        raise DataError(
+            "the answers are free text, which no grader can judge: give short answers, or a 'check' in each row "
+            "(docs/your-data.md lists the graders)"
+        )
+    for name in wanted or ():
+        if name in {d.name for d in plan.survey.domains} - set(names):
+            raise DataError(
+                f"the answers of '{name}' are free text, which no grader can judge; no modifier can be trained"
+            )
+        if name not in names:
+            raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
+    _check_lengths(plan.survey, model)
+    _check_folder(plan)
+    if wanted is not None and not wanted:
+        return ""
+    problems = recipe_plan.plan(parsed(head(plan) + modifiers(plan, wanted or names), plan)).problems
+    step = f"step '{WEIGHTS}': "
+    found = next((line.removeprefix(step) for line in problems if line.startswith(step)), "")
+    if found and wanted:
+        raise TrainingError(f"{found}: leave out --modifiers")
+    return found
+
+
+def _check_lengths(survey: Survey, model: Model) -> None:
+    """Whether the longest question of each domain, and an answer, fit the context that the model was trained for."""
+    context = model.trained_context
+    for domain in survey.gradable:
+        tokens = len(model.tokenizer.render(Request(messages=domain.longest.messages)))
+        if context and tokens + survey.max_tokens > context:
+            raise DataError(
+                f"the question {domain.longest.source} has {tokens} tokens; with {survey.max_tokens} for an answer "
+                f"that is more than the model's context of {context}: shorten that row or remove it"
+            )
+
+
+def _check_folder(plan: Adoption) -> None:
+    """`CogumiError` if the folder is no build, or holds a bundle of another model or of other questions."""
+    home = plan.root / plan.name
+    if domain_name(plan.name) != plan.name:
+        raise CogumiError(
+            f"'{plan.name}' cannot be the name of a build; use letters, digits, - and _: {domain_name(plan.name)}"
+        )
+    check_home(home)
+    if not (home / "bundle" / artifact.MANIFEST).is_file():
+        return
+    for step in fingerprint.plan(parsed(head(plan), plan)):
+        found = home / step.name
+        if step.name not in OTHERS or not (found / artifact.MANIFEST).is_file():
+            continue
+        if artifact.read_manifest(found).fingerprint != step.fingerprint:
+            raise CogumiError(
+                f"{home} holds a bundle made from {OTHERS[step.name]}: choose another --out, or remove that folder"
+            )
