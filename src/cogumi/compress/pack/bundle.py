@@ -48,7 +48,7 @@ from cogumi.core.text import system_prompt
 from cogumi.core.types import Artifact
 from cogumi.data.examples import iterate_examples, split_path
 
-VERSION = 4
+VERSION = 5
 KIND = "bundle"
 LIGHT = True
 
