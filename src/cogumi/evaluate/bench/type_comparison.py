@@ -39,13 +39,13 @@ from cogumi.confidence.signals import answer_signals
 from cogumi.core.amounts import size
 from cogumi.core.environment import end_idle_threads, usable_threads
 from cogumi.core.errors import ExportError
-from cogumi.core.types import Example, Request
+from cogumi.core.types import Example, Reply, Request
 from cogumi.data.world import DIFFICULTIES
 from cogumi.data.world.questions import Config as World
 from cogumi.data.world.questions import draw_fresh
 from cogumi.engine.llama.binding.model import load_tokenizer
 from cogumi.engine.llama.engine import LlamaEngine, default_threads
-from cogumi.engine.protocol import Engine, final_reply, replies
+from cogumi.engine.protocol import Engine, final_reply
 from cogumi.evaluate.bench.paired import Setup, answer, decode_rate, ordinary
 from cogumi.evaluate.bench.speed import PROMPT, first_token
 from cogumi.grading.graders import grade_all
@@ -215,28 +215,28 @@ def _exported(folder: Path, temporary: Path) -> Path:
 def _knowledge(path: Path, examples: Sequence[Example], advanced: Callable[[float], None]) -> Knowledge:
     """Ask all questions, and score each with its right answer."""
     requests = [Request(messages=e.messages, max_tokens=MAX_TOKENS, speculate=False) for e in examples]
-    size_of = context_for([path], examples, MAX_TOKENS, None)
-    given, scored = [], []
+    context = context_for([path], examples, MAX_TOKENS, None)
+    given, scores = [], []
     with (
-        closing(LlamaEngine(path, slots=STREAMS, context=size_of, lookup=False)) as engine,
+        closing(LlamaEngine(path, slots=STREAMS, context=context, lookup=False)) as engine,
         ThreadPoolExecutor(STREAMS) as pool,
     ):
-        for reply in replies(engine, requests, 2 * STREAMS):
+        for reply, score in pool.map(partial(_asked, engine), requests, [e.answer for e in examples]):
             given.append(reply)
-            advanced(len(given) / (2 * len(requests)))
-        for pair in pool.map(partial(_scored, engine), requests, [e.answer for e in examples]):
-            scored.append(pair)
-            advanced((len(given) + len(scored)) / (2 * len(requests)))
+            scores.append(score)
+            advanced(len(given) / len(requests))
     verdicts = grade_all([(e, reply.text) for e, reply in zip(examples, given, strict=True)])
-    nats, tokens = np.array(scored, np.float64).T
+    nats, tokens = np.array(scores, np.float64).T
     confidence = tuple(answer_signals(reply)["mean_logprob"] for reply in given)
     return Knowledge(nats, tokens, tuple(verdict.correct for verdict in verdicts), confidence)
 
 
-def _scored(engine: Engine, request: Request, right: str) -> tuple[float, int]:
-    """Nats and tokens of a question and its right answer."""
-    parts = (engine.read(request).score, engine.score(request, right))
-    return sum(part.nats for part in parts), sum(part.tokens for part in parts)
+def _asked(engine: Engine, request: Request, right: str) -> tuple[Reply, tuple[float, int]]:
+    """The model's own answer; nats and tokens of the question and the right answer. The prompt is read once."""
+    question = engine.read(request).score
+    reply = final_reply(engine.generate(request))
+    gold = engine.score(request, right)
+    return reply, (question.nats + gold.nats, question.tokens + gold.tokens)
 
 
 def _speed(path: Path, setup: Setup) -> tuple[float, float, float]:
