@@ -25,7 +25,7 @@ from cogumi.core.types import ABSTENTION, Example, Message, Reading, Reply, Scor
 from cogumi.data.examples import is_easy
 from cogumi.teach.answer_rows import Answer, Row, policy_answers, probabilities
 from cogumi.train.calibrate import Config, calibrate, fit_question_gate
-from cogumi.train.fit_gate import fit_gate
+from cogumi.train.fit_gate import FORMS, fit_gate
 
 rows = st.integers(2, 60).flatmap(
     lambda n: st.tuples(
@@ -228,7 +228,7 @@ def test_best_gate_form_and_calibrator_is_selected():
     y = (x[:, 0] * x[:, 1] > 0).astype(float)  # these are not linearly separable
     rows = [{"mean_logprob": a, "b": b} for a, b in x]
     fitted = fit_gate(rows[:600], y[:600], 0)
-    assert len(fitted.figures["tried"]) == 3 * len(NAMES)
+    assert len(fitted.figures["tried"]) == len(FORMS) * len(NAMES)
     assert fitted.figures["form"] == "net"
     assert fitted.figures["log_loss"] == min(t["log_loss"] for t in fitted.figures["tried"])
     assert metrics.auroc(fitted.gate.p_all(rows[600:]), y[600:]) > 0.95

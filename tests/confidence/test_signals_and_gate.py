@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from cogumi.confidence import signals
 from cogumi.confidence.calibrators import Calibrator
 from cogumi.confidence.domain_router import modifier_probabilities, route
-from cogumi.confidence.gate import Calibration, Gate, QuestionGate, check
+from cogumi.confidence.gate import FORMAT, Calibration, Gate, QuestionGate, check, matrix
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.nets import Net, load_head, load_net, sigmoid, softmax
 from cogumi.confidence.policy import POLICIES, Policy, PolicyAnswers, select_answer
@@ -160,7 +160,17 @@ def test_calibration_json_round_trip_is_exact():
     with pytest.raises(BundleError, match="format 9"):
         Calibration.from_json({"format": 9})
     with pytest.raises(BundleError, match="incomplete"):
-        Calibration.from_json({"format": 3})
+        Calibration.from_json({"format": FORMAT})
+
+
+def test_a_gate_sees_logarithms_and_which_modifier_answered():
+    rows = [{"mean_logprob": -0.25, **answered_by("math")}, {"mean_logprob": 0.0, **answered_by("code")}]
+    names = ("by_code", "by_math", "log_of_mean_logprob", "mean_logprob")
+    found = matrix(rows, names)
+    assert found[0].tolist() == pytest.approx([0.0, 1.0, math.log(0.251), -0.25])
+    assert found[1].tolist() == pytest.approx([1.0, 0.0, math.log(0.001), 0.0])
+    with pytest.raises(KeyError, match="mean_logprob"):
+        matrix([{"by_code": 1.0}], names)
 
 
 def test_bundle_without_modifiers_has_only_the_base_policy():

@@ -24,7 +24,11 @@ from cogumi.core.errors import BundleError, RequestError
 KINDS = ("calibrated", "searched", "perplexity")
 TIERS = ("draft", "base", "modifier", "direct")
 """Tiers with a gate; `direct` is a modifier that answers without the base's answer before it."""
-FORMAT = 3
+FORMAT = 4
+LOG, SMALLEST = "log_of_", 1e-3
+"""Prefix of the logarithm of a signal: between 0.001 and 0.01 nats an answer's reliability differs as much as between
+0.1 and 1. Smaller values count as `SMALLEST`.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,9 +62,14 @@ class Gate:
 
 
 def matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> NDArray[np.float64]:
-    """Signals as an array [rows, names]; a row has the signal of its own modifier only (see `answered_by`)."""
-    values = [[row.get(name, 0.0) if name.startswith(BY) else row[name] for name in names] for row in rows]
-    return np.array(values, dtype=np.float64).reshape(-1, len(names))
+    """Signals as an array [rows, names]; names with `LOG` are logarithms of the signals' sizes."""
+    return np.array([[_value(row, name) for name in names] for row in rows], dtype=np.float64).reshape(-1, len(names))
+
+
+def _value(row: Mapping[str, float], name: str) -> float:
+    if name.startswith(BY):  # a row has the signal of its own modifier only (see `answered_by`)
+        return row.get(name, 0.0)
+    return math.log(abs(row[name.removeprefix(LOG)]) + SMALLEST) if name.startswith(LOG) else row[name]
 
 
 def with_probe(signals: Mapping[str, float], probe: Net | None, hidden: Sequence[float]) -> Mapping[str, float]:

@@ -1,9 +1,9 @@
 """Fit a gate that predicts from signals whether an answer is correct: its form and its calibrator (SPEC F2, F3).
 
-Three forms are compared: a logistic regression on the perplexity alone, one on all signals, and a class-weighted net
-128 -> 64 -> 32 -> 1; each with the calibrators of `confidence.calibrators`. Form and calibrator are fitted and chosen
-by cross-validation, so that a few hundred rows serve both: each row is judged by a net and a calibrator that were
-fitted without it.
+Compared are a logistic regression on the perplexity alone, some on all signals with weaker and stronger regularisation,
+and a class-weighted net 128 -> 64 -> 32 -> 1; each with the calibrators of `confidence.calibrators`. Form and
+calibrator are fitted and chosen by cross-validation, so that a few hundred rows serve both: each row is judged by a net
+and a calibrator that were fitted without it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ from numpy.typing import NDArray
 
 from cogumi.confidence import calibrators
 from cogumi.confidence.calibrators import Calibrator
-from cogumi.confidence.gate import Gate, matrix
+from cogumi.confidence.gate import LOG, Gate, matrix
 from cogumi.confidence.metrics import brier, log_loss
 from cogumi.confidence.nets import Net
 
 FOLDS = 5
-FORMS = ("perplexity", "logistic", "net")
+STRENGTH = {"perplexity": 1.0, "logistic": 1.0, "logistic/10": 0.1, "logistic/30": 1 / 30, "probe": 0.05}
+"""Inverse strength of the regularisation of each linear form. With a few hundred rows, some dozen signals need a strong
+one; the probe has a weight per hidden unit.
+"""
+FORMS = ("perplexity", "logistic", "logistic/10", "logistic/30", "net")
+"""The forms among which a gate is chosen; the first needs the signal `ALONE`."""
 ALONE = "mean_logprob"
 """The signal of the form `perplexity`."""
 HIDDEN = (128, 64, 32)
 DOMAIN = "domain_"
 """Prefix of signals hidden from gates: with them a gate memorizes the base's accuracy per domain and fails on domains
 that are not in the calibration data."""
-PROBE_C = 0.05
-"""Inverse regularisation strength of the probe, which has a weight per hidden unit but only some thousand rows."""
+IN_NATS = ("_logprob", "_entropy")
+"""Endings of signals of which gates get the logarithm, too."""
 FEW = 6
 """Least number of right and of wrong rows."""
 
@@ -53,7 +58,8 @@ def fit_gate(rows: Signals, correct: Outcomes, seed: int) -> Fitted:
 
     If nearly all or nearly no rows are correct, the gate is constant: the share of correct rows.
     """
-    names = tuple(sorted({name for row in rows for name in row if not name.startswith(DOMAIN)}))
+    given = {name for row in rows for name in row if not name.startswith(DOMAIN)}
+    names = tuple(sorted(given | {LOG + name for name in given if name.endswith(IN_NATS)}))
     x, y = matrix(rows, names), np.asarray(correct, dtype=np.float64)
     if min(y.sum(), len(y) - y.sum()) < FEW:
         share = (y.sum() + 1) / (len(y) + 2)
@@ -130,7 +136,7 @@ def _train(form: str, x: Outcomes, y: Outcomes, seed: int) -> Net:
     scaler = StandardScaler().fit(x)
     z = scaler.transform(x)
     if form != "net":
-        line = LogisticRegression(max_iter=1000, C=PROBE_C if form == "probe" else 1.0).fit(z, y)
+        line = LogisticRegression(max_iter=1000, C=STRENGTH[form]).fit(z, y)
         return Net.of(scaler.mean_, scaler.scale_, [line.coef_.T], [line.intercept_])
     weight = np.where(y > 0, len(y) / (2 * y.sum()), len(y) / (2 * (len(y) - y.sum())))
     net = MLPClassifier(
