@@ -164,7 +164,10 @@ def test_calibration_json_round_trip_is_exact():
 
 
 def test_a_gate_sees_logarithms_and_which_modifier_answered():
-    rows = [{"mean_logprob": -0.25, **signals.answered_by("math")}, {"mean_logprob": 0.0, **signals.answered_by("code")}]
+    rows = [
+        {"mean_logprob": -0.25, **signals.answered_by("math")},
+        {"mean_logprob": 0.0, **signals.answered_by("code")},
+    ]
     names = ("by_code", "by_math", "log_of_mean_logprob", "mean_logprob")
     found = matrix(rows, names)
     assert found[0].tolist() == pytest.approx([0.0, 1.0, math.log(0.251), -0.25])
