@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cogumi.compress.gguf.gguf_file import open_model
 from cogumi.core import artifact
 from cogumi.core.errors import CogumiError, DataError, ExportError, TrainingError
 from cogumi.core.registry import nearest
 from cogumi.core.types import Request
 from cogumi.data.sources.survey import Survey, domain_name
-from cogumi.engine.llama.binding.model import Model
 from cogumi.pipeline import fingerprint
 from cogumi.pipeline.adopted_recipe import WEIGHTS, Adoption, head, modifiers
 from cogumi.pipeline.build import check_home
 from cogumi.pipeline.plan import recipe_plan
 from cogumi.pipeline.recipe import Recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from cogumi.engine.llama.binding.model import Model
 
 OTHERS = {"base": "another model", "rows": "other questions"}
 """Step -> what a bundle was made from if the step has another fingerprint."""
@@ -29,6 +31,9 @@ def parsed(text: str, plan: Adoption) -> Recipe:
 
 def usable_model(name: str) -> Model:
     """The vocabulary of the model; the errors of `open_model`, and `ExportError` for one that cannot chat."""
+    from cogumi.compress.gguf.gguf_file import open_model
+    from cogumi.engine.llama.binding.model import Model
+
     model = Model(open_model(name, Path()).path, vocabulary_only=True)
     if model.tokenizer.template is None:
         raise ExportError(f"{name} has no chat template, so it cannot be asked questions; take a chat model (instruct)")
