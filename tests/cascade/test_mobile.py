@@ -37,7 +37,7 @@ def mobile(whole, tmp_path_factory):
     files = {name: whole / name for name in index["files"] if name != DRAFT}
     parts = {name: part for name, part in index["parts"].items() if name != DRAFT}
     folder = tmp_path_factory.mktemp("mobile") / "bundle"
-    write_bundle(folder, files, {"parts": parts})
+    write_bundle(folder, files, {"parts": parts, "mode": "mobile"})
     return folder
 
 
@@ -59,7 +59,7 @@ def test_one_model_reads_and_answers(mobile, cascade):
     assert not any("draft" in f"{decision.tier} {decision.reason}" for decision in reply.decisions)
 
 
-def test_default_mode_is_mobile_unless_configured(mobile, whole, cascade):
+def test_default_mode_is_that_of_the_bundle_unless_configured(mobile, whole, cascade, tmp_path):
     def default(folder, settings=None):
         opened = open_cascade(folder, slots=1, context=128, threads=1, settings=settings)
         opened.close()
@@ -69,6 +69,10 @@ def test_default_mode_is_mobile_unless_configured(mobile, whole, cascade):
     assert default(mobile, Settings(modes={"careful": Mode(votes=5)})) == "mobile"
     assert default(mobile, Settings(default="fast")) == "fast"
     assert default(whole) == "balanced"
+    index = json.loads((whole / INDEX).read_text())
+    write_bundle(tmp_path / "odd", {n: whole / n for n in index["files"]}, {"parts": index["parts"], "mode": "odd"})
+    with pytest.raises(BundleError, match="default mode 'odd' is unknown"):
+        default(tmp_path / "odd")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -23,7 +23,7 @@ from cogumi.confidence.policy import POLICIES, Policy
 from cogumi.confidence.signals import answer_signals, question_signals
 from cogumi.core.types import ABSTENTION, Example, Message, Reading, Reply, Score, Token, Usage
 from cogumi.data.examples import is_easy
-from cogumi.teach.tier_answers import Answer, Row, policy_answers, probabilities
+from cogumi.teach.answer_rows import Answer, Row, policy_answers, probabilities
 from cogumi.train.calibrate import Config, calibrate, fit_question_gate
 from cogumi.train.fit_gate import fit_gate
 
@@ -146,13 +146,14 @@ def row(rng, domain):
         correct = bool(rng.random() < sigmoid(2 * sure))
         text = ABSTENTION if rng.random() < 0.05 else "aaa"
         reply = Reply(text, tokens, "stop", Usage())
-        return Answer(reply, correct, answer_signals(reply))
+        return Answer(text, 3, correct, answer_signals(reply))
 
     draft, base = answer(0.0), answer(0.5)
     seen = {**base.signals, **signals, "draft_nats": 1.0, "draft_gap": 0.5 + rng.normal()}
-    base = Answer(replace(base.reply, hidden=(ease + rng.normal(), rng.normal())), base.correct, seen)
-    draft = Answer(draft.reply, draft.correct, {**draft.signals, **signals})
-    return Row(example, question, reading.score.perplexity, draft, base, answer(1.0) if domain == "math" else None)
+    base = replace(base, signals=seen, hidden=(ease + rng.normal(), rng.normal()))
+    draft = replace(draft, signals={**draft.signals, **signals})
+    modifier = answer(1.0) if domain == "math" else None
+    return Row(example, question, reading.score.perplexity, draft, base, modifier, domain if modifier else "")
 
 
 COST = {"draft": 1.0, "base": 3.0}
@@ -197,10 +198,7 @@ def test_calibrated_gate_keeps_the_risk_limit_on_fresh_rows(tmp_path):
 
 def test_abstentions_are_never_accepted_answers():
     rng = np.random.default_rng(10)
-    rows = [
-        replace(r, base=replace(r.base, reply=replace(r.base.reply, text="I don't know")))
-        for r in synthetic_rows(rng, 20)
-    ]
+    rows = [replace(r, base=replace(r.base, text="I don't know")) for r in synthetic_rows(rng, 20)]
 
     def counted(base, modifier, policy):
         p = np.tile([0.0, base, modifier, modifier], (20, 1))
@@ -208,7 +206,7 @@ def test_abstentions_are_never_accepted_answers():
 
     assert counted(1.0, 0.0, Policy(modifier=True)) == (0, 0)
     # an abstention below the threshold escalates to the modifier
-    speaking = [r for r in rows if r.modifier and r.modifier.reply.text != ABSTENTION]
+    speaking = [r for r in rows if r.modifier and r.modifier.text != ABSTENTION]
     accepted, _ = counted(0.0, 1.0, Policy(modifier=True))
     assert accepted == len(speaking) > 0
     assert counted(0.0, 1.0, Policy()) == (0, 0)
@@ -217,7 +215,7 @@ def test_abstentions_are_never_accepted_answers():
 @pytest.mark.parametrize("correct", [0.0, 1.0])
 def test_gate_is_constant_when_all_outcomes_are_equal(correct):
     rows = [{"a": float(i), "b": 1.0} for i in range(50)]
-    fitted = fit_gate(rows, np.full(50, correct), rows, np.full(50, correct), 0)
+    fitted = fit_gate(rows, np.full(50, correct), 0)
     p = fitted.gate.p_all(rows)
     assert np.ptp(p) == 0.0
     assert abs(p[0] - correct) < 0.05
@@ -229,7 +227,7 @@ def test_best_gate_form_and_calibrator_is_selected():
     x = rng.normal(size=(900, 2))
     y = (x[:, 0] * x[:, 1] > 0).astype(float)  # these are not linearly separable
     rows = [{"mean_logprob": a, "b": b} for a, b in x]
-    fitted = fit_gate(rows[:600], y[:600], rows[600:], y[600:], 0)
+    fitted = fit_gate(rows[:600], y[:600], 0)
     assert len(fitted.figures["tried"]) == 3 * len(NAMES)
     assert fitted.figures["form"] == "net"
     assert fitted.figures["log_loss"] == min(t["log_loss"] for t in fitted.figures["tried"])

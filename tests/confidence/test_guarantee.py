@@ -66,6 +66,12 @@ def test_sequence_starts_at_a_threshold_with_enough_rows():
     assert threshold_order([RiskLimit(count, 0.05)], [0.99, 0.9, 0.8]) == [0.9, 0.8]
 
 
+def test_a_limit_that_no_threshold_meets_does_not_hide_the_other():
+    """60 unanswerable rows prove nothing at 2%; the start is then chosen by the accepted answers."""
+    limits = [RiskLimit({0.99: (20, 0), 0.9: (400, 4)}.get, 0.05), RiskLimit(lambda t: (60, 0), 0.02, True)]
+    assert threshold_order(limits, [0.99, 0.9]) == [0.9]
+
+
 def answers(rng, n, miscalibrated):
     """`n` answers: their scores, and whether they are wrong. A miscalibrated score misstates P(correct)."""
     score = 1 - rng.beta(0.4, 1.6, n)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,10 @@ def test_training_questions_can_be_counted_by_domain(tmp_path):
     rows = read_examples(split_path(tmp_path / "more", "train"))
     counts = {domain: sum(e.domain == domain and e.answerable for e in rows) for domain in ("math", "code")}
     assert counts == {"math": 5 * 7, "code": 5 * 3}
+    run(tmp_path / "kinds", train=3, train_by_domain={"tools": 7})
+    rows = read_examples(split_path(tmp_path / "kinds", "train"))
+    kinds = Counter(e.meta["unanswerable"] for e in rows if not e.answerable)
+    assert kinds == {"missing_tool": 7, "missing_fact": 3}
 
 
 def test_unknown_names_are_refused(tmp_path):

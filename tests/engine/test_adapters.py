@@ -8,6 +8,7 @@ import pytest
 
 from cogumi.core.errors import BundleError, RequestError
 from cogumi.core.types import Reply, Request
+from cogumi.engine.llama.binding.context import Context
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from support.engines import ask, ids, opened, pico, plain
@@ -33,6 +34,19 @@ def test_idle_adapters_are_unloaded_and_reloaded_with_the_same_results():
     assert both == [seen["a"], seen["b"]] == [seen["c"]] * 2
     assert ask(engine, request).tokens != seen["a"]
     engine.close()
+
+
+def test_contexts_of_unloaded_adapters_and_of_a_closed_engine_are_freed(monkeypatch):
+    freed, close = [], Context.close
+    monkeypatch.setattr(Context, "close", lambda context: (freed.append(context), close(context)))
+    files = pico()
+    adapters = dict.fromkeys("ab", files.adapter_gguf)
+    engine = LlamaEngine(files.base_q8, threads=1, adapters=adapters, adapter_memory=1, lookup=False)
+    for name in (None, "a", "b"):
+        ask(engine, Request(prompt=ids(20, 13), max_tokens=2, adapter=name))
+    assert len(freed) == 1  # that of "a"
+    engine.close()
+    assert len(set(freed)) == len(freed) == 3
 
 
 def test_adapters_are_added_and_replaced_while_idle():

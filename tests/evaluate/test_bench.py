@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 from gguf import GGUFReader
 
@@ -17,16 +18,18 @@ from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import final_reply
 from cogumi.evaluate.bench import memory_use, speed
 from cogumi.evaluate.bench.adapter_training import adapter_training
+from cogumi.evaluate.bench.busy_machine import busy, busy_loops
 from cogumi.evaluate.bench.paired import Setup, alternate
 from cogumi.evaluate.bench.roofline import Memory, weight_bytes
 from cogumi.evaluate.bench.run import NAMED_ONLY, chosen, measures, run
 from cogumi.evaluate.bench.soak import soak
 from cogumi.evaluate.bench.synthetic_models import SHAPES, chain, make_adapter, make_draft, make_model
 from support.gguf import stock_quantize
+from support.waiting import until
 
 ORDER = chain(SHAPES["pico"].vocabulary).tolist()
 PROMISED = {
-    *("single_stream", "roofline", "concurrency_8", "ngram", "kv_q4_0", "adapter_warm", "adapter_cold"),
+    *("single_stream", "roofline", "concurrency_8", "busy", "ngram", "kv_q4_0", "adapter_warm", "adapter_cold"),
     *("speculation_0.3", "speculation_0.6", "speculation_0.75", "speculation_0.9", "prefill_ahead"),
 }
 
@@ -171,6 +174,45 @@ def test_adapters_train_faster_over_cached_states(setup):
     assert row.conditions["caching_tokens_s"] > row.baseline  # one pass without gradients
 
 
+def test_speed_beside_busy_loops_is_compared_with_the_quiet_machine(setup):
+    before = set(psutil.Process().children())
+    row = busy(setup)
+    found = row.conditions
+    assert (row.name, row.unit, found["loops"], found["goal"], found["rounds"]) == ("busy", "tokens/s", 2, ">= 0.4", 5)
+    assert 0 < found["spread"][0] <= row.ratio <= found["spread"][1]
+    assert 0 < found["prompt_spread"][0] <= found["prompt_ratio"] + 0.001 <= found["prompt_spread"][1] + 0.002
+    assert found["met"] is (min(row.ratio, found["prompt_ratio"]) >= 0.4)
+    assert set(psutil.Process().children()) == before
+
+
+def test_busy_loops_compute_until_their_block_ends_even_by_ctrl_c():
+    loops = []
+
+    def interrupted():
+        with busy_loops(2) as running:
+            loops.extend(running)
+            until(lambda: all(psutil.Process(loop.pid).cpu_times().user > 0.1 for loop in loops))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [loop.poll() for loop in loops] == [-9, -9]
+
+
+def test_busy_loops_end_with_a_parent_that_is_killed():
+    code = """
+from cogumi.evaluate.bench.busy_machine import busy_loops
+with busy_loops(1) as loops:
+    print(loops[0].pid, flush=True)
+    input()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as parent:
+        loop = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    until(lambda: not loop.is_running() or loop.status() == psutil.STATUS_ZOMBIE)
+
+
 def test_concurrent_stress_does_not_change_answers(setup):
     """200 requests per round from 16 clients, with cancellations, adapters, drafts, several lengths and sampling."""
     row = soak(replace(setup, minutes=1))
@@ -230,7 +272,7 @@ def test_llama_cpp_server_gives_the_same_answer(setup):
     from cogumi.evaluate.bench.llama_server import LlamaServer
 
     with closing(LlamaServer(setup.model, slots=2, context=64, threads=1)) as server:
-        assert server.complete([ORDER[:4], ORDER[50:60]], 8) == [ORDER[4:12], ORDER[60:68]]
+        assert server.complete([ORDER[:4], ORDER[50:60]], [8, 8]) == [ORDER[4:12], ORDER[60:68]]
         assert server.processor_seconds() > 0
     with pytest.raises(RequestError, match="cannot open"):
         LlamaServer(setup.folder / "missing.gguf", slots=1, context=64, threads=1)

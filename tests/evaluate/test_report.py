@@ -47,19 +47,20 @@ def test_default_mode_is_judged_by_its_own_guarantee(bundle, data, tmp_path):
 
 
 def test_mobile_package_that_never_asks_its_base_is_reported(bundle, data, tmp_path):
-    """Every question is unfamiliar to the base, so the modifier answers first and the base has no P(correct)."""
+    """Every question is unfamiliar to the base, so the modifier answers first; the base is judged all the same."""
     index = json.loads((bundle / INDEX).read_text())
     calibration = json.loads((bundle / CALIBRATION).read_text())
     calibration["question"]["base_perplexity"] = 0.5
     calibration["guarantees"]["base+modifier+straight"]["threshold"] = 0.6
     write_json(tmp_path / CALIBRATION, calibration)
     files = {name: bundle / name for name in index["files"] if name != DRAFT} | {CALIBRATION: tmp_path / CALIBRATION}
-    write_bundle(tmp_path / "mobile", files, {"parts": {n: p for n, p in index["parts"].items() if n != DRAFT}})
+    parts = {n: p for n, p in index["parts"].items() if n != DRAFT}
+    write_bundle(tmp_path / "mobile", files, {"parts": parts, "mode": "mobile"})
     (tmp_path / "out").mkdir()
     found = reported(tmp_path / "mobile", data, tmp_path / "out")
     gate = found["gate"]
     assert found["routes"] == {"modifier": 1.0}
-    assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (0, 0.6, ROWS, 1.0)
+    assert (gate["n"], gate["threshold"], gate["accepted"], gate["coverage"]) == (ROWS, 0.6, ROWS, 1.0)
     assert gate["accepted_error"] == 1.0  # a random model is never correct
     assert list(found["accuracy"]) == ["base", "modifier", "cascade"]
     assert (tmp_path / "out" / "report.md").exists()
@@ -75,3 +76,39 @@ def test_confident_draft_answers_count_as_accepted():
     promise = report.Guarantee(0.8, 0.05, 0.95, 100, 50, 0, 0.05)
     gate = report.gate_figures(asked, asked, promise)
     assert (gate["accepted"], gate["coverage"], gate["accepted_error"], gate["n"]) == (1, 0.5, 0.0, 0)
+    assert gate["given"]["n"] == 0
+
+
+def test_showcase_has_a_question_of_every_kind_that_the_answers_offer():
+    def answered(domain, p, tier, accepted, history=()):
+        text = f"{domain} {p}"
+        meta = {"check": {"kind": "exact"}}
+        example = Example(text, domain, 1, (*history, Message("user", text)), "x", "test", meta)
+        return example, Reply("x", (), "stop", Usage(), tier=tier, p_correct=p, accepted=accepted)
+
+    def collected(rows):
+        return report.GradedAnswers([e for e, _ in rows], [r for _, r in rows], [True] * len(rows))
+
+    turn = (Message("user", "?"), Message("assistant", "x"))
+    given = [
+        answered("facts", 0.97, "base", True),
+        answered("facts", 0.6, "base", False),
+        answered("facts", 0.7, "base", False, turn),
+        answered("reading", 0.1, "base", False),
+        answered("reading", 0.2, "base", False),
+        answered("math", 0.99, "modifier:math", True),
+        answered("math", 0.98, "modifier:math", True),
+        answered("tools", 0.96, "modifier:tools", True),
+    ]
+    refused = collected([answered("facts", 0.3, "base", False), answered("facts", 0.02, "base", False)])
+    shown = report.showcase(collected(given), refused)
+    assert [row["question"] for row in shown] == [
+        "facts 0.97",
+        "math 0.99",
+        "tools 0.96",
+        "reading 0.2",  # "facts 0.6" is of a domain that was shown, "facts 0.7" makes no sense alone
+        "reading 0.1",
+        "facts 0.02",
+    ]
+    nothing_sure = collected([answered("facts", 0.6, "base", False), answered("math", 0.5, "modifier:math", False)])
+    assert [row["question"] for row in report.showcase(nothing_sure, refused)] == ["facts 0.6", "facts 0.02"]

@@ -32,7 +32,7 @@ SMALLER = {
     "trim": {"size": 640},
     "respond": {"rows": 60, "max_tokens": 2},
     "router": {"rows": 40, "epochs": 2},
-    "calibrate": {"max_tokens": 2, "rows": 60},
+    "answers": {"max_tokens": 2, "rows": 60},
     "report": {"max_tokens": 2, "rows": 20, "speculation_prompts": 2},
 }
 

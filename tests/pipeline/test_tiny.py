@@ -132,7 +132,7 @@ def test_mobile_package_is_built_from_its_draft(built, tmp_path):
     small = {
         "respond": {"max_tokens": 24},
         "modifier": {"loop": {"steps": 4, "batch": 32}},
-        "calibrate": {"max_tokens": 24},
+        "answers": {"max_tokens": 24},
         "report": {"max_tokens": 24, "speculation_prompts": 4},
     }
     for step in recipe["steps"]:

@@ -1,9 +1,10 @@
-"""The stages `router` and `calibrate` on pico models, and the cascade that uses their output."""
+"""The stages `router`, `answers` and `calibrate` on pico models, and the cascade that uses their output."""
 
 import json
 import math
 import random
 import shutil
+from contextlib import ExitStack
 
 import pytest
 
@@ -12,13 +13,15 @@ from cogumi.confidence.gate import Calibration
 from cogumi.confidence.nets import load_net
 from cogumi.confidence.policy import Policy
 from cogumi.confidence.signals import abstains
-from cogumi.core.errors import DataError
-from cogumi.core.stage import Context
+from cogumi.core.errors import ArtifactError, DataError
+from cogumi.core.stage import CHECKPOINT, Context
 from cogumi.core.types import ABSTENTION, Artifact, Example, Message, Request
-from cogumi.data.examples import SPLITS, split_path, write_examples
+from cogumi.data.examples import SPLITS, read_examples, split_path, write_examples
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import replies
 from cogumi.grading.graders import grade_all
+from cogumi.teach import tier_answers
+from cogumi.teach.answer_rows import read_rows
 from cogumi.train import calibrate, router
 from support.bundle import cascade_of, make_bundle
 
@@ -98,11 +101,23 @@ def test_router_needs_two_domains(artifacts, tmp_path):
         router.train([[0.0], [1.0]], ["math", "math"], 1, 0)
 
 
-def test_cascade_answers_match_the_calibrated_policy(routed, tmp_path):
+@pytest.fixture(scope="module")
+def answered(routed, tmp_path_factory):
+    """The inputs of `calibrate`."""
+    inputs, _ = routed
+    out, seen = tmp_path_factory.mktemp("answers"), []
+    (out / CHECKPOINT).mkdir()
+    metrics = tier_answers.run(tier_answers.Config(max_tokens=6, **SIZE), inputs, out, context(out, seen))
+    assert seen[-1] == (3 * ROWS, 3 * ROWS)
+    assert metrics["rows"] == {"fit": ROWS, "selection": ROWS, "threshold": ROWS}
+    return {"data": inputs["data"], "answers": Artifact("answers", out, "answers", {}, metrics)}
+
+
+def test_cascade_answers_match_the_calibrated_policy(routed, answered, tmp_path):
     """The guarantee is for a policy, so the running cascade must follow that policy for every answer."""
     inputs, _ = routed
-    config = calibrate.Config(e=0.6, unanswerable=0.99, max_tokens=6, **SIZE)
-    figures = calibrate.run(config, inputs, tmp_path, context(tmp_path))
+    config = calibrate.Config(e=0.6, unanswerable=0.99)
+    figures = calibrate.run(config, answered, tmp_path, context(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {
         "calibration.json",
         "reliability.png",
@@ -111,9 +126,10 @@ def test_cascade_answers_match_the_calibrated_policy(routed, tmp_path):
     }
     assert figures["rows"] == {"fit": ROWS, "selection": ROWS, "threshold": ROWS}
     calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
-    examples = calibrate.read_examples(split_path(inputs["data"].path, "threshold"))
-    with calibrate.ExitStack() as opened:
-        tiers = calibrate.open_tiers(inputs, examples, config, opened)
+    examples = read_examples(split_path(inputs["data"].path, "threshold"))
+    with ExitStack() as opened:
+        asked = tier_answers.Config(max_tokens=6, **SIZE)
+        tiers = tier_answers.open_tiers(inputs, examples, asked, context(tmp_path), opened)
         cascade = cascade_of(tiers, calibration, workers=4)
         for mode in ("fast", "balanced", "turbo", "mobile"):
             promise = figures["guarantee"][MODES[mode].policy.name]
@@ -128,19 +144,58 @@ def test_cascade_answers_match_the_calibrated_policy(routed, tmp_path):
             assert not any(abstains(r.text) for r in confident)
 
 
-def test_equal_inputs_give_equal_bytes(routed, tmp_path):
-    inputs, _ = routed
-    config = calibrate.Config(rows=30, max_tokens=6, **SIZE)
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_equal_inputs_give_equal_bytes(answered, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        calibrate.run(config, inputs, tmp_path / name, context(tmp_path))
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
-    assert one == two
+        calibrate.run(calibrate.Config(), answered, tmp_path / name, context(tmp_path))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_missing_guarantee_is_reported(routed, tmp_path):
+def test_killed_answers_continue_with_the_same_bytes(routed, answered, tmp_path, monkeypatch):
+    """A run that ends after the first stored chunks asks only the rest, and the chunks change no byte."""
     inputs, _ = routed
-    figures = calibrate.run(calibrate.Config(max_tokens=6, **SIZE), inputs, tmp_path, context(tmp_path))
+    config = tier_answers.Config(max_tokens=6, **SIZE)
+    monkeypatch.setattr(tier_answers, "CHUNK", 25)
+    asked = []
+
+    def stop_after_four(tiers, examples, options):
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.append(len(examples))
+        return ask(tiers, examples, options)
+
+    ask = tier_answers.ask
+    (tmp_path / CHECKPOINT).mkdir()
+    monkeypatch.setattr(tier_answers, "ask", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        tier_answers.run(config, inputs, tmp_path, context(tmp_path))
+    assert asked == [25, 25, 10, 25]
+    monkeypatch.setattr(tier_answers, "ask", lambda *args: asked.append(len(args[1])) or ask(*args))
+    tier_answers.run(config, inputs, tmp_path, context(tmp_path))
+    assert asked[4:] == [25, 10, 25, 25, 10]
+    assert files(tmp_path) == files(answered["answers"].path)
+
+
+def test_damaged_answers_are_refused(answered, tmp_path):
+    source = answered["answers"].path
+    for name in ("fit", "selection", "threshold"):
+        shutil.copy(source / f"{name}.jsonl", tmp_path)
+        shutil.copy(source / f"{name}.safetensors", tmp_path)
+    lines = (tmp_path / "fit.jsonl").read_text().splitlines(keepends=True)
+    examples = read_examples(split_path(answered["data"].path, "fit"))
+    assert len(read_rows(tmp_path, "fit", examples)) == ROWS
+    for text in ("".join(lines[1:]), "".join([lines[1], lines[0], *lines[2:]]), "no JSON"):
+        (tmp_path / "fit.jsonl").write_text(text)
+        with pytest.raises(ArtifactError, match="build the `answers` step again"):
+            read_rows(tmp_path, "fit", examples)
+
+
+def test_missing_guarantee_is_reported(answered, tmp_path):
+    figures = calibrate.run(calibrate.Config(), answered, tmp_path, context(tmp_path))
     promise = figures["guarantee"]["base"]
     assert (promise["threshold"], promise["coverage"], promise["accepted_error"]) == (None, 0.0, None)
     calibration = Calibration.from_json(json.loads((tmp_path / "calibration.json").read_text()))
@@ -156,4 +211,4 @@ def test_empty_split_is_refused_by_name(routed, tmp_path):
         target.write_text("" if split == "selection" else source.read_text())
     empty = {**inputs, "data": Artifact("examples", tmp_path / "data", "data")}
     with pytest.raises(DataError, match="'selection' is empty"):
-        calibrate.run(calibrate.Config(**SIZE), empty, tmp_path, context(tmp_path))
+        tier_answers.run(tier_answers.Config(**SIZE), empty, tmp_path, context(tmp_path))

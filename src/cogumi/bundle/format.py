@@ -21,8 +21,8 @@ and optionally, depending on the recipe:
 The base may be a GGUF file that lies elsewhere (SPEC M2): then base.gguf is a link to it, and bundle.json holds its
 absolute path beside its size and checksum. A copy of the folder in which base.gguf is the file itself stands alone.
 
-A mobile package (SPEC D10) is a bundle without draft.gguf: its base is the draft of a larger cascade, its modifiers are
-adapters of that model, and the base reads the questions itself.
+Without draft.gguf the base reads the questions itself. A mobile package (SPEC D10) is such a bundle: its base is the
+draft of a larger cascade, and its modifiers are adapters of that model.
 
 No file can run code when it is opened. A folder with a missing, unknown or damaged file is rejected.
 """

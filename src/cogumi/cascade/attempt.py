@@ -10,7 +10,7 @@ from cogumi.cascade.decide import Plan
 from cogumi.cascade.services import Services
 from cogumi.cascade.tiers import Question
 from cogumi.confidence.gate import Check, check, with_probe
-from cogumi.confidence.signals import abstains, answer_signals, modifier_signals, same_text
+from cogumi.confidence.signals import abstains, answer_signals, answered_by, modifier_signals, same_text
 from cogumi.core.types import Decision, Reply, Request
 
 UNCALIBRATED = Check(p=0.0, signal="calibrated", value=0.0, threshold=1.0, accepted=False)
@@ -81,6 +81,7 @@ class Judge:
         own = {**answer_signals(reply), **self.question.signals}
         if tier == "draft":
             return self._judged("draft", "draft", reply, own)
+        own |= answered_by(name)
         if tier == "direct":
             return self._judged("direct", f"modifier:{name}", reply, own)
         base = earlier[-1]

@@ -41,7 +41,7 @@ class RequestFlow:
 
     def __init__(self, services: Services, request: Request) -> None:
         self._services, self._tiers = services, services.tiers
-        self._request = _with_system(request, services.system)
+        self._request = with_system(request, services.system)
         self._id, self._user = request.id or uuid.uuid4().hex, request.user or ""
         self._decisions: list[Decision] = []
         self._usage = Usage()
@@ -188,7 +188,7 @@ class RequestFlow:
         )
 
 
-def _with_system(request: Request, system: str) -> Request:
+def with_system(request: Request, system: str) -> Request:
     """The request with the system prompt that the bundle was calibrated with, unless it has its own."""
     if not system or any(message.role == "system" for message in request.messages):
         return request

@@ -118,9 +118,12 @@ def open_cascade(
 
 
 def _settings(settings: Settings, bundle: Bundle) -> Settings:
-    """The operator's settings; the default mode of a mobile package is `mobile` unless they set another."""
-    chosen = bundle.draft is not None or "default" in settings.model_fields_set
-    return settings if chosen else settings.model_copy(update={"default": "mobile"})
+    """The operator's settings; their default mode is that of the bundle unless they set another."""
+    mode = bundle.description.get("mode", settings.default)
+    if mode not in settings.names:
+        raise BundleError(f"the bundle's default mode '{mode}' is unknown to this version; known: {settings.names}")
+    chosen = "default" in settings.model_fields_set
+    return settings if chosen else settings.model_copy(update={"default": mode})
 
 
 def _runnable(bundle: Bundle) -> Bundle:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +13,13 @@ from cogumi.cli import console
 from cogumi.cli.building import JobsOption
 from cogumi.cli.options import RUNS, JsonOption
 from cogumi.cli.progress import BuildProgress
+from cogumi.cli.type_table import base_line, chosen_type, print_types
 
 if TYPE_CHECKING:
     from cogumi.data.sources.survey import Survey
+    from cogumi.evaluate.bench.type_comparison import Comparison
+    from cogumi.pipeline.adopt import Adopted
+    from cogumi.pipeline.adopted_recipe import Adoption
 
 AUTO, NONE = "auto", "none"
 UPPER = 1 / 3
@@ -37,6 +43,14 @@ def adopt(
         Path | None, typer.Option(help="Folder of the build.", show_default="runs/<first file's name>")
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the model into the bundle.")] = False,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            help="Requantize the model to this llama.cpp type, or to the `fastest` here; what that costs is measured "
+            "and shown.",
+            show_default="the file as it is",
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the work begins.")] = False,
     jobs: JobsOption = 1,
     json: JsonOption = False,
@@ -49,10 +63,8 @@ def adopt(
     Example: `cogumi adopt model.gguf --data questions.jsonl`, then `cogumi chat runs/questions/bundle`
     """
     from cogumi.data.sources.survey import domain_name
-    from cogumi.pipeline import adopt as adoption
     from cogumi.pipeline import adoption_checks
     from cogumi.pipeline.adopted_recipe import Adoption
-    from cogumi.pipeline.build import build
 
     opened, found = adoption_checks.usable_model(model), _survey(data, domains)
     layers = int(opened.describe()["layers"])
@@ -62,34 +74,55 @@ def adopt(
     home.parent.mkdir(parents=True, exist_ok=True)  # relative paths of the recipe start there
     plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy)
     obstacle = adoption_checks.check(plan, opened, chosen)
+    kind, types = chosen_type(model, type) if found.gradable else (None, None)
+    plan = replace(plan, type=kind)
     if not json:
-        _show(found)
-        if found.gradable and (line := adoption.shortage(found, e)):
-            console.STDERR.print(line, soft_wrap=True, markup=False)
-        if obstacle:
-            console.STDERR.print(f"without modifiers: {obstacle}", soft_wrap=True, markup=False)
+        _announce(plan, types, obstacle)
         if not yes and console.STDERR.is_terminal and not typer.confirm("Build this?", default=True):
             raise SystemExit(1)
-
-    def run(recipe: Any) -> dict[str, Any]:
-        with BuildProgress() as progress:
-            return build(recipe, home.parent, jobs=jobs, progress=progress)
-
-    def say(line: str) -> None:
-        console.STDERR.print(line, soft_wrap=True, markup=False)
-
-    try:
-        with adoption.only_adoption(home):
-            done = adoption.adopt(plan, home.parent, chosen, run, say, obstacle)
-    except KeyboardInterrupt:
-        console.STDERR.print("cogumi: stopped; finished steps are kept: run the same command again to continue")
-        raise SystemExit(130) from None
+    done = _build(plan, chosen, obstacle, jobs)
     if json:
-        console.print_json({**done.report, "recipe_file": str(done.recipe), "modifier_reasons": done.reasons})
+        shown = {"recipe_file": str(done.recipe), "modifier_reasons": done.reasons}
+        console.print_json({**done.report, **shown, "type": kind, "types": types.document() if types else None})
         return
     console.print_report(dict(done.report))
     console.STDOUT.print(f"recipe: {done.recipe}", soft_wrap=True, markup=False)
     console.print_next(home / "bundle")
+
+
+def _announce(plan: Adoption, types: Comparison | None, obstacle: str) -> None:
+    """Print what the files hold, what a chosen type costs, and what will be missing."""
+    from cogumi.pipeline.adopt import shortage
+
+    _show(plan.survey)
+    if types:
+        print_types(plan.model, types)
+        console.STDOUT.print(base_line(types, plan.type), soft_wrap=True, markup=False)
+    if plan.survey.gradable and (line := shortage(plan.survey, plan.e)):
+        _say(line)
+    if obstacle:
+        _say(f"without modifiers: {obstacle}")
+
+
+def _say(line: str) -> None:
+    console.STDERR.print(line, soft_wrap=True, markup=False)
+
+
+def _build(plan: Adoption, chosen: Sequence[str] | None, obstacle: str, jobs: int | None) -> Adopted:
+    """Build the bundle with a progress bar; Ctrl-C ends with a line and code 130."""
+    from cogumi.pipeline import adopt as adoption
+    from cogumi.pipeline.build import build
+
+    def run(recipe: Any) -> dict[str, Any]:
+        with BuildProgress() as progress:
+            return build(recipe, plan.root, jobs=jobs, progress=progress)
+
+    try:
+        with adoption.only_adoption(plan.root / plan.name):
+            return adoption.adopt(plan, plan.root, chosen, run, _say, obstacle)
+    except KeyboardInterrupt:
+        _say("cogumi: stopped; finished steps are kept: run the same command again to continue")
+        raise SystemExit(130) from None
 
 
 def _survey(data: list[Path], domains: str | None) -> Survey:

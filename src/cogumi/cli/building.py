@@ -11,6 +11,8 @@ import typer
 from cogumi.cli import console
 from cogumi.cli.options import RUNS, BandwidthOption, JsonOption, PlannedArgument, RunsOption
 from cogumi.cli.progress import BenchProgress, BuildProgress, ByteProgress
+from cogumi.cli.type_table import plan_types
+from cogumi.core.errors import CogumiError
 
 if TYPE_CHECKING:
     from cogumi.pipeline.plan.command import Answer
@@ -112,6 +114,12 @@ def plan(
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the longest row.", show_default="estimated from the data")
     ] = None,
+    types: Annotated[
+        bool, typer.Option("--types", help="Measure the types of a model (a GGUF file, a folder, `smollm2`) here.")
+    ] = False,
+    questions: Annotated[
+        int | None, typer.Option(min=5, help="With --types: questions that each type answers.", show_default="60")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Estimate the cost of a recipe and the size of its bundle before the build. Downloads nothing.
@@ -121,9 +129,19 @@ def plan(
     --tokens-per-second) is missed, the smallest change that meets it is shown; if there is none, the calculation is
     shown and the exit code is 1. A GGUF file is also run and its measured size and speed are shown.
 
+    With --types, the model is measured in every llama.cpp type that makes sense: speed, loss, accuracy, and how well
+    it knows when it is right. With --check too, only the disk space is checked.
+
     Examples: `cogumi plan laptop-890mb --disk 890MB --ram 1.5GB --tokens-per-second 30`,
-    `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`
+    `cogumi plan Llama-3.1-8B --disk 540MB`, `cogumi plan cogumi-8b --check --gpu-memory 80GB`,
+    `cogumi plan model.gguf --types`
     """
+    if questions is not None and not types:
+        raise CogumiError("--questions is for --types, which asks them")
+    if types:
+        limits = (disk, ram, tokens_per_second, cache, bandwidth, gpu_memory, length)
+        plan_types(what, questions, any(limit is not None for limit in limits), check, json)
+        return
     from cogumi.core.amounts import parse_bytes, parse_rate
     from cogumi.core.estimate import Hardware
     from cogumi.pipeline.plan.bundle_memory import Serving

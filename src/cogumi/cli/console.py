@@ -160,10 +160,13 @@ def print_report(report: Mapping[str, Any]) -> None:
         print_accuracy(accuracy, "Correct answers to held-out questions")
     rows: list[tuple[str, str]] = []
     if gate := report.get("gate"):
+        if given := gate.get("given"):
+            rows.append(("answers given: AUROC of P(correct)", f"{given['auroc']:.3f}"))
+            rows.append(("answers given: calibration error (ECE)", f"{given['ece']:.3f}"))
         rows += [
-            ("AUROC of P(correct)", f"{gate['auroc']:.3f}"),
-            ("AUROC of perplexity alone", f"{gate['auroc_perplexity']:.3f}"),
-            ("calibration error (ECE)", f"{gate['ece']:.3f}"),
+            ("base alone: AUROC of P(correct)", f"{gate['auroc']:.3f}"),
+            ("base alone: AUROC of perplexity", f"{gate['auroc_perplexity']:.3f}"),
+            ("base alone: calibration error (ECE)", f"{gate['ece']:.3f}"),
             ("accepted answers (coverage)", f"{gate['coverage']:.1%}"),
             (f"wrong among accepted (bound {gate['bound']:.0%})", f"{gate['accepted_error']:.1%}"),
         ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +25,9 @@ from cogumi.cli.options import (
 from cogumi.cli.progress import BenchProgress, SuiteProgress
 from cogumi.core.errors import CogumiError
 from cogumi.core.types import Example, Request
+
+if TYPE_CHECKING:
+    from cogumi.evaluate.suite import Task
 
 MAX_TOKENS = 256
 """Most tokens of an answer in `eval`."""
@@ -58,7 +62,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Run this suite instead: honesty, routing, domains, escalation, cache, deliberation, learning, "
-            "templates, compression or training.",
+            "templates, compression, training or cloze.",
             show_default="grade the answers to --data",
         ),
     ] = None,
@@ -71,7 +75,9 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="With --suite: random seed.")] = 0,
     tier: Annotated[str, typer.Option(help="Tier to ask: cascade, base, draft or modifier:NAME.")] = "cascade",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows, from the first.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many rows of a file, from the first; also suite cloze.")
+    ] = None,
     threads: ThreadsOption = None,
     base_url: BaseUrlOption = None,
     base_model: BaseModelOption = None,
@@ -83,7 +89,9 @@ def evaluate(
     `cogumi eval --suite honesty --out honesty`
     """
     if suite is not None:
-        _measure(suite, bundle, data, out, seed, json)
+        from cogumi.evaluate.suite import Task
+
+        _measure(suite, Task(bundle, data, out, seed, limit, threads), json)
         return
     if data is None:
         raise CogumiError("give a file of questions with --data FILE, or a suite with --suite NAME")
@@ -137,24 +145,24 @@ def _model(tier: str, models: Sequence[str]) -> str:
     return names[tier]
 
 
-def _measure(name: str, bundle: Path | None, data: Path | None, out: Path | None, seed: int, json: bool) -> None:
-    """Run a suite and print its table; write the figures to `out` if given."""
+def _measure(name: str, task: Task, json: bool) -> None:
+    """Run a suite, on the newest bundle if none is given, and print its table; write the figures to `task.out`."""
     from cogumi.bundle.packed import is_packed
     from cogumi.bundle.unpack import BundleFiles
     from cogumi.core.files import write_json
-    from cogumi.evaluate.suite import Task, suite
+    from cogumi.evaluate.suite import suite
 
-    measured = suite(name)
+    measured, bundle = suite(name), task.bundle
     if bundle is None and any(RUNS.glob("*/bundle/bundle.json")):
         bundle = chosen_bundle(None)
     with ExitStack() as opened:
         if bundle is not None and is_packed(bundle):  # suites read the files of the bundle directly
             bundle = opened.enter_context(closing(BundleFiles(bundle))).bundle.path
         progress = opened.enter_context(SuiteProgress(name))
-        found = measured.run(Task(bundle, data, out, seed, progress.advanced))
+        found = measured.run(replace(task, bundle=bundle, progress=progress.advanced))
     figures = console.findings(name, found)
-    if out is not None:
-        write_json(out / f"{name}.json", figures)
+    if task.out is not None:
+        write_json(task.out / f"{name}.json", figures)
     if json:
         console.print_json(figures)
     else:
@@ -167,7 +175,9 @@ def bench(
     shape: Annotated[
         str, typer.Option(help="Shape of the random model: pico, draft, 1b (0.7 GB) or 8b (4.9 GB).")
     ] = "1b",
-    model: Annotated[Path | None, typer.Option(help="GGUF file to measure instead of a random model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="GGUF file, or bundle, to measure instead of a random model.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="With --model: text file to measure perplexity on.")] = None,
     accept: Annotated[
         list[float] | None,
@@ -182,8 +192,9 @@ def bench(
     """Measure the speed and memory of each feature with and without it, alternating, and against memory bandwidth.
 
     Downloads nothing: models of real shapes with random weights are written to the cache folder once. The rows
-    `soak`, `start`, `unpack`, `concurrency_16` and those for bundles of real shapes (`bundle_1b_q4_k_m`,
-    `bundle_1b_iq4_xs`, `bundle_mobile`) run only with --only.
+    `soak`, `start`, `unpack`, `concurrency_16`, `adapter_training`, those for bundles of real shapes
+    (`bundle_1b_q4_k_m`, `bundle_1b_iq4_xs`, `bundle_mobile`) and `price` (the time of a bundle's answers against
+    llama.cpp's server: give the bundle with --model) run only with --only.
 
     Example: `cogumi bench --json bench.json --picture bench.png`, or `cogumi bench --only single_stream`
     """

@@ -18,7 +18,7 @@ from cogumi.confidence.calibrators import Calibrator
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.nets import Net
 from cogumi.confidence.policy import Policy
-from cogumi.confidence.signals import perplexity
+from cogumi.confidence.signals import BY, perplexity
 from cogumi.core.errors import BundleError, RequestError
 
 KINDS = ("calibrated", "searched", "perplexity")
@@ -58,8 +58,9 @@ class Gate:
 
 
 def matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> NDArray[np.float64]:
-    """Signals as an array [rows, names]."""
-    return np.array([[row[name] for name in names] for row in rows], dtype=np.float64).reshape(-1, len(names))
+    """Signals as an array [rows, names]; a row has the signal of its own modifier only (see `answered_by`)."""
+    values = [[row.get(name, 0.0) if name.startswith(BY) else row[name] for name in names] for row in rows]
+    return np.array(values, dtype=np.float64).reshape(-1, len(names))
 
 
 def with_probe(signals: Mapping[str, float], probe: Net | None, hidden: Sequence[float]) -> Mapping[str, float]:

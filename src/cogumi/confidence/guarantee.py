@@ -184,8 +184,12 @@ def threshold_order(limits: Sequence[RiskLimit], grid: Sequence[float] = GRID) -
 
     Starting at the highest threshold would fail at once: it accepts too few rows for a significant test.
     """
-    evidence = [max(limit.p_value(threshold) for limit in limits) for threshold in grid]
-    return list(grid[evidence.index(min(evidence)) :])
+
+    def evidence(threshold: float) -> tuple[float, float]:
+        found = [limit.p_value(threshold) for limit in limits]
+        return max(found), sum(found)  # the sum decides where too few rows leave one limit unproved at every threshold
+
+    return list(grid[grid.index(min(grid, key=evidence)) :])
 
 
 def best_missed(limits: Sequence[RiskLimit], confidence: float, grid: Sequence[float] = GRID) -> Missed:

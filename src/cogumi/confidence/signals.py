@@ -15,6 +15,8 @@ from cogumi.core.text import abstains as text_abstains
 from cogumi.core.text import normalise
 from cogumi.core.types import Reading, Reply, Score
 
+BY = "by_"
+"""Prefix of the signals that say which modifier answered: the gate of all modifiers learns how often each is right."""
 FLOOR = 20.0  # nats: larger surprisals carry no more information; also keeps -inf out of the gates
 _EMPTY = (-FLOOR, FLOOR, 0.0)  # an answer without tokens counts as one token of maximum surprisal
 
@@ -72,6 +74,11 @@ def draft_score_signals(score: Score, base: Mapping[str, float]) -> dict[str, fl
     """The draft's score of the base's answer, and its difference from the base's own signals; nats per token."""
     nats = min(score.nats / max(score.tokens, 1), FLOOR)
     return {"draft_nats": nats, "draft_gap": nats + base["mean_logprob"]}
+
+
+def answered_by(modifier: str) -> dict[str, float]:
+    """The signal that says which modifier answered; in rows of other modifiers it is missing, which means 0."""
+    return {f"{BY}{modifier}": 1.0}
 
 
 def modifier_signals(

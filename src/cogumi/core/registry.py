@@ -35,6 +35,7 @@ STAGES: dict[str, str] = {
     "gptq": "cogumi.compress.quantize.gptq",
     "reader": "cogumi.train.reader",
     "router": "cogumi.train.router",
+    "answers": "cogumi.teach.tier_answers",
     "calibrate": "cogumi.train.calibrate",
     "bundle": "cogumi.compress.pack.bundle",
     "gain": "cogumi.evaluate.adapter_gain",

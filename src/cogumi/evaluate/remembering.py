@@ -37,7 +37,7 @@ class RememberingEngine:
         key = _key(request)
         found = self._replies.get(key) if key else None
         if found and (found.hidden or not request.hidden):
-            return (event for event in (*found.tokens, found))  # can be closed, like every generation
+            return _replayed((*found.tokens, found))
         events = self._engine.generate(request)
         return self._remembered(key, events) if key else events
 
@@ -55,6 +55,11 @@ class RememberingEngine:
         if key not in self._readings:
             self._readings[key] = self._engine.read(request)
         return self._readings[key]
+
+
+def _replayed(events: tuple[Event, ...]) -> Iterator[Event]:
+    """A generator, which can be closed as an engine's can."""
+    yield from events
 
 
 def _key(request: Request) -> Key | None:

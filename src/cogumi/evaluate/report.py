@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +31,22 @@ from cogumi.data.examples import SPLITS, is_easy, level, read_examples, split_pa
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, final_reply, replies
 from cogumi.evaluate.remembering import remembering_cascade
-from cogumi.evaluate.report_baselines import alone_figures, baselines, conversation_figures, price
+from cogumi.evaluate.report_baselines import alone_figures, base_alone, baselines, conversation_figures, price
 from cogumi.evaluate.report_page import page
 from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
 from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 
-VERSION = 5
+VERSION = 6
 KIND = "report"
 INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
 REPORTS = True
 CONTROL = "control_"
-
-_WANTED = (
-    ("base", "the base is sure, and nothing else is asked"),
-    ("modifier", "the base is unsure, the modifier of the domain is sure"),
-    ("modifier", "another domain, another modifier"),
-    ("abstained", "there is no answer, and the system says so"),
-    ("low_confidence", "too hard: an answer, with a warning instead of a claim"),
-    ("base", "another domain where the base is sure"),
-)
+LONGEST_SHOWN = 300
+"""Characters of a question in the showcase."""
+BASE_ALONE = "fast"
+"""The mode in which only the base answers."""
 
 
 class Config(BaseModel):
@@ -100,12 +95,12 @@ class AnswerCollector:
     total: int
     done: int = 0
 
-    def ask(self, engine: Engine, examples: Sequence[Example], adapter: str | None = None) -> GradedAnswers:
-        """An engine's graded answers to all questions, greedy and without speculation."""
-        requests = [
-            Request(messages=e.messages, max_tokens=self.config.max_tokens, adapter=adapter, speculate=False)
-            for e in examples
-        ]
+    def ask(
+        self, engine: Engine, examples: Sequence[Example], adapter: str | None = None, mode: str | None = None
+    ) -> GradedAnswers:
+        """An engine's graded answers to all questions, greedy and without speculation; `mode` is that of a cascade."""
+        options = Request(max_tokens=self.config.max_tokens, adapter=adapter, mode=mode, speculate=False)
+        requests = [replace(options, messages=e.messages) for e in examples]
         answers = []
         for reply in replies(engine, requests, 2 * self.config.slots):
             answers.append(reply)
@@ -116,21 +111,23 @@ class AnswerCollector:
         return GradedAnswers(examples, answers, [v.correct for v in verdicts])
 
 
-def base_probabilities(base: GradedAnswers, cascade: GradedAnswers) -> tuple[GradedAnswers, Doubles]:
-    """The base's answers to the questions on which the cascade used the base, and their P(correct) [n].
+def base_probabilities(base: GradedAnswers) -> tuple[GradedAnswers, Doubles]:
+    """The base's answers in a mode in which only the base answers, and their P(correct) [n].
 
-    In some modes the draft or a modifier answers first, and the base is not used.
+    Answers without P(correct), to questions unlike the calibration data, are left out.
     """
-    of_base = ("base", "p_correct")
-    found = [next((d.value for d in r.decisions if (d.tier, d.signal) == of_base), None) for r in cascade.replies]
-    at = [i for i, p in enumerate(found) if p is not None]
+    at = [i for i, reply in enumerate(base.replies) if reply.p_correct is not None]
     judged = GradedAnswers([base.examples[i] for i in at], [base.replies[i] for i in at], [base.correct[i] for i in at])
-    return judged, np.array([found[i] for i in at], dtype=np.float64)
+    return judged, np.array([base.replies[i].p_correct for i in at], dtype=np.float64)
 
 
 def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee) -> dict[str, Any]:
-    """Calibration and ranking of the base's P(correct), and error and coverage of the answers the cascade accepted."""
-    judged, p = base_probabilities(base, cascade)
+    """Calibration and ranking of P(correct), of the base's answers and of those given (`given`); error and coverage of
+    the accepted answers.
+    """
+    judged, p = base_probabilities(base)
+    told = [(r.p_correct, c) for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.p_correct is not None]
+    p_given, right = [p for p, _ in told], [c for _, c in told]
     signals = [answer_signals(reply) for reply in judged.replies]
     kept = [c for r, c in zip(cascade.replies, cascade.correct, strict=True) if r.accepted]
     return {
@@ -140,6 +137,12 @@ def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee
         "auroc": auroc(p, judged.correct),
         "auroc_perplexity": auroc([-perplexity(s) for s in signals], judged.correct),
         "auroc_length": auroc([-s["log_length"] for s in signals], judged.correct),
+        "given": {
+            "n": len(told),
+            "ece": ece(p_given, right),
+            "brier": brier(p_given, right),
+            "auroc": auroc(p_given, right),
+        },
         "threshold": promise.threshold,
         "coverage": len(kept) / max(len(cascade.replies), 1),
         "accepted": len(kept),
@@ -184,17 +187,45 @@ def unanswerable_figures(answers: GradedAnswers, unseen: Sequence[str]) -> dict[
     return {"confident": confident, "n": len(answers.examples), "kinds": kinds, "unseen_kinds": list(unseen)}
 
 
-def showcase(answers: Sequence[GradedAnswers]) -> list[dict[str, str]]:
-    """Up to six questions with different routes, no domain twice on the same route."""
-    rows = [(e, r) for a in answers for e, r in zip(a.examples, a.replies, strict=True)]
-    chosen: list[dict[str, str]] = []
-    used: set[tuple[str, str]] = set()
-    for route, why in _WANTED:
-        found = next((e for e, r in rows if r.route == route and (route, e.domain) not in used), None)
-        if found:
-            used.add((route, found.domain))
-            chosen.append({"question": found.messages[-1].content, "why": why})
-    return chosen
+def showcase(given: GradedAnswers, refused: GradedAnswers) -> list[dict[str, str]]:
+    """Up to six questions that show what the cascade does, each of another domain where possible.
+
+    `given` are its answers to held-out questions, `refused` those to unanswerable ones.
+    """
+
+    def by_p(answers: GradedAnswers, *, sure: bool, tier: str = "") -> list[Example]:
+        rows = [
+            (r.p_correct, i)
+            for i, r in enumerate(answers.replies)
+            if r.p_correct is not None and r.accepted == sure and r.tier.startswith(tier)
+        ]
+        return [answers.examples[i] for _, i in sorted(rows, reverse=True)]
+
+    of_base, of_modifiers = by_p(given, sure=True, tier="base"), by_p(given, sure=True, tier="modifier")
+    unsure = [e for e in by_p(given, sure=False, tier="base") if e.answerable]
+    kinds = (
+        ("the base is sure, and nothing else is asked", of_base),
+        ("the base is unsure, the modifier of the domain is sure", of_modifiers),
+        ("another domain, another modifier", of_modifiers),
+        ("likely right, but not proved: an answer with a warning", unsure),
+        ("too hard: P(correct) is low", unsure[::-1]),
+        ("there is no answer to this", by_p(refused, sure=False)[::-1]),
+    )
+    chosen: list[Example] = []
+    shown = []
+    for why, candidates in kinds:
+        new = [e for e in candidates if e not in chosen and _stands_alone(e)]
+        domains = {e.domain for e in chosen}
+        if found := next((e for e in new if e.domain not in domains), new[0] if new else None):
+            chosen.append(found)
+            shown.append({"question": found.messages[-1].content, "why": why})
+    return shown
+
+
+def _stands_alone(example: Example) -> bool:
+    """Whether a question is short and needs no earlier turn."""
+    follows = any(message.role == "assistant" for message in example.messages)
+    return not follows and len(example.messages[-1].content) < LONGEST_SHOWN
 
 
 def comparisons(
@@ -240,7 +271,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         collector = AnswerCollector(config, context, whole * len(heldout) + 2 * len(without) + asked_adapters)
         given = collector.ask(cascade, heldout)  # first, because its answers of the base are remembered with more
         refused = collector.ask(cascade, without)
-        base = collector.ask(tiers.base, heldout)
+        base = collector.ask(cascade, heldout, mode=BASE_ALONE)
         answers = {"draft": collector.ask(tiers.draft, heldout)} if tiers.has_draft else {}
         answers["base"] = base
         modifiers = {name: collector.ask(tiers.base, of[name], name) for name in domains}
@@ -252,8 +283,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             )
         answers["cascade"] = given
         controlled = _controls(collector, bundle.base, size, controls, of)
-        judged, base_p = base_probabilities(base, given)
-        sure = [e for e, r in zip(heldout, given.replies, strict=True) if r.accepted and r.route == "base"]
+        judged, base_p = base_probabilities(base)
+        simple = [e for e, r in zip(heldout, given.replies, strict=True) if base_alone(r)]
         right = zip(heldout, base.correct, strict=True)
         easy = [e for e, answered in right if is_easy(e, config.easy_up_to, answered)][: config.speculation_prompts]
         metrics = {
@@ -273,9 +304,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             "routes": _routes(answers["cascade"].replies),
             "unanswerable": unanswerable_figures(refused, data.metrics.get("unseen_kinds", ())),
             "bytes": inputs["bundle"].metrics["bytes"],
-            "showcase": showcase([answers["cascade"], refused]),
+            "showcase": showcase(given, refused),
         }
-    metrics["price"] = price(folder, bundle.base, sure[: config.priced], config.max_tokens, size)
+    metrics["price"] = price(folder, bundle.base, simple[: config.priced], config.max_tokens, size)
     accuracy_picture(out / "accuracy.png", metrics["accuracy"])
     reliability_picture(out / "reliability.png", {"base": (base_p, np.array(judged.correct, dtype=np.float64))})
     p_given = [r.p_correct or 0.0 for r in given.replies]

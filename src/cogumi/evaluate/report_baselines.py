@@ -3,7 +3,7 @@
 `alone`: the base without the cascade, which gives every answer as if it were sure. `baselines`: simpler scores of the
 base's answers: perplexity, length, and P(True), the probability that the base itself gives to "the proposed answer is
 right" (Kadavath et al. 2022). `conversations`: follow-up questions, apart. `price`: the time of an answer by the
-cascade against the same file without it.
+cascade against the same file without it, where the base alone answered.
 """
 
 from __future__ import annotations
@@ -97,10 +97,15 @@ def conversation_figures(
     }
 
 
+def base_alone(reply: Reply) -> bool:
+    """Whether the base gave the answer and nothing else was generated, so that the cascade only reads and judges."""
+    return reply.tier == "base" and reply.usage.completion_tokens == len(reply.tokens)
+
+
 def price(
     bundle: Path, base: Path, examples: Sequence[Example], max_tokens: int, context: int
 ) -> dict[str, Any] | None:
-    """Time of the cascade divided by that of its base alone, on questions of which the base is sure.
+    """Time of the cascade divided by that of its base alone, on questions with answers that are `base_alone`.
 
     Of the first token and of the whole answer, one at a time (median of pairs), and of all answers, `STREAMS` at a
     time. None without questions.
@@ -112,7 +117,7 @@ def price(
     with closing(plain), closing(open_cascade(bundle, slots=STREAMS, context=context)) as cascade:
         pairs = []
         for request in requests[: len(requests) // 2]:
-            pairs.append([_timed(engine, request) for engine in (plain, cascade)])
+            pairs.append([timed(engine, request) for engine in (plain, cascade)])
         together = []
         for engine in (plain, cascade):
             began = time.perf_counter()
@@ -126,7 +131,7 @@ def price(
     }
 
 
-def _timed(engine: Engine, request: Request) -> tuple[float, float]:
+def timed(engine: Engine, request: Request) -> tuple[float, float]:
     """Seconds to the first token and to the end of an answer."""
     began, first = time.perf_counter(), 0.0
     for event in engine.generate(request):

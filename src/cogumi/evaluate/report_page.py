@@ -37,7 +37,10 @@ def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
         for kind, (k, n) in sorted(refused["kinds"].items())
     ]
     rows = [
-        ["answers judged", f"{gate['n']}"],
+        ["answers given, with P(correct)", f"{gate['given']['n']}"],
+        ["AUROC of their P(correct)", f"{gate['given']['auroc']:.3f}"],
+        ["their calibration error (ECE, ten bins)", f"{gate['given']['ece']:.3f}"],
+        ["answers of the base alone", f"{gate['n']}"],
         ["calibration error (ECE, ten bins)", f"{gate['ece']:.3f}"],
         ["Brier score", f"{gate['brier']:.3f}"],
         ["AUROC of P(correct)", f"{gate['auroc']:.3f}"],
@@ -80,7 +83,7 @@ def _alone(alone: Mapping[str, Any], scores: Mapping[str, Any], price: Mapping[s
         ]
     if price:
         lines += [
-            f"Price, on {price['n']} questions of which the base is sure: first token {price['first_token']:.2f}x,",
+            f"Price, on {price['n']} questions that the base answered alone: first token {price['first_token']:.2f}x,",
             f"whole answer {price['answer']:.2f}x, eight at a time {price['8_streams']:.2f}x the time of the base",
             "alone.",
             "",

@@ -26,6 +26,7 @@ SUITES: dict[str, str] = {
     "training": "cogumi.evaluate.suites.training",
     "templates": "cogumi.evaluate.suites.templates",
     "compression": "cogumi.evaluate.suites.compression",
+    "cloze": "cogumi.evaluate.suites.cloze",
 }
 """Name -> module."""
 
@@ -36,13 +37,16 @@ _RELATIONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": opera
 class Task:
     """Inputs of a suite: a bundle's folder, the user's data, and a folder for pictures (each None if not given).
 
-    `progress(done, total, figures)` may be called at any rate.
+    `limit` and `threads` are those of suites with models and rows of the user's choice (None: all rows; the engine's
+    default). `progress(done, total, figures)` may be called at any rate.
     """
 
     bundle: Path | None = None
     data: Path | None = None
     out: Path | None = None
     seed: int = 0
+    limit: int | None = None
+    threads: int | None = None
     progress: Callable[[int, int, Mapping[str, float]], None] = lambda done, total, figures: None
 
 

@@ -22,6 +22,7 @@ class Adoption:
     """What to build: a model (as for stage `gguf_file`), the files of a survey, and the domains that get a modifier.
 
     `root` is the folder of the recipe, where its relative paths start. Modifiers are trained on the upper `layers`.
+    `type`: the model is requantized to it; None: it stays as it is.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Adoption:
     e: float
     layers: int
     copy: bool = False
+    type: str | None = None
 
 
 def _flow(value: Any) -> str:
@@ -54,6 +56,8 @@ def head(plan: Adoption) -> str:
     graders = {d.name: d.grader for d in domains if d.grader != OWN}
     names = [d.name for d in domains]
     model = _path(Path(plan.model), plan.root) if Path(plan.model).exists() else plan.model
+    about = f"requantized to {plan.type}: not its own bytes" if plan.type else "where it lies"
+    base = {"model": model} | ({"type": plan.type} if plan.type else {})
     return f"""# Written by `cogumi adopt`. Change it and run `cogumi build` on this file; finished steps are kept.
 name: {plan.name}
 seed: 7
@@ -69,8 +73,8 @@ steps:
   # Five sets: training, choice of forms, fit of the gates, the promise, the report.
   - {{name: data, stage: split, inputs: {{pool: rows}}, config: {_flow(SHARES)}}}
 
-  # The model, where it lies.
-  - {{name: base, stage: gguf_file, config: {_flow({"model": model})}}}
+  # The model, {about}.
+  - {{name: base, stage: gguf_file, config: {_flow(base)}}}
 
   # Its answers to the training questions, and heads on its hidden states that read a question.
   - name: responses
@@ -96,7 +100,9 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
     stage: modifier
     inputs: {{examples: data, responses: responses, model: {WEIGHTS}}}
     config:
-      {{domain: {domain}, layers: {plan.layers}, loop: {{steps: 60, batch: 16, lr: 0.002, evaluate_every: 30}}}}
+      domain: {domain}
+      layers: {plan.layers}
+      loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25}}
   - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: {WEIGHTS}}}}}
   - name: {gain}
     stage: gain
@@ -111,11 +117,13 @@ def tail(plan: Adoption, domains: Sequence[str]) -> str:
     kept = "".join(f", modifier_{domain}: {step_names(domain)[1]}" for domain in domains)
     tokens = plan.survey.max_tokens
     return f"""
-  # Of the answers that are accepted as sure, at most the share `e` may be wrong, with 95% confidence.
-  - name: calibration
-    stage: calibrate
+  # Answers to the questions of the other sets. Of the answers that are accepted as sure, at most the share `e` may be
+  # wrong, with 95% confidence; another `e` does not ask again.
+  - name: answers
+    stage: answers
     inputs: {{data: data, base: base, difficulty: reader, router: reader{kept}}}
-    config: {{e: {plan.e}, max_tokens: {tokens}}}
+    config: {{max_tokens: {tokens}}}
+  - {{name: calibration, stage: calibrate, inputs: {{data: data, answers: answers}}, config: {{e: {plan.e}}}}}
 
   - name: bundle
     stage: bundle

@@ -1,16 +1,16 @@
 """Stage `calibrate`: gates and thresholds of the cascade, fitted to graded answers (SPEC F1, F2, F3, F4, F10).
 
-The finished models answer three splits. Gates are fitted on `fit`. On `selection` their form and calibrator are chosen,
-thresholds are searched, and the order of the tests is fixed. On `threshold` the guarantee is tested and the
-figures are measured. The correct answer to an unanswerable question is an abstention; the guarantee counts abstentions
-neither as accepted nor as wrong.
+Stage `answers` asked the finished models the questions of three splits. On `fit` and `selection` the gates are fitted,
+their form and calibrator are chosen, thresholds are searched, and the order of the tests is fixed, all by
+cross-validation. On `threshold` the guarantee is tested and the figures are measured. The correct answer to an
+unanswerable question is an abstention; the guarantee counts abstentions neither as accepted
+nor as wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +18,38 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogumi.cascade.tiers import Heads, Tiers
 from cogumi.confidence.gate import Calibration, Gate, QuestionGate
 from cogumi.confidence.guarantee import Guarantee, RiskLimit, guarantee, threshold_order
 from cogumi.confidence.metrics import aurc, auroc, brier, crossing, ece, log_loss
-from cogumi.confidence.nets import Net, load_head, load_net, load_scope
+from cogumi.confidence.nets import Net
 from cogumi.confidence.policy import POLICIES, Policy, PolicyAnswers
 from cogumi.confidence.signals import perplexity
-from cogumi.core.errors import DataError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import FileFacts, FileSize
 from cogumi.core.files import write_json
 from cogumi.core.stage import Context
-from cogumi.core.types import Artifact, Example
+from cogumi.core.types import Artifact
 from cogumi.data.examples import is_easy, read_examples, split_path
-from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.teach.context_size import context_for
-from cogumi.teach.tier_answers import (
+from cogumi.teach.answer_rows import (
+    COLUMNS,
     Answer,
-    AskOptions,
     Row,
-    ask,
     base_rows,
     familiar,
     hidden,
     policy_answers,
     probabilities,
+    read_rows,
     with_modifier,
 )
+from cogumi.teach.tier_answers import SPLITS
 from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 
-VERSION = 5
+VERSION = 6
 KIND = "calibration"
-INPUTS = {"data": "examples", "base": "gguf", "difficulty": "model|reader", "router": "router|reader"}
-OPTIONAL = {"draft": "gguf", "modifier_*": "gguf"}
-SPLITS = ("fit", "selection", "threshold")
-MODIFIER = "modifier_"
+LIGHT = True
+INPUTS = {"data": "examples", "answers": "answers"}
 NOVEL = 0.005
 """False-alarm rate of the novelty test: share of calibration questions that count as novel."""
 HARD_PASSED = 0.01
@@ -83,31 +78,6 @@ class Config(BaseModel):
     draft_perplexity: float | None = Field(None, gt=1)
     base_perplexity: float | None = Field(None, gt=1)
     answer_perplexity: float | None = Field(None, gt=1)
-    rows: int | None = Field(None, ge=1, description="at most so many rows of each split; none: all")
-    max_tokens: int = Field(128, ge=1)
-    slots: int = Field(16, ge=1)
-    context: int | None = Field(None, ge=16, description="tokens of question and answer; none: the longest")
-
-
-def open_tiers(inputs: Mapping[str, Artifact], examples: Sequence[Example], config: Config, opened: ExitStack) -> Tiers:
-    """Open the models for questions `examples`; `opened` closes them. Without a draft the base reads the questions."""
-    models = [inputs[role].path / "model.gguf" for role in ("base", "draft") if role in inputs]
-    context = context_for(models, examples, config.max_tokens, config.context)
-    adapters = {
-        role.removeprefix(MODIFIER): artifact.path / "adapter.gguf"
-        for role, artifact in inputs.items()
-        if role.startswith(MODIFIER)
-    }
-    size: dict[str, Any] = {"slots": config.slots, "context": context, "lookup": False}
-    base = LlamaEngine(inputs["base"].path / "model.gguf", adapters=adapters, **size)
-    opened.callback(base.close)
-    draft = base
-    if "draft" in inputs:
-        draft = LlamaEngine(inputs["draft"].path / "model.gguf", **size)
-        opened.callback(draft.close)
-    difficulty = load_head(inputs["difficulty"].path / "difficulty.safetensors")
-    router = inputs["router"].path / "router.safetensors"
-    return Tiers(base, draft, Heads(difficulty, load_net(router), load_scope(router)))
 
 
 def fit_question_gate(rows: Sequence[Row], easy: Sequence[bool], config: Config) -> QuestionGate:
@@ -146,62 +116,55 @@ def _correct(answers: Sequence[Answer | None]) -> Doubles:
     return np.array([a is not None and a.correct for a in answers], dtype=np.float64)
 
 
-def fit_base(rows: Mapping[str, list[Row]], seed: int) -> tuple[Fitted, Net | None]:
+def fit_base(rows: Sequence[Row], seed: int) -> tuple[Fitted, Net | None]:
     """The base's gate, and the probe of its hidden states, which is one of the gate's signals."""
-    fit, chosen = rows["fit"], rows["selection"]
-    right = {name: _correct([r.base for r in rows[name]]) for name in ("fit", "selection")}
-    probe, out_of_fold = fit_probe(hidden(fit), right["fit"], seed)
-    signals: list[Mapping[str, float]] = [r.base.signals for r in fit]
+    right = _correct([r.base for r in rows])
+    probe, out_of_fold = fit_probe(hidden(rows), right, seed)
+    signals: list[Mapping[str, float]] = [r.base.signals for r in rows]
     if probe:  # out-of-fold, because the probe was fitted on these rows
         signals = [{**row, "probe": float(z)} for row, z in zip(signals, out_of_fold, strict=True)]
-    return fit_gate(signals, right["fit"], base_rows(chosen, probe), right["selection"], seed), probe
+    return fit_gate(signals, right, seed), probe
 
 
-def fit_gates(rows: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, Fitted], Net | None]:
-    """A gate for every tier with answers in `fit` and `selection`, and the probe."""
-    fit, chosen = rows["fit"], rows["selection"]
+def fit_gates(rows: Sequence[Row], seed: int) -> tuple[dict[str, Fitted], Net | None, Doubles]:
+    """A gate for every tier with answers, the probe, and out-of-fold P(correct) as in `probabilities` [n, 4]."""
     base, probe = fit_base(rows, seed)
+    gates, p = {"base": base}, np.full((len(rows), len(COLUMNS)), np.nan)
+    p[:, COLUMNS.index("base")] = base.out_of_fold
 
-    def fitted(
-        signals: tuple[Signals, Signals], answers: tuple[Sequence[Answer | None], Sequence[Answer | None]]
-    ) -> Fitted:
-        return fit_gate(signals[0], _correct(answers[0]), signals[1], _correct(answers[1]), seed)
+    def fitted(tier: str, index: NDArray[np.intp], signals: Signals, answers: Sequence[Answer | None]) -> None:
+        if len(index):
+            gates[tier] = fit_gate(signals, _correct(answers), seed)
+            p[index, COLUMNS.index(tier)] = gates[tier].out_of_fold
 
-    drafts = [r.draft for r in fit if r.draft], [r.draft for r in chosen if r.draft]
-    gates = {"base": base}
-    if all(drafts):
-        gates["draft"] = fitted(([a.signals for a in drafts[0]], [a.signals for a in drafts[1]]), drafts)
-    of_fit, of_chosen = with_modifier(fit), with_modifier(chosen)
-    if len(of_fit) and len(of_chosen):
-        p = base.gate.p_all(base_rows(chosen, probe))
-        answers = [fit[i].modifier for i in of_fit], [chosen[i].modifier for i in of_chosen]
-        after_base = (
-            [fit[i].modifier_signals(float(base.out_of_fold[i])) for i in of_fit],
-            [chosen[i].modifier_signals(float(p[i])) for i in of_chosen],
-        )
-        direct = [fit[i].direct_signals for i in of_fit], [chosen[i].direct_signals for i in of_chosen]
-        gates["modifier"] = fitted(after_base, answers)
-        gates["direct"] = fitted(direct, answers)
-    return gates, probe
+    drafts = [r.draft for r in rows if r.draft]
+    fitted("draft", np.arange(len(drafts)), [d.signals for d in drafts], drafts)
+    index = with_modifier(rows)
+    modified = [rows[i].modifier for i in index]
+    after_base = [rows[i].modifier_signals(float(base.out_of_fold[i])) for i in index]
+    fitted("modifier", index, after_base, modified)
+    fitted("direct", index, [rows[i].direct_signals for i in index], modified)
+    return gates, probe, p
 
 
-def compare_benefit(rows: Mapping[str, list[Row]], gates: Mapping[str, Gate], probe: Net | None, seed: int) -> Any:
+def compare_benefit(
+    pool: Sequence[Row], tested: Sequence[Row], gates: Mapping[str, Gate], probe: Net | None, seed: int
+) -> Any:
     """Compare two scores for escalation to a modifier: P(the base is wrong) and P(the modifier corrects the base).
 
-    For each, the mean accuracy over all shares of escalated questions, highest scores first (arXiv 2604.14251). None
-    if no modifier answered.
+    For each, the mean accuracy over all shares of escalated questions of `tested`, highest scores first (arXiv
+    2604.14251); the second score is fitted on `pool`. None if no modifier answered.
     """
-    parts = {name: [split[i] for i in with_modifier(split)] for name, split in rows.items()}
-    if not all(parts.values()):
+    pool, tested = ([rows[i] for i in with_modifier(rows)] for rows in (pool, tested))
+    if not (pool and tested):
         return None
 
-    def fixed(split: Sequence[Row]) -> Doubles:
-        return _correct([r.modifier for r in split]) * (1 - _correct([r.base for r in split]))
+    def fixed(rows: Sequence[Row]) -> Doubles:
+        return _correct([r.modifier for r in rows]) * (1 - _correct([r.base for r in rows]))
 
-    signals = {name: base_rows(split, probe) for name, split in parts.items()}
-    fitted = fit_gate(signals["fit"], fixed(parts["fit"]), signals["selection"], fixed(parts["selection"]), seed)
-    tested = parts["threshold"]
-    benefit, wrong = fitted.gate.p_all(signals["threshold"]), 1 - gates["base"].p_all(signals["threshold"])
+    signals = base_rows(tested, probe)
+    benefit = fit_gate(base_rows(pool, probe), fixed(pool), seed).gate.p_all(signals)
+    wrong = 1 - gates["base"].p_all(signals)
     base, modifier = _correct([r.base for r in tested]), _correct([r.modifier for r in tested])
 
     def mean_accuracy(score: Doubles) -> float:
@@ -253,51 +216,48 @@ def calibrate(
 
     `cost` is the cost per token of `draft` and of `base`.
     """
-    fitted, probe = fit_gates(rows, seed)
+    pool, tested = [*rows["fit"], *rows["selection"]], rows["threshold"]
+    fitted, probe, p_pool = fit_gates(pool, seed)
     gates = {name: one.gate for name, one in fitted.items()}
-    easy = {name: [_easy(r, config) for r in rows[name]] for name in rows}
-    question = fit_question_gate(rows["fit"], easy["fit"], config)
-    limit = config.answer_perplexity or _answer_perplexity(rows["fit"])
+    easy, easy_tested = ([_easy(r, config) for r in some] for some in (pool, tested))
+    question = fit_question_gate(pool, easy, config)
+    limit = config.answer_perplexity or _answer_perplexity(pool)
     without_guarantee = Calibration(question, gates, probe, limit, {}, {})
-    p = {name: probabilities(rows[name], gates, probe) for name in ("selection", "threshold")}
+    p = probabilities(tested, gates, probe)
 
-    known = {name: familiar(rows[name], without_guarantee) for name in p}
-
-    def answers(split: str, policy: Policy) -> PolicyAnswers:
-        every = policy_answers(rows[split], p[split], policy, question.base_perplexity, cost)
-        return every.rows(np.flatnonzero(known[split]))
-
-    def limits(split: str, answers: PolicyAnswers, config: Config) -> list[RiskLimit]:
-        """Limits on the errors of accepted answers and, if the split has any, on accepted unanswerable questions."""
-        without = np.array([not r.example.answerable for r in rows[split]], dtype=bool)
-        found = [RiskLimit(answers.count, config.e)]
+    def answers(some: Sequence[Row], p: Doubles, policy: Policy) -> tuple[PolicyAnswers, list[RiskLimit]]:
+        """A policy's answers to familiar questions, and the limits on the errors of accepted answers and, if there are
+        any, on accepted unanswerable questions.
+        """
+        known = familiar(some, without_guarantee)
+        found = policy_answers(some, p, policy, question.base_perplexity, cost).rows(np.flatnonzero(known))
+        limits = [RiskLimit(found.count, config.e)]
+        without = np.array([not r.example.answerable for r in some], dtype=bool)
         if without.any():
-            claimed = answers.rows(np.flatnonzero(without[known[split]])).claimed
-            found.append(RiskLimit(claimed, config.unanswerable, True))
-        return found
+            claimed = found.rows(np.flatnonzero(without[known])).claimed
+            limits.append(RiskLimit(claimed, config.unanswerable, True))
+        return found, limits
 
     policies = [one for one in POLICIES if all(tier in gates for tier in one.order(one.modifier, False))]
     promises: dict[str, Guarantee] = {}
     searched: dict[str, tuple[float, list[tuple[float, float, float]]]] = {}
     for policy in policies:
-        chosen, tested = answers("selection", policy), answers("threshold", policy)
-        order = threshold_order(limits("selection", chosen, config))
-        tests = limits("threshold", tested, config)
-        promises[policy.name] = guarantee(order, tests, len(rows["threshold"]), config.confidence)
+        chosen, of_pool = answers(pool, p_pool, policy)
+        _, tests = answers(tested, p, policy)
+        promises[policy.name] = guarantee(threshold_order(of_pool), tests, len(tested), config.confidence)
         searched[policy.name] = search(chosen)
     found = Calibration(question, gates, probe, limit, promises, {name: t for name, (t, _) in searched.items()})
     write_json(out / FILE, found.to_json())
-    _draw(out, rows["threshold"], easy["threshold"], p["threshold"], found)
+    _draw(out, tested, easy_tested, p, found)
     tried_by_policy = {name: tried for name, (_, tried) in searched.items()}
-    frontier_picture(out / "frontier.png", tried_by_policy, len(rows["selection"]))
+    frontier_picture(out / "frontier.png", tried_by_policy, len(pool))
     return {
         "rows": {name: len(split) for name, split in rows.items()},
-        "question": _question_figures(question, rows["threshold"], easy["threshold"]),
+        "question": _question_figures(question, tested, easy_tested),
         "gates": {
-            name: {**fitted[name].figures, **_figures(*judged)}
-            for name, judged in _judged(rows["threshold"], p["threshold"], gates).items()
+            name: {**fitted[name].figures, **_figures(*judged)} for name, judged in _judged(tested, p, gates).items()
         },
-        "benefit": compare_benefit(rows, gates, probe, seed),
+        "benefit": compare_benefit(pool, tested, gates, probe, seed),
         "guarantee": {name: _promised(promise) for name, promise in promises.items()},
         "searched": {
             name: {"threshold": t, "tried": [list(row) for row in tried]} for name, (t, tried) in searched.items()
@@ -384,16 +344,8 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """`base`, `draft`, `modifier_<domain>` (GGUF), `difficulty`, `router`, `data` -> calibration.json, pictures."""
-    examples = {name: read_examples(split_path(inputs["data"].path, name))[: config.rows] for name in SPLITS}
-    if empty := [name for name, found in examples.items() if not found]:
-        raise DataError(f"the split '{empty[0]}' is empty: calibration needs rows in {', '.join(SPLITS)}")
-    models = [role for role in ("draft", "base") if role in inputs]
-    cost = {role: float((inputs[role].path / "model.gguf").stat().st_size) for role in models}
-    with ExitStack() as opened:
-        everything = [example for found in examples.values() for example in found]
-        tiers = open_tiers(inputs, everything, config, opened)
-        options = AskOptions(config.max_tokens, 2 * config.slots, context.progress)
-        answered = iter(ask(tiers, everything, options))
-        rows = {name: [next(answered) for _ in found] for name, found in examples.items()}
+    """`answers` to the questions of `data` -> calibration.json, pictures."""
+    answers, data = inputs["answers"], inputs["data"].path
+    rows = {name: read_rows(answers.path, name, read_examples(split_path(data, name))) for name in SPLITS}
+    cost = {role: float(size) for role, size in answers.metrics["bytes"].items()}
     return calibrate(rows, cost, config, context.seed, out)

@@ -1,16 +1,16 @@
 """Fit a gate that predicts from signals whether an answer is correct: its form and its calibrator (SPEC F2, F3).
 
-Three forms are fitted on the split `fit`: a logistic regression on the perplexity alone, one on all signals, and a
-class-weighted net 128 -> 64 -> 32 -> 1; each with the calibrators of `confidence.calibrators`. Calibrators are fitted
-to out-of-fold logits, because a net is overconfident on its training rows. The pair with the lowest log-loss on the
-split `selection` is used.
+Three forms are compared: a logistic regression on the perplexity alone, one on all signals, and a class-weighted net
+128 -> 64 -> 32 -> 1; each with the calibrators of `confidence.calibrators`. Form and calibrator are fitted and chosen
+by cross-validation, so that a few hundred rows serve both: each row is judged by a net and a calibrator that were
+fitted without it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from cogumi.confidence.gate import Gate, matrix
 from cogumi.confidence.metrics import brier, log_loss
 from cogumi.confidence.nets import Net
 
-FOLDS = 3
+FOLDS = 5
 FORMS = ("perplexity", "logistic", "net")
 ALONE = "mean_logprob"
 """The signal of the form `perplexity`."""
@@ -32,7 +32,8 @@ DOMAIN = "domain_"
 that are not in the calibration data."""
 PROBE_C = 0.05
 """Inverse regularisation strength of the probe, which has a weight per hidden unit but only some thousand rows."""
-FEW = 2 * FOLDS  # least number of right and of wrong rows
+FEW = 6
+"""Least number of right and of wrong rows."""
 
 Signals = Sequence[Mapping[str, float]]
 Outcomes = NDArray[np.float64]
@@ -47,14 +48,12 @@ class Fitted:
     figures: dict[str, Any]
 
 
-def fit_gate(
-    rows: Signals, correct: Outcomes, selection_rows: Signals, selection_correct: Outcomes, seed: int
-) -> Fitted:
-    """Fit on `rows` with `correct` [n], choose form and calibrator on `selection_rows` with `selection_correct` [m].
+def fit_gate(rows: Signals, correct: Outcomes, seed: int) -> Fitted:
+    """Fit on `rows` with `correct` [n]; form and calibrator are those with the lowest out-of-fold log-loss.
 
     If nearly all or nearly no rows are correct, the gate is constant: the share of correct rows.
     """
-    names = tuple(sorted(name for name in rows[0] if not name.startswith(DOMAIN)))
+    names = tuple(sorted({name for row in rows for name in row if not name.startswith(DOMAIN)}))
     x, y = matrix(rows, names), np.asarray(correct, dtype=np.float64)
     if min(y.sum(), len(y) - y.sum()) < FEW:
         share = (y.sum() + 1) / (len(y) + 2)
@@ -69,18 +68,32 @@ def fit_gate(
             np.full(len(y), share),
             {"form": "constant", "calibrator": "none"},
         )
-    xs, ys = matrix(selection_rows, names), np.asarray(selection_correct, dtype=np.float64)
-    candidates: list[Fitted] = []
+    candidates: list[tuple[str, str, Outcomes, Outcomes]] = []
     for form in FORMS[ALONE not in names :]:
-        used = np.array([name == ALONE or form != "perplexity" for name in names])
-        net, folds = _train(form, x * used, y, seed), _out_of_fold(form, x * used, y, seed)
-        for name in calibrators.NAMES:
-            calibrator = calibrators.fit(name, folds, y)
-            p = calibrator(net.logits(xs)[:, 0])
-            figures = {"form": form, "calibrator": name, "log_loss": log_loss(p, ys), "brier": brier(p, ys)}
-            candidates.append(Fitted(Gate(names, net, calibrator), calibrator(folds), figures))
-    best = min(candidates, key=lambda c: float(c.figures["log_loss"]))
-    return replace(best, figures={**best.figures, "tried": [c.figures for c in candidates]})
+        logits = _out_of_fold(form, x * _used(form, names), y, seed)
+        candidates += [(form, name, logits, _calibrated(name, logits, y, seed)) for name in calibrators.NAMES]
+    losses = [log_loss(p, y) for *_, p in candidates]
+    tried = [
+        {"form": form, "calibrator": name, "log_loss": loss, "brier": brier(p, y)}
+        for (form, name, _, p), loss in zip(candidates, losses, strict=True)
+    ]
+    best = losses.index(min(losses))
+    form, name, logits, p = candidates[best]
+    gate = Gate(names, _train(form, x * _used(form, names), y, seed), calibrators.fit(name, logits, y))
+    return Fitted(gate, p, {**tried[best], "tried": tried})
+
+
+def _used(form: str, names: Sequence[str]) -> Outcomes:
+    """1 for the signals that a form uses, else 0 [signals]."""
+    return np.array([float(name == ALONE or form != "perplexity") for name in names])
+
+
+def _calibrated(name: str, logits: Outcomes, y: Outcomes, seed: int) -> Outcomes:
+    """Probabilities [n] from a calibrator that was fitted without the row."""
+    p = np.zeros(len(y))
+    for fit, rest in _folds(y, seed):
+        p[rest] = calibrators.fit(name, logits[fit], y[fit])(logits[rest])
+    return p
 
 
 def fit_probe(hidden: Outcomes, correct: Outcomes, seed: int) -> tuple[Net | None, Outcomes]:
@@ -95,12 +108,17 @@ def fit_probe(hidden: Outcomes, correct: Outcomes, seed: int) -> tuple[Net | Non
 
 def _out_of_fold(form: str, x: Outcomes, y: Outcomes, seed: int) -> Outcomes:
     """Logits [n] of every row from a model fitted without it."""
-    from sklearn.model_selection import StratifiedKFold
-
     logits = np.zeros(len(y))
-    for fit, rest in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, y):
+    for fit, rest in _folds(y, seed):
         logits[rest] = _train(form, x[fit], y[fit], seed).logits(x[rest])[:, 0]
     return logits
+
+
+def _folds(y: Outcomes, seed: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Indices of the rows to fit on and of the rest, with equal shares of correct rows."""
+    from sklearn.model_selection import StratifiedKFold
+
+    yield from StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(y[:, None], y)
 
 
 def _train(form: str, x: Outcomes, y: Outcomes, seed: int) -> Net:

@@ -2,8 +2,7 @@
 
 Inputs by role: `base`, `draft` and any number of `modifier_<domain>` (artifacts of stage `gguf`), `difficulty` and
 `router` (safetensors), and `calibration`; optionally `escalation`, `critic`, `embedder`, `head` and `fewshot`, and
-`examples` (few-shot examples for hard questions). Without `draft` the bundle is a mobile package (see
-`cogumi.bundle.format`): its `base` is the draft of a larger cascade, with modifiers trained on it.
+`examples` (few-shot examples for hard questions). Without `draft` the base reads the questions itself.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cogumi.bundle.format import (
     BASE,
@@ -36,18 +35,20 @@ from cogumi.bundle.format import (
     open_bundle,
     write_bundle,
 )
+from cogumi.cascade.modes import MODES, Settings
 from cogumi.compress.gguf.planned_files import Adapter, Weights
 from cogumi.compress.pack.bundle_parts import Parts
 from cogumi.core.errors import ExportError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import AdapterFacts, FileFacts, FileSize, ModelFacts
 from cogumi.core.files import write_text
+from cogumi.core.registry import nearest
 from cogumi.core.stage import Context, matches
 from cogumi.core.text import system_prompt
 from cogumi.core.types import Artifact
 from cogumi.data.examples import iterate_examples, split_path
 
-VERSION = 4
+VERSION = 5
 KIND = "bundle"
 LIGHT = True
 
@@ -94,8 +95,16 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     title: str = "A Cogumi cascade"
+    mode: str = Field(Settings().default, description="the mode of requests that name none")
     examples: int = Field(40, ge=1)
     copy_base: bool = False
+
+    @field_validator("mode")
+    @classmethod
+    def _known(cls, mode: str) -> str:
+        if mode not in MODES:
+            raise ValueError(f"unknown mode '{mode}'; {nearest(mode, MODES)}")
+        return mode
 
 
 def _source(role: str) -> tuple[str, str, str]:
@@ -214,6 +223,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     systems = _systems(inputs["examples"]) if "examples" in inputs else {}
     description = {
         "title": config.title,
+        "mode": config.mode,
         "system": next(iter(systems.values())) if len(systems) == 1 else "",
         "systems": sorted(systems),
         "parts": parts,

@@ -20,7 +20,7 @@ from cogumi.data.examples import SPLITS, example_id, normalised_question, split_
 from cogumi.data.world import DIFFICULTIES, DOMAINS, SYNTHETIC, UNANSWERABLE, make
 from cogumi.data.world.task import Maker, Task, Wording
 
-VERSION = 3
+VERSION = 4
 KIND = "examples"
 LIGHT = True
 INPUTS: dict[str, str] = {}
@@ -67,6 +67,10 @@ class Config(BaseModel):
         """The system message of every question, if there is one."""
         system = self.system if self.system is not None else NATURAL_SYSTEM if self.wording == "natural" else ""
         return (Message("system", system),) if system else ()
+
+    def trained(self, domain: str) -> int:
+        """Training questions in each cell of a domain."""
+        return self.train_by_domain.get(domain, self.train)
 
     def kinds(self) -> dict[str, tuple[str, Maker]]:
         """Kinds of unanswerable questions of these domains."""
@@ -160,7 +164,7 @@ def estimate(config: Config, given: Given) -> Estimate:
         for difficulty in DIFFICULTIES:
             tasks = [make(domain, difficulty, rng, config.wording) for _ in range(DRAWN)]
             pairs += [(system + len(task.question.encode()), len(task.answer.encode())) for task in tasks]
-            count += config.train_by_domain.get(domain, config.train)
+            count += config.trained(domain)
     return Estimate((RowFacts.of(pairs, count),))
 
 
@@ -182,7 +186,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     for done, (domain, difficulty) in enumerate(cells):
         tasks = draw(
             f"{domain}/{difficulty}",
-            counts | {"train": config.train_by_domain.get(domain, config.train)},
+            counts | {"train": config.trained(domain)},
             partial(make, domain, difficulty, wording=config.wording),
             context.seed,
         )
@@ -192,7 +196,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     unanswerable: list[Example] = []
     for done, (kind, (domain, make_task)) in enumerate(kinds.items()):
         unseen = kind in config.unseen
-        per_set = {name: n if name == "train" else UNANSWERABLE_FACTOR * n for name, n in counts.items()}
+        per_set = {name: UNANSWERABLE_FACTOR * n for name, n in counts.items()} | {"train": config.trained(domain)}
         wanted = dict.fromkeys(SPLITS, 0) if unseen else per_set
         wanted["heldout"] += config.unanswerable
         tasks = draw(kind, wanted, partial(make_task, wording=config.wording), context.seed)

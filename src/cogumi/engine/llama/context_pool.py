@@ -61,7 +61,7 @@ class ContextPool:
 
     def _close(self, name: str | None) -> None:
         context = self._open.pop(name, None)
-        if context:
+        if context is not None:  # its length is the number of its jobs
             context.close()
 
     def _evict(self, needed: str | None) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,20 +39,35 @@ class LlamaServer:
             raise RequestError(f"llama.cpp's server cannot open {model}; try another file")
         self._pool = ThreadPoolExecutor(slots)
 
-    def complete(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Greedy answers of exactly `tokens` ids to all prompts concurrently, not streamed."""
-        return list(self._pool.map(lambda prompt: self._ask(prompt, tokens), prompts))
+    def complete(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[list[int]]:
+        """Greedy answers to all prompts concurrently, each of exactly so many `tokens`, not streamed."""
+        return list(self._pool.map(self._ask, prompts, tokens))
+
+    def timed(self, prompt: Sequence[int], tokens: int) -> tuple[float, float]:
+        """Seconds to the first token and to the end of a greedy answer of exactly `tokens` ids, streamed."""
+        began = time.perf_counter()
+        with closing(http.client.HTTPConnection(self._address)) as connection:
+            response = self._post(connection, prompt, tokens, stream=True)
+            if not response.readline().startswith(b"data:"):
+                raise RequestError("llama.cpp's server refused to stream an answer")
+            first = time.perf_counter() - began
+            response.read()
+        return first, time.perf_counter() - began
 
     def _ask(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        body = {"prompt": list(prompt), "n_predict": tokens, "ignore_eos": True, "temperature": 0, "top_k": 1}
-        connection = http.client.HTTPConnection(self._address)
-        text = json.dumps(body | {"cache_prompt": False, "return_tokens": True})
-        connection.request("POST", "/completion", text, {"Content-Type": "application/json"})
-        found = json.loads(connection.getresponse().read())
-        connection.close()
+        with closing(http.client.HTTPConnection(self._address)) as connection:
+            found = json.loads(self._post(connection, prompt, tokens, stream=False).read())
         if "tokens" not in found:
             raise RequestError(f"llama.cpp's server refused: {found.get('error', found)}")
         return list(found["tokens"])
+
+    def _post(
+        self, connection: http.client.HTTPConnection, prompt: Sequence[int], tokens: int, *, stream: bool
+    ) -> http.client.HTTPResponse:
+        body = {"prompt": list(prompt), "n_predict": tokens, "ignore_eos": True, "temperature": 0, "top_k": 1}
+        text = json.dumps(body | {"return_tokens": True, "stream": stream})
+        connection.request("POST", "/completion", text, {"Content-Type": "application/json"})
+        return connection.getresponse()
 
     def processor_seconds(self) -> float:
         """Processor time used by the server so far."""

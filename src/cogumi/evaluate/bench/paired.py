@@ -40,7 +40,8 @@ class Row:
 class Setup:
     """Settings shared by all rows. `words` are ordinary ids of `model`, for a synthetic `shape` in chain order.
 
-    `shape` is None for a user's own file. `text` is a text to measure perplexity on; `tick(share done)`.
+    `shape` is None for a user's own file; `bundle` is given if `model` is the base of a bundle. `text` is a text to
+    measure perplexity on; `tick(share done)`.
     """
 
     model: Path
@@ -48,6 +49,7 @@ class Setup:
     folder: Path
     threads: int
     words: NDArray[np.int64]
+    bundle: Path | None = None
     text: str | None = None
     minutes: float = 1.0
     tick: Callable[[float], None] = lambda share: None

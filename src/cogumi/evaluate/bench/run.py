@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from cogumi.bundle.format import INDEX, open_bundle
 from cogumi.core.environment import cache_folder, environment
 from cogumi.core.errors import CogumiError, RequestError
 from cogumi.core.packages import load
@@ -17,6 +18,8 @@ from cogumi.engine.llama.binding.model import load_tokenizer
 from cogumi.engine.llama.engine import default_threads
 from cogumi.engine.llama.speculative.latency_measurement import machine_key
 from cogumi.evaluate.bench import adapter_speed, bundle_sizes, memory_use, speed, unpacking
+from cogumi.evaluate.bench.busy_machine import busy
+from cogumi.evaluate.bench.cascade_price import price
 from cogumi.evaluate.bench.paired import Row, Setup, ordinary
 from cogumi.evaluate.bench.roofline import Memory, roofline
 from cogumi.evaluate.bench.soak import soak
@@ -33,6 +36,7 @@ NAMED_ONLY = (
     "bundle_mobile",
     "unpack",
     "adapter_training",
+    "price",
     "soak",
 )
 """Rows that take long or have no baseline; they run only if requested by name."""
@@ -56,6 +60,7 @@ def measures(accept: Sequence[float] = ACCEPT) -> dict[str, Measure]:
         "roofline": roofline,
         "single_stream": speed.single_stream,
         "concurrency_8": partial(speed.concurrency, users=8),
+        "busy": busy,
     }
     found |= {f"speculation_{a:g}": partial(speed.speculation, accept=a) for a in accept}
     return found | {
@@ -73,6 +78,7 @@ def measures(accept: Sequence[float] = ACCEPT) -> dict[str, Measure]:
         **{f"bundle_1b_{type}": partial(bundle_sizes.bundle_1b, type=type) for type in BUNDLES},
         "bundle_mobile": bundle_sizes.bundle_mobile,
         "adapter_training": _adapter_training,
+        "price": price,
         "soak": soak,
     }
 
@@ -113,7 +119,8 @@ def run(
     if text and not model:
         raise RequestError("the perplexity of synthetic weights is meaningless; give --model with --text")
     folder = cache_folder() / "shapes"
-    file = model or make_model(folder, shape)
+    bundle = model if model and (model / INDEX).is_file() else None
+    file = open_bundle(bundle).base if bundle else model or make_model(folder, shape)
     tokenizer = load_tokenizer(file)
     threads = threads or default_threads(file)
     bandwidth = _bandwidth(threads)
@@ -123,6 +130,7 @@ def run(
         folder=folder,
         threads=threads,
         words=ordinary(tokenizer) if model else chain(tokenizer.size),
+        bundle=bundle,
         text=text.read_text("utf-8") if text else None,
         minutes=minutes,
         tick=progress.advanced,

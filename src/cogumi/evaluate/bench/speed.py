@@ -77,7 +77,7 @@ def concurrency(setup: Setup, users: int) -> Row:
             prompts = [setup.passage(PROMPT) for _ in range(users)]
             time.sleep(QUIET)
             busy, began = time.process_time(), time.perf_counter()
-            total = sum(map(len, server.complete(prompts, tokens)))
+            total = sum(map(len, server.complete(prompts, [tokens] * users)))
             seconds = time.perf_counter() - began
             idle.append((time.process_time() - busy) / seconds)
             return total / seconds

@@ -34,7 +34,8 @@ from cogumi.core.types import Example, Message
 from cogumi.data.sources.question_files import load
 from cogumi.data.world.questions import UNANSWERABLE_FACTOR, draw_fresh, made_with
 from cogumi.evaluate.suite import Figure, Findings, Task
-from cogumi.teach.tier_answers import AskOptions, Row, ask, base_rows, familiar, policy_answers, probabilities
+from cogumi.teach.answer_rows import Row, base_rows, familiar, policy_answers, probabilities
+from cogumi.teach.tier_answers import AskOptions, ask
 from cogumi.train.calibrate import fit_base
 from cogumi.train.confidence_plots import histogram_picture, reliability_picture, risk_coverage_picture
 
@@ -189,10 +190,9 @@ def _kept_out(pool: Pool, judged: Index, seed: int) -> list[Figure]:
     figures = []
     for domain in sorted({pool.rows[i].example.domain for i in judged}):
         rest = [pool.rows[i] for i in others if pool.rows[i].example.domain != domain]
-        rows = {"fit": rest[:REFIT_ROWS], "selection": rest[REFIT_ROWS : REFIT_ROWS + ORDER_ROWS]}
-        if len(rows["selection"]) < ORDER_ROWS:
+        if len(rest) < REFIT_ROWS:
             continue
-        base, probe = fit_base(rows, seed)
+        base, probe = fit_base(rest[:REFIT_ROWS], seed)
         tested = [pool.rows[i] for i in judged if pool.rows[i].example.domain == domain]
         p = base.gate.p_all(base_rows(tested, probe))
         y = np.array([r.base.correct for r in tested], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""llama.cpp's quantizer: the types it chooses per tensor, and quantization of rows."""
+"""llama.cpp's quantizer: the types it chooses per tensor, and quantization of files and of rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _parameters(type: str) -> Any:
 
 
 def mixture(header: Path, type: str, importance: bool = False) -> dict[str, str]:
-    """The ggml type (F32, Q4_K, ...) that llama.cpp's quantizer chooses for each tensor of an f32 or f16 GGUF file.
+    """The ggml type (F32, Q4_K, ...) that llama.cpp's quantizer chooses for each tensor of a GGUF file.
 
     No weight is read, so the file may be sparse. `importance`: choose as if an importance matrix were given. Raises
     `ExportError` for an unknown type, a type that needs an importance matrix, and shapes that the type does not allow.
@@ -63,6 +63,18 @@ def mixture(header: Path, type: str, importance: bool = False) -> dict[str, str]
     if "will require an imatrix" in log:
         raise ExportError(f"type {type} needs an importance matrix; give one (stage 'importance'), or a larger type")
     return {match["name"]: (match["new"] or match["old"]).upper() for match in _CHOICE.finditer(log)}
+
+
+def quantize_file(source: Path, out: Path, type: str, threads: int) -> None:
+    """Quantize a GGUF file of any type to `out`; weights that are quantized already are dequantized first.
+
+    Raises `ExportError` for an unknown type, and for a file that llama.cpp cannot read or dequantize.
+    """
+    parameters = _parameters(type)
+    parameters.nthread, parameters.allow_requantize = threads, True
+    errors.clear()
+    if c.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters)):
+        raise ExportError(f"llama.cpp could not quantize {source} to {type} ({reason()})")
 
 
 def quantize_rows(
