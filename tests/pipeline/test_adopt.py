@@ -95,7 +95,7 @@ def test_the_promise_takes_59_answers_without_an_error():
 def test_other_models_are_refused_before_any_work(given):
     for model, message in (
         ("nowhere.gguf", "there is no model 'nowhere.gguf'"),
-        (given / "model", "is a folder; make a GGUF file of it first"),
+        (given / "model", "is a folder, not a .gguf file; make one of it: cogumi convert"),
     ):
         done = command("adopt", model, "--data", given / "known.jsonl", "--yes", ok=1)
         assert done.returncode == 1

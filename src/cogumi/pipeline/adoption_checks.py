@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogumi.core import artifact
 from cogumi.core.errors import CogumiError, DataError, ExportError, TrainingError
+from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.types import Request
 from cogumi.data.sources.survey import Survey, domain_name
@@ -19,9 +20,6 @@ from cogumi.pipeline.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     from cogumi.engine.llama.binding.model import Model
-
-OTHERS = {"base": "another model", "rows": "other questions"}
-"""Step -> what a bundle was made from if the step has another fingerprint."""
 
 
 def parsed(text: str, plan: Adoption) -> Recipe:
@@ -60,7 +58,7 @@ def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
         if name not in names:
             raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
     _check_lengths(plan.survey, model)
-    _check_folder(plan)
+    _check_folder(plan, model)
     if wanted is not None and not wanted:
         return ""
     problems = recipe_plan.plan(parsed(head(plan) + modifiers(plan, wanted or names), plan)).problems
@@ -83,7 +81,7 @@ def _check_lengths(survey: Survey, model: Model) -> None:
             )
 
 
-def _check_folder(plan: Adoption) -> None:
+def _check_folder(plan: Adoption, model: Model) -> None:
     """`CogumiError` if the folder is no build, or holds a bundle of another model or of other questions."""
     home = plan.root / plan.name
     if domain_name(plan.name) != plan.name:
@@ -93,11 +91,9 @@ def _check_folder(plan: Adoption) -> None:
     check_home(home)
     if not (home / "bundle" / artifact.MANIFEST).is_file():
         return
-    for step in fingerprint.plan(parsed(head(plan), plan)):
-        found = home / step.name
-        if step.name not in OTHERS or not (found / artifact.MANIFEST).is_file():
-            continue
-        if artifact.read_manifest(found).fingerprint != step.fingerprint:
-            raise CogumiError(
-                f"{home} holds a bundle made from {OTHERS[step.name]}: choose another --out, or remove that folder"
-            )
+    rows, base = (artifact.read_manifest(home / step) for step in ("rows", "base"))
+    planned = {step.name: step.fingerprint for step in fingerprint.plan(parsed(head(plan), plan))}
+    file = base.metrics.get("requantized_from", {}).get("sha256", base.metrics["base_fingerprint"])
+    other = "another model" if file != sha256(model.path) else "other questions" * (rows.fingerprint != planned["rows"])
+    if other:
+        raise CogumiError(f"{home} holds a bundle made from {other}: choose another --out, or remove that folder")
