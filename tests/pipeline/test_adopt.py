@@ -68,7 +68,7 @@ def test_the_written_recipe_builds_the_same_bundle_again(built):
     runs, report, _ = built
     recipe = runs / "mine.yaml"
     steps = {step["name"]: step for step in yaml.safe_load(recipe.read_text("utf-8"))["steps"]}
-    assert steps["calibration"]["inputs"]["modifier_unknown"] == "modifier_unknown_gguf"
+    assert steps["answers"]["inputs"]["modifier_unknown"] == "modifier_unknown_gguf"
     again = command("build", recipe, "--runs", runs, "--jobs", "1", "--json")
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
