@@ -68,7 +68,7 @@ def test_the_written_recipe_builds_the_same_bundle_again(built):
     runs, report, _ = built
     recipe = runs / "mine.yaml"
     steps = {step["name"]: step for step in yaml.safe_load(recipe.read_text("utf-8"))["steps"]}
-    assert steps["calibration"]["inputs"]["modifier_unknown"] == "modifier_unknown_gguf"
+    assert steps["answers"]["inputs"]["modifier_unknown"] == "modifier_unknown_gguf"
     again = command("build", recipe, "--runs", runs, "--jobs", "1", "--json")
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
@@ -95,7 +95,7 @@ def test_the_promise_takes_59_answers_without_an_error():
 def test_other_models_are_refused_before_any_work(given):
     for model, message in (
         ("nowhere.gguf", "there is no model 'nowhere.gguf'"),
-        (given / "model", "is a folder; make a GGUF file of it first"),
+        (given / "model", "is a folder, not a .gguf file; make one of it: cogumi convert"),
     ):
         done = command("adopt", model, "--data", given / "known.jsonl", "--yes", ok=1)
         assert done.returncode == 1

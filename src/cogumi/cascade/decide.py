@@ -1,4 +1,4 @@
-"""Plans the answer to a request before any generation (SPEC F1, F2, F4, F6, F7, F9, F19).
+"""Plans the answer to a request before any generation (SPEC F1, F2, F4, F6, F7, F9, F19, M7).
 
 `decide` is a pure function from records to a `Plan`; `execute` runs the plan.
 """

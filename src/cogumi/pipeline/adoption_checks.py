@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cogumi.compress.gguf.gguf_file import open_model
 from cogumi.core import artifact
 from cogumi.core.errors import CogumiError, DataError, ExportError, TrainingError
+from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.types import Request
 from cogumi.data.sources.survey import Survey, domain_name
-from cogumi.engine.llama.binding.model import Model
 from cogumi.pipeline import fingerprint
 from cogumi.pipeline.adopted_recipe import WEIGHTS, Adoption, head, modifiers
 from cogumi.pipeline.build import check_home
 from cogumi.pipeline.plan import recipe_plan
 from cogumi.pipeline.recipe import Recipe, parse_recipe
 
-OTHERS = {"base": "another model", "rows": "other questions"}
-"""Step -> what a bundle was made from if the step has another fingerprint."""
+if TYPE_CHECKING:
+    from cogumi.engine.llama.binding.model import Model
 
 
 def parsed(text: str, plan: Adoption) -> Recipe:
@@ -29,6 +29,9 @@ def parsed(text: str, plan: Adoption) -> Recipe:
 
 def usable_model(name: str) -> Model:
     """The vocabulary of the model; the errors of `open_model`, and `ExportError` for one that cannot chat."""
+    from cogumi.compress.gguf.gguf_file import open_model
+    from cogumi.engine.llama.binding.model import Model
+
     model = Model(open_model(name, Path()).path, vocabulary_only=True)
     if model.tokenizer.template is None:
         raise ExportError(f"{name} has no chat template, so it cannot be asked questions; take a chat model (instruct)")
@@ -55,7 +58,7 @@ def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
         if name not in names:
             raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
     _check_lengths(plan.survey, model)
-    _check_folder(plan)
+    _check_folder(plan, model)
     if wanted is not None and not wanted:
         return ""
     problems = recipe_plan.plan(parsed(head(plan) + modifiers(plan, wanted or names), plan)).problems
@@ -78,7 +81,7 @@ def _check_lengths(survey: Survey, model: Model) -> None:
             )
 
 
-def _check_folder(plan: Adoption) -> None:
+def _check_folder(plan: Adoption, model: Model) -> None:
     """`CogumiError` if the folder is no build, or holds a bundle of another model or of other questions."""
     home = plan.root / plan.name
     if domain_name(plan.name) != plan.name:
@@ -88,11 +91,9 @@ def _check_folder(plan: Adoption) -> None:
     check_home(home)
     if not (home / "bundle" / artifact.MANIFEST).is_file():
         return
-    for step in fingerprint.plan(parsed(head(plan), plan)):
-        found = home / step.name
-        if step.name not in OTHERS or not (found / artifact.MANIFEST).is_file():
-            continue
-        if artifact.read_manifest(found).fingerprint != step.fingerprint:
-            raise CogumiError(
-                f"{home} holds a bundle made from {OTHERS[step.name]}: choose another --out, or remove that folder"
-            )
+    rows, base = (artifact.read_manifest(home / step) for step in ("rows", "base"))
+    planned = {step.name: step.fingerprint for step in fingerprint.plan(parsed(head(plan), plan))}
+    file = base.metrics.get("requantized_from", {}).get("sha256", base.metrics["base_fingerprint"])
+    other = "another model" if file != sha256(model.path) else "other questions" * (rows.fingerprint != planned["rows"])
+    if other:
+        raise CogumiError(f"{home} holds a bundle made from {other}: choose another --out, or remove that folder")
