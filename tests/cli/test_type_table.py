@@ -99,7 +99,7 @@ def test_check_looks_at_the_disk_only(home, monkeypatch):
         (("nowhere.gguf", "--types"), "there is no model 'nowhere.gguf'"),
         (("some.gguf", "--types", "--disk", "1GB"), "leave out --disk, --ram and the like"),
         (("some.gguf", "--questions", "9"), "--questions is for --types"),
-        (("empty", "--types"), "config.json is missing"),
+        (("empty", "--types"), "has no config.json"),
         (("strange.gguf", "--types"), "llama.cpp could not quantize"),
     ],
 )
