@@ -6,7 +6,12 @@ import signal
 import tempfile
 from pathlib import Path
 
+from hypothesis import settings
+
 import cogumi
+
+settings.register_profile("without_clock", deadline=None)  # a busy machine must not fail a test
+settings.load_profile("without_clock")
 
 os.environ.pop("COLUMNS", None)  # read once, when the console is made: tests choose their own width
 # A worker of several has its cache inside that of the process that started it, which ends last and removes both.
