@@ -69,7 +69,8 @@ def test_report_has_its_keys_and_consistent_figures(built):
     assert json.loads((home / "report.json").read_text()) == report
     assert set(report["accuracy"]) == {"draft", "base", "modifier", "cascade"}
     heldout = sum(n for cells in report["accuracy"]["cascade"].values() for _, n in cells.values())
-    assert heldout == report["gate"]["n"] == 8 * (30 + 2 * UNANSWERABLE_FACTOR)
+    assert heldout == 8 * (30 + 2 * UNANSWERABLE_FACTOR)
+    assert 0.9 * heldout < report["gate"]["n"] <= heldout  # without questions unlike those of the calibration
     assert sum(report["routes"].values()) == pytest.approx(1)
     assert set(report["modifiers"]["math"]) == {"before", "after", "gain", "lost_elsewhere", "control", "n"}
     assert report["unanswerable"]["n"] == sum(n for _, n in report["unanswerable"]["kinds"].values()) == 30
