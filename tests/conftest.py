@@ -1,5 +1,6 @@
 """Settings of a test session: a separate empty cache, and the environment of processes that tests start."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -13,7 +14,9 @@ import cogumi
 settings.register_profile("without_clock", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("without_clock")
 
-os.environ.pop("COLUMNS", None)  # read once, when the console is made: tests choose their own width
+# A console made while COLUMNS is set keeps that width: made here, it has the width that each test sets.
+os.environ.pop("COLUMNS", None)
+importlib.import_module("cogumi.cli.console")
 # A worker of several has its cache inside that of the process that started it, which ends last and removes both.
 _ABOVE = os.environ["COGUMI_CACHE"] if "PYTEST_XDIST_WORKER" in os.environ else None
 CACHE = os.environ["COGUMI_CACHE"] = tempfile.mkdtemp(prefix="cogumi-cache-", dir=_ABOVE)

@@ -60,8 +60,7 @@ def plan(*words):
     return CliRunner().invoke(app, ["plan", *map(str, words)], env={"COLUMNS": "100"})
 
 
-def test_the_table_fits_100_columns_and_says_what_was_chosen(compared, home, monkeypatch):
-    monkeypatch.setattr(type_table.console.STDOUT, "width", 100)
+def test_the_table_fits_100_columns_and_says_what_was_chosen(compared, home):
     done = plan(home / "some.gguf", "--types", "--questions", "25")
     assert done.exit_code == 0
     assert compared == [(home / "some.gguf", type_comparison.TYPES, 25)]

@@ -267,9 +267,9 @@ def test_lossy_vocabularies_and_those_without_an_end_are_refused():
         Bridge(base, Changed(draft, eos=-1))
 
 
-def test_vocabulary_without_an_end_token_is_refused_at_load():
+def test_vocabulary_of_an_embedding_model_is_refused_at_load():
     path = public_data("tokenizers_llamacpp/ggml-vocab-bert-bge.gguf")
-    with pytest.raises(BundleError, match="no end-of-answer token"):
+    with pytest.raises(BundleError, match=r"is an embedding model \(bert\)"):
         load_tokenizer(path)
 
 
