@@ -7,11 +7,12 @@ import signal
 import tempfile
 from pathlib import Path
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import cogumi
 
-settings.register_profile("without_clock", deadline=None)  # a busy machine must not fail a test
+# A busy machine must not fail a test.
+settings.register_profile("without_clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("without_clock")
 
 # A console made while COLUMNS is set keeps that width: made here, it has the width that each test sets.

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ from cogumi.data.examples import (
     to_line,
     write_examples,
 )
-from cogumi.data.sources.question_files import Rejected, iterate, load
+from cogumi.data.sources.question_files import Rejected, Seen, iterate, load
 from support.public_data import public_data
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"))
@@ -141,24 +140,26 @@ def test_jsonl_and_json_array_formats_are_read(tmp_path):
         ("[" * 100_000 + "\n", "recursion"),
         ("9" * 5_000 + "\n", "digits"),
         ("3\n", "a row must be a JSON object"),
-        ({"prompt": "a"}, "none of 'question', 'instruction' and 'messages'"),
-        ({"instruction": "a"}, "output is missing"),
+        ({"colour": "a"}, "no form fits a row with 'colour'"),
+        ({"prompt": "a"}, "there is no answer"),
+        ({"instruction": "a"}, "there is no answer"),
         ({"instruction": "a", "output": " "}, "output is empty"),
-        ({"instruction": 3, "output": "a"}, "instruction is missing or not a string"),
-        ({"instruction": "a", "input": 3, "output": "a"}, "input is missing or not a string"),
+        ({"instruction": ["x"], "output": "a"}, "instruction is missing or not a text"),
+        ({"instruction": "a", "output": ["x"]}, "output is missing or not a text"),
         ({**ALPACA, "output": "\ud800"}, "surrogate"),
-        ({**ALPACA, "domain": ""}, "domain must"),
+        ({**ALPACA, "domain": ["x"]}, "domain must"),
         ({**ALPACA, "difficulty": 6}, "difficulty must"),
         ({**ALPACA, "difficulty": True}, "difficulty must"),
         ({**ALPACA, "check": {"kind": "magic"}}, "check must"),
         ({**ALPACA, "check": {"kind": "code"}}, "lacks tests"),
-        ({"messages": []}, "must end with"),
-        ({"messages": CHAT["messages"][:2]}, "must end with"),
+        ({"messages": []}, "no form fits a row with 'messages'"),
+        ({"messages": CHAT["messages"][:2]}, "there is no answer to it"),
         ({"messages": CHAT["messages"][2:]}, "must end with"),
-        ({"messages": "hi"}, "must be a list"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is not one of"),
+        ({"messages": "hi"}, "no form fits a row with 'messages'"),
+        ({"messages": [3]}, "must be a list of objects"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "role 'judge' is not one of"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "role .* is not one of"),
-        ({"messages": [CHAT["messages"][1], {"role": "assistant", "content": None}]}, "content is missing"),
+        ({"messages": [CHAT["messages"][1], {"role": "assistant", "content": None}]}, "content is empty"),
     ],
 )
 def test_invalid_row_is_listed_with_its_reason_and_skipped(tmp_path, row, reason):
@@ -218,7 +219,7 @@ def test_invalid_array_element_does_not_affect_its_neighbours(tmp_path):
 
 
 def test_json_array_longer_than_a_chunk_is_split_between_elements(tmp_path, monkeypatch):
-    monkeypatch.setattr("cogumi.data.sources.question_files._CHUNK", 7)
+    monkeypatch.setattr("cogumi.data.sources.layouts._CHUNK", 7)
     rows = [{"instruction": f'"{i}\\\\" ]}},é\n', "output": "\\" * i + "x"} for i in range(40)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -231,20 +232,23 @@ def test_input_without_a_usable_row_is_refused(tmp_path):
         ("\n \n", "is empty"),
         ("[]", "is empty"),
         ("x\ny\n", "2 were rejected"),
-        ("question,answer\n2+2?,4\n", "rows are JSON objects in UTF-8, one a line or all in one array: docs/your-data"),
-        (json.dumps({"data": []}), "none of 'question', 'instruction' and 'messages'"),
-        (json.dumps({"question": "2+2?"}), "answer is missing"),
+        ("question,answer\n2+2?,4\n", "docs/your-data.md shows the forms that are read"),
+        (json.dumps({"data": []}), "no form fits a row with 'data'"),
+        (json.dumps({"question": "2+2?"}), "there is no answer"),
     ):
         with pytest.raises(DataError, match=message):
             load(write(tmp_path / "a.jsonl", text))
-    for encoding in ("latin-1", "utf-16"):
+    for encoding, message in (("latin-1", "not UTF-8 text"), ("utf-16", "save it as UTF-8")):
         (tmp_path / "a.jsonl").write_text('{"question": "Où?", "answer": "là"}', encoding)
-        with pytest.raises(DataError, match=r"not UTF-8 text: .*; rows are JSON objects in UTF-8"):
+        with pytest.raises(DataError, match=message):
             load(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         load(tmp_path / "missing.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
-        load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no file of these kinds"):
+        load(tmp_path / "empty")
+    with pytest.raises(DataError, match="no file fits the pattern"):
+        load(tmp_path / "*.nothing")
 
 
 @given(st.lists(TEXT, max_size=30), st.integers(0, 3))
@@ -347,7 +351,7 @@ def test_truncated_public_file_is_read_up_to_its_last_line():
     rows = list(iterate(path))
     assert len(rows) == len(path.read_bytes().splitlines())
     assert "not JSON" in rows[-1].reason
-    assert all("answer is missing" in row.reason for row in rows[:-1])
+    assert all("there is no answer" in row.reason for row in rows[:-1])
 
 
 def test_forms_of_rows_and_columns_that_are_not_used(tmp_path):
@@ -359,25 +363,31 @@ def test_forms_of_rows_and_columns_that_are_not_used(tmp_path):
         own,
         CHAT | {"check": check},
     ]
-    unused = Counter()
-    found = list(iterate(write(tmp_path / "rows.jsonl", *rows), "math", unused))
+    seen = Seen()
+    found = list(iterate(write(tmp_path / "rows.jsonl", *rows), "math", seen))
     assert all(isinstance(row, Example) for row in found)
     assert {row.answer for row in found} == {"4"}
     assert [row.check["kind"] for row in found] == ["exact", "exact", "numeric", "numeric"]
     assert found[2].meta == {"check": check, "topic": "sums"}
     assert {row.difficulty for row in found} == {0}
-    assert unused == {"colour": 1, "response": 1}
+    assert seen.unused == {"colour": 1, "response": 1}
+    assert seen.forms == {"question": 1, "instruction": 1, "messages": 2}
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"question": "2+2?"}, "answer is missing"),
-        ({"messages": [{"role": "user", "content": "x"}], "answer": 4}, "content is missing or not a string"),
-        ({"messages": 3, "answer": "4"}, "must end with a user's turn"),
+        ({"question": "2+2?"}, "there is no answer"),
+        ({"messages": [{"role": "user", "content": "x"}], "answer": " "}, "content is empty"),
+        ({"messages": 3, "answer": "4"}, "no form fits"),
         ({"question": "x", "answer": "y", "meta": 3}, "meta must be an object"),
         ({"question": "x", "answer": "y", "meta": {"check": {"kind": "vague"}}}, "kind is one of exact"),
-        ({"text": "x"}, "none of 'question', 'instruction' and 'messages'"),
+        ({"text": "x"}, "too short"),
+        ({"question": "x", "answer": "four", "check": {"kind": "numeric"}}, "without a number"),
+        (
+            {"question": "x", "answer": "E", "check": {"kind": "choice", "options": ["a", "b"]}},
+            "not one of the options",
+        ),
     ],
 )
 def test_unusable_row_is_rejected_with_its_reason(row, reason, tmp_path):
@@ -405,7 +415,10 @@ def test_load_warns_of_columns_and_rejected_rows(tmp_path):
     config = load_stage.Config(files={"a": [Path("rows.jsonl")]})
     found = load_stage.run(config, {}, tmp_path, context(tmp_path))
     assert found["unused_columns"] == {"topic": 2}
-    assert [line.partition(":")[0] for line in found["warnings"]] == ["1 rows rejected, the first", "columns not used"]
+    assert [line.partition(":")[0] for line in found["warnings"]] == [
+        "1 rows rejected, all of them in rejected.jsonl of this step, the first",
+        "columns not used",
+    ]
     notes = load_stage.estimate(config, Given("pool", tmp_path)).notes
     assert list(notes) == found["warnings"]
 

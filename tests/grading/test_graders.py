@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from cogumi.core.errors import DataError
 from cogumi.core.text import normalise, strip_fences
 from cogumi.core.types import ABSTENTION, Example, Message
-from cogumi.grading.graders import grade, grade_all, last_number, same_json
+from cogumi.grading.graders import grade, grade_all
+from cogumi.grading.overlap import rouge_l
 from support.public_data import public_data
 
 OPTIONS = ["a cat", "a dog", "none of these"]
@@ -29,7 +30,16 @@ def right(question, output):
 
 @pytest.mark.parametrize(
     ("output", "expected"),
-    [("Paris", True), ("paris.", True), (' "Paris" \n', True), ("Paris, France", False), ("", False)],
+    [
+        ("Paris", True),
+        ("paris.", True),
+        (' "Paris" \n', True),
+        ("\u201cParis\u201d", True),
+        ("Paris\u2026", True),
+        ("<think>hm</think>\nParis", True),
+        ("Paris, France", False),
+        ("", False),
+    ],
 )
 def test_exact_match(output, expected):
     assert right(example("Paris"), output) is expected
@@ -38,91 +48,50 @@ def test_exact_match(output, expected):
 @pytest.mark.parametrize(
     ("answer", "output", "expected"),
     [
-        ("18", "16 - 3 + 5 = 18", True),
-        ("18", "18 - 16", False),
-        ("#### 18", "So she makes $18.00.", True),
-        ("1,234,567", "1234567", True),
-        ("-5", "The result is −5", True),
-        ("-5", "x=-5", True),
-        ("5", "10-5", True),
-        ("0.1", "0.10", True),
-        ("0.3", "0.30000000000000004", False),
-        ("2000", "2e3", True),
-        ("7", "1e999999999999", False),
-        ("7", "seven", False),
-        ("12", "1,2", False),
-        ("19", "12 + 7 = 19.", True),
-        ("19", "The answer is 19. Let me know if you need 2 more examples.", True),
-        ("2", "The answer is 19. Let me know if you need 2 more examples.", False),
-        ("19", "Let me know if you need 19", True),
-        ("5", "-$5", False),
-        ("-5", "-$5.00", True),
-        ("5", "It is –5 degrees", False),
-        ("15", "10–15", True),
-        ("-5", "x = - 5", True),
-        ("0.5", "The chance is .5", True),
-        ("5", "The chance is .5", False),
+        ("x2", "x\u00b2", False),
+        ("x\u00b2", "X\u00b2", True),
+        ("H\u2082O", "H2O", False),
+        ("!", "", False),
+        (".", "!", False),
+        ("!", "!", True),
+        ('"', "", False),
+        ("New York", "New\u00a0York", True),
+        ("Stra\u00dfe", "STRASSE", True),
+        ("caf\u00e9", "cafe\u0301", True),
+        ("it's", "It\u2019s", True),
+        ("\ufb01ve", "five", True),
     ],
 )
-def test_numeric_answers(answer, output, expected):
-    assert right(example(answer, kind="numeric"), output) is expected
+def test_exact_match_of_unusual_texts(answer, output, expected):
+    assert right(example(answer), output) is expected
 
 
 @pytest.mark.parametrize(
-    ("output", "expected"),
+    ("kind", "output", "score"),
     [
-        ("B", True),
-        ("(b)", False),
-        ("(B)", True),
-        ("B) a dog", True),
-        ("A dog.", True),
-        ("I think it is a dog.", True),
-        ("The answer is **B**.", True),
-        ("The answer is: (B)", True),
-        ("The answer is A dog", True),
-        ("Answer: B", True),
-        ("ANSWER: B", True),
-        ("**Answer: B**", True),
-        ("Final Answer: B", True),
-        ("Option B", True),
-        ("The answer is option B.", True),
-        ("The answer is $\\boxed{B}$.", True),
-        ("The answer is A or B", False),
-        ("Answer: A", False),
-        ("A", False),
-        ("a cat or a dog", False),
-        ("Z", False),
-        ("dogma", False),
+        ("f1", "The cat sat.", 1.0),
+        ("f1", "cat", 2 / 3),
+        ("f1", "dog", 0.0),
+        ("f1", "", 0.0),
+        ("rouge_l", "the cat sat", 1.0),
+        ("rouge_l", "sat cat the", 1 / 3),
+        ("rouge_l", "the big cat sat", 6 / 7),
     ],
 )
-def test_multiple_choice_answers(output, expected):
-    assert right(example("B", kind="choice", options=OPTIONS), output) is expected
-    assert right(example("a dog", kind="choice", options=OPTIONS), output) is expected
+def test_scores_by_shared_words(kind, output, score):
+    verdict = grade(example("the cat sat", kind=kind, at_least=0.8), output)
+    assert verdict.score == pytest.approx(score)
+    assert verdict.correct == (score >= 0.8)
 
 
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        ('{"args": {"b": [true, "x"], "a": 1.0}, "tool": "add"}', True),
-        (f"```json\n{CALL}\n```", True),
-        (f"Sure, here is the call:\n\n```json\n{CALL}\n```\n\nIt adds the numbers.", True),
-        (f"{CALL}\n```\n\nThis call adds the numbers.", True),
-        (f"{CALL} and {CALL}", False),
-        (f"[{CALL}]", True),
-        (f"[{CALL}, {CALL}]", False),
-        ('{"tool": "add", "args": {"a": true, "b": [true, "x"]}}', False),
-        ('{"tool": "add", "args": {"a": 1, "b": [1, "x"]}}', False),
-        ('{"tool": "add", "args": {"a": 1, "b": ["x", true]}}', False),
-        (CALL[:-1], False),
-        ("[" * 100_000, False),
-        ("NaN", False),
-        ("9" * 5_000, False),
-        (ABSTENTION, False),
-    ],
-)
-def test_tool_calls(output, expected):
-    assert right(example(CALL, kind="tool_call"), output) is expected
-    assert right(example("", kind="tool_call", call=json.loads(CALL)), output) is expected
+@given(st.lists(st.sampled_from("abc"), max_size=8), st.lists(st.sampled_from("abc"), max_size=8))
+def test_longest_common_subsequence(one, other):
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    wanted = 2 * table[-1][-1] / (len(one) + len(other)) if one and other else float(one == other)
+    assert rouge_l(" ".join(one), " ".join(other)) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -208,15 +177,6 @@ def test_code_grader_accepts_any_output(outputs):
     assert not any(verdict.correct for verdict in grade_all([(question, output) for output in outputs]))
 
 
-@given(
-    st.decimals(allow_nan=False, allow_infinity=False, places=3),
-    st.sampled_from(["{}", "it is {}.", "a 7 then ${}"]),
-)
-def test_number_in_a_sentence_is_extracted(number, frame):
-    assert last_number(frame.format(f"{number:f}")) == number
-    assert last_number(frame.format(f"{number:,f}")) == number
-
-
 @given(st.text())
 def test_normalisation_is_idempotent(text):
     assert normalise(normalise(text)) == normalise(text)
@@ -228,19 +188,6 @@ def test_only_code_fences_are_stripped(code):
     assert strip_fences(f"text\n```python\n{code}\n```\nmore") == code
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(JSON, JSON)
-def test_json_equality_is_reflexive_and_symmetric(left, right):
-    assert same_json(left, json.loads(json.dumps(left)))
-    assert same_json(left, right) == same_json(right, left)
-
-
 def test_reference_solutions_of_mbpp_pass_and_swapped_ones_fail():
     rows = json.loads(public_data("mbpp/sanitized-mbpp.json").read_text())[:120]
     rows = [row for row in rows if row["task_id"] != 123]  # needs seconds of CPU time
@@ -250,9 +197,3 @@ def test_reference_solutions_of_mbpp_pass_and_swapped_ones_fail():
     assert not wrong
     swapped = grade_all([(q, row["code"]) for q, row in zip(questions, rows[1:] + rows[:1], strict=True)])
     assert not any(v.correct for v in swapped)
-
-
-def test_gsm8k_solutions_are_graded_by_their_last_number():
-    rows = [json.loads(line) for line in public_data("gsm8k/test.jsonl").read_text().splitlines()]
-    verdicts = grade_all([(example(row["answer"].split("####")[1], kind="numeric"), row["answer"]) for row in rows])
-    assert all(v.correct for v in verdicts)

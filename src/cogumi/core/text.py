@@ -13,7 +13,15 @@ NUMBER = r"(?:(?<![\w.)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.
 """A decimal number as a regular expression without groups: sign, thousands separated by commas, exponent."""
 FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 """A Markdown code fence, closed or truncated; group 1 is its content."""
+THINKING = re.compile(r"<think(?:ing)?>(?:(?!<think(?:ing)?>).)*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
+"""A reasoning model's notes before its answer, closed or truncated."""
 
+_QUOTES = " \"'`"
+_PLAIN_QUOTES = {ord(c): "'" for c in "\u2018\u2019\u201a\u2032"} | {
+    ord(c): '"' for c in "\u201c\u201d\u201e\u2033\u00ab\u00bb"
+}
+_RAISED = re.compile(r"[\u00aa\u00b2\u00b3\u00b9\u00ba\u2070-\u209c\u1d2c-\u1d6a]")
+_KEPT = re.compile(r"\0(\d+);")
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s+|$)|\n+")
 _APOLOGY = r"(?:(?:well|sorry|unfortunately|i'm sorry|i am sorry|i'm afraid|i apologi[sz]e)[, ]+(?:but |that )?)*"
 _ABOUT = r"(?:(?!\b(?:but|however|maybe|perhaps|probably|guess|think|believe)\b)[^,;:])*"
@@ -57,9 +65,27 @@ def declines_somewhere(text: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Text with case folded, Unicode NFKC, white space collapsed, outer quotes and the final full stop removed."""
-    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
-    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".!").strip(" \"'`")
+    """Text with case folded, characters in one form, white space collapsed, outer quotes and full stop removed.
+
+    Superscripts and subscripts stay: x\u00b2 is not x2. A text of nothing but punctuation stays as it is.
+    """
+    text = re.sub(r"\s+", " ", _one_form(text).casefold()).strip()
+    return text.strip(_QUOTES).rstrip(".!\u2026").strip(_QUOTES) or text
+
+
+def _one_form(text: str) -> str:
+    """Unicode NFKC without its changes of superscripts and subscripts; typographic quotes become plain ones."""
+    if text.isascii():
+        return text
+    if _RAISED.search(text):
+        text = _RAISED.sub(lambda match: f"\0{ord(match[0])};", text)
+    text = unicodedata.normalize("NFKC", text)
+    return _KEPT.sub(lambda match: chr(int(match[1])), text).translate(_PLAIN_QUOTES)
+
+
+def without_thinking(text: str) -> str:
+    """A text without the notes that a reasoning model writes between <think> and </think>."""
+    return THINKING.sub("", text) if "<think" in text else text
 
 
 def strip_fences(text: str) -> str:

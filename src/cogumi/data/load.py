@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cogumi.core.errors import DataError
 from cogumi.core.estimate import Estimate, Given
@@ -18,10 +19,10 @@ from cogumi.core.registry import nearest
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import POOL, to_line
-from cogumi.data.sources.question_files import Rejected, iterate, no_usable_row
+from cogumi.data.sources.question_files import Reading, Rejected, Seen, iterate, no_usable_row
 from cogumi.grading.suggest import SUGGESTED, check_of
 
-VERSION = 3
+VERSION = 4
 KIND = "pool"
 LIGHT = True
 INPUTS: dict[str, str] = {}
@@ -30,17 +31,41 @@ REJECTED_FILE = "rejected.jsonl"
 _ROWS_PER_REPORT = 1_000
 
 
+class ReadingConfig(BaseModel):
+    """How the files of a domain are read (see `question_files.Reading`)."""
+
+    model_config = ConfigDict(extra="forbid")
+    layout: str | None = None
+    form: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> ReadingConfig:
+        try:
+            self.reading()
+        except DataError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def reading(self) -> Reading:
+        """The same for the reader of files."""
+        return Reading(self.layout, self.form, self.columns)
+
+
 class Config(BaseModel):
     """`files` lists paths by domain; a "domain" in a row overrides it. `domains`: rows of others are left out.
 
-    `graders` names a kind of check by domain, for rows without their own; the options of a `choice` are the different
-    answers of its domain.
+    A path is a file, a folder or a pattern ("data/*.jsonl"). `graders` names a kind of check by domain, for rows
+    without their own; the options of a `choice` are the different answers of its domain. `reading` tells by domain how
+    files are read whose names and rows do not say it: their `layout`, their `form`, or the `columns` of the question,
+    the answer and so on.
     """
 
     model_config = ConfigDict(extra="forbid")
     files: dict[str, list[Path]] = Field(min_length=1)
     domains: tuple[str, ...] | None = None
     graders: dict[str, str] = Field(default_factory=dict)
+    reading: dict[str, ReadingConfig] = Field(default_factory=dict)
 
     @field_validator("graders")
     @classmethod
@@ -51,50 +76,56 @@ class Config(BaseModel):
         return value
 
 
-def _rows(config: Config, root: Path, unused: Counter[str] | None = None) -> Iterator[Example | Rejected]:
+def _rows(config: Config, root: Path, seen: Seen | None = None) -> Iterator[Example | Rejected]:
     answers: dict[str, set[str]] = defaultdict(set)
     if "choice" in config.graders.values():
         for row in _read(config, root, None):
             if isinstance(row, Example) and config.graders.get(row.domain) == "choice":
                 answers[row.domain].add(row.answer)
-    for row in _read(config, root, unused):
+    for row in _read(config, root, seen):
         if isinstance(row, Example) and "check" not in row.meta and (kind := config.graders.get(row.domain)):
             yield replace(row, meta={**row.meta, "check": check_of(kind, row.answer, answers[row.domain])})
         else:
             yield row
 
 
-def _read(config: Config, root: Path, unused: Counter[str] | None) -> Iterator[Example | Rejected]:
+def _read(config: Config, root: Path, seen: Seen | None) -> Iterator[Example | Rejected]:
     for domain, paths in config.files.items():
+        reading = config.reading[domain].reading() if domain in config.reading else None
         for path in paths:
-            for row in iterate(root / path, domain, unused):
+            for row in iterate(root / path, domain, seen, reading):
                 if config.domains is None or isinstance(row, Rejected) or row.domain in config.domains:
                     yield row
 
 
 def estimate(config: Config, given: Given) -> Estimate:
     """Lengths of the rows, read from the files; empty if a file is missing or no row is usable."""
-    if not all((given.root / path).is_file() for paths in config.files.values() for path in paths):
+    if not all(
+        (given.root / path).exists() or glob.has_magic(str(path)) for paths in config.files.values() for path in paths
+    ):
         return Estimate()
     pairs, places = [], []
-    unused = Counter[str]()
+    seen = Seen()
     rejected, first = 0, None
-    for row in _rows(config, given.root, unused):
+    for row in _rows(config, given.root, seen):
         if isinstance(row, Example):
             pairs.append((sum(len(m.content.encode()) for m in row.messages), len(row.answer.encode())))
             places.append(row.source)
         else:
             rejected, first = rejected + 1, first or row
     found = RowFacts.of(pairs, len(pairs), places) if pairs else None
-    return Estimate((found,), notes=tuple(warnings(unused, rejected, first)))
+    return Estimate((found,), notes=tuple(warnings(seen, rejected, first)))
 
 
-def warnings(unused: Mapping[str, int], rejected: int, first: Rejected | None) -> list[str]:
+def warnings(seen: Seen, rejected: int, first: Rejected | None) -> list[str]:
     """A line for rejected rows, with the `first` of them, and one for columns that are not used."""
     found = []
     if first:
-        found.append(f"{rejected} rows rejected, the first: {Path(first.file).name}:{first.line}: {first.reason}")
-    names = ", ".join(f"'{name}' ({count} rows)" for name, count in sorted(unused.items()))
+        found.append(
+            f"{rejected} rows rejected, all of them in {REJECTED_FILE} of this step, the first: "
+            f"{Path(first.file).name}:{first.line}: {first.reason}"
+        )
+    names = ", ".join(f"'{name}' ({count} rows)" for name, count in sorted(seen.unused.items()))
     return [*found, f"columns not used: {names}"] if names else found
 
 
@@ -103,13 +134,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
 
     A rejected row is {"file", "line", "reason"}.
     """
-    domains, unused, rejected = Counter[str](), Counter[str](), 0
+    domains, seen, rejected = Counter[str](), Seen(), 0
     first: Rejected | None = None
     with (
         open(out / POOL, "w", encoding="utf-8", newline="\n") as pool,
         open(out / REJECTED_FILE, "w", encoding="utf-8", newline="\n") as refused,
     ):
-        for done, row in enumerate(_rows(config, context.root, unused), 1):
+        for done, row in enumerate(_rows(config, context.root, seen), 1):
             if isinstance(row, Rejected):
                 refused.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
                 rejected, first = rejected + 1, first or row
@@ -124,6 +155,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         "rows": domains.total(),
         "domains": dict(sorted(domains.items())),
         "rejected": rejected,
-        "unused_columns": dict(sorted(unused.items())),
-        "warnings": warnings(unused, rejected, first),
+        "forms": dict(sorted(seen.forms.items())),
+        "unused_columns": dict(sorted(seen.unused.items())),
+        "warnings": warnings(seen, rejected, first),
     }

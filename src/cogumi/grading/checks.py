@@ -9,12 +9,19 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "exact": (),
     "short_answer": ("answers",),
     "numeric": (),
+    "math": (),
     "choice": (),
     "code": ("tests",),
     "tool_call": (),
+    "f1": ("at_least",),
+    "rouge_l": ("at_least",),
     "abstain": (),
 }
 """Kind of check -> required fields."""
+SCALES = ("thousand", "million", "billion")
+"""Units in which a table gives its numbers."""
+PERCENT = ("sign", "share")
+"""What a percent sign means: nothing, or a hundredth."""
 
 
 def check_problem(check: Any) -> str | None:
@@ -31,4 +38,28 @@ def check_problem(check: Any) -> str | None:
             return f"{name} of a check must be a {'' if empty_allowed else 'non-empty '}list of strings"
     if not all(any(c.isalnum() for c in answer) for answer in check.get("answers", ())):
         return "answers of a check must have letters or digits"
+    for name in ("tolerance", "relative_tolerance", "at_least"):
+        value = check.get(name, 0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            return f"{name} of a check must be a number from 0 up"
+    if check.get("percent", "sign") not in PERCENT:
+        return f"percent of a check must be one of {', '.join(PERCENT)}"
+    if check.get("scale", SCALES[0]) not in SCALES:
+        return f"scale of a check must be one of {', '.join(SCALES)}"
+    if not isinstance(check.get("ordered", True), bool):
+        return "ordered of a check must be true or false"
+    return _possible_problem(check.get("possible", []))
+
+
+def _possible_problem(possible: Any) -> str | None:
+    """The error in BFCL's possible calls: [{tool: {argument: [value, ...]}}]."""
+    form = "possible of a check must be a list of {tool: {argument: [value, ...]}}"
+    if not isinstance(possible, list):
+        return form
+    for call in possible:
+        if not isinstance(call, dict) or len(call) != 1:
+            return form
+        arguments = next(iter(call.values()))
+        if not isinstance(arguments, dict) or not all(isinstance(values, list) for values in arguments.values()):
+            return form
     return None

@@ -11,8 +11,9 @@ import ast
 import random
 from collections.abc import Sequence
 
-from cogumi.core.text import strip_fences
 from cogumi.core.types import Example
+from cogumi.grading.programs import programs
+from cogumi.grading.sandbox import Program
 
 _PROGRAM = """
 import copy
@@ -59,8 +60,8 @@ def calls(tests: Sequence[str]) -> list[tuple[str, ast.Tuple]]:
     return found
 
 
-def differential_test(example: Example, output: str, count: int) -> str | None:
-    """A program for the sandbox that ends without an error if `output` agrees with the answer on `count` new inputs.
+def differential_test(example: Example, code: str, count: int) -> Program | None:
+    """A program for the sandbox that ends without an error if `code` agrees with the answer on `count` new inputs.
 
     None if the tests contain no call with an integer.
     """
@@ -80,6 +81,5 @@ def differential_test(example: Example, output: str, count: int) -> str | None:
         name, arguments = rng.choice(tested)
         copy = ast.parse(ast.unparse(arguments), mode="eval").body
         cases.append(f"({name!r}, {ast.unparse(_RandomNumbers(largest, rng).visit(copy))})")
-    return _PROGRAM.format(
-        cases=f"[{', '.join(cases)}]", reference=strip_fences(example.answer), candidate=strip_fences(output)
-    )
+    comparison = _PROGRAM.format(cases=f"[{', '.join(cases)}]", reference=programs(example.answer)[0], candidate=code)
+    return Program("", comparison)

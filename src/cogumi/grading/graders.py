@@ -2,193 +2,211 @@
 
 exact      the output equals `answer` (ignoring letter case, white space, outer quotes and a final full stop)
 short_answer  the output, a phrase or a sentence, names one of `answers` and none of `rivals` (see `short_answer`)
-numeric    the last number in the output equals `value` (default: the last number in `answer`)
-choice     the output selects the same option as `answer` (by letter, or by the text of one of `options`)
-code       the output, a Python program, passes every assert in `tests`, in the sandbox
-tool_call  the output is the JSON of `call` (default: of `answer`): {"tool", "args"} or a list of them; keys in any
-           order
+numeric    the output commits to `value` (default: to what `answer` commits to; see `quantities`), at most `tolerance`
+           or `relative_tolerance` away; `percent: share` reads 50% as 0.5, else the sign is ignored; with a `scale`
+           (thousand, million, billion) the value may also be written out
+math       the output's formula equals that of `answer`, both in LaTeX (library `math-verify`)
+choice     the output selects the same option as `answer` (see `choices`); `answer` is a letter, a text or an index
+code       one of the programs in the output passes every assert in `tests`, in the sandbox (see `programs`)
+tool_call  the output has the calls of `call` (default: of `answer`) and no others, in any order unless `ordered`; or
+           calls among those of `possible`, in BFCL's form (see `tool_calls`)
+f1, rouge_l   the output shares enough words with one of `answers` (default: `answer`): a score of `at_least`
 abstain    the output declines in plain words (see `core.text.abstains`)
 
-Without a check the grader is `exact`. Graders accept any output; an invalid check raises `DataError`.
+Without a check the grader is `exact`. Notes inside <think> are left out. Graders accept any output; a check or an
+answer that no output could satisfy raises `DataError` (`problem_of` finds it before).
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
-from typing import Any, NoReturn
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from cogumi.core.errors import DataError
-from cogumi.core.text import COURTESY, NUMBER, abstains, last_user_message, normalise, strip_fences
+from cogumi.core.text import abstains, last_user_message, normalise, without_thinking
 from cogumi.core.types import Example, Verdict
+from cogumi.grading import choices, formulas, overlap, tool_calls
 from cogumi.grading.checks import check_problem
-from cogumi.grading.sandbox import Outcome, run_all
+from cogumi.grading.programs import programs
+from cogumi.grading.quantities import SCALES, Quantity, committed
+from cogumi.grading.sandbox import Outcome, Program, run_all
 from cogumi.grading.short_answer import judge
 
-Judgement = tuple[bool, str]
-"""Whether the output is correct, and the reason if it is not."""
 
-_NUMBER = re.compile(NUMBER)
-_MINUS = re.compile(r"\u2212|(?<![\w\s)])\u2013(?=\d)|(?<=\s)\u2013(?=\d)|^\u2013(?=\d)|(?<=[=:] )- (?=\d)")
-_SIGN_BEFORE_CURRENCY = re.compile(r"(?<![\w.)])-\s?[$\u20ac\u00a3\u00a5]\s?(?=\d)")
-_NO_INTEGER_PART = re.compile(r"(?<![\w.)\]])\.(?=\d)")
-_LATE_FENCE = re.compile(r"\n[ \t]*```")
-_NOT_WORD = re.compile(r"[\W_]+")
-_LETTER = (
-    re.compile(r"^\W*([A-Z])\W*$"),
-    re.compile(
-        r"\b(?i:answer|choice|option)\b(?:\s+is)?\s*:?\s*(?:[Oo]ption\s+)?[(*\"'$]*(?:\\boxed\{)?([A-Z])\b(?!['’]|\s+[a-z])"
-    ),
-    re.compile(r"\\boxed\{(?:\\text\{)?\(?([A-Z])\)?\}"),
-    re.compile(r"^\W*([A-Z])[).:]"),
-)
+class Judgement(NamedTuple):
+    """The `score` of an output from 0 to 1, whether it is correct, and the reason if it is not."""
+
+    correct: bool
+    reason: str
+    score: float | None = None
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last decimal number in a text; commas as thousands separators are allowed."""
-    text = _SIGN_BEFORE_CURRENCY.sub("-", _MINUS.sub("-", text))
-    found = _NUMBER.findall(_NO_INTEGER_PART.sub("0.", text))
-    return Decimal(found[-1].replace(",", "")) if found else None
+Check = Mapping[str, Any]
+Grader = Callable[[Example, Check, str], Judgement]
 
 
-def _without_courtesy(text: str) -> str:
-    """A text without its polite last sentences, which may hold numbers ("Let me know if you need 2 more.")."""
-    parts = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
-    while len(parts) > 1 and COURTESY.fullmatch(normalise(parts[-1])):
-        parts.pop()
-    return "\n".join(parts)
+def _exact(example: Example, check: Check, output: str) -> Judgement:
+    right = normalise(without_thinking(output)) == normalise(example.answer)
+    return Judgement(right, f"expected: {example.answer}")
 
 
-def chosen(text: str, options: Sequence[str]) -> int | None:
-    """Index of the option that a text selects: by its exact text, by a letter, or as the only option mentioned."""
-    wanted = [normalise(option) for option in options]
-    if normalise(text) in wanted:
-        return wanted.index(normalise(text))
-    for pattern in _LETTER:
-        if found := pattern.findall(text):
-            index = ord(found[-1]) - ord("A")
-            return index if not options or index < len(options) else None
-    words = _words(text)
-    mentioned = [i for i, option in enumerate(options) if _words(option).strip() and _words(option) in words]
-    return mentioned[0] if len(mentioned) == 1 else None
+def _short_answer(example: Example, check: Check, output: str) -> Judgement:
+    question = last_user_message(example.messages)
+    return Judgement(*judge(without_thinking(output), question, check["answers"], check.get("rivals", ())))
 
 
-def _words(text: str) -> str:
-    """The words of a text separated and enclosed by single spaces, so that `in` matches whole words only."""
-    return f" {_NOT_WORD.sub(' ', normalise(text)).strip()} "
+def _wanted_number(example: Example, check: Check) -> Quantity:
+    if (wanted := committed(str(check.get("value", example.answer)))) is None:
+        raise DataError("numeric check without a number; set `value` or give a numeric answer")
+    return wanted
 
 
-def same_json(left: Any, right: Any) -> bool:
-    """JSON equality: key order is ignored, 1 equals 1.0, but true differs from 1."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same_json(left[key], right[key]) for key in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same_json, left, right))
-    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
+def _numeric(example: Example, check: Check, output: str) -> Judgement:
+    wanted, found = _wanted_number(example, check), committed(output)
+    if found is None:
+        return Judgement(False, f"expected {wanted}, found no number")
+    absolute, relative = (Fraction(str(check.get(name, 0))) for name in ("tolerance", "relative_tolerance"))
+    one, other = (found.share(), wanted.share()) if check.get("percent") == "share" else (found, wanted)
+    right = one.near(other, absolute, relative)
+    if not right and "scale" in check:  # "in millions": 1.5 and 1.5 million are the same answer
+        right = one.near(other.times(Fraction(10 ** SCALES[check["scale"]])), absolute, relative)
+    return Judgement(right, f"expected {wanted}, found {found}")
 
 
-def _exact(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
-    return normalise(output) == normalise(example.answer), f"expected: {example.answer}"
+def _math(example: Example, check: Check, output: str) -> Judgement:
+    wanted = formulas.parsed(example.answer)
+    if not wanted:
+        raise DataError("the answer has no formula; write it in LaTeX, as $...$ or \\boxed{...}")
+    return Judgement(formulas.equal(wanted, formulas.parsed(without_thinking(output))), f"expected: {example.answer}")
 
 
-def _short_answer(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
-    return judge(output, last_user_message(example.messages), check["answers"], check.get("rivals", ()))
+def _wanted_option(example: Example, check: Check) -> int:
+    if (wanted := choices.gold(example.answer, check.get("options", []))) is None:
+        raise DataError("the answer is not one of the options; give an option's letter, text or index")
+    return wanted
 
 
-def _numeric(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
-    wanted = last_number(str(check.get("value", example.answer)))
-    if wanted is None:
-        raise DataError(f"example {example.id}: numeric check without a number; set `value` or give a numeric answer")
-    found = last_number(_without_courtesy(output))
-    return found == wanted, f"expected {wanted}, found {'no number' if found is None else found}"
+def _choice(example: Example, check: Check, output: str) -> Judgement:
+    options, wanted = check.get("options", []), _wanted_option(example, check)
+    if (found := choices.chosen(output, options)) is None:
+        return Judgement(False, f"expected {example.answer}, found no choice")
+    right = choices.same_option(found, wanted, options)
+    return Judgement(right, f"expected {example.answer}, found {chr(ord('A') + found)}")
 
 
-def _choice(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
-    options = check.get("options", [])
-    wanted = chosen(example.answer, options)
-    if wanted is None:
-        raise DataError(f"example {example.id}: the answer is not one of the options; give an option's letter or text")
-    found = chosen(output, options)
-    return (
-        found == wanted,
-        f"expected {example.answer}, found {'no choice' if found is None else chr(ord('A') + found)}",
-    )
-
-
-def _tool_call(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
+def _wanted_calls(example: Example, check: Check) -> list[tool_calls.Call]:
     try:
-        wanted = check["call"] if "call" in check else json.loads(example.answer)
-    except ValueError as error:
-        raise DataError(f"example {example.id}: the answer must be the JSON of a tool call ({error})") from error
-    try:
-        found = json.loads(_json_part(output), parse_constant=_reject_constant)
-        return same_json(_as_list(found), _as_list(wanted)), f"expected {json.dumps(wanted)}"
+        return tool_calls.calls_of(check["call"] if "call" in check else json.loads(example.answer))
     except (ValueError, RecursionError) as error:
-        return False, f"not JSON: {error}"
+        raise DataError(f"the answer must be the JSON of a tool call ({error})") from error
 
 
-def _json_part(output: str) -> str:
-    """The content of a fence, or what stands before a fence that is only closed."""
-    return _LATE_FENCE.split(output)[0] if output.lstrip()[:1] in ("{", "[") else strip_fences(output)
+def _tool_call(example: Example, check: Check, output: str) -> Judgement:
+    ordered = check.get("ordered", "possible" not in check)
+    wanted = [] if "possible" in check else _wanted_calls(example, check)
+    expected = f"expected {json.dumps(check.get('possible', check.get('call', example.answer)))}"
+    try:
+        found = tool_calls.calls_in(output)
+    except (ValueError, RecursionError) as error:
+        return Judgement(False, str(error))
+    if "possible" in check:
+        return Judgement(tool_calls.allowed(found, check["possible"], ordered), expected)
+    return Judgement(tool_calls.same_calls(found, wanted, ordered), expected)
 
 
-def _reject_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+def _overlap(example: Example, check: Check, output: str) -> Judgement:
+    measure = overlap.MEASURES[check["kind"]]
+    answers = check.get("answers", [example.answer])
+    score = max(measure(without_thinking(output), answer) for answer in answers)
+    return Judgement(score >= check["at_least"], f"{score:.2f} of {check['at_least']:g} with: {answers[0]}", score)
 
 
-def _as_list(calls: Any) -> list[Any]:
-    return calls if isinstance(calls, list) else [calls]
+def _abstain(example: Example, check: Check, output: str) -> Judgement:
+    right = abstains(without_thinking(output))
+    return Judgement(right, "the question has no answer; expected an abstention")
 
 
-def _abstain(example: Example, check: Mapping[str, Any], output: str) -> Judgement:
-    return abstains(output), "the question has no answer; expected an abstention"
-
-
-_GRADERS: dict[str, Callable[[Example, Mapping[str, Any], str], Judgement]] = {
+_GRADERS: dict[str, Grader] = {
     "exact": _exact,
     "short_answer": _short_answer,
     "numeric": _numeric,
+    "math": _math,
     "choice": _choice,
     "tool_call": _tool_call,
+    "f1": _overlap,
+    "rouge_l": _overlap,
     "abstain": _abstain,
 }
 
 
-def _check(example: Example) -> Mapping[str, Any]:
-    if problem := check_problem(example.check):
-        raise DataError(f"example {example.id}: {problem}")
-    return example.check
-
-
-def _program(check: Mapping[str, Any], output: str) -> str:
-    return "\n".join([strip_fences(output), *check["tests"]])
-
-
-def _verdict(example: Example, output: str, kind: str, correct: bool, reason: str) -> Verdict:
-    return Verdict(example.id, output, correct, float(correct), kind, "" if correct else reason)
+def problem_of(example: Example) -> str | None:
+    """Why no output could be right by the example's check; None if one can be."""
+    check = example.check
+    if problem := check_problem(check):
+        return problem
+    wanted: dict[str, Callable[[Example, Check], object]] = {
+        "numeric": _wanted_number,
+        "choice": _wanted_option,
+        "tool_call": lambda example, check: "possible" in check or _wanted_calls(example, check),
+    }
+    try:
+        if check["kind"] in wanted:
+            wanted[check["kind"]](example, check)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def grade_all(pairs: Sequence[tuple[Example, str]]) -> list[Verdict]:
     """Grade many `(example, output)` pairs; code runs in a few sandbox processes, equal programs only once."""
-    checks = [_check(example) for example, _ in pairs]
-    programs = [
-        _program(check, output) if check["kind"] == "code" else None
-        for check, (_, output) in zip(checks, pairs, strict=True)
+    for example, _ in pairs:
+        if problem := check_problem(example.check):
+            raise DataError(f"example {example.id}: {problem}")
+    ran = _run_programs({i: pair for i, pair in enumerate(pairs) if pair[0].check["kind"] == "code"})
+    return [
+        _verdict(example, output, ran[i] if i in ran else _judged(example, output))
+        for i, (example, output) in enumerate(pairs)
     ]
-    distinct = list(dict.fromkeys(program for program in programs if program is not None))
-    outcomes: dict[str, Outcome] = dict(zip(distinct, run_all(distinct), strict=True))
-    verdicts = []
-    for (example, output), check, program in zip(pairs, checks, programs, strict=True):
-        if program is not None:
-            judgement = outcomes[program].ok, outcomes[program].reason
-        else:
-            judgement = _GRADERS[check["kind"]](example, check, output)
-        verdicts.append(_verdict(example, output, check["kind"], *judgement))
-    return verdicts
 
 
 def grade(example: Example, output: str) -> Verdict:
     """Grade one output; `grade_all` is faster for many."""
     return grade_all([(example, output)])[0]
+
+
+def _judged(example: Example, output: str) -> Judgement:
+    try:
+        return _GRADERS[example.check["kind"]](example, example.check, output)
+    except DataError as error:
+        raise DataError(f"example {example.id}: {error}") from error
+
+
+def _verdict(example: Example, output: str, judgement: Judgement) -> Verdict:
+    correct, reason, score = judgement
+    value = float(correct) if score is None else score
+    return Verdict(example.id, output, correct, value, example.check["kind"], "" if correct else reason)
+
+
+def _run_programs(pairs: Mapping[int, tuple[Example, str]]) -> dict[int, Judgement]:
+    """Judgements of outputs with code: their programs are tried in turn until one passes.
+
+    The reason for a failure is that of the first program.
+    """
+    offered = {i: programs(output) for i, (_, output) in pairs.items()}
+    found: dict[int, Judgement] = {}
+    known: dict[Program, Outcome] = {}
+    for attempt in range(max(map(len, offered.values()), default=0)):
+        waiting = {
+            i: Program(codes[attempt], "\n".join(pairs[i][0].check["tests"]))
+            for i, codes in offered.items()
+            if attempt < len(codes) and not (i in found and found[i].correct)
+        }
+        new = [program for program in dict.fromkeys(waiting.values()) if program not in known]
+        known |= zip(new, run_all(new), strict=True)
+        for i, program in waiting.items():
+            outcome = known[program]
+            if outcome.ok or i not in found:
+                found[i] = Judgement(outcome.ok, outcome.reason)
+    return found

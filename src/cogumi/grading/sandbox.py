@@ -1,9 +1,10 @@
 """Running untrusted Python programs (SPEC B4): a few processes, one forked child per program.
 
 `grading.sandbox_child` is the script that runs inside and documents each layer of isolation. A program succeeds if it
-runs to its end without an exception; `sys.exit` or `os._exit` is a failure. `Outcome.isolation` lists the active
-layers; limits and the audit hook are always active. Known limitation: the result is reported by the interpreter that
-runs the program, so a program that searches that interpreter's memory could forge its own success; it cannot reach
+and its tests run to their end without an exception; `sys.exit` or `os._exit` is a failure. It runs as a module named
+`solution`, so that `if __name__ == "__main__"` does not run. `Outcome.isolation` lists the active layers; limits and
+the audit hook are always active. Known limitation: the result is reported by the interpreter that runs the program, so
+a program that reads that interpreter's memory from outside of Python could forge its own success; it cannot reach
 another program or the machine that way.
 """
 
@@ -18,10 +19,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cogumi.core.errors import CogumiError
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD, _PROGRAM = (Path(__file__).with_name(name) for name in ("sandbox_child.py", "sandbox_program.py"))
 _PROGRAMS_PER_PROCESS = 256
 
 
@@ -47,12 +49,19 @@ class Outcome:
     isolation: tuple[str, ...]
 
 
+class Program(NamedTuple):
+    """The code of an answer, and tests that run after it in the same module; their `==` does not trust the answer."""
+
+    code: str
+    tests: str = ""
+
+
 def run(program: str, limits: Limits | None = None) -> Outcome:
-    """Run one program; `run_all` is much faster for many."""
-    return run_all([program], limits)[0]
+    """Run one program without tests; `run_all` is much faster for many."""
+    return run_all([Program(program)], limits)[0]
 
 
-def run_all(programs: Sequence[str], limits: Limits | None = None) -> list[Outcome]:
+def run_all(programs: Sequence[Program], limits: Limits | None = None) -> list[Outcome]:
     """Run programs, each in its own child process, and return their outcomes in order."""
     limits = limits or Limits()
     # Two processes per core: one works while the other waits for its child.
@@ -63,7 +72,7 @@ def run_all(programs: Sequence[str], limits: Limits | None = None) -> list[Outco
         return [outcome for group in pool.map(lambda g: _run_group(g, limits), groups) for outcome in group]
 
 
-def _run_group(programs: Sequence[str], limits: Limits) -> list[Outcome]:
+def _run_group(programs: Sequence[Program], limits: Limits) -> list[Outcome]:
     """Outcomes of one group. If the process dies, the running program fails and a new process runs the rest."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(programs):
@@ -74,11 +83,11 @@ def _run_group(programs: Sequence[str], limits: Limits) -> list[Outcome]:
     return outcomes
 
 
-def _run_process(programs: Sequence[str], limits: Limits) -> list[Outcome]:
+def _run_process(programs: Sequence[Program], limits: Limits) -> list[Outcome]:
     """Outcomes of the programs that one sandbox process, started in an empty folder, completed."""
     plan = {"programs": list(programs), "limits": asdict(limits)}
     # Like isolated mode (-I) but without -E: a fixed hash seed makes set order, and so every outcome, reproducible.
-    command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD)]
+    command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD), str(_PROGRAM)]
     with tempfile.TemporaryDirectory(prefix="cogumi-sandbox-") as empty:
         process = subprocess.Popen(
             command,

@@ -1,13 +1,13 @@
 """The sandbox's child process: a script run by `grading.sandbox`, standard library only, never imported.
 
-It reads {"programs", "limits"} from standard input, writes one line with the active isolation layers and then
-one line per program. Layers, from the outside in:
+It reads {"programs", "limits"} from standard input, each program as [code, tests], writes one line with the active
+isolation layers and then one line per program. `sandbox_program` runs the program. Layers, from the outside in:
 
 network    Linux namespaces, if allowed: no network device,
 processes  other processes are invisible,
 files      only the Python library (read-only) and a scratch folder in memory, empty for each program
 user       if started as root, programs run as user nobody; otherwise without any capability
-limits     always: CPU time, memory, file size, open files, wall time, no further process or thread
+limits     always: CPU time, memory, file size, open files, wall time, processes and threads of the user
 audit      always: an audit hook rejects sockets, processes, signals, native code and files outside the allowed folders
 
 Without namespaces only the hook protects sockets and files, and programs cannot write any file.
@@ -23,6 +23,7 @@ import decimal  # noqa: F401
 import fractions  # noqa: F401
 import functools  # noqa: F401
 import heapq  # noqa: F401
+import importlib.util
 import itertools  # noqa: F401
 import json
 import math  # noqa: F401
@@ -39,7 +40,6 @@ import string  # noqa: F401
 import sys
 import sysconfig
 import time
-import traceback
 import typing  # noqa: F401
 from typing import Any
 
@@ -47,20 +47,35 @@ from typing import Any
 
 NOBODY = 65534
 SCRATCH = "/scratch"
-LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/lib", "/lib64", "/usr/lib"})
+LIBRARIES = (
+    *{sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/lib", "/lib64", "/usr/lib"},
+    "/usr/share/zoneinfo",
+)
 
 NEW_MOUNTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 DETACH = 2
+PROCESSES = 256
+"""Processes and threads of the sandbox's user on this machine, of all sandboxes together, so that a bomb ends."""
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 FORBIDDEN = ("socket.", "subprocess.", "ctypes.", "gc.", "pty.", "signal.pthread_kill", "os.fork", "os.exec",
              "os.spawn", "os.posix_spawn", "os.system", "os.kill", "os.chmod", "os.chown", "os.link",
-             "os.symlink")  # fmt: skip
+             "os.symlink", "sys._current_frames", "sys._current_exceptions")  # fmt: skip
+UNAUDITED_SIGNALS = ("pidfd_send_signal",)
+"""The only way to send a signal without an audit event."""
+UNAUDITED_TRACING = ("_settraceallthreads", "_setprofileallthreads")
+"""Ways to see the frames of other threads without an audit event."""
+AF_UNIX = 1
+"""The family of the socket pair with which asyncio wakes up its loop; it can be made but not connected."""
 READS_PATH = ("os.listdir", "os.scandir", "os.chdir")
 WRITES_PATH = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.utime")
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_spec = importlib.util.spec_from_file_location("sandbox_program", sys.argv[1])
+_module = importlib.util.module_from_spec(_spec)  # by its path, since its folder is not on the path
+_spec.loader.exec_module(_module)
+run_program = _module.run_program
 
 
 def kernel(function: str, *arguments: Any) -> None:
@@ -150,7 +165,7 @@ def set_limits(limits: dict[str, Any], may_write: bool) -> None:
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"] if may_write else 0),
         (resource.RLIMIT_NOFILE, limits["files"]),
-        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_NPROC, PROCESSES),
         (resource.RLIMIT_CORE, 0),
     ):
         with contextlib.suppress(ValueError):  # macOS has no memory limit
@@ -168,6 +183,8 @@ def add_audit_hook(may_write: bool) -> None:
         return (may_write and real.startswith(SCRATCH + "/")) or (not writing and real.startswith(under))
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.__new__" and arguments[1] == AF_UNIX:
+            return
         if event.startswith(FORBIDDEN) or (event == "import" and arguments[0] in ("ctypes", "_ctypes")):
             raise PermissionError(f"the sandbox forbids {event}")
         if event == "open":
@@ -183,17 +200,7 @@ def add_audit_hook(may_write: bool) -> None:
     sys.addaudithook(hook)
 
 
-def explain(error: BaseException, program: str) -> str:
-    """One-line description of a failure, with the source line that raised."""
-    if isinstance(error, SystemExit):
-        return "left before its end through SystemExit"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<program>"]
-    message = traceback.format_exception_only(error)[-1].strip()
-    source = program.split("\n")[lines[-1] - 1].strip() if lines and lines[-1] else ""
-    return (f"{message} at: {source}" if source else message)[:400]
-
-
-def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, layers: list[str]) -> None:
+def run_inside(program: tuple[str, str], limits: dict[str, Any], write: int, mark: bytes, layers: list[str]) -> None:
     """In the child: isolate, run the program, and write `mark` and the error (or "") after its output."""
     os.setpgid(0, 0)
     os.dup2(write, 1)
@@ -209,17 +216,16 @@ def run_inside(program: str, limits: dict[str, Any], write: int, mark: bytes, la
     random.seed(0)
     for name in ("ctypes", "_ctypes", "ctypes._endian"):
         sys.modules.pop(name, None)
-    if hasattr(signal, "pidfd_send_signal"):
-        del signal.pidfd_send_signal  # the only way to send a signal without an audit event
+    for module, names in ((signal, UNAUDITED_SIGNALS), (sys, UNAUDITED_TRACING)):
+        for name in filter(vars(module).__contains__, names):
+            delattr(module, name)
     add_audit_hook(may_write)
-    reason, printed = "", sys.stdout
-    try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    except BaseException as error:
-        reason = explain(error, program)
+    # The program may replace what modules hold, so the functions that report its verdict are taken before.
+    write_out, encode, printed = os.write, json.dumps, sys.stdout
+    reason = run_program(*program)
     with contextlib.suppress(ValueError, OSError):
         printed.flush()
-    os.write(1, mark + json.dumps(reason).encode())
+    write_out(1, mark + encode(reason).encode())
 
 
 def drain(read: int, deadline: float, limit: int) -> tuple[bytes, bool]:
@@ -246,6 +252,18 @@ def wait(pid: int, deadline: float) -> int | None:
     return None
 
 
+def kill_rest(pid: int, layers: list[str]) -> None:
+    """End the processes that program `pid` left, if it could start any: they count against the next one's limit."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    if "processes" in layers:  # this process is the namespace's first, the parent of all orphans
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
+
+
 def why_ended(status: int | None, limits: dict[str, Any]) -> str:
     """The reason for a program that ended without its mark."""
     if status is None:
@@ -258,7 +276,7 @@ def why_ended(status: int | None, limits: dict[str, Any]) -> str:
     return f"died of {signal.Signals(number).name}"
 
 
-def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str, Any]:
+def run_one(program: tuple[str, str], limits: dict[str, Any], layers: list[str]) -> dict[str, Any]:
     """Fork a child for one program and judge how it ended."""
     mark = secrets.token_bytes(16)  # a program cannot guess it, and an early exit skips it
     read, write = os.pipe()
@@ -273,8 +291,7 @@ def run_one(program: str, limits: dict[str, Any], layers: list[str]) -> dict[str
     data, closed = drain(read, deadline, limits["output_bytes"])
     os.close(read)
     status = wait(pid, deadline if closed else 0.0)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    kill_rest(pid, layers)
     if "files" in layers and os.listdir(SCRATCH):  # replaced only if used: unmounting takes milliseconds
         kernel("umount2", SCRATCH.encode(), DETACH)
         mount_scratch(limits)

@@ -33,7 +33,8 @@ from cogumi.data.solutions import Solutions, write_solutions
 from cogumi.engine.protocol import replies
 from cogumi.grading.differential_tests import differential_test
 from cogumi.grading.graders import grade_all
-from cogumi.grading.sandbox import run_all
+from cogumi.grading.programs import programs
+from cogumi.grading.sandbox import Program, run_all
 
 VERSION = 2
 KIND = "paths"
@@ -103,7 +104,7 @@ def form(example: Example, output: str) -> str:
         if kind == "code":
             with warnings.catch_warnings():  # generated code may contain questionable Python
                 warnings.simplefilter("ignore", SyntaxWarning)
-                return program_form(strip_fences(output))
+                return program_form(programs(output)[0])
         if kind == "tool_call":
             return json.dumps(json.loads(strip_fences(output)), sort_keys=True)
     except (SyntaxError, ValueError, RecursionError):
@@ -190,15 +191,14 @@ def _ask(model: Any, found: Sequence[Samples], config: Config, context: Context)
 
 def agreeing(pairs: Sequence[tuple[Example, str]], passed: Sequence[bool], probes: int) -> list[bool]:
     """Which of the `passed` outputs also agree with the reference on `probes` new inputs, if they are programs."""
-    programs: dict[int, str] = {}
+    tests: dict[int, list[Program]] = {}
     for i, ((example, output), good) in enumerate(zip(pairs, passed, strict=True)):
         if good and probes and example.check["kind"] == "code":
-            program = differential_test(example, output, probes)
-            if program:
-                programs[i] = program
-    distinct = list(dict.fromkeys(programs.values()))
+            found = [differential_test(example, code, probes) for code in programs(output)]
+            tests[i] = [test for test in found if test]
+    distinct = list(dict.fromkeys(test for several in tests.values() for test in several))
     agrees = dict(zip(distinct, (outcome.ok for outcome in run_all(distinct)), strict=True))
-    return [good and (i not in programs or agrees[programs[i]]) for i, good in enumerate(passed)]
+    return [good and (not tests.get(i) or any(agrees[test] for test in tests[i])) for i, good in enumerate(passed)]
 
 
 def _counted(answers: Iterator[Reply], total: int, context: Context) -> Iterator[Reply]:

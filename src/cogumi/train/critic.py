@@ -49,7 +49,9 @@ from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, replies
-from cogumi.grading.graders import grade_all, last_number
+from cogumi.grading.graders import grade_all
+from cogumi.grading.programs import programs
+from cogumi.grading.quantities import committed
 from cogumi.teach.context_size import context_for
 from cogumi.teach.tier_answers import AskOptions
 
@@ -116,9 +118,9 @@ def error_type(example: Example, reply: Reply, correct: bool) -> str:
     if reply.finish_reason == "length" or not text.strip() or abstains(text):
         return "incomplete"
     if kind == "numeric":
-        return "format" if last_number(text) is None else "calculation"
+        return "format" if committed(text) is None else "calculation"
     if kind == "code":
-        return "code logic" if _parses(strip_fences(text)) else "format"
+        return "code logic" if _parses(programs(text)[0]) else "format"
     if kind == "tool_call":
         return _call_error(text, example.answer if "call" not in check else json.dumps(check["call"]), question)
     invented = example.answer.casefold() in question and text.strip(" .\"'").casefold() not in question

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from cogumi.core.text import last_user_message
 from cogumi.core.types import Example
-from cogumi.grading.graders import chosen
+from cogumi.grading.choices import gold
 
 _TASK = re.compile(r"\s*Please choose the correct .*?: ", re.DOTALL)
 _NAMES = re.compile(r"\s*Answer format: *(\w+(?:/\w+)+)\s*\Z")
@@ -37,7 +37,7 @@ def choice_question(example: Example) -> ChoiceQuestion | None:
     """The question of a row and its choices; None if it has none, or the answer is not one of them."""
     text = last_user_message(example.messages)
     if options := example.check.get("options"):
-        right = chosen(example.answer, options)
+        right = gold(example.answer, options)
         return None if right is None else ChoiceQuestion(text, tuple(options), right)
     return _from_text(text, example.answer)
 

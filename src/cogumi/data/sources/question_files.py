@@ -1,40 +1,39 @@
 """Reads a user's question-answer files row by row, in constant memory (SPEC A1).
 
-A file is JSON Lines (one object per line) or one JSON array of objects. A row has one of three forms:
-
-question  {"question": ..., "answer": ...}
-Alpaca    {"instruction": ..., "input": ... (optional), "output": ... (or "response")}; an "answer" that ends the output
-          is the answer
-messages  {"messages": [{"role": ..., "content": ...}, ...]}; the last turn, the assistant's, is the answer; or the last
-          turn is the user's, and the answer is in "answer", as in the files of a build
-
-and may have "domain", "difficulty" (a level from 1 to 5; 0, null or absent: no level) and "check" (see
-`grading.graders`), in the row or in its "meta". An unusable row does not stop reading; it is returned as a `Rejected`
-with its line and the reason. Columns that are not used are counted.
+A path is a file, a folder or a pattern (`containers`); its rows are written in one of `layouts.LAYOUTS`, and have one
+of the forms of `forms.FORMS`, or the columns that a `Reading` names. A row may also have "domain", "difficulty" (a
+level from 1 to 5, or easy, medium, hard; 0, null or absent: no level) and "check" (see `grading.graders`), in the row
+or in its "meta". An unusable row does not stop reading; it is returned as a `Rejected` with its line and the reason.
+Columns that are not used are counted.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cogumi.core.errors import DataError
-from cogumi.core.types import Example, Message
+from cogumi.core.registry import nearest
+from cogumi.core.types import Example
 from cogumi.data.examples import example_id, to_line
+from cogumi.data.sources.containers import documents, files_of
+from cogumi.data.sources.forms import FORMS
+from cogumi.data.sources.forms.pairs import Form, Pair
+from cogumi.data.sources.layouts import LAYOUTS, rows_of
 from cogumi.grading.checks import check_problem
+from cogumi.grading.graders import problem_of
 
 USED = ("id", "domain", "difficulty", "check", "meta", "source")
 """Columns that a row of any form may have; `id` and `source` are replaced by those of the file's row."""
-_ROLES = ("system", "user", "assistant")
-_CHUNK = 1 << 16
-_MARKS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
-_OPENERS = {b"]": b"[", b"}": b"{"}
+COLUMNS = ("question", "answer", "passage", "system", "history", "rejected", "domain", "difficulty")
+"""What a mapping of columns may name."""
+_LEVELS = {"easy": 1, "medium": 3, "hard": 5}
+_KEYS_SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,40 @@ class Rejected:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How files are read where their names and rows do not say it: a layout, a form, or the columns of a question.
+
+    `columns` maps names of `COLUMNS` to those of the file. Raises `DataError` for unknown names.
+    """
+
+    layout: str | None = None
+    form: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = {form.name: form for form in FORMS}
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise DataError(f"layout '{self.layout}' is unknown: {nearest(self.layout, list(LAYOUTS))}")
+        if self.form is not None and self.form not in known:
+            raise DataError(f"form '{self.form}' is unknown: {nearest(self.form, list(known))}")
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise DataError(f"'{name}' is not one of {', '.join(COLUMNS)}")
+        if self.columns and not {"question", "answer"} <= set(self.columns):
+            raise DataError("columns must name the question and the answer")
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was seen in files: rows of each form, and rows with each column that is not used."""
+
+    forms: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+
+
 def load(path: Path, domain: str = "general") -> tuple[list[Example], list[Rejected]]:
-    """All usable and all rejected rows of a file; DataError if none is usable."""
+    """All usable and all rejected rows of a path; DataError if none is usable."""
     rows = list(iterate(path, domain))
     examples = [row for row in rows if isinstance(row, Example)]
     rejected = [row for row in rows if isinstance(row, Rejected)]
@@ -64,103 +95,123 @@ def no_usable_row(where: str, rejected: int, first: Rejected | None) -> str:
     if first is None:
         return f"{where} is empty: give a file with at least one row"
     return (
-        f"{where} has no usable row; {rejected} were rejected, the first is {first}; rows are JSON objects in "
-        "UTF-8, one a line or all in one array: docs/your-data.md shows their forms"
+        f"{where} has no usable row; {rejected} were rejected, the first is {first}; docs/your-data.md shows the forms "
+        "that are read, and how to name other columns"
     )
 
 
-def iterate(path: Path, domain: str = "general", unused: Counter[str] | None = None) -> Iterator[Example | Rejected]:
-    """Stream a file: an `Example` or a `Rejected` for every row. `domain` is the default for rows without one.
+def iterate(
+    path: Path, domain: str = "general", seen: Seen | None = None, reading: Reading | None = None
+) -> Iterator[Example | Rejected]:
+    """Stream the rows of a path: an `Example` or a `Rejected` for each. `domain` is that of rows without one.
 
-    `unused` counts the rows of each column that is not used.
+    Raises `DataError` if a file cannot be opened, or if a folder or a pattern has none.
     """
-    counted: Counter[str] = Counter() if unused is None else unused
+    seen, reading = seen or Seen(), reading or Reading()
+    for file in files_of(path):
+        try:
+            for document in documents(file):
+                where = str(file) if document.place == file.name else f"{file.parent / document.place}"
+                if document.problem:
+                    yield Rejected(where, 0, document.problem)
+                    continue
+                for line, row in rows_of(document, reading.layout):
+                    yield from _examples(row, domain, where, line, seen, reading, file)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror or error}): check the path") from error
+
+
+def _examples(
+    row: Mapping[str, Any] | Exception, domain: str, where: str, line: int, seen: Seen, reading: Reading, file: Path
+) -> Iterator[Example | Rejected]:
+    """The examples of one row, or why there is none."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(_CHUNK)
-            file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-            is_array = head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-            for line, raw in _array_rows(file) if is_array else _lines(file):
-                try:
-                    yield _example(raw, domain, f"{path.name}:{line}", counted)
-                except (ValueError, RecursionError) as error:
-                    yield Rejected(str(path), line, str(error))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from error
+        if isinstance(row, Exception):
+            raise row
+        named = _named(row, reading)
+        if isinstance(named.get("function"), list):  # BFCL keeps the right calls in a file beside it
+            named = {**_right_calls(file).get(str(named.get("id")), {}), **named}
+        form = _form_of(named, row, reading)
+        pairs = form.read(named)
+        found = [_example(named, pair, domain, f"{Path(where).name}:{line}") for pair in pairs]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError, IndexError) as error:
+        yield Rejected(where, line, str(error) if isinstance(error, ValueError) else f"unexpected values ({error!r})")
+        return
+    seen.forms[form.name] += 1
+    used = {name for pair in pairs for name in pair.used} | set(USED)
+    names = {name for name, value in row.items() if value not in (None, "", [], {})} - set(reading.columns.values())
+    seen.unused.update(name for name in names if name.casefold() not in used or reading.columns)
+    seen.unused.update({what for pair in pairs for what in pair.unused})
+    yield from found
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, text) of every non-blank line."""
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield number, line.strip()
+def _named(row: Mapping[str, Any], reading: Reading) -> Mapping[str, Any]:
+    """A row with its columns under the names of the forms: in small letters, or as `columns` maps them."""
+    if reading.columns:
+        missing = [column for column in reading.columns.values() if column not in row]
+        if missing:
+            raise ValueError(f"no column '{missing[0]}': the row has {_keys(row)}")
+        return {name: row[column] for name, column in reading.columns.items()}
+    lowered = {name.casefold(): value for name, value in row.items()}
+    return lowered if len(lowered) == len(row) else row
 
 
-def _array_rows(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, text) of every element of a JSON array, with one element and one chunk in memory at a time.
-
-    The array is split at commas outside strings and inner brackets, so that an invalid element rarely affects the
-    next. A missing element, or the missing end of the array, gives an empty text.
-    """
-    line, pending, quoted, after_comma = 1, b"", False, False
-    brackets: list[bytes] = []
-    while chunk := file.read(_CHUNK):
-        while chunk.endswith(b"\\") and (following := file.read(1)):  # do not split an escape sequence
-            chunk += following
-        begin = 0
-        for match in _MARKS.finditer(chunk):
-            mark = match.group()
-            if mark == b'"':
-                quoted = not quoted
-            if quoted or mark[:1] in b'"\\':
-                continue
-            if mark in _OPENERS.values():
-                brackets.append(mark)
-            elif mark in _OPENERS and _OPENERS[mark] in brackets:
-                while brackets.pop() != _OPENERS[mark]:  # close brackets that an invalid element left open
-                    pass
-            if (len(brackets) == 1 and mark in b"[,") or (not brackets and mark == b"]"):
-                text = pending + chunk[begin : match.start()]
-                if text.strip() or mark == b"," or after_comma:
-                    yield line + _leading_lines(text), text.strip()
-                line, pending, begin, after_comma = line + text.count(b"\n"), b"", match.end(), mark == b","
-        pending += chunk[begin:]
-    if pending.strip():
-        yield line + _leading_lines(pending), pending.strip()
-    if brackets:
-        yield line + pending.count(b"\n"), b""
+def _form_of(named: Mapping[str, Any], row: Mapping[str, Any], reading: Reading) -> Form:
+    wanted = "question" if reading.columns else reading.form
+    form = next((f for f in FORMS if (f.name == wanted if wanted else f.fits(named))), None)
+    if form is None:
+        raise ValueError(
+            f"no form fits a row with {_keys(row)}: rows need a question and an answer, such as 'question' and "
+            "'answer', 'instruction' and 'output', or 'messages'; name other columns under `columns`"
+        )
+    return form
 
 
-def _leading_lines(text: bytes) -> int:
-    return text[: len(text) - len(text.lstrip())].count(b"\n")
+def _keys(row: Mapping[str, Any]) -> str:
+    names = [f"'{str(name)[:40]}'" for name in row]
+    return ", ".join(names[:_KEYS_SHOWN]) + (" ..." if len(names) > _KEYS_SHOWN else "") if names else "no columns"
 
 
-def _example(raw: bytes, domain: str, source: str, unused: Counter[str]) -> Example:
-    """The example of one row; ValueError or RecursionError with the reason if the row is unusable."""
-    if not raw:
-        raise ValueError("a row is missing here: an extra comma, or the file is truncated")
-    try:
-        row = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError("a row must be a JSON object")
-    messages, answer, used = _question_and_answer(row)
-    domain, difficulty = row.get("domain", domain), row.get("difficulty") or 0
-    if not isinstance(domain, str) or not domain:
+def _example(row: Mapping[str, Any], pair: Pair, domain: str, source: str) -> Example:
+    """A pair as an example; `ValueError` if its domain, level or check is wrong."""
+    domain = row.get("domain") or domain
+    if not isinstance(domain, str):
         raise ValueError("domain must be a non-empty string")
-    if type(difficulty) is not int or not 0 <= difficulty <= 5:
-        raise ValueError("difficulty must be a whole number from 1 to 5, or 0 without a level")
     meta = _meta(row)
-    example = Example(example_id(domain, messages), domain, difficulty, messages, answer, source, meta)
+    if pair.check is not None and "check" not in meta:
+        meta["check"] = dict(pair.check)
+    if pair.rejected:
+        meta["rejected"] = pair.rejected
+    example = Example(
+        example_id(domain, pair.messages),
+        domain,
+        _level(row.get("difficulty")),
+        pair.messages,
+        pair.answer,
+        source,
+        meta,
+    )
+    if "check" in meta and (problem := problem_of(example)):
+        raise ValueError(problem)
     try:
         to_line(example).encode()
     except UnicodeEncodeError as error:
-        raise ValueError("an unpaired surrogate, which cannot be encoded as UTF-8") from error
-    unused.update(name for name in row if name not in (*USED, *used))
+        raise ValueError("not UTF-8 text, or an unpaired surrogate, which cannot be encoded as UTF-8") from error
     return example
+
+
+def _level(value: Any) -> int:
+    """A difficulty as a level; 0 without one."""
+    if value in (None, ""):
+        return 0
+    level = _LEVELS.get(value.strip().casefold(), value) if isinstance(value, str) else value
+    try:
+        number = int(level)
+    except (TypeError, ValueError):
+        number = -1
+    if isinstance(value, bool) or not 0 <= number <= 5 or (isinstance(level, float) and level != number):
+        raise ValueError("difficulty must be a whole number from 1 to 5, easy, medium or hard, or 0 without a level")
+    return number
 
 
 def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,53 +226,11 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
     return rest if check is None else rest | {"check": check}
 
 
-def _question_and_answer(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
-    """The conversation up to the question, the answer, and the columns that hold them."""
-    if "messages" in row:
-        if "answer" not in row:
-            return *_from_messages(row["messages"]), ("messages",)
-        turns = row["messages"] if isinstance(row["messages"], list) else []
-        return *_from_messages([*turns, {"role": "assistant", "content": row["answer"]}]), ("messages", "answer")
-    if "question" in row and "instruction" not in row:
-        question, answer = _text(row["question"], "question"), _text(row.get("answer"), "answer")
-        return (Message("user", question),), answer, ("question", "answer")
-    return *_from_alpaca(row), ("instruction", "input", "output" if "output" in row else "response", *_short(row))
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is missing or not a string")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
-    return value
-
-
-def _from_alpaca(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
-    if "instruction" not in row:
-        raise ValueError("the row has none of 'question', 'instruction' and 'messages'")
-    question = _text(row["instruction"], "instruction")
-    if row.get("input"):
-        question += "\n\n" + _text(row["input"], "input")
-    answer = _text(row.get("output", row.get("response")), "output")
-    return (Message("user", question),), str(row["answer"]) if _short(row) else answer
-
-
-def _short(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The column "answer" if it is the end of the output: the answer that "the correct answer is B" states."""
-    answer, output = row.get("answer"), row.get("output")
-    if isinstance(answer, str) and isinstance(output, str) and answer and output.strip().rstrip(".").endswith(answer):
-        return ("answer",)
-    return ()
-
-
-def _from_messages(turns: Any) -> tuple[tuple[Message, ...], str]:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("messages must be a list of objects with role and content")
-    roles = [turn.get("role") for turn in turns]
-    for role in roles:
-        if role not in _ROLES:
-            raise ValueError(f"role {role!r} is not one of {', '.join(_ROLES)}")
-    if roles[-2:] != ["user", "assistant"]:
-        raise ValueError("messages must end with a user's turn and the assistant's answer to it")
-    messages = tuple(Message(turn["role"], _text(turn.get("content"), "content")) for turn in turns)
-    return messages[:-1], messages[-1].content
+@cache
+def _right_calls(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """BFCL's right calls by id, out of the file of the same name in `possible_answer`; empty without one."""
+    beside = file.parent / "possible_answer" / file.name
+    if not beside.is_file():
+        return {}
+    rows = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {str(row["id"]): {"ground_truth": row["ground_truth"]} for row in rows}

@@ -1,0 +1,144 @@
+"""Where rows lie: a file, a folder, a pattern; compressed by gzip or zstd; inside a tar or zip archive (SPEC A1).
+
+Everything is read as a stream and nothing is unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, cast
+
+import zstandard
+
+from cogumi.core.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".py")
+"""Files of these names are read out of folders and archives; others in there are left out."""
+_PACKED = (".gz", ".zst", ".tgz", ".tar", ".zip")
+_CHUNK = 1 << 16
+_GZIP, _ZSTD, _ZIP, _TAR = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"ustar"
+
+
+class Document(NamedTuple):
+    """A file, or a member of an archive: its name, its place for messages, and its bytes. `problem`: it is refused."""
+
+    name: str
+    place: str
+    stream: IO[bytes]
+    problem: str = ""
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, the readable files of a folder, or those of a pattern ("data/*.jsonl"), in order of names.
+
+    Raises `DataError` if there is none.
+    """
+    if path.is_dir():
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and _readable(p.name)]
+        if not found:
+            raise DataError(f"{path} holds no file of these kinds: {', '.join((*SUFFIXES, *_PACKED))}")
+        return found
+    if not path.exists() and glob.has_magic(str(path)):
+        found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+        if not found:
+            raise DataError(f"no file fits the pattern {path}: check it")
+        return found
+    return [path]
+
+
+def _readable(name: str) -> bool:
+    return not name.startswith(".") and name.casefold().endswith((*SUFFIXES, *_PACKED))
+
+
+def documents(path: Path) -> Iterator[Document]:
+    """The file's content, decompressed, or the readable members of an archive. Raises `OSError`."""
+    with open(path, "rb") as file:
+        if file.read(4) == _ZIP:
+            yield from _zip_members(path)
+            return
+        file.seek(0)
+        name, stream = _decompressed(path.name, file)
+        if _is_tar(stream):
+            yield from _tar_members(path, stream)
+        else:
+            yield Document(name, path.name, stream)
+
+
+def _decompressed(name: str, file: IO[bytes]) -> tuple[str, io.BufferedReader]:
+    """A stream without its compression, and the name without its ending."""
+    stream = io.BufferedReader(cast(io.RawIOBase, file))
+    head = stream.peek(4)[:4]
+    if head.startswith(_GZIP):
+        return _without(name, (".gz", ".tgz")), io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream)))
+    if head.startswith(_ZSTD):
+        return _without(name, (".zst",)), io.BufferedReader(_Zstd(stream))
+    return name, stream
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd stream as a file. Unlike the library's reader it raises `EOFError` where the stream is cut off."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source, self._ready = source, b""
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._frame.unused_data if self._frame.eof else b""
+            packed = packed or self._source.read(_CHUNK)
+            if not packed:
+                if not self._frame.eof:
+                    raise EOFError("the compressed stream is cut off")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(packed)
+        taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+def _without(name: str, endings: tuple[str, ...]) -> str:
+    return next((name[: -len(end)] for end in endings if name.casefold().endswith(end)), name)
+
+
+def _is_tar(stream: io.BufferedReader) -> bool:
+    try:
+        return stream.peek(512)[257:262] == _TAR
+    except (EOFError, OSError, ValueError):
+        return False  # reading the rows tells what is wrong
+
+
+def _tar_members(path: Path, stream: IO[bytes]) -> Iterator[Document]:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            if not member.isfile() or not _readable(PurePosixPath(member.name).name):
+                continue
+            content = archive.extractfile(member)
+            assert content is not None
+            yield _member(path, member.name, content)
+
+
+def _zip_members(path: Path) -> Iterator[Document]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if not member.is_dir() and _readable(PurePosixPath(member.filename).name):
+                with archive.open(member) as content:
+                    yield _member(path, member.filename, content)
+
+
+def _member(path: Path, name: str, content: IO[bytes]) -> Document:
+    place, inside = f"{path.name}/{name}", PurePosixPath(name)
+    if inside.is_absolute() or ".." in inside.parts:
+        return Document(name, place, content, "the archive names a path outside of itself; this member is left out")
+    plain, stream = _decompressed(inside.name, content)
+    return Document(plain, place, stream)
