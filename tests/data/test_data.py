@@ -382,7 +382,7 @@ def test_forms_of_rows_and_columns_that_are_not_used(tmp_path):
         ({"messages": 3, "answer": "4"}, "no form fits"),
         ({"question": "x", "answer": "y", "meta": 3}, "meta must be an object"),
         ({"question": "x", "answer": "y", "meta": {"check": {"kind": "vague"}}}, "kind is one of exact"),
-        ({"text": "x"}, "too short"),
+        ({"text": "x"}, "gives no question"),
         ({"question": "x", "answer": "four", "check": {"kind": "numeric"}}, "without a number"),
         (
             {"question": "x", "answer": "E", "check": {"kind": "choice", "options": ["a", "b"]}},

@@ -206,7 +206,7 @@ def test_columns_can_be_named(tmp_path):
 
 
 def test_a_form_can_be_prescribed(tmp_path):
-    row = {"question": "2+2?", "answer": "4", "text": "A text of more than eight words, in order to be cut somewhere."}
+    row = {"question": "2+2?", "answer": "4", "text": "A text of many words. " * 10}
     (found,), _ = read(tmp_path / "a.jsonl", row, Reading(form="text"))
     assert found.messages[0].content.startswith("Continue this text:")
 

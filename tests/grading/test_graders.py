@@ -140,6 +140,23 @@ def test_code_answers(output, expected):
     assert right(example("", kind="code", tests=["assert f(1) == 2", "assert f(-1) == 0"]), output) is expected
 
 
+@pytest.mark.parametrize(
+    ("answer", "output", "expected"),
+    [
+        (r"$\frac{\sqrt{3}}{2}$", r"So the result is $\frac{\sqrt 3}{2}$.", True),
+        (r"$\frac{\sqrt{3}}{2}$", r"\boxed{\frac{\sqrt{2}}{2}}", False),
+        (r"$x^2 + 2x + 1$", r"$(x+1)^2$", True),
+        (r"$(1, 2]$", r"\boxed{(1,2]}", True),
+        (r"$(1, 2]$", r"\boxed{[1,2]}", False),
+        (r"$3\pi$", "none", False),
+        (r"$3\pi$", r"$10^{10^{10^{10}}}$", False),
+    ],
+)
+def test_formulas(answer, output, expected):
+    pytest.importorskip("math_verify")
+    assert right(example(answer, kind="math"), output) is expected
+
+
 def test_unknown_check_is_refused_with_the_example_id():
     bad_tests, bad_options = {"kind": "code", "tests": []}, {"kind": "choice", "options": "AB"}
     for check in ({"kind": "magic"}, {"kind": "code"}, bad_tests, bad_options):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cogumi.cli import adopting, building, console, converting, measuring, packing, running
+from cogumi.cli import adopting, building, console, converting, data, measuring, packing, running
 from cogumi.core.errors import CogumiError
 from cogumi.core.packages import missing
 from cogumi.core.version import __version__
@@ -59,6 +59,7 @@ app.command()(converting.convert)
 app.command()(building.plan)
 app.command()(building.vocabulary)
 app.command()(measuring.bench)
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

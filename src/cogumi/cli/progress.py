@@ -174,6 +174,30 @@ class ByteProgress:
             STDERR.print(f"{self._title}: {size(done)} of {size(total)}, {left} left", markup=False, soft_wrap=True)
 
 
+class RowProgress:
+    """Shows counted rows after `ByteProgress.QUIET` seconds, on a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f} rows"), console=STDERR, transient=True
+        )
+        self._task = self._bar.add_task(escape(title), total=None)
+        self._began = time.monotonic()
+
+    def __enter__(self) -> RowProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def advanced(self, done: int) -> None:
+        """Show the number of rows read so far."""
+        self._bar.update(self._task, completed=done)
+        if STDERR.is_terminal and time.monotonic() - self._began > ByteProgress.QUIET:
+            self._bar.start()
+
+
 class BenchProgress(_TerminalBar):
     """Shows a benchmark: one bar over all rows on a terminal, otherwise a line per row."""
 

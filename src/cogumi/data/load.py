@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cogumi.core.errors import DataError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import RowFacts
+from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import POOL, to_line
-from cogumi.data.sources.question_files import Reading, Rejected, Seen, iterate, no_usable_row
+from cogumi.data.sources.containers import files_of
+from cogumi.data.sources.question_files import Reading, Rejected, Seen, companions, iterate, no_usable_row
 from cogumi.grading.suggest import SUGGESTED, check_of
 
 VERSION = 4
@@ -74,6 +76,17 @@ class Config(BaseModel):
             if kind not in SUGGESTED:
                 raise ValueError(f"'{kind}' is not a grader that needs no further data: {nearest(kind, SUGGESTED)}")
         return value
+
+
+def identity(config: Config, root: Path) -> Any:
+    """The config, and the hashes of all files that its paths, folders and patterns name. Raises `DataError`."""
+    hashes = {}
+    for path in (path for paths in config.files.values() for path in paths):
+        for file in files_of(root / path):
+            if not file.is_file():
+                raise DataError(f"there is no file {file}; check the path")
+            hashes.update({str(one): sha256(one) for one in (file, *companions(file))})
+    return [config.model_dump(mode="json"), sorted(hashes.values())]
 
 
 def _rows(config: Config, root: Path, seen: Seen | None = None) -> Iterator[Example | Rejected]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any
 
 from cogumi.core.errors import CogumiError
+
+SECONDS, LONGEST = 3, 2_000
+"""Time for one formula, where it can be limited: in the main thread. Characters at the end of a text that are read."""
 
 
 def parsed(text: str) -> list[Any]:
@@ -15,13 +20,19 @@ def parsed(text: str) -> list[Any]:
     try:
         from math_verify import parse
     except ImportError as error:
-        raise CogumiError("a check of kind 'math' needs the library math-verify: pip install 'cogumi[math]'") from error
-    found: list[Any] = parse(text, parsing_timeout=None, raise_on_error=False)
+        raise CogumiError("a check of kind 'math' needs the library math-verify: pip install 'cogumi[data]'") from error
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it reports what it cannot read at every call
+    found: list[Any] = parse(text[-LONGEST:], parsing_timeout=_limit(), raise_on_error=False)
     return found
 
 
-def equal(wanted: list[Any], found: list[Any]) -> bool:
-    """Whether two parsed formulas are equal as mathematics."""
+def equal(wanted: str, found: str) -> bool:
+    """Whether two texts commit to formulas that are equal as mathematics."""
     from math_verify import verify
 
-    return bool(verify(wanted, found, timeout_seconds=None, raise_on_error=False))
+    return bool(verify(parsed(wanted), parsed(found), timeout_seconds=_limit(), raise_on_error=False))
+
+
+def _limit() -> int | None:
+    """The library limits time by a signal, which only the main thread receives."""
+    return SECONDS if threading.current_thread() is threading.main_thread() else None

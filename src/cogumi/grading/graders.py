@@ -76,10 +76,13 @@ def _numeric(example: Example, check: Check, output: str) -> Judgement:
 
 
 def _math(example: Example, check: Check, output: str) -> Judgement:
-    wanted = formulas.parsed(example.answer)
-    if not wanted:
+    _wanted_formula(example, check)
+    return Judgement(formulas.equal(example.answer, without_thinking(output)), f"expected: {example.answer}")
+
+
+def _wanted_formula(example: Example, check: Check) -> None:
+    if not formulas.parsed(example.answer):
         raise DataError("the answer has no formula; write it in LaTeX, as $...$ or \\boxed{...}")
-    return Judgement(formulas.equal(wanted, formulas.parsed(without_thinking(output))), f"expected: {example.answer}")
 
 
 def _wanted_option(example: Example, check: Check) -> int:
@@ -148,6 +151,7 @@ def problem_of(example: Example) -> str | None:
         return problem
     wanted: dict[str, Callable[[Example, Check], object]] = {
         "numeric": _wanted_number,
+        "math": _wanted_formula,
         "choice": _wanted_option,
         "tool_call": lambda example, check: "possible" in check or _wanted_calls(example, check),
     }

@@ -73,6 +73,8 @@ WRITES_PATH = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", 
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _spec = importlib.util.spec_from_file_location("sandbox_program", sys.argv[1])
+assert _spec is not None
+assert _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)  # by its path, since its folder is not on the path
 _spec.loader.exec_module(_module)
 run_program = _module.run_program

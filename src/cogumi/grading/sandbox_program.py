@@ -39,8 +39,9 @@ def run_program(code: str, tests: str) -> str:
     """Run code and then its tests in a thread; returns why it failed, empty if both came to their end."""
     sources = {"<program>": code.lstrip("\ufeff"), "<tests>": tests}
     failures: list[str] = []
-    compare, done = f"_{secrets.token_hex(8)}", _queue.SimpleQueue()
-    begun = _queue.SimpleQueue()
+    compare = f"_{secrets.token_hex(8)}"
+    begun: _queue.SimpleQueue[bool] = _queue.SimpleQueue()
+    done: _queue.SimpleQueue[bool] = _queue.SimpleQueue()
     try:
         program = compile(sources["<program>"], "<program>", "exec")
         linecache.cache["<program>"] = len(code), None, sources["<program>"].splitlines(True), "<program>"

@@ -141,7 +141,7 @@ def _calls(value: Any) -> list[Call]:
     name = next((value[key] for key in _NAMES if isinstance(value.get(key), str)), None)
     if name is None:
         return []
-    arguments = next((value[key] for key in _ARGUMENTS if key in value), {})
+    arguments: Any = next((value[key] for key in _ARGUMENTS if key in value), {})
     if isinstance(arguments, str):
         arguments = json.loads(arguments or "{}", parse_constant=_refuse_constant)
     if not isinstance(arguments, dict):

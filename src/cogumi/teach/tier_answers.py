@@ -31,7 +31,7 @@ from cogumi.grading.graders import grade_all
 from cogumi.teach.answer_rows import Answer, Row, read_rows, write_rows
 from cogumi.teach.context_size import context_for
 
-VERSION = 1
+VERSION = 2
 KIND = "answers"
 INPUTS = {"data": "examples", "base": "gguf", "difficulty": "model|reader", "router": "router|reader"}
 OPTIONAL = {"draft": "gguf", "modifier_*": "gguf"}

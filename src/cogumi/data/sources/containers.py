@@ -20,6 +20,7 @@ from cogumi.core.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".py")
 """Files of these names are read out of folders and archives; others in there are left out."""
+_TEXTS = (".txt", ".md", ".py")
 _PACKED = (".gz", ".zst", ".tgz", ".tar", ".zip")
 _CHUNK = 1 << 16
 _GZIP, _ZSTD, _ZIP, _TAR = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"ustar"
@@ -37,13 +38,13 @@ class Document(NamedTuple):
 def files_of(path: Path) -> list[Path]:
     """The file itself, the readable files of a folder, or those of a pattern ("data/*.jsonl"), in order of names.
 
-    Raises `DataError` if there is none.
+    In a folder with rows, texts are left out: they describe the rows. Raises `DataError` if there is no file.
     """
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if p.is_file() and _readable(p.name)]
         if not found:
             raise DataError(f"{path} holds no file of these kinds: {', '.join((*SUFFIXES, *_PACKED))}")
-        return found
+        return [p for p in found if not p.name.casefold().endswith(_TEXTS)] or found
     if not path.exists() and glob.has_magic(str(path)):
         found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
         if not found:
@@ -70,7 +71,7 @@ def documents(path: Path) -> Iterator[Document]:
             yield Document(name, path.name, stream)
 
 
-def _decompressed(name: str, file: IO[bytes]) -> tuple[str, io.BufferedReader]:
+def _decompressed(name: str, file: IO[bytes]) -> tuple[str, io.BufferedReader[Any]]:
     """A stream without its compression, and the name without its ending."""
     stream = io.BufferedReader(cast(io.RawIOBase, file))
     head = stream.peek(4)[:4]

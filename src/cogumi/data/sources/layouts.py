@@ -22,6 +22,7 @@ MAX_ROW, MAX_DOCUMENT = 64 << 20, 256 << 20
 """Bytes of the longest row, and of the longest plain text."""
 Rows = Iterator[tuple[int, Mapping[str, Any] | Exception]]
 
+_BY_NAME = {"csv": "csv", "tsv": "tsv", "py": "python", "txt": "text", "md": "text"}
 _CHUNK = 1 << 16
 _MARKS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
 _OPENERS = {b"]": b"[", b"}": b"{"}
@@ -57,8 +58,8 @@ def detected(name: str, head: bytes) -> str:
         raise ValueError("it is UTF-16: save it as UTF-8")
     if head.startswith(b"PAR1"):
         return "parquet"
-    if ending in ("csv", "tsv", "py"):
-        return {"py": "python"}.get(ending, ending)
+    if ending in _BY_NAME:
+        return _BY_NAME[ending]
     begins = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if begins.startswith(b"["):
         return "array"
@@ -66,7 +67,7 @@ def detected(name: str, head: bytes) -> str:
         first, _, rest = begins.partition(b"\n")
         one_a_line = ending in ("jsonl", "ndjson") or (first.strip().endswith(b"}") and rest.lstrip().startswith(b"{"))
         return "lines" if one_a_line or _is_row(first) else "object"
-    return "text" if ending in ("txt", "md") else "lines"
+    return "lines"
 
 
 def _is_row(line: bytes) -> bool:

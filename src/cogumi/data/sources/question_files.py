@@ -226,11 +226,15 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
     return rest if check is None else rest | {"check": check}
 
 
+def companions(file: Path) -> list[Path]:
+    """The files that rows of a file are joined with: BFCL's right calls, of the same name in `possible_answer`."""
+    beside = file.parent / "possible_answer" / file.name
+    return [beside] if beside.is_file() else []
+
+
 @cache
 def _right_calls(file: Path) -> Mapping[str, Mapping[str, Any]]:
-    """BFCL's right calls by id, out of the file of the same name in `possible_answer`; empty without one."""
-    beside = file.parent / "possible_answer" / file.name
-    if not beside.is_file():
-        return {}
-    rows = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """BFCL's right calls by id; empty without a file of them."""
+    lines = [line for beside in companions(file) for line in beside.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in lines if line.strip()]
     return {str(row["id"]): {"ground_truth": row["ground_truth"]} for row in rows}

@@ -210,5 +210,6 @@ class _Planner:
         kinds = {role: maker.KIND if maker else None for role, maker in makers.items()}
         yield from input_problems(module, config, kinds)
         for path in _paths(config.model_dump()):
-            if not (self.recipe.root / path).exists():
-                yield f"there is no file {self.recipe.root / path}; put your own there"
+            file = self.recipe.root / path
+            if not file.exists() and not glob.glob(str(file), recursive=True):  # a path may be a pattern
+                yield f"there is no file {file}; put your own there"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from cogumi.data.sources.forms.pairs import Form, Pair, Row, conversation, first_of, text
 
-WORDS = 300
-"""Words of a piece that continues a text; a quarter of them is the question."""
+WORDS, SHORTEST = 300, 40
+"""Words of a piece of a text, a quarter of which is the question; and of the shortest one."""
 _HEADING = re.compile(r"^(?:#{1,6} +(?P<mark>.+?)|\s*=+ (?P<wiki>[^=]+?) =+|(?P<chapter>CHAPTER [IVXLC\d]+\.?.*))\s*$")
 
 
@@ -28,9 +28,9 @@ def read(row: Row) -> list[Pair]:
         question = f'Write {kind} "{text(row[title], title)}".'
         return [Pair(conversation(question), body, frozenset({name, title}))]
     words = body.split(" ")
-    if len(words) < 8:
-        raise ValueError("the text is too short to ask for its second part")
-    cut = max(len(words) // 4, 4)
+    if len(words) < SHORTEST:
+        raise ValueError(f"a text without a title and of fewer than {SHORTEST} words gives no question")
+    cut = len(words) // 4
     question = f"Continue this text:\n\n{' '.join(words[:cut])}"
     return [Pair(conversation(question), " ".join(words[cut:]), frozenset({name}))]
 

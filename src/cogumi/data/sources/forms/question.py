@@ -20,7 +20,7 @@ from cogumi.data.sources.forms.pairs import (
 QUESTIONS = ("question", "prompt", "query", "problem", "input", "inputs", "source_text")
 ANSWERS = ("answer", "response", "completion", "output", "solution", "target", "targets", "chosen", "best answer")
 PASSAGES = ("passage", "context", "paragraph", "table")
-_FINAL = re.compile(r"####\s*\S+[^\n]*\s*\Z")
+_FINAL = re.compile(r"####\s*[-$]?\d[^\n]*\s*\Z")
 _OPTIONS = re.compile(r"^\(([A-Z])\)\s*(.*\S)\s*$", re.MULTILINE)
 _WORDS = (("True", "False"), ("Yes", "No"), ("valid", "invalid"))
 
@@ -37,9 +37,9 @@ def _is_completion(row: Row) -> bool:
 def read(row: Row) -> list[Pair]:
     """One pair; the check follows from answers that end in "#### 72", name one of listed options, or are yes or no."""
     if _is_completion(row) and not first_of(row, QUESTIONS):
-        name = "ref_text" if row.get("ref_text") else "completion"
+        said = "ref_text" if row.get("ref_text") else "completion"
         used = frozenset({"context", "completion", "ref_text"})
-        return [Pair(conversation(text(row["context"], "context").strip()), answer_text(row[name], name).strip(), used)]
+        return [Pair(conversation(text(row["context"], "context").strip()), answer_text(row[said], said).strip(), used)]
     asked = first_of(row, QUESTIONS)
     assert asked is not None
     name = first_of(row, [answer for answer in ANSWERS if answer != asked])
@@ -74,7 +74,8 @@ def _check(question: str, value: object, answers: list[object]) -> dict[str, obj
     if isinstance(value, bool):
         return {"kind": "choice", "options": ["Yes", "No"]}
     if isinstance(value, list):
-        return {"kind": "short_answer", "answers": [str(answer) for answer in answers]}
+        names = [str(answer) for answer in answers if any(map(str.isalnum, str(answer)))]
+        return {"kind": "short_answer", "answers": names} if names else None
     answer = str(value).strip()
     if _FINAL.search(answer):
         return {"kind": "numeric"}

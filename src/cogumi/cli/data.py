@@ -1,0 +1,108 @@
+"""Commands `data ...`: what is in question files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cogumi.cli import console
+from cogumi.cli.options import JsonOption
+from cogumi.cli.progress import RowProgress
+
+if TYPE_CHECKING:
+    from cogumi.data.sources.look import Look
+
+app = typer.Typer(no_args_is_help=True, help="Look at question files: `cogumi data look questions.jsonl`.")
+
+REASONS = 5
+
+
+@app.callback()
+def data() -> None:
+    """Look at question files before a build."""
+
+
+@app.command()
+def look(
+    files: Annotated[list[Path], typer.Argument(help="Files, folders or quoted patterns of questions and answers.")],
+    layout: Annotated[
+        str | None, typer.Option(help="How the file is written, such as csv.", show_default="seen")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="The form of its rows, such as messages.", show_default="seen")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column by its name in the file: question=Problem. Repeat it.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what question files hold: forms, rows, rejected rows and why, lengths, repeated questions, a grader.
+
+    Nothing is changed. Files may be JSON Lines, JSON, CSV, TSV, Parquet, text or Python, compressed by gzip or zstd, or
+    in a tar or zip archive; docs/your-data.md lists the forms of rows.
+
+    Example: `cogumi data look exam.csv --column question=Problem --column answer=Key`
+    """
+    from cogumi.data.sources.look import look as look_at
+    from cogumi.data.sources.question_files import Reading
+
+    reading = Reading(layout, form, _columns(column or []))
+    found: list[Look] = []
+    for path in files:
+        with RowProgress(f"reading {path.name}:") as bar:
+            found.append(look_at(path, reading, bar.advanced))
+    if json:
+        console.print_json([one.to_json() for one in found])
+        return
+    rows = [
+        [
+            one.path.name,
+            ", ".join(one.seen.forms) or "-",
+            f"{one.rows:,}",
+            f"{one.rejected:,}",
+            f"{one.repeated:,}",
+            f"{one.words(0, 0.5)} / {one.words(1, 0.5)}",
+            one.grader or ("none: free text" if one.rows else "-"),
+        ]
+        for one in found
+    ]
+    columns = ["file", "form", "rows", "rejected", "repeated", "words q / a", "grader"]
+    console.table("question files", columns, rows)
+    for one in found:
+        _print_details(one)
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    """question=Problem -> {"question": "Problem"}. Raises `typer.BadParameter` for another form."""
+    found = {}
+    for text in given:
+        name, _, column = text.partition("=")
+        if not name or not column:
+            raise typer.BadParameter(f"'{text}' is not of the form question=Problem", param_hint="--column")
+        found[name] = column
+    return found
+
+
+def _print_details(found: Look) -> None:
+    """The first question, the most frequent reasons of rejected rows, and columns that are not used."""
+    lines = []
+    if found.example:
+        said = [" ".join(text.split()) for text in (found.example.messages[-1].content, found.example.answer)]
+        lines.append(f"first: {said[0][:90]} -> {said[1][:60]}")
+    for kind, count in found.reasons.most_common(REASONS):
+        lines.append(
+            f"rejected {count:,}: {found.first[kind].reason} ({Path(found.first[kind].file).name}:"
+            f"{found.first[kind].line})"
+        )
+    if len(found.reasons) > REASONS:
+        lines.append(f"and {len(found.reasons) - REASONS} other reasons: --json lists all")
+    if found.seen.unused:
+        lines.append(
+            "not used: " + ", ".join(f"{name} ({count:,})" for name, count in found.seen.unused.most_common(8))
+        )
+    if lines:
+        console.STDOUT.print(f"\n[bold]{found.path.name}[/]")
+        for line in lines:
+            console.STDOUT.print(f"  {line}", soft_wrap=True, markup=False)
