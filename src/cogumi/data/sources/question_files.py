@@ -135,7 +135,9 @@ def _examples(
         pairs = form.read(named)
         found = [_example(named, pair, domain, f"{Path(where).name}:{line}") for pair in pairs]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError, IndexError) as error:
-        yield Rejected(where, line, str(error) if isinstance(error, ValueError) else f"unexpected values ({error!r})")
+        reason = str(error) if isinstance(error, ValueError) else f"unexpected values ({error!r})"
+        keys = f"; the row has {_keys(row)}" if reason.startswith("there is no") and isinstance(row, dict) else ""
+        yield Rejected(where, line, reason + keys)
         return
     seen.forms[form.name] += 1
     used = {name for pair in pairs for name in pair.used} | set(USED)

@@ -1,0 +1,62 @@
+"""`cogumi data look`: what it prints for good, bad and foreign files."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cogumi.cli.main import app
+from cogumi.core.errors import DataError
+
+
+def look(*words):
+    return CliRunner().invoke(app, ["data", "look", *map(str, words)], env={"COLUMNS": "100"})
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}", "colour": "red"} for i in range(40)]
+    bad = [{"question": "x"}, {"size": 3}, {"question": "1 + 1?", "answer": "#### 2"}]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]) + "broken\n")
+    (tmp_path / "exam.csv").write_text("Aufgabe,Antwort\nCapital of Chad?,N'Djamena\nCapital of Peru?,Lima\n")
+    return tmp_path
+
+
+def test_table_and_details(files):
+    done = look(files / "sums.jsonl")
+    assert done.exit_code == 0
+    assert max(map(len, done.stdout.splitlines()[:6])) <= 100
+    assert "question" in done.stdout
+    assert "numeric" in done.stdout
+    assert "first: 0 + 1? -> #### 1" in done.stdout
+    assert "rejected 1: there is no answer" in done.stdout
+    assert "there is no answer: give one of answer" in done.stdout
+    assert "the row has 'question' (sums.jsonl:41)" in done.stdout
+    assert "(sums.jsonl:44)" in done.stdout
+    assert "not used: colour (40)" in done.stdout
+
+
+def test_json_has_every_figure(files):
+    (found,) = json.loads(look(files / "sums.jsonl", "--json").stdout)
+    assert (found["rows"], found["rejected"], found["repeated_questions"]) == (41, 3, 1)
+    assert found["forms"] == {"question": 41}
+    assert found["own_checks"] == {"numeric": 41}
+    assert {reason["rows"] for reason in found["reasons"]} == {1}
+    assert found["unused_columns"] == {"colour": 40}
+    assert found["question_words"]["0.5"] == 3
+
+
+def test_other_columns_are_named(files):
+    (unread,) = json.loads(look(files / "exam.csv", "--json").stdout)
+    assert unread["rows"] == 0
+    assert "no form fits a row with 'Aufgabe', 'Antwort'" in unread["reasons"][0]["first"]
+    words = ["--column", "question=Aufgabe", "--column", "answer=Antwort", "--json"]
+    (found,) = json.loads(look(files / "exam.csv", *words).stdout)
+    assert (found["rows"], found["grader"]) == (2, "short_answer")
+
+
+def test_bad_options_and_files(files):
+    assert "is not of the form question=Problem" in look(files / "exam.csv", "--column", "question").output
+    for words in (["--form", "alpca"], ["--layout", "xls"], ["--column", "question=Problem"], []):
+        path = files / ("exam.csv" if words else "missing.jsonl")
+        assert isinstance(look(path, *words).exception, DataError)
