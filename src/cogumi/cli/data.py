@@ -1,4 +1,4 @@
-"""Commands `data ...`: what is in question files."""
+"""Commands `data ...`: what is in question files; chunks for outside review."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cogumi.cli.progress import RowProgress
 if TYPE_CHECKING:
     from cogumi.data.sources.look import Look
 
-app = typer.Typer(no_args_is_help=True, help="Look at question files: `cogumi data look questions.jsonl`.")
+app = typer.Typer(no_args_is_help=True, help="Question files: look at them, or divide them for outside review.")
 
 REASONS = 5
 
 
 @app.callback()
 def data() -> None:
-    """Look at question files before a build."""
+    """Look at question files before a build; divide questions and outputs for outside review, and join the verdicts."""
 
 
 @app.command()
@@ -72,6 +72,64 @@ def look(
     console.table("question files", columns, rows)
     for one in found:
         _print_details(one)
+
+
+@app.command()
+def split(
+    examples: Annotated[Path, typer.Argument(help="JSON Lines of questions, such as heldout.jsonl of a build.")],
+    outputs: Annotated[Path, typer.Argument(help="JSON Lines of outputs to them, line by line: `cogumi eval --out`.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the chunks.")],
+    lines: Annotated[int | None, typer.Option(min=1, help="Lines of a chunk.", show_default="7")] = None,
+    largest: Annotated[
+        str | None,
+        typer.Option("--largest", help="Largest size of a file, such as 25MB, instead of a number of lines."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Divide questions and outputs into chunks for outside review: chunk_001_test.jsonl, chunk_001_model.jsonl, ...
+
+    Each line has an id. A reviewer returns chunk_001_verdict.jsonl with a line {"id": ..., ...} for each, in any order;
+    `cogumi data join` brings them together.
+
+    Example: `cogumi data split runs/mine/data/heldout.jsonl answers.jsonl review --largest 25MB`
+    """
+    from cogumi.core.amounts import parse_bytes
+    from cogumi.data.review_chunks import split as divide
+
+    if lines and largest:
+        raise typer.BadParameter("give a number of lines or the largest size", param_hint="--lines, --largest")
+    summary = divide(examples, outputs, out, lines, parse_bytes(largest) if largest else None)
+    if json:
+        console.print_json(summary)
+        return
+    rows = [[chunk["chunk"], f"{chunk['lines']:,}", chunk["ids"][0], chunk["ids"][-1]] for chunk in summary["chunks"]]
+    console.table(f"{summary['lines']:,} lines in {out}", ["chunk", "lines", "first id", "last id"], rows)
+
+
+@app.command()
+def join(
+    folder: Annotated[Path, typer.Argument(help="Folder of `cogumi data split`, with the verdicts in it.")],
+    out: Annotated[Path, typer.Argument(help="New JSON Lines file: id, example, output and verdict of each line.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse missing and foreign verdicts.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Join the verdicts of outside reviewers with the questions and outputs, by id.
+
+    Example: `cogumi data join review reviewed.jsonl --strict`
+    """
+    from json import dumps
+
+    from cogumi.core.files import write_text
+    from cogumi.data.review_chunks import join as bring_together
+
+    found = bring_together(folder, strict)
+    write_text(out, "".join(dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
+    figures = {"joined": len(found.rows), "missing": found.missing, "foreign": found.foreign}
+    if json:
+        console.print_json(figures)
+        return
+    counts = f"{len(found.missing):,} lines have none, {len(found.foreign):,} belong to no line"
+    console.STDOUT.print(f"{out}: {len(found.rows):,} verdicts; {counts}", soft_wrap=True, markup=False)
 
 
 def _columns(given: list[str]) -> dict[str, str]:
