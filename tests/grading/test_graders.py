@@ -23,7 +23,7 @@ def example(answer, **check):
 
 def right(question, output):
     verdict = grade(question, output)
-    assert verdict.score == float(verdict.correct)
+    assert verdict.score == float(verdict.correct) or verdict.grader in ("constraints", "f1", "rouge_l")
     assert verdict.correct != bool(verdict.reason)
     return verdict.correct
 
@@ -155,6 +155,39 @@ def test_code_answers(output, expected):
 def test_formulas(answer, output, expected):
     pytest.importorskip("math_verify")
     assert right(example(answer, kind="math"), output) is expected
+
+
+RULES = {
+    "words": ({"least": 2, "most": 3}, ["Hello there", "It's well-known now"], ["Hello", "one two three four"]),
+    "sentences": ({"least": 2, "most": 2}, ["One. Two!", "One?\nTwo"], ["One.", "1. 2. 3."]),
+    "lines": ({"least": 2, "most": 2}, ["a\nb"], ["a", "a\nb\nc"]),
+    "bullets": ({"least": 2, "most": 9}, ["- a\n* b", "1. a\n2) b"], ["- a", "a - b - c"]),
+    "contains": ({"word": "cat"}, ["A Cat."], ["catalogue"]),
+    "excludes": ({"word": "cat"}, ["catalogue"], ["A cat"]),
+    "times": ({"word": "a", "count": 2}, ["a b A"], ["a", "a a a"]),
+    "without": ({"letters": "ez"}, ["Fish"], ["Eel"]),
+    "lower": ({}, ["all small"], ["Not", "123"]),
+    "upper": ({}, ["ALL BIG"], ["Not", "123"]),
+    "begins": ({"text": "Dear"}, ["dear Ann"], ["My dear"]),
+    "ends": ({"text": "Bye!"}, ["So, bye."], ["Bye, Ann"]),
+    "json": ({}, ['{"a": 1}', "```json\n[1]\n```"], ["{a: 1}", "[" * 9999]),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_a_text(name):
+    arguments, kept, not_kept = RULES[name]
+    question = example("any", kind="constraints", rules=[{"rule": name, **arguments}])
+    assert all(right(question, output) for output in kept)
+    assert not any(right(question, output) for output in [*not_kept, "", " "])
+    for bad in ([], [{"rule": "rhyme"}], [{"rule": name, **dict.fromkeys(arguments, None)}] if arguments else "x"):
+        with pytest.raises(DataError, match="rule"):
+            grade(example("any", kind="constraints", rules=bad), "x")
+
+
+def test_the_share_of_rules_kept_is_the_score():
+    rules = [{"rule": "lower"}, {"rule": "contains", "word": "cat"}]
+    assert grade(example("any", kind="constraints", rules=rules), "A cat").score == 0.5
 
 
 def test_unknown_check_is_refused_with_the_example_id():

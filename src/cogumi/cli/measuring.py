@@ -62,7 +62,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Run this suite instead: honesty, routing, domains, escalation, cache, deliberation, learning, "
-            "templates, compression, training or cloze.",
+            "templates, compression, training, cloze or automation.",
             show_default="grade the answers to --data",
         ),
     ] = None,
@@ -76,7 +76,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="With --suite: random seed.")] = 0,
     tier: Annotated[str, typer.Option(help="Tier to ask: cascade, base, draft or modifier:NAME.")] = "cascade",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only this many rows of a file, from the first; also suite cloze.")
+        int | None,
+        typer.Option(min=1, help="Use only this many rows of a file, from the first; also suites cloze, automation."),
     ] = None,
     threads: ThreadsOption = None,
     base_url: BaseUrlOption = None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cogumi.grading.constraints import problem_of_rules
+
 CHECKS: Mapping[str, tuple[str, ...]] = {
     "exact": (),
     "short_answer": ("answers",),
@@ -15,6 +17,7 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "tool_call": (),
     "f1": ("at_least",),
     "rouge_l": ("at_least",),
+    "constraints": ("rules",),
     "abstain": (),
 }
 """Kind of check -> required fields."""
@@ -48,6 +51,8 @@ def check_problem(check: Any) -> str | None:
         return f"scale of a check must be one of {', '.join(SCALES)}"
     if not isinstance(check.get("ordered", True), bool):
         return "ordered of a check must be true or false"
+    if "rules" in check and (problem := problem_of_rules(check["rules"])):
+        return problem
     return _possible_problem(check.get("possible", []))
 
 

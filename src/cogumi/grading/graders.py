@@ -11,6 +11,7 @@ code       one of the programs in the output passes every assert in `tests`, in 
 tool_call  the output has the calls of `call` (default: of `answer`) and no others, in any order unless `ordered`; or
            calls among those of `possible`, in BFCL's form (see `tool_calls`)
 f1, rouge_l   the output shares enough words with one of `answers` (default: `answer`): a score of `at_least`
+constraints   the output keeps all `rules` (see `constraints`); the score is the share of rules kept
 abstain    the output declines in plain words (see `core.text.abstains`)
 
 Without a check the grader is `exact`. Notes inside <think> are left out. Graders accept any output; a check or an
@@ -29,6 +30,7 @@ from cogumi.core.text import abstains, last_user_message, normalise, without_thi
 from cogumi.core.types import Example, Verdict
 from cogumi.grading import choices, formulas, overlap, tool_calls
 from cogumi.grading.checks import check_problem
+from cogumi.grading.constraints import broken
 from cogumi.grading.programs import programs
 from cogumi.grading.quantities import SCALES, Quantity, committed
 from cogumi.grading.sandbox import Outcome, Program, run_all
@@ -126,6 +128,12 @@ def _overlap(example: Example, check: Check, output: str) -> Judgement:
     return Judgement(score >= check["at_least"], f"{score:.2f} of {check['at_least']:g} with: {answers[0]}", score)
 
 
+def _constraints(example: Example, check: Check, output: str) -> Judgement:
+    rules = check["rules"]
+    missed = broken(without_thinking(output), rules)
+    return Judgement(not missed, f"breaks {', '.join(missed)}", 1 - len(missed) / len(rules))
+
+
 def _abstain(example: Example, check: Check, output: str) -> Judgement:
     right = abstains(without_thinking(output))
     return Judgement(right, "the question has no answer; expected an abstention")
@@ -140,6 +148,7 @@ _GRADERS: dict[str, Grader] = {
     "tool_call": _tool_call,
     "f1": _overlap,
     "rouge_l": _overlap,
+    "constraints": _constraints,
     "abstain": _abstain,
 }
 

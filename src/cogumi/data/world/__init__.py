@@ -1,4 +1,4 @@
-"""The embedded world (SPEC A2): six synthetic domains and `knowledge` of the real world.
+"""The embedded world (SPEC A2): eleven synthetic domains and `knowledge` of the real world.
 
 Five difficulties each, and an automatic check for every question.
 
@@ -13,7 +13,20 @@ import random
 from collections.abc import Mapping
 from types import ModuleType
 
-from cogumi.data.world import code, commonsense, knowledge, math, reading, reasoning, tools
+from cogumi.data.world import (
+    code,
+    commonsense,
+    creative,
+    finance,
+    instructions,
+    knowledge,
+    math,
+    reading,
+    reasoning,
+    science,
+    summarization,
+    tools,
+)
 from cogumi.data.world.task import Maker, Task, Wording
 
 DOMAINS: Mapping[str, ModuleType] = {
@@ -24,9 +37,14 @@ DOMAINS: Mapping[str, ModuleType] = {
     "reading": reading,
     "commonsense": commonsense,
     "knowledge": knowledge,
+    "summarization": summarization,
+    "science": science,
+    "instructions": instructions,
+    "finance": finance,
+    "creative": creative,
 }
-SYNTHETIC = tuple(domain for domain in DOMAINS if domain != "knowledge")
-"""Domains that need no data package."""
+SYNTHETIC = ("math", "code", "reasoning", "tools", "reading", "commonsense")
+"""The default: the domains that a model trained from nothing learns."""
 DIFFICULTIES = (1, 2, 3, 4, 5)
 
 UNANSWERABLE: Mapping[str, tuple[str, Maker]] = {
