@@ -132,6 +132,56 @@ def join(
     console.STDOUT.print(f"{out}: {len(found.rows):,} verdicts; {counts}", soft_wrap=True, markup=False)
 
 
+@app.command()
+def audit(
+    answers: Annotated[
+        Path, typer.Argument(help="Graded answers: `cogumi eval MODEL --data FILE --out answers.jsonl`.")
+    ],
+    by: Annotated[str, typer.Option(help="exact, short_answer, numeric, choice, f1, rouge_l or tool_call.")] = "f1",
+    sample: Annotated[int, typer.Option(min=1, help="Answers that are graded again, at random.")] = 500,
+    show: Annotated[int, typer.Option(min=0, help="Differences that are printed.")] = 10,
+    seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Grade answers again by another method, and show where the verdicts differ, with both texts side by side.
+
+    Example: `cogumi data audit answers.jsonl --by short_answer`
+    """
+    from cogumi.evaluate.second_opinion import audit as second_opinion
+
+    found = second_opinion(answers, by, sample, seed).to_json()
+    if json:
+        console.print_json(found)
+        return
+    low, high = found["interval"]
+    figures = [
+        ("answers graded twice", f"{found['compared']:,}"),
+        (f"cannot be graded by {by}", f"{found['skipped']:,}"),
+        ("verdicts that differ", f"{found['differences']:,} ({found['share']:.1%}, 95% {low:.1%} to {high:.1%})"),
+        (f"right only by {by}", f"{found['only_second_right']:,}"),
+        (f"right, but not by {by}", f"{found['only_first_right']:,}"),
+    ]
+    console.table(f"second opinion by {by}", ["figure", "value"], figures)
+    rows = [
+        [
+            str(row["line"]),
+            row["grader"],
+            "right" if row["correct"] else "wrong",
+            _short(row["answer"]),
+            _short(row["output"]),
+        ]
+        for row in found["rows"][:show]
+    ]
+    if rows:
+        console.table("differences", ["line", "grader", "it said", "expected", "output"], rows)
+
+
+def _short(text: str) -> str:
+    """A text on one line of at most 30 characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 30 else f"{line[:29]}…"
+
+
 def _columns(given: list[str]) -> dict[str, str]:
     """question=Problem -> {"question": "Problem"}. Raises `typer.BadParameter` for another form."""
     found = {}
