@@ -10,7 +10,7 @@ from cogumi.core.errors import CogumiError
 from cogumi.core.types import Reply, Usage
 from cogumi.data.world.automation import make, play
 from cogumi.evaluate.suite import Task
-from cogumi.evaluate.suites import automation
+from cogumi.evaluate.suites import automation_tasks as automation
 from support.bundle import make_bundle
 
 

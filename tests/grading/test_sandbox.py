@@ -269,6 +269,17 @@ def test_escapes_fail_without_the_hook(name, secret, no_hook):
 
 
 @needs_namespaces
+def test_a_bomb_does_not_stop_the_programs_of_another_sandbox(no_hook):
+    bomb = threading.Thread(target=run_all, args=([Program(FORK_BOMB)] * 4,))
+    bomb.start()
+    outcomes = []
+    while bomb.is_alive() or len(outcomes) < 20:
+        outcomes += run_all([Program(GOOD)] * 4)
+    bomb.join()
+    assert {outcome.reason for outcome in outcomes} == {""}
+
+
+@needs_namespaces
 def test_programs_cannot_see_the_host():
     program = """
 import os

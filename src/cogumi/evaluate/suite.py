@@ -27,7 +27,7 @@ SUITES: dict[str, str] = {
     "templates": "cogumi.evaluate.suites.templates",
     "compression": "cogumi.evaluate.suites.compression",
     "cloze": "cogumi.evaluate.suites.cloze",
-    "automation": "cogumi.evaluate.suites.automation",
+    "automation": "cogumi.evaluate.suites.automation_tasks",
 }
 """Name -> module."""
 

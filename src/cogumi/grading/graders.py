@@ -6,7 +6,7 @@ numeric    the output commits to `value` (default: to what `answer` commits to; 
            or `relative_tolerance` away; `percent: share` reads 50% as 0.5, else the sign is ignored; with a `scale`
            (thousand, million, billion) the value may also be written out
 math       the output's formula equals that of `answer`, both in LaTeX (library `math-verify`)
-choice     the output selects the same option as `answer` (see `choices`); `answer` is a letter, a text or an index
+choice     the output selects the same option as `answer`, a letter, a text or an index (see `option_choice`)
 code       one of the programs in the output passes every assert in `tests`, in the sandbox (see `programs`)
 tool_call  the output has the calls of `call` (default: of `answer`) and no others, in any order unless `ordered`; or
            calls among those of `possible`, in BFCL's form (see `tool_calls`)
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from cogumi.core.errors import DataError
 from cogumi.core.text import abstains, last_user_message, normalise, without_thinking
 from cogumi.core.types import Example, Verdict
-from cogumi.grading import choices, formulas, overlap, tool_calls
+from cogumi.grading import formulas, option_choice, overlap, tool_calls
 from cogumi.grading.checks import check_problem
 from cogumi.grading.constraints import broken
 from cogumi.grading.programs import programs
@@ -88,16 +88,16 @@ def _wanted_formula(example: Example, check: Check) -> None:
 
 
 def _wanted_option(example: Example, check: Check) -> int:
-    if (wanted := choices.gold(example.answer, check.get("options", []))) is None:
+    if (wanted := option_choice.gold(example.answer, check.get("options", []))) is None:
         raise DataError("the answer is not one of the options; give an option's letter, text or index")
     return wanted
 
 
 def _choice(example: Example, check: Check, output: str) -> Judgement:
     options, wanted = check.get("options", []), _wanted_option(example, check)
-    if (found := choices.chosen(output, options)) is None:
+    if (found := option_choice.chosen(output, options)) is None:
         return Judgement(False, f"expected {example.answer}, found no choice")
-    right = choices.same_option(found, wanted, options)
+    right = option_choice.same_option(found, wanted, options)
     return Judgement(right, f"expected {example.answer}, found {chr(ord('A') + found)}")
 
 

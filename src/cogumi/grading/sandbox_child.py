@@ -6,7 +6,7 @@ isolation layers and then one line per program. `sandbox_program` runs the progr
 network    Linux namespaces, if allowed: no network device,
 processes  other processes are invisible,
 files      only the Python library (read-only) and a scratch folder in memory, empty for each program
-user       if started as root, programs run as user nobody; otherwise without any capability
+user       if started as root, programs run as a user without rights; otherwise without any capability
 limits     always: CPU time, memory, file size, open files, wall time, processes and threads of the user
 audit      always: an audit hook rejects sockets, processes, signals, native code and files outside the allowed folders
 
@@ -45,7 +45,10 @@ from typing import Any
 
 # The unused imports are for the programs: loaded once, they are shared by all forked children.
 
-NOBODY = 65534
+USER = 30_000 + os.getpid() % 30_000
+"""User of the programs of this process, if it was started as root. Its number of processes is limited, and no other
+sandbox has this user, so that a program that starts many cannot stop the programs of another one.
+"""
 SCRATCH = "/scratch"
 LIBRARIES = (
     *{sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/lib", "/lib64", "/usr/lib"},
@@ -56,7 +59,7 @@ NEW_MOUNTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = 0x20000, 0x8000000, 0x1000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 DETACH = 2
 PROCESSES = 256
-"""Processes and threads of the sandbox's user on this machine, of all sandboxes together, so that a bomb ends."""
+"""Processes and threads of `USER`, so that a bomb ends."""
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 FORBIDDEN = ("socket.", "subprocess.", "ctypes.", "gc.", "pty.", "signal.pthread_kill", "os.fork", "os.exec",
@@ -148,11 +151,11 @@ def die_with_parent() -> None:
 
 
 def drop_privileges() -> None:
-    """Irrevocably change from root to user nobody, or drop every capability of a user namespace."""
+    """Irrevocably change from root to `USER`, or drop every capability of a user namespace."""
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(USER, USER, USER)
+        os.setresuid(USER, USER, USER)
     elif sys.platform == "linux":
         version_and_pid, no_capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         kernel("capset", version_and_pid, no_capabilities)
@@ -309,7 +312,7 @@ def main() -> None:
     # The init process of a PID namespace ignores signals from inside for which it has no handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.geteuid() == 0:
-        os.seteuid(NOBODY)  # fails early with a clear error if root may not change to nobody
+        os.seteuid(USER)  # fails early with a clear error if root may not change its user
         os.seteuid(0)
     layers = enter_namespaces(plan["limits"])
     die_with_parent()

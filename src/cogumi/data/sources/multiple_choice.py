@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from cogumi.core.text import last_user_message
 from cogumi.core.types import Example
-from cogumi.grading.choices import gold
+from cogumi.grading.option_choice import gold
 
 _TASK = re.compile(r"\s*Please choose the correct .*?: ", re.DOTALL)
 _NAMES = re.compile(r"\s*Answer format: *(\w+(?:/\w+)+)\s*\Z")

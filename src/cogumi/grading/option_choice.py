@@ -1,8 +1,8 @@
 """Which option an answer selects: by a letter in every usual wording, or by the option's text (SPEC B3).
 
-The last commitment counts ("Answer: B", "\\boxed{B}", "I choose B", a last line "B", "The answer is blue"). Two
-different options in one commitment ("A or B") are no choice. Without a commitment a text selects the only option that
-it mentions.
+The last commitment counts ("Answer: B", "I choose B", a boxed B, a last line "B", "The answer is blue"). Two different
+options in one commitment ("A or B") are no choice. Without a commitment a text selects the only option that it
+mentions.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogumi.core.types import Example, Message
-from cogumi.grading.choices import chosen, gold
 from cogumi.grading.graders import grade, problem_of
+from cogumi.grading.option_choice import chosen, gold
 from support.public_data import public_data
 
 LETTERS = [
