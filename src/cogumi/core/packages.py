@@ -13,6 +13,10 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "tokenizers": "onnx",
     "openai": "remote",
+    "phonenumbers": "data",
+    "py3langid": "data",
+    "rensa": "data",
+    "stdnum": "data",
     "xllamacpp": "bench",
 }
 """Module -> the smallest extra that installs it; `build` installs every other optional module."""

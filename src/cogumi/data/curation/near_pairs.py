@@ -1,0 +1,120 @@
+"""Pairs of similar questions: candidates by MinHash and LSH, confirmed by exact Jaccard similarity (SPEC A4).
+
+The 64 MinHash values of a question are cut into 16 bands of 4 (Leskovec et al. 2020, chapter 3): questions of
+similarity s share a band with probability 1 - (1 - s^4)^16, 0.9998 at 0.8. Questions that share a band are sorted by
+answer, and each is compared with the next `NEIGHBOURS`. So the time is proportional to the number of rows, also where
+thousands share a band, and similar rows that were not compared with each other are connected through those between
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogumi.data.curation.shingles import Hashes, Integers
+from cogumi.data.curation.sketches import SLOTS, Sketches
+
+BANDS = 16
+NEIGHBOURS = 4
+MARGIN = 0.25
+"""A pair is compared exactly if the share of equal MinHash values is at most this far below the threshold: four
+standard deviations of that share.
+"""
+
+_PER_BAND = SLOTS // BANDS
+_HALF = np.uint64(32)
+_BATCH = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Pairs of rows [n, 2], the earlier row first, whose questions are similar; `agree`: so are their answers [n]."""
+
+    pairs: Integers
+    agree: NDArray[np.bool_]
+
+
+def recall(similarity: float) -> float:
+    """The probability that two questions of that similarity share a band."""
+    return 1 - (1 - similarity**_PER_BAND) ** BANDS
+
+
+def find_links(sketches: Sketches, threshold: float, progress: Callable[[int, int], None]) -> Links:
+    """All pairs found, those with equal questions among them; `progress(done, total)` counts bands."""
+    equal, distinct = _equal_questions(sketches)
+    similar = [equal]
+    for done, pairs in enumerate(_likely_pairs(sketches, distinct, threshold), 1):
+        similar.append(pairs[sketches.questions.jaccard(pairs) >= threshold])
+        progress(done, BANDS)
+    pairs = np.unique(np.concatenate(similar), axis=0)
+    agree = sketches.answer_keys[pairs[:, 0]] == sketches.answer_keys[pairs[:, 1]]
+    agree[~agree] = sketches.answers.jaccard(pairs[~agree]) >= threshold
+    return Links(pairs, agree)
+
+
+def first_of_component(count: int, pairs: Integers) -> Integers:
+    """For each of `count` rows the first row that it is connected with by `pairs`, or itself [count]."""
+    first = np.arange(count)
+    while True:
+        one, other = first[pairs[:, 0]], first[pairs[:, 1]]
+        if np.array_equal(one, other):
+            return first
+        np.minimum.at(first, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(first, first[first]):
+            first = first[first]
+
+
+def _equal_questions(sketches: Sketches) -> tuple[Integers, Integers]:
+    """Pairs that connect the rows of each question, and the first row of each different question with an answer."""
+    rows = np.arange(len(sketches.question_keys))
+    order = np.lexsort((rows, sketches.answer_keys, sketches.question_keys))
+    same_question = np.diff(sketches.question_keys[order]) == 0
+    same_row = same_question & (np.diff(sketches.answer_keys[order]) == 0)
+    pairs = np.sort(np.stack([order[:-1], order[1:]], 1)[same_question], axis=1)
+    return pairs, np.sort(order[np.concatenate([[True], ~same_row])])
+
+
+def _likely_pairs(sketches: Sketches, rows: Integers, threshold: float) -> Iterator[Integers]:
+    """For each band the pairs among `rows` that no earlier band gave and that share enough MinHash values."""
+    answers, known = sketches.answer_keys[rows] >> _HALF, np.empty(0, np.uint64)
+    for band in range(BANDS):
+        order, buckets = _sorted_buckets(
+            sketches.signatures[:, _PER_BAND * band : _PER_BAND * (band + 1)][rows], answers
+        )
+        found = []
+        for step in range(1, NEIGHBOURS + 1):
+            together = buckets[step:] == buckets[:-step]
+            ends = rows[np.stack([order[:-step][together], order[step:][together]], 1)]
+            found.append(ends.min(1).astype(np.uint64) << _HALF | ends.max(1).astype(np.uint64))
+        fresh = np.setdiff1d(np.concatenate(found), known)
+        fresh = fresh[_shared_values(sketches.signatures, _ends(fresh)) >= threshold - MARGIN]
+        known = np.union1d(known, fresh)
+        yield _ends(fresh)
+
+
+def _ends(packed: Hashes) -> Integers:
+    return np.stack([packed >> _HALF, packed & np.uint64(0xFFFFFFFF)], 1).astype(np.int64)
+
+
+def _sorted_buckets(band: NDArray[np.uint32], answers: Hashes) -> tuple[Integers, Hashes]:
+    """The order of rows by bucket and then by answer, and the bucket of each position."""
+    bucket = np.zeros(len(band), np.uint64)
+    for column in band.T:
+        bucket = (bucket ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        bucket ^= bucket >> _HALF
+    keys = (bucket >> _HALF) << _HALF | answers
+    order = np.argsort(keys, kind="stable")
+    return order, keys[order] >> _HALF
+
+
+def _shared_values(signatures: NDArray[np.uint32], pairs: Integers) -> NDArray[np.float64]:
+    """The share of equal MinHash values of each pair: an estimate of its similarity."""
+    shares = np.empty(len(pairs))
+    for start in range(0, len(pairs), _BATCH):
+        part = pairs[start : start + _BATCH]
+        shares[start : start + _BATCH] = (signatures[part[:, 0]] == signatures[part[:, 1]]).mean(1)
+    return shares
