@@ -42,7 +42,7 @@ def test_length_in_words_and_tokens():
         ("Please click here to read more.", "says 'click here'"),
         ("You need to enable JavaScript to run this app.", "says 'enable JavaScript'"),
         ("JavaScript runs in browsers; enable it with care.", None),
-        ("a\nb\na\na\na", "60% of the lines repeat another"),
+        ("a\nb\na\na\na", "50% of the lines repeat another"),
         ("a\nb\nc\nd\ne", None),
     ],
 )
@@ -200,7 +200,9 @@ def test_rule_that_leaves_nothing_is_named_with_a_remedy(scored, tmp_path):
 def test_statistics_of_another_pool_are_refused(scored, tmp_path):
     for other in (ROWS[:3], [*ROWS, row("One more?", GOOD)], ROWS[::-1]):
         with pytest.raises(DataError, match="statistics are those of another pool"):
-            run("filter", scored | {"pool": pool(tmp_path / f"pool{len(other)}", other)}, tmp_path / "out", offensive={})
+            run(
+                "filter", scored | {"pool": pool(tmp_path / f"pool{len(other)}", other)}, tmp_path / "out", offensive={}
+            )
 
 
 def test_rules_that_need_a_model_say_so(scored, tmp_path):

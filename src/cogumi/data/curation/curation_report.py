@@ -141,8 +141,8 @@ def page(steps: Sequence[Step]) -> str:
         for rule in step.effects or step.dropped or {"": {}}:
             count, effect = step.dropped.get(rule, 0), step.effects.get(rule)
             left -= count
-            alone = f"{effect['alone']:,} | {effect['only']:,}" if effect else "|"
-            lines.append(f"| {step.name} | {rule} | {count:,} | {alone} | {left:,} |")
+            alone, only = (f"{effect['alone']:,}", f"{effect['only']:,}") if effect else ("", "")
+            lines.append(f"| {step.name} | {rule} | {count:,} | {alone} | {only} | {left:,} |")
     for step in steps[1:]:
         for rule, samples in step.samples.items():
             lines += ["", f"## {step.name}: {rule}", ""]

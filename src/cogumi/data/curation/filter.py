@@ -18,7 +18,13 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
-from cogumi.data.curation import boilerplate, coherence, copyright, length, offensive, personal_data
+from cogumi.data.curation.boilerplate import Settings as Boilerplate
+from cogumi.data.curation.coherence import Settings as Coherence
+from cogumi.data.curation.copyright import Settings as Copyright
+from cogumi.data.curation.length import Settings as Length
+from cogumi.data.curation.offensive import Settings as Offensive
+from cogumi.data.curation.personal_data import Settings as PersonalData
+from cogumi.data.curation.personal_data import redact
 from cogumi.data.curation.pool_writer import PoolWriter, examples_of, rows_of, same_facts
 from cogumi.data.curation.rules import RULES
 from cogumi.data.curation.score import STATISTICS
@@ -34,12 +40,12 @@ class Config(BaseModel):
     """The settings of each rule that is applied; `{}` stands for the defaults of a rule."""
 
     model_config = ConfigDict(extra="forbid")
-    length: length.Settings | None = None
-    boilerplate: boilerplate.Settings | None = None
-    copyright: copyright.Settings | None = None
-    offensive: offensive.Settings | None = None
-    personal_data: personal_data.Settings | None = None
-    coherence: coherence.Settings | None = None
+    length: Length | None = None
+    boilerplate: Boilerplate | None = None
+    copyright: Copyright | None = None
+    offensive: Offensive | None = None
+    personal_data: PersonalData | None = None
+    coherence: Coherence | None = None
 
     @model_validator(mode="after")
     def _some_rule(self) -> Self:
@@ -72,14 +78,14 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
             if example is None or values is None or example.id != values["id"]:
                 raise DataError("the statistics are those of another pool: give `filter` the pool that `score` read")
             reasons = {name: reason for name, judge in judges.items() if (reason := judge(values[name]))}
-            alone.update(reasons)
+            alone.update(list(reasons))
             if len(reasons) == 1:
-                only.update(reasons)
+                only.update(list(reasons))
             if reasons:
                 writer.drop(example, *next(iter(reasons.items())))
                 continue
             if redacts and values["personal_data"]:
-                example = personal_data.redact(example, values["personal_data"])
+                example = redact(example, values["personal_data"])
                 redacted += 1
             writer.keep(to_line(example))
     effects = {name: {"alone": alone[name], "only": only[name]} for name in judges}
