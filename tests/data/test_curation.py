@@ -128,7 +128,7 @@ def test_decontamination_needs_references(tmp_path):
     with pytest.raises(DataError, match=r"bad\.jsonl has no usable row to compare with"):
         run("decontaminate", {"pool": made}, tmp_path / "out", root=tmp_path, files=["bad.jsonl"])
     write(tmp_path / "same.jsonl", [("a?", "b")])
-    with pytest.raises(DataError, match="'same_question' dropped 1 of 1 .* the pool is the reference itself"):
+    with pytest.raises(DataError, match=r"'same_question' dropped 1 of 1 .* the pool is the reference itself"):
         run("decontaminate", {"pool": made}, tmp_path / "out", root=tmp_path, files=["same.jsonl"])
 
 
@@ -256,16 +256,10 @@ def test_recipe_of_the_page_runs_on_files(tmp_path):
     (tmp_path / "curated.yaml").write_text(recipe, "utf-8")
     (tmp_path / "questions").mkdir()
     (tmp_path / "reported").mkdir()
-    topics = [
-        f"{a} {b}" for a in ("rivers", "towns", "birds", "laws", "songs") for b in ("of Peru", "in spring", "at sea")
-    ]
+    topics = [f"{a} {b}" for a in ("rivers", "towns", "birds", "laws") for b in ("of Peru", "in spring", "at sea")]
     pairs = [
-        (
-            f"What should a visitor know about the {topic} number {i}?",
-            f"The {topic} are {word} and well worth {i} visits.",
-        )
-        for i, topic in enumerate(topics * 8)
-        for word in ("old",)
+        (f"What should one know about the {topic} number {i}?", f"The {topic} are old and well worth {i} visits.")
+        for i, topic in enumerate(topics * 10)
     ]
     write(tmp_path / "questions" / "travel.jsonl", [*pairs, pairs[0], (TEXTS["de"], "ja"), pairs[3]])
     write(tmp_path / "questions" / "sums.jsonl", [(f"{i} + {i * i}?", str(i + i * i)) for i in range(80)])

@@ -1,4 +1,4 @@
-"""Stages `score` and `filter`: each rule on real wordings, decisions from statistics alone, a reference model, resuming."""
+"""Stages `score` and `filter`: each rule on real wordings, decisions from statistics, a reference model, resuming."""
 
 import json
 import math

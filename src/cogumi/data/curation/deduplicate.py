@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
 from cogumi.core.errors import DataError
 from cogumi.core.stage import CHECKPOINT, Context
@@ -27,7 +28,8 @@ from cogumi.data.curation.near_pairs import BANDS, Links, find_links, first_of_c
 from cogumi.data.curation.pool_writer import PoolWriter, rows_of, same_facts
 from cogumi.data.curation.shingles import BATCH_BYTES, Hashes, Integers
 from cogumi.data.curation.sketches import Sketches, SketchFiles
-from cogumi.data.examples import POOL, SPLIT_GROUP, from_json, normalised_text
+from cogumi.data.examples import POOL, SPLIT_GROUP, normalised_text
+from cogumi.data.examples import from_json as to_example
 
 VERSION = 1
 KIND = "pool"
@@ -92,8 +94,8 @@ def _sketch(pool: Path, files: SketchFiles, context: Context, total: int | None)
     with open(pool, encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(islice(lines, files.rows, None), files.rows + 1):
             try:
-                row = json.loads(line)
-                question = "\n".join(m["content"] for m in row["messages"] if m["role"] != "system")
+                row = from_json(line)
+                question = "\n".join([m["content"] for m in row["messages"] if m["role"] != "system"])
                 chunk.append((normalised_text(question), normalise(row["answer"])))
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{pool}:{number} is not an example ({error}): build this step again") from error
@@ -141,21 +143,21 @@ def _write(
             if not needed:
                 writer.keep(line)
                 continue
-            found = json.loads(line)
+            found = from_json(line)
             if referred[row]:
                 ids[row], places[row] = found["id"], found["source"] or found["id"]
             original, cluster = int(decisions.original[row]), int(decisions.cluster[row])
             if original != row:
                 same = _same(sketches.question_keys, row, original) and _same(sketches.answer_keys, row, original)
                 rule = "duplicate" if same else "near_duplicate"
-                writer.drop(from_json(found), rule, f"{'repeats' if same else 'nearly repeats'} {places[original]}")
+                writer.drop(to_example(found), rule, f"{'repeats' if same else 'nearly repeats'} {places[original]}")
                 continue
             if decisions.conflict[row]:
                 first = askers.setdefault(int(sketches.question_keys[row]), found["source"] or found["id"])
                 listed = {"question": first, "id": found["id"], "source": found["source"], "answer": found["answer"]}
                 conflicts.write(json.dumps(listed, ensure_ascii=False) + "\n")
                 if drop_conflicts:
-                    writer.drop(from_json(found), "conflict", f"rows with the question of {first} disagree")
+                    writer.drop(to_example(found), "conflict", f"rows with the question of {first} disagree")
                     continue
             if cluster != _ALONE:
                 found["meta"] = found["meta"] | {SPLIT_GROUP: ids[cluster]}

@@ -1,7 +1,7 @@
 """Pairs of similar questions: candidates by MinHash and LSH, confirmed by exact Jaccard similarity (SPEC A4).
 
-The 64 MinHash values of a question are cut into 16 bands of 4 (Leskovec et al. 2020, chapter 3): questions of
-similarity s share a band with probability 1 - (1 - s^4)^16, 0.9998 at 0.8. Questions that share a band are sorted by
+The 48 MinHash values of a question are cut into 12 bands of 4 (Leskovec et al. 2020, chapter 3): questions of
+similarity s share a band with probability 1 - (1 - s^4)^12, 0.9982 at 0.8. Questions that share a band are sorted by
 answer, and each is compared with the next `NEIGHBOURS`. So the time is proportional to the number of rows, also where
 thousands share a band, and similar rows that were not compared with each other are connected through those between
 them.
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from cogumi.data.curation.shingles import Hashes, Integers
 from cogumi.data.curation.sketches import SLOTS, Sketches
 
-BANDS = 16
+BANDS = 12
 NEIGHBOURS = 4
-MARGIN = 0.25
+MARGIN = 0.24
 """A pair is compared exactly if the share of equal MinHash values is at most this far below the threshold: four
 standard deviations of that share.
 """
@@ -50,7 +50,7 @@ def find_links(sketches: Sketches, threshold: float, progress: Callable[[int, in
     for done, pairs in enumerate(_likely_pairs(sketches, distinct, threshold), 1):
         similar.append(pairs[sketches.questions.jaccard(pairs) >= threshold])
         progress(done, BANDS)
-    pairs = np.unique(np.concatenate(similar), axis=0)
+    pairs = _ends(np.unique(_packed(np.concatenate(similar))))
     agree = sketches.answer_keys[pairs[:, 0]] == sketches.answer_keys[pairs[:, 1]]
     agree[~agree] = sketches.answers.jaccard(pairs[~agree]) >= threshold
     return Links(pairs, agree)
@@ -89,14 +89,21 @@ def _likely_pairs(sketches: Sketches, rows: Integers, threshold: float) -> Itera
         for step in range(1, NEIGHBOURS + 1):
             together = buckets[step:] == buckets[:-step]
             ends = rows[np.stack([order[:-step][together], order[step:][together]], 1)]
-            found.append(ends.min(1).astype(np.uint64) << _HALF | ends.max(1).astype(np.uint64))
+            found.append(_packed(np.sort(ends, axis=1)))
         fresh = np.setdiff1d(np.concatenate(found), known)
         fresh = fresh[_shared_values(sketches.signatures, _ends(fresh)) >= threshold - MARGIN]
         known = np.union1d(known, fresh)
         yield _ends(fresh)
 
 
+def _packed(pairs: Integers) -> Hashes:
+    """Each pair as one value."""
+    ends = pairs.astype(np.uint64)
+    return np.asarray(ends[:, 0] << _HALF | ends[:, 1])
+
+
 def _ends(packed: Hashes) -> Integers:
+    """Inverse of `_packed`."""
     return np.stack([packed >> _HALF, packed & np.uint64(0xFFFFFFFF)], 1).astype(np.int64)
 
 

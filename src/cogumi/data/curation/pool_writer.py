@@ -50,7 +50,7 @@ class PoolWriter:
 
     def __init__(self, out: Path, context: Context, total: int | None, remedies: Mapping[str, str]) -> None:
         self._out, self._context, self._total, self._remedies = out, context, total, remedies
-        self._kept = 0
+        self._read = 0
         self._dropped: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -66,33 +66,32 @@ class PoolWriter:
     def keep(self, line: str) -> None:
         """Keep a row, given as its JSON line with line break."""
         self._pool.write(line)
-        self._kept += 1
-        self._report()
+        self._count()
 
     def drop(self, example: Example, rule: str, reason: str) -> None:
         """List a row as dropped."""
         found = {"id": example.id, "source": example.source, "rule": rule, "reason": reason}
         self._list.write(json.dumps(found | {"text": whole_text(example)[:_SHOWN]}, ensure_ascii=False) + "\n")
         self._dropped[rule] += 1
-        self._report()
+        self._count()
 
     def metrics(self) -> dict[str, Any]:
         """Rows read and kept, and dropped ones by rule; `DataError` if none is left."""
-        read = self._kept + self._dropped.total()
-        if not read:
+        if not self._read:
             raise DataError("the pool has no rows: give the step before this one rows that it keeps")
-        if not self._kept:
+        kept = self._read - self._dropped.total()
+        if not kept:
             rule, count = self._dropped.most_common(1)[0]
             raise DataError(
-                f"no row is left: the rule '{rule}' dropped {count:,} of {read:,} ({self._out / DROPPED} lists "
+                f"no row is left: the rule '{rule}' dropped {count:,} of {self._read:,} ({self._out / DROPPED} lists "
                 f"them); {self._remedies[rule]}"
             )
-        return {"rows": self._kept, "read": read, "dropped": dict(self._dropped.most_common())}
+        return {"rows": kept, "read": self._read, "dropped": dict(self._dropped.most_common())}
 
-    def _report(self) -> None:
-        done = self._kept + self._dropped.total()
-        if done % _ROWS_PER_REPORT == 0:
-            self._context.progress(done, self._total, {"dropped": self._dropped.total()})
+    def _count(self) -> None:
+        self._read += 1
+        if self._read % _ROWS_PER_REPORT == 0:
+            self._context.progress(self._read, self._total, {"dropped": self._dropped.total()})
 
 
 def examples_of(pool: Artifact) -> Iterator[Example]:

@@ -39,16 +39,17 @@ def shingles(texts: NDArray[np.uint8], lengths: Integers) -> tuple[Hashes, Integ
     Every text must be at least `WIDTH` bytes long.
     """
     counts = lengths - (WIDTH - 1)
-    windows = np.lib.stride_tricks.sliding_window_view(texts, WIDTH)[ragged(np.cumsum(lengths) - lengths, counts)]
-    return _mixed(np.ascontiguousarray(windows).view("<u8").ravel()), counts
+    windows = np.ndarray(len(texts) - (WIDTH - 1), "<u8", np.ascontiguousarray(texts), strides=(1,))
+    return _mixed(windows[ragged(np.cumsum(lengths) - lengths, counts)]), counts
 
 
 def _mixed(values: Hashes) -> Hashes:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of a value affects all bits of the result."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Hashes = values ^ (values >> np.uint64(31))
-    return mixed
+    """The finaliser of SplitMix64 (Steele et al. 2014), in place: each bit of a value affects all of the result."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values ^= values >> np.uint64(shift)
+        values *= np.uint64(factor)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 class Texts:
@@ -86,5 +87,5 @@ class Texts:
         lengths = self._lengths[rows]
         values, counts = shingles(self._content[ragged(self._starts[rows], lengths)], lengths)
         owners = np.repeat(np.arange(len(rows), dtype=np.uint64), counts)
-        found = np.sort(owners << np.uint64(_BITS) | values >> np.uint64(64 - _BITS))
-        return found[np.concatenate([[True], found[1:] != found[:-1]])]
+        found: Hashes = np.sort(owners << np.uint64(_BITS) | values >> np.uint64(64 - _BITS))
+        return np.asarray(found[np.concatenate([[True], found[1:] != found[:-1]])])

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from cogumi.core.files import write_json
 from cogumi.core.packages import load
 from cogumi.data.curation.shingles import Hashes, Texts, padded, shingles
 
-SLOTS = 64
+SLOTS = 48
 """MinHash values of a row's question."""
 DONE = "done.json"
 
@@ -83,8 +84,7 @@ class SketchFiles:
             return Texts(content, rows[f"{name}_bytes"].astype(np.int64))
 
         minima = np.memmap(self._paths["signatures"], np.uint32, "r").reshape(-1, SLOTS)
-        keys = [np.ascontiguousarray(rows[name]) for name in ("question", "answer")]
-        return Sketches(*keys, minima, texts("question"), texts("answer"))
+        return Sketches(rows["question"].copy(), rows["answer"].copy(), minima, texts("question"), texts("answer"))
 
 
 def signatures(texts: bytes, lengths: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -93,4 +93,5 @@ def signatures(texts: bytes, lengths: NDArray[np.int64]) -> NDArray[np.uint32]:
     values, counts = shingles(np.frombuffer(texts, np.uint8), lengths)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(values, offsets, SLOTS, _SEED)
-    return np.array(matrix.to_rows(), np.uint32)
+    minima = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(lengths) * SLOTS)
+    return minima.reshape(-1, SLOTS)
