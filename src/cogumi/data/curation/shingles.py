@@ -2,7 +2,7 @@
 
 A shingle is a run of 8 bytes of a normalised text in UTF-8, about one word and a half of English. So one other number
 or name in a short question changes many of its shingles: "What is 12 + 13?" and "What is 12 + 14?" have a similarity of
-0.5. Shingles of 8 bytes are their own 64-bit values, which makes them as fast as a copy.
+0.64. Shingles of 8 bytes are their own 64-bit values, which makes them as fast as a copy.
 """
 
 from __future__ import annotations
