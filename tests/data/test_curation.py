@@ -224,7 +224,8 @@ def test_rows_of_a_split_group_are_in_one_set(tmp_path):
 
 
 def test_report_shows_the_waterfall_with_samples(tmp_path):
-    first = pool(tmp_path / "pool", rows(*[(text, "x") for text in TEXTS.values()], ("What | is <this>?", "y")))
+    pairs = [(text, "mail me@uni-jena.de") for text in TEXTS.values()]
+    first = pool(tmp_path / "pool", rows(*pairs, ("What | is <this>?", "y")))
     second = run("language", {"pool": first}, tmp_path / "language")
     scores = run("score", {"pool": second}, tmp_path / "scores")
     third = run(
@@ -233,6 +234,7 @@ def test_report_shows_the_waterfall_with_samples(tmp_path):
         tmp_path / "filter",
         length={"min": 6, "max": 50, "unit": "words"},
         offensive={},
+        personal_data={},
     )
     inputs = {"raw": first, "english": second, "good": third}
     report = run("curation_report", inputs, tmp_path / "report", steps=["raw", "english", "good"])
@@ -243,6 +245,7 @@ def test_report_shows_the_waterfall_with_samples(tmp_path):
     assert "| good | offensive | 0 | 0 | 0 | 1 |" in page
     assert "- its language is 'de': Der Ausschuss" in page
     assert "What \\| is &lt;this>?" in page
+    assert "Personal data is redacted in 1 rows of good." in page
     assert (report.path / "curation.png").stat().st_size > 5_000
     assert report.metrics["kept"] == 0.25
     with pytest.raises(DataError, match="'raw' is not a step of curation"):

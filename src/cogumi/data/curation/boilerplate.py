@@ -27,8 +27,8 @@ _PHRASES = re.compile(
     r"|\bskip to (?:main )?content\b",
     re.IGNORECASE,
 )
-_MIN_LINES = 5
-"""Lines from which repetition is counted."""
+_MIN_LINES, _MIN_WORDS = 5, 4
+"""Lines from which repetition is counted, and words of a line that counts: closing brackets repeat in any program."""
 
 
 class Settings(BaseModel):
@@ -40,9 +40,9 @@ class Settings(BaseModel):
 
 
 def measure(example: Example) -> dict[str, Any]:
-    """{"phrases": those found, "repeated_lines": share of the non-blank lines that repeat an earlier one}."""
+    """{"phrases": those found, "repeated_lines": share of the lines, except short ones, that repeat an earlier one}."""
     text = whole_text(example)
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if len(line.split()) >= _MIN_WORDS]
     repeated = 1 - len(set(lines)) / len(lines) if len(lines) >= _MIN_LINES else 0.0
     return {"phrases": [found.group() for found in _PHRASES.finditer(text)], "repeated_lines": round(repeated, 4)}
 

@@ -45,13 +45,15 @@ class Config(BaseModel):
 class Step:
     """A step: rows that it left, and dropped ones by rule; effects and samples (reason, text) by rule.
 
-    Of the first step, which reads files, `rejected` is the number of unusable rows.
+    Of the first step, which reads files, `rejected` is the number of unusable rows; of a filter, `redacted` that of
+    rows without their personal data.
     """
 
     name: str
     rows: int
     rejected: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+    redacted: int = 0
     effects: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     samples: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
 
@@ -90,7 +92,14 @@ def _step(name: str, artifact: Artifact, samples: int) -> Step:
             row = json.loads(line)
             if len(shown[row["rule"]]) < samples:
                 shown[row["rule"]].append((row["reason"], row["text"]))
-    return Step(name, metrics["rows"], 0, metrics["dropped"], metrics.get("effects", {}), shown)
+    return Step(
+        name,
+        metrics["rows"],
+        dropped=metrics["dropped"],
+        redacted=metrics.get("redacted", 0),
+        effects=metrics.get("effects", {}),
+        samples=shown,
+    )
 
 
 def picture(path: Path, steps: Sequence[Step]) -> None:
@@ -144,6 +153,8 @@ def page(steps: Sequence[Step]) -> str:
             alone, only = (f"{effect['alone']:,}", f"{effect['only']:,}") if effect else ("", "")
             lines.append(f"| {step.name} | {rule} | {count:,} | {alone} | {only} | {left:,} |")
     for step in steps[1:]:
+        if step.redacted:
+            lines += ["", f"Personal data is redacted in {step.redacted:,} rows of {step.name}."]
         for rule, samples in step.samples.items():
             lines += ["", f"## {step.name}: {rule}", ""]
             lines += [f"- {_cell(reason)}: {_cell(text)}" for reason, text in samples]

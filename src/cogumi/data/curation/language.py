@@ -26,6 +26,9 @@ KIND = "pool"
 INPUTS = {"pool": "pool"}
 UNKNOWN = "unknown"
 
+_NO_LANGUAGE = "zxx"
+"""py3langid's label of a text without words (ISO 639)."""
+
 
 class Config(BaseModel):
     """`languages` to keep, as two-letter codes. A text of fewer than `shortest` characters, or identified with less
@@ -53,7 +56,7 @@ def identifier(config: Config) -> Callable[[str], str]:
         if len(text) < config.shortest:
             return UNKNOWN
         language, confidence = model.classify(text)
-        return str(language) if confidence >= config.confidence else UNKNOWN
+        return UNKNOWN if confidence < config.confidence or language == _NO_LANGUAGE else str(language)
 
     return identify
 

@@ -40,7 +40,8 @@ _CARD = re.compile(r"(?<![\w.,])[3-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{2,4}(?![\w.,]
 _SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
 _IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]\d)")
 _PHONE_LIKE = re.compile(r"\+\d|\(\d{2,5}\)|\d[-. /]\d{2,}")
-_SEPARATED = re.compile(r"^\+|\d[-. )/]+\d")
+_WRITTEN_AS_PHONE = re.compile(r"^\+|^(?=.*\d{3}).*\d[-. )/]+\d")
+"""A country code, or separated groups of digits of which one is longer than two: no counting from 1 to 10."""
 
 
 class Settings(BaseModel):
@@ -108,7 +109,9 @@ def _candidates(text: str, region: str | None) -> Iterator[Found]:
     if _PHONE_LIKE.search(text):
         phonenumbers = load("phonenumbers", "rule 'personal_data'")
         for match in phonenumbers.PhoneNumberMatcher(text, region, phonenumbers.Leniency.VALID):
-            if _SEPARATED.search(match.raw_string) and text[max(0, match.start - 1) : match.start] not in tuple(".,-/"):
+            if _WRITTEN_AS_PHONE.search(match.raw_string) and text[max(0, match.start - 1) : match.start] not in tuple(
+                ".,-/"
+            ):
                 yield "telephone number", match.start, match.end
 
 
