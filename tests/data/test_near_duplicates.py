@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cogumi.core.errors import DataError
 from cogumi.core.stage import CHECKPOINT
 from cogumi.data.curation import deduplicate, near_pairs
-from cogumi.data.curation.near_pairs import find_links, first_of_component, recall
+from cogumi.data.curation.near_pairs import connected, find_groups, recall
 from cogumi.data.curation.shingles import WIDTH, Texts, padded
 from cogumi.data.curation.sketches import SketchFiles
 from cogumi.data.examples import POOL, SPLIT_GROUP, SPLITS, read_examples, split_path
@@ -68,7 +68,8 @@ def test_components_are_those_of_a_graph(count, edges):
         if one is not other:
             groups.remove(other)
             one |= other
-    found = first_of_component(count, np.array(edges, np.int64).reshape(-1, 2))
+    some = np.array(edges, np.int64).reshape(-1, 2)
+    found = connected(connected(np.arange(count), some[: len(edges) // 2]), some)
     assert found.tolist() == [min(next(g for g in groups if i in g)) for i in range(count)]
 
 
@@ -88,20 +89,20 @@ def varied(count, seed=0):
     return made
 
 
-def test_pairs_found_are_those_of_all_comparisons(tmp_path):
-    contents = list(dict.fromkeys(varied(COUNT)))
-    count = len(contents)
+@pytest.mark.parametrize("answers", [1, 3, 1000])
+def test_groups_are_those_of_all_comparisons(tmp_path, answers):
+    """With one answer for all questions, with three, and with a different one for each."""
+    contents, said = varied(COUNT), [f"answer {i % answers}" for i in range(COUNT)]
     files = SketchFiles(tmp_path)
-    files.append([(content, "yes") for content in contents])
-    links = find_links(files.open(), 0.8, lambda done, total: None)
-    found = {tuple(pair) for pair in links.pairs.tolist()}
-    everything = np.array(list(combinations(range(count), 2)))
-    true = {tuple(pair) for pair in everything[texts(contents).jaccard(everything) >= 0.8].tolist()}
-    assert len(true) > 25
-    assert found <= true
-    assert len(found) >= 0.97 * len(true)
-    clusters = [first_of_component(count, np.array(sorted(pairs))) for pairs in (found, true)]
-    assert (clusters[0] == clusters[1]).mean() >= 0.99
+    for start in range(0, COUNT, 100):
+        files.append(list(zip(contents, said, strict=True))[start : start + 100])
+    groups = find_groups(files.open(), 0.8, lambda done, total: None)
+    everything = np.array(list(combinations(range(COUNT), 2)))
+    similar = everything[texts(contents).jaccard(everything) >= 0.8]
+    agree = texts(said).jaccard(similar) >= 0.8
+    assert len(similar) > 25
+    assert groups.cluster.tolist() == connected(np.arange(COUNT), similar).tolist()
+    assert groups.original.tolist() == connected(np.arange(COUNT), similar[agree]).tolist()
 
 
 def test_recall_of_the_bands():
@@ -179,6 +180,15 @@ def test_pool_smaller_than_the_window_of_neighbours(tmp_path, count):
     kept = run("deduplicate", {"pool": pool(tmp_path / "pool", given_rows)}, tmp_path / "out")
     assert kept.metrics["rows"] == 1
     assert len(dropped(kept)) == count - 1
+
+
+def test_many_repeats_are_said(tmp_path):
+    given_rows = [row(question, "yes", i) for i, question in enumerate([LONG, OTHER, LONG])]
+    kept = run("deduplicate", {"pool": pool(tmp_path / "pool", given_rows)}, tmp_path / "out")
+    assert kept.metrics["warnings"] == [
+        "1 of 3 rows repeat another: look at some of dropped.jsonl; questions that share a long template look alike, "
+        "then raise `threshold`"
+    ]
 
 
 def test_empty_pool_is_refused(tmp_path):

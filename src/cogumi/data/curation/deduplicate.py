@@ -24,8 +24,8 @@ from cogumi.core.errors import DataError
 from cogumi.core.stage import CHECKPOINT, Context
 from cogumi.core.text import normalise
 from cogumi.core.types import Artifact
-from cogumi.data.curation.near_pairs import BANDS, Links, find_links, first_of_component, recall
-from cogumi.data.curation.pool_writer import PoolWriter, rows_of, same_facts
+from cogumi.data.curation.near_pairs import BANDS, Groups, find_groups, recall
+from cogumi.data.curation.pool_writer import DROPPED, PoolWriter, rows_of, same_facts
 from cogumi.data.curation.shingles import BATCH_BYTES, Hashes, Integers
 from cogumi.data.curation.sketches import Sketches, SketchFiles
 from cogumi.data.examples import POOL, SPLIT_GROUP, normalised_text
@@ -39,6 +39,8 @@ CHUNK = 10_000
 """Rows that are sketched and stored together, if their texts have no more than `BATCH_BYTES` characters."""
 
 _ALONE = -1
+_MANY = 0.2
+"""Share of repeated rows above which one should look whether they are."""
 _LARGE = 0.05
 """Share of the kept rows above which a cluster is rather a template than a question and its variants."""
 
@@ -80,8 +82,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         with writer:
             return writer.metrics()
     sketches = files.open()
-    links = find_links(sketches, config.threshold, lambda done, of: context.progress(done, of, {}))
-    decisions = decide(sketches, links, config.conflicts == "drop")
+    groups = find_groups(sketches, config.threshold, lambda done, of: context.progress(done, of, {}))
+    decisions = decide(sketches, groups, config.conflicts == "drop")
     with writer:
         _write(pool, out, sketches, decisions, config.conflicts == "drop", writer)
     return writer.metrics() | _figures(sketches, decisions, config)
@@ -108,20 +110,18 @@ def _sketch(pool: Path, files: SketchFiles, context: Context, total: int | None)
         files.append(chunk)
 
 
-def decide(sketches: Sketches, links: Links, drop_conflicts: bool) -> Decisions:
+def decide(sketches: Sketches, groups: Groups, drop_conflicts: bool) -> Decisions:
     """What happens to each row; pure."""
     count = len(sketches.question_keys)
-    rows = np.arange(count)
-    original = first_of_component(count, links.pairs[links.agree])
-    kept = original == rows
+    kept = groups.original == np.arange(count)
     _, question, asked = np.unique(sketches.question_keys[kept], return_inverse=True, return_counts=True)
     conflict = np.zeros(count, np.bool_)
     conflict[kept] = asked[question] > 1
     if drop_conflicts:
         kept &= ~conflict
-    cluster = first_of_component(count, links.pairs)
-    members = np.bincount(cluster[kept], minlength=count)
-    return Decisions(original, np.where(kept & (members[cluster] > 1), cluster, _ALONE), conflict)
+    members = np.bincount(groups.cluster[kept], minlength=count)
+    together = kept & (members[groups.cluster] > 1)
+    return Decisions(groups.original, np.where(together, groups.cluster, _ALONE), conflict)
 
 
 def _write(
@@ -182,9 +182,16 @@ def _figures(sketches: Sketches, decisions: Decisions, config: Config) -> dict[s
         },
         "found_at_threshold": round(recall(config.threshold), 4),
     }
+    figures["warnings"] = []
+    repeats = len(decisions.original) - kept
+    if repeats > _MANY * len(decisions.original):
+        figures["warnings"].append(
+            f"{repeats:,} of {len(decisions.original):,} rows repeat another: look at some of {DROPPED}; questions "
+            "that share a long template look alike, then raise `threshold`"
+        )
     if largest > max(_LARGE * kept, BANDS):
-        figures["warnings"] = [
+        figures["warnings"].append(
             f"{largest:,} of {kept:,} rows are similar to one another and will be in one split: they share a long "
             "text; raise `threshold`, or ask without it"
-        ]
+        )
     return figures

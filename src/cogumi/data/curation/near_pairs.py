@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cogumi.data.curation.shingles import Hashes, Integers
+from cogumi.data.curation.shingles import Hashes, Integers, Texts
 from cogumi.data.curation.sketches import SLOTS, Sketches
 
 BANDS = 12
 NEIGHBOURS = 4
-MARGIN = 0.24
+MARGIN = 0.17
 """A pair is compared exactly if the share of equal MinHash values is at most this far below the threshold: four
 standard deviations of that share.
 """
@@ -30,12 +30,16 @@ _HALF = np.uint64(32)
 _BATCH = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Links:
-    """Pairs of rows [n, 2], the earlier row first, whose questions are similar; `agree`: so are their answers [n]."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """For each of n rows the first row of its `cluster`, and the first row that it repeats, its `original` [n].
 
-    pairs: Integers
-    agree: NDArray[np.bool_]
+    Both are the row itself if there is none. A cluster is a connected component of similar questions; rows with the
+    same original are one of similar questions whose answers are equal or similar too.
+    """
+
+    cluster: Integers
+    original: Integers
 
 
 def recall(similarity: float) -> float:
@@ -43,29 +47,45 @@ def recall(similarity: float) -> float:
     return 1 - (1 - similarity**_PER_BAND) ** BANDS
 
 
-def find_links(sketches: Sketches, threshold: float, progress: Callable[[int, int], None]) -> Links:
-    """All pairs found, those with equal questions among them; `progress(done, total)` counts bands."""
+def find_groups(sketches: Sketches, threshold: float, progress: Callable[[int, int], None]) -> Groups:
+    """The groups of all rows; `progress(done, total)` counts sets of pairs."""
+    rows = np.arange(len(sketches.question_keys))
     equal, distinct = _equal_questions(sketches)
-    similar = [equal]
+    groups = _joined(Groups(rows, rows), equal, sketches, threshold)
     for done, pairs in enumerate(_likely_pairs(sketches, distinct, threshold), 1):
-        similar.append(pairs[sketches.questions.jaccard(pairs) >= threshold])
-        progress(done, BANDS)
-    pairs = _ends(np.unique(_packed(np.concatenate(similar))))
-    agree = sketches.answer_keys[pairs[:, 0]] == sketches.answer_keys[pairs[:, 1]]
-    agree[~agree] = sketches.answers.jaccard(pairs[~agree]) >= threshold
-    return Links(pairs, agree)
+        groups = _joined(groups, pairs, sketches, threshold)
+        progress(done, BANDS * NEIGHBOURS)
+    return groups
 
 
-def first_of_component(count: int, pairs: Integers) -> Integers:
-    """For each of `count` rows the first row that it is connected with by `pairs`, or itself [count]."""
-    first = np.arange(count)
+def _joined(groups: Groups, pairs: Integers, sketches: Sketches, threshold: float) -> Groups:
+    """The groups with those of `pairs` joined that are similar. What would join nothing is not compared."""
+    pairs = pairs[groups.original[pairs[:, 0]] != groups.original[pairs[:, 1]]]
+    agree = _similar(sketches.answer_keys, sketches.answers, pairs, threshold)
+    open_ = agree | (groups.cluster[pairs[:, 0]] != groups.cluster[pairs[:, 1]])
+    pairs, agree = pairs[open_], agree[open_]
+    similar = _similar(sketches.question_keys, sketches.questions, pairs, threshold)
+    pairs, agree = pairs[similar], agree[similar]
+    return Groups(connected(groups.cluster, pairs), connected(groups.original, pairs[agree]))
+
+
+def _similar(keys: Hashes, texts: Texts, pairs: Integers, threshold: float) -> NDArray[np.bool_]:
+    """Whether the texts of each pair are equal or similar [pairs]."""
+    found = keys[pairs[:, 0]] == keys[pairs[:, 1]]
+    found[~found] = texts.jaccard(pairs[~found]) >= threshold
+    return np.asarray(found)
+
+
+def connected(first: Integers, pairs: Integers) -> Integers:
+    """The first row of the component of each row [n], after `pairs` [m, 2] joined components given in the same way."""
     while True:
         one, other = first[pairs[:, 0]], first[pairs[:, 1]]
         if np.array_equal(one, other):
             return first
-        np.minimum.at(first, np.maximum(one, other), np.minimum(one, other))
-        while not np.array_equal(first, first[first]):
-            first = first[first]
+        joined = first.copy()
+        np.minimum.at(joined, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(first, joined):
+            first, joined = joined, joined[joined]
 
 
 def _equal_questions(sketches: Sketches) -> tuple[Integers, Integers]:
@@ -79,21 +99,18 @@ def _equal_questions(sketches: Sketches) -> tuple[Integers, Integers]:
 
 
 def _likely_pairs(sketches: Sketches, rows: Integers, threshold: float) -> Iterator[Integers]:
-    """For each band the pairs among `rows` that no earlier band gave and that share enough MinHash values."""
+    """Sets of pairs among `rows` that share a band and enough MinHash values; no pair twice."""
     answers, known = sketches.answer_keys[rows] >> _HALF, np.empty(0, np.uint64)
     for band in range(BANDS):
-        order, buckets = _sorted_buckets(
-            sketches.signatures[:, _PER_BAND * band : _PER_BAND * (band + 1)][rows], answers
-        )
-        found = []
+        values = sketches.signatures[:, _PER_BAND * band : _PER_BAND * (band + 1)][rows]
+        order, buckets = _sorted_buckets(values, answers)
         for step in range(1, NEIGHBOURS + 1):
             together = buckets[step:] == buckets[:-step]
             ends = rows[np.stack([order[:-step][together], order[step:][together]], 1)]
-            found.append(_packed(np.sort(ends, axis=1)))
-        fresh = np.setdiff1d(np.concatenate(found), known)
-        fresh = fresh[_shared_values(sketches.signatures, _ends(fresh)) >= threshold - MARGIN]
-        known = np.union1d(known, fresh)
-        yield _ends(fresh)
+            fresh = np.setdiff1d(_packed(np.sort(ends, axis=1)), known)
+            fresh = fresh[_shared_values(sketches.signatures, _ends(fresh)) >= threshold - MARGIN]
+            known = np.union1d(known, fresh)
+            yield _ends(fresh)
 
 
 def _packed(pairs: Integers) -> Hashes:
