@@ -21,12 +21,12 @@ from cogumi.data.curation.sketches import SLOTS, Sketches
 BANDS = 12
 NEIGHBOURS = 4
 MARGIN = 0.17
-"""A pair is compared exactly if the share of equal MinHash values is at most this far below the threshold: four
-standard deviations of that share.
-"""
+"""A pair is compared exactly if the share of equal MinHash values is at most this far below the threshold: three of its
+standard deviations."""
 
 _PER_BAND = SLOTS // BANDS
 _HALF = np.uint64(32)
+_NO_PAIR = np.uint64(2**64 - 1)
 _BATCH = 1 << 16
 
 
@@ -100,16 +100,17 @@ def _equal_questions(sketches: Sketches) -> tuple[Integers, Integers]:
 
 def _likely_pairs(sketches: Sketches, rows: Integers, threshold: float) -> Iterator[Integers]:
     """Sets of pairs among `rows` that share a band and enough MinHash values; no pair twice."""
-    answers, known = sketches.answer_keys[rows] >> _HALF, np.empty(0, np.uint64)
+    answers, known = sketches.answer_keys[rows] >> _HALF, np.array([_NO_PAIR])
     for band in range(BANDS):
         values = sketches.signatures[:, _PER_BAND * band : _PER_BAND * (band + 1)][rows]
         order, buckets = _sorted_buckets(values, answers)
         for step in range(1, NEIGHBOURS + 1):
             together = buckets[step:] == buckets[:-step]
             ends = rows[np.stack([order[:-step][together], order[step:][together]], 1)]
-            fresh = np.setdiff1d(_packed(np.sort(ends, axis=1)), known)
+            found = _packed(np.sort(ends, axis=1))
+            fresh = found[known[np.searchsorted(known, found)] != found]
             fresh = fresh[_shared_values(sketches.signatures, _ends(fresh)) >= threshold - MARGIN]
-            known = np.union1d(known, fresh)
+            known = np.sort(np.concatenate([known, fresh]))
             yield _ends(fresh)
 
 
