@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
-from cogumi.data.curation.pool_writer import PoolWriter, examples_of, rows_of, same_facts, whole_text
+from cogumi.data.curation.pool_writer import ROWS_PER_REPORT, PoolWriter, examples_of, rows_of, same_facts, whole_text
 from cogumi.data.examples import POOL, SPLITS, iterate_examples, normalised_question, split_path, to_line
 from cogumi.data.sources.question_files import iterate
 
@@ -52,7 +52,7 @@ def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
 class Reference:
     """Questions and word runs of reference rows; memory takes some 100 bytes per word of these."""
 
-    def __init__(self, rows: Iterable[Example], words: int, common: int) -> None:
+    def __init__(self, rows: Iterable[Example], words: int, common: int, context: Context) -> None:
         self._words = words
         self._questions: dict[str, str] = {}
         self._runs: dict[int, str] = {}
@@ -60,6 +60,8 @@ class Reference:
         self.rows = 0
         for row in rows:
             self.rows += 1
+            if self.rows % ROWS_PER_REPORT == 0:
+                context.progress(self.rows, None, {})
             place = row.source or row.id
             self._questions.setdefault(normalised_question(row.messages), place)
             runs = set(self._of(row))
@@ -93,7 +95,7 @@ def _words(row: Example) -> list[str]:
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`pool` -> the rows that share nothing with the references."""
     against = {role: artifact for role, artifact in inputs.items() if role != "pool"}
-    reference = Reference(_reference_rows(config, against, context.root), config.words, config.common)
+    reference = Reference(_reference_rows(config, against, context.root), config.words, config.common, context)
     remedies = dict.fromkeys(("same_question", "shared_words"), "the pool is the reference itself: give other rows")
     with PoolWriter(out, context, rows_of(inputs["pool"]), remedies) as writer:
         for example in examples_of(inputs["pool"]):

@@ -22,7 +22,7 @@ from cogumi.core.facts import BYTES_PER_TOKEN, RowFacts
 from cogumi.core.registry import nearest
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
-from cogumi.data.curation.pool_writer import PoolWriter, examples_of, rows_of, whole_text
+from cogumi.data.curation.pool_writer import ROWS_PER_REPORT, PoolWriter, examples_of, rows_of, whole_text
 from cogumi.data.examples import NO_LEVEL, to_line
 
 VERSION = 1
@@ -119,7 +119,7 @@ def group_of(example: Example, by: str) -> str:
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`pool` -> as many rows of each group as its quota says; `DataError` if the pool has too few of one."""
     wanted, by = config.wanted, config.grouped_by
-    chosen = _choose(inputs["pool"], wanted, by, context.seed)
+    chosen = _choose(inputs["pool"], wanted, by, context)
     rows, tokens = Counter[str](), Counter[str]()
     with PoolWriter(out, context, rows_of(inputs["pool"]), {}) as writer:
         for number, example in enumerate(examples_of(inputs["pool"])):
@@ -141,16 +141,18 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     }
 
 
-def _choose(pool: Artifact, wanted: Mapping[str, int], by: str, seed: int) -> set[int]:
+def _choose(pool: Artifact, wanted: Mapping[str, int], by: str, context: Context) -> set[int]:
     """The numbers of the chosen rows; memory is that of the quotas."""
     best: dict[str, list[tuple[int, int]]] = defaultdict(list)
     available = Counter[str]()
     for number, example in enumerate(examples_of(pool)):
         group = group_of(example, by)
         available[group] += 1
+        if number % ROWS_PER_REPORT == 0:
+            context.progress(number, rows_of(pool), {})
         if group not in wanted:
             continue
-        digest = blake2b(f"{seed}\n{example.id}".encode(), digest_size=8).digest()
+        digest = blake2b(f"{context.seed}\n{example.id}".encode(), digest_size=8).digest()
         entry = (-int.from_bytes(digest, "big"), -number)
         if len(best[group]) < wanted[group]:
             heapq.heappush(best[group], entry)

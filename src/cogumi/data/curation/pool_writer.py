@@ -23,7 +23,7 @@ from cogumi.data.examples import POOL, iterate_examples
 DROPPED = "dropped.jsonl"
 
 _SHOWN = 200
-_ROWS_PER_REPORT = 1_000
+ROWS_PER_REPORT = 1_000
 
 
 def whole_text(example: Example) -> str:
@@ -90,7 +90,7 @@ class PoolWriter:
 
     def _count(self) -> None:
         self._read += 1
-        if self._read % _ROWS_PER_REPORT == 0:
+        if self._read % ROWS_PER_REPORT == 0:
             self._context.progress(self._read, self._total, {"dropped": self._dropped.total()})
 
 

@@ -30,8 +30,10 @@ KIND = "statistics"
 INPUTS = {"pool": "pool"}
 OPTIONAL = {"reference": "gguf"}
 STATISTICS = "statistics.jsonl"
-CHUNK = 500
+CHUNK = 200
 """Rows that are scored and stored together; a killed run loses at most these."""
+PER_REPORT = 10
+"""Rows between two reports of the progress."""
 
 
 class Config(BaseModel):
@@ -62,7 +64,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
         while chunk := list(islice(rows, CHUNK)):
             stored = checkpoint / f"{done:09}.jsonl"
             if not stored.is_file():
-                write_text(stored, "".join(_lines(chunk, config, reference)))
+                lines = []
+                for line in _lines(chunk, config, reference):
+                    lines.append(line)
+                    if len(lines) % PER_REPORT == 0:
+                        context.progress(done + len(lines), total, {})
+                write_text(stored, "".join(lines))
             text = stored.read_text("utf-8")
             file.write(text)
             unscored += text.count('"coherence": null')
@@ -98,10 +105,11 @@ def _lines(rows: Sequence[Example], config: Config, reference: LlamaEngine | Non
         yield json.dumps(found, ensure_ascii=False) + "\n"
 
 
-def _read(rows: Sequence[Example], reference: LlamaEngine | None, slots: int) -> list[float | None]:
+def _read(rows: Sequence[Example], reference: LlamaEngine | None, slots: int) -> Iterator[float | None]:
     """Nats per token of each answer; None without a model, or if question and answer do not fit its context."""
     if reference is None:
-        return [None] * len(rows)
+        yield from (None for _ in rows)
+        return
 
     def nats(row: Example) -> float | None:
         try:
@@ -111,4 +119,4 @@ def _read(rows: Sequence[Example], reference: LlamaEngine | None, slots: int) ->
         return round(score.nats / max(score.tokens, 1), 6)
 
     with ThreadPoolExecutor(slots) as pool:
-        return list(pool.map(nats, rows))
+        yield from pool.map(nats, rows)
