@@ -72,7 +72,7 @@ estimate = same_facts
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`pool` -> its first rows of each set of duplicates, and `conflicts.jsonl`.
 
-    The checkpoint holds what is known of the rows read so far; memory takes some 100 bytes per row.
+    The checkpoint holds what is known of the rows read so far; memory takes some 400 bytes per row.
     """
     pool, total = inputs["pool"].path / POOL, rows_of(inputs["pool"])
     files = SketchFiles(out / CHECKPOINT)
