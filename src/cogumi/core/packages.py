@@ -12,7 +12,13 @@ EXTRAS = {
     "faiss": "cache",
     "onnxruntime": "onnx",
     "tokenizers": "onnx",
+    "math_verify": "data",
     "openai": "remote",
+    "phonenumbers": "data",
+    "py3langid": "data",
+    "pyarrow": "data",
+    "rensa": "data",
+    "stdnum": "data",
     "xllamacpp": "bench",
 }
 """Module -> the smallest extra that installs it; `build` installs every other optional module."""

@@ -13,6 +13,13 @@ from cogumi.core.stage import DECLARED, Stage
 STAGES: dict[str, str] = {
     "world": "cogumi.data.world.questions",
     "load": "cogumi.data.load",
+    "language": "cogumi.data.curation.language",
+    "deduplicate": "cogumi.data.curation.deduplicate",
+    "score": "cogumi.data.curation.score",
+    "filter": "cogumi.data.curation.filter",
+    "decontaminate": "cogumi.data.curation.decontaminate",
+    "mix": "cogumi.data.curation.mix",
+    "curation_report": "cogumi.data.curation.curation_report",
     "split": "cogumi.data.split",
     "tokenizer": "cogumi.data.train_tokenizer",
     "sft": "cogumi.train.sft",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ from cogumi.core.types import Example, Message
 
 SPLITS = ("train", "selection", "fit", "threshold", "heldout")
 POOL = "pool.jsonl"
+SPLIT_GROUP = "split_group"
+"""Key of `meta`: rows with equal values stay in one split."""
 NO_ANSWER, NO_LEVEL = "0", "none"
 """Keys of unanswerable questions, and of answerable ones without a difficulty, in tables by difficulty."""
 
@@ -43,8 +44,12 @@ def example_id(domain: str, messages: Sequence[Message]) -> str:
 
 def normalised_question(messages: Sequence[Message]) -> str:
     """The prompt with case folded, white space collapsed and Unicode NFKC: the key for detecting duplicates."""
-    text = "\n".join(m.content for m in messages if m.role != "system")
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    return normalised_text("\n".join(m.content for m in messages if m.role != "system"))
+
+
+def normalised_text(text: str) -> str:
+    """A text with case folded, white space collapsed and Unicode NFKC."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split_of(question: str, shares: Mapping[str, int], seed: int) -> str:

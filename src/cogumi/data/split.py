@@ -1,8 +1,9 @@
 """Stage `split`: divides a pool of examples into the five disjoint sets (SPEC A1).
 
 The set of a question is a hash of its normalised text and the seed. So questions that differ in letter case or white
-space are in the same set, the five sets share no question, and adding rows does not change the set of others. A row
-that repeats an earlier conversation is left out: gates and promise count on independent questions.
+space are in the same set, the five sets share no question, and adding rows does not change the set of others. Rows with
+the same `meta["split_group"]` (near-duplicates, by stage `deduplicate`) are in the same set, by its hash. A row that
+repeats an earlier conversation is left out: gates and promise count on independent questions.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import RowFacts
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact
-from cogumi.data.examples import POOL, SPLITS, iterate_examples, normalised_question, split_of, split_path, to_line
+from cogumi.data.examples import (
+    POOL,
+    SPLIT_GROUP,
+    SPLITS,
+    iterate_examples,
+    normalised_question,
+    split_of,
+    split_path,
+    to_line,
+)
 
-VERSION = 2
+VERSION = 3
 KIND = "examples"
 LIGHT = True
 INPUTS = {"pool": "pool"}
@@ -69,7 +79,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 disagreeing += answers[example.id] != hash(example.answer)
                 continue
             answers[example.id] = hash(example.answer)
-            name = split_of(normalised_question(example.messages), shares, context.seed)
+            key = example.meta.get(SPLIT_GROUP) or normalised_question(example.messages)
+            name = split_of(key, shares, context.seed)
             files[name].write(to_line(example))
             rows[name] += 1
             domains[example.domain] += 1

@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import Any
 
-from cogumi.core.errors import CogumiError
+from cogumi.core.packages import load
 
 SECONDS, LONGEST = 3, 2_000
 """Time for one formula, where it can be limited: in the main thread. Characters at the end of a text that are read."""
@@ -15,22 +15,18 @@ SECONDS, LONGEST = 3, 2_000
 def parsed(text: str) -> list[Any]:
     """The formula that a text commits to, in the forms that `equal` takes; empty if it has none.
 
-    Raises `CogumiError` without the library.
+    Raises `PackageError` without the library.
     """
-    try:
-        from math_verify import parse
-    except ImportError as error:
-        raise CogumiError("a check of kind 'math' needs the library math-verify: pip install 'cogumi[data]'") from error
+    library = load("math_verify", "a check of kind 'math'")
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it reports what it cannot read at every call
-    found: list[Any] = parse(text[-LONGEST:], parsing_timeout=_limit(), raise_on_error=False)
+    found: list[Any] = library.parse(text[-LONGEST:], parsing_timeout=_limit(), raise_on_error=False)
     return found
 
 
 def equal(wanted: str, found: str) -> bool:
     """Whether two texts commit to formulas that are equal as mathematics."""
-    from math_verify import verify
-
-    return bool(verify(parsed(wanted), parsed(found), timeout_seconds=_limit(), raise_on_error=False))
+    library = load("math_verify", "a check of kind 'math'")
+    return bool(library.verify(parsed(wanted), parsed(found), timeout_seconds=_limit(), raise_on_error=False))
 
 
 def _limit() -> int | None:

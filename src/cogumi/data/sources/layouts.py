@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from cogumi.core.errors import DataError
+from cogumi.core.packages import load
 from cogumi.data.sources.containers import Document
 from cogumi.data.sources.forms import FORMS
 from cogumi.data.sources.forms.documents import functions, sections
@@ -203,10 +204,7 @@ def _table(document: Document, delimiter: str) -> Rows:
 
 
 def _parquet(document: Document) -> Rows:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError("Parquet files need the library pyarrow: pip install 'cogumi[data]'") from error
+    parquet = load("pyarrow.parquet", "a Parquet file")
     stream = document.stream
     source: Any = stream if stream.seekable() else io.BytesIO(stream.read(MAX_DOCUMENT))
     number = 0
