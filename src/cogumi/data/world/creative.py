@@ -26,7 +26,7 @@ def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Tas
 
 def _title(rng: random.Random) -> tuple[str, str, list[Rule]]:
     thing, place, most = rng.choice(_THINGS), rng.choice(_PLACES), rng.randrange(4, 9)
-    rules = [{"rule": "contains", "word": thing}, {"rule": "words", "least": 2, "most": most}]
+    rules: list[Rule] = [{"rule": "contains", "word": thing}, {"rule": "words", "least": 2, "most": most}]
     return (
         f'Invent a title for a story {place}, of at most {most} words, with the word "{thing}".',
         f"The Last {thing}",
@@ -36,7 +36,7 @@ def _title(rng: random.Random) -> tuple[str, str, list[Rule]]:
 
 def _sentence(rng: random.Random) -> tuple[str, str, list[Rule]]:
     thing, color, least = rng.choice(_THINGS), rng.choice(COLORS), rng.randrange(5, 10)
-    rules = [
+    rules: list[Rule] = [
         {"rule": "contains", "word": thing},
         {"rule": "contains", "word": color},
         {"rule": "sentences", "least": 1, "most": 1},
@@ -48,7 +48,7 @@ def _sentence(rng: random.Random) -> tuple[str, str, list[Rule]]:
 
 def _poem(rng: random.Random) -> tuple[str, str, list[Rule]]:
     thing, place, count = rng.choice(_THINGS), rng.choice(_PLACES), rng.randrange(3, 9)
-    rules = [{"rule": "lines", "least": count, "most": count}, {"rule": "contains", "word": thing}]
+    rules: list[Rule] = [{"rule": "lines", "least": count, "most": count}, {"rule": "contains", "word": thing}]
     lines = [f"The {thing} is old", *(f"and time goes by {i}" for i in range(count - 1))]
     return f"Write a poem of exactly {count} lines about a {thing} {place}.", "\n".join(lines), rules
 
@@ -56,7 +56,7 @@ def _poem(rng: random.Random) -> tuple[str, str, list[Rule]]:
 def _dialogue(rng: random.Random) -> tuple[str, str, list[Rule]]:
     one, other = rng.sample(NAMES, 2)
     thing, count = rng.choice(_THINGS), 2 * rng.randrange(2, 5)
-    rules = [
+    rules: list[Rule] = [
         {"rule": "lines", "least": count, "most": count},
         {"rule": "times", "word": one, "count": count // 2},
         {"rule": "times", "word": other, "count": count // 2},

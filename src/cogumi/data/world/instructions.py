@@ -37,7 +37,10 @@ def _text(rng: random.Random, words: Sequence[str], number: int) -> str:
 
 def _repeat(rng: random.Random) -> tuple[str, str, list[Rule]]:
     word, count = rng.choice(_WORDS), rng.randrange(2, 9)
-    rules = [{"rule": "times", "word": word, "count": count}, {"rule": "words", "least": count, "most": count}]
+    rules: list[Rule] = [
+        {"rule": "times", "word": word, "count": count},
+        {"rule": "words", "least": count, "most": count},
+    ]
     return f'Write the word "{word}" exactly {count} times, and nothing else.', " ".join([word] * count), rules
 
 
@@ -46,7 +49,7 @@ def _case(rng: random.Random) -> tuple[str, str, list[Rule]]:
     names = {"lower": "small letters only", "upper": "capital letters only"}
     least = rng.randrange(4, 8)
     text = f"{_text(rng, [word], least + 2)}."
-    rules = [
+    rules: list[Rule] = [
         {"rule": case},
         {"rule": "contains", "word": word},
         {"rule": "words", "least": least, "most": 30},
@@ -59,7 +62,7 @@ def _case(rng: random.Random) -> tuple[str, str, list[Rule]]:
 def _points(rng: random.Random) -> tuple[str, str, list[Rule]]:
     word, count = rng.choice(_WORDS), rng.randrange(2, 7)
     lines = [f"- {_text(rng, [word] if i == 0 else [], 4)}" for i in range(count)]
-    rules = [{"rule": "bullets", "least": count, "most": count}, {"rule": "contains", "word": word}]
+    rules: list[Rule] = [{"rule": "bullets", "least": count, "most": count}, {"rule": "contains", "word": word}]
     asked = f'Write a list of exactly {count} points, each on a line that begins with "-". Use the word "{word}".'
     return asked, "\n".join(lines), rules
 
@@ -67,7 +70,7 @@ def _points(rng: random.Random) -> tuple[str, str, list[Rule]]:
 def _frame(rng: random.Random) -> tuple[str, str, list[Rule]]:
     first, last, number = *rng.sample(_WORDS, 2), rng.randrange(5, 16)
     text = " ".join([first, *rng.choices(_FILLERS, k=number - 2), last])
-    rules = [
+    rules: list[Rule] = [
         {"rule": "words", "least": number, "most": number},
         {"rule": "begins", "text": first},
         {"rule": "ends", "text": last},
@@ -82,7 +85,7 @@ def _several(rng: random.Random) -> tuple[str, str, list[Rule]]:
     fillers = [filler for filler in _FILLERS if letter not in filler]
     filled = [word, *rng.choices(fillers, k=number - 1)]
     rng.shuffle(filled)
-    rules = [
+    rules: list[Rule] = [
         {"rule": "contains", "word": word},
         {"rule": "excludes", "word": other},
         {"rule": "without", "letters": letter},
