@@ -20,6 +20,7 @@ STAGES: dict[str, str] = {
     "decontaminate": "cogumi.data.curation.decontaminate",
     "mix": "cogumi.data.curation.mix",
     "curation_report": "cogumi.data.curation.curation_report",
+    "bidirectional": "cogumi.data.bidirectional",
     "split": "cogumi.data.split",
     "tokenizer": "cogumi.data.train_tokenizer",
     "sft": "cogumi.train.sft",
