@@ -13,6 +13,7 @@ from cogumi.core.stage import DECLARED, Stage
 STAGES: dict[str, str] = {
     "world": "cogumi.data.world.questions",
     "load": "cogumi.data.load",
+    "synthesize": "cogumi.teach.synthesize",
     "language": "cogumi.data.curation.language",
     "deduplicate": "cogumi.data.curation.deduplicate",
     "score": "cogumi.data.curation.score",

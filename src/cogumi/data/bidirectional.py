@@ -1,8 +1,8 @@
 """Stage `bidirectional`: adds the reverse of question-answer pairs, from an answer to its instruction (SPEC A9).
 
-A row "Name three primary colours." -> "Red, blue and yellow." also becomes a question that shows the answer and asks for
-the instruction. Only answers that tell enough have a reverse: a number or a name belongs to many questions. A pair and
-its reverse share a `split_group`, so that stage `split` never trains on the one and reports on the other.
+A row "Name three primary colours." -> "Red, blue and yellow." also becomes a question that shows the answer and asks
+for the instruction. Only answers that tell enough have a reverse: a number or a name belongs to many questions. A pair
+and its reverse share a `split_group`, so that stage `split` never trains on the one and reports on the other.
 """
 
 from __future__ import annotations
