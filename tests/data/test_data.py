@@ -423,6 +423,15 @@ def test_load_warns_of_columns_and_rejected_rows(tmp_path):
     assert list(notes) == found["warnings"]
 
 
+def test_an_answer_that_the_domains_grader_cannot_use_is_rejected(tmp_path):
+    write(tmp_path / "rows.jsonl", {"question": "3 + 4?", "answer": "7"}, {"question": "5 + 2?", "answer": "seven"})
+    config = load_stage.Config(files={"sums": [Path("rows.jsonl")]}, graders={"sums": "numeric"})
+    found = load_stage.run(config, {}, tmp_path, context(tmp_path))
+    assert (found["rows"], found["rejected"]) == (1, 1)
+    assert "rows.jsonl:2: numeric check without a number" in found["warnings"][0]
+    assert "the grader of the domain 'sums'" in found["warnings"][0]
+
+
 def test_level_of_a_question_and_what_is_easy():
     def of(difficulty, **meta):
         return Example("1", "math", difficulty, (Message("user", "x"),), "y", "", meta)

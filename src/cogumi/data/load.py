@@ -22,6 +22,7 @@ from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import POOL, to_line
 from cogumi.data.sources.containers import files_of
 from cogumi.data.sources.question_files import Reading, Rejected, Seen, companions, iterate, no_usable_row
+from cogumi.grading.graders import problem_of
 from cogumi.grading.suggest import SUGGESTED, check_of
 
 VERSION = 4
@@ -97,9 +98,17 @@ def _rows(config: Config, root: Path, seen: Seen | None = None) -> Iterator[Exam
                 answers[row.domain].add(row.answer)
     for row in _read(config, root, seen):
         if isinstance(row, Example) and "check" not in row.meta and (kind := config.graders.get(row.domain)):
-            yield replace(row, meta={**row.meta, "check": check_of(kind, row.answer, answers[row.domain])})
+            yield _graded(replace(row, meta={**row.meta, "check": check_of(kind, row.answer, answers[row.domain])}))
         else:
             yield row
+
+
+def _graded(row: Example) -> Example | Rejected:
+    """A row with the check of its domain, or why no output could be right by it."""
+    if problem := problem_of(row):
+        file, _, line = row.source.rpartition(":")
+        return Rejected(file, int(line), f"{problem} (the grader of the domain '{row.domain}')")
+    return row
 
 
 def _read(config: Config, root: Path, seen: Seen | None) -> Iterator[Example | Rejected]:
