@@ -48,6 +48,10 @@ def test_a_domain_has_many_questions_of_each_level_and_no_two_levels_alike(domai
         assert len({task_of(domain, level, seed).question for seed in range(300)}) > 200
 
 
+def test_kinds_of_questions_without_an_answer_have_names_of_their_own():
+    assert len(UNANSWERABLE) == sum(len(module.UNANSWERABLE) for module in DOMAINS.values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_questions_without_an_answer_want_an_abstention(kind):
     for seed in range(50):

@@ -100,11 +100,11 @@ def _change(rng: random.Random) -> tuple[str, str, str, dict[str, Any]]:
     return report, asked, str(step), {"kind": "numeric"}
 
 
-def _missing_fact(rng: random.Random, wording: Wording = "terse") -> Task:
+def _missing_deed(rng: random.Random, wording: Wording = "terse") -> Task:
     """What a report does not say."""
     names, deeds = rng.sample(NAMES, 3), rng.sample(_DEEDS, 4)
     report = _report(rng, [f"{name} {deed}." for name, deed in zip(names, deeds[:3], strict=True)])
     return no_answer(f"Sum up in one word who {deeds[3]}.\n\n{report}")
 
 
-UNANSWERABLE: Mapping[str, Maker] = {"missing_fact": _missing_fact}
+UNANSWERABLE: Mapping[str, Maker] = {"missing_deed": _missing_deed}
