@@ -300,6 +300,22 @@ def test_a_truncated_file_gives_its_rows_and_one_line(tmp_path, name):
     assert all(isinstance(row, Example) for row in rows[:-2])
 
 
+@given(
+    name=st.sampled_from(["a.zip", "a.tar.gz", "a.jsonl.gz", "a.jsonl.zst", "a.tar"]),
+    at=st.floats(0, 1),
+    cut=st.booleans(),
+)
+def test_a_damaged_file_is_never_read_as_a_whole_one(folder, name, at, cut):
+    whole = gzip.decompress(FILES["a.tar.gz"]()) if name == "a.tar" else FILES[name]()
+    place = min(int(at * len(whole)), len(whole) - 1)
+    damaged = whole[:place] if cut else whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]
+    (folder / name).write_bytes(damaged)
+    rows = list(iterate(folder / name))
+    examples = [(row.messages[0].content, row.answer) for row in rows if isinstance(row, Example)]
+    if cut and examples != [(row["question"], row["answer"]) for row in ROWS]:
+        assert any(isinstance(row, Rejected) for row in rows) or not damaged
+
+
 def test_bad_archives_and_tables(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(tar(("../evil.jsonl", LINES), ("a.jsonl", LINES)))
     (bad,) = rejected_by(tmp_path / "a.tar.gz")

@@ -10,9 +10,11 @@ import gzip
 import io
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from tarfile import EOFHeaderError, HeaderError  # type: ignore[attr-defined]
+from typing import IO, Any, NamedTuple, Self, cast
 
 import zstandard
 
@@ -24,6 +26,10 @@ _TEXTS = (".txt", ".md", ".py")
 _PACKED = (".gz", ".zst", ".tgz", ".tar", ".zip")
 _CHUNK = 1 << 16
 _GZIP, _ZSTD, _ZIP, _TAR = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"ustar"
+
+
+DAMAGED = (EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, zipfile.BadZipFile)
+"""What reading a damaged file raises, besides an `OSError` without a number."""
 
 
 class Document(NamedTuple):
@@ -58,14 +64,14 @@ def _readable(name: str) -> bool:
 
 
 def documents(path: Path) -> Iterator[Document]:
-    """The file's content, decompressed, or the readable members of an archive. Raises `OSError`."""
+    """The file's content, decompressed, or the readable members of an archive. Raises `OSError` and `DAMAGED`."""
     with open(path, "rb") as file:
         if file.read(4) == _ZIP:
             yield from _zip_members(path)
             return
         file.seek(0)
         name, stream = _decompressed(path.name, file)
-        if _is_tar(stream):
+        if stream.peek(512)[257:262] == _TAR:
             yield from _tar_members(path, stream)
         else:
             yield Document(name, path.name, stream)
@@ -112,15 +118,21 @@ def _without(name: str, endings: tuple[str, ...]) -> str:
     return next((name[: -len(end)] for end in endings if name.casefold().endswith(end)), name)
 
 
-def _is_tar(stream: io.BufferedReader) -> bool:
-    try:
-        return stream.peek(512)[257:262] == _TAR
-    except (EOFError, OSError, ValueError):
-        return False  # reading the rows tells what is wrong
+class _Member(tarfile.TarInfo):
+    """A member of an archive. Unlike the library's, a damaged header is an error, not the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            raise
+        except HeaderError as error:
+            raise EOFError(f"the archive ends without its end mark ({error})") from error
 
 
 def _tar_members(path: Path, stream: IO[bytes]) -> Iterator[Document]:
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as archive:
         for member in archive:
             if not member.isfile() or not _readable(PurePosixPath(member.name).name):
                 continue
@@ -133,7 +145,12 @@ def _zip_members(path: Path) -> Iterator[Document]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if not member.is_dir() and _readable(PurePosixPath(member.filename).name):
-                with archive.open(member) as content:
+                try:
+                    content = archive.open(member)
+                except RuntimeError as error:  # encrypted, or of an unknown compression
+                    yield Document(member.filename, f"{path.name}/{member.filename}", io.BytesIO(), str(error))
+                    continue
+                with content:
                     yield _member(path, member.filename, content)
 
 

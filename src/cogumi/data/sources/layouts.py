@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 from cogumi.core.errors import DataError
 from cogumi.core.packages import load
-from cogumi.data.sources.containers import Document
+from cogumi.data.sources.containers import DAMAGED, Document
 from cogumi.data.sources.forms import FORMS
 from cogumi.data.sources.forms.documents import functions, sections
 
@@ -42,14 +42,15 @@ def rows_of(document: Document, layout: str | None = None) -> Rows:
         read = LAYOUTS[layout or detected(document.name, stream.peek(_CHUNK))]
         for line, row in read(document):
             yield line, row
-    except (EOFError, OSError, ValueError) as error:
+    except (*DAMAGED, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        yield line + 1, ValueError(f"the file cannot be read on: {str(error) or type(error).__name__}; is it complete?")
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("zlib", "zstandard", "backend_c", "pyarrow", "tarfile"):
-            raise
-        yield line + 1, ValueError(f"the file cannot be read on: {error}; is it complete?")
+        yield line + 1, ValueError(cut_off(error))
+
+
+def cut_off(error: Exception) -> str:
+    """The message for a file that cannot be read to its end."""
+    return f"the file cannot be read on: {str(error) or type(error).__name__}; is it complete?"
 
 
 def detected(name: str, head: bytes) -> str:

@@ -21,10 +21,10 @@ from cogumi.core.errors import DataError
 from cogumi.core.registry import nearest
 from cogumi.core.types import Example
 from cogumi.data.examples import example_id, to_line
-from cogumi.data.sources.containers import documents, files_of
+from cogumi.data.sources.containers import DAMAGED, documents, files_of
 from cogumi.data.sources.forms import FORMS
 from cogumi.data.sources.forms.pairs import Form, Pair
-from cogumi.data.sources.layouts import LAYOUTS, rows_of
+from cogumi.data.sources.layouts import LAYOUTS, cut_off, rows_of
 from cogumi.grading.checks import check_problem
 from cogumi.grading.graders import problem_of
 
@@ -38,7 +38,7 @@ _KEYS_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An unusable row; `line` is its first line, counted from 1."""
+    """An unusable row; `line` is its first line, counted from 1; 0 for a whole file, or what is missing of it."""
 
     file: str
     line: int
@@ -117,8 +117,10 @@ def iterate(
                     continue
                 for line, row in rows_of(document, reading.layout):
                     yield from _examples(row, domain, where, line, seen, reading, file)
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror or error}): check the path") from error
+        except (*DAMAGED, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(f"{file} cannot be read ({error.strerror}): check the path") from error
+            yield Rejected(str(file), 0, cut_off(error))
 
 
 def _examples(
