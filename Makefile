@@ -12,11 +12,12 @@ export CMAKE_ARGS ?= -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_
 	-DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-# Without AMX, where the compiler knows it: on some virtual machines that announce AMX its kernels end the process.
-NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
-ifneq ($(shell echo | cc $(NO_AMX) -E - 2>/dev/null),)
-export CFLAGS := $(CFLAGS) $(NO_AMX)
-export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
+# GCC's intrinsic for the AMX tile configuration declares 8 of its 64 bytes as read. Without these flags GCC removes the
+# stores of the others as dead, and the first prompt ends the process on processors with AMX.
+KEEP_STORES := -fno-tree-dse -fno-dse
+ifneq ($(shell echo | cc -Werror $(KEEP_STORES) -E - 2>/dev/null),)
+export CFLAGS := $(CFLAGS) $(KEEP_STORES)
+export CXXFLAGS := $(CXXFLAGS) $(KEEP_STORES)
 endif
 
 .PHONY: demo tiny test lint types format clean

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,4 +99,20 @@ def test_logits_do_not_depend_on_batching(model, threads, cache):
     assert np.array_equal(whole, read(2, [64] * 10))
     assert np.array_equal(whole, read(2, [250, 270] + [6] * 13 + [2], beside=2))
     assert np.array_equal(whole, read(1, [588] + [1] * 12))
+    context.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_in_the_same_thread_does_not_change_logits(model, threads):
+    """Both use the AMX tiles of a thread where the processor has them; see `backend.compute`."""
+    context = Context(model, sequences=1, length=64, batch=64, threads=threads)
+
+    def read():
+        context.trim(0, 0)
+        return context.decode([Row(0, list(range(5, 45)), 0, 40)]).copy()
+
+    before = read()
+    for type in (torch.float32, torch.bfloat16):
+        torch.nn.functional.linear(torch.ones(64, 128, dtype=type), torch.ones(128, 128, dtype=type))
+        assert np.array_equal(read(), before)
     context.close()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogumi.engine.llama.binding.backend import compute
 from support.pico import SENTENCES, SPECIALS
 
 F32_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
@@ -65,8 +66,15 @@ def some_ids(count: int = 300, vocabulary: int = 512) -> list[int]:
     return random.Random(1).choices(range(5, vocabulary), k=count)
 
 
+class _Llama(llama_cpp.Llama):
+    """Stock llama.cpp, away from the thread in which the tests run torch: see `backend.compute`."""
+
+    def eval(self, tokens):
+        compute(1, lambda: super(_Llama, self).eval(tokens))
+
+
 def llama(path: Path, **options) -> llama_cpp.Llama:
-    return llama_cpp.Llama(str(path), verbose=False, n_threads=1, n_threads_batch=1, **{"n_ctx": 512} | options)
+    return _Llama(str(path), verbose=False, n_threads=1, n_threads_batch=1, **{"n_ctx": 512} | options)
 
 
 MULTILINGUAL = [

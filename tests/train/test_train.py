@@ -1,6 +1,7 @@
 """The stages `sft`, `draft` and `modifier` on pico models: batches, loss masks, learned behaviour and errors."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from cogumi.core.errors import ArtifactError, TrainingError
 from cogumi.core.files import sha256
 from cogumi.core.stage import Context
-from cogumi.core.types import Artifact, Example, Message
+from cogumi.core.types import ABSTENTION, Artifact, Example, Message
 from cogumi.data.examples import example_id, read_examples, split_path, write_examples
 from cogumi.data.responses import Response, read_responses, write_responses
 from cogumi.models.draft_heads import DraftModel
@@ -175,6 +176,30 @@ def test_modifier_is_trained_on_failures_only_and_the_base_is_unchanged(world, b
     assert (metrics["asked"], metrics["failed"]) == (100, 40)
     assert metrics["base_sha256"] == before == sha256(base[0] / "model.safetensors")
     assert sorted(p.name for p in tmp_path.glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("failed", "unanswerable", "asked", "kept"),
+    [
+        (40, 20, (100, 20), 8),  # the base failed all that have no answer, but 40% of the others
+        (100, 20, (100, 20), 20),
+        (3, 20, (100, 20), 1),  # at least one
+        (0, 20, (100, 20), 20),  # nothing else to learn
+        (0, 20, (0, 20), 20),
+        (40, 0, (100, 0), 0),
+    ],
+)
+def test_a_modifier_sees_no_more_unanswerable_questions_than_its_domain_has(failed, unanswerable, asked, kept):
+    answered = [example(f"{i} plus 1", str(i + 1)) for i in range(asked[0])]
+    unknown = [
+        replace(example(f"{i} plus what", ABSTENTION), id=f"u{i}", meta={"check": {"kind": "abstain"}})
+        for i in range(asked[1])
+    ]
+    failures = [*answered[:failed], *unknown[:unanswerable]]
+    found = modifier.with_usual_abstentions(failures, [*answered, *unknown], seed=1)
+    assert [e for e in found if e.answerable] == answered[:failed]
+    assert sum(not e.answerable for e in found) == kept
+    assert found == [e for e in failures if e in found]  # in the order of the data
 
 
 def test_a_domain_without_failures_needs_no_modifier(world, base, tmp_path):

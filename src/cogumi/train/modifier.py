@@ -37,7 +37,7 @@ from cogumi.train.trunk_cache import Collate, Precision, TrunkCache
 from cogumi.train.validation import applied, judge_answers
 from cogumi.train.validation_size import Budget, LayerCost, sample, used, validations
 
-VERSION = 2
+VERSION = 3
 KIND = "adapter"
 INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
@@ -47,7 +47,7 @@ MEMORISED = 0.9
 
 
 class Config(BaseModel):
-    """`rows: random` is the control, trained on as many random questions of the domain as the base failed.
+    """`rows: random` is the control, trained on as many random questions of the domain as `rows: failures` would be.
 
     With `layers` only that many upper layers are trained. The hidden states after the others are computed once and
     cached in half precision (`fp16`, 2 bytes per token and channel), exactly (`fp32`), or not at all (null). At most
@@ -121,8 +121,23 @@ def _chosen(config: Config, inputs: Mapping[str, Artifact], seed: int) -> tuple[
     failed = [e for e in questions if not responses[e.id].correct]
     if not failed:
         raise TrainingError(_nothing_failed(config.domain, questions, inputs["model"].path, inputs["examples"].path))
-    chosen = failed if config.rows == "failures" else random.Random(seed).sample(questions, len(failed))
+    chosen = with_usual_abstentions(failed, questions, seed)
+    if config.rows == "random":
+        chosen = random.Random(seed).sample(questions, len(chosen))
     return chosen, {"asked": len(questions), "failed": len(failed)}
+
+
+def with_usual_abstentions(failed: list[Example], questions: Sequence[Example], seed: int) -> list[Example]:
+    """The failures, with at most the share of unanswerable questions that all `questions` of the domain have.
+
+    A base that never abstains fails every unanswerable question, but only some of the others. Trained on all of these
+    failures, a modifier abstains where an answer exists.
+    """
+    unanswerable = [e for e in failed if not e.answerable]
+    others, asked = len(failed) - len(unanswerable), sum(e.answerable for e in questions)
+    most = max(round(others * (len(questions) - asked) / asked), 1) if asked and others else len(unanswerable)
+    dropped = set(random.Random(seed).sample([e.id for e in unanswerable], max(len(unanswerable) - most, 0)))
+    return [e for e in failed if e.id not in dropped]
 
 
 class _Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,13 +56,19 @@ _compute = ThreadPoolExecutor(1, thread_name_prefix="llama")
 
 
 def compute(threads: int, work: Callable[[], T]) -> T:
-    """Run llama.cpp's parallel computation, always in the same thread of this process.
+    """Run llama.cpp's computation: with several threads always in the same thread of this process, else in the caller's
+    thread, unless that is the main thread.
 
     OpenMP keeps a thread team for each calling thread, and its barriers stop spinning once all teams together exceed
     the processors: measured on two cores, 42 instead of 33 ms a token. Two models computing at the same time would be
     slower still.
+
+    The main thread may run torch. The configuration of AMX tiles belongs to a thread; llama.cpp sets it once for each
+    thread, and torch changes it: afterwards llama.cpp would compute wrong numbers there, or end the process.
     """
-    return work() if threads == 1 else _compute.submit(work).result()
+    if threads == 1 and threading.current_thread() is not threading.main_thread():
+        return work()
+    return _compute.submit(work).result()
 
 
 def utf8(text: str) -> bytes:
