@@ -88,11 +88,11 @@ def test_rehearsal_has_the_configured_share(failed, known, share, seed):
     examples = [example(f"{i}", "x", 1, "math") for i in range(failed + known)]
     random.Random(seed).shuffle(examples)
     correct = {e.id: i >= failed for i, e in enumerate(examples)}
-    rows = distill.with_rehearsal(examples, correct, distill.Config(rehearsal=share), seed)
+    rows = distill.questions_to_learn(examples, correct, distill.Config(rehearsal=share), seed)
     right = sum(correct[e.id] for e in rows)
     assert len(rows) - right == failed
     assert right == min(known, round(failed * share / (1 - share)))
-    assert rows == distill.with_rehearsal(examples, correct, distill.Config(rehearsal=share), seed)
+    assert rows == distill.questions_to_learn(examples, correct, distill.Config(rehearsal=share), seed)
 
 
 def test_nothing_to_distil_is_reported(trained, tmp_path):

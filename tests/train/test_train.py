@@ -22,6 +22,7 @@ from cogumi.models.lora import LoraShape, attach
 from cogumi.models.tokenization import HFTokenizer
 from cogumi.train import draft, modifier, sft
 from cogumi.train.batches import IGNORE, Order, collate, make_rows
+from cogumi.train.failed_questions import with_usual_abstentions
 from cogumi.train.loop import LoopConfig
 from cogumi.train.losses import answer_loss, token_nats
 from cogumi.train.muon import orthogonalise
@@ -196,10 +197,19 @@ def test_a_modifier_sees_no_more_unanswerable_questions_than_its_domain_has(fail
         for i in range(asked[1])
     ]
     failures = [*answered[:failed], *unknown[:unanswerable]]
-    found = modifier.with_usual_abstentions(failures, [*answered, *unknown], seed=1)
+    found = with_usual_abstentions(failures, [*answered, *unknown], seed=1)
     assert [e for e in found if e.answerable] == answered[:failed]
     assert sum(not e.answerable for e in found) == kept
     assert found == [e for e in failures if e in found]  # in the order of the data
+
+
+def test_rehearsal_adds_questions_that_the_base_answered(world, base, tmp_path):
+    found = inputs(world, responses=world / "responses", model=base[0])
+    loop = LoopConfig(**{**LOOP, "steps": 2, "evaluate_every": 2, "muon_lr": None})
+    for rehearsal, added in ((0.2, 10), (0.8, 60)):
+        config = modifier.Config(domain="math", rehearsal=rehearsal, lora=LoraShape(rank=4), loop=loop)
+        metrics = modifier.run(config, found, tmp_path / str(added), context())
+        assert (metrics["failed"], metrics["rehearsed"]) == (40, added)
 
 
 def test_a_domain_without_failures_needs_no_modifier(world, base, tmp_path):

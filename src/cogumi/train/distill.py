@@ -8,7 +8,6 @@ second group is forgotten than permitted; the best weights are chosen by a weigh
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from cogumi.models.lora import LoraShape, attach, check_targets, merged
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import collate, make_rows
 from cogumi.train.curves import curves_picture
+from cogumi.train.failed_questions import with_rehearsal
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_figures, answer_loss
 from cogumi.train.training_cost import training_estimate
@@ -58,7 +58,7 @@ class Config(BaseModel):
     loop: LoopConfig = LoopConfig()
 
 
-def with_rehearsal(
+def questions_to_learn(
     questions: Sequence[Example], correct: Mapping[str, bool], config: Config, seed: int
 ) -> list[Example]:
     """The failed questions, and a seeded sample of correctly answered ones as the share `rehearsal`.
@@ -70,8 +70,7 @@ def with_rehearsal(
         where = f" of '{config.domain}'" if config.domain else ""
         raise TrainingError(f"the model failed no training question{where}: there is nothing to distil")
     right = [e for e in questions if correct[e.id]]
-    wanted = round(len(failed) * config.rehearsal / (1 - config.rehearsal))
-    return failed + random.Random(seed).sample(right, min(wanted, len(right)))
+    return with_rehearsal(failed, right, config.rehearsal, seed)
 
 
 def known(apply: Apply, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -98,7 +97,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
     folder, data = inputs["model"].path, inputs["examples"].path
     responses = read_responses(inputs["responses"].path)
     questions = [e for e in read_examples(split_path(data, "train")) if e.id in responses]
-    chosen = with_rehearsal(questions, {e.id: responses[e.id].correct for e in questions}, config, context.seed)
+    chosen = questions_to_learn(questions, {e.id: responses[e.id].correct for e in questions}, config, context.seed)
     tokenizer = HFTokenizer.load(folder)
     model = load(folder, config.quantize)
     if config.lora:

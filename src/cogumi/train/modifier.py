@@ -30,6 +30,7 @@ from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.models.upper_layers import layers_below, only
 from cogumi.train.batches import Order, collate, make_rows
 from cogumi.train.checkpoint import Progress
+from cogumi.train.failed_questions import with_rehearsal, with_usual_abstentions
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.training_cost import Upper, training_estimate
@@ -49,6 +50,9 @@ MEMORISED = 0.9
 class Config(BaseModel):
     """`rows: random` is the control, trained on as many random questions of the domain as `rows: failures` would be.
 
+    `rehearsal` is the share of rows that the base answered correctly. Trained on failures alone, an adapter unlearns
+    easy questions: SmolLM2 failed few one-step programs; afterwards 19 of 29 had a second step.
+
     With `layers` only that many upper layers are trained. The hidden states after the others are computed once and
     cached in half precision (`fp16`, 2 bytes per token and channel), exactly (`fp32`), or not at all (null). At most
     `validation_rows` selection questions of the domain and `elsewhere_rows` of the others are judged; by default as
@@ -58,6 +62,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
     domain: str
     rows: Literal["failures", "random"] = "failures"
+    rehearsal: float = Field(0.0, ge=0, lt=1)
     lora: LoraShape = LoraShape()
     layers: int | None = Field(None, ge=1)
     cache: Precision | None = "fp16"
@@ -122,22 +127,11 @@ def _chosen(config: Config, inputs: Mapping[str, Artifact], seed: int) -> tuple[
     if not failed:
         raise TrainingError(_nothing_failed(config.domain, questions, inputs["model"].path, inputs["examples"].path))
     chosen = with_usual_abstentions(failed, questions, seed)
+    chosen = with_rehearsal(chosen, [e for e in questions if responses[e.id].correct], config.rehearsal, seed)
+    rehearsed = sum(responses[e.id].correct for e in chosen)
     if config.rows == "random":
         chosen = random.Random(seed).sample(questions, len(chosen))
-    return chosen, {"asked": len(questions), "failed": len(failed)}
-
-
-def with_usual_abstentions(failed: list[Example], questions: Sequence[Example], seed: int) -> list[Example]:
-    """The failures, with at most the share of unanswerable questions that all `questions` of the domain have.
-
-    A base that never abstains fails every unanswerable question, but only some of the others. Trained on all of these
-    failures, a modifier abstains where an answer exists.
-    """
-    unanswerable = [e for e in failed if not e.answerable]
-    others, asked = len(failed) - len(unanswerable), sum(e.answerable for e in questions)
-    most = max(round(others * (len(questions) - asked) / asked), 1) if asked and others else len(unanswerable)
-    dropped = set(random.Random(seed).sample([e.id for e in unanswerable], max(len(unanswerable) - most, 0)))
-    return [e for e in failed if e.id not in dropped]
+    return chosen, {"asked": len(questions), "failed": len(failed), "rehearsed": rehearsed}
 
 
 class _Run:
