@@ -12,13 +12,8 @@ export CMAKE_ARGS ?= -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_
 	-DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-# GCC's intrinsic for the AMX tile configuration declares 8 of its 64 bytes as read. Without these flags GCC removes the
-# stores of the others as dead, and the first prompt ends the process on processors with AMX.
-KEEP_STORES := -fno-tree-dse -fno-dse
-ifneq ($(shell echo | cc -Werror $(KEEP_STORES) -E - 2>/dev/null),)
-export CFLAGS := $(CFLAGS) $(KEEP_STORES)
-export CXXFLAGS := $(CXXFLAGS) $(KEEP_STORES)
-endif
+# Corrects GCC's intrinsics for AMX, with which llama.cpp would end at the first prompt on processors that have it.
+export CXXFLAGS := $(CXXFLAGS) -include "$(CURDIR)/amx_intrinsics.h"
 
 .PHONY: demo tiny test lint types format clean
 

@@ -17,6 +17,9 @@ from cogumi.engine.llama.binding.gguf_keys import problem_of
 from cogumi.engine.llama.binding.tokenizer import Tokenizer, Weights
 
 _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
+_AMX = b"AMX_INT8 = 1" in c.llama_print_system_info()
+_BLOCK = 256
+"""llama.cpp's AMX kernels compute wrong products with rows of one quantized block: 32 values, or 256 in K types."""
 
 
 class Model:
@@ -25,7 +28,8 @@ class Model:
     Raises `BundleError` if llama.cpp cannot use the file.
 
     `repack`: llama.cpp keeps a second copy of weights of some types (Q4_0, Q4_K, Q8_0, ..) in the fastest layout for
-    this processor. Without it only the mapped file is used, whose pages the system may drop.
+    this processor. Without it only the mapped file is used, whose pages the system may drop. Narrow models do without
+    on processors with AMX (see `_BLOCK`).
     """
 
     def __init__(self, path: Path, *, vocabulary_only: bool = False, repack: bool = True) -> None:
@@ -40,6 +44,10 @@ class Model:
         params.vocab_only = vocabulary_only
         params.use_extra_bufts = repack
         pointer = c.llama_model_load_from_file(os.fsencode(path), params)
+        if pointer and repack and _AMX and not vocabulary_only and c.llama_model_n_embd(pointer) <= _BLOCK:
+            c.llama_model_free(pointer)
+            params.use_extra_bufts = False
+            pointer = c.llama_model_load_from_file(os.fsencode(path), params)
         if not pointer:
             why = reason()
             raise BundleError(
