@@ -26,7 +26,9 @@ def data() -> None:
 
 @app.command()
 def look(
-    files: Annotated[list[Path], typer.Argument(help="Files, folders or quoted patterns of questions and answers.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Files, folders, quoted patterns, or ids such as hub:owner/name.")
+    ],
     layout: Annotated[
         str | None, typer.Option(help="How the file is written, such as csv.", show_default="seen")
     ] = None,
@@ -40,8 +42,9 @@ def look(
 ) -> None:
     """Show what question files hold: forms, rows, rejected rows and why, lengths, repeated questions, a grader.
 
-    Nothing is changed. Files may be JSON Lines, JSON, CSV, TSV, Parquet, text or Python, compressed by gzip or zstd, or
-    in a tar or zip archive; docs/your-data.md lists the forms of rows.
+    Nothing is changed. Files may be JSON Lines, JSON, CSV, TSV, Parquet, Arrow, text or Python, compressed by gzip or
+    zstd, or in a tar or zip archive; `hub:owner/name/configuration/split` is a data set in the cache of `datasets`.
+    docs/your-data.md lists the forms of rows.
 
     Example: `cogumi data look exam.csv --column question=Problem --column answer=Key`
     """
@@ -58,7 +61,7 @@ def look(
         return
     rows = [
         [
-            one.path.name,
+            one.name,
             ", ".join(one.seen.forms) or "-",
             f"{one.rows:,}",
             f"{one.rejected:,}",
@@ -211,6 +214,6 @@ def _print_details(found: Look) -> None:
             "not used: " + ", ".join(f"{name} ({count:,})" for name, count in found.seen.unused.most_common(8))
         )
     if lines:
-        console.STDOUT.print(f"\n[bold]{found.path.name}[/]")
+        console.STDOUT.print(f"\n[bold]{found.name}[/]")
         for line in lines:
             console.STDOUT.print(f"  {line}", soft_wrap=True, markup=False)

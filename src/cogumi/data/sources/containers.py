@@ -1,4 +1,4 @@
-"""Where rows lie: a file, a folder, a pattern; compressed by gzip or zstd; inside a tar or zip archive (SPEC A1).
+"""Where rows lie: a file, a folder, a pattern, a data set of the Hub; inside gzip, zstd, tar or zip (SPEC A1).
 
 Everything is read as a stream and nothing is unpacked to disk.
 """
@@ -18,10 +18,13 @@ from typing import IO, Any, NamedTuple, Self, cast
 
 import zstandard
 
-from cogumi.core.errors import DataError
+from cogumi.core.errors import CogumiError, DataError
+from cogumi.data.sources.hub import cached_files, is_hub_id
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".py")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".py")
 """Files of these names are read out of folders and archives; others in there are left out."""
+_NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""Files that the library `datasets` writes beside those with rows."""
 _TEXTS = (".txt", ".md", ".py")
 _PACKED = (".gz", ".zst", ".tgz", ".tar", ".zip")
 _CHUNK = 1 << 16
@@ -41,11 +44,36 @@ class Document(NamedTuple):
     problem: str = ""
 
 
+def within(root: Path, path: Path) -> Path:
+    """A path relative to a folder; an id of the Hub as it is."""
+    return path if is_hub_id(path) else root / path
+
+
+def problem_of_path(path: Path) -> str | None:
+    """Why a path names nothing that could be read; None if it does."""
+    if is_hub_id(path):
+        try:
+            cached_files(path)
+        except CogumiError as error:
+            return str(error)
+    elif not path.exists() and not glob.glob(str(path), recursive=True):
+        return f"there is no file {path}; put your own there"
+    return None
+
+
+def topic(path: Path) -> str:
+    """What the rows of a path are about, as far as its name says: the file's or data set's name."""
+    return path.parts[1] if is_hub_id(path) and len(path.parts) > 1 else path.name.split(".")[0]
+
+
 def files_of(path: Path) -> list[Path]:
-    """The file itself, the readable files of a folder, or those of a pattern ("data/*.jsonl"), in order of names.
+    """The file itself, the readable files of a folder, those of a pattern ("data/*.jsonl"), in order of names; or those
+    of a data set ("hub:owner/name").
 
     In a folder with rows, texts are left out: they describe the rows. Raises `DataError` if there is no file.
     """
+    if is_hub_id(path):
+        return cached_files(path)
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if p.is_file() and _readable(p.name)]
         if not found:
@@ -60,7 +88,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _readable(name: str) -> bool:
-    return not name.startswith(".") and name.casefold().endswith((*SUFFIXES, *_PACKED))
+    return not name.startswith(".") and name not in _NO_ROWS and name.casefold().endswith((*SUFFIXES, *_PACKED))
 
 
 def documents(path: Path) -> Iterator[Document]:

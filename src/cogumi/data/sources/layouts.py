@@ -1,4 +1,4 @@
-"""How rows are written in a file: JSON Lines, a JSON array or object, CSV, Parquet, plain text, Python (SPEC A1).
+"""How rows are written: JSON Lines, a JSON array or object, CSV, Parquet, Arrow, plain text, Python (SPEC A1).
 
 Each layout yields (line, row) one by one, in constant memory; a row that cannot be read is a `ValueError` instead.
 """
@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from cogumi.core.errors import DataError
@@ -23,7 +23,7 @@ MAX_ROW, MAX_DOCUMENT = 64 << 20, 256 << 20
 """Bytes of the longest row, and of the longest plain text."""
 Rows = Iterator[tuple[int, Mapping[str, Any] | Exception]]
 
-_BY_NAME = {"csv": "csv", "tsv": "tsv", "py": "python", "txt": "text", "md": "text"}
+_BY_NAME = {"csv": "csv", "tsv": "tsv", "arrow": "arrow", "py": "python", "txt": "text", "md": "text"}
 _CHUNK = 1 << 16
 _MARKS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
 _OPENERS = {b"]": b"[", b"}": b"{"}
@@ -208,11 +208,38 @@ def _parquet(document: Document) -> Rows:
     parquet = load("pyarrow.parquet", "a Parquet file")
     stream = document.stream
     source: Any = stream if stream.seekable() else io.BytesIO(stream.read(MAX_DOCUMENT))
+    return _batches(parquet.ParquetFile(source).iter_batches(1_024))
+
+
+def _arrow(document: Document) -> Rows:
+    """A stream of Arrow batches, as the library `datasets` writes it."""
+    return _batches(load("pyarrow.ipc", "an Arrow file").open_stream(document.stream))
+
+
+def _batches(batches: Iterable[Any]) -> Rows:
     number = 0
-    for batch in parquet.ParquetFile(source).iter_batches(1_024):
+    for batch in batches:
+        plain = [(field.name, _plain(field.type)) for field in batch.schema]
+        decoded = [(name, convert) for name, convert in plain if convert]
         for row in batch.to_pylist():
             number += 1
+            row.update({name: convert(row[name]) for name, convert in decoded})
             yield number, row
+
+
+def _plain(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes JSON texts in values of an Arrow type the values that they stand for; None if there are none."""
+    types = load("pyarrow.types", "an Arrow file")
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return lambda value: None if value is None else json.loads(value)
+    if types.is_list(kind) or types.is_large_list(kind):
+        if inner := _plain(kind.value_type):
+            return lambda values: values and [inner(value) for value in values]
+    elif types.is_struct(kind):
+        fields = {field.name: convert for field in kind if (convert := _plain(field.type))}
+        if fields:
+            return lambda value: value and value | {name: fields[name](value[name]) for name in fields}
+    return None
 
 
 def _text(document: Document) -> Rows:
@@ -243,6 +270,7 @@ LAYOUTS: Mapping[str, Callable[[Document], Rows]] = {
     "csv": _csv,
     "tsv": _tsv,
     "parquet": _parquet,
+    "arrow": _arrow,
     "text": _text,
     "python": _python,
 }

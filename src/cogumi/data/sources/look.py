@@ -12,6 +12,8 @@ from typing import Any
 
 from cogumi.core.types import Example
 from cogumi.data.examples import normalised_question
+from cogumi.data.sources.containers import topic
+from cogumi.data.sources.hub import is_hub_id
 from cogumi.data.sources.question_files import Reading, Rejected, Seen, iterate
 from cogumi.grading.suggest import suggested_grader
 
@@ -39,6 +41,11 @@ class Look:
     _questions: set[bytes] = field(default_factory=set)
     _answers: list[str] = field(default_factory=list)
     _words: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """How tables call the path: a file by its name, a data set by its id."""
+        return str(self.path) if is_hub_id(self.path) else self.path.name
 
     @property
     def rejected(self) -> int:
@@ -101,7 +108,7 @@ class Look:
 def look(path: Path, reading: Reading | None = None, progress: Callable[[int], None] = lambda rows: None) -> Look:
     """Read a path once, in memory that grows by a few bytes per row. Raises `DataError` if it cannot be read."""
     found = Look(path)
-    for number, row in enumerate(iterate(path, path.name.split(".")[0] or "general", found.seen, reading), 1):
+    for number, row in enumerate(iterate(path, topic(path) or "general", found.seen, reading), 1):
         found.add(row)
         if number % PER_REPORT == 0:
             progress(number)

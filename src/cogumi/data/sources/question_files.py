@@ -1,23 +1,24 @@
 """Reads a user's question-answer files row by row, in constant memory (SPEC A1).
 
-A path is a file, a folder or a pattern (`containers`); its rows are written in one of `layouts.LAYOUTS`, and have one
-of the forms of `forms.FORMS`, or the columns that a `Reading` names. A row may also have "domain", "difficulty" (a
-level from 1 to 5, or easy, medium, hard; 0, null or absent: no level) and "check" (see `grading.graders`), in the row
-or in its "meta". An unusable row does not stop reading; it is returned as a `Rejected` with its line and the reason.
-Columns that are not used are counted.
+A path is a file, a folder, a pattern or a data set of the Hub (`containers`); its rows are written in one of
+`layouts.LAYOUTS`, and have one of the forms of `forms.FORMS`, or the columns that a `Reading` names. A row may also
+have "domain", "difficulty" (a level from 1 to 5, or easy, medium, hard; 0, null or absent: no level) and "check" (see
+`grading.graders`), in the row or in its "meta". An unusable row does not stop reading; it is returned as a `Rejected`
+with its line and the reason. Columns that are not used are counted.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cogumi.core.errors import DataError
+from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.types import Example
 from cogumi.data.examples import example_id, to_line
@@ -234,6 +235,16 @@ def companions(file: Path) -> list[Path]:
     """The files that rows of a file are joined with: BFCL's right calls, of the same name in `possible_answer`."""
     beside = file.parent / "possible_answer" / file.name
     return [beside] if beside.is_file() else []
+
+
+def content_hashes(paths: Iterable[Path]) -> list[str]:
+    """The sorted hashes of all files that some paths name. Raises `DataError` for a file that is not there."""
+    hashes = {}
+    for file in (file for path in paths for file in files_of(path)):
+        if not file.is_file():
+            raise DataError(f"there is no file {file}; check the path")
+        hashes.update({str(one): sha256(one) for one in (file, *companions(file))})
+    return sorted(hashes.values())
 
 
 @cache

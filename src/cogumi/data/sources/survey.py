@@ -11,6 +11,7 @@ from pathlib import Path
 from cogumi.core.errors import DataError
 from cogumi.core.types import Example
 from cogumi.data.examples import normalised_question
+from cogumi.data.sources.containers import topic
 from cogumi.data.sources.question_files import load
 from cogumi.grading.suggest import suggested_grader
 
@@ -63,7 +64,7 @@ def domain_name(text: str) -> str:
 
 
 def survey(files: Sequence[Path]) -> Survey:
-    """Read all files once. The domain of a row is its own, or else the name of its file.
+    """Read all files once. The domain of a row is its own, or else the name of its file or data set.
 
     Raises `DataError` for a file that cannot be read or has no usable row.
     """
@@ -73,7 +74,7 @@ def survey(files: Sequence[Path]) -> Survey:
     places: dict[str, dict[Path, None]] = {}
     rejected: dict[str, int] = {}
     for path in files:
-        default = domain_name(path.name.split(".")[0])
+        default = domain_name(topic(path))
         examples, refused = load(path, default)
         rejected[default] = rejected.get(default, 0) + len(refused)
         for example in examples:
