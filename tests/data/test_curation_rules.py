@@ -67,6 +67,25 @@ def test_copyright_notices(answer, found):
     assert found is None or said.startswith(f"has the notice '{found}")
 
 
+@pytest.mark.parametrize(
+    ("licences", "allowed", "says"),
+    [
+        (["MIT"], ["mit", "apache-2.0"], None),
+        (["cc-by-nc-4.0"], ["mit"], "has the licence 'cc-by-nc-4.0'"),
+        (["mit", "gpl-3.0"], ["MIT "], "has the licence 'gpl-3.0'"),
+        (None, ["mit"], "its source names no licence"),
+        (None, ["mit", "unknown"], None),
+        (["cc-by-nc-4.0"], None, None),
+        (None, None, None),
+    ],
+)
+def test_licences_of_sources(licences, allowed, says):
+    one = row("Why?", "Because.", **({"licence": licences} if licences else {}))
+    assert reason(copyright, copyright.measure(one), licences=allowed) == says
+    with pytest.raises(ValidationError):
+        copyright.Settings(licences=[])
+
+
 def test_offensive_words_are_whole_words():
     assert reason(offensive, offensive.measure(row("Why?", "What a Bastard."))) == "says 'bastard'"
     for innocent in ("Scunthorpe", "a shitake mushroom", "Dick Turpin", "pricked finger", "assess the class"):

@@ -205,6 +205,28 @@ def test_columns_can_be_named(tmp_path):
             Reading(**options)
 
 
+@pytest.mark.parametrize(
+    ("more", "licences"),
+    [
+        ({"license": "MIT "}, ["MIT"]),
+        ({"licence": ["mit", "gpl-3.0"]}, ["mit", "gpl-3.0"]),
+        ({"meta": {"license": "cc0-1.0"}}, ["cc0-1.0"]),
+        ({"license": ""}, ["cc-by-4.0"]),
+        ({}, ["cc-by-4.0"]),
+    ],
+)
+def test_licences_of_rows_and_of_their_file(tmp_path, more, licences):
+    row = {"question": "2+2?", "answer": "4"} | more
+    (found,), seen = read(tmp_path / "a.jsonl", row, Reading(licence="cc-by-4.0"))
+    assert found.meta["licence"] == licences
+    assert not seen.unused
+    (found,), _ = read(tmp_path / "a.jsonl", {"question": "2+2?", "answer": "4"})
+    assert "licence" not in found.meta
+    columns = {"question": "Q", "answer": "A", "licence": "L"}
+    (found,), _ = read(tmp_path / "a.jsonl", {"Q": "2?", "A": "2", "L": "mit"}, Reading(columns=columns))
+    assert found.meta["licence"] == ["mit"]
+
+
 def test_a_form_can_be_prescribed(tmp_path):
     row = {"question": "2+2?", "answer": "4", "text": "A text of many words. " * 10}
     (found,), _ = read(tmp_path / "a.jsonl", row, Reading(form="text"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cogumi.cli import console
-from cogumi.cli.options import JsonOption
+from cogumi.cli.options import JsonOption, JudgeModelOption, JudgeOption
 from cogumi.cli.progress import RowProgress
 
 if TYPE_CHECKING:
@@ -140,7 +140,12 @@ def audit(
     answers: Annotated[
         Path, typer.Argument(help="Graded answers: `cogumi eval MODEL --data FILE --out answers.jsonl`.")
     ],
-    by: Annotated[str, typer.Option(help="exact, short_answer, numeric, choice, f1, rouge_l or tool_call.")] = "f1",
+    by: Annotated[
+        str,
+        typer.Option(help="exact, short_answer, numeric, choice, f1, rouge_l, tool_call, similarity or judge."),
+    ] = "f1",
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
     sample: Annotated[int, typer.Option(min=1, help="Answers that are graded again, at random.")] = 500,
     show: Annotated[int, typer.Option(min=0, help="Differences that are printed.")] = 10,
     seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
@@ -148,11 +153,14 @@ def audit(
 ) -> None:
     """Grade answers again by another method, and show where the verdicts differ, with both texts side by side.
 
-    Example: `cogumi data audit answers.jsonl --by short_answer`
+    Example: `cogumi data audit answers.jsonl --by short_answer`, or with a model as the judge
+    `cogumi data audit answers.jsonl --by judge --judge model.gguf`
     """
+    from cogumi.evaluate.grading_models import grading_models
     from cogumi.evaluate.second_opinion import audit as second_opinion
 
-    found = second_opinion(answers, by, sample, seed).to_json()
+    with grading_models(judge, judge_model) as models:
+        found = second_opinion(answers, by, sample, seed, models).to_json()
     if json:
         console.print_json(found)
         return

@@ -20,7 +20,7 @@ from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import POOL, to_line
 from cogumi.data.sources.containers import problem_of_path, within
 from cogumi.data.sources.question_files import Reading, Rejected, Seen, content_hashes, iterate, no_usable_row
-from cogumi.grading.graders import problem_of
+from cogumi.grading.graders import asks_model, problem_of
 from cogumi.grading.suggest import SUGGESTED, check_of
 
 VERSION = 5
@@ -39,6 +39,7 @@ class ReadingConfig(BaseModel):
     layout: str | None = None
     form: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    licence: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _known(self) -> ReadingConfig:
@@ -50,7 +51,7 @@ class ReadingConfig(BaseModel):
 
     def reading(self) -> Reading:
         """The same for the reader of files."""
-        return Reading(self.layout, self.form, self.columns)
+        return Reading(self.layout, self.form, self.columns, self.licence)
 
 
 class Config(BaseModel):
@@ -59,7 +60,7 @@ class Config(BaseModel):
     A path is a file, a folder, a pattern ("data/*.jsonl") or a data set ("hub:owner/name"). `graders` names a kind of
     check by domain, for rows without their own; the options of a `choice` are the different answers of its domain.
     `reading` tells by domain how files are read whose names and rows do not say it: their `layout`, their `form`, or
-    the `columns` of the question, the answer and so on.
+    the `columns` of the question, the answer and so on; and the `licence` of rows that name none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -92,16 +93,21 @@ def _rows(config: Config, root: Path, seen: Seen | None = None) -> Iterator[Exam
     for row in _read(config, root, seen):
         if isinstance(row, Example) and "check" not in row.meta and (kind := config.graders.get(row.domain)):
             yield _graded(replace(row, meta={**row.meta, "check": check_of(kind, row.answer, answers[row.domain])}))
+        elif isinstance(row, Example) and asks_model(row):
+            yield _rejected(row, f"a check of kind '{row.check['kind']}' asks a model, which no step of a build has")
         else:
             yield row
 
 
 def _graded(row: Example) -> Example | Rejected:
     """A row with the check of its domain, or why no output could be right by it."""
-    if problem := problem_of(row):
-        file, _, line = row.source.rpartition(":")
-        return Rejected(file, int(line), f"{problem} (the grader of the domain '{row.domain}')")
-    return row
+    problem = problem_of(row)
+    return _rejected(row, f"{problem} (the grader of the domain '{row.domain}')") if problem else row
+
+
+def _rejected(row: Example, reason: str) -> Rejected:
+    file, _, line = row.source.rpartition(":")
+    return Rejected(file, int(line), reason)
 
 
 def _read(config: Config, root: Path, seen: Seen | None) -> Iterator[Example | Rejected]:

@@ -13,6 +13,7 @@ from cogumi.core.types import Example
 from cogumi.data.examples import normalised_question
 from cogumi.data.sources.containers import topic
 from cogumi.data.sources.question_files import load
+from cogumi.grading.graders import asks_model
 from cogumi.grading.suggest import suggested_grader
 
 OWN = "each row's own check"
@@ -22,7 +23,7 @@ _NAME = re.compile(r"[^A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class DomainRows:
-    """The rows of one domain. `grader` is a kind of check, `OWN`, or None where no grader fits the answers.
+    """The rows of one domain. `grader` is a kind of check, `OWN`, or None where no grader of a build fits the answers.
 
     `example` is the first row, `longest` the one with the longest question.
 
@@ -94,6 +95,8 @@ def _of(name: str, rows: Sequence[Example], files: tuple[Path, ...], rejected: i
 
 def _grader(rows: Sequence[Example]) -> str | None:
     without = [e.answer for e in rows if "check" not in e.meta]
+    if not without and any(map(asks_model, rows)):
+        return None
     return suggested_grader(without) if without else OWN
 
 
