@@ -55,6 +55,25 @@ def test_other_columns_are_named(files):
     assert (found["rows"], found["grader"]) == (2, "short_answer")
 
 
+def test_languages_near_duplicates_and_a_picture(tmp_path):
+    english = "The old river flows from the mountains to the sea and passes three towns on its long way"
+    german = "Der alte Fluss kommt aus den Bergen und zieht an drei kleinen Orten vorbei, bevor er das Meer erreicht"
+    texts = [english, english + "!", german, "12 + 34"]
+    rows = [{"question": text, "answer": "yes"} for text in [*texts, english]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = look(tmp_path / "a.jsonl", "--picture", tmp_path / "a.png")
+    assert "languages of the first 5: en 60%, de 20%, unknown 20%" in done.stdout
+    assert "near-duplicates among the first 5: 2" in done.stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (found,) = json.loads(look(tmp_path / "a.jsonl", "--json").stdout)
+    assert (found["languages"], found["near_duplicates"]) == ({"en": 3, "de": 1, "unknown": 1}, 2)
+    assert (found["repeated_questions"], found["looked_at"]) == (1, 5)
+    (tmp_path / "empty.jsonl").write_text("")
+    done = look(tmp_path / "empty.jsonl", tmp_path / "a.jsonl", "--picture", tmp_path / "two.png", "--json")
+    assert [one["near_duplicates"] for one in json.loads(done.stdout)] == [0, 2]
+    assert (tmp_path / "two.png").is_file()
+
+
 def test_bad_options_and_files(files):
     assert "is not of the form question=Problem" in look(files / "exam.csv", "--column", "question").output
     for words in (["--form", "alpca"], ["--layout", "xls"], ["--column", "question=Problem"], []):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Question files: look at them, or divide them for outside review.")
 
 REASONS = 5
+LEAST = 0.005
+"""Share of the rows from which a language is named."""
 
 
 @app.callback()
@@ -38,9 +40,10 @@ def look(
     column: Annotated[
         list[str] | None, typer.Option(help="A column by its name in the file: question=Problem. Repeat it.")
     ] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG file for a picture of lengths and rows.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what question files hold: forms, rows, rejected rows and why, lengths, repeated questions, a grader.
+    """Show what question files hold: forms, rows, rejected rows and why, lengths, languages, repetitions, a grader.
 
     Nothing is changed. Files may be JSON Lines, JSON, CSV, TSV, Parquet, Arrow, text or Python, compressed by gzip or
     zstd, or in a tar or zip archive; `hub:owner/name/configuration/split` is a data set in the cache of `datasets`.
@@ -49,6 +52,7 @@ def look(
     Example: `cogumi data look exam.csv --column question=Problem --column answer=Key`
     """
     from cogumi.data.sources.look import look as look_at
+    from cogumi.data.sources.look import picture as draw
     from cogumi.data.sources.question_files import Reading
 
     reading = Reading(layout, form, _columns(column or []))
@@ -56,6 +60,8 @@ def look(
     for path in files:
         with RowProgress(f"reading {path.name}:") as bar:
             found.append(look_at(path, reading, bar.advanced))
+    if picture is not None:
+        draw(picture, found)
     if json:
         console.print_json([one.to_json() for one in found])
         return
@@ -205,11 +211,18 @@ def _columns(given: list[str]) -> dict[str, str]:
 
 
 def _print_details(found: Look) -> None:
-    """The first question, the most frequent reasons of rejected rows, and columns that are not used."""
+    """The first question, languages, near-duplicates, reasons of rejected rows, and columns that are not used."""
     lines = []
     if found.example:
         said = [" ".join(text.split()) for text in (found.example.messages[-1].content, found.example.answer)]
         lines.append(f"first: {said[0][:90]} -> {said[1][:60]}")
+    if found.languages:
+        of = sum(found.languages.values())
+        usual = [(name, count) for name, count in found.languages.items() if count >= LEAST * of]
+        shares = ", ".join(f"{name} {count / of:.0%}" for name, count in usual)
+        lines.append(f"languages of the first {of:,}: {shares}")
+    if found.near_duplicates:
+        lines.append(f"near-duplicates among the first {found.looked_at:,}: {found.near_duplicates:,}")
     for kind, count in found.reasons.most_common(REASONS):
         lines.append(
             f"rejected {count:,}: {found.first[kind].reason} ({Path(found.first[kind].file).name}:"

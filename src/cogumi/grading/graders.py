@@ -26,7 +26,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from functools import partial
 from typing import Any, NamedTuple
 
 from cogumi.core.errors import DataError
@@ -185,11 +184,11 @@ def grade_all(pairs: Sequence[tuple[Example, str]], models: Models = NO_MODELS) 
     for example, _ in pairs:
         if problem := check_problem(example.check):
             raise DataError(f"example {example.id}: {problem}")
-    together = {"code": _run_programs, "similarity": partial(_embedded, models), "judge": partial(_scored, models)}
-    found: dict[int, Judgement] = {}
-    for kind, judge_all in together.items():
-        if of_kind := {i: pair for i, pair in enumerate(pairs) if pair[0].check["kind"] == kind}:
-            found |= judge_all(of_kind)
+
+    def of(kind: str) -> dict[int, tuple[Example, str]]:
+        return {i: pair for i, pair in enumerate(pairs) if pair[0].check["kind"] == kind}
+
+    found = _run_programs(of("code")) | _embedded(models, of("similarity")) | _scored(models, of("judge"))
     return [
         _verdict(example, output, found[i] if i in found else _judged(example, output))
         for i, (example, output) in enumerate(pairs)
@@ -244,6 +243,8 @@ def _run_programs(pairs: Mapping[int, tuple[Example, str]]) -> dict[int, Judgeme
 
 def _embedded(models: Models, pairs: Mapping[int, tuple[Example, str]]) -> dict[int, Judgement]:
     """Judgements by the similarity of sentence embeddings."""
+    if not pairs:
+        return {}
     if models.embed is None:
         raise DataError(
             "a check of kind 'similarity' asks a sentence encoder: grade with `cogumi eval` or `cogumi data audit`"
@@ -258,6 +259,8 @@ def _embedded(models: Models, pairs: Mapping[int, tuple[Example, str]]) -> dict[
 
 def _scored(models: Models, pairs: Mapping[int, tuple[Example, str]]) -> dict[int, Judgement]:
     """Judgements by a judge's scores; without a score an output is not right."""
+    if not pairs:
+        return {}
     if models.judge is None:
         raise DataError("a check of kind 'judge' asks a model: name one, `cogumi eval|data audit ... --judge MODEL`")
     found = {}

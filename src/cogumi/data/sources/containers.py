@@ -6,12 +6,11 @@ Everything is read as a stream and nothing is unpacked to disk.
 from __future__ import annotations
 
 import glob
-import gzip
 import io
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from tarfile import EOFHeaderError, HeaderError  # type: ignore[attr-defined]
 from typing import IO, Any, NamedTuple, Self, cast
@@ -110,33 +109,45 @@ def _decompressed(name: str, file: IO[bytes]) -> tuple[str, io.BufferedReader[An
     stream = io.BufferedReader(cast(io.RawIOBase, file))
     head = stream.peek(4)[:4]
     if head.startswith(_GZIP):
-        return _without(name, (".gz", ".tgz")), io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream)))
+        return _without(name, (".gz", ".tgz")), io.BufferedReader(_Unpacked(stream, _gzip_member))
     if head.startswith(_ZSTD):
-        return _without(name, (".zst",)), io.BufferedReader(_Zstd(stream))
+        return _without(name, (".zst",)), io.BufferedReader(_Unpacked(stream, _zstd_frame))
     return name, stream
 
 
-class _Zstd(io.RawIOBase):
-    """A zstd stream as a file. Unlike the library's reader it raises `EOFError` where the stream is cut off."""
+def _gzip_member() -> Any:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS)
 
-    def __init__(self, source: IO[bytes]) -> None:
-        self._source, self._ready = source, b""
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+
+def _zstd_frame() -> Any:
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed stream of one or more frames as a file. `new` makes what decompresses a frame.
+
+    Unlike the libraries' readers it gives all bytes before a place where the stream is cut off, and raises `EOFError`
+    there.
+    """
+
+    def __init__(self, source: IO[bytes], new: Callable[[], Any]) -> None:
+        self._source, self._new, self._ready = source, new, memoryview(b"")
+        self._frame = new()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            packed = self._frame.unused_data if self._frame.eof else b""
+            packed = self._frame.unused_data.lstrip(b"\0") if self._frame.eof else b""  # zeros may fill up a block
             packed = packed or self._source.read(_CHUNK)
             if not packed:
                 if not self._frame.eof:
                     raise EOFError("the compressed stream is cut off")
                 return 0
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(packed)
+                self._frame = self._new()
+            self._ready = memoryview(self._frame.decompress(packed))
         taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
         buffer[: len(taken)] = taken
         return len(taken)

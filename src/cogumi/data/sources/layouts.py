@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from cogumi.core.errors import DataError
 from cogumi.core.packages import load
@@ -109,13 +109,13 @@ def _parsed(raw: bytes) -> Mapping[str, Any] | Exception:
 
 
 def _array(document: Document) -> Rows:
-    return ((line, _parsed(raw)) for line, raw in _elements(document.stream, 1))
+    return ((line, _parsed(raw)) for line, raw in _elements(document, 1))
 
 
 def _object(document: Document) -> Rows:
     """The objects of the lists in one JSON object."""
     found = False
-    for line, raw in _elements(document.stream, 2):
+    for line, raw in _elements(document, 2):
         if raw.startswith(b"{") or not raw:
             found = True
             yield line, _parsed(raw)
@@ -123,7 +123,7 @@ def _object(document: Document) -> Rows:
         yield 1, ValueError("the JSON object holds no list of rows")
 
 
-def _elements(file: IO[bytes], depth: int) -> Iterator[tuple[int, bytes]]:
+def _elements(document: Document, depth: int) -> Iterator[tuple[int, bytes]]:
     """(line number, text) of every element of the lists at a depth of brackets, one element and chunk in memory.
 
     The list is split at commas outside strings and inner brackets, so that an invalid element rarely affects the
@@ -132,7 +132,8 @@ def _elements(file: IO[bytes], depth: int) -> Iterator[tuple[int, bytes]]:
     line, pending, quoted, after_comma = 1, b"", False, False
     brackets: list[bytes] = []
     first = True
-    while chunk := file.read(_CHUNK):
+    file = cast(io.BufferedReader, document.stream)
+    while chunk := file.read1(_CHUNK):  # `read` would lose what stands before the place where a file is cut off
         while chunk.endswith(b"\\") and (following := file.read(1)):  # do not split an escape sequence
             chunk += following
         begin = 0

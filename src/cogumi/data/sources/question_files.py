@@ -212,7 +212,7 @@ def _example(row: Mapping[str, Any], pair: Pair, domain: str, source: str, readi
 
 def _licences(*holders: Mapping[str, Any]) -> list[str]:
     """The licences that the first of some objects names which names any, as a text or a list."""
-    value = next((holder[name] for holder in holders for name in _LICENCES if holder.get(name)), [])
+    value: Any = next((holder[name] for holder in holders for name in _LICENCES if holder.get(name)), [])
     return [str(name).strip() for name in (value if isinstance(value, list) else [value])]
 
 
