@@ -51,6 +51,13 @@ def test_boilerplate(answer, says):
     assert reason(boilerplate, boilerplate.measure(row("Why?", answer))) == says
 
 
+def test_a_corrected_text_repeats_the_one_in_the_question():
+    program = "".join(f"the line number {i} of it\n" for i in range(9))
+    fixed = program.replace("number 4", "number four")
+    assert reason(boilerplate, boilerplate.measure(row(f"Correct this:\n{program}", fixed))) is None
+    assert reason(boilerplate, boilerplate.measure(row(f"Shorten this:\n{program}{program}", "Nine lines.")))
+
+
 @pytest.mark.parametrize(
     ("answer", "found"),
     [
@@ -177,7 +184,9 @@ def scored(tmp_path):
 
 
 def test_rows_are_dropped_with_their_reasons_and_effects_are_counted(scored, tmp_path):
-    kept = run("filter", scored, tmp_path / "out", **SETTINGS)
+    reports = []
+    kept = run("filter", scored, tmp_path / "out", progress=lambda *report: reports.append(report), **SETTINGS)
+    assert reports[-1] == (5, 5, {"dropped": 3})
     assert questions(kept) == ["Where does it flow?", "Whom do I ask?"]
     assert [(r["source"], r["rule"], r["reason"]) for r in dropped(kept)] == [
         ("rows.jsonl:2", "boilerplate", "says 'As an AI language model'"),

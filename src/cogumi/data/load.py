@@ -168,6 +168,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 domains[row.domain] += 1
             if done % _ROWS_PER_REPORT == 0:
                 context.progress(done, None, {"rejected": rejected})
+    context.progress(domains.total() + rejected, None, {"rejected": rejected})
     if not domains:
         raise DataError(no_usable_row("the files of this recipe", rejected, first))
     return {
