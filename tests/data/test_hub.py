@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cogumi.cli.main import app
@@ -13,6 +14,7 @@ from cogumi.core.errors import DataError, RecipeError
 from cogumi.data.sources.question_files import iterate, load
 from cogumi.data.sources.survey import survey
 from cogumi.grading.tool_calls import calls_of
+from cogumi.pipeline.adopted_recipe import Adoption, head
 from cogumi.pipeline.fingerprint import plan
 from cogumi.pipeline.plan.recipe_plan import plan as plan_costs
 from cogumi.pipeline.recipe import parse_recipe
@@ -125,6 +127,12 @@ def test_a_data_set_that_is_not_in_the_cache_names_the_command(cache, tmp_path):
     assert all("datasets.load_dataset('Owner/TwoSums', 'main')" in problem for problem in problems)
     with pytest.raises(RecipeError, match="step 'pool': hub:Owner/TwoSums/main/train is not in the cache"):
         plan(recipe(tmp_path))
+
+
+def test_an_adopted_recipe_names_the_data_set(cache, tmp_path):
+    cache("main", "a" * 40)
+    written = yaml.safe_load(head(Adoption("mine", "smollm2", survey([TOTAL]), tmp_path, 0.05, 2)))
+    assert written["steps"][0]["config"]["files"] == {"TwoSums": [str(TOTAL)]}
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:gsm8k", "hub:openai/", "hub:a/b/c/d/e"])

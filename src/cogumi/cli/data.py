@@ -40,6 +40,10 @@ def look(
     column: Annotated[
         list[str] | None, typer.Option(help="A column by its name in the file: question=Problem. Repeat it.")
     ] = None,
+    groups: Annotated[
+        bool,
+        typer.Option("--groups", help="Group questions by their meaning (sentence embeddings; some seconds a file)."),
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="PNG file for a picture of lengths and rows.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -60,6 +64,8 @@ def look(
     for path in files:
         with RowProgress(f"reading {path.name}:") as bar:
             found.append(look_at(path, reading, bar.advanced))
+    for one in found if groups else ():
+        _group(one)
     if picture is not None:
         draw(picture, found)
     if json:
@@ -210,6 +216,16 @@ def _columns(given: list[str]) -> dict[str, str]:
     return found
 
 
+def _group(found: Look) -> None:
+    """Group the questions of a path by meaning."""
+    from cogumi.evaluate.suites.minilm import cached_embedder
+    from cogumi.evaluate.suites.sentence_vectors import embed_all
+
+    with RowProgress(f"embedding {found.name}:") as bar:
+        encoder = cached_embedder()
+        found.group(lambda texts: embed_all(encoder, texts, lambda done, total, figures: bar.advanced(done)))
+
+
 def _print_details(found: Look) -> None:
     """The first question, languages, near-duplicates, reasons of rejected rows, and columns that are not used."""
     lines = []
@@ -223,6 +239,7 @@ def _print_details(found: Look) -> None:
         lines.append(f"languages of the first {of:,}: {shares}")
     if found.near_duplicates:
         lines.append(f"near-duplicates among the first {found.looked_at:,}: {found.near_duplicates:,}")
+    lines += [f"group of {group.share:.0%}: {', '.join(group.words)}: {group.example[:60]}" for group in found.groups]
     for kind, count in found.reasons.most_common(REASONS):
         lines.append(
             f"rejected {count:,}: {found.first[kind].reason} ({Path(found.first[kind].file).name}:"

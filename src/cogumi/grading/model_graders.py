@@ -62,11 +62,11 @@ NO_MODELS = Models()
 
 
 def similarities(pairs: Sequence[tuple[str, Sequence[str]]], embed: Embed) -> list[float]:
-    """For each (output, answers) the cosine of the output and the answer that is most similar to it."""
+    """For each (output, answers) the cosine, or 0, of the output and the answer that is most similar to it."""
     texts = list(dict.fromkeys(text for output, answers in pairs for text in (without_thinking(output), *answers)))
     vectors = dict(zip(texts, embed(texts), strict=True))
     return [
-        max(float(vectors[without_thinking(output)] @ vectors[answer]) for answer in answers)
+        min(1.0, max(0.0, *(float(vectors[without_thinking(output)] @ vectors[answer]) for answer in answers)))
         for output, answers in pairs
     ]
 

@@ -6,6 +6,7 @@ build reads the files of the newest revision in the cache, so that it neither ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def cached_files(path: Path) -> list[Path]:
     folder = cache / f"{owner}___{load('datasets.naming', str(path)).camelcase_to_snakecase(name)}"
     found = sorted(folder.glob("*/*/*/dataset_info.json"), key=lambda file: file.stat().st_mtime)
     revisions = {file.parts[-4]: file.parent for file in found}  # the newest of each configuration
-    if configuration not in (revisions if configuration else ("",)) or not revisions:
+    if not revisions or (configuration and configuration not in revisions):
         wanted = ", ".join(repr(part) for part in (f"{owner}/{name}", configuration) if part)
         has = f", which has {_ids(owner, name, revisions)}" if revisions else ""
         raise DataError(
@@ -60,7 +61,7 @@ def _parts(path: Path) -> tuple[str, str, str, str]:
     return owner, name, configuration, split
 
 
-def _ids(owner: str, name: str, endings: Any) -> str:
+def _ids(owner: str, name: str, endings: Iterable[str]) -> str:
     return ", ".join(f"{PREFIX}{owner}/{name}/{ending}" for ending in sorted(endings))
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cogumi.core.packages import installed
 from cogumi.core.pictures import legend_below, new_figure
@@ -24,6 +27,7 @@ from cogumi.data.examples import normalised_question
 from cogumi.data.sources.containers import topic
 from cogumi.data.sources.hub import is_hub_id
 from cogumi.data.sources.question_files import Reading, Rejected, Seen, iterate
+from cogumi.data.sources.question_groups import Group, question_groups
 from cogumi.grading.suggest import suggested_grader
 
 SAMPLE = 5_000
@@ -31,6 +35,8 @@ SAMPLE = 5_000
 LANGUAGE_SAMPLE = 1_000
 CHARACTERS = 2_000
 """Beginning of a text that is looked at."""
+GROUPED = 400
+"""Questions that are grouped by meaning, spread over the first rows."""
 SIMILAR = 0.8
 """Jaccard similarity of near-duplicates."""
 PER_REPORT = 1_000
@@ -52,6 +58,7 @@ class Look:
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, Rejected] = field(default_factory=dict)
     example: Example | None = None
+    groups: Sequence[Group] = ()
     _questions: set[bytes] = field(default_factory=set)
     _answers: list[str] = field(default_factory=list)
     _texts: list[tuple[str, str]] = field(default_factory=list)
@@ -91,6 +98,11 @@ class Look:
     def looked_at(self) -> int:
         """Number of the first rows of which texts are compared."""
         return len(self._texts)
+
+    def group(self, embed: Callable[[Sequence[str]], NDArray[np.float32]]) -> None:
+        """Group some of the first questions by the meaning that sentence embeddings see."""
+        questions = [question for question, _ in self._texts[:: -(-len(self._texts) // GROUPED) or 1]]
+        self.groups = question_groups(questions, embed(questions)) if questions else ()
 
     def lengths(self, part: int) -> list[int]:
         """Words of each of the first questions (part 0) or answers (part 1), in increasing order."""
@@ -137,6 +149,7 @@ class Look:
             "near_duplicates": self.near_duplicates,
             "languages": self.languages,
             "looked_at": self.looked_at,
+            "groups": [asdict(group) for group in self.groups],
             "unused_columns": dict(self.seen.unused),
             "domains": dict(self.domains),
             "question_words": {str(q): self.words(0, q) for q in (0.5, 0.95)},
