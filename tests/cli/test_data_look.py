@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from cogumi.cli.main import app
 from cogumi.core.errors import DataError
+from support.encoder import Trigrams
 
 
 def look(*words):
@@ -53,6 +54,44 @@ def test_other_columns_are_named(files):
     words = ["--column", "question=Aufgabe", "--column", "answer=Antwort", "--json"]
     (found,) = json.loads(look(files / "exam.csv", *words).stdout)
     assert (found["rows"], found["grader"]) == (2, "short_answer")
+
+
+def test_languages_near_duplicates_and_a_picture(tmp_path):
+    english = "The old river flows from the mountains to the sea and passes three towns on its long way"
+    german = "Der alte Fluss kommt aus den Bergen und zieht an drei kleinen Orten vorbei, bevor er das Meer erreicht"
+    texts = [english, english + "!", german, "12 + 34"]
+    rows = [{"question": text, "answer": "yes"} for text in [*texts, english]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = look(tmp_path / "a.jsonl", "--picture", tmp_path / "a.png")
+    assert "languages of the first 5: en 60%, de 20%, unknown 20%" in done.stdout
+    assert "near-duplicates among the first 5: 2" in done.stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (found,) = json.loads(look(tmp_path / "a.jsonl", "--json").stdout)
+    assert (found["languages"], found["near_duplicates"]) == ({"en": 3, "de": 1, "unknown": 1}, 2)
+    assert (found["repeated_questions"], found["looked_at"]) == (1, 5)
+    (tmp_path / "empty.jsonl").write_text("")
+    done = look(tmp_path / "empty.jsonl", tmp_path / "a.jsonl", "--picture", tmp_path / "two.png", "--json")
+    assert [one["near_duplicates"] for one in json.loads(done.stdout)] == [0, 2]
+    assert (tmp_path / "two.png").is_file()
+
+
+def test_groups_of_questions(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogumi.evaluate.suites.minilm.cached_embedder", Trigrams)
+    asked = [f"Calculate the product of {i} and {i + 1}" for i in range(40)]
+    asked += [f"Translate this French sentence please: {'oui ' * (1 + i % 3)}" for i in range(20)]
+    rows = [{"question": text, "answer": "yes"} for text in asked]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "few.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "none.jsonl").write_text("")
+    done = look(*(tmp_path / name for name in ("a.jsonl", "few.jsonl", "none.jsonl")), "--groups", "--json")
+    found, few, none = (one["groups"] for one in json.loads(done.stdout))
+    assert sum(group["share"] for group in found) == pytest.approx(1)
+    about = {"calculate" in group["words"] for group in found}
+    assert about == {True, False}
+    assert all(("calculate" in group["words"]) == ("calculate" in group["example"]) for group in found)
+    assert [group["share"] for group in found] == sorted((group["share"] for group in found), reverse=True)
+    assert few == none == []
+    assert "calculate" in look(tmp_path / "a.jsonl", "--groups").stdout.split("group of ")[1]
 
 
 def test_bad_options_and_files(files):

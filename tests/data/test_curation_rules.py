@@ -51,6 +51,13 @@ def test_boilerplate(answer, says):
     assert reason(boilerplate, boilerplate.measure(row("Why?", answer))) == says
 
 
+def test_a_corrected_text_repeats_the_one_in_the_question():
+    program = "".join(f"the line number {i} of it\n" for i in range(9))
+    fixed = program.replace("number 4", "number four")
+    assert reason(boilerplate, boilerplate.measure(row(f"Correct this:\n{program}", fixed))) is None
+    assert reason(boilerplate, boilerplate.measure(row(f"Shorten this:\n{program}{program}", "Nine lines.")))
+
+
 @pytest.mark.parametrize(
     ("answer", "found"),
     [
@@ -65,6 +72,25 @@ def test_copyright_notices(answer, found):
     said = reason(copyright, copyright.measure(row("Why?", answer)))
     assert (said is None) == (found is None)
     assert found is None or said.startswith(f"has the notice '{found}")
+
+
+@pytest.mark.parametrize(
+    ("licences", "allowed", "says"),
+    [
+        (["MIT"], ["mit", "apache-2.0"], None),
+        (["cc-by-nc-4.0"], ["mit"], "has the licence 'cc-by-nc-4.0'"),
+        (["mit", "gpl-3.0"], ["MIT "], "has the licence 'gpl-3.0'"),
+        (None, ["mit"], "its source names no licence"),
+        (None, ["mit", "unknown"], None),
+        (["cc-by-nc-4.0"], None, None),
+        (None, None, None),
+    ],
+)
+def test_licences_of_sources(licences, allowed, says):
+    one = row("Why?", "Because.", **({"licence": licences} if licences else {}))
+    assert reason(copyright, copyright.measure(one), licences=allowed) == says
+    with pytest.raises(ValidationError):
+        copyright.Settings(licences=[])
 
 
 def test_offensive_words_are_whole_words():
@@ -158,7 +184,9 @@ def scored(tmp_path):
 
 
 def test_rows_are_dropped_with_their_reasons_and_effects_are_counted(scored, tmp_path):
-    kept = run("filter", scored, tmp_path / "out", **SETTINGS)
+    reports = []
+    kept = run("filter", scored, tmp_path / "out", progress=lambda *report: reports.append(report), **SETTINGS)
+    assert reports[-1] == (5, 5, {"dropped": 3})
     assert questions(kept) == ["Where does it flow?", "Whom do I ask?"]
     assert [(r["source"], r["rule"], r["reason"]) for r in dropped(kept)] == [
         ("rows.jsonl:2", "boilerplate", "says 'As an AI language model'"),

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
+import zlib
 
 import pytest
 import zstandard
@@ -205,6 +206,28 @@ def test_columns_can_be_named(tmp_path):
             Reading(**options)
 
 
+@pytest.mark.parametrize(
+    ("more", "licences"),
+    [
+        ({"license": "MIT "}, ["MIT"]),
+        ({"licence": ["mit", "gpl-3.0"]}, ["mit", "gpl-3.0"]),
+        ({"meta": {"license": "cc0-1.0"}}, ["cc0-1.0"]),
+        ({"license": ""}, ["cc-by-4.0"]),
+        ({}, ["cc-by-4.0"]),
+    ],
+)
+def test_licences_of_rows_and_of_their_file(tmp_path, more, licences):
+    row = {"question": "2+2?", "answer": "4"} | more
+    (found,), seen = read(tmp_path / "a.jsonl", row, Reading(licence="cc-by-4.0"))
+    assert found.meta["licence"] == licences
+    assert not seen.unused
+    (found,), _ = read(tmp_path / "a.jsonl", {"question": "2+2?", "answer": "4"})
+    assert "licence" not in found.meta
+    columns = {"question": "Q", "answer": "A", "licence": "L"}
+    (found,), _ = read(tmp_path / "a.jsonl", {"Q": "2?", "A": "2", "L": "mit"}, Reading(columns=columns))
+    assert found.meta["licence"] == ["mit"]
+
+
 def test_a_form_can_be_prescribed(tmp_path):
     row = {"question": "2+2?", "answer": "4", "text": "A text of many words. " * 10}
     (found,), _ = read(tmp_path / "a.jsonl", row, Reading(form="text"))
@@ -298,6 +321,34 @@ def test_a_truncated_file_gives_its_rows_and_one_line(tmp_path, name):
     assert isinstance(rows[-1], Rejected)
     assert "is it complete?" in rows[-1].reason
     assert all(isinstance(row, Example) for row in rows[:-2])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "object.json"])
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_a_short_file_that_is_cut_off_gives_all_complete_rows(tmp_path, name, share):
+    """The whole file is shorter than what is decompressed at once."""
+    packed = gzip.compress(FILES[name]())
+    whole = packed[: int(share * len(packed))]
+    (tmp_path / f"{name}.gz").write_bytes(whole)
+    before = zlib.decompressobj(31).decompress(whole)
+    complete = before.count(b'"}') if "json" in name else before.count(b"\n") - 1
+    rows = [row for row in iterate(tmp_path / f"{name}.gz") if isinstance(row, Example)]
+    assert [row.answer for row in rows] == [row["answer"] for row in ROWS[: len(rows)]]
+    assert complete - 1 <= len(rows) <= complete > 0
+    (bad,) = rejected_by(tmp_path / f"{name}.gz")
+    assert "is it complete?" in bad.reason
+    assert bad.line == {"a.jsonl": len(rows) + 1, "a.csv": len(rows) + 2}.get(name, 2)  # the JSON files are one line
+
+
+def test_gzip_members_may_be_filled_up_with_zeros(tmp_path):
+    half = len(LINES) // 2
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress(LINES[:half]) + bytes(512) + gzip.compress(LINES[half:]) + bytes(9)
+    )
+    assert len(load(tmp_path / "a.jsonl.gz")[0]) == 50
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES) + b"more")
+    (bad,) = rejected_by(tmp_path / "a.jsonl.gz")
+    assert bad.line == 51
 
 
 @given(

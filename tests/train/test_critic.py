@@ -201,6 +201,11 @@ def test_words_unseen_in_training_do_not_change_the_score(net):
         ("tool_call", CALL, '{"tool":"call","args":{}}', "stop", "incomplete"),
         ("tool_call", CALL, '{"tool":"call","args":{"name":"Ann"}}', "stop", "logic"),
         ("tool_call", CALL, '{"tool":"call","args":{"name":"Zoe"}}', "stop", "hallucination"),
+        ("tool_call", CALL, 'I call Ann: {"tool":"call","args":{"name":"Ann"}}', "stop", "logic"),
+        ("tool_call", CALL, '<tool_call>{"name":"call","arguments":{}}</tool_call>', "stop", "incomplete"),
+        ("tool_call", CALL, "I shall call Ann.", "stop", "format"),
+        ("choice", "B", "The answer is (C).", "stop", "logic"),
+        ("choice", "B", "It depends.", "stop", "format"),
     ],
 )  # fmt: skip
 def test_errors_follow_from_check_and_text(check, wanted, text, reason, error):
@@ -208,6 +213,21 @@ def test_errors_follow_from_check_and_text(check, wanted, text, reason, error):
     reply = Reply(text, (), reason, Usage())
     assert error_type(example, reply, correct=False) == error
     assert error_type(example, reply, correct=True) == NONE
+
+
+@pytest.mark.parametrize(
+    ("calls", "error"),
+    [
+        ([{"tool": "call", "args": {"name": "Ann"}}], "logic"),
+        ([{"tool": "call", "args": {"name": "Zoe"}}], "hallucination"),
+        ([{"tool": "call", "args": {}}], "incomplete"),
+    ],
+)
+def test_errors_of_calls_among_possible_ones(calls, error):
+    """What may be left out is not missing; the answer of such a row need not be JSON."""
+    check = {"kind": "tool_call", "possible": [{"call": {"name": ["Tom"], "at": ["", "noon"]}}]}
+    example = Example("1", "x", 3, (Message("user", "call: Tom or Ann?"),), "", meta={"check": check})
+    assert error_type(example, Reply(json.dumps(calls), (), "stop", Usage()), correct=False) == error
 
 
 @pytest.fixture(scope="module")

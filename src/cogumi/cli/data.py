@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cogumi.cli import console
-from cogumi.cli.options import JsonOption
+from cogumi.cli.options import JsonOption, JudgeModelOption, JudgeOption
 from cogumi.cli.progress import RowProgress
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Question files: look at them, or divide them for outside review.")
 
 REASONS = 5
+LEAST = 0.005
+"""Share of the rows from which a language is named."""
 
 
 @app.callback()
@@ -26,7 +28,9 @@ def data() -> None:
 
 @app.command()
 def look(
-    files: Annotated[list[Path], typer.Argument(help="Files, folders or quoted patterns of questions and answers.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Files, folders, quoted patterns, or ids such as hub:owner/name.")
+    ],
     layout: Annotated[
         str | None, typer.Option(help="How the file is written, such as csv.", show_default="seen")
     ] = None,
@@ -36,16 +40,23 @@ def look(
     column: Annotated[
         list[str] | None, typer.Option(help="A column by its name in the file: question=Problem. Repeat it.")
     ] = None,
+    groups: Annotated[
+        bool,
+        typer.Option("--groups", help="Group questions by their meaning (sentence embeddings; some seconds a file)."),
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="PNG file for a picture of lengths and rows.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what question files hold: forms, rows, rejected rows and why, lengths, repeated questions, a grader.
+    """Show what question files hold: forms, rows, rejected rows and why, lengths, languages, repetitions, a grader.
 
-    Nothing is changed. Files may be JSON Lines, JSON, CSV, TSV, Parquet, text or Python, compressed by gzip or zstd, or
-    in a tar or zip archive; docs/your-data.md lists the forms of rows.
+    Nothing is changed. Files may be JSON Lines, JSON, CSV, TSV, Parquet, Arrow, text or Python, compressed by gzip or
+    zstd, or in a tar or zip archive; `hub:owner/name/configuration/split` is a data set in the cache of `datasets`.
+    docs/your-data.md lists the forms of rows.
 
     Example: `cogumi data look exam.csv --column question=Problem --column answer=Key`
     """
     from cogumi.data.sources.look import look as look_at
+    from cogumi.data.sources.look import picture as draw
     from cogumi.data.sources.question_files import Reading
 
     reading = Reading(layout, form, _columns(column or []))
@@ -53,12 +64,16 @@ def look(
     for path in files:
         with RowProgress(f"reading {path.name}:") as bar:
             found.append(look_at(path, reading, bar.advanced))
+    for one in found if groups else ():
+        _group(one)
+    if picture is not None:
+        draw(picture, found)
     if json:
         console.print_json([one.to_json() for one in found])
         return
     rows = [
         [
-            one.path.name,
+            one.name,
             ", ".join(one.seen.forms) or "-",
             f"{one.rows:,}",
             f"{one.rejected:,}",
@@ -137,7 +152,12 @@ def audit(
     answers: Annotated[
         Path, typer.Argument(help="Graded answers: `cogumi eval MODEL --data FILE --out answers.jsonl`.")
     ],
-    by: Annotated[str, typer.Option(help="exact, short_answer, numeric, choice, f1, rouge_l or tool_call.")] = "f1",
+    by: Annotated[
+        str,
+        typer.Option(help="exact, short_answer, numeric, choice, f1, rouge_l, tool_call, similarity or judge."),
+    ] = "f1",
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
     sample: Annotated[int, typer.Option(min=1, help="Answers that are graded again, at random.")] = 500,
     show: Annotated[int, typer.Option(min=0, help="Differences that are printed.")] = 10,
     seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
@@ -145,11 +165,14 @@ def audit(
 ) -> None:
     """Grade answers again by another method, and show where the verdicts differ, with both texts side by side.
 
-    Example: `cogumi data audit answers.jsonl --by short_answer`
+    Example: `cogumi data audit answers.jsonl --by short_answer`, or with a model as the judge
+    `cogumi data audit answers.jsonl --by judge --judge model.gguf`
     """
+    from cogumi.evaluate.grading_models import grading_models
     from cogumi.evaluate.second_opinion import audit as second_opinion
 
-    found = second_opinion(answers, by, sample, seed).to_json()
+    with grading_models(judge, judge_model) as models:
+        found = second_opinion(answers, by, sample, seed, models).to_json()
     if json:
         console.print_json(found)
         return
@@ -193,12 +216,30 @@ def _columns(given: list[str]) -> dict[str, str]:
     return found
 
 
+def _group(found: Look) -> None:
+    """Group the questions of a path by meaning."""
+    from cogumi.evaluate.suites.minilm import cached_embedder
+    from cogumi.evaluate.suites.sentence_vectors import embed_all
+
+    with RowProgress(f"embedding {found.name}:") as bar:
+        encoder = cached_embedder()
+        found.group(lambda texts: embed_all(encoder, texts, lambda done, total, figures: bar.advanced(done)))
+
+
 def _print_details(found: Look) -> None:
-    """The first question, the most frequent reasons of rejected rows, and columns that are not used."""
+    """The first question, languages, near-duplicates, reasons of rejected rows, and columns that are not used."""
     lines = []
     if found.example:
         said = [" ".join(text.split()) for text in (found.example.messages[-1].content, found.example.answer)]
         lines.append(f"first: {said[0][:90]} -> {said[1][:60]}")
+    if found.languages:
+        of = sum(found.languages.values())
+        usual = [(name, count) for name, count in found.languages.items() if count >= LEAST * of]
+        shares = ", ".join(f"{name} {count / of:.0%}" for name, count in usual)
+        lines.append(f"languages of the first {of:,}: {shares}")
+    if found.near_duplicates:
+        lines.append(f"near-duplicates among the first {found.looked_at:,}: {found.near_duplicates:,}")
+    lines += [f"group of {group.share:.0%}: {', '.join(group.words)}: {group.example[:60]}" for group in found.groups]
     for kind, count in found.reasons.most_common(REASONS):
         lines.append(
             f"rejected {count:,}: {found.first[kind].reason} ({Path(found.first[kind].file).name}:"
@@ -211,6 +252,6 @@ def _print_details(found: Look) -> None:
             "not used: " + ", ".join(f"{name} ({count:,})" for name, count in found.seen.unused.most_common(8))
         )
     if lines:
-        console.STDOUT.print(f"\n[bold]{found.path.name}[/]")
+        console.STDOUT.print(f"\n[bold]{found.name}[/]")
         for line in lines:
             console.STDOUT.print(f"  {line}", soft_wrap=True, markup=False)

@@ -18,6 +18,8 @@ from cogumi.cli.options import (
     BaseUrlOption,
     BundleArgument,
     JsonOption,
+    JudgeModelOption,
+    JudgeOption,
     ThreadsOption,
     chosen_bundle,
     chosen_engines,
@@ -82,6 +84,8 @@ def evaluate(
     threads: ThreadsOption = None,
     base_url: BaseUrlOption = None,
     base_model: BaseModelOption = None,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
     json: JsonOption = False,
 ) -> None:
     """Ask a bundle the questions in a file and grade the answers, or run a suite of measurements.
@@ -100,6 +104,7 @@ def evaluate(
     from cogumi.core.files import write_text
     from cogumi.data.sources.question_files import load
     from cogumi.evaluate.accuracy import ask, figures
+    from cogumi.evaluate.grading_models import grading_models
 
     examples, rejected = load(data)
     examples = examples[:limit]
@@ -110,7 +115,8 @@ def evaluate(
         resolved = [
             cascade.resolve(model, Request(messages=example.messages, max_tokens=MAX_TOKENS)) for example in examples
         ]
-        asked, failed = ask(resolved[0][0], [request for _, request in resolved], examples)
+        with grading_models(judge, judge_model) as models:
+            asked, failed = ask(resolved[0][0], [request for _, request in resolved], examples, models)
     found = figures(asked)
     found |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected], "failed": failed}
     if out is not None:

@@ -89,6 +89,14 @@ BaseUrlOption = Annotated[
     ),
 ]
 BaseModelOption = Annotated[str | None, typer.Option(help="With --base-url: the model name on that server.")]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that scores answers from 1 to 10, where a check is `judge`: a bundle, a GGUF file, a model folder "
+        "or smollm2; or with --judge-model the address of a server, ending in /v1."
+    ),
+]
+JudgeModelOption = Annotated[str | None, typer.Option(help="With a server as --judge: the model name on it.")]
 ReuseOption = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,7 @@ from types import ModuleType
 from cogumi.core.errors import PackageError
 
 EXTRAS = {
+    "datasets": "hub",
     "faiss": "cache",
     "onnxruntime": "onnx",
     "tokenizers": "onnx",

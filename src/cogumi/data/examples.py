@@ -24,6 +24,7 @@ from cogumi.core.types import Example, Message
 SPLITS = ("train", "selection", "fit", "threshold", "heldout")
 POOL = "pool.jsonl"
 SPLIT_GROUP = "split_group"
+LICENCE = "licence"
 """Key of `meta`: rows with equal values stay in one split."""
 NO_ANSWER, NO_LEVEL = "0", "none"
 """Keys of unanswerable questions, and of answerable ones without a difficulty, in tables by difficulty."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -15,17 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cogumi.core.errors import DataError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import RowFacts
-from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.examples import POOL, to_line
-from cogumi.data.sources.containers import files_of
-from cogumi.data.sources.question_files import Reading, Rejected, Seen, companions, iterate, no_usable_row
-from cogumi.grading.graders import problem_of
+from cogumi.data.sources.containers import problem_of_path, within
+from cogumi.data.sources.question_files import Reading, Rejected, Seen, content_hashes, iterate, no_usable_row
+from cogumi.grading.graders import asks_model, problem_of
 from cogumi.grading.suggest import SUGGESTED, check_of
 
-VERSION = 4
+VERSION = 5
 KIND = "pool"
 LIGHT = True
 INPUTS: dict[str, str] = {}
@@ -41,6 +39,7 @@ class ReadingConfig(BaseModel):
     layout: str | None = None
     form: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    licence: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _known(self) -> ReadingConfig:
@@ -52,16 +51,16 @@ class ReadingConfig(BaseModel):
 
     def reading(self) -> Reading:
         """The same for the reader of files."""
-        return Reading(self.layout, self.form, self.columns)
+        return Reading(self.layout, self.form, self.columns, self.licence)
 
 
 class Config(BaseModel):
     """`files` lists paths by domain; a "domain" in a row overrides it. `domains`: rows of others are left out.
 
-    A path is a file, a folder or a pattern ("data/*.jsonl"). `graders` names a kind of check by domain, for rows
-    without their own; the options of a `choice` are the different answers of its domain. `reading` tells by domain how
-    files are read whose names and rows do not say it: their `layout`, their `form`, or the `columns` of the question,
-    the answer and so on.
+    A path is a file, a folder, a pattern ("data/*.jsonl") or a data set ("hub:owner/name"). `graders` names a kind of
+    check by domain, for rows without their own; the options of a `choice` are the different answers of its domain.
+    `reading` tells by domain how files are read whose names and rows do not say it: their `layout`, their `form`, or
+    the `columns` of the question, the answer and so on; and the `licence` of rows that name none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -80,14 +79,9 @@ class Config(BaseModel):
 
 
 def identity(config: Config, root: Path) -> Any:
-    """The config, and the hashes of all files that its paths, folders and patterns name. Raises `DataError`."""
-    hashes = {}
-    for path in (path for paths in config.files.values() for path in paths):
-        for file in files_of(root / path):
-            if not file.is_file():
-                raise DataError(f"there is no file {file}; check the path")
-            hashes.update({str(one): sha256(one) for one in (file, *companions(file))})
-    return [config.model_dump(mode="json"), sorted(hashes.values())]
+    """The config, and the hashes of all files that its paths name. Raises `DataError`."""
+    paths = [within(root, path) for paths in config.files.values() for path in paths]
+    return [config.model_dump(mode="json"), content_hashes(paths)]
 
 
 def _rows(config: Config, root: Path, seen: Seen | None = None) -> Iterator[Example | Rejected]:
@@ -99,32 +93,35 @@ def _rows(config: Config, root: Path, seen: Seen | None = None) -> Iterator[Exam
     for row in _read(config, root, seen):
         if isinstance(row, Example) and "check" not in row.meta and (kind := config.graders.get(row.domain)):
             yield _graded(replace(row, meta={**row.meta, "check": check_of(kind, row.answer, answers[row.domain])}))
+        elif isinstance(row, Example) and asks_model(row):
+            yield _rejected(row, f"a check of kind '{row.check['kind']}' asks a model, which no step of a build has")
         else:
             yield row
 
 
 def _graded(row: Example) -> Example | Rejected:
     """A row with the check of its domain, or why no output could be right by it."""
-    if problem := problem_of(row):
-        file, _, line = row.source.rpartition(":")
-        return Rejected(file, int(line), f"{problem} (the grader of the domain '{row.domain}')")
-    return row
+    problem = problem_of(row)
+    return _rejected(row, f"{problem} (the grader of the domain '{row.domain}')") if problem else row
+
+
+def _rejected(row: Example, reason: str) -> Rejected:
+    file, _, line = row.source.rpartition(":")
+    return Rejected(file, int(line), reason)
 
 
 def _read(config: Config, root: Path, seen: Seen | None) -> Iterator[Example | Rejected]:
     for domain, paths in config.files.items():
         reading = config.reading[domain].reading() if domain in config.reading else None
         for path in paths:
-            for row in iterate(root / path, domain, seen, reading):
+            for row in iterate(within(root, path), domain, seen, reading):
                 if config.domains is None or isinstance(row, Rejected) or row.domain in config.domains:
                     yield row
 
 
 def estimate(config: Config, given: Given) -> Estimate:
     """Lengths of the rows, read from the files; empty if a file is missing or no row is usable."""
-    if not all(
-        (given.root / path).exists() or glob.has_magic(str(path)) for paths in config.files.values() for path in paths
-    ):
+    if any(problem_of_path(within(given.root, path)) for paths in config.files.values() for path in paths):
         return Estimate()
     pairs, places = [], []
     seen = Seen()
@@ -171,6 +168,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
                 domains[row.domain] += 1
             if done % _ROWS_PER_REPORT == 0:
                 context.progress(done, None, {"rejected": rejected})
+    context.progress(domains.total() + rejected, None, {"rejected": rejected})
     if not domains:
         raise DataError(no_usable_row("the files of this recipe", rejected, first))
     return {

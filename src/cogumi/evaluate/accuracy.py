@@ -14,6 +14,7 @@ from cogumi.core.types import Example, Reply, Request, Verdict
 from cogumi.data.examples import level
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade, grade_all
+from cogumi.grading.model_graders import NO_MODELS, Models
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,13 @@ class Asked:
         }
 
 
-def ask(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]) -> tuple[list[Asked], list[str]]:
-    """The graded answers of all questions that can be asked and graded, and a line for each other one."""
+def ask(
+    engine: Engine, requests: Sequence[Request], examples: Sequence[Example], models: Models = NO_MODELS
+) -> tuple[list[Asked], list[str]]:
+    """The graded answers of all questions that can be asked and graded, and a line for each other one.
+
+    `models` are those that graders ask.
+    """
     failed: list[str] = []
     usable: list[tuple[Request, Example]] = []
     for request, example in zip(requests, examples, strict=True):
@@ -53,7 +59,7 @@ def ask(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]
     answers = list(replies(engine, [request for request, _ in usable]))
     asked = [(example, reply) for (_, example), reply in zip(usable, answers, strict=True)]
     graded = []
-    for (example, reply), verdict in zip(asked, _verdicts(asked), strict=True):
+    for (example, reply), verdict in zip(asked, _verdicts(asked, models), strict=True):
         if isinstance(verdict, Verdict):
             graded.append(Asked(example, reply, verdict))
         else:
@@ -61,15 +67,15 @@ def ask(engine: Engine, requests: Sequence[Request], examples: Sequence[Example]
     return graded, failed
 
 
-def _verdicts(asked: Sequence[tuple[Example, Reply]]) -> Iterator[Verdict | DataError]:
+def _verdicts(asked: Sequence[tuple[Example, Reply]], models: Models) -> Iterator[Verdict | DataError]:
     """The verdict of each answer, or the error of a row that cannot be graded."""
     pairs = [(example, without_disclaimer(reply.text)) for example, reply in asked]
     try:
-        yield from grade_all(pairs)
+        yield from grade_all(pairs, models)
     except DataError:
         for example, output in pairs:
             try:
-                yield grade(example, output)
+                yield grade(example, output, models)
             except DataError as error:
                 yield error
 

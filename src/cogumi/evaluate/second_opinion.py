@@ -18,6 +18,7 @@ from cogumi.core.errors import DataError
 from cogumi.core.registry import nearest
 from cogumi.core.types import Example, Message
 from cogumi.grading.graders import grade_all, problem_of
+from cogumi.grading.model_graders import NO_MODELS, Models
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "exact": {"kind": "exact"},
@@ -27,8 +28,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "f1": {"kind": "f1", "at_least": 0.5},
     "rouge_l": {"kind": "rouge_l", "at_least": 0.5},
     "tool_call": {"kind": "tool_call", "ordered": False},
+    "similarity": {"kind": "similarity", "at_least": 0.8},
+    "judge": {"kind": "judge"},
 }
-"""Checks that need nothing but the expected answer."""
+"""Checks that need nothing but the expected answer, and the last two a model."""
 _NEEDED = ("question", "answer", "output", "correct", "grader")
 
 
@@ -66,10 +69,11 @@ class Opinion:
         }
 
 
-def audit(path: Path, method: str, sample: int, seed: int = 0) -> Opinion:
+def audit(path: Path, method: str, sample: int, seed: int = 0, models: Models = NO_MODELS) -> Opinion:
     """Grade a random sample of the answers of a file again.
 
-    Raises `DataError` for an unknown method, a file without graded answers, and if no answer can be graded by it.
+    The methods `similarity` and `judge` ask `models`. Raises `DataError` for an unknown method, a file without graded
+    answers, and if no answer can be graded by the method.
     """
     if method not in METHODS:
         raise DataError(f"'{method}' is not a method of a second opinion: {nearest(method, list(METHODS))}")
@@ -79,7 +83,7 @@ def audit(path: Path, method: str, sample: int, seed: int = 0) -> Opinion:
     usable = [at for at in picked if problem_of(examples[at]) is None]
     if not usable:
         raise DataError(f"none of {len(picked)} answers can be graded by '{method}': {problem_of(examples[picked[0]])}")
-    verdicts = grade_all([(examples[at], rows[at]["output"]) for at in usable])
+    verdicts = grade_all([(examples[at], rows[at]["output"]) for at in usable], models)
     differences = [
         Difference(at + 1, rows[at], verdict.reason)
         for at, verdict in zip(usable, verdicts, strict=True)

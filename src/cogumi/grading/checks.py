@@ -19,6 +19,8 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "rouge_l": ("at_least",),
     "constraints": ("rules",),
     "abstain": (),
+    "similarity": ("at_least",),
+    "judge": (),
 }
 """Kind of check -> required fields."""
 SCALES = ("thousand", "million", "billion")
@@ -45,6 +47,8 @@ def check_problem(check: Any) -> str | None:
         value = check.get(name, 0)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
             return f"{name} of a check must be a number from 0 up"
+    if check.get("least", 1) not in range(1, 11):
+        return "least of a check must be a whole number from 1 to 10"
     if check.get("percent", "sign") not in PERCENT:
         return f"percent of a check must be one of {', '.join(PERCENT)}"
     if check.get("scale", SCALES[0]) not in SCALES:

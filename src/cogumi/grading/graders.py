@@ -13,9 +13,12 @@ tool_call  the output has the calls of `call` (default: of `answer`) and no othe
 f1, rouge_l   the output shares enough words with one of `answers` (default: `answer`): a score of `at_least`
 constraints   the output keeps all `rules` (see `constraints`); the score is the share of rules kept
 abstain    the output declines in plain words (see `core.text.abstains`)
+similarity  its sentence embedding is as similar to one of `answers` (default: `answer`): a cosine of `at_least`
+judge      a judge's score of 1 to 10 is `least` (default: 7) or more
 
-Without a check the grader is `exact`. Notes inside <think> are left out. Graders accept any output; a check or an
-answer that no output could satisfy raises `DataError` (`problem_of` finds it before).
+The last two ask a model (see `model_graders`). Without a check the grader is `exact`. Notes inside <think> are left
+out. Graders accept any output; a check or an answer that no output could satisfy raises `DataError` (`problem_of` finds
+it before).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from cogumi.core.types import Example, Verdict
 from cogumi.grading import formulas, option_choice, overlap, tool_calls
 from cogumi.grading.checks import check_problem
 from cogumi.grading.constraints import broken
+from cogumi.grading.model_graders import LEAST, MODEL_CHECKS, NO_MODELS, Models, judged, similarities
 from cogumi.grading.programs import programs
 from cogumi.grading.quantities import SCALES, Quantity, committed
 from cogumi.grading.sandbox import Outcome, Program, run_all
@@ -172,21 +176,33 @@ def problem_of(example: Example) -> str | None:
     return None
 
 
-def grade_all(pairs: Sequence[tuple[Example, str]]) -> list[Verdict]:
-    """Grade many `(example, output)` pairs; code runs in a few sandbox processes, equal programs only once."""
+def grade_all(pairs: Sequence[tuple[Example, str]], models: Models = NO_MODELS) -> list[Verdict]:
+    """Grade many `(example, output)` pairs; code runs in a few sandbox processes, equal programs only once.
+
+    Raises `DataError` for an invalid check, and for one that asks a model which `models` lacks.
+    """
     for example, _ in pairs:
         if problem := check_problem(example.check):
             raise DataError(f"example {example.id}: {problem}")
-    ran = _run_programs({i: pair for i, pair in enumerate(pairs) if pair[0].check["kind"] == "code"})
+
+    def of(kind: str) -> dict[int, tuple[Example, str]]:
+        return {i: pair for i, pair in enumerate(pairs) if pair[0].check["kind"] == kind}
+
+    found = _run_programs(of("code")) | _embedded(models, of("similarity")) | _scored(models, of("judge"))
     return [
-        _verdict(example, output, ran[i] if i in ran else _judged(example, output))
+        _verdict(example, output, found[i] if i in found else _judged(example, output))
         for i, (example, output) in enumerate(pairs)
     ]
 
 
-def grade(example: Example, output: str) -> Verdict:
+def grade(example: Example, output: str, models: Models = NO_MODELS) -> Verdict:
     """Grade one output; `grade_all` is faster for many."""
-    return grade_all([(example, output)])[0]
+    return grade_all([(example, output)], models)[0]
+
+
+def asks_model(example: Example) -> bool:
+    """Whether the example's check asks a model, so that the steps of a build cannot grade it."""
+    return example.check["kind"] in MODEL_CHECKS
 
 
 def _judged(example: Example, output: str) -> Judgement:
@@ -222,4 +238,34 @@ def _run_programs(pairs: Mapping[int, tuple[Example, str]]) -> dict[int, Judgeme
             outcome = known[program]
             if outcome.ok or i not in found:
                 found[i] = Judgement(outcome.ok, outcome.reason)
+    return found
+
+
+def _embedded(models: Models, pairs: Mapping[int, tuple[Example, str]]) -> dict[int, Judgement]:
+    """Judgements by the similarity of sentence embeddings."""
+    if not pairs:
+        return {}
+    if models.embed is None:
+        raise DataError(
+            "a check of kind 'similarity' asks a sentence encoder: grade with `cogumi eval` or `cogumi data audit`"
+        )
+    compared = [(output, example.check.get("answers", [example.answer])) for example, output in pairs.values()]
+    found = {}
+    for (i, (example, _)), score in zip(pairs.items(), similarities(compared, models.embed), strict=True):
+        least = example.check["at_least"]
+        found[i] = Judgement(score >= least, f"similarity {score:.2f}, below {least:g}: {example.answer}", score)
+    return found
+
+
+def _scored(models: Models, pairs: Mapping[int, tuple[Example, str]]) -> dict[int, Judgement]:
+    """Judgements by a judge's scores; without a score an output is not right."""
+    if not pairs:
+        return {}
+    if models.judge is None:
+        raise DataError("a check of kind 'judge' asks a model: name one, `cogumi eval|data audit ... --judge MODEL`")
+    found = {}
+    for (i, (example, _)), score in zip(pairs.items(), judged(list(pairs.values()), models.judge), strict=True):
+        least = example.check.get("least", LEAST)
+        reason = "the judge gave no score" if score is None else f"the judge's score is {score}, below {least}"
+        found[i] = Judgement(score is not None and score >= least, reason, (score or 0) / 10)
     return found

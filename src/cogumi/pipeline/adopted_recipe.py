@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogumi.data.sources.hub import is_hub_id
 from cogumi.data.sources.survey import OWN, Survey, files_by_domain
 
 SHARES = {"train": 30, "selection": 10, "fit": 20, "threshold": 20, "heldout": 20}
@@ -41,7 +42,7 @@ def _flow(value: Any) -> str:
 
 
 def _path(path: Path, root: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), root.resolve())).as_posix()
+    return str(path) if is_hub_id(path) else Path(os.path.relpath(path.resolve(), root.resolve())).as_posix()
 
 
 def step_names(domain: str) -> tuple[str, str, str]:

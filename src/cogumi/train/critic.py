@@ -44,18 +44,20 @@ from cogumi.core.errors import DataError
 from cogumi.core.estimate import Estimate, Given
 from cogumi.core.facts import FileFacts, FileSize
 from cogumi.core.stage import Context
-from cogumi.core.text import last_user_message, strip_fences
+from cogumi.core.text import last_user_message
 from cogumi.core.types import Artifact, Example, Reply, Request
 from cogumi.data.examples import read_examples, split_path
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade_all
+from cogumi.grading.option_choice import chosen
 from cogumi.grading.programs import programs
 from cogumi.grading.quantities import committed
+from cogumi.grading.tool_calls import Call, calls_in, calls_of
 from cogumi.teach.context_size import context_for
 from cogumi.teach.tier_answers import AskOptions
 
-VERSION = 3
+VERSION = 4
 KIND = "critic"
 INPUTS = {"data": "examples", "base": "gguf"}
 OPTIONAL = {"modifier_*": "gguf"}
@@ -104,10 +106,10 @@ def error_type(example: Example, reply: Reply, correct: bool) -> str:
     """The error class of an answer, or "none" if it is correct. The first rule that applies decides:
 
     an answer to an unanswerable question -> hallucination; a truncated or empty answer or an abstention -> incomplete;
-    an answer without a number, code that does not parse, a tool call that is not JSON -> format; a wrong number ->
-    calculation; code that fails its tests -> code logic; a tool call with too few arguments -> incomplete, with values
-    that the question does not contain -> hallucination; a text that the question does not contain although it contains
-    the right answer -> hallucination; all others -> logic.
+    an answer without a number, a choice or a tool call where one is asked for, code that does not parse -> format; a
+    wrong number -> calculation; code that fails its tests -> code logic; tool calls with too few arguments, in whatever
+    prose they stand -> incomplete, with values that the question does not contain -> hallucination; a text that the
+    question does not contain although it contains the right answer -> hallucination; all others -> logic.
     """
     text, check = reply.text, example.check
     kind, question = check["kind"], question_of(example).casefold()
@@ -121,8 +123,10 @@ def error_type(example: Example, reply: Reply, correct: bool) -> str:
         return "format" if committed(text) is None else "calculation"
     if kind == "code":
         return "code logic" if _parses(programs(text)[0]) else "format"
+    if kind == "choice":
+        return "format" if chosen(text, check.get("options", [])) is None else "logic"
     if kind == "tool_call":
-        return _call_error(text, example.answer if "call" not in check else json.dumps(check["call"]), question)
+        return _call_error(text, example, question)
     invented = example.answer.casefold() in question and text.strip(" .\"'").casefold() not in question
     return "hallucination" if invented else "logic"
 
@@ -135,14 +139,30 @@ def _parses(code: str) -> bool:
     return True
 
 
-def _call_error(text: str, wanted: str, question: str) -> str:
+def _call_error(text: str, example: Example, question: str) -> str:
     try:
-        found, right = (_leaves(json.loads(t)) for t in (strip_fences(text), wanted))
+        calls = calls_in(text)
     except (ValueError, RecursionError):
         return "format"
-    if len(found) < len(right):
+    found = _values(calls)
+    if not found:
+        return "format"
+    if len(found) < _fewest_values(example):
         return "incomplete"
     return "hallucination" if any(value.casefold() not in question for value in found) else "logic"
+
+
+def _fewest_values(example: Example) -> int:
+    """Number of names and argument values that the right calls have at least."""
+    check = example.check
+    if "possible" in check:  # an argument that may be "" may be left out
+        calls = [values for call in check["possible"] for values in call.values()]
+        return sum(1 + sum("" not in possible for possible in values.values()) for values in calls)
+    return len(_values(calls_of(check["call"] if "call" in check else json.loads(example.answer))))
+
+
+def _values(calls: Sequence[Call]) -> list[str]:
+    return _leaves([[call.tool, dict(call.arguments)] for call in calls])
 
 
 def _leaves(value: Any) -> list[str]:

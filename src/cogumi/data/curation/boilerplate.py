@@ -40,11 +40,18 @@ class Settings(BaseModel):
 
 
 def measure(example: Example) -> dict[str, Any]:
-    """{"phrases": those found, "repeated_lines": share of the lines, except short ones, that repeat an earlier one}."""
-    text = whole_text(example)
+    """{"phrases": those found, "repeated_lines": share of the lines, except short ones, that repeat an earlier one}.
+
+    Lines are compared within the question and within the answer: a corrected program repeats the one in the question.
+    """
+    question = "\n".join(message.content for message in example.messages if message.role != "system")
+    repeated = max(_repeated(question), _repeated(example.answer))
+    return {"phrases": [found.group() for found in _PHRASES.finditer(whole_text(example))], "repeated_lines": repeated}
+
+
+def _repeated(text: str) -> float:
     lines = [line.strip() for line in text.split("\n") if len(line.split()) >= _MIN_WORDS]
-    repeated = 1 - len(set(lines)) / len(lines) if len(lines) >= _MIN_LINES else 0.0
-    return {"phrases": [found.group() for found in _PHRASES.finditer(text)], "repeated_lines": round(repeated, 4)}
+    return round(1 - len(set(lines)) / len(lines), 4) if len(lines) >= _MIN_LINES else 0.0
 
 
 def judge(settings: Settings, values: Iterable[Any]) -> Callable[[Any], str | None]:

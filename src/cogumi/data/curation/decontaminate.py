@@ -20,7 +20,8 @@ from cogumi.core.stage import Context
 from cogumi.core.types import Artifact, Example
 from cogumi.data.curation.pool_writer import ROWS_PER_REPORT, PoolWriter, examples_of, rows_of, same_facts, whole_text
 from cogumi.data.examples import POOL, SPLITS, iterate_examples, normalised_question, split_path, to_line
-from cogumi.data.sources.question_files import iterate
+from cogumi.data.sources.containers import within
+from cogumi.data.sources.question_files import content_hashes, iterate
 
 VERSION = 1
 KIND = "pool"
@@ -47,6 +48,11 @@ estimate = same_facts
 def needs(config: Config, roles: Collection[str]) -> dict[str, str]:
     """Without `files`, something else to compare with."""
     return {} if config.files else dict(OPTIONAL)
+
+
+def identity(config: Config, root: Path) -> Any:
+    """The config, and the hashes of all files that its paths name. Raises `DataError`."""
+    return [config.model_dump(mode="json"), content_hashes(within(root, path) for path in config.files)]
 
 
 class Reference:
@@ -109,7 +115,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Cont
 def _reference_rows(config: Config, against: Mapping[str, Artifact], root: Path) -> Iterator[Example]:
     for path in config.files:
         found = 0
-        for row in iterate(root / path):
+        for row in iterate(within(root, path)):
             if isinstance(row, Example):
                 found += 1
                 yield row

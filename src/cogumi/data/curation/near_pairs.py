@@ -9,14 +9,16 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.data.curation.shingles import Hashes, Integers, Texts
-from cogumi.data.curation.sketches import SLOTS, Sketches
+from cogumi.data.curation.sketches import SLOTS, Sketches, SketchFiles
 
 BANDS = 12
 NEIGHBOURS = 4
@@ -56,6 +58,17 @@ def find_groups(sketches: Sketches, threshold: float, progress: Callable[[int, i
         groups = _joined(groups, pairs, sketches, threshold)
         progress(done, BANDS * NEIGHBOURS)
     return groups
+
+
+def repeated(pairs: Sequence[tuple[str, str]], threshold: float) -> int:
+    """How many of some rows, given as normalised question and answer, repeat an earlier one."""
+    if not pairs:
+        return 0
+    with TemporaryDirectory() as folder:
+        files = SketchFiles(Path(folder))
+        files.append(pairs)
+        original = find_groups(files.open(), threshold, lambda done, total: None).original
+    return int(np.sum(original != np.arange(len(pairs))))
 
 
 def _joined(groups: Groups, pairs: Integers, sketches: Sketches, threshold: float) -> Groups:

@@ -79,6 +79,7 @@ class PoolWriter:
         """Rows read and kept, and dropped ones by rule; `DataError` if none is left."""
         if not self._read:
             raise DataError("the pool has no rows: give the step before this one rows that it keeps")
+        self._report()
         kept = self._read - self._dropped.total()
         if not kept:
             rule, count = self._dropped.most_common(1)[0]
@@ -91,7 +92,10 @@ class PoolWriter:
     def _count(self) -> None:
         self._read += 1
         if self._read % ROWS_PER_REPORT == 0:
-            self._context.progress(self._read, self._total, {"dropped": self._dropped.total()})
+            self._report()
+
+    def _report(self) -> None:
+        self._context.progress(self._read, self._total, {"dropped": self._dropped.total()})
 
 
 def examples_of(pool: Artifact) -> Iterator[Example]:

@@ -25,7 +25,7 @@ from cogumi.data.curation import boilerplate, copyright, length, offensive, pers
 from cogumi.data.curation.pool_writer import examples_of, rows_of, whole_text
 from cogumi.engine.llama.engine import LlamaEngine
 
-VERSION = 1
+VERSION = 2
 KIND = "statistics"
 INPUTS = {"pool": "pool"}
 OPTIONAL = {"reference": "gguf"}

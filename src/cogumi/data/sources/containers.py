@@ -1,4 +1,4 @@
-"""Where rows lie: a file, a folder, a pattern; compressed by gzip or zstd; inside a tar or zip archive (SPEC A1).
+"""Where rows lie: a file, a folder, a pattern, a data set of the Hub; inside gzip, zstd, tar or zip (SPEC A1).
 
 Everything is read as a stream and nothing is unpacked to disk.
 """
@@ -6,22 +6,24 @@ Everything is read as a stream and nothing is unpacked to disk.
 from __future__ import annotations
 
 import glob
-import gzip
 import io
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from tarfile import EOFHeaderError, HeaderError  # type: ignore[attr-defined]
 from typing import IO, Any, NamedTuple, Self, cast
 
 import zstandard
 
-from cogumi.core.errors import DataError
+from cogumi.core.errors import CogumiError, DataError
+from cogumi.data.sources.hub import cached_files, is_hub_id
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".py")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".py")
 """Files of these names are read out of folders and archives; others in there are left out."""
+_NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""Files that the library `datasets` writes beside those with rows."""
 _TEXTS = (".txt", ".md", ".py")
 _PACKED = (".gz", ".zst", ".tgz", ".tar", ".zip")
 _CHUNK = 1 << 16
@@ -41,11 +43,36 @@ class Document(NamedTuple):
     problem: str = ""
 
 
+def within(root: Path, path: Path) -> Path:
+    """A path relative to a folder; an id of the Hub as it is."""
+    return path if is_hub_id(path) else root / path
+
+
+def problem_of_path(path: Path) -> str | None:
+    """Why a path names nothing that could be read; None if it does."""
+    if is_hub_id(path):
+        try:
+            cached_files(path)
+        except CogumiError as error:
+            return str(error)
+    elif not path.exists() and not glob.glob(str(path), recursive=True):
+        return f"there is no file {path}; put your own there"
+    return None
+
+
+def topic(path: Path) -> str:
+    """What the rows of a path are about, as far as its name says: the file's or data set's name."""
+    return path.parts[1] if is_hub_id(path) and len(path.parts) > 1 else path.name.split(".")[0]
+
+
 def files_of(path: Path) -> list[Path]:
-    """The file itself, the readable files of a folder, or those of a pattern ("data/*.jsonl"), in order of names.
+    """The file itself, the readable files of a folder, those of a pattern ("data/*.jsonl"), in order of names; or those
+    of a data set ("hub:owner/name").
 
     In a folder with rows, texts are left out: they describe the rows. Raises `DataError` if there is no file.
     """
+    if is_hub_id(path):
+        return cached_files(path)
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if p.is_file() and _readable(p.name)]
         if not found:
@@ -60,7 +87,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _readable(name: str) -> bool:
-    return not name.startswith(".") and name.casefold().endswith((*SUFFIXES, *_PACKED))
+    return not name.startswith(".") and name not in _NO_ROWS and name.casefold().endswith((*SUFFIXES, *_PACKED))
 
 
 def documents(path: Path) -> Iterator[Document]:
@@ -82,33 +109,45 @@ def _decompressed(name: str, file: IO[bytes]) -> tuple[str, io.BufferedReader[An
     stream = io.BufferedReader(cast(io.RawIOBase, file))
     head = stream.peek(4)[:4]
     if head.startswith(_GZIP):
-        return _without(name, (".gz", ".tgz")), io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream)))
+        return _without(name, (".gz", ".tgz")), io.BufferedReader(_Unpacked(stream, _gzip_member))
     if head.startswith(_ZSTD):
-        return _without(name, (".zst",)), io.BufferedReader(_Zstd(stream))
+        return _without(name, (".zst",)), io.BufferedReader(_Unpacked(stream, _zstd_frame))
     return name, stream
 
 
-class _Zstd(io.RawIOBase):
-    """A zstd stream as a file. Unlike the library's reader it raises `EOFError` where the stream is cut off."""
+def _gzip_member() -> Any:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS)
 
-    def __init__(self, source: IO[bytes]) -> None:
-        self._source, self._ready = source, b""
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+
+def _zstd_frame() -> Any:
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed stream of one or more frames as a file. `new` makes what decompresses a frame.
+
+    Unlike the libraries' readers it gives all bytes before a place where the stream is cut off, and raises `EOFError`
+    there.
+    """
+
+    def __init__(self, source: IO[bytes], new: Callable[[], Any]) -> None:
+        self._source, self._new, self._ready = source, new, memoryview(b"")
+        self._frame = new()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            packed = self._frame.unused_data if self._frame.eof else b""
+            packed = self._frame.unused_data.lstrip(b"\0") if self._frame.eof else b""  # zeros may fill up a block
             packed = packed or self._source.read(_CHUNK)
             if not packed:
                 if not self._frame.eof:
                     raise EOFError("the compressed stream is cut off")
                 return 0
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(packed)
+                self._frame = self._new()
+            self._ready = memoryview(self._frame.decompress(packed))
         taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
         buffer[: len(taken)] = taken
         return len(taken)

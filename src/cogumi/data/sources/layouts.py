@@ -1,4 +1,4 @@
-"""How rows are written in a file: JSON Lines, a JSON array or object, CSV, Parquet, plain text, Python (SPEC A1).
+"""How rows are written: JSON Lines, a JSON array or object, CSV, Parquet, Arrow, plain text, Python (SPEC A1).
 
 Each layout yields (line, row) one by one, in constant memory; a row that cannot be read is a `ValueError` instead.
 """
@@ -10,8 +10,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 from cogumi.core.errors import DataError
 from cogumi.core.packages import load
@@ -23,7 +23,7 @@ MAX_ROW, MAX_DOCUMENT = 64 << 20, 256 << 20
 """Bytes of the longest row, and of the longest plain text."""
 Rows = Iterator[tuple[int, Mapping[str, Any] | Exception]]
 
-_BY_NAME = {"csv": "csv", "tsv": "tsv", "py": "python", "txt": "text", "md": "text"}
+_BY_NAME = {"csv": "csv", "tsv": "tsv", "arrow": "arrow", "py": "python", "txt": "text", "md": "text"}
 _CHUNK = 1 << 16
 _MARKS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
 _OPENERS = {b"]": b"[", b"}": b"{"}
@@ -109,13 +109,13 @@ def _parsed(raw: bytes) -> Mapping[str, Any] | Exception:
 
 
 def _array(document: Document) -> Rows:
-    return ((line, _parsed(raw)) for line, raw in _elements(document.stream, 1))
+    return ((line, _parsed(raw)) for line, raw in _elements(document, 1))
 
 
 def _object(document: Document) -> Rows:
     """The objects of the lists in one JSON object."""
     found = False
-    for line, raw in _elements(document.stream, 2):
+    for line, raw in _elements(document, 2):
         if raw.startswith(b"{") or not raw:
             found = True
             yield line, _parsed(raw)
@@ -123,7 +123,7 @@ def _object(document: Document) -> Rows:
         yield 1, ValueError("the JSON object holds no list of rows")
 
 
-def _elements(file: IO[bytes], depth: int) -> Iterator[tuple[int, bytes]]:
+def _elements(document: Document, depth: int) -> Iterator[tuple[int, bytes]]:
     """(line number, text) of every element of the lists at a depth of brackets, one element and chunk in memory.
 
     The list is split at commas outside strings and inner brackets, so that an invalid element rarely affects the
@@ -132,7 +132,8 @@ def _elements(file: IO[bytes], depth: int) -> Iterator[tuple[int, bytes]]:
     line, pending, quoted, after_comma = 1, b"", False, False
     brackets: list[bytes] = []
     first = True
-    while chunk := file.read(_CHUNK):
+    file = cast(io.BufferedReader, document.stream)
+    while chunk := file.read1(_CHUNK):  # `read` would lose what stands before the place where a file is cut off
         while chunk.endswith(b"\\") and (following := file.read(1)):  # do not split an escape sequence
             chunk += following
         begin = 0
@@ -208,11 +209,38 @@ def _parquet(document: Document) -> Rows:
     parquet = load("pyarrow.parquet", "a Parquet file")
     stream = document.stream
     source: Any = stream if stream.seekable() else io.BytesIO(stream.read(MAX_DOCUMENT))
+    return _batches(parquet.ParquetFile(source).iter_batches(1_024))
+
+
+def _arrow(document: Document) -> Rows:
+    """A stream of Arrow batches, as the library `datasets` writes it."""
+    return _batches(load("pyarrow.ipc", "an Arrow file").open_stream(document.stream))
+
+
+def _batches(batches: Iterable[Any]) -> Rows:
     number = 0
-    for batch in parquet.ParquetFile(source).iter_batches(1_024):
+    for batch in batches:
+        plain = [(field.name, _plain(field.type)) for field in batch.schema]
+        decoded = [(name, convert) for name, convert in plain if convert]
         for row in batch.to_pylist():
             number += 1
+            row.update({name: convert(row[name]) for name, convert in decoded})
             yield number, row
+
+
+def _plain(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes JSON texts in values of an Arrow type the values that they stand for; None if there are none."""
+    types = load("pyarrow.types", "an Arrow file")
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return lambda value: None if value is None else json.loads(value)
+    if types.is_list(kind) or types.is_large_list(kind):
+        if inner := _plain(kind.value_type):
+            return lambda values: values and [inner(value) for value in values]
+    elif types.is_struct(kind):
+        fields = {field.name: convert for field in kind if (convert := _plain(field.type))}
+        if fields:
+            return lambda value: value and value | {name: fields[name](value[name]) for name in fields}
+    return None
 
 
 def _text(document: Document) -> Rows:
@@ -243,6 +271,7 @@ LAYOUTS: Mapping[str, Callable[[Document], Rows]] = {
     "csv": _csv,
     "tsv": _tsv,
     "parquet": _parquet,
+    "arrow": _arrow,
     "text": _text,
     "python": _python,
 }

@@ -1,26 +1,27 @@
 """Reads a user's question-answer files row by row, in constant memory (SPEC A1).
 
-A path is a file, a folder or a pattern (`containers`); its rows are written in one of `layouts.LAYOUTS`, and have one
-of the forms of `forms.FORMS`, or the columns that a `Reading` names. A row may also have "domain", "difficulty" (a
-level from 1 to 5, or easy, medium, hard; 0, null or absent: no level) and "check" (see `grading.graders`), in the row
-or in its "meta". An unusable row does not stop reading; it is returned as a `Rejected` with its line and the reason.
-Columns that are not used are counted.
+A path is a file, a folder, a pattern or a data set of the Hub (`containers`); its rows are written in one of
+`layouts.LAYOUTS`, and have one of the forms of `forms.FORMS`, or the columns that a `Reading` names. A row may also
+have "domain", "difficulty" (a level from 1 to 5, or easy, medium, hard; 0, null or absent: no level) and "check" (see
+`grading.graders`), in the row or in its "meta". An unusable row does not stop reading; it is returned as a `Rejected`
+with its line and the reason. Columns that are not used are counted.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cogumi.core.errors import DataError
+from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.types import Example
-from cogumi.data.examples import example_id, to_line
+from cogumi.data.examples import LICENCE, example_id, to_line
 from cogumi.data.sources.containers import DAMAGED, documents, files_of
 from cogumi.data.sources.forms import FORMS
 from cogumi.data.sources.forms.pairs import Form, Pair
@@ -28,9 +29,10 @@ from cogumi.data.sources.layouts import LAYOUTS, cut_off, rows_of
 from cogumi.grading.checks import check_problem
 from cogumi.grading.graders import problem_of
 
-USED = ("id", "domain", "difficulty", "check", "meta", "source")
+_LICENCES = (LICENCE, "license")
+USED = ("id", "domain", "difficulty", "check", "meta", "source", *_LICENCES)
 """Columns that a row of any form may have; `id` and `source` are replaced by those of the file's row."""
-COLUMNS = ("question", "answer", "passage", "system", "history", "rejected", "domain", "difficulty")
+COLUMNS = ("question", "answer", "passage", "system", "history", "rejected", "domain", "difficulty", "licence")
 """What a mapping of columns may name."""
 _LEVELS = {"easy": 1, "medium": 3, "hard": 5}
 _KEYS_SHOWN = 12
@@ -52,12 +54,14 @@ class Rejected:
 class Reading:
     """How files are read where their names and rows do not say it: a layout, a form, or the columns of a question.
 
-    `columns` maps names of `COLUMNS` to those of the file. Raises `DataError` for unknown names.
+    `columns` maps names of `COLUMNS` to those of the file; `licence` is that of rows which name none. Raises
+    `DataError` for unknown names.
     """
 
     layout: str | None = None
     form: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         known = {form.name: form for form in FORMS}
@@ -135,7 +139,7 @@ def _examples(
             named = {**_right_calls(file).get(str(named.get("id")), {}), **named}
         form = _form_of(named, row, reading)
         pairs = form.read(named)
-        found = [_example(named, pair, domain, f"{Path(where).name}:{line}") for pair in pairs]
+        found = [_example(named, pair, domain, f"{Path(where).name}:{line}", reading) for pair in pairs]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError, IndexError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"unexpected values ({error!r})"
         keys = f"; the row has {_keys(row)}" if reason.startswith("there is no") and isinstance(row, dict) else ""
@@ -176,7 +180,7 @@ def _keys(row: Mapping[str, Any]) -> str:
     return ", ".join(names[:_KEYS_SHOWN]) + (" ..." if len(names) > _KEYS_SHOWN else "") if names else "no columns"
 
 
-def _example(row: Mapping[str, Any], pair: Pair, domain: str, source: str) -> Example:
+def _example(row: Mapping[str, Any], pair: Pair, domain: str, source: str, reading: Reading) -> Example:
     """A pair as an example; `ValueError` if its domain, level or check is wrong."""
     domain = row.get("domain") or domain
     if not isinstance(domain, str):
@@ -186,6 +190,8 @@ def _example(row: Mapping[str, Any], pair: Pair, domain: str, source: str) -> Ex
         meta["check"] = dict(pair.check)
     if pair.rejected:
         meta["rejected"] = pair.rejected
+    if licences := _licences(row, meta, {LICENCE: reading.licence}):
+        meta[LICENCE] = licences
     example = Example(
         example_id(domain, pair.messages),
         domain,
@@ -202,6 +208,12 @@ def _example(row: Mapping[str, Any], pair: Pair, domain: str, source: str) -> Ex
     except UnicodeEncodeError as error:
         raise ValueError("not UTF-8 text, or an unpaired surrogate, which cannot be encoded as UTF-8") from error
     return example
+
+
+def _licences(*holders: Mapping[str, Any]) -> list[str]:
+    """The licences that the first of some objects names which names any, as a text or a list."""
+    value: Any = next((holder[name] for holder in holders for name in _LICENCES if holder.get(name)), [])
+    return [str(name).strip() for name in (value if isinstance(value, list) else [value])]
 
 
 def _level(value: Any) -> int:
@@ -234,6 +246,16 @@ def companions(file: Path) -> list[Path]:
     """The files that rows of a file are joined with: BFCL's right calls, of the same name in `possible_answer`."""
     beside = file.parent / "possible_answer" / file.name
     return [beside] if beside.is_file() else []
+
+
+def content_hashes(paths: Iterable[Path]) -> list[str]:
+    """The sorted hashes of all files that some paths name. Raises `DataError` for a file that is not there."""
+    hashes = {}
+    for file in (file for path in paths for file in files_of(path)):
+        if not file.is_file():
+            raise DataError(f"there is no file {file}; check the path")
+        hashes.update({str(one): sha256(one) for one in (file, *companions(file))})
+    return sorted(hashes.values())
 
 
 @cache

@@ -11,7 +11,9 @@ from pathlib import Path
 from cogumi.core.errors import DataError
 from cogumi.core.types import Example
 from cogumi.data.examples import normalised_question
+from cogumi.data.sources.containers import topic
 from cogumi.data.sources.question_files import load
+from cogumi.grading.graders import asks_model
 from cogumi.grading.suggest import suggested_grader
 
 OWN = "each row's own check"
@@ -21,7 +23,7 @@ _NAME = re.compile(r"[^A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class DomainRows:
-    """The rows of one domain. `grader` is a kind of check, `OWN`, or None where no grader fits the answers.
+    """The rows of one domain. `grader` is a kind of check, `OWN`, or None where no grader of a build fits the answers.
 
     `example` is the first row, `longest` the one with the longest question.
 
@@ -63,7 +65,7 @@ def domain_name(text: str) -> str:
 
 
 def survey(files: Sequence[Path]) -> Survey:
-    """Read all files once. The domain of a row is its own, or else the name of its file.
+    """Read all files once. The domain of a row is its own, or else the name of its file or data set.
 
     Raises `DataError` for a file that cannot be read or has no usable row.
     """
@@ -73,7 +75,7 @@ def survey(files: Sequence[Path]) -> Survey:
     places: dict[str, dict[Path, None]] = {}
     rejected: dict[str, int] = {}
     for path in files:
-        default = domain_name(path.name.split(".")[0])
+        default = domain_name(topic(path))
         examples, refused = load(path, default)
         rejected[default] = rejected.get(default, 0) + len(refused)
         for example in examples:
@@ -93,6 +95,8 @@ def _of(name: str, rows: Sequence[Example], files: tuple[Path, ...], rejected: i
 
 def _grader(rows: Sequence[Example]) -> str | None:
     without = [e.answer for e in rows if "check" not in e.meta]
+    if not without and any(map(asks_model, rows)):
+        return None
     return suggested_grader(without) if without else OWN
 
 

@@ -6,7 +6,6 @@ It loads and downloads nothing.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from cogumi.core.estimate import Cost, Given, Hardware, Input, estimate
 from cogumi.core.facts import ModelFacts
 from cogumi.core.registry import stage
 from cogumi.core.stage import Stage
+from cogumi.data.sources.containers import problem_of_path, within
 from cogumi.pipeline.input_checks import input_problems
 from cogumi.pipeline.recipe import Recipe, Step, explain
 
@@ -211,6 +211,5 @@ class _Planner:
         kinds = {role: maker.KIND if maker else None for role, maker in makers.items()}
         yield from input_problems(module, config, kinds)
         for path in _paths(config.model_dump()):
-            file = self.recipe.root / path
-            if not file.exists() and not glob.glob(str(file), recursive=True):  # a path may be a pattern
-                yield f"there is no file {file}; put your own there"
+            if problem := problem_of_path(within(self.recipe.root, path)):
+                yield problem
