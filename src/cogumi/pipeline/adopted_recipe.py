@@ -92,7 +92,8 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
         return ""
     tokens = plan.survey.max_tokens
     text = f"""
-  # Modifiers: adapters trained on the questions that the base failed.
+  # Modifiers: adapters trained on the questions that the base failed and, so that they keep what it knows, on some
+  # that it answered (the share `rehearsal` of the rows).
   - {{name: {WEIGHTS}, stage: convert, inputs: {{gguf: base}}}}
 """
     for domain in domains:
@@ -102,6 +103,7 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
     inputs: {{examples: data, responses: responses, model: {WEIGHTS}}}
     config:
       domain: {domain}
+      rehearsal: 0.35
       layers: {plan.layers}
       loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25}}
   - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: {WEIGHTS}}}}}
