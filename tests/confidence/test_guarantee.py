@@ -66,6 +66,15 @@ def test_sequence_starts_at_a_threshold_with_enough_rows():
     assert threshold_order([RiskLimit(count, 0.05)], [0.99, 0.9, 0.8]) == [0.9, 0.8]
 
 
+def test_no_threshold_that_keeps_the_limit_is_reported_as_missed():
+    """Testing began at 0.8 and failed there; 0.9 would have passed."""
+    counts = {0.9: (230, 3), 0.8: (400, 22)}
+    found = guarantee([0.8], [RiskLimit(lambda t: counts.get(t, (0, 0)), 0.05)], 800, 0.95)
+    assert found.missed is not None
+    assert (found.missed.threshold, found.missed.bound > 0.05) == (0.8, True)
+    assert "which proves at most 7.8%, not 5%" in found.sentence()
+
+
 def test_a_limit_that_no_threshold_meets_does_not_hide_the_other():
     """60 unanswerable rows prove nothing at 2%; the start is then chosen by the accepted answers."""
     limits = [RiskLimit({0.99: (20, 0), 0.9: (400, 4)}.get, 0.05), RiskLimit(lambda t: (60, 0), 0.02, True)]

@@ -193,7 +193,10 @@ def threshold_order(limits: Sequence[RiskLimit], grid: Sequence[float] = GRID) -
 
 
 def best_missed(limits: Sequence[RiskLimit], confidence: float, grid: Sequence[float] = GRID) -> Missed:
-    """The threshold whose bounds are closest to their limits, with the limit that it misses by most."""
+    """Of the thresholds that miss a limit the closest one, with the limit that it misses by most.
+
+    Others may keep all limits and still prove nothing: testing stops at the first failure (see `guarantee`).
+    """
 
     def at(threshold: float) -> Missed:
         found = []
@@ -203,7 +206,8 @@ def best_missed(limits: Sequence[RiskLimit], confidence: float, grid: Sequence[f
             found.append(Missed(threshold, counted, wrong, bound, limit.risk, limit.unanswerable))
         return max(found, key=lambda one: one.bound / one.risk)
 
-    return min(map(at, grid), key=lambda one: one.bound / one.risk)
+    missed = [one for one in map(at, grid) if one.bound > one.risk]
+    return min(missed, key=lambda one: one.bound / one.risk)
 
 
 def guarantee(order: Sequence[float], limits: Sequence[RiskLimit], rows: int, confidence: float) -> Guarantee:

@@ -46,7 +46,7 @@ from cogumi.teach.tier_answers import SPLITS
 from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 
-VERSION = 7
+VERSION = 8
 KIND = "calibration"
 LIGHT = True
 INPUTS = {"data": "examples", "answers": "answers"}

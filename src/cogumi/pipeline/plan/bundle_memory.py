@@ -15,7 +15,7 @@ from cogumi.core.registry import nearest
 from cogumi.core.shapes import ModelShape
 
 REPACKED = ("Q4_0", "Q4_K", "IQ4_NL")
-"""Types that llama.cpp repacks on processors with AVX2; on other processors it repacks a few more, or none."""
+"""Types that llama.cpp repacks on processors with AVX2; on others none, or more (with AMX also Q4_1, Q6_K)."""
 CACHES = {"f16": (2.0, 2.0), "q8_0": (34 / 32, 34 / 32), "q4_0": (18 / 32, 18 / 32)}
 """Cache type -> bytes per element of the keys and of the values."""
 PROGRAM = 65_000_000
