@@ -1,6 +1,7 @@
 """The llama.cpp binding: files, tokenizers and contexts; input that would abort the process is refused."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cogumi.core.types import Message, Request
 from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.binding.quantize import mixture
+from cogumi.evaluate.bench.synthetic_models import SHAPES, make_weights
 from cogumi.models.tokenization import HFTokenizer
 from support.engines import pico
 
@@ -103,15 +105,21 @@ def test_logits_do_not_depend_on_batching(model, threads, cache):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_torch_in_the_same_thread_does_not_change_logits(model, threads):
-    """Both use the AMX tiles of a thread where the processor has them; see `backend.compute`."""
-    context = Context(model, sequences=1, length=64, batch=64, threads=threads)
+def test_torch_in_the_same_thread_does_not_change_logits(tmp_path, threads):
+    """Both use the AMX tiles of a thread where the processor has them; see `backend.compute`.
+
+    The model is wider than those that do without AMX.
+    """
+    wide = Model(make_weights(tmp_path, "wide", replace(SHAPES["draft"], layers=1, vocabulary=512), "q8_0"))
+    assert wide.width > 256
+    context = Context(wide, sequences=1, length=64, batch=64, threads=threads)
 
     def read():
         context.trim(0, 0)
         return context.decode([Row(0, list(range(5, 45)), 0, 40)]).copy()
 
     before = read()
+    assert np.isfinite(before).all()
     for type in (torch.float32, torch.bfloat16):
         torch.nn.functional.linear(torch.ones(64, 128, dtype=type), torch.ones(128, 128, dtype=type))
         assert np.array_equal(read(), before)
