@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cogumi.core.errors import BundleError, ExportError, RequestError
 from cogumi.core.types import Message, Request
+from cogumi.engine.llama.binding import context as context_module
 from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.binding.quantize import mixture
@@ -89,11 +90,12 @@ def test_logits_do_not_depend_on_batching(model, threads, cache):
         context.trim(sequence, 0)
         out, at = [], 0
         for size in sizes:
-            rows = [Row(sequence, ids[at : at + size], at, len(ids[at : at + size]))]
+            rows = []
             for other in range(beside):
                 context.trim(other, 0)
                 rows.append(Row(other, generator.integers(5, 512, 5 + other).tolist(), 0, 1))
-            out.append(context.decode(rows)[: rows[0].outputs].copy())
+            rows.append(Row(sequence, ids[at : at + size], at, len(ids[at : at + size])))
+            out.append(context.decode(rows)[beside:].copy())
             at += size
         return np.concatenate(out)
 
@@ -101,6 +103,30 @@ def test_logits_do_not_depend_on_batching(model, threads, cache):
     assert np.array_equal(whole, read(2, [64] * 10))
     assert np.array_equal(whole, read(2, [250, 270] + [6] * 13 + [2], beside=2))
     assert np.array_equal(whole, read(1, [588] + [1] * 12))
+    context.close()
+
+
+@pytest.mark.parametrize("filled", [0, 2])
+def test_idle_sequences_between_rows_change_nothing(model, monkeypatch, filled):
+    """Sequences 1 and 2 are idle between 0 and 3; later 2 is full, so that no token fits."""
+    monkeypatch.setattr(context_module, "_FILLED", filled)
+    context = Context(model, sequences=4, length=32, batch=64, threads=1)
+    sizes = (7, 9, 11, 13)
+
+    def decode(*sequences, tokens=1):
+        rows = [Row(i, [40, 41, 42][:tokens], sizes[i], tokens) for i in sequences]
+        got = context.decode(rows).copy()
+        for i in sequences:
+            context.trim(i, sizes[i])
+        return got
+
+    for i, size in enumerate(sizes):
+        context.decode([Row(i, list(range(5, 5 + size)), 0, 0)])
+    alone = [decode(i, tokens=2) for i in range(4)]
+    assert np.array_equal(decode(0, 3), np.stack([alone[0][0], alone[3][0]]))
+    assert np.array_equal(decode(1, 2, tokens=2), np.concatenate([alone[1], alone[2]]))  # their caches are as before
+    context.decode([Row(2, [40] * 21, 11, 0)])
+    assert np.array_equal(decode(0, 3), np.stack([alone[0][0], alone[3][0]]))
     context.close()
 
 

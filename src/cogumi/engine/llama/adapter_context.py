@@ -128,6 +128,7 @@ class AdapterContext:
             if len(run) <= room:
                 rows.append(Row(sequence, run, job.cached, len(run)))
                 room -= len(run)
+        rows.sort()
         self._base.return_hidden(hidden)
         logits = self._base.decode(rows)
         states = self._base.hidden() if hidden else None
@@ -172,11 +173,11 @@ class AdapterContext:
 
     def _advance_adapted(self, adapted: dict[int, Adaptation]) -> None:
         """Decode one token for adapted heads. Each head changes only its own row of logits, never another row."""
-        rows = [_decode_row(sequence, job, None) for sequence, job in adapted.items()]
+        rows = sorted(_decode_row(sequence, job, None) for sequence, job in adapted.items())
         self._base.return_hidden(True)
         logits, states = self._base.decode(rows), self._base.hidden()
         self._base.return_hidden(False)
-        own = [job.low_rank.apply(logits[i], states[i]) for i, job in enumerate(adapted.values())]
+        own = [adapted[row.sequence].low_rank.apply(logits[i], states[i]) for i, row in enumerate(rows)]
         self._process(rows, {}, np.stack(own))
 
     def _advance(self, decoding: dict[int, Generation], prefilling: dict[int, Generation | Prefill]) -> None:
@@ -185,6 +186,7 @@ class AdapterContext:
             drafts = self._speculator.propose(decoding, self._base.outputs, self._base.sequences)
         rows = [_decode_row(sequence, job, drafts.get(sequence)) for sequence, job in decoding.items()]
         rows += self._prefill_rows(prefilling, len(rows), sum(len(row.tokens) for row in rows))
+        rows.sort()
         began = time.perf_counter()
         logits = self._base.decode(rows)
         self._record_time(rows, len(decoding), time.perf_counter() - began)

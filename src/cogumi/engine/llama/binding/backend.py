@@ -34,6 +34,8 @@ def _keep(level: int, text: bytes, _user_data: Any) -> None:
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a failed assertion ends the process with one line, not a hundred
 c.llama_log_set(_keep, ctypes.c_void_p(0))
 c.llama_backend_init()
+AMX = b"AMX_INT8 = 1" in c.llama_print_system_info()
+"""Whether llama.cpp multiplies by the matrix unit of this processor."""
 
 
 @contextmanager

@@ -12,12 +12,11 @@ from llama_cpp._ggml import libggml as ggml
 
 from cogumi.core.environment import beyond_memory
 from cogumi.core.errors import BundleError
-from cogumi.engine.llama.binding.backend import errors, reason
+from cogumi.engine.llama.binding.backend import AMX, errors, reason
 from cogumi.engine.llama.binding.gguf_keys import problem_of
 from cogumi.engine.llama.binding.tokenizer import Tokenizer, Weights
 
 _GGML_TYPE_BF16 = 30  # ggml.h; the Python package does not name it
-_AMX = b"AMX_INT8 = 1" in c.llama_print_system_info()
 _BLOCK = 256
 """llama.cpp's AMX kernels compute wrong products with rows of one quantized block: 32 values, or 256 in K types."""
 
@@ -44,7 +43,7 @@ class Model:
         params.vocab_only = vocabulary_only
         params.use_extra_bufts = repack
         pointer = c.llama_model_load_from_file(os.fsencode(path), params)
-        if pointer and repack and _AMX and not vocabulary_only and c.llama_model_n_embd(pointer) <= _BLOCK:
+        if pointer and repack and AMX and not vocabulary_only and c.llama_model_n_embd(pointer) <= _BLOCK:
             c.llama_model_free(pointer)
             params.use_extra_bufts = False
             pointer = c.llama_model_load_from_file(os.fsencode(path), params)

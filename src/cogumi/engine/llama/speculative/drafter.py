@@ -129,7 +129,7 @@ class Drafter:
             if tokens:
                 rows.append(Row(sequence, tokens, len(self._cached[sequence]), int(len(tokens) == len(run.unread))))
                 room -= len(tokens)
-        return rows
+        return sorted(rows)
 
     def _take(self, run: _Run, logits: NDArray[np.float32]) -> None:
         token = int(logits.argmax())
