@@ -14,6 +14,7 @@ from cogumi.confidence.guarantee import (
     RiskLimit,
     binomial_cdf,
     guarantee,
+    least_trials,
     percent,
     threshold_order,
     trials_needed,
@@ -63,7 +64,23 @@ def test_sequence_starts_at_a_threshold_with_enough_rows():
     def count(t):
         return {0.99: (20, 0), 0.9: (400, 4), 0.8: (600, 60)}[t]
 
-    assert threshold_order([RiskLimit(count, 0.05)], [0.99, 0.9, 0.8]) == [0.9, 0.8]
+    assert threshold_order([RiskLimit(count, 0.05)], 1.0, 0.95, [0.99, 0.9, 0.8]) == [0.9, 0.8]
+
+
+@pytest.mark.parametrize(("scale", "first"), [(1.0, 0.8), (3.0, 0.9), (8.0, 0.99)])
+def test_testing_starts_where_enough_answers_are_expected(scale, first):
+    """The evidence is best at 0.8; three errors at 5% need 153 accepted answers."""
+    counts = {0.99: (20, 0), 0.9: (60, 1), 0.8: (120, 2), 0.7: (200, 15)}
+    limits = [RiskLimit(counts.__getitem__, 0.05)]
+    assert least_trials(3, 0.05, 0.95) == 153
+    assert threshold_order(limits, scale, 0.95, list(counts))[0] == first
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 30), st.sampled_from([0.01, 0.05, 0.2]))
+def test_least_trials_prove_the_risk_and_one_fewer_does_not(errors, risk):
+    trials = least_trials(errors, risk, 0.95)
+    assert upper_bound(errors, trials, 0.95) <= risk + 1e-9 < upper_bound(errors, trials - 1, 0.95)
 
 
 def test_no_threshold_that_keeps_the_limit_is_reported_as_missed():
@@ -78,7 +95,7 @@ def test_no_threshold_that_keeps_the_limit_is_reported_as_missed():
 def test_a_limit_that_no_threshold_meets_does_not_hide_the_other():
     """60 unanswerable rows prove nothing at 2%; the start is then chosen by the accepted answers."""
     limits = [RiskLimit({0.99: (20, 0), 0.9: (400, 4)}.get, 0.05), RiskLimit(lambda t: (60, 0), 0.02, True)]
-    assert threshold_order(limits, [0.99, 0.9]) == [0.9]
+    assert threshold_order(limits, 1.0, 0.95, [0.99, 0.9]) == [0.9]
 
 
 def answers(rng, n, miscalibrated):
@@ -98,7 +115,7 @@ def test_risk_limit_holds_in_95_percent_of_repeats(miscalibrated):
     true_score, true_wrong = answers(rng, 400_000, miscalibrated)
     repeats, violations, guaranteed = 200, 0, 0
     for _ in range(repeats):
-        order = threshold_order([RiskLimit(counter(*answers(rng, 600, miscalibrated)), 0.05)])
+        order = threshold_order([RiskLimit(counter(*answers(rng, 600, miscalibrated)), 0.05)], 2.5, 0.95)
         found = guarantee(order, [RiskLimit(counter(*answers(rng, 1500, miscalibrated)), 0.05)], 1500, 0.95)
         guaranteed += math.isfinite(found.threshold)
         violations += math.isfinite(found.threshold) and true_wrong[true_score >= found.threshold].mean() > 0.05
@@ -110,7 +127,7 @@ def test_risk_limit_holds_in_95_percent_of_repeats(miscalibrated):
 def test_threshold_is_close_to_the_ideal_one():
     """With much data, the guarantee costs little coverage against the best threshold within the risk limit."""
     rng = np.random.default_rng(8)
-    order = threshold_order([RiskLimit(counter(*answers(rng, 4000, False)), 0.05)])
+    order = threshold_order([RiskLimit(counter(*answers(rng, 4000, False)), 0.05)], 5.0, 0.95)
     found = guarantee(order, [RiskLimit(counter(*answers(rng, 20_000, False)), 0.05)], 20_000, 0.95)
     score, wrong = answers(rng, 400_000, False)
     ideal = min(t for t in GRID if wrong[score >= t].mean() <= 0.05)
@@ -125,7 +142,7 @@ def test_second_limit_can_end_the_sequence_earlier():
     found = guarantee([0.9, 0.8, 0.7], limits, 1000, 0.95)
     assert (found.threshold, found.accepted, found.wrong, found.risk) == (0.8, 700, 5, 0.05)
     assert guarantee([0.7, 0.9], limits, 1000, 0.95).threshold == float("inf")
-    assert threshold_order(limits, [0.9, 0.8, 0.7]) == [0.9, 0.8, 0.7]
+    assert threshold_order(limits, 1.0, 0.95, [0.9, 0.8, 0.7]) == [0.9, 0.8, 0.7]
 
 
 @settings(deadline=None, max_examples=60)

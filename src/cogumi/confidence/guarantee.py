@@ -3,9 +3,9 @@
 Fixed-sequence testing (Angelopoulos et al. 2021, "Learn then Test") with the exact binomial bound of
 Clopper and Pearson (1934). Each threshold stands for the whole policy of the cascade; the null hypothesis "more than
 `risk` of the accepted answers are wrong" is rejected if the upper bound of the error rate is at most `risk`.
-Thresholds are tested in an order fixed on other data (from the best supported one downwards) and testing stops at the
-first failure, so the probability that any passed threshold violates the guarantee is at most 1 - confidence, without
-a correction for multiple tests.
+Thresholds are tested in an order fixed on other data (see `threshold_order`) and testing stops at the first failure,
+so the probability that any passed threshold violates the guarantee is at most 1 - confidence, without a correction for
+multiple tests.
 
 Assumption: later questions are exchangeable with the rows of the threshold split (same kinds of questions, answered
 the same way, greedily). With other questions or with sampling the guarantee does not hold.
@@ -23,6 +23,8 @@ import numpy as np
 ASSUMPTION = "questions exchangeable with the rows of the threshold split, answered greedily by this bundle"
 MOST_ERRORS = 500
 """`trials_needed` gives up after this many errors."""
+TOLERATED = 3
+"""Errors that the first tested threshold should tolerate; see `threshold_order`."""
 GRID = tuple(i / 200 for i in range(199, 39, -1))  # 0.995, 0.990, ..., 0.200
 
 
@@ -52,6 +54,20 @@ def upper_bound(wrong: int, n: int, confidence: float) -> float:
     return high
 
 
+def least_trials(errors: int, risk: float, confidence: float) -> int:
+    """The least number of trials in which so many errors prove an error rate of at most `risk`."""
+    short, enough = 0, errors + 1
+    while binomial_cdf(errors, enough, risk) > 1.0 - confidence:
+        short, enough = enough, 2 * enough
+    while short + 1 < enough:
+        middle = (short + enough) // 2
+        if binomial_cdf(errors, middle, risk) > 1.0 - confidence:
+            short = middle
+        else:
+            enough = middle
+    return enough
+
+
 def trials_needed(wrong: int, n: int, risk: float, confidence: float) -> int | None:
     """The least number of trials, at least `n`, that proves an error rate of at most `risk`, if errors stay as frequent
     as `wrong` in `n` (rounded up to whole errors). None if they are too frequent for any reasonable number.
@@ -59,13 +75,8 @@ def trials_needed(wrong: int, n: int, risk: float, confidence: float) -> int | N
     if n == 0 or wrong >= risk * n:
         return None
     for errors in range(wrong, wrong + MOST_ERRORS):
-        first, last = 0, n  # bisection for the least number that proves `risk` with so many errors
-        while binomial_cdf(errors, last, risk) > 1.0 - confidence:
-            first, last = last, 2 * last
-        while first + 1 < last:
-            middle = (first + last) // 2
-            first, last = (middle, last) if binomial_cdf(errors, middle, risk) > 1.0 - confidence else (first, middle)
-        least = max(last, n, (errors - 1) * n // wrong + 1 if wrong else 0)
+        least = least_trials(errors, risk, confidence)
+        least = max(least, n, (errors - 1) * n // wrong + 1 if wrong else 0)
         if wrong * least <= errors * n:
             return least
     return None
@@ -179,17 +190,26 @@ class RiskLimit:
         return binomial_cdf(wrong, n, self.risk)
 
 
-def threshold_order(limits: Sequence[RiskLimit], grid: Sequence[float] = GRID) -> list[float]:
-    """The order in which thresholds are tested: from the best-supported one downwards, chosen on separate data.
+def threshold_order(
+    limits: Sequence[RiskLimit], scale: float, confidence: float, grid: Sequence[float] = GRID
+) -> list[float]:
+    """The order in which thresholds are tested: downwards from a start that is chosen on separate data.
 
-    Starting at the highest threshold would fail at once: it accepts too few rows for a significant test.
+    Testing has `scale` times as many rows as the data of `limits`. The start is the higher one of two: the threshold
+    with the best evidence, and the highest one that is expected to accept enough answers to pass with `TOLERATED`
+    errors. The best evidence is often at a threshold that just keeps the limit and then fails by chance; a much higher
+    threshold accepts too few answers to prove anything. Measured with the answers of a 135M model, 20 random divisions
+    of 1,470 rows: 9 were certified, from the best evidence alone 4.
     """
 
     def evidence(threshold: float) -> tuple[float, float]:
         found = [limit.p_value(threshold) for limit in limits]
         return max(found), sum(found)  # the sum decides where too few rows leave one limit unproved at every threshold
 
-    return list(grid[grid.index(min(grid, key=evidence)) :])
+    best = grid.index(min(grid, key=evidence))
+    count, needed = limits[0].count, least_trials(TOLERATED, limits[0].risk, confidence)
+    enough = (i for i, threshold in enumerate(grid[:best]) if scale * count(threshold)[0] >= needed)
+    return list(grid[next(enough, best) :])
 
 
 def best_missed(limits: Sequence[RiskLimit], confidence: float, grid: Sequence[float] = GRID) -> Missed:

@@ -46,7 +46,7 @@ from cogumi.teach.tier_answers import SPLITS
 from cogumi.train.confidence_plots import frontier_picture, histogram_picture, reliability_picture
 from cogumi.train.fit_gate import Fitted, Signals, fit_gate, fit_probe
 
-VERSION = 8
+VERSION = 9
 KIND = "calibration"
 LIGHT = True
 INPUTS = {"data": "examples", "answers": "answers"}
@@ -244,7 +244,8 @@ def calibrate(
     for policy in policies:
         chosen, of_pool = answers(pool, p_pool, policy)
         _, tests = answers(tested, p, policy)
-        promises[policy.name] = guarantee(threshold_order(of_pool), tests, len(tested), config.confidence)
+        order = threshold_order(of_pool, len(tested) / len(pool), config.confidence)
+        promises[policy.name] = guarantee(order, tests, len(tested), config.confidence)
         searched[policy.name] = search(chosen)
     found = Calibration(question, gates, probe, limit, promises, {name: t for name, (t, _) in searched.items()})
     write_json(out / FILE, found.to_json())

@@ -213,7 +213,8 @@ def _promise(pool: Pool, judged: Index, draw: np.random.Generator) -> list[Figur
     for _ in range(RECALIBRATIONS):
         order = draw.permutation(len(index))
         first, second = order[:ORDER_ROWS], order[ORDER_ROWS : ORDER_ROWS + THRESHOLD_ROWS]
-        order_of_tests = threshold_order([RiskLimit(answers.rows(first).count, promise.risk)])
+        known = [RiskLimit(answers.rows(first).count, promise.risk)]
+        order_of_tests = threshold_order(known, THRESHOLD_ROWS / ORDER_ROWS, promise.confidence)
         tests = [RiskLimit(answers.rows(second).count, promise.risk)]
         found = guarantee(order_of_tests, tests, THRESHOLD_ROWS, promise.confidence)
         accepted, wrong = answers.rows(order[ORDER_ROWS + THRESHOLD_ROWS :]).count(found.threshold)

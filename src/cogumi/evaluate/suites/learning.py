@@ -182,7 +182,8 @@ def promise_of(rng: np.random.Generator) -> Guarantee:
         wrong = rng.random(n) > p
         return lambda t: (int((p >= t).sum()), int((wrong & (p >= t)).sum()))
 
-    return guarantee(threshold_order([RiskLimit(counter(3_000), RISK)]), [RiskLimit(counter(6_000), RISK)], 6_000, 0.95)
+    order = threshold_order([RiskLimit(counter(3_000), RISK)], 2, 0.95)
+    return guarantee(order, [RiskLimit(counter(6_000), RISK)], 6_000, 0.95)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
