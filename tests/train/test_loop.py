@@ -22,7 +22,7 @@ from cogumi.models.lora import LoraShape, attach
 from cogumi.models.tokenization import HFTokenizer, Row
 from cogumi.train.batches import collate
 from cogumi.train.checkpoint import Progress, trained
-from cogumi.train.loop import LoopConfig, computing, learning_rate, reason_to_stop, train
+from cogumi.train.loop import LoopConfig, learning_rate, reason_to_stop, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.validation import applied, judge_answers
 from support import pico
@@ -159,16 +159,6 @@ def test_memory_options_do_not_change_gradients(tokenizer, tmp_path):
     assert torch.equal(found["plain"], found["twice"])
     assert not torch.equal(found["plain"], found["bf16"])
     assert torch.nn.functional.cosine_similarity(found["plain"], found["bf16"], dim=0) > 0.98
-
-
-@pytest.mark.parametrize(("matrix_units", "type"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_computes_in_bf16_where_the_processor_has_matrix_units(monkeypatch, matrix_units, type):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
-    layer = torch.nn.Linear(4, 4)
-    with computing(layer, "auto"):
-        assert layer(torch.ones(1, 4)).dtype == type
-    with computing(layer, "fp32"):
-        assert layer(torch.ones(1, 4)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

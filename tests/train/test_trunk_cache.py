@@ -106,14 +106,6 @@ def test_cache_changes_neither_losses_nor_the_adapter(world, tmp_path, model, ca
         assert (tensor - adapter[name]).norm() <= weight * tensor.norm(), name
 
 
-def test_cached_states_are_computed_in_the_precision_of_the_training(world, tmp_path):
-    loop = CONFIG.loop.model_copy(update={"precision": "bf16"})
-    expected, _ = trained(world, tmp_path / "plain", changed(cache=None, loop=loop))
-    found, _ = trained(world, tmp_path / "cached", changed(cache="fp32", loop=loop))
-    for (_, figures), (_, others) in zip(expected["curve"]["selection"], found["curve"]["selection"], strict=True):
-        assert figures["loss"] == pytest.approx(others["loss"], abs=1e-5)
-
-
 def test_adapter_is_on_the_upper_layers_of_the_whole_model(world, whole):
     out, (metrics, adapter) = whole
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in adapter} == {LAYERS - 2, LAYERS - 1}

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -28,8 +28,6 @@ from cogumi.train.muon import Muon
 SHOWN_EVERY = 10
 """Steps between two recorded losses."""
 
-Precision: TypeAlias = Literal["fp32", "bf16", "auto"]
-"""`auto`: bf16 on GPUs and on processors with matrix units for it (AMX), where it is faster; else fp32."""
 Loss: TypeAlias = Callable[[Any, Any], tuple[Tensor, dict[str, float]]]
 """loss(model, batch) -> mean loss of the batch, and figures to log, including `loss`."""
 Apply: TypeAlias = Callable[[Callable[[Any, Any], Any], Any], Any]
@@ -75,29 +73,22 @@ class LoopConfig(BaseModel):
     gradient_floor: float | None = Field(None, gt=0)
     keep: int = Field(1, ge=1, description="number of best weights to keep; others as `best/<step>.safetensors`")
     checkpoint_every: int = Field(100, ge=1)
-    precision: Precision = Field("fp32", description="of the computation; weights keep their type")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; weights keep their type")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile; pays on GPUs")
-
-
-def computing(model: nn.Module, precision: Precision) -> AbstractContextManager[Any]:
-    """The context in which a model computes in this precision."""
-    device = next(model.parameters()).device.type
-    fast = device == "cuda" or torch.cpu._is_amx_tile_supported()
-    bf16 = precision == "bf16" or (precision == "auto" and fast)
-    return torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()
 
 
 class _FunctionModule(nn.Module):
     """A module whose forward pass is any function of the model, so that data-parallel and sharding wrappers apply."""
 
-    def __init__(self, model: nn.Module, precision: Precision) -> None:
+    def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
         self.model: Any = model
-        self.precision: Precision = precision
+        self.bf16 = precision == "bf16"
 
     def forward(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
-        with computing(self.model, self.precision):
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
             return function(self.model, batch)
 
 

@@ -31,14 +31,14 @@ from cogumi.models.upper_layers import layers_below, only
 from cogumi.train.batches import Order, collate, make_rows
 from cogumi.train.checkpoint import Progress
 from cogumi.train.failed_questions import with_rehearsal, with_usual_abstentions
-from cogumi.train.loop import Apply, LoopConfig, computing, train
+from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.training_cost import Upper, training_estimate
 from cogumi.train.trunk_cache import Collate, Precision, TrunkCache
 from cogumi.train.validation import applied, judge_answers
 from cogumi.train.validation_size import Budget, LayerCost, sample, used, validations
 
-VERSION = 4
+VERSION = 3
 KIND = "adapter"
 INPUTS = {"examples": "examples", "responses": "responses", "model": "model"}
 TRAINS = True
@@ -150,8 +150,7 @@ class _Run:
             first = len(judged.own) + len(judged.others)
             index = [*range(first), *(first + i for i in used(_order(config, rows, context), config.loop.steps))]
             cache = TrunkCache(out / CHECKPOINT / "trunk", everything, below, model.config.hidden_size, config.cache)
-            with computing(model, config.loop.precision):
-                cache.fill(model, context, index)
+            cache.fill(model, context, index)
             self.own, self.others = cache.collate_from(0), cache.collate_from(len(judged.own))
             self.trained = cache.collate_from(first)
 
