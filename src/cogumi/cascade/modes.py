@@ -63,6 +63,7 @@ class Mode(BaseModel):
 MODES: Mapping[str, Mode] = {
     "fast": Mode(),
     "balanced": Mode(modifier=True),
+    "straight": Mode(modifier=True, modifier_first=True),
     "accurate": Mode(modifier=True, votes=5, critique=1),
     "desktop": Mode(modifier=True, votes=5, critique=1, examples=5),
     "mobile": Mode(draft=True, modifier=True, modifier_first=True),

@@ -24,7 +24,7 @@ ModeOption = Annotated[
     str | None,
     typer.Option(
         help="`fast` uses the base only, `balanced` also modifiers, `accurate` also votes and critique for hard "
-        "questions; or `turbo`, `mobile`, `desktop`, or a mode of your --settings.",
+        "questions; or `straight`, `turbo`, `mobile`, `desktop`, or a mode of your --settings.",
         show_default="chosen per question",
     ),
 ]
