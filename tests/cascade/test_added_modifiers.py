@@ -151,7 +151,7 @@ def test_engine_without_runtime_adapters_is_reported(made, law, tmp_path):
         bot.add_modifier("law", law)
 
 
-@pytest.mark.parametrize("mode", ["balanced", "accurate", "mobile", "turbo", "desktop"])
+@pytest.mark.parametrize("mode", ["balanced", "straight", "accurate", "mobile", "turbo", "desktop"])
 def test_modifier_named_like_a_router_domain_is_never_accepted(made, law, mode):
     """The router has a domain `law`, but the gates were fitted without its modifier."""
     router = Net.of(

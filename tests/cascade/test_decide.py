@@ -43,6 +43,7 @@ def plan(situation=SITUATION, settings=SETTINGS, gates=None, **values):
         ("fast", ("base",), None),
         ("balanced", ("base", "modifier"), None),
         ("turbo", ("draft", "base"), None),
+        ("straight", ("base", "modifier"), ("direct",)),
         ("mobile", ("draft", "base", "modifier"), ("draft", "direct")),
     ],
 )

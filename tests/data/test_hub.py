@@ -131,7 +131,7 @@ def test_a_data_set_that_is_not_in_the_cache_names_the_command(cache, tmp_path):
 
 def test_an_adopted_recipe_names_the_data_set(cache, tmp_path):
     cache("main", "a" * 40)
-    written = yaml.safe_load(head(Adoption("mine", "smollm2", survey([TOTAL]), tmp_path, 0.05, 2)))
+    written = yaml.safe_load(head(Adoption("mine", "smollm2", survey([TOTAL]), tmp_path, 0.05, 2, 32, 256)))
     assert written["steps"][0]["config"]["files"] == {"TwoSums": [str(TOTAL)]}
 
 

@@ -27,8 +27,8 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adopt")
     export_model(make_model(folder / "model"), folder / "model.gguf")
     questions = [f"What is {i} plus {i % 11}?" for i in range(2 * ROWS)]
-    engine = LlamaEngine(folder / "model.gguf", slots=16, context=128, threads=1, lookup=False)
-    asked = [Request(messages=(Message("user", q),), max_tokens=32, speculate=False) for q in questions]
+    engine = LlamaEngine(folder / "model.gguf", slots=16, context=512, threads=1, lookup=False)
+    asked = [Request(messages=(Message("user", q),), max_tokens=256, speculate=False) for q in questions]
     said = [reply.text for reply in replies(engine, asked)]
     engine.close()
     rows = [

@@ -16,7 +16,7 @@ from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.engine.protocol import replies
 from cogumi.pipeline.adopt import adopt, only_adoption
 from cogumi.pipeline.adopted_recipe import Adoption
-from cogumi.pipeline.adoption_checks import check, usable_model
+from cogumi.pipeline.adoption_checks import check, room_for_answers, usable_model
 from cogumi.pipeline.build import build
 from support.cli import COGUMI, cogumi
 from support.gguf_rewrite import rewritten
@@ -45,7 +45,9 @@ def folder(tmp_path_factory):
 
 
 def plan_of(home, folder, *files, model="some.gguf"):
-    return Adoption(home.name, str(folder / model), survey(files or [folder / "sums.jsonl"]), home.parent, 0.05, 1)
+    return Adoption(
+        home.name, str(folder / model), survey(files or [folder / "sums.jsonl"]), home.parent, 0.05, 1, 256, 256
+    )
 
 
 def checked(plan, wanted=None):
@@ -79,6 +81,8 @@ def test_the_reason_is_shown_and_the_build_ends(folder, tmp_path):
     (reason,) = json.loads(done.stdout)["modifier_reasons"].values()
     assert reason.startswith("no modifier: ")
     assert "it is a gemma" in reason
+    assert "answers: up to 256 tokens" in done.stderr  # the files' answers take 32, this model goes on
+    assert (out.parent / "mine.yaml").read_text("utf-8").count("max_tokens: 256") == 3
     assert (out / "bundle" / "bundle.json").is_file()
 
 
@@ -96,8 +100,19 @@ def test_domains_are_known_and_can_be_graded(folder, tmp_path):
 def test_a_question_longer_than_the_context_is_named(folder, tmp_path):
     for text in ("word " * 3000, "zq" * 700):  # the second one has fewer bytes than three times the context
         rows = write(tmp_path / "long.jsonl", [*sums(60), {"question": f"{text}?", "answer": "4"}])
-        plan = plan_of(tmp_path / "mine", folder, rows)
-        refused(r"the question long\.jsonl:61 has \d+ tokens; .* the model's context of 1024", plan, error=DataError)
+        with pytest.raises(
+            DataError, match=r"the question long\.jsonl:61 has \d+ tokens; .* the model's context of 1024"
+        ):
+            room_for_answers(survey([rows]), usable_model(str(folder / "some.gguf")))
+
+
+def test_an_answer_has_the_room_that_the_longest_question_leaves(folder, tmp_path):
+    model = usable_model(str(folder / "some.gguf"))
+    assert room_for_answers(survey([folder / "sums.jsonl"]), model) == 256
+    rows = write(tmp_path / "long.jsonl", [*sums(60), {"question": f"{'zq' * 450}?", "answer": "4"}])
+    question = survey([rows]).domains[0].longest
+    tokens = len(model.tokenizer.render(Request(messages=question.messages)))
+    assert room_for_answers(survey([rows]), model) == 1024 - tokens < 256
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -211,5 +226,5 @@ def test_ctrl_c_says_how_to_continue(folder, tmp_path):
 
 def test_a_survey_of_no_domain_is_refused(folder, tmp_path):
     plan = plan_of(tmp_path / "mine", folder)
-    empty = Adoption(plan.name, plan.model, Survey(()), plan.root, plan.e, plan.layers)
+    empty = replace(plan, survey=Survey(()))
     refused("no grader can judge", empty, error=DataError)

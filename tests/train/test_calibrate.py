@@ -131,7 +131,7 @@ def test_cascade_answers_match_the_calibrated_policy(routed, answered, tmp_path)
         asked = tier_answers.Config(max_tokens=6, **SIZE)
         tiers = tier_answers.open_tiers(inputs, examples, asked, context(tmp_path), opened)
         cascade = cascade_of(tiers, calibration, workers=4)
-        for mode in ("fast", "balanced", "turbo", "mobile"):
+        for mode in ("fast", "balanced", "straight", "turbo", "mobile"):
             promise = figures["guarantee"][MODES[mode].policy.name]
             assert math.isfinite(promise["threshold"])
             requests = [Request(messages=e.messages, max_tokens=6, mode=mode) for e in examples]

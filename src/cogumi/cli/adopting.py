@@ -72,7 +72,9 @@ def adopt(
     home = home if home.name.strip(".") else home.resolve()
     chosen = None if modifiers == AUTO else [] if modifiers == NONE else [domain_name(n) for n in modifiers.split(",")]
     home.parent.mkdir(parents=True, exist_ok=True)  # relative paths of the recipe start there
-    plan = Adoption(home.name, model, found, home.parent, e, max(1, round(UPPER * layers)), copy)
+    room = adoption_checks.room_for_answers(found, opened)
+    upper = max(1, round(UPPER * layers))
+    plan = Adoption(home.name, model, found, home.parent, e, upper, found.max_tokens, room, copy)
     obstacle = adoption_checks.check(plan, opened, chosen)
     kind, types = chosen_type(model, type) if found.gradable else (None, None)
     plan = replace(plan, type=kind)

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,18 @@ from cogumi.core import artifact
 from cogumi.core.amounts import duration
 from cogumi.core.errors import CogumiError
 from cogumi.core.files import exclusive_lock, write_text
+from cogumi.data.responses import read_responses
 from cogumi.data.sources.survey import Survey
-from cogumi.pipeline.adopted_recipe import SHARES, Adoption, head, modifiers, step_names, whole
+from cogumi.pipeline.adopted_recipe import (
+    FIRST,
+    SHARES,
+    Adoption,
+    first_answers,
+    head,
+    modifiers,
+    step_names,
+    whole,
+)
 from cogumi.pipeline.adoption_checks import parsed
 
 FAILURES = 60
@@ -28,6 +38,8 @@ FAILURES = 60
 GAIN = 0.05
 """Least gain on selection questions with which a modifier is kept."""
 CONFIDENCE = 0.95
+ENDED = 0.9
+"""Share of the model's first answers that must end within the tokens of an answer."""
 
 Build = Callable[[Any], dict[str, Any]]
 Report = Callable[[str], None]
@@ -87,6 +99,7 @@ def adopt(
     """
     names = [d.name for d in plan.survey.gradable]
     home = runs / plan.name
+    plan = replace(plan, max_tokens=_answer_tokens(plan, home, build, say))
     build(parsed(head(plan), plan))
     say(f"answering the questions of the other sets takes about {duration(_left(home))} more")
     reasons = dict.fromkeys(names, f"no modifier: {obstacle}") if obstacle else _candidates(home, names, wanted)
@@ -107,6 +120,21 @@ def adopt(
         say(f"the recipe that was in {file} is now {file.replace(file.with_suffix('.old.yaml'))}")
     write_text(file, text)
     return Adopted(file, build(parsed(text, plan)), reasons)
+
+
+def _answer_tokens(plan: Adoption, home: Path, build: Build, say: Report) -> int:
+    """Tokens within which most of the model's answers end; at least those that the answers of the files take.
+
+    A chat model explains its answer where a file has a number; cut off, the explanation is graded as it stands.
+    """
+    build(parsed(first_answers(plan, plan.room), plan))
+    answers = read_responses(home / FIRST).values()
+    lengths = sorted(answer.tokens if answer.finished else plan.room for answer in answers)
+    usual = lengths[math.ceil(ENDED * len(lengths)) - 1]
+    chosen = min(plan.room, max(plan.max_tokens, 16 * math.ceil(usual / 16)))
+    ended = sum(answer.finished and answer.tokens <= chosen for answer in answers)
+    say(f"answers: up to {chosen} tokens, within which {ended} of the model's first {len(lengths)} answers end")
+    return chosen
 
 
 def _left(home: Path) -> float:

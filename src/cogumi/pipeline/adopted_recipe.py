@@ -16,6 +16,8 @@ SHARES = {"train": 30, "selection": 10, "fit": 20, "threshold": 20, "heldout": 2
 """60% to fit with, 20% for the promise, 20% for the report."""
 WEIGHTS = "weights"
 """The step whose model is trained."""
+FIRST, FIRST_QUESTIONS = "first_answers", 32
+"""The step that shows how long the model's answers are, and its number of questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Adoption:
     """What to build: a model (as for stage `gguf_file`), the files of a survey, and the domains that get a modifier.
 
     `root` is the folder of the recipe, where its relative paths start. Modifiers are trained on the upper `layers`.
+    Answers have up to `max_tokens` tokens; the context has room for `room` after the longest question.
     `type`: the model is requantized to it; None: it stays as it is.
     """
 
@@ -32,6 +35,8 @@ class Adoption:
     root: Path
     e: float
     layers: int
+    max_tokens: int
+    room: int
     copy: bool = False
     type: str | None = None
 
@@ -50,8 +55,8 @@ def step_names(domain: str) -> tuple[str, str, str]:
     return f"modifier_{domain}", f"modifier_{domain}_gguf", f"gain_{domain}"
 
 
-def head(plan: Adoption) -> str:
-    """Name, data, base and reader."""
+def _beginning(plan: Adoption) -> str:
+    """Name, data and base."""
     domains = plan.survey.gradable
     files = {name: [_path(p, plan.root) for p in paths] for name, paths in files_by_domain(domains).items()}
     graders = {d.name: d.grader for d in domains if d.grader != OWN}
@@ -76,12 +81,24 @@ steps:
 
   # The model, {about}.
   - {{name: base, stage: gguf_file, config: {_flow(base)}}}
+"""
 
+
+def first_answers(plan: Adoption, max_tokens: int) -> str:
+    """The recipe up to answers to a few training questions."""
+    config = {"rows": FIRST_QUESTIONS, "max_tokens": max_tokens}
+    step = f"  - {{name: {FIRST}, stage: respond, inputs: {{examples: data, model: base}}, config: {_flow(config)}}}\n"
+    return _beginning(plan) + step
+
+
+def head(plan: Adoption) -> str:
+    """Name, data, base and reader."""
+    return f"""{_beginning(plan)}
   # Its answers to the training questions, and heads on its hidden states that read a question.
   - name: responses
     stage: respond
     inputs: {{examples: data, model: base}}
-    config: {{max_tokens: {plan.survey.max_tokens}}}
+    config: {{max_tokens: {plan.max_tokens}}}
   - {{name: reader, stage: reader, inputs: {{examples: data, responses: responses}}}}
 """
 
@@ -90,7 +107,7 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
     """A LoRA adapter for each domain, trained on what the base failed, and its gain on other questions."""
     if not domains:
         return ""
-    tokens = plan.survey.max_tokens
+    tokens = plan.max_tokens
     text = f"""
   # Modifiers: adapters trained on the questions that the base failed and, so that they keep what it knows, on some
   # that it answered (the share `rehearsal` of the rows).
@@ -118,7 +135,7 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
 def tail(plan: Adoption, domains: Sequence[str]) -> str:
     """Calibration, bundle and report with the modifiers that are kept."""
     kept = "".join(f", modifier_{domain}: {step_names(domain)[1]}" for domain in domains)
-    tokens = plan.survey.max_tokens
+    tokens = plan.max_tokens
     return f"""
   # Answers to the questions of the other sets. Of the answers that are accepted as sure, at most the share `e` may be
   # wrong, with 95% confidence; another `e` does not ask again.

@@ -11,7 +11,7 @@ from cogumi.core.errors import CogumiError, DataError, ExportError, TrainingErro
 from cogumi.core.files import sha256
 from cogumi.core.registry import nearest
 from cogumi.core.types import Request
-from cogumi.data.sources.survey import Survey, domain_name
+from cogumi.data.sources.survey import LONGEST_ANSWER, Survey, domain_name
 from cogumi.pipeline import fingerprint
 from cogumi.pipeline.adopted_recipe import WEIGHTS, Adoption, head, modifiers
 from cogumi.pipeline.build import check_home
@@ -41,7 +41,7 @@ def usable_model(name: str) -> Model:
 def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
     """Why no modifier can be trained, empty if they can; `wanted` are the domains that must get one (None: any may).
 
-    Raises `DataError` for questions that cannot be graded or are too long, `CogumiError` for an unknown domain and for
+    Raises `DataError` for questions that cannot be graded, `CogumiError` for an unknown domain and for
     a folder with other work in it, `TrainingError` if a wanted modifier cannot be trained.
     """
     names = [d.name for d in plan.survey.gradable]
@@ -57,7 +57,6 @@ def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
             )
         if name not in names:
             raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
-    _check_lengths(plan.survey, model)
     _check_folder(plan, model)
     if wanted is not None and not wanted:
         return ""
@@ -69,9 +68,12 @@ def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
     return found
 
 
-def _check_lengths(survey: Survey, model: Model) -> None:
-    """Whether the longest question of each domain, and an answer, fit the context that the model was trained for."""
-    context = model.trained_context
+def room_for_answers(survey: Survey, model: Model) -> int:
+    """Tokens that the model's context leaves for an answer to the longest question, at most `LONGEST_ANSWER`.
+
+    Raises `DataError` if these are fewer than the answers of the files take.
+    """
+    context, room = model.trained_context, LONGEST_ANSWER
     for domain in survey.gradable:
         tokens = len(model.tokenizer.render(Request(messages=domain.longest.messages)))
         if context and tokens + survey.max_tokens > context:
@@ -79,6 +81,8 @@ def _check_lengths(survey: Survey, model: Model) -> None:
                 f"the question {domain.longest.source} has {tokens} tokens; with {survey.max_tokens} for an answer "
                 f"that is more than the model's context of {context}: shorten that row or remove it"
             )
+        room = min(room, context - tokens) if context else room
+    return room
 
 
 def _check_folder(plan: Adoption, model: Model) -> None:

@@ -18,6 +18,8 @@ from cogumi.grading.suggest import suggested_grader
 
 OWN = "each row's own check"
 BYTES_PER_TOKEN = 3.0
+LONGEST_ANSWER = 256
+"""Tokens of an answer, at most."""
 _NAME = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -54,9 +56,9 @@ class Survey:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that leave room for most answers: twice the longest usual one, at least 32, at most 256."""
+        """Tokens that leave room for most of the files' answers: twice the longest usual one, at least 32."""
         longest = max((d.answer_bytes for d in self.gradable), default=0)
-        return min(256, max(32, 16 * math.ceil(2 * longest / BYTES_PER_TOKEN / 16)))
+        return min(LONGEST_ANSWER, max(32, 16 * math.ceil(2 * longest / BYTES_PER_TOKEN / 16)))
 
 
 def domain_name(text: str) -> str:
