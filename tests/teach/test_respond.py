@@ -62,6 +62,12 @@ def test_answers_and_readings_are_those_of_the_engine(inputs, tmp_path, monkeypa
     engine.close()
 
 
+def test_a_few_questions_come_from_all_parts_of_the_set(inputs, tmp_path, monkeypatch):
+    artifacts, examples = inputs
+    answered(artifacts, tmp_path / "out", monkeypatch, rows=5)
+    assert list(read_responses(tmp_path / "out")) == [examples[i].id for i in (0, 5, 10, 15, 20)]
+
+
 def test_a_killed_run_continues_with_the_next_chunk_and_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch):
     artifacts, _ = inputs
     answered(artifacts, tmp_path / "whole", monkeypatch)

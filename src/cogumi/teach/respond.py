@@ -38,7 +38,7 @@ from cogumi.engine.protocol import Engine, final_reply
 from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
 
-VERSION = 2
+VERSION = 3
 KIND = "responses"
 INPUTS = {"examples": "examples", "model": "gguf"}
 
@@ -52,7 +52,8 @@ Answered = tuple[Reading, Reply]
 
 
 class Config(BaseModel):
-    """`rows` limits the number of training questions (None: all); `slots` are answered at the same time."""
+    """`rows`: at most so many training questions, from all parts of the set (None: all); `slots` are answered at a time.
+    """
 
     model_config = ConfigDict(extra="forbid")
     rows: int | None = Field(None, ge=1)
@@ -68,9 +69,11 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 def run(config: Config, inputs: Mapping[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """`examples` + `model` -> responses.jsonl and readings.safetensors."""
-    examples = read_examples(split_path(inputs["examples"].path, "train"))[: config.rows]
-    if not examples:
+    every = read_examples(split_path(inputs["examples"].path, "train"))
+    if not every:
         raise DataError("there is no training question to ask: give the split `train` some rows")
+    chosen = min(config.rows or len(every), len(every))
+    examples = [every[i * len(every) // chosen] for i in range(chosen)]  # a set may be ordered by domain
     parts = list(_parts(examples, config, inputs["model"].path / "model.gguf", out / CHECKPOINT, context))
     rows = [row for responses, _ in parts for row in responses]
     write_readings(out / READINGS, Readings.joined(readings for _, readings in parts))
