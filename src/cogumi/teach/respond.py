@@ -52,7 +52,9 @@ Answered = tuple[Reading, Reply]
 
 
 class Config(BaseModel):
-    """`rows`: at most so many training questions, from all parts of the set (None: all); `slots` are answered at a time.
+    """`rows`: at most so many training questions, from all parts of the set (None: all).
+
+    `slots` questions are answered at the same time.
     """
 
     model_config = ConfigDict(extra="forbid")
