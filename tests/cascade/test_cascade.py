@@ -226,6 +226,7 @@ def test_model_names_select_tiers_and_modes(tiers):
         "cogumi",
         "cogumi:fast",
         "cogumi:balanced",
+        "cogumi:straight",
         "cogumi:accurate",
         "cogumi:desktop",
         "cogumi:mobile",
