@@ -41,8 +41,8 @@ def usable_model(name: str) -> Model:
 def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
     """Why no modifier can be trained, empty if they can; `wanted` are the domains that must get one (None: any may).
 
-    Raises `DataError` for questions that cannot be graded, `CogumiError` for an unknown domain and for
-    a folder with other work in it, `TrainingError` if a wanted modifier cannot be trained.
+    Raises `DataError` for questions that cannot be graded, `CogumiError` for an unknown domain and for a folder with
+    other work in it, `TrainingError` if a wanted modifier cannot be trained.
     """
     names = [d.name for d in plan.survey.gradable]
     if not names:
