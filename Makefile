@@ -13,6 +13,7 @@ export CMAKE_ARGS ?= -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 # Corrects GCC's intrinsics for AMX, with which llama.cpp would end at the first prompt on processors that have it.
+# pip's cache may hold a llama.cpp that was compiled without the correction, so it is not used for that package.
 export CXXFLAGS := $(CXXFLAGS) -include "$(CURDIR)/amx_intrinsics.h"
 
 .PHONY: demo tiny test lint types format clean
@@ -42,6 +43,7 @@ format: .venv/dev
 .venv/build: pyproject.toml constraints.txt
 	@echo "Installing (about 6 minutes on two cores the first time, most of it compiling llama.cpp) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-cache-dir --constraint constraints.txt llama-cpp-python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[build]'
 	touch $@
 
