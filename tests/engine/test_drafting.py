@@ -152,12 +152,12 @@ def test_failing_draft_is_disabled_without_changing_answers(monkeypatch, caplog)
     draft_weights = engine._draft.weights
     decode, calls = Context.decode, []
 
-    def failing(self, rows):
+    def failing(self, rows, **options):
         if self._weights is draft_weights:
             calls.append(rows)
             if len(calls) > 6:
                 raise RequestError("llama.cpp could not run a batch")
-        return decode(self, rows)
+        return decode(self, rows, **options)
 
     monkeypatch.setattr(Context, "decode", failing)
     with caplog.at_level(logging.WARNING, "cogumi"):

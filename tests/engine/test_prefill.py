@@ -8,8 +8,9 @@ import pytest
 
 from cogumi.core.errors import ContextError
 from cogumi.core.types import Request
+from cogumi.engine.llama.binding.context import Context
 from cogumi.engine.llama.engine import LlamaEngine
-from cogumi.engine.protocol import final_reply
+from cogumi.engine.protocol import final_reply, replies
 from support.engines import CHAT, ask, ids, opened, pico, plain
 from support.waiting import PATIENCE, Gate
 
@@ -59,6 +60,76 @@ def test_unrelated_requests_do_not_evict_a_conversation(engine):
     for seed in range(3):
         ask(engine, Request(prompt=ids(60, 50 + seed), max_tokens=3))
     assert ask(engine, talk).usage.cached_tokens == 119
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The number of tokens of each pass of llama.cpp."""
+    sizes, decode = [], Context.decode
+
+    def counted(context, rows, **options):
+        sizes.append(sum(len(row.tokens) for row in rows))
+        return decode(context, rows, **options)
+
+    monkeypatch.setattr(Context, "decode", counted)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def cold():
+    """An engine whose cache never fits."""
+    with closing(LlamaEngine(pico().base_q8, threads=1, slots=1, lookup=False)) as engine:
+        yield lambda request: (engine.read(Request(prompt=ids(2, 999))), ask(engine, request))[1]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
+def test_answer_to_a_prompt_that_was_read_begins_without_a_pass(engine, cold, passes, sampling):
+    request = Request(prompt=ids(90, 6), max_tokens=7, speculate=False, **sampling)
+    expected = cold(request)
+    engine.read(request)
+    passes.clear()
+    reply = ask(engine, request)
+    assert plain(reply) == plain(expected)
+    assert reply.usage.cached_tokens == 90
+    assert passes == [1] * (len(reply.tokens) - 1)
+    engine.read(request)
+    passes.clear()
+    longer = replace(request, prompt=(*request.prompt, 9))
+    assert plain(ask(engine, longer)) == plain(cold(longer))
+
+
+def test_read_prompt_serves_every_kind_of_request(engine, cold):
+    request = Request(prompt=ids(60, 16), max_tokens=7)
+    for options in ({}, {"logprobs": 3}, {"echo": True}, {"hidden": True}, {"max_tokens": 1, "hidden": True}):
+        asked = replace(request, **options)
+        engine.read(request)
+        reply, expected = ask(engine, asked), cold(asked)
+        assert plain(reply) == plain(expected)
+        assert reply.prompt == expected.prompt
+        assert reply.hidden == pytest.approx(expected.hidden, abs=1e-4)
+    engine.read(request)
+    stream = engine.generate(replace(request, max_tokens=100))
+    stream.close()  # before or after its first token
+    engine.read(request)
+    assert plain(ask(engine, request)) == plain(cold(request))
+
+
+def test_hidden_state_of_an_answer_needs_no_further_pass(engine, passes):
+    request = Request(prompt=ids(40, 7), max_tokens=6, hidden=True, speculate=False)
+    passes.clear()
+    reply = ask(engine, request)
+    assert sum(passes) == 40 + len(reply.tokens) - 1
+    before_last = (*request.prompt, *(token.id for token in reply.tokens[:-1]))
+    assert reply.hidden == pytest.approx(engine.read(Request(prompt=before_last)).last, abs=1e-4)
+
+
+def test_hidden_states_of_answers_at_the_same_time(engine):
+    """Some end beside prompts or after gaps between sequences, where the pass does not return the state."""
+    requests = [Request(prompt=ids(20 + 30 * i, 30 + i), max_tokens=3 + 4 * i, hidden=i % 4 != 3) for i in range(12)]
+    for request, reply in zip(requests, replies(engine, requests, 12), strict=True):
+        before_last = (*request.prompt, *(token.id for token in reply.tokens[:-1]))
+        expected = engine.read(Request(prompt=before_last)).last if request.hidden else ()
+        assert reply.hidden == pytest.approx(expected, abs=1e-4)
 
 
 def test_prefill_evaluates_text_while_the_user_types(engine):

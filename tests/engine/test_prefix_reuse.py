@@ -37,3 +37,9 @@ def test_unrelated_prompts_take_the_least_recently_used_sequence():
 def test_kept_part_is_always_a_common_prefix(prompt, free):
     sequence, kept = choose_sequence(prompt, free)
     assert free[sequence].ids[:kept] == prompt[:kept]
+
+
+def test_shorter_cache_is_used_first_where_several_share_the_prefix():
+    free = {1: CachedSequence([1, 2, 3, 4, 5], used=9), 2: CachedSequence([1, 2, 3], used=1)}
+    assert choose_sequence([1, 2, 3], free) == choose_sequence([1, 2, 3, 7], free) == (2, 3)
+    assert choose_sequence([1, 2, 3, 4], free) == (1, 4)

@@ -21,10 +21,10 @@ def test_failing_batch_fails_only_its_own_jobs(monkeypatch):
     whole, adapted = ask(engine, request), ask(engine, replace(request, adapter="a"))
     decode = Context.decode
 
-    def failing(self, rows):
+    def failing(self, rows, **options):
         if any(4 in row.tokens for row in rows):  # in no other prompt, because `ids` begin at 5
             raise RequestError("llama.cpp could not run a batch")
-        return decode(self, rows)
+        return decode(self, rows, **options)
 
     monkeypatch.setattr(Context, "decode", failing)
     other = engine.generate(replace(request, adapter="a"))
@@ -90,7 +90,7 @@ def test_broken_engine_fails_all_jobs_without_hanging(monkeypatch):
     gate.wait()
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
-    def broken(self, rows):
+    def broken(self, rows, **options):
         raise SystemExit("no more")
 
     monkeypatch.setattr(Context, "decode", broken)

@@ -101,9 +101,9 @@ def test_standard_error_on_hand_computed_examples():
 def test_a_question_is_read_once_for_all_its_choices(bundle, rows, data, monkeypatch):
     decode, lengths = Context.decode, []
 
-    def counted(context, batch):
+    def counted(context, batch, **options):
         lengths.append(sum(len(row.tokens) for row in batch))
-        return decode(context, batch)
+        return decode(context, batch, **options)
 
     with closing(LlamaEngine(open_bundle(bundle).base, threads=1, context=256)) as engine:
         question, encode = rows[1], engine.tokenizer.encode

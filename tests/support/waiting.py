@@ -28,9 +28,9 @@ class Gate:
         self._left, self._engine = None, None
         decode = Context.decode
 
-        def held(context, rows):
+        def held(context, rows, **options):
             self._pass()
-            return decode(context, rows)
+            return decode(context, rows, **options)
 
         monkeypatch.setattr(Context, "decode", held)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cogumi.core.errors import RequestError
 from cogumi.engine.generation import Generation
-from cogumi.engine.llama.binding.context import Context, Row
+from cogumi.engine.llama.binding.context import Context, Row, adjacent
 from cogumi.engine.llama.binding.tokenizer import Tokenizer
 from cogumi.engine.llama.jobs import Adaptation, Measurement, Prefill, SupportExample
 from cogumi.engine.llama.prefix_reuse import CachedSequence, choose_sequence
@@ -49,6 +49,7 @@ class AdapterContext:
         self._base, self._tokenizer, self._speculator = base, tokenizer, speculator
         self._jobs: dict[int, Job] = {}
         self._cached = {sequence: CachedSequence() for sequence in range(base.sequences)}
+        self._first_logits: dict[int, Logits] = {}  # of generations whose whole prompt has been processed already
         self._clock = 0
         self._prefill_seconds = 0.0  # last measured time of one prompt token; 0 before the first
 
@@ -66,11 +67,13 @@ class AdapterContext:
         sequence, common = choose_sequence(job.ids if most else (), free)
         cached = self._cached[sequence]
         job.cached = min(common, most)
+        if isinstance(job, Generation) and most and cached.logits is not None and cached.ids == job.ids:
+            self._first_logits[sequence], job.cached = cached.logits, common
         if job.cached < len(cached.ids):
             self._base.trim(sequence, job.cached)
         if isinstance(job, Generation):
             job.reused = job.cached
-        cached.ids = []
+        self._cached[sequence] = CachedSequence()
         self._jobs[sequence] = job
 
     def remove_cancelled(self) -> None:
@@ -95,18 +98,19 @@ class AdapterContext:
         if self._speculator:
             self._speculator.close()
 
-    def _release(self, sequence: int) -> None:
-        """Remove a job from its sequence and keep its KV cache for reuse."""
+    def _release(self, sequence: int, logits: Logits | None = None) -> None:
+        """Remove a job from its sequence and keep its KV cache for reuse, with the logits after it if known."""
         job = self._jobs.pop(sequence)
+        self._first_logits.pop(sequence, None)
         self._clock += 1
         self._base.trim(sequence, job.cached)
-        self._cached[sequence] = CachedSequence(job.ids[: job.cached], self._clock)
+        self._cached[sequence] = CachedSequence(job.ids[: job.cached], self._clock, logits)
 
     def _reset(self, error: Exception) -> None:
         """After an error the context's state is undefined: fail all jobs and clear the cache."""
         jobs, self._jobs = self.jobs, {}
         self._base.clear()
-        self._base.return_hidden(False)
+        self._first_logits.clear()
         self._cached = {sequence: CachedSequence() for sequence in self._cached}
         for job in jobs:
             job.fail(error)
@@ -129,10 +133,8 @@ class AdapterContext:
                 rows.append(Row(sequence, run, job.cached, len(run)))
                 room -= len(run)
         rows.sort()
-        self._base.return_hidden(hidden)
-        logits = self._base.decode(rows)
+        logits = self._base.decode(rows, hidden=hidden)
         states = self._base.hidden() if hidden else None
-        self._base.return_hidden(False)
         at = 0
         for row in rows:
             job, here = jobs[row.sequence], slice(at, at + row.outputs)
@@ -141,7 +143,7 @@ class AdapterContext:
             if job.cached < len(job.ids):
                 continue
             if isinstance(job, Measurement):
-                self._release(row.sequence)
+                self._release(row.sequence, logits[at - 1 : at].copy())
                 job.end()
             else:
                 self._base.trim(row.sequence, 0)
@@ -153,6 +155,10 @@ class AdapterContext:
                 job.step()
 
     def _generate(self) -> None:
+        if self._first_logits:
+            known, self._first_logits = self._first_logits, {}
+            whole = [Row(sequence, (), self._jobs[sequence].cached, 1) for sequence in known]
+            self._process(whole, {}, np.concatenate(list(known.values())), None)
         decoding: dict[int, Generation] = {}
         adapted: dict[int, Adaptation] = {}
         prefilling: dict[int, Generation | Prefill] = {}
@@ -174,11 +180,9 @@ class AdapterContext:
     def _advance_adapted(self, adapted: dict[int, Adaptation]) -> None:
         """Decode one token for adapted heads. Each head changes only its own row of logits, never another row."""
         rows = sorted(_decode_row(sequence, job, None) for sequence, job in adapted.items())
-        self._base.return_hidden(True)
-        logits, states = self._base.decode(rows), self._base.hidden()
-        self._base.return_hidden(False)
+        logits, states = self._base.decode(rows, hidden=True), self._base.hidden()
         own = [adapted[row.sequence].low_rank.apply(logits[i], states[i]) for i, row in enumerate(rows)]
-        self._process(rows, {}, np.stack(own))
+        self._process(rows, {}, np.stack(own), states)
 
     def _advance(self, decoding: dict[int, Generation], prefilling: dict[int, Generation | Prefill]) -> None:
         drafts: dict[int, Draft] = {}
@@ -187,10 +191,12 @@ class AdapterContext:
         rows = [_decode_row(sequence, job, drafts.get(sequence)) for sequence, job in decoding.items()]
         rows += self._prefill_rows(prefilling, len(rows), sum(len(row.tokens) for row in rows))
         rows.sort()
+        # A token's hidden state costs nothing here, unless prompt tokens or idle sequences would become outputs too.
+        hidden = not prefilling and adjacent(rows) and any(job.request.hidden for job in decoding.values())
         began = time.perf_counter()
-        logits = self._base.decode(rows)
+        logits = self._base.decode(rows, hidden=hidden)
         self._record_time(rows, len(decoding), time.perf_counter() - began)
-        self._process(rows, drafts, logits)
+        self._process(rows, drafts, logits, self._base.hidden() if hidden else None)
 
     def _record_time(self, rows: list[Row], decoding: int, seconds: float) -> None:
         """Update the latency estimates from the time of a batch with `decoding` rows of running generations."""
@@ -223,8 +229,11 @@ class AdapterContext:
             room, outputs = room - len(run), outputs - rows[-1].outputs
         return rows
 
-    def _process(self, rows: list[Row], drafts: dict[int, Draft], logits: Logits) -> None:
-        """Verify drafted tokens, choose the next tokens, and update jobs and KV cache."""
+    def _process(self, rows: list[Row], drafts: dict[int, Draft], logits: Logits, states: Logits | None) -> None:
+        """Verify drafted tokens, choose the next tokens, and update jobs and KV cache.
+
+        `states` (outputs, width) are the hidden states of the rows of `logits`, if known.
+        """
         best = logits.argmax(axis=1)
         accepted: list[_Accepted] = []
         at = 0
@@ -245,7 +254,7 @@ class AdapterContext:
                 self._release(sequence)
                 job.end("length")
         if accepted:
-            self._emit(logits, accepted)
+            self._emit(logits, states, accepted)
 
     def _accept(
         self, sequence: int, job: Generation, draft: Draft | None, logits: Logits, best: NDArray[np.intp]
@@ -267,7 +276,7 @@ class AdapterContext:
     def _read_hidden(self, sequence: int, job: Generation) -> None:
         """Process the token before an answer's last one again, to get its hidden state.
 
-        During decoding, hidden states would make every prompt token in the same batch an output.
+        For answers whose last pass could not return it; see `_advance`.
         """
         again = Measurement(job.ids[:-1], len(job.ids) - 1, hidden=True)
         again.cached = len(again.ids) - 1
@@ -285,14 +294,14 @@ class AdapterContext:
 
         again.result.add_done_callback(finish)
 
-    def _emit(self, logits: Logits, accepted: list[_Accepted]) -> None:
+    def _emit(self, logits: Logits, states: Logits | None, accepted: list[_Accepted]) -> None:
         """Emit the accepted tokens with their signals."""
         outputs = [at for item in accepted for at in range(item.at, item.at + len(item.tokens))]
         chosen = [token for item in accepted for token in item.tokens]
         rows = logits if len(outputs) == len(logits) else logits[outputs]
         found = signals(rows, np.array(chosen))
         i = 0
-        for sequence, job, tokens, draft, _ in accepted:
+        for sequence, job, tokens, draft, at in accepted:
             drafted = draft.tokens if draft else []
             for j, token in enumerate(tokens):
                 is_end = self._tokenizer.ends(token)
@@ -301,10 +310,12 @@ class AdapterContext:
                 if job.emit(token, self._tokenizer.piece(token), is_end, found[i + j], agreed, top):
                     break
             job.cached = len(job.ids) - 1
-            if job.ended and job.request.hidden:
+            if job.ended and job.request.hidden and states is None:
                 self._read_hidden(sequence, job)
             elif job.ended:
                 self._release(sequence)
+                if job.request.hidden and states is not None:
+                    job.finish(tuple(states[at + j].tolist()))
             elif len(tokens) <= len(drafted):
                 self._base.trim(sequence, job.cached)
             i += len(tokens)

@@ -36,6 +36,11 @@ class Row(NamedTuple):
     outputs: int = 0
 
 
+def adjacent(rows: Sequence[Row]) -> bool:
+    """Whether no other sequence lies between those of the rows, so that llama.cpp computes them in one pass."""
+    return all(later.sequence == row.sequence + 1 for row, later in pairwise(rows))
+
+
 class Context:
     """A KV cache for `sequences` sequences of up to `length` tokens each; the adapter is fixed.
 
@@ -104,13 +109,18 @@ class Context:
             logits=self._returned.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+    def decode(self, rows: Sequence[Row], *, hidden: bool = False) -> NDArray[np.float32]:
         """Run one batch; returns the logits (outputs, vocabulary) in the order of `rows`.
 
-        Their sequences must ascend, because llama.cpp would compute others one after another. The array is llama.cpp's
-        own memory: it is valid until the next call only.
+        Their sequences must ascend, because llama.cpp would compute others one after another. With `hidden`, which
+        requires that every token is an output, `hidden()` has their hidden states. The array is llama.cpp's own
+        memory: it is valid until the next call only.
         """
         assert all(row.sequence < later.sequence for row, later in pairwise(rows))
+        assert not hidden or all(len(row.tokens) == row.outputs for row in rows)
+        if hidden != self._hidden:
+            c.llama_set_embeddings(self._context, hidden)
+            self._hidden = hidden
         fillers = self._fillers(rows)
         tokens: list[int] = []
         positions: list[int] = []
@@ -166,14 +176,8 @@ class Context:
         return status
 
     def hidden(self) -> NDArray[np.float32]:
-        """Hidden states (outputs, width) after the final norm of the last batch, if `return_hidden` is on."""
+        """Hidden states (outputs, width) after the final norm of the last batch, which must have asked for them."""
         return self._view(c.llama_get_embeddings(self._context), self._width)
-
-    def return_hidden(self, on: bool) -> None:
-        """Switch hidden states on or off; when on, every token of a batch must be an output."""
-        if on != self._hidden:
-            c.llama_set_embeddings(self._context, on)
-            self._hidden = on
 
     def _view(self, pointer: Any, columns: int) -> NDArray[np.float32]:
         address = ctypes.addressof(pointer.contents)
