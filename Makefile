@@ -1,6 +1,7 @@
 # make demo   a real model, made honest: build it and try it        make test   lint, types, tests
 # make tiny   the same machinery on a model trained from nothing, without any download
-# Both set up what they need in .venv; CONTRIBUTING.md says what each part is for.
+# make install   only sets up .venv
+# All set up what they need in .venv; CONTRIBUTING.md says what each part is for.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +17,9 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 # pip's cache may hold a llama.cpp that was compiled without the correction, so it is not used for that package.
 export CXXFLAGS := $(CXXFLAGS) -include "$(CURDIR)/amx_intrinsics.h"
 
-.PHONY: demo tiny test lint types format clean
+.PHONY: install demo tiny test lint types format clean
+
+install: .venv/build
 
 demo: .venv/build
 	$(BIN)/cogumi demo

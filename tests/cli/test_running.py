@@ -171,6 +171,11 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
     assert "50.0%" in cogumi("eval", folder, "--data", data, "--limit", "2").stdout
     for tier in ("draft", "modifier:math"):
         cogumi("eval", folder, "--data", data, "--tier", tier)
+    exam = tmp_path / "exam.csv"
+    exam.write_text(f"Problem,Key\nWhat is 3 + 4?,{json.dumps(said)}\n")
+    columns = ("--column", "question=Problem", "--column", "answer=Key")
+    named = cogumi("eval", folder, "--data", exam, *columns, "--tier", "base", "--json").stdout
+    assert json.loads(named)["n"] == 1
     assert "modifier:code" in one_line(cogumi("eval", folder, "--data", data, "--tier", "best", ok=1))
 
 
@@ -178,6 +183,10 @@ def test_suite_names_its_missing_inputs(tmp_path):
     assert "did you mean 'honesty'?" in one_line(cogumi("eval", "--suite", "honest", cwd=tmp_path, ok=1))
     assert "the suite 'honesty' needs a bundle" in cogumi("eval", "--suite", "honesty", cwd=tmp_path, ok=1).stderr
     assert "--data FILE, or a suite with --suite" in one_line(cogumi("eval", cwd=tmp_path, ok=1))
+    given = ("--judge", "bundle", "--tier", "base")
+    assert "--tier, --judge does not apply to a suite" in one_line(
+        cogumi("eval", "--suite", "honesty", *given, cwd=tmp_path, ok=1)
+    )
 
 
 def test_ratings_are_stored_in_the_state_folder_and_can_be_forgotten(folder, tmp_path):

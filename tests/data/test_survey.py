@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import yaml
 
 from cogumi.core.errors import DataError
 from cogumi.core.stage import Context
 from cogumi.data import load as load_stage
 from cogumi.data.examples import POOL, read_examples
+from cogumi.data.sources.question_files import Reading
 from cogumi.data.sources.survey import OWN, domain_name, files_by_domain, survey
 from cogumi.grading.graders import grade
+from cogumi.pipeline.adopted_recipe import Adoption, head
 
 
 def write(path, rows):
@@ -44,6 +47,22 @@ def test_answers_leave_room_for_a_sentence_but_not_for_ever(tmp_path):
     )
     assert survey([short]).max_tokens == 32
     assert survey([short, long]).max_tokens == 256
+
+
+def test_named_columns_reach_the_recipe(tmp_path):
+    file = tmp_path / "exam.csv"
+    file.write_text("nr,Problem,Key\n" + "".join(f"{i},What is {i} + 1?,{i + 1}\n" for i in range(30)), "utf-8")
+    with pytest.raises(DataError, match="name its columns with `--column question=NAME"):
+        survey([file])
+    found = survey([file], Reading(columns={"question": "Problem", "answer": "Key"}))
+    assert [(d.questions, d.grader) for d in found.domains] == [(30, "numeric")]
+    written = yaml.safe_load(head(Adoption("mine", "smollm2", found, tmp_path, 0.05, 2, 32, 256)))
+    config = load_stage.Config.model_validate(written["steps"][0]["config"])
+    load_stage.run(config, {}, tmp_path, Context(0, 1, tmp_path, lambda *_: None))
+    assert [(e.messages[0].content, e.answer) for e in read_examples(tmp_path / POOL)][:2] == [
+        ("What is 0 + 1?", "1"),
+        ("What is 1 + 1?", "2"),
+    ]
 
 
 def test_free_text_has_no_grader(tmp_path):

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from cogumi.cli.main import app
 from cogumi.core.errors import CogumiError, DataError
 from cogumi.core.stage import Context
-from cogumi.core.types import Example, Message
+from cogumi.core.types import Example, Message, Request
 from cogumi.data.load import Config, run
 from cogumi.data.sources.survey import survey
+from cogumi.evaluate.accuracy import ask
 from cogumi.evaluate.grading_models import grading_models
 from cogumi.evaluate.second_opinion import audit
 from cogumi.grading.checks import check_problem
@@ -123,6 +124,11 @@ def test_without_its_model_a_check_cannot_be_graded():
         grade(example(kind="judge"), "x", ENCODER)
     with pytest.raises(DataError, match="'similarity' asks a sentence encoder: grade with `cogumi eval"):
         grade(example(kind="similarity", at_least=0.5), "x")
+    with closing(opened()) as engine:
+        questions = [Request(prompt=(7, 8), max_tokens=2)] * 2
+        asked, failed = ask(engine, questions, [example(kind="judge"), example(kind="exact")])
+    assert [one.verdict.grader for one in asked] == ["exact"]
+    assert "name one" in failed[0]
     assert "lacks at_least" in check_problem({"kind": "similarity"})
     for least in (0, 11, 6.5, "7", []):
         assert "least of a check must be a whole number from 1 to 10" in check_problem(

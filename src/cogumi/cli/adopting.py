@@ -11,11 +11,12 @@ import typer
 
 from cogumi.cli import console
 from cogumi.cli.building import JobsOption
-from cogumi.cli.options import RUNS, JsonOption
+from cogumi.cli.options import RUNS, ColumnOption, FormOption, JsonOption, LayoutOption, chosen_reading
 from cogumi.cli.progress import BuildProgress
 from cogumi.cli.type_table import base_line, chosen_type, print_types
 
 if TYPE_CHECKING:
+    from cogumi.data.sources.question_files import Reading
     from cogumi.data.sources.survey import Survey
     from cogumi.evaluate.bench.type_comparison import Comparison
     from cogumi.pipeline.adopt import Adopted
@@ -51,6 +52,9 @@ def adopt(
             show_default="the file as it is",
         ),
     ] = None,
+    layout: LayoutOption = None,
+    form: FormOption = None,
+    column: ColumnOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the work begins.")] = False,
     jobs: JobsOption = 1,
     json: JsonOption = False,
@@ -66,7 +70,7 @@ def adopt(
     from cogumi.pipeline import adoption_checks
     from cogumi.pipeline.adopted_recipe import Adoption
 
-    opened, found = adoption_checks.usable_model(model), _survey(data, domains)
+    opened, found = adoption_checks.usable_model(model), _survey(data, domains, chosen_reading(layout, form, column))
     layers = int(opened.describe()["layers"])
     home = out or RUNS / domain_name(data[0].name.split(".")[0])
     home = home if home.name.strip(".") else home.resolve()
@@ -127,19 +131,19 @@ def _build(plan: Adoption, chosen: Sequence[str] | None, obstacle: str, jobs: in
         raise SystemExit(130) from None
 
 
-def _survey(data: list[Path], domains: str | None) -> Survey:
+def _survey(data: list[Path], domains: str | None, reading: Reading) -> Survey:
     """What the files hold of the named domains (None: of all). Raises `CogumiError` for an unknown domain."""
     from cogumi.core.errors import CogumiError
-    from cogumi.data.sources.survey import Survey, domain_name, survey
+    from cogumi.data.sources.survey import domain_name, survey
 
-    found = survey(data)
+    found = survey(data, reading)
     if domains is None:
         return found
     wanted = [domain_name(name) for name in domains.split(",")]
     if unknown := sorted(set(wanted) - {d.name for d in found.domains}):
         names = ", ".join(d.name for d in found.domains)
         raise CogumiError(f"no question is of the domain '{unknown[0]}'; the files have: {names}")
-    return Survey(tuple(d for d in found.domains if d.name in wanted))
+    return replace(found, domains=tuple(d for d in found.domains if d.name in wanted))
 
 
 def _show(found: Survey) -> None:

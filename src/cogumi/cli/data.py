@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cogumi.cli import console
-from cogumi.cli.options import JsonOption, JudgeModelOption, JudgeOption
+from cogumi.cli.options import (
+    ColumnOption,
+    FormOption,
+    JsonOption,
+    JudgeModelOption,
+    JudgeOption,
+    LayoutOption,
+    chosen_reading,
+)
 from cogumi.cli.progress import RowProgress
 
 if TYPE_CHECKING:
@@ -31,15 +39,9 @@ def look(
     files: Annotated[
         list[Path], typer.Argument(help="Files, folders, quoted patterns, or ids such as hub:owner/name.")
     ],
-    layout: Annotated[
-        str | None, typer.Option(help="How the file is written, such as csv.", show_default="seen")
-    ] = None,
-    form: Annotated[
-        str | None, typer.Option(help="The form of its rows, such as messages.", show_default="seen")
-    ] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(help="A column by its name in the file: question=Problem. Repeat it.")
-    ] = None,
+    layout: LayoutOption = None,
+    form: FormOption = None,
+    column: ColumnOption = None,
     groups: Annotated[
         bool,
         typer.Option("--groups", help="Group questions by their meaning (sentence embeddings; some seconds a file)."),
@@ -57,9 +59,8 @@ def look(
     """
     from cogumi.data.sources.look import look as look_at
     from cogumi.data.sources.look import picture as draw
-    from cogumi.data.sources.question_files import Reading
 
-    reading = Reading(layout, form, _columns(column or []))
+    reading = chosen_reading(layout, form, column)
     found: list[Look] = []
     for path in files:
         with RowProgress(f"reading {path.name}:") as bar:
@@ -203,17 +204,6 @@ def _short(text: str) -> str:
     """A text on one line of at most 30 characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= 30 else f"{line[:29]}…"
-
-
-def _columns(given: list[str]) -> dict[str, str]:
-    """question=Problem -> {"question": "Problem"}. Raises `typer.BadParameter` for another form."""
-    found = {}
-    for text in given:
-        name, _, column = text.partition("=")
-        if not name or not column:
-            raise typer.BadParameter(f"'{text}' is not of the form question=Problem", param_hint="--column")
-        found[name] = column
-    return found
 
 
 def _group(found: Look) -> None:

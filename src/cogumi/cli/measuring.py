@@ -17,12 +17,16 @@ from cogumi.cli.options import (
     BaseModelOption,
     BaseUrlOption,
     BundleArgument,
+    ColumnOption,
+    FormOption,
     JsonOption,
     JudgeModelOption,
     JudgeOption,
+    LayoutOption,
     ThreadsOption,
     chosen_bundle,
     chosen_engines,
+    chosen_reading,
 )
 from cogumi.cli.progress import BenchProgress, SuiteProgress
 from cogumi.core.errors import CogumiError
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256
 """Most tokens of an answer in `eval`."""
+TIER = "cascade"
+"""Tier that `eval` asks by default."""
 CONTEXTS = (512, 4096)
 """Smallest and largest context of `eval`."""
 
@@ -76,7 +82,7 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="With --suite: random seed.")] = 0,
-    tier: Annotated[str, typer.Option(help="Tier to ask: cascade, base, draft or modifier:NAME.")] = "cascade",
+    tier: Annotated[str, typer.Option(help="Tier to ask: cascade, base, draft or modifier:NAME.")] = TIER,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Use only this many rows of a file, from the first; also suites cloze, automation."),
@@ -86,6 +92,9 @@ def evaluate(
     base_model: BaseModelOption = None,
     judge: JudgeOption = None,
     judge_model: JudgeModelOption = None,
+    layout: LayoutOption = None,
+    form: FormOption = None,
+    column: ColumnOption = None,
     json: JsonOption = False,
 ) -> None:
     """Ask a bundle the questions in a file and grade the answers, or run a suite of measurements.
@@ -96,6 +105,18 @@ def evaluate(
     if suite is not None:
         from cogumi.evaluate.suite import Task
 
+        chosen = {
+            "--tier": tier != TIER,
+            "--base-url": base_url,
+            "--base-model": base_model,
+            "--judge": judge,
+            "--judge-model": judge_model,
+            "--layout": layout,
+            "--form": form,
+            "--column": column,
+        }
+        if ignored := [name for name, value in chosen.items() if value]:
+            raise CogumiError(f"{', '.join(ignored)} does not apply to a suite; leave it out")
         _measure(suite, Task(bundle, data, out, seed, limit, threads), json)
         return
     if data is None:
@@ -106,7 +127,7 @@ def evaluate(
     from cogumi.evaluate.accuracy import ask, figures
     from cogumi.evaluate.grading_models import grading_models
 
-    examples, rejected = load(data)
+    examples, rejected = load(data, reading=chosen_reading(layout, form, column))
     examples = examples[:limit]
     engines = chosen_engines(base_url, base_model)
     size = _context(examples)
@@ -140,7 +161,7 @@ def _context(examples: Sequence[Example]) -> int:
 
 def _model(tier: str, models: Sequence[str]) -> str:
     """The model name of a tier; `CogumiError` for an unknown tier."""
-    names = {"cascade": "cogumi"}
+    names = {TIER: "cogumi"}
     for model in models:
         name = model.removeprefix("cogumi:")
         if name in ("base", "draft"):

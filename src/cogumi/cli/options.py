@@ -13,6 +13,7 @@ from cogumi.core.model_files import PACKAGED
 
 if TYPE_CHECKING:
     from cogumi.cascade.engines import EngineFactory
+    from cogumi.data.sources.question_files import Reading
 
 RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option(help="Folder of the builds.")]
@@ -105,6 +106,13 @@ ReuseOption = Annotated[
         show_default="never",
     ),
 ]
+LayoutOption = Annotated[
+    str | None, typer.Option(help="How the question files are written, such as csv.", show_default="seen")
+]
+FormOption = Annotated[str | None, typer.Option(help="The form of their rows, such as messages.", show_default="seen")]
+ColumnOption = Annotated[
+    list[str] | None, typer.Option(help="A column by its name in the files: question=Problem. Repeat it.")
+]
 ReuseCheckOption = Annotated[
     Path | None,
     typer.Option(help="File of a second check of similar questions, fitted by `eval --suite cache --out FOLDER`."),
@@ -124,6 +132,19 @@ def chosen_bundle(bundle: Path | None) -> Path:
     if not built:
         raise BundleError(f"there is no bundle in {RUNS}/; build one (cogumi build tiny), or name its folder")
     return built[-1].parent
+
+
+def chosen_reading(layout: str | None, form: str | None, columns: list[str] | None) -> Reading:
+    """How question files are read. Raises `CogumiError` for unknown names."""
+    from cogumi.data.sources.question_files import Reading
+
+    named = {}
+    for text in columns or ():
+        name, _, column = text.partition("=")
+        if not name or not column:
+            raise typer.BadParameter(f"'{text}' is not of the form question=Problem", param_hint="--column")
+        named[name] = column
+    return Reading(layout, form, named)
 
 
 def chosen_engines(url: str | None, model: str | None) -> EngineFactory:

@@ -3,7 +3,7 @@
 The set of a question is a hash of its normalised text and the seed. So questions that differ in letter case or white
 space are in the same set, the five sets share no question, and adding rows does not change the set of others. Rows with
 the same `meta["split_group"]` (near-duplicates, by stage `deduplicate`) are in the same set, by its hash. A row that
-repeats an earlier conversation is left out: gates and promise count on independent questions.
+repeats an earlier conversation is left out: gates and guarantee count on independent questions.
 """
 
 from __future__ import annotations

@@ -51,6 +51,9 @@ def ask(
     failed: list[str] = []
     usable: list[tuple[Request, Example]] = []
     for request, example in zip(requests, examples, strict=True):
+        if problem := models.missing(example.check["kind"]):
+            failed.append(f"{example.source}: {problem}")
+            continue
         try:
             engine.check(request)
             usable.append((request, example))

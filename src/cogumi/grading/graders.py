@@ -182,7 +182,7 @@ def grade_all(pairs: Sequence[tuple[Example, str]], models: Models = NO_MODELS) 
     Raises `DataError` for an invalid check, and for one that asks a model which `models` lacks.
     """
     for example, _ in pairs:
-        if problem := check_problem(example.check):
+        if problem := check_problem(example.check) or models.missing(example.check["kind"]):
             raise DataError(f"example {example.id}: {problem}")
 
     def of(kind: str) -> dict[int, tuple[Example, str]]:
@@ -245,10 +245,7 @@ def _embedded(models: Models, pairs: Mapping[int, tuple[Example, str]]) -> dict[
     """Judgements by the similarity of sentence embeddings."""
     if not pairs:
         return {}
-    if models.embed is None:
-        raise DataError(
-            "a check of kind 'similarity' asks a sentence encoder: grade with `cogumi eval` or `cogumi data audit`"
-        )
+    assert models.embed is not None  # see `Models.missing`
     compared = [(output, example.check.get("answers", [example.answer])) for example, output in pairs.values()]
     found = {}
     for (i, (example, _)), score in zip(pairs.items(), similarities(compared, models.embed), strict=True):
@@ -261,8 +258,7 @@ def _scored(models: Models, pairs: Mapping[int, tuple[Example, str]]) -> dict[in
     """Judgements by a judge's scores; without a score an output is not right."""
     if not pairs:
         return {}
-    if models.judge is None:
-        raise DataError("a check of kind 'judge' asks a model: name one, `cogumi eval|data audit ... --judge MODEL`")
+    assert models.judge is not None  # see `Models.missing`
     found = {}
     for (i, (example, _)), score in zip(pairs.items(), judged(list(pairs.values()), models.judge), strict=True):
         least = example.check.get("least", LEAST)

@@ -57,6 +57,16 @@ class Models:
     embed: Embed | None = None
     judge: Engine | None = None
 
+    def missing(self, kind: str) -> str | None:
+        """Why a check of this kind cannot be graded: the model that it asks is not given. None if it can be."""
+        if kind == "similarity" and self.embed is None:
+            return (
+                "a check of kind 'similarity' asks a sentence encoder: grade with `cogumi eval` or `cogumi data audit`"
+            )
+        if kind == "judge" and self.judge is None:
+            return "a check of kind 'judge' asks a model: name one, `cogumi eval|data audit ... --judge MODEL`"
+        return None
+
 
 NO_MODELS = Models()
 

@@ -63,7 +63,7 @@ def shortage(survey: Survey, e: float) -> str:
     threshold = rows * SHARES["threshold"] // sum(SHARES.values())
     best = upper_bound(0, threshold, CONFIDENCE) if threshold else 1.0
     return (
-        f"{rows} questions are too few for the promise of at most {e:.0%} wrong: about {needed:,} are needed if half "
+        f"{rows} questions are too few for the guarantee of at most {e:.0%} wrong: about {needed:,} are needed if half "
         f"of them can be accepted, {rows_for_promise(e, 1.0):,} at least. With {threshold} questions to test on, even "
         f"without an error only {best:.0%} can be proved. P(correct) is calibrated as far as possible."
     )

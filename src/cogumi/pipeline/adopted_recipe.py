@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cogumi.data.sources.hub import is_hub_id
 from cogumi.data.sources.survey import OWN, Survey, files_by_domain
 
 SHARES = {"train": 30, "selection": 10, "fit": 20, "threshold": 20, "heldout": 20}
-"""60% to fit with, 20% for the promise, 20% for the report."""
+"""60% to fit with, 20% for the guarantee, 20% for the report."""
 WEIGHTS = "weights"
 """The step whose model is trained."""
 FIRST, FIRST_QUESTIONS = "first_answers", 32
@@ -61,6 +61,8 @@ def _beginning(plan: Adoption) -> str:
     files = {name: [_path(p, plan.root) for p in paths] for name, paths in files_by_domain(domains).items()}
     graders = {d.name: d.grader for d in domains if d.grader != OWN}
     names = [d.name for d in domains]
+    read = {key: value for key, value in asdict(plan.survey.reading).items() if value}
+    reading = f"\n      reading: {_flow(dict.fromkeys(files, read))}" if read else ""
     model = _path(Path(plan.model), plan.root) if Path(plan.model).exists() else plan.model
     about = f"requantized to {plan.type}: not its own bytes" if plan.type else "where it lies"
     base = {"model": model} | ({"type": plan.type} if plan.type else {})
@@ -74,9 +76,9 @@ steps:
     config:
       files: {_flow(files)}
       domains: {_flow(names)}
-      graders: {_flow(graders)}
+      graders: {_flow(graders)}{reading}
 
-  # Five sets: training, choice of forms, fit of the gates, the promise, the report.
+  # Five sets: training, choice of forms, fit of the gates, the guarantee, the report.
   - {{name: data, stage: split, inputs: {{pool: rows}}, config: {_flow(SHARES)}}}
 
   # The model, {about}.

@@ -96,7 +96,7 @@ def _counts(cells: Mapping[str, Mapping[str, Sequence[int]]], group: str, by_lev
 def risk_picture(
     path: Path, p: Sequence[float], accepted: Sequence[bool], correct: Sequence[bool], promise: Mapping[str, Any]
 ) -> None:
-    """Error rate against coverage, accepted answers first, then by P(correct); beside the promise."""
+    """Error rate against coverage, accepted answers first, then by P(correct); beside the guarantee."""
     figure, (axes,) = new_figure(height=4.6)
     order = np.lexsort((-np.array(p), ~np.array(accepted, dtype=bool)))
     wrong = 1 - np.array(correct, dtype=np.float64)[order]

@@ -129,7 +129,7 @@ def _write_examples(source: Path, target: Path, count: int) -> None:
 
 
 def _systems(examples: Artifact) -> dict[str, str]:
-    """The system prompts of the questions that gates and promise rest on: normalised -> as written."""
+    """The system prompts of the questions that gates and guarantee rest on: normalised -> as written."""
     rows = (row.messages for split in CALIBRATED for row in iterate_examples(split_path(examples.path, split)))
     return {system_prompt(row): "\n".join(m.content for m in row if m.role == "system") for row in rows}
 

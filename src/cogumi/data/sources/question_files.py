@@ -84,9 +84,9 @@ class Seen:
     unused: Counter[str] = field(default_factory=Counter)
 
 
-def load(path: Path, domain: str = "general") -> tuple[list[Example], list[Rejected]]:
+def load(path: Path, domain: str = "general", reading: Reading | None = None) -> tuple[list[Example], list[Rejected]]:
     """All usable and all rejected rows of a path; DataError if none is usable."""
-    rows = list(iterate(path, domain))
+    rows = list(iterate(path, domain, reading=reading))
     examples = [row for row in rows if isinstance(row, Example)]
     rejected = [row for row in rows if isinstance(row, Rejected)]
     if not examples:
@@ -100,7 +100,7 @@ def no_usable_row(where: str, rejected: int, first: Rejected | None) -> str:
         return f"{where} is empty: give a file with at least one row"
     return (
         f"{where} has no usable row; {rejected} were rejected, the first is {first}; docs/your-data.md shows the forms "
-        "that are read, and how to name other columns"
+        "that are read; name its columns with `--column question=NAME --column answer=NAME`, or `columns` of a recipe"
     )
 
 
@@ -170,7 +170,7 @@ def _form_of(named: Mapping[str, Any], row: Mapping[str, Any], reading: Reading)
     if form is None:
         raise ValueError(
             f"no form fits a row with {_keys(row)}: rows need a question and an answer, such as 'question' and "
-            "'answer', 'instruction' and 'output', or 'messages'; name other columns under `columns`"
+            "'answer', 'instruction' and 'output', or 'messages'"
         )
     return form
 

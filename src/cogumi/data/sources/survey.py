@@ -12,7 +12,7 @@ from cogumi.core.errors import DataError
 from cogumi.core.types import Example
 from cogumi.data.examples import normalised_question
 from cogumi.data.sources.containers import topic
-from cogumi.data.sources.question_files import load
+from cogumi.data.sources.question_files import Reading, load
 from cogumi.grading.graders import asks_model
 from cogumi.grading.suggest import suggested_grader
 
@@ -20,6 +20,7 @@ OWN = "each row's own check"
 BYTES_PER_TOKEN = 3.0
 LONGEST_ANSWER = 256
 """Tokens of an answer, at most."""
+AS_SEEN = Reading()
 _NAME = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -45,9 +46,10 @@ class DomainRows:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The domains of some files, in the order of the files."""
+    """The domains of some files, in the order of the files, and how these were read."""
 
     domains: tuple[DomainRows, ...]
+    reading: Reading = AS_SEEN
 
     @property
     def gradable(self) -> tuple[DomainRows, ...]:
@@ -66,7 +68,7 @@ def domain_name(text: str) -> str:
     return _NAME.sub("_", text).strip("_-") or "general"
 
 
-def survey(files: Sequence[Path]) -> Survey:
+def survey(files: Sequence[Path], reading: Reading = AS_SEEN) -> Survey:
     """Read all files once. The domain of a row is its own, or else the name of its file or data set.
 
     Raises `DataError` for a file that cannot be read or has no usable row.
@@ -78,13 +80,14 @@ def survey(files: Sequence[Path]) -> Survey:
     rejected: dict[str, int] = {}
     for path in files:
         default = domain_name(topic(path))
-        examples, refused = load(path, default)
+        examples, refused = load(path, default, reading)
         rejected[default] = rejected.get(default, 0) + len(refused)
         for example in examples:
             name = domain_name(example.domain)
             found.setdefault(name, []).append(example)
             places.setdefault(name, {})[path] = None
-    return Survey(tuple(_of(name, rows, tuple(places[name]), rejected.get(name, 0)) for name, rows in found.items()))
+    domains = (_of(name, rows, tuple(places[name]), rejected.get(name, 0)) for name, rows in found.items())
+    return Survey(tuple(domains), reading)
 
 
 def _of(name: str, rows: Sequence[Example], files: tuple[Path, ...], rejected: int) -> DomainRows:
