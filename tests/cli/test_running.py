@@ -171,9 +171,9 @@ def test_eval_grades_the_users_questions(folder, tmp_path):
     assert "50.0%" in cogumi("eval", folder, "--data", data, "--limit", "2").stdout
     for tier in ("draft", "modifier:math"):
         cogumi("eval", folder, "--data", data, "--tier", tier)
-    exam = tmp_path / "exam.csv"
-    exam.write_text(f"Problem,Key\nWhat is 3 + 4?,{json.dumps(said)}\n")
-    columns = ("--column", "question=Problem", "--column", "answer=Key")
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"Stem": "What is 3 + 4?", "Key": said}))
+    columns = ("--column", "question=Stem", "--column", "answer=Key")
     named = cogumi("eval", folder, "--data", exam, *columns, "--tier", "base", "--json").stdout
     assert json.loads(named)["n"] == 1
     assert "modifier:code" in one_line(cogumi("eval", folder, "--data", data, "--tier", "best", ok=1))
