@@ -18,7 +18,7 @@ from cogumi.cascade.tiers import Tiers
 from cogumi.confidence.gate import Calibration
 from cogumi.core.environment import beyond_memory
 from cogumi.core.errors import BundleError
-from cogumi.core.model_files import CONFIG, GGUF, PACKAGED, locate_model
+from cogumi.core.model_files import CONFIG, GGUF, is_short_name, locate_model
 from cogumi.core.registry import engine
 from cogumi.core.weight_files import stored_weights
 from cogumi.engine.llama.engine import LlamaEngine
@@ -30,12 +30,12 @@ FP32 = 4
 def bare_model(name: str | Path) -> Path | None:
     """The GGUF file or Hugging Face folder that a name stands for; None for a bundle and for everything else."""
     path = Path(name)
-    if str(name) in PACKAGED and not path.exists():
-        return locate_model(str(name), Path())
     if path.is_file():
         return path if path.suffix == GGUF else None
     if (path / INDEX).is_file() or (path.is_dir() and is_packed(path)):
         return None
+    if is_short_name(str(name), Path()):
+        return locate_model(str(name), Path())
     return path if (path / CONFIG).is_file() else None
 
 

