@@ -77,6 +77,11 @@ def test_confident_draft_answers_count_as_accepted():
     gate = report.gate_figures(asked, asked, promise)
     assert (gate["accepted"], gate["coverage"], gate["accepted_error"], gate["n"]) == (1, 0.5, 0.0, 0)
     assert gate["given"]["n"] == 0
+    assert gate["domains"] == {"code": {"n": 2, "auroc": None, "accepted": 1, "wrong": 0}}
+    ranked = report.GradedAnswers(
+        [example] * 3, [replace(reply, p_correct=p) for p in (0.9, 0.5, 0.7)], [True, False, False]
+    )
+    assert report.confidence_by_domain(ranked) == {"code": {"n": 3, "auroc": 1.0, "accepted": 3, "wrong": 2}}
 
 
 def test_showcase_has_a_question_of_every_kind_that_the_answers_offer():

@@ -37,7 +37,7 @@ from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
 from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 
-VERSION = 6
+VERSION = 7
 KIND = "report"
 INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
@@ -121,6 +121,29 @@ def base_probabilities(base: GradedAnswers) -> tuple[GradedAnswers, Doubles]:
     return judged, np.array([base.replies[i].p_correct for i in at], dtype=np.float64)
 
 
+def confidence_by_domain(cascade: GradedAnswers) -> dict[str, dict[str, Any]]:
+    """Of each domain: questions, AUROC of P(correct) of the answers given (None without right and wrong ones),
+    accepted answers and wrong ones among them. Unanswerable questions count to their domain.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for domain in sorted({e.domain for e in cascade.examples}):
+        rows = [
+            (reply, right)
+            for e, reply, right in zip(cascade.examples, cascade.replies, cascade.correct, strict=True)
+            if e.domain == domain
+        ]
+        told = [(reply.p_correct, right) for reply, right in rows if reply.p_correct is not None]
+        both = len({right for _, right in told}) == 2
+        kept = [right for reply, right in rows if reply.accepted]
+        found[domain] = {
+            "n": len(rows),
+            "auroc": auroc([p for p, _ in told], [right for _, right in told]) if both else None,
+            "accepted": len(kept),
+            "wrong": len(kept) - sum(kept),
+        }
+    return found
+
+
 def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee) -> dict[str, Any]:
     """Calibration and ranking of P(correct), of the base's answers and of those given (`given`); error and coverage of
     the accepted answers.
@@ -143,6 +166,7 @@ def gate_figures(base: GradedAnswers, cascade: GradedAnswers, promise: Guarantee
             "brier": brier(p_given, right),
             "auroc": auroc(p_given, right),
         },
+        "domains": confidence_by_domain(cascade),
         "threshold": promise.threshold,
         "coverage": len(kept) / max(len(cascade.replies), 1),
         "accepted": len(kept),

@@ -52,12 +52,23 @@ def _honesty(gate: Mapping[str, Any], refused: Mapping[str, Any]) -> list[str]:
             f"{gate['accepted_error']:.1%}" if gate["accepted"] else "-",
         ],
     ]
+    by_domain = [
+        [
+            name,
+            f"{row['n']}",
+            "-" if row["auroc"] is None else f"{row['auroc']:.3f}",
+            f"{row['accepted'] / row['n']:.1%} ({row['accepted']})",
+            f"{row['wrong']}",
+        ]
+        for name, row in gate["domains"].items()
+    ]
     if refused["n"]:
         rows += [["unanswerable, yet answered with confidence", f"{refused['confident']} of {refused['n']}"], *kinds]
     return [
         "## Does it know what it knows?",
         "",
         *_table(["figure", "value"], rows),
+        *_table(["domain", "questions", "AUROC, answers given", "accepted", "wrong among them"], by_domain),
         gate["promise"] + (f" Assumption: {gate['assumption']}." if gate["certified"] else ""),
         "",
         "![reliability](reliability.png) ![risk and coverage](risk.png)",
