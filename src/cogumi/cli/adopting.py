@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,12 +87,14 @@ def adopt(
         _announce(plan, types, obstacle)
         if not yes and console.STDERR.is_terminal and not typer.confirm("Build this?", default=True):
             raise SystemExit(1)
+    began = time.monotonic()
     done = _build(plan, chosen, obstacle, jobs)
+    report = {**done.report, "seconds": time.monotonic() - began}  # of all phases, not of the last build alone
     if json:
         shown = {"recipe_file": str(done.recipe), "modifier_reasons": done.reasons}
-        console.print_json({**done.report, **shown, "type": kind, "types": types.document() if types else None})
+        console.print_json({**report, **shown, "type": kind, "types": types.document() if types else None})
         return
-    console.print_report(dict(done.report))
+    console.print_report(report)
     console.STDOUT.print(f"recipe: {done.recipe}", soft_wrap=True, markup=False)
     console.print_next(home / "bundle")
 
