@@ -118,7 +118,7 @@ def test_complaint_is_answered_by_the_modifier_and_stored(tiers, tmp_path):
     whole = cascade(tiers, base=0.9, modifier=0.95, memory=memory, escalation=Unhappy())
     first = final_reply(whole.generate(ask(user="ann", id="one")))
     assert (first.route, first.tier) == ("base", "base")
-    again = final_reply(whole.generate(ask("What is 2 + 3?", first.text, "That is wrong.", user="ann")))
+    again = final_reply(whole.generate(ask("What is 2 + 3?", first.text, "That is wrong.", user="ann", note=True)))
     assert again.decisions[0].signal == "dissatisfied"
     assert (again.route, again.tier) == ("low_confidence", "modifier:code")
     assert again.text == answer(tiers, "code", ask()) + SECOND_ATTEMPT  # the question itself, not the complaint
@@ -177,7 +177,7 @@ notes = st.lists(st.sampled_from(DISCLAIMERS), max_size=3).map("".join)
 def test_model_text_cannot_imitate_disclaimers(text, imitated, accepted, withhold):
     own = without_disclaimer(text + imitated)
     assert without_disclaimer(own) == own
-    final = finish("base", text + imitated, False, accepted, withhold)
+    final = finish("base", text + imitated, False, accepted, withhold, LOW_CONFIDENCE)
     if accepted:
         assert final.text == own
     assert without_disclaimer(final.text) == own or final.text == ABSTENTION

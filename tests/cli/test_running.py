@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from cogumi.cascade.asking import Conversation
-from cogumi.cascade.disclaimers import LOW_CONFIDENCE, without_disclaimer
+from cogumi.cascade.disclaimers import LOW_CONFIDENCE
 from cogumi.cascade.memory.turns import FILE, Memory, Turn
 from cogumi.cascade.opening import open_cascade
 from cogumi.core.types import ABSTENTION
@@ -93,7 +93,7 @@ def test_chat_once_prints_tier_confidence_and_reasons(folder):
     assert "meets the threshold 0.50" in shown
     answer = json.loads(cogumi("chat", folder, "--once", "What is 3 + 4?", "--json").stdout)
     assert (answer["route"], answer["question"]) == ("low_confidence", "What is 3 + 4?")
-    assert answer["answer"].endswith(LOW_CONFIDENCE)
+    assert "confidence" not in answer["answer"]
     assert [d["tier"] for d in answer["decisions"]][:3] == ["draft", "base", "modifier:code"]
 
 
@@ -127,7 +127,7 @@ def test_chat_handles_commands_and_errors(folder, tmp_path):
 
 
 def test_conversation_history_contains_no_disclaimers(cascade):
-    conversation = Conversation(cascade)
+    conversation = Conversation(cascade, note=True)
     first = conversation.ask("What is 3 + 4?")
     stream = conversation.stream("And 5?")
     pieces, second = list(stream), stream.reply
@@ -303,7 +303,27 @@ def test_stream_equals_the_plain_answer(client, model, speculate):
     assert chunks[-1].model_extra["cogumi"]["route"] == whole.model_extra["cogumi"]["route"]
     streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
     assert [e.token for e in streamed] == [e.token for e in whole.choices[0].logprobs.content]
-    assert "".join(e.token for e in streamed) == without_disclaimer(whole.choices[0].message.content)
+    assert "".join(e.token for e in streamed) == whole.choices[0].message.content
+
+
+def test_content_is_the_answer_and_nothing_else_unless_a_note_is_wanted(client):
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    formatted = ask(client, "What is 3 + 4?", model="cogumi", max_tokens=64, response_format=wanted)
+    assert not formatted.model_extra["cogumi"]["accepted"]
+    assert json.loads(formatted.choices[0].message.content)["n"] in (1, 2)
+    options = {"max_tokens": 64, "response_format": wanted, "extra_body": {"cogumi": {"abstain": True}}}
+    withheld = ask(client, "What is 3 + 4?", model="cogumi", **options).choices[0].message
+    assert (withheld.content, withheld.refusal) == (None, ABSTENTION)
+    chunks = list(ask(client, "What is 3 + 4?", model="cogumi", stream=True, **options))
+    assert "".join(c.choices[0].delta.refusal or "" for c in chunks) == ABSTENTION
+    assert not any(c.choices[0].delta.content for c in chunks)
+    short = ask(client, "What is 3 + 4?", model="cogumi", max_tokens=1)
+    assert len(short.choices[0].message.content) < 20  # one token of a small vocabulary
+    for stream in (False, True):
+        noted = ask(client, "What is 3 + 4?", model="cogumi", stream=stream, extra_body={"cogumi": {"note": True}})
+        parts = [c.choices[0].delta.content or "" for c in noted] if stream else [noted.choices[0].message.content]
+        assert "".join(parts).endswith(LOW_CONFIDENCE)
 
 
 def test_unsure_answer_can_be_withheld(client):

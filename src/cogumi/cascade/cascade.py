@@ -2,7 +2,7 @@
 
 `Reply.route` names the route of the answer:
 - `base`, `base+draft` (tokens were drafted), `draft`, `modifier`: accepted, so the guarantee covers it;
-- `low_confidence`: not accepted; the answer with the highest P(correct), followed by a disclaimer;
+- `low_confidence`: not accepted; the answer with the highest P(correct), followed by a disclaimer if requested;
 - `abstained`: the abstention sentence, because a tier abstained or the request excludes unsure answers (`p_correct` is
   then that of the withheld answer);
 - `cache`: an earlier accepted answer.

@@ -54,7 +54,8 @@ class Plan:
     generated. `preview`: the draft's answer is shown first. `preload`: the modifier reads the prompt while the base
     answers. `deliberation`: methods to try if no answer was accepted, or None. `doubt`: the reason why no answer can be
     accepted whatever the gates' result, else empty. `calibrated`: whether P(correct) is valid for this request.
-    `disclaimer`: appended to an answer that is not accepted. `decisions`: the decisions made so far, for the reply.
+    `disclaimer`: appended to an answer that is not accepted, if the request wants a note. `decisions`: the decisions
+    made so far, for the reply.
     """
 
     mode: str

@@ -1,4 +1,4 @@
-"""The disclaimers that a cascade appends to an answer's text, and their removal."""
+"""The disclaimers that a cascade appends to an answer's text on request, and their removal (SPEC F11)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DISCLAIMERS = (LOW_CONFIDENCE, SECOND_ATTEMPT)
 
 
 def without_disclaimer(text: str) -> str:
-    """A reply's text without disclaimers, for grading and follow-ups; imitations by the model are removed too."""
+    """A text without disclaimers at its end; imitations by the model are removed too."""
     while any(text.endswith(disclaimer) for disclaimer in DISCLAIMERS):
         for disclaimer in DISCLAIMERS:
             text = text.removesuffix(disclaimer)
@@ -38,10 +38,10 @@ class FinalText:
         return not self.reason
 
 
-def finish(
-    tier: str, text: str, drafted: bool, accepted: bool, withhold: bool, disclaimer: str = LOW_CONFIDENCE
-) -> FinalText:
-    """Finish the answer `text` of `tier`; `withhold`: replace it by an abstention unless it was `accepted`."""
+def finish(tier: str, text: str, drafted: bool, accepted: bool, withhold: bool, disclaimer: str = "") -> FinalText:
+    """Finish the answer `text` of `tier`. Unless it was `accepted`: `withhold` replaces it by an abstention, and
+    `disclaimer` is appended.
+    """
     text = without_disclaimer(text)
     if abstains(text):
         return FinalText(text, "abstained", f"{tier} says that it does not know")

@@ -2,7 +2,7 @@
 
 The cache answers a request that had an accepted answer before. Otherwise a model reads the question, `decide` makes a
 plan, and the tiers answer in its order until a gate accepts an answer. Without an accepted answer, the plan's extra
-methods follow (`deliberate`); then the answer is returned, with a disclaimer if unsure, or withheld.
+methods follow (`deliberate`); then the answer is returned, marked as not accepted if unsure, or withheld.
 
 Extra methods (examples, votes, critique, a second attempt for a dissatisfied user) may improve an unsure answer but
 never make it accepted. So only answers that the guarantee was tested on are accepted.
@@ -156,11 +156,10 @@ class RequestFlow:
         return reply
 
     def _deliver(self, chosen: Attempt, plan: Plan) -> Flow:
-        """Return the answer: accepted, with a disclaimer, or withheld."""
-        reply, judged = chosen.reply, chosen.decision()
-        final = finish(
-            chosen.tier, reply.text, bool(reply.usage.drafted), judged.accepted, self._request.abstain, plan.disclaimer
-        )
+        """Return the answer: accepted, not accepted, or withheld."""
+        reply, judged, request = chosen.reply, chosen.decision(), self._request
+        disclaimer = plan.disclaimer if request.note else ""
+        final = finish(chosen.tier, reply.text, bool(reply.usage.drafted), judged.accepted, request.abstain, disclaimer)
         if final.reason:
             signal, value, threshold = judged.signal, judged.value, judged.threshold
             if abstains(reply.text):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cogumi.cascade.asking import Conversation
-from cogumi.cascade.disclaimers import DISCLAIMERS
 from cogumi.cascade.modes import AUTO, Settings
 from cogumi.cli import console
 from cogumi.core.errors import CogumiError, RequestError
@@ -33,8 +32,7 @@ def answer(conversation: Conversation, question: str) -> Reply:
     stream, wrap = conversation.stream(question), console.Wrap(console.width())
     try:
         for piece in stream:
-            if piece not in DISCLAIMERS:  # the line below the answer says the same
-                console.stream(wrap.add(piece))
+            console.stream(wrap.add(piece))
     except KeyboardInterrupt:
         stream.close()
         raise

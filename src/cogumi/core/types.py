@@ -58,10 +58,10 @@ class Request:
     follow OpenAI's API: `presence_penalty` is subtracted once from the logit of each id generated so far,
     `frequency_penalty` once per occurrence. `grammar` (GBNF) and `json_schema` (JSON text) constrain the answer. `echo`
     requests the prompt's log-probabilities. `speculate`: True forces drafting, False forbids it, None lets the engine
-    choose. `abstain` withholds an unsure answer instead of marking it. `user` and `session` partition memory and
-    caches, `id` identifies the answer for ratings; `files` are names of files that the question is about (`main.py`).
-    `hidden` requests the hidden state of the answer. `progressive` streams the draft's answer at once and revises it.
-    `examples` are (question, answer) pairs to imitate; `adapt`: True adapts the model's head to them (an engine without
+    choose. `abstain` withholds an answer that is not accepted, `note` appends a sentence to it that says so. `user` and
+    `session` partition memory and caches, `id` identifies the answer for ratings; `files` are names of files that the
+    question is about (`main.py`). `hidden` requests the hidden state of the answer. `progressive` streams the draft's
+    answer at once and revises it. `examples` are (question, answer) pairs to imitate; `adapt`: True adapts the model's head to them (an engine without
     such a head refuses), False puts them in the prompt, None adapts if there is a head. Scores and readings always use
     them in the prompt.
     """
@@ -84,6 +84,7 @@ class Request:
     speculate: bool | None = None
     mode: str | None = None
     abstain: bool = False
+    note: bool = False
     user: str | None = None
     session: str | None = None
     id: str | None = None

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.confidence.metrics import auroc, ece, wilson
 from cogumi.core.errors import DataError, RequestError
 from cogumi.core.text import last_user_message
@@ -72,7 +71,7 @@ def ask(
 
 def _verdicts(asked: Sequence[tuple[Example, Reply]], models: Models) -> Iterator[Verdict | DataError]:
     """The verdict of each answer, or the error of a row that cannot be graded."""
-    pairs = [(example, without_disclaimer(reply.text)) for example, reply in asked]
+    pairs = [(example, reply.text) for example, reply in asked]
     try:
         yield from grade_all(pairs, models)
     except DataError:

@@ -20,7 +20,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cogumi.bundle.format import open_bundle
-from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.confidence.guarantee import Guarantee
 from cogumi.confidence.metrics import auroc, brier, ece
 from cogumi.confidence.signals import answer_signals, perplexity
@@ -107,7 +106,7 @@ class AnswerCollector:
             self.done += 1
             if self.done % 100 == 0 or self.done == self.total:
                 self.context.progress(self.done, self.total, {})
-        verdicts = grade_all([(e, without_disclaimer(a.text)) for e, a in zip(examples, answers, strict=True)])
+        verdicts = grade_all([(e, a.text) for e, a in zip(examples, answers, strict=True)])
         return GradedAnswers(examples, answers, [v.correct for v in verdicts])
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from cogumi.cascade.disclaimers import without_disclaimer
-from cogumi.core.types import Message, Reply, Request, Token, Usage
+from cogumi.core.types import ABSTENTION, Message, Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
 from cogumi.engine.reply_extension import extension
 from cogumi.serve.request_body import Body, best_logprobs, extensions, new_head, usage_object
@@ -116,6 +116,11 @@ class ChatResponseBuilder:
         self.tokenizer = tokenizer
         self.include_usage, self.wants_tokens = body.include_usage, bool(body.logprobs)
         self.head = new_head("chatcmpl", body.model)
+        self._formatted = body.response_format is not None and body.response_format.schema_text is not None
+
+    def _text(self, text: str) -> tuple[str, str]:
+        """The key and text of an answer: a withheld one is no JSON, hence a `refusal` where JSON was requested."""
+        return ("refusal" if self._formatted and text == ABSTENTION else "content"), text
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """`logprobs.content` of generated tokens (without the end token); None unless requested."""
@@ -138,7 +143,7 @@ class ChatResponseBuilder:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": reply.text, "refusal": None},
+                "message": {"role": "assistant", "content": None, "refusal": None} | dict([self._text(reply.text)]),
                 "logprobs": self.logprobs(reply.tokens),
                 "finish_reason": reply.finish_reason,
             }
@@ -154,7 +159,7 @@ class ChatResponseBuilder:
         """The role first, then text and tokens, then the end with the key `cogumi`."""
         chunks = [self._chunk(index, {"role": "assistant", "content": ""})] if first else []
         if text or (tokens and self.wants_tokens):
-            chunks.append(self._chunk(index, {"content": text}, self.logprobs(tokens) if tokens else None))
+            chunks.append(self._chunk(index, dict([self._text(text)]), self.logprobs(tokens) if tokens else None))
         if reply:
             chunks.append(self._chunk(index, {}, None, reply.finish_reason) | {"cogumi": extension(reply)})
         return chunks

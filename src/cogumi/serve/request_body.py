@@ -44,6 +44,7 @@ class CogumiOptions(BaseModel):
     modifier: str | None = None
     speculate: bool | None = None
     abstain: bool = False
+    note: bool = False
     session: str | None = None
     files: Annotated[list[str], Field(max_length=100)] = []
     progressive: bool = False
@@ -120,6 +121,7 @@ class Body(BaseModel):
                 speculate=self.cogumi.speculate,
                 mode=self.cogumi.mode,
                 abstain=self.cogumi.abstain,
+                note=self.cogumi.note,
                 user=self.user,
                 session=self.cogumi.session,
                 files=tuple(self.cogumi.files),

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogumi.cascade.cascade import Cascade
-from cogumi.cascade.disclaimers import without_disclaimer
 from cogumi.cascade.opening import open_cascade
 from cogumi.cascade.self_consistency import SAMPLING, Sampling, finish, vote
 from cogumi.cascade.self_critique import Critic, improve
@@ -55,7 +54,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class FirstAnswer:
-    """A hard question, the cascade's answer (without disclaimers), and the request for more answers of its tier."""
+    """A hard question, the cascade's answer, and the request for more answers of its tier."""
 
     example: Example
     reply: Reply
@@ -139,10 +138,10 @@ def _graded(examples: Sequence[Example], texts: Sequence[str]) -> Doubles:
 
 
 def first_answers(cascade: Cascade, examples: Sequence[Example], mode: str) -> tuple[list[Reply], Measured]:
-    """The cascade's answers in a mode, without disclaimers."""
+    """The cascade's answers in a mode."""
     requests = [Request(messages=e.messages, max_tokens=MAX_TOKENS, mode=mode) for e in examples]
     began = time.perf_counter()
-    given = [replace(reply, text=without_disclaimer(reply.text)) for reply in replies(cascade, requests, 2 * SLOTS)]
+    given = list(replies(cascade, requests, 2 * SLOTS))
     seconds = time.perf_counter() - began
     tokens = np.array([reply.usage.completion_tokens for reply in given], np.float64)
     return given, Measured(_graded(examples, [reply.text for reply in given]), tokens, seconds)
