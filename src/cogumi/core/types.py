@@ -61,9 +61,9 @@ class Request:
     choose. `abstain` withholds an answer that is not accepted, `note` appends a sentence to it that says so. `user` and
     `session` partition memory and caches, `id` identifies the answer for ratings; `files` are names of files that the
     question is about (`main.py`). `hidden` requests the hidden state of the answer. `progressive` streams the draft's
-    answer at once and revises it. `examples` are (question, answer) pairs to imitate; `adapt`: True adapts the model's head to them (an engine without
-    such a head refuses), False puts them in the prompt, None adapts if there is a head. Scores and readings always use
-    them in the prompt.
+    answer at once and revises it. `examples` are (question, answer) pairs to imitate; `adapt`: True adapts the model's
+    head to them (an engine without such a head refuses), False puts them in the prompt, None adapts if there is a head.
+    Scores and readings always use them in the prompt.
     """
 
     messages: tuple[Message, ...] = ()
