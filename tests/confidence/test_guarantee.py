@@ -174,16 +174,20 @@ def test_missed_promise_says_what_was_proved_and_how_many_rows_are_lacking():
     assert not found.certified
     assert found.sentence() == (
         "Not certified: the best threshold accepts 63 of 352 with 1 wrong, which proves at most 7.4%, not 5%. "
-        "About 341 more rows in the split `threshold` would do, or set `e`."
+        "About 341 more rows in the split `threshold` would do, or allow more with `e` of the step `calibrate` "
+        "(`--errors` of `adopt`)."
     )
     assert Guarantee.from_json(found.to_json()) == found
     hopeless = guarantee(GRID, [RiskLimit(lambda t: (100, 50), 0.05)], 100, 0.95).sentence()
-    assert "More rows alone will not do: improve the model, or set `e`" in hopeless
+    assert "More rows alone will not do: improve the model, or allow more with `e`" in hopeless
     assert "no threshold accepts an answer" in guarantee(GRID, [RiskLimit(lambda t: (0, 0), 0.05)], 9, 0.95).sentence()
     limits = [RiskLimit(lambda t: (500, 0), 0.05), RiskLimit(lambda t: (60, 0), 0.02, unanswerable=True)]
     refused = guarantee(GRID, limits, 600, 0.95).sentence()
     assert "accepts 0 of 60 unanswerable questions, which proves at most 4.9%, not 2%" in refused
-    assert "About 89 more unanswerable rows in the split `threshold` would do, or set `unanswerable`." in refused
+    assert (
+        "About 89 more unanswerable rows in the split `threshold` would do, or allow more with `unanswerable` of"
+        in refused
+    )
 
 
 def test_certified_promise_shows_its_evidence():

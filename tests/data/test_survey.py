@@ -12,7 +12,7 @@ from cogumi.data.examples import POOL, read_examples
 from cogumi.data.sources.question_files import Reading
 from cogumi.data.sources.survey import OWN, domain_name, files_by_domain, survey
 from cogumi.grading.graders import grade
-from cogumi.pipeline.adopted_recipe import Adoption, head
+from cogumi.pipeline.adopted_recipe import Adoption, head, modifiers
 
 
 def write(path, rows):
@@ -63,6 +63,20 @@ def test_named_columns_reach_the_recipe(tmp_path):
         ("What is 0 + 1?", "1"),
         ("What is 1 + 1?", "2"),
     ]
+
+
+def test_modifier_of_a_choice_is_trained_on_random_questions(tmp_path):
+    parity = write(
+        tmp_path / "parity.jsonl",
+        [{"question": f"Is {i} even?", "answer": "no" if i % 2 else "yes"} for i in range(40)],
+    )
+    sums = write(tmp_path / "sums.jsonl", [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(40)])
+    plan = Adoption("mine", "smollm2", survey([parity, sums]), tmp_path, 0.05, 2, 32, 256)
+    steps = yaml.safe_load(head(plan) + modifiers(plan, ["parity", "sums"]))["steps"]
+    assert {s["config"]["domain"]: s["config"]["rows"] for s in steps if s["stage"] == "modifier"} == {
+        "parity": "random",
+        "sums": "failures",
+    }
 
 
 def test_free_text_has_no_grader(tmp_path):

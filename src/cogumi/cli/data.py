@@ -237,6 +237,8 @@ def _print_details(found: Look) -> None:
         )
     if len(found.reasons) > REASONS:
         lines.append(f"and {len(found.reasons) - REASONS} other reasons: --json lists all")
+    if found.reasons and not found.example:
+        lines.append("name its columns with --column question=NAME --column answer=NAME")
     if found.seen.unused:
         lines.append(
             "not used: " + ", ".join(f"{name} ({count:,})" for name, count in found.seen.unused.most_common(8))

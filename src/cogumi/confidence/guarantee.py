@@ -132,6 +132,8 @@ class Guarantee:
         if missed is None or not missed.counted:
             return f"Not certified: no threshold accepts an answer with at most {percent(self.risk)} wrong."
         key = "unanswerable" if missed.unanswerable else "e"
+        option = "" if missed.unanswerable else " (`--errors` of `adopt`)"
+        allow = f"allow more with `{key}` of the step `calibrate`{option}"
         what = (
             f"{missed.wrong} of {missed.counted} unanswerable questions"
             if missed.unanswerable
@@ -143,11 +145,11 @@ class Guarantee:
         )
         needed = trials_needed(missed.wrong, missed.counted, missed.risk, self.confidence)
         if needed is None:
-            return f"{found} More rows alone will not do: improve the model, or set `{key}`."
+            return f"{found} More rows alone will not do: improve the model, or {allow}."
         rows = missed.counted if missed.unanswerable else self.n
         more = math.ceil((needed - missed.counted) * rows / missed.counted)
         which = "unanswerable rows" if missed.unanswerable else "rows"
-        return f"{found} About {more:,} more {which} in the split `threshold` would do, or set `{key}`."
+        return f"{found} About {more:,} more {which} in the split `threshold` would do, or {allow}."
 
     @property
     def coverage(self) -> float:

@@ -111,7 +111,8 @@ def adopt(
             found = artifact.read_manifest(home / step_names(name)[2]).metrics
             what = f"{found['before']:.0%} -> {found['after']:.0%} of {found['n']} selection questions"
             keeps = wanted is not None or found["gain"] >= GAIN
-            reasons[name] = f"modifier: {what}" if keeps else f"no modifier, because it gains too little: {what}"
+            why = "it answers fewer" if found["gain"] < 0 else "it gains too little"
+            reasons[name] = f"modifier: {what}" if keeps else f"no modifier, because {why}: {what}"
     kept = [name for name in chosen if reasons[name].startswith("modifier")]
     for name, reason in reasons.items():
         say(f"{name}: {reason}")

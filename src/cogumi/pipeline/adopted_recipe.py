@@ -113,16 +113,20 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
     tokens = plan.max_tokens
     text = f"""
   # Modifiers: adapters trained on the questions that the base failed and, so that they keep what it knows, on some
-  # that it answered (the share `rehearsal` of the rows).
+  # that it answered (the share `rehearsal` of the rows). Where answers are a choice, on questions at random: failures
+  # alone would teach which option the base neglects.
   - {{name: {WEIGHTS}, stage: convert, inputs: {{gguf: base}}}}
 """
+    choices = {d.name for d in plan.survey.gradable if d.grader == "choice"}
     for domain in domains:
         trained, exported, gain = step_names(domain)
+        rows = "random" if domain in choices else "failures"
         text += f"""  - name: {trained}
     stage: modifier
     inputs: {{examples: data, responses: responses, model: {WEIGHTS}}}
     config:
       domain: {domain}
+      rows: {rows}
       rehearsal: 0.35
       layers: {plan.layers}
       loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25}}

@@ -71,9 +71,9 @@ class Reading:
             raise DataError(f"form '{self.form}' is unknown: {nearest(self.form, list(known))}")
         for name in self.columns:
             if name not in COLUMNS:
-                raise DataError(f"'{name}' is not one of {', '.join(COLUMNS)}")
+                raise DataError(f"columns: '{name}' is not one of {', '.join(COLUMNS)}")
         if self.columns and not {"question", "answer"} <= set(self.columns):
-            raise DataError("columns must name the question and the answer")
+            raise DataError("columns must name the question and the answer: question=NAME and answer=NAME")
 
 
 @dataclass(slots=True)
