@@ -109,9 +109,11 @@ def kinds(events):
 def test_tokens_are_streamed_only_when_the_answer_is_final(tiers):
     low = cascade(tiers, **PATHS["low, base likelier"])
     live = kinds(low.generate(ask(mode="fast", speculate=False)))
-    assert live == ["Decision", *["Token"] * 10, "Decision", "Decision", "Revision", "Reply"]
+    assert live == ["Decision", *["Token"] * 10, "Decision", "Decision", "Reply"]
     held = kinds(low.generate(ask(mode="balanced", speculate=False)))
-    assert held == ["Decision", "Decision", "Decision", "Decision", *["Token"] * 10, "Revision", "Reply"]
+    assert held == ["Decision", "Decision", "Decision", "Decision", *["Token"] * 10, "Reply"]
+    noted = kinds(low.generate(ask(mode="fast", speculate=False, note=True)))
+    assert noted == [*live[:-1], "Revision", "Reply"]
     accepted = cascade(tiers, **PATHS["base"])
     assert kinds(accepted.generate(ask(mode="fast", speculate=False)))[-2:] == ["Decision", "Reply"]
 
