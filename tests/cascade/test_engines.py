@@ -69,10 +69,10 @@ def test_remote_base_answers_and_reports_why_it_is_never_accepted(folder, remote
         events = list(cascade.generate(ask(mode=mode)))
         reply = events[-1]
         alone = final_reply(cascade.tiers.base.generate(ask()))
-        assert reply.text.startswith(alone.text)
+        assert reply.text == alone.text
         assert (reply.tier, reply.route, reply.p_correct, reply.accepted) == ("base", "low_confidence", None, False)
         assert [e.text for e in events if isinstance(e, Token)] == [t.text for t in alone.tokens]
-        assert [e.text for e in events if isinstance(e, Revision)] == [reply.text]
+        assert not any(isinstance(e, Revision) for e in events)
         why = next(e for e in events if isinstance(e, Decision))
         assert (why.tier, why.signal, why.accepted) == ("cascade", "calibrated", False)
         assert "the base (RemoteEngine) has no " in why.reason
