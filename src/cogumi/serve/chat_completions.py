@@ -26,16 +26,26 @@ def _joined(content: Any) -> Any:
 
 
 class ChatMessage(BaseModel):
-    """One message: a text, or text parts (joined by newlines). Other keys, such as `name`, are ignored."""
+    """One message: a text, or text parts (joined by newlines). Other keys, such as `name`, are ignored.
+
+    The content of an assistant's message may be null, as in a refused answer.
+    """
 
     role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
+    content: Annotated[str | None, BeforeValidator(_joined)]
+
+    @model_validator(mode="after")
+    def _needs_content(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of the {self.role} needs a content")
+        return self
 
     def plain(self) -> Message:
         """Convert to the engine's message: `developer` becomes `system`, disclaimers of earlier answers are removed."""
+        content = self.content or ""
         if self.role == "assistant":
-            return Message(self.role, without_disclaimer(self.content))
-        return Message("system" if self.role == "developer" else self.role, self.content)
+            return Message(self.role, without_disclaimer(content))
+        return Message("system" if self.role == "developer" else self.role, content)
 
 
 class JsonSchema(BaseModel):
@@ -115,7 +125,7 @@ class ChatResponseBuilder:
     def __init__(self, body: ChatRequest, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.include_usage, self.wants_tokens = body.include_usage, bool(body.logprobs)
-        self.head = new_head("chatcmpl", body.model)
+        self.head, self._n = new_head("chatcmpl", body.model), body.n or 1
         self._formatted = body.response_format is not None and body.response_format.schema_text is not None
 
     def _text(self, text: str) -> tuple[str, str]:
@@ -149,8 +159,8 @@ class ChatResponseBuilder:
             }
             for index, reply in enumerate(replies)
         ]
-        usage = sum((reply.usage for reply in replies), Usage())
-        own = {"object": "chat.completion", "choices": choices, "usage": usage_object(usage)}
+        usage = usage_object([reply.usage for reply in replies], self._n)
+        own = {"object": "chat.completion", "choices": choices, "usage": usage}
         return self.head | own | {"cogumi": extensions(replies)}
 
     def chunks(
@@ -164,9 +174,9 @@ class ChatResponseBuilder:
             chunks.append(self._chunk(index, {}, None, reply.finish_reason) | {"cogumi": extension(reply)})
         return chunks
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
         """The chunk without choices."""
-        return self.head | {"object": "chat.completion.chunk", "choices": [], "usage": usage_object(usage)}
+        return self.head | {"object": "chat.completion.chunk", "choices": [], "usage": usage_object(usages, self._n)}
 
     def _chunk(
         self, index: int, delta: Mapping[str, str], logprobs: Any = None, finish_reason: str | None = None

@@ -86,8 +86,8 @@ class CompletionResponseBuilder:
             }
             for index, reply in enumerate(replies)
         ]
-        usage = sum((reply.usage for reply in replies), Usage())
-        return self.head | {"choices": choices, "usage": usage_object(usage), "cogumi": extensions(replies)}
+        usage = usage_object([reply.usage for reply in replies], self.body.n or 1)
+        return self.head | {"choices": choices, "usage": usage, "cogumi": extensions(replies)}
 
     def chunks(
         self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
@@ -103,9 +103,9 @@ class CompletionResponseBuilder:
             chunks.append(self._chunk(index, "", None, reply.finish_reason) | {"cogumi": extension(reply)})
         return chunks
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
         """The chunk without choices."""
-        return self.head | {"choices": [], "usage": usage_object(usage)}
+        return self.head | {"choices": [], "usage": usage_object(usages, self.body.n or 1)}
 
     def prompt_text(self, index: int) -> str:
         """The text of a choice's prompt."""

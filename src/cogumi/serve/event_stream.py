@@ -28,14 +28,14 @@ async def server_sent(events: ChoiceEvents, builder: ResponseBuilder) -> AsyncGe
     A `Problem` before the first line is raised, so that it becomes an HTTP status; a later one is sent as data.
     """
     sent: dict[int, str] = {}
-    usage = Usage()
+    usages: dict[int, Usage] = {}
     begun = False
     try:
         async with contextlib.aclosing(events):
             async for item in events:
                 lines = [KEEP_ALIVE] if item is None else [_data(c) for c in _chunks(*item, sent, builder)]
                 if item is not None and isinstance(item[1], Reply):
-                    usage += item[1].usage
+                    usages[item[0]] = item[1].usage
                 for line in lines:
                     begun = True
                     yield line
@@ -45,7 +45,7 @@ async def server_sent(events: ChoiceEvents, builder: ResponseBuilder) -> AsyncGe
         yield _data(problem.body)
     else:
         if builder.include_usage:
-            yield _data(builder.usage_chunk(usage))
+            yield _data(builder.usage_chunk([usages[index] for index in sorted(usages)]))
     yield DONE
 
 

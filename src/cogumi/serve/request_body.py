@@ -177,8 +177,8 @@ class ResponseBuilder(Protocol):
     ) -> list[dict[str, Any]]:
         """The chunks of one event of choice `index`; `reply` ends the choice."""
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The chunk without choices that ends a stream with `include_usage`."""
+    def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
+        """The chunk without choices that ends a stream with `include_usage`; `usages` of all choices in order."""
 
 
 def new_head(prefix: str, model: str) -> dict[str, Any]:
@@ -207,13 +207,15 @@ def extensions(replies: Sequence[Reply]) -> dict[str, Any]:
     return first | ({"choices": [extension(reply) for reply in replies]} if len(replies) > 1 else {})
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage`."""
+def usage_object(usages: Sequence[Usage], n: int) -> dict[str, Any]:
+    """OpenAI's `usage` of all choices, `n` of each prompt one after the other: a prompt counts once."""
+    prompt_tokens = sum(usage.prompt_tokens for usage in usages[::n])
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages[::n])},
     }
 
 
