@@ -9,6 +9,7 @@ from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogumi.cascade.bare_model import bare_model
 from cogumi.cascade.opening import open_cascade
 from cogumi.cli.inspection import describe
 from cogumi.cli.options import chosen_bundle
@@ -159,7 +160,8 @@ def test_a_name_that_is_a_model_and_a_recipe(folder, tmp_path, monkeypatch, caps
     Path("runs/smollm2/bundle").mkdir(parents=True)
     chosen_bundle(Path("smollm2"))
     assert "smollm2 is the model alone; the bundle built from it is runs/smollm2/bundle" in capsys.readouterr().err
-    Path("smollm2").mkdir()  # a path of that name is what is meant
     assert describe("tiny")["what"] == "recipe"
-    with pytest.raises(CogumiError, match="is not a bundle: it has no bundle"):
-        open_cascade("smollm2")
+    Path("smollm2").mkdir()  # a folder of that name does not hide the model, but a bundle does
+    assert bare_model("smollm2") == folder / "some.gguf"
+    Path("smollm2/bundle.json").write_text("{}")
+    assert bare_model("smollm2") is None

@@ -127,7 +127,7 @@ def test_bias_penalties_and_formats(client, engine):
 def test_several_choices(client):
     completion = ask(client, "echo abc", n=3)
     assert [(c.index, c.message.content) for c in completion.choices] == [(i, "abc") for i in range(3)]
-    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (10, 9)  # the prompt counts once
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (10, 12)  # the prompt counts once
     last = list(ask(client, "echo abc", n=3, stream=True, stream_options={"include_usage": True}))[-1]
     assert last.usage == completion.usage
     assert len(completion.model_extra["cogumi"]["choices"]) == 3

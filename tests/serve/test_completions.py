@@ -28,7 +28,7 @@ def test_completions_take_every_form_of_prompt(client, engine):
 def test_each_prompt_has_its_own_choices(client, engine):
     completion = complete(client, ["echo a", "echo b"], n=2, seed=7, temperature=1, stop="x", logit_bias={"5": 1})
     assert [(c.index, c.text) for c in completion.choices] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
-    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (20, 4)  # two prompts
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (20, 8)  # two prompts
     assert sorted((r.prompt, r.seed) for r in engine.requests[-4:]) == [
         ("echo a", 7), ("echo a", 8), ("echo b", 7), ("echo b", 8)
     ]  # fmt: skip
