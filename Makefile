@@ -44,7 +44,7 @@ format: .venv/dev
 
 # The stamp files say which extra is installed; dev contains build.
 .venv/build: pyproject.toml constraints.txt
-	@echo "Installing (about 8 minutes on two cores, most of it compiling llama.cpp) ..."
+	@echo "Installing (6 to 10 minutes on two cores, most of it compiling llama.cpp) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-cache-dir --constraint constraints.txt llama-cpp-python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[build]'

@@ -128,9 +128,9 @@ class ChatResponseBuilder:
         self.head, self._n = new_head("chatcmpl", body.model), body.n or 1
         self._formatted = body.response_format is not None and body.response_format.schema_text is not None
 
-    def _text(self, text: str) -> tuple[str, str]:
-        """The key and text of an answer: a withheld one is no JSON, hence a `refusal` where JSON was requested."""
-        return ("refusal" if self._formatted and text == ABSTENTION else "content"), text
+    def _text(self, text: str) -> dict[str, str]:
+        """An answer's text under its key: a withheld answer is no JSON, hence a `refusal` where JSON was requested."""
+        return {"refusal" if self._formatted and text == ABSTENTION else "content": text}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """`logprobs.content` of generated tokens (without the end token); None unless requested."""
@@ -153,7 +153,7 @@ class ChatResponseBuilder:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": None, "refusal": None} | dict([self._text(reply.text)]),
+                "message": {"role": "assistant", "content": None, "refusal": None} | self._text(reply.text),
                 "logprobs": self.logprobs(reply.tokens),
                 "finish_reason": reply.finish_reason,
             }
@@ -169,7 +169,7 @@ class ChatResponseBuilder:
         """The role first, then text and tokens, then the end with the key `cogumi`."""
         chunks = [self._chunk(index, {"role": "assistant", "content": ""})] if first else []
         if text or (tokens and self.wants_tokens):
-            chunks.append(self._chunk(index, dict([self._text(text)]), self.logprobs(tokens) if tokens else None))
+            chunks.append(self._chunk(index, self._text(text), self.logprobs(tokens) if tokens else None))
         if reply:
             chunks.append(self._chunk(index, {}, None, reply.finish_reason) | {"cogumi": extension(reply)})
         return chunks
