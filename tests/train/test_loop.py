@@ -20,6 +20,7 @@ from cogumi.evaluate.suites import training
 from cogumi.models.folders import Shape, build
 from cogumi.models.lora import LoraShape, attach
 from cogumi.models.tokenization import HFTokenizer, Row
+from cogumi.train.autocast import uses_bf16
 from cogumi.train.batches import collate
 from cogumi.train.checkpoint import Progress, trained
 from cogumi.train.loop import LoopConfig, learning_rate, reason_to_stop, train
@@ -149,15 +150,17 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(tokenizer, tmp_path
 
 
 def test_memory_options_do_not_change_gradients(tokenizer, tmp_path):
-    """Gradient checkpointing gives the same weights; bf16 gives nearly the same."""
+    """Gradient checkpointing gives the same weights; bf16 gives nearly the same; `auto` is one of both formats."""
     rows, found = sums(tokenizer), {}
-    options = {"plain": {}, "twice": {"gradient_checkpointing": True}, "bf16": {"precision": "bf16"}}
+    options = {"plain": {}, "twice": {"gradient_checkpointing": True}}
+    options |= {name: {"precision": name} for name in ("bf16", "auto")}
     for name, option in options.items():
         model = build(SHAPE, tokenizer, 0)
         train(model, rows, answer_loss, LoopConfig(**CONFIG | {"steps": 4} | option), tmp_path / name, context())
         found[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert torch.equal(found["plain"], found["twice"])
     assert not torch.equal(found["plain"], found["bf16"])
+    assert torch.equal(found["auto"], found["bf16" if uses_bf16("auto", "cpu") else "plain"])
     assert torch.nn.functional.cosine_similarity(found["plain"], found["bf16"], dim=0) > 0.98
 
 

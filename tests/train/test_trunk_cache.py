@@ -106,6 +106,20 @@ def test_cache_changes_neither_losses_nor_the_adapter(world, tmp_path, model, ca
         assert (tensor - adapter[name]).norm() <= weight * tensor.norm(), name
 
 
+def test_cached_states_of_bf16_are_those_of_a_whole_pass_in_bf16(world, tmp_path):
+    """The caching pass computes in the format of the training, and another format does not use its states."""
+    model = load(world / "llama")
+    rows = make_rows([example(f"{a} plus 1", str(a + 1)) for a in range(6)], tokenizer(world), 64)
+    cache = TrunkCache(tmp_path / "trunk", rows, 2, 32, "fp32")
+    found = {}
+    for precision in ("fp32", "bf16"):
+        cache.fill(model, context(), range(len(rows)), precision)
+        with only(model, 2):
+            found[precision] = judge_answers(applied(model, precision), rows, collate=cache.collate_from(0))["loss"]
+        assert found[precision] == pytest.approx(judge_answers(applied(model, precision), rows)["loss"], abs=1e-5)
+    assert 0 < abs(found["bf16"] - found["fp32"]) < 0.05
+
+
 def test_adapter_is_on_the_upper_layers_of_the_whole_model(world, whole):
     out, (metrics, adapter) = whole
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in adapter} == {LAYERS - 2, LAYERS - 1}

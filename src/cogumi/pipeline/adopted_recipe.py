@@ -129,7 +129,7 @@ def modifiers(plan: Adoption, domains: Sequence[str]) -> str:
       rows: {rows}
       rehearsal: 0.35
       layers: {plan.layers}
-      loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25}}
+      loop: {{steps: 75, batch: 8, lr: 0.002, warmup: 10, evaluate_every: 25, precision: auto}}
   - {{name: {exported}, stage: gguf, inputs: {{adapter: {trained}, model: {WEIGHTS}}}}}
   - name: {gain}
     stage: gain

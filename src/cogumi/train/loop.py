@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cogumi.core.errors import TrainingError
 from cogumi.core.stage import CHECKPOINT, Context
+from cogumi.train.autocast import Precision, computing
 from cogumi.train.batches import Order, collate
 from cogumi.train.checkpoint import Checkpoint, Progress, identity, restore, trained
 from cogumi.train.muon import Muon
@@ -73,7 +74,7 @@ class LoopConfig(BaseModel):
     gradient_floor: float | None = Field(None, gt=0)
     keep: int = Field(1, ge=1, description="number of best weights to keep; others as `best/<step>.safetensors`")
     checkpoint_every: int = Field(100, ge=1)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; weights keep their type")
+    precision: Precision = Field("fp32", description="of the computation; weights keep their type")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile; pays on GPUs")
 
@@ -81,14 +82,13 @@ class LoopConfig(BaseModel):
 class _FunctionModule(nn.Module):
     """A module whose forward pass is any function of the model, so that data-parallel and sharding wrappers apply."""
 
-    def __init__(self, model: nn.Module, precision: str) -> None:
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
         super().__init__()
         self.model: Any = model
-        self.bf16 = precision == "bf16"
+        self.precision = precision
 
     def forward(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+        with computing(self.precision, next(self.model.parameters()).device.type):
             return function(self.model, batch)
 
 

@@ -34,7 +34,7 @@ from cogumi.train.failed_questions import with_rehearsal, with_usual_abstentions
 from cogumi.train.loop import Apply, LoopConfig, train
 from cogumi.train.losses import answer_loss
 from cogumi.train.training_cost import Upper, training_estimate
-from cogumi.train.trunk_cache import Collate, Precision, TrunkCache
+from cogumi.train.trunk_cache import CacheType, Collate, TrunkCache
 from cogumi.train.validation import applied, judge_answers
 from cogumi.train.validation_size import Budget, LayerCost, sample, used, validations
 
@@ -65,7 +65,7 @@ class Config(BaseModel):
     rehearsal: float = Field(0.0, ge=0, lt=1)
     lora: LoraShape = LoraShape()
     layers: int | None = Field(None, ge=1)
-    cache: Precision | None = "fp16"
+    cache: CacheType | None = "fp16"
     validation_rows: int | None = Field(None, ge=1)
     elsewhere_rows: int | None = Field(None, ge=0)
     quantize: Quantize = None
@@ -141,6 +141,7 @@ class _Run:
         self, config: Config, model: Any, below: int, rows: list[Row], judged: _Selection, out: Path, context: Context
     ) -> None:
         self.model, self.below, self.rows, self.judged = model, below, rows, judged
+        self.precision = config.loop.precision
         self.cached = bool(below and config.cache)
         self.own: Collate = collate
         self.others: Collate = collate
@@ -150,7 +151,7 @@ class _Run:
             first = len(judged.own) + len(judged.others)
             index = [*range(first), *(first + i for i in used(_order(config, rows, context), config.loop.steps))]
             cache = TrunkCache(out / CHECKPOINT / "trunk", everything, below, model.config.hidden_size, config.cache)
-            cache.fill(model, context, index)
+            cache.fill(model, context, index, config.loop.precision)
             self.own, self.others = cache.collate_from(0), cache.collate_from(len(judged.own))
             self.trained = cache.collate_from(first)
 
@@ -161,14 +162,14 @@ class _Run:
     def judge(self, model: Any) -> dict[str, float]:
         """Figures on the domain's selection rows."""
         with self.part(model):
-            return judge_answers(applied(model), self.judged.own, collate=self.own)
+            return judge_answers(applied(model, self.precision), self.judged.own, collate=self.own)
 
     def elsewhere(self, model: Any) -> float | None:
         """Share of exact answers on the rows of other domains; None if there are none."""
         if not self.judged.others:
             return None
         with self.part(model):
-            return judge_answers(applied(model), self.judged.others, collate=self.others)["exact"]
+            return judge_answers(applied(model, self.precision), self.judged.others, collate=self.others)["exact"]
 
     def train(self, model: Any, config: LoopConfig, out: Path, context: Context) -> Progress:
         """Train the adapter of a peft model."""

@@ -15,7 +15,7 @@ from cogumi.models.folders import Quantize, Shape
 from cogumi.models.lora import LoraShape, unknown_targets
 from cogumi.models.upper_layers import too_many
 from cogumi.train.loop import LoopConfig
-from cogumi.train.trunk_cache import TYPES, Precision
+from cogumi.train.trunk_cache import TYPES, CacheType
 from cogumi.train.validation import TOKENS
 
 
@@ -24,7 +24,7 @@ class Upper:
     """Training of the upper `layers` only, on the cached states of the others with this precision, or without cache."""
 
     layers: int
-    cache: Precision | None
+    cache: CacheType | None
 
 
 ASSUMED = Rows(0, 512, 512, 512)
@@ -71,7 +71,7 @@ def training_estimate(
         judged=max(TOKENS // rows.longest, 1),
         ranks={name: rank for name, rank in lora.by_target.items() if name in shape.linear} if lora else None,
         nf4=quantize == "nf4",
-        bf16=loop.precision == "bf16",
+        bf16=loop.precision != "fp32",
         recompute=loop.gradient_checkpointing,
         parts=loop.accumulate,
         gpus=given.hardware.gpus,
@@ -86,7 +86,7 @@ def training_estimate(
     )
 
 
-def _cost(t: Training, memory: Footprint, loop: LoopConfig, rows: Rows, merged: bool, cache: Precision | None) -> Cost:
+def _cost(t: Training, memory: Footprint, loop: LoopConfig, rows: Rows, merged: bool, cache: CacheType | None) -> Cost:
     """The cost of a run over rows; `cache` holds the states of the layers below those that are trained."""
     tokens = int(loop.steps * loop.batch * rows.mean)
     layer, below = t.shape.matrices // t.shape.layers, t.shape.layers - t.layers

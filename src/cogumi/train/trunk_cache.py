@@ -22,13 +22,14 @@ from cogumi.core.files import write_json
 from cogumi.core.stage import Context
 from cogumi.models.tokenization import Row
 from cogumi.models.upper_layers import lower_states
+from cogumi.train.autocast import Precision, computing, uses_bf16
 from cogumi.train.batches import Batch, collate
 from cogumi.train.checkpoint import identity
 from cogumi.train.validation import passes
 
-Precision: TypeAlias = Literal["fp16", "fp32"]
+CacheType: TypeAlias = Literal["fp16", "fp32"]
 Collate: TypeAlias = Callable[[Sequence[Any], Sequence[int]], Batch]
-TYPES: dict[Precision, type[np.floating[Any]]] = {"fp16": np.float16, "fp32": np.float32}
+TYPES: dict[CacheType, type[np.floating[Any]]] = {"fp16": np.float16, "fp32": np.float32}
 PHASE = "rows through the frozen layers"
 """Name of the caching pass in the progress display."""
 
@@ -36,28 +37,29 @@ PHASE = "rows through the frozen layers"
 class TrunkCache:
     """The states of `rows` after the first `below` layers, in the files `<path>.states` and `<path>.json`."""
 
-    def __init__(self, path: Path, rows: Sequence[Row], below: int, hidden: int, precision: Precision) -> None:
-        self.rows, self.below, self.precision = rows, below, precision
+    def __init__(self, path: Path, rows: Sequence[Row], below: int, hidden: int, kind: CacheType) -> None:
+        self.rows, self.below, self.kind = rows, below, kind
         self._file, self._progress = path.with_suffix(".states"), path.with_suffix(".json")
         self._first = np.cumsum([0, *(row.size for row in rows)]).tolist()
         self._shape = (self._first[-1], hidden)
         self._states: Any = None
 
-    def fill(self, model: Any, context: Context, index: Sequence[int]) -> None:
+    def fill(self, model: Any, context: Context, index: Sequence[int], precision: Precision = "fp32") -> None:
         """Compute the states of the rows `index` with a frozen model, unless an interrupted run did.
 
         Under a launch of several processes the first one computes, and the others wait for it. Raises `TrainingError`
         for states too large for the type of the cache.
         """
         with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
-            self._fill(model, context, index)
+            self._fill(model, context, index, precision)
 
-    def _fill(self, model: Any, context: Context, index: Sequence[int]) -> None:
-        key = self._key(model, index)
+    def _fill(self, model: Any, context: Context, index: Sequence[int], precision: Precision) -> None:
+        device = next(model.parameters()).device
+        bf16 = uses_bf16(precision, device.type)
+        key = self._key(model, index, bf16)
         done = self._done(key)
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        states = np.memmap(self._file, TYPES[self.precision], "r+" if done else "w+", shape=self._shape)
-        device = next(model.parameters()).device
+        states = np.memmap(self._file, TYPES[self.kind], "r+" if done else "w+", shape=self._shape)
         model.eval()
         chosen = [self.rows[i] for i in index]
         rows_done = 0
@@ -65,23 +67,24 @@ class TrunkCache:
             rows_done += len(batch)
             if number < done:
                 continue
-            found = lower_states(model, collate(chosen, batch).ids.to(device), self.below).float().cpu().numpy()
+            with computing(precision, device.type):
+                found = lower_states(model, collate(chosen, batch).ids.to(device), self.below).float().cpu().numpy()
             for k, values in zip(batch, found, strict=True):
                 self._write(states, index[k], values)
             states.flush()
             write_json(self._progress, {"key": key, "batches": number + 1})
             context.progress(rows_done, len(chosen), {PHASE: rows_done})
-        self._states = torch.from_numpy(np.memmap(self._file, TYPES[self.precision], "r+", shape=self._shape))
+        self._states = torch.from_numpy(np.memmap(self._file, TYPES[self.kind], "r+", shape=self._shape))
 
     def _write(self, states: Any, i: int, values: np.ndarray) -> None:
         most = float(np.abs(values[: self.rows[i].size]).max())
-        if not most <= float(np.finfo(TYPES[self.precision]).max):
+        if not most <= float(np.finfo(TYPES[self.kind]).max):
             raise TrainingError(f"hidden states reach {most:.3g}, too much for a cache of fp16; set `cache: fp32`")
         states[self._first[i] : self._first[i + 1]] = values[: self.rows[i].size]
 
-    def _key(self, model: Any, index: Sequence[int]) -> str:
+    def _key(self, model: Any, index: Sequence[int], bf16: bool) -> str:
         """Identifies everything that the states depend on."""
-        digest = hashlib.sha256(f"{identity(model)} {self.below} {self.precision}".encode())
+        digest = hashlib.sha256(f"{identity(model)} {self.below} {self.kind} {bf16}".encode())
         for i in index:
             digest.update(f"{i} {self.rows[i].ids}".encode())
         return digest.hexdigest()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cogumi.models.tokenization import Row
+from cogumi.train.autocast import Precision, computing
 from cogumi.train.batches import collate
 from cogumi.train.loop import Apply, Item, Loss
 from cogumi.train.losses import answer_figures
@@ -22,14 +23,15 @@ TOKENS = 4096
 """Tokens in one pass, including padding; limits the memory for logits of a large vocabulary."""
 
 
-def applied(model: nn.Module) -> Apply:
+def applied(model: nn.Module, precision: Precision = "fp32") -> Apply:
     """`Apply` of a model outside the training loop."""
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def apply(function: Callable[[Any, Any], Any], batch: Any) -> Any:
         model.eval()
-        return function(model, batch.to(device))
+        with computing(precision, device.type):
+            return function(model, batch.to(device))
 
     return apply
 
