@@ -20,11 +20,11 @@ from cogumi.evaluate.suites import training
 from cogumi.models.folders import Shape, build
 from cogumi.models.lora import LoraShape, attach
 from cogumi.models.tokenization import HFTokenizer, Row
-from cogumi.train.autocast import uses_bf16
+from cogumi.train.autocast import TILE, computing, uses_bf16
 from cogumi.train.batches import collate
 from cogumi.train.checkpoint import Progress, trained
 from cogumi.train.loop import LoopConfig, learning_rate, reason_to_stop, train
-from cogumi.train.losses import answer_loss
+from cogumi.train.losses import answer_figures, answer_logits, answer_loss
 from cogumi.train.validation import applied, judge_answers
 from support import pico
 from support.train import SHAPE, context, sums
@@ -162,6 +162,19 @@ def test_memory_options_do_not_change_gradients(tokenizer, tmp_path):
     assert not torch.equal(found["plain"], found["bf16"])
     assert torch.equal(found["auto"], found["bf16" if uses_bf16("auto", "cpu") else "plain"])
     assert torch.nn.functional.cosine_similarity(found["plain"], found["bf16"], dim=0) > 0.98
+
+
+def test_padding_to_tiles_changes_no_figure(tokenizer):
+    """Rows of a bf16 computation are padded to whole tiles; in fp32 such rows give the same figures as plain ones."""
+    model, rows = build(SHAPE, tokenizer, 0), sums(tokenizer)[:8]
+    plain = collate(rows, range(8))
+    assert plain.in_tiles() is plain
+    with computing("bf16", "cpu"):
+        padded = plain.in_tiles()
+        assert [len(part) for part in answer_logits(model, plain)] == [int((plain.labels >= 0).sum())] * 3
+    assert padded.ids.shape[1] % TILE == 0 < padded.ids.shape[1] - plain.ids.shape[1]
+    for expected, found in zip(answer_figures(model, plain), answer_figures(model, padded), strict=True):
+        assert torch.allclose(expected.float(), found.float(), atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cogumi.core.errors import TrainingError
 from cogumi.core.types import Example
 from cogumi.models.tokenization import HFTokenizer, Row
+from cogumi.train.autocast import missing
 
 IGNORE = -100
 
@@ -28,6 +30,15 @@ class Batch:
     starts: Tensor
     index: Tensor
     states: Tensor | None = None
+
+    def in_tiles(self) -> Batch:
+        """The same batch, with rows padded to whole tiles where the computation is in bf16."""
+        more = missing(self.ids.shape[1], self.ids.device.type)
+        if not more:
+            return self
+        ids, labels = pad(self.ids, (0, more)), pad(self.labels, (0, more), value=IGNORE)
+        states = None if self.states is None else pad(self.states, (0, 0, 0, more))
+        return Batch(ids, labels, self.starts, self.index, states)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, pad
 
 from cogumi.models.answer_match import exact, language_model
+from cogumi.train.autocast import missing
 from cogumi.train.batches import IGNORE, Batch
 from cogumi.train.loop import Loss
 
@@ -21,7 +22,9 @@ def labelled_logits(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, 
     """
     target = labels[:, 1:]
     row, position = torch.nonzero(target != IGNORE, as_tuple=True)
-    return head(hidden[row, position]), target[row, position], row
+    states = hidden[row, position]
+    logits = head(pad(states, (0, 0, 0, missing(len(states), states.device.type))))
+    return logits[: len(states)], target[row, position], row
 
 
 def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +35,7 @@ def token_nats(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """`labelled_logits` of the answer tokens; prompts have no labels, so that the head does not run on them."""
-    core = language_model(model)
+    core, batch = language_model(model), batch.in_tiles()
     given = {"input_ids": batch.ids} if batch.states is None else {"inputs_embeds": batch.states.to(core.dtype)}
     return labelled_logits(core.lm_head, core.model(**given, use_cache=False).last_hidden_state, batch.labels)
 

@@ -68,7 +68,8 @@ class TrunkCache:
             if number < done:
                 continue
             with computing(precision, device.type):
-                found = lower_states(model, collate(chosen, batch).ids.to(device), self.below).float().cpu().numpy()
+                ids = collate(chosen, batch).to(device).in_tiles().ids
+                found = lower_states(model, ids, self.below).float().cpu().numpy()
             for k, values in zip(batch, found, strict=True):
                 self._write(states, index[k], values)
             states.flush()
