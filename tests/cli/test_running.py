@@ -303,7 +303,8 @@ def test_stream_equals_the_plain_answer(client, model, speculate):
     assert chunks[-1].model_extra["cogumi"]["route"] == whole.model_extra["cogumi"]["route"]
     streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
     assert [e.token for e in streamed] == [e.token for e in whole.choices[0].logprobs.content]
-    assert "".join(e.token for e in streamed) == whole.choices[0].message.content
+    cut = "\ufffd"  # a character that the last token leaves incomplete is in its token, not in the content
+    assert "".join(e.token for e in streamed).rstrip(cut) == whole.choices[0].message.content.rstrip(cut)
 
 
 def test_content_is_the_answer_and_nothing_else_unless_a_note_is_wanted(client):

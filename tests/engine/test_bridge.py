@@ -151,12 +151,12 @@ def test_translation_is_a_prefix_of_the_drafted_text(names, data):
     shown = codecs.getincrementaldecoder("utf-8")("replace")
     shown.decode(spelled(base, settled))
     held = shown.getstate()[0]
-    if new and base.ends(new[-1]):
-        end = next(i for i, id in enumerate(drafted) if draft.ends(id))
+    if new and new[-1] in base.ends:
+        end = next(i for i, id in enumerate(drafted) if id in draft.ends)
         assert held + spelled(base, new[:-1]) == spelled(draft, drafted[:end])
         new = new[:-1]
     assert spelled(draft, drafted).startswith(held + spelled(base, new)) or not new
-    assert not any(map(base.ends, new))
+    assert not base.ends.intersection(new)
 
 
 @pairs
@@ -183,7 +183,7 @@ def test_end_token_is_translated_only_after_complete_characters():
     built, (base, draft) = bridge(*PICO), map(tokenizer, PICO)
     text = built.text(PROMPT, base.encode("Q: "))
     euro = draft.encode("€")
-    other = next(i for i in range(draft.size) if not draft.piece(i) and not draft.ends(i))
+    other = next(i for i in range(draft.size) if not draft.piece(i) and i not in draft.ends)
     assert len(euro) > 1
     assert text.translate([draft.eos, *euro]) == [base.eos]
     assert text.translate([*euro, draft.eos, *euro]) == [*base.encode("€"), base.eos]
@@ -292,7 +292,7 @@ class Greedy:
 
     def answer(self, prompt: list[int], n: int) -> list[int]:
         ids = list(prompt)
-        while len(ids) < len(prompt) + n and not self.model.tokenizer.ends(ids[-1]):
+        while len(ids) < len(prompt) + n and ids[-1] not in self.model.tokenizer.ends:
             ids += self.best(ids, 1)
         return ids[len(prompt) :]
 
@@ -303,9 +303,9 @@ def speculated(base: Greedy, draft: Greedy, request: Request, n: int, k: int) ->
     text = Bridge(base.model.tokenizer, draft.model.tokenizer).text(request, prompt)
     answer: list[int] = []
     proposed = accepted = 0
-    while len(answer) < n and not (answer and ends(answer[-1])):
+    while len(answer) < n and not (answer and answer[-1] in ends):
         drafted: list[int] = []
-        while len(drafted) < k and not (drafted and draft.model.tokenizer.ends(drafted[-1])):
+        while len(drafted) < k and not (drafted and drafted[-1] in draft.model.tokenizer.ends):
             drafted += draft.best(text.ids + drafted, 1)
         new = text.translate(drafted)[: n - len(answer) - 1]
         best = base.best(prompt + answer + new, len(new) + 1)
@@ -313,7 +313,7 @@ def speculated(base: Greedy, draft: Greedy, request: Request, n: int, k: int) ->
         while agreed < len(new) and new[agreed] == best[agreed]:
             agreed += 1
         settled = best[: agreed + 1]
-        if agreed and ends(best[agreed - 1]):
+        if agreed and best[agreed - 1] in ends:
             settled = best[:agreed]
         proposed, accepted = proposed + len(new), accepted + agreed
         answer += settled

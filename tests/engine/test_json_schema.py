@@ -26,7 +26,7 @@ from support.engines import CHAT, ask, opened, pico, plain
 class Bytes:
     """A vocabulary of single bytes with two end tokens and one special token."""
 
-    size, eos, settings = 259, 256, {}
+    size, eos, ends, settings = 259, 256, frozenset({256, 257}), {}
 
     def piece(self, token):
         return bytes([token]) if token < 256 else b""
@@ -35,17 +35,34 @@ class Bytes:
         return list(text.encode())
 
 
-COMPILER = SchemaCompiler(Bytes(), lambda token: token in (256, 257))
+COMPILER = SchemaCompiler(Bytes())
 
 
-def accepts(schema, text):
+def accepts(schema, text, free_text=False):
     """Whether the grammar of a schema accepts a complete text."""
-    grammar = COMPILER.compile(json.dumps(schema))
+    grammar = COMPILER.compile(json.dumps(schema), free_text)
     for byte in text.encode():
         if not grammar.allows(byte):
             return False
         grammar.accept(byte)
     return grammar.allows(256)
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_with_free_text_only_what_begins_as_json_follows_the_schema(text):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    grammar, begins = COMPILER.compile(json.dumps(schema), free_text=True), text.strip(" \t\n")[:1]
+    allowed = True
+    for byte in text.encode():
+        allowed = allowed and grammar.allows(byte)
+        if allowed:
+            grammar.accept(byte)
+    if begins and begins not in "{[":
+        assert allowed
+        assert grammar.allows(256)
+    for answer, right in (('{"a": 7}', True), ('{"a": "x"}', False), ('{"b": 7}', False), ("[7]", False)):
+        assert accepts(schema, answer, free_text=True) == right
 
 
 DEFS = {
@@ -251,14 +268,14 @@ def test_text_generated_under_a_schema_is_valid(model):
     adapter = TypeAdapter(model)
     schema = adapter.json_schema()
     tokenizer = Model(pico().base_q8).tokenizer
-    compiler = SchemaCompiler(tokenizer, tokenizer.ends)
+    compiler = SchemaCompiler(tokenizer)
     closers = np.array(
-        [tokenizer.piece(i)[:1] in (b'"', b"}", b"]") or tokenizer.ends(i) for i in range(tokenizer.size)]
+        [tokenizer.piece(i)[:1] in (b'"', b"}", b"]") or i in tokenizer.ends for i in range(tokenizer.size)]
     )
     for seed in range(5):
         draw, grammar = np.random.default_rng(seed), compiler.compile(json.dumps(schema))
         ids = []
-        while not ids or not tokenizer.ends(ids[-1]):
+        while not ids or ids[-1] not in tokenizer.ends:
             row = draw.gumbel(size=tokenizer.size).astype(np.float32) + closers * np.float32(3 + len(ids) / 50)
             grammar.mask(row)
             some = draw.integers(0, tokenizer.size, 20)

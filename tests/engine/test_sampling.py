@@ -1,6 +1,7 @@
 """Properties of sampling, token signals and text streams."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Request
 from cogumi.engine.generation import TextStream
-from cogumi.engine.sampling import check, draw, logprobs_of, probabilities, signals, top_logprobs
+from cogumi.engine.sampling import LogitsProcessor, check, draw, logprobs_of, probabilities, signals, top_logprobs
 
 rows = st.lists(st.integers(-40, 40), min_size=2, max_size=40).map(lambda x: np.array(x, np.float32) / 4)
 
@@ -37,6 +38,40 @@ def test_nucleus_is_the_smallest_set_with_its_probability_mass(logits, temperatu
     assert kept.sum() == 1 or mass - whole[kept].min() < top_p + 1e-9
     assert whole[kept].min() >= whole[~kept].max(initial=0)
     assert p[kept] == pytest.approx(whole[kept] / mass)
+
+
+@given(rows, st.floats(0.05, 5), st.integers(1, 50), st.floats(0, 1))
+@settings(deadline=None)
+def test_top_k_and_min_p_keep_the_best(logits, temperature, top_k, min_p):
+    whole = probabilities(logits, temperature)
+    best, near = probabilities(logits, temperature, top_k=top_k), probabilities(logits, temperature, min_p=min_p)
+    assert (best > 0).sum() == min(top_k, (whole > 0).sum())
+    assert whole[best > 0].min() >= whole[best == 0].max(initial=0)
+    assert set(np.flatnonzero(near)) == set(np.flatnonzero((whole >= min_p * whole.max()) & (whole > 0)))
+    for p in (best, near):
+        assert p.sum() == pytest.approx(1)
+        assert p[p > 0] == pytest.approx(whole[p > 0] / whole[p > 0].sum())
+
+
+def test_repetition_penalty_lowers_ids_of_prompt_and_answer():
+    request = Request(prompt="x", repetition_penalty=2.0, presence_penalty=0.5)
+    processor = LogitsProcessor.of(request, prompt=[1, 1], ends=[0])
+    processor.accept(2)
+    row = np.array([3, 4, -4, 5], np.float32)
+    assert processor.apply(row).tolist() == [3, 2, -8.5, 5]
+    assert row.tolist() == [3, 4, -4, 5]
+    assert processor.best(row) == 3
+    assert LogitsProcessor.of(replace(request, repetition_penalty=1.0, presence_penalty=0.0), [1], [0]) is None
+
+
+def test_end_tokens_are_forbidden_before_min_tokens():
+    processor = LogitsProcessor.of(Request(prompt="x", min_tokens=2), prompt=[], ends={0, 2})
+    row, found = np.array([9, 1, 8], np.float32), []
+    for _ in range(4):
+        found.append(processor.best(row))
+        assert processor.apply(row).argmax() == found[-1]
+        processor.accept(found[-1])
+    assert found == [1, 1, 0, 0]
 
 
 def test_draws_follow_the_distribution():
@@ -94,6 +129,14 @@ def test_top_logprobs_are_sorted_and_complete(logits, n):
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": math.nan},
+        {"top_k": -1},
+        {"top_k": 2.0},
+        {"min_p": 1.1},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.inf},
+        {"min_tokens": -1},
+        {"min_tokens": 1, "json_schema": "{}"},
         {"logprobs": 21},
         {"logprobs": -1},
         {"seed": -1},
@@ -145,4 +188,10 @@ def test_stream_emits_exactly_the_text_before_the_first_stop_string(data, text, 
 def test_invalid_utf8_becomes_replacement_characters():
     stream = TextStream()
     assert stream.push("🙂".encode()[:2]) == ""
-    assert stream.push(b"", last=True) == "\ufffd"
+    assert stream.push(b"a") == "\ufffda"
+
+
+def test_character_that_the_last_token_cuts_is_dropped():
+    stream = TextStream()
+    assert stream.push("a🙂".encode()[:3]) == "a"
+    assert stream.push("🙂".encode()[2:3], last=True) == ""

@@ -15,6 +15,7 @@ from cogumi.core.types import Message, Request
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.models.tokenization import HFTokenizer
+from cogumi.serve.tokenizer_api import text_ids
 from support.gguf import edit
 from support.pico import TEMPLATE, make_model
 from support.vocabularies import real_vocabulary
@@ -98,7 +99,7 @@ def test_end_token_and_bos_are_those_of_the_files_on_both_sides(tmp_path, pico, 
     change(folder)
     torch_side, llama_side = HFTokenizer.load(folder), exported(folder).tokenizer
     assert torch_side.eos == llama_side.eos == end
-    assert torch_side.ends <= {i for i in range(512) if llama_side.ends(i)} <= {PAD, END}
+    assert torch_side.ends <= llama_side.ends <= {PAD, END}
     assert llama_side.settings["bos_token"] == bos
     for request, count in ((RAW, before_raw), (CHAT, before_chat)):
         ids = llama_side.render(request)
@@ -107,6 +108,28 @@ def test_end_token_and_bos_are_those_of_the_files_on_both_sides(tmp_path, pico, 
         assert ids[:count] == [PAD] * count
     assert llama_side.settings["chat_template"] == torch_side.settings["chat_template"]
     assert llama_side.settings["eos_token"] == torch_side.settings["eos_token"]
+
+
+def test_names_of_special_tokens_are_read_in_a_raw_prompt_and_by_request(pico):
+    """A raw prompt is text of the model's own format; `text_ids` can also read it as plain text."""
+    torch_side, llama_side = HFTokenizer.load(pico), exported(pico).tokenizer
+    text = "<|user|>Hi<|end|>"
+    special, plain = [USER, *torch_side.encode("Hi"), END], torch_side.encode(text)
+    for tokenizer in (torch_side, llama_side):
+        assert tokenizer.render(Request(prompt=text)) == special == text_ids(tokenizer, text, True, True)
+        assert text_ids(tokenizer, text, True, False) == plain
+        chat = tokenizer.render(Request(messages=(Message("user", text),)))
+        assert chat.count(END) == 1  # the template's own
+
+
+def test_bos_of_a_raw_prompt_comes_once_or_not_at_all(tmp_path, pico):
+    folder = Path(shutil.copytree(pico, tmp_path / "m"))
+    add_bos(folder)
+    for tokenizer in (HFTokenizer.load(folder), exported(folder).tokenizer):
+        hi = tokenizer.encode("Hi")
+        assert text_ids(tokenizer, "Hi", True, True) == [PAD, *hi]
+        assert text_ids(tokenizer, "<|pad|>Hi", True, True) == [PAD, *hi]
+        assert text_ids(tokenizer, "Hi", False, True) == hi
 
 
 def without_end_token(folder: Path) -> Path:
@@ -127,7 +150,7 @@ def test_a_special_token_that_a_file_does_not_declare_is_not_invented(tmp_path, 
     tokenizer = Model(without_end_token(folder), vocabulary_only=True).tokenizer
     assert tokenizer.eos == END  # by the template
     assert tokenizer.settings["bos_token"] is None
-    assert not tokenizer.ends(11)
+    assert 11 not in tokenizer.ends
     names = json.loads((folder / "tokenizer.json").read_text().replace("<|end|>", "<|fin|>"))
     (folder / "tokenizer.json").write_text(json.dumps(names))
     settings(folder, eos_token="<|fin|>", chat_template="{{ messages[0].content }}")
@@ -150,7 +173,7 @@ def test_published_vocabularies_agree_with_transformers(tmp_path, name, declared
     ours, theirs = HFTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     llama_side = exported(folder).tokenizer
     assert ours.eos == llama_side.eos == theirs.convert_tokens_to_ids(end)
-    assert llama_side.ends(theirs.eos_token_id)
+    assert theirs.eos_token_id in llama_side.ends
     assert llama_side.settings["bos_token"] == ours.settings["bos_token"] == bos
     assert llama_side.settings["eos_token"] == ours.settings["eos_token"] == declared
     chat = [{"role": m.role, "content": m.content} for m in CHAT.messages]

@@ -227,14 +227,12 @@ def test_error_after_the_first_byte_is_sent_as_an_event(client, port):
     ("change", "named"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tool calls"),
         ({"messages": [{"role": "user", "content": None}]}, "messages"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "text",
         ),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
-        ({"tool_choice": "required"}, "tool_choice is not supported"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "schema"),
         ({"response_format": {"type": "xml"}}, "response_format"),

@@ -21,7 +21,7 @@ from support.waiting import PATIENCE, until
 
 
 class ByteTokenizer:
-    size, eos = 257, 256
+    size, eos, ends = 257, 256, frozenset({256})
     settings = MappingProxyType({"bos_token": None, "eos_token": "<end>", "chat_template": "{{ messages }}"})
 
     def piece(self, token):
@@ -44,6 +44,7 @@ class Scripted:
 
     models = ("cogumi", "cogumi:fast", "cogumi:base+code")
     adapters = ("code",)
+    context = 512
 
     def __init__(self):
         self.tokenizer = ByteTokenizer()

@@ -71,6 +71,11 @@ class Cascade:
         return self.tiers.base.adapters
 
     @property
+    def context(self) -> int | None:
+        """That of the base."""
+        return self.tiers.base.context
+
+    @property
     def capabilities(self) -> Capabilities:
         """Those of the base, except capabilities that need a method which the cascade does not have."""
         own = {Capability.SPECULATION, Capability.PREFILL, Capability.RUNTIME_ADAPTERS}

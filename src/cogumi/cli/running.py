@@ -125,6 +125,25 @@ def serve(
     modifiers: ModifiersOption = None,
     base_url: BaseUrlOption = None,
     base_model: BaseModelOption = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another host name to answer for; may be repeated. On 127.0.0.1 a foreign name in a request's Host "
+            "header is refused, because web pages could use it to reach the server.",
+            metavar="NAME",
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the server (http://localhost:3000), or * for all; may be repeated.",
+            metavar="ORIGIN",
+            show_default="none",
+        ),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that running answers get after Ctrl-C or SIGTERM.")
+    ] = 10.0,
     json: JsonOption = False,
 ) -> None:
     """Serve a bundle to OpenAI clients at http://HOST:PORT/v1; any API key is accepted.
@@ -165,7 +184,7 @@ def serve(
         else:
             console.print_serving(where, engine.models)
 
-    app.serve(load, listener, ready, modifiers)
+    app.serve(load, listener, ready, modifiers, allowed_hosts=allow_host or (), origins=cors or (), grace=grace)
 
 
 def personal(

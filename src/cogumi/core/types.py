@@ -52,11 +52,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request to an engine: `messages` (rendered by the chat template) or a raw `prompt`.
+    """A request to an engine: `messages` (rendered by the chat template), or a raw `prompt` in the model's own format:
+    names of special tokens in it are these tokens, and bos comes first where the model wants one.
 
     `max_tokens` None: as many as the context leaves. `logit_bias` (id -> value added to its logit) and the penalties
     follow OpenAI's API: `presence_penalty` is subtracted once from the logit of each id generated so far,
-    `frequency_penalty` once per occurrence. `grammar` (GBNF) and `json_schema` (JSON text) constrain the answer. `echo`
+    `frequency_penalty` once per occurrence; `repetition_penalty` divides the positive logits of ids of the prompt and
+    the answer and multiplies their negative ones. Sampling draws from the `top_k` best ids (0: all) with at least
+    `min_p` times the probability of the best. The end token is forbidden before `min_tokens` tokens. `grammar` (GBNF)
+    and `json_schema` (JSON text) constrain the answer, the latter with `free_text` only if it begins as JSON. `echo`
     requests the prompt's log-probabilities. `speculate`: True forces drafting, False forbids it, None lets the engine
     choose. `abstain` withholds an answer that is not accepted, `note` appends a sentence to it that says so. `user` and
     `session` partition memory and caches, `id` identifies the answer for ratings; `files` are names of files that the
@@ -69,8 +73,11 @@ class Request:
     messages: tuple[Message, ...] = ()
     prompt: str | tuple[int, ...] | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int = 0
@@ -78,8 +85,10 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     grammar: str | None = None
     json_schema: str | None = None
+    free_text: bool = False
     adapter: str | None = None
     speculate: bool | None = None
     mode: str | None = None

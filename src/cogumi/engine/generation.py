@@ -22,7 +22,7 @@ class TextStream:
     """Turns token bytes into text that can be streamed.
 
     Incomplete characters and possible beginnings of a stop string are held back; text from a stop string on is never
-    released.
+    released, nor is a character that the last token leaves incomplete.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -32,10 +32,10 @@ class TextStream:
         self._held = ""
 
     def push(self, piece: bytes, last: bool = False) -> str:
-        """Add a token's bytes; returns the released text. With `last` everything is released."""
+        """Add a token's bytes; returns the released text. With `last` all complete characters are released."""
         if self.stopped:
             return ""
-        text = self._held + self._decoder.decode(piece, final=last)
+        text = self._held + self._decoder.decode(piece)
         found = [at for at in map(text.find, self._stop) if at >= 0]
         if found:
             self.stopped, self._held = True, ""

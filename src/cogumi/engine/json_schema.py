@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ from cogumi.core.errors import RequestError
 from cogumi.engine.protocol import Tokenizer
 
 OPTIONS: Any = {"whitespace_pattern": r" ?|\n[ \t]{0,20}"}
+TEXT = r"/([ \t\n]*[^{\[ \t\n](.|\n)*)?/"
+"""An answer that is not JSON, as a pattern of llguidance's Lark."""
 LIMITS = LLParserLimits(verbose_errors=False)
 MAX_CHARACTERS = 100_000
 """Most characters of a schema."""
@@ -43,16 +45,18 @@ _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "defin
 
 
 class SchemaCompiler:
-    """Compiles JSON schemas to grammars over a tokenizer's vocabulary; `ends`: whether an id ends an answer.
+    """Compiles JSON schemas to grammars over a tokenizer's vocabulary.
 
     Thread-safe. The vocabulary is read at the first schema.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ends: Callable[[int], bool]) -> None:
-        self._tokenizer, self._is_end = tokenizer, ends
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
-    def compile(self, schema: str) -> SchemaGrammar:
+    def compile(self, schema: str, free_text: bool = False) -> SchemaGrammar:
         """Compile a schema (JSON text) to a grammar for one generation.
+
+        With `free_text` an answer that does not begin with a brace or bracket may be any text.
 
         Raises `RequestError` for an invalid schema, and for features that cannot be enforced, by name.
         """
@@ -65,6 +69,9 @@ class SchemaCompiler:
             _check_multiples(known)
             closed = json.dumps(_closed(known), allow_nan=False)
             grammar = LLMatcher.grammar_from_json_schema(closed, overrides=OPTIONS)
+            if free_text:
+                optional = json.dumps(json.loads(closed) | {"x-guidance": OPTIONS})
+                grammar = LLMatcher.grammar_from_lark(f"start: TEXT | json\nTEXT: {TEXT}\njson: %json {optional}")
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(f"the JSON schema cannot be read ({error}); correct it") from error
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
@@ -75,15 +82,11 @@ class SchemaCompiler:
         matcher.compute_bitmask()
         if matcher.is_error():
             raise RequestError("no finite answer satisfies the JSON schema; correct it")
-        return SchemaGrammar(matcher, self._tokenizer.size, self._ends)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return [token for token in range(self._tokenizer.size) if self._is_end(token)]
+        return SchemaGrammar(matcher, self._tokenizer.size, sorted(self._tokenizer.ends))
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        return LLTokenizer(TokenizerWrapper(_Pieces(self._tokenizer)), eos_token=self._ends)
+        return LLTokenizer(TokenizerWrapper(_Pieces(self._tokenizer)), eos_token=sorted(self._tokenizer.ends))
 
 
 class SchemaGrammar:

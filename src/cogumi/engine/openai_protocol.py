@@ -27,6 +27,8 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
     """
     if request.grammar is not None:
         raise RequestError("OpenAI's API has no grammars; give a JSON schema, or use the llama engine")
+    if request.free_text:
+        raise RequestError("tools are not passed on to another server yet; ask a model that runs here")
     best = max(BEST, request.logprobs)
     optional = {
         "max_tokens": request.max_tokens,
@@ -35,6 +37,10 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
         "logit_bias": {str(token): bias for token, bias in request.logit_bias.items()} or None,
         "presence_penalty": request.presence_penalty or None,
         "frequency_penalty": request.frequency_penalty or None,
+        "top_k": request.top_k or None,  # from here on, keys of vLLM and others, not of OpenAI
+        "min_p": request.min_p or None,
+        "repetition_penalty": request.repetition_penalty if request.repetition_penalty != 1 else None,
+        "min_tokens": request.min_tokens or None,
         "user": request.user,
     }
     body: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
         """The id that ends an answer."""
 
     @property
+    def ends(self) -> Collection[int]:
+        """All ids that end generation, `eos` among them."""
+
+    @property
     def settings(self) -> Mapping[str, str | None]:
         """`bos_token`, `eos_token` and `chat_template` as in Hugging Face's `tokenizer_config.json`."""
 
@@ -43,7 +47,7 @@ class Tokenizer(Protocol):
         """Text of `ids` without special tokens."""
 
     def render(self, request: Request) -> list[int]:
-        """Prompt ids of a request: its messages in the chat template, or its raw prompt."""
+        """Prompt ids of a request: its messages in the chat template, or its raw prompt with special tokens."""
 
 
 class Capability(StrEnum):
@@ -88,6 +92,10 @@ class Engine(Protocol):
     @property
     def adapters(self) -> tuple[str, ...]:
         """Valid values of a request's `adapter`."""
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that a prompt and its answer may have together; None if only a remote server knows."""
 
     @property
     def capabilities(self) -> Capabilities:

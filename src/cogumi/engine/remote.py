@@ -90,6 +90,11 @@ class RemoteEngine:
         return tuple(self._adapters)
 
     @property
+    def context(self) -> None:
+        """Only the server knows."""
+        return None
+
+    @property
     def capabilities(self) -> Capabilities:
         """Capabilities of OpenAI's API; scores also need a tokenizer, and a server may support less."""
         scores = {Capability.SCORES} if self._tokenizer else set()

@@ -1,14 +1,15 @@
 """From logits to tokens and signals: pure numpy, row by row; a row's result does not depend on its batch.
 
-The logits processor of a request (bias, penalties, grammar) comes first. Temperature 0 is greedy: the lowest id among
-the largest logits. Otherwise temperature, then nucleus sampling (top-p, Holtzman et al. 2020) with one uniform number
-of the request's own generator.
+The logits processor of a request (bias, penalties, grammar, end tokens) comes first. Temperature 0 is greedy: the
+lowest id among the largest logits. Otherwise temperature, the best ids (top-k), those near the best (min-p, Nguyen et
+al. 2407.01082), and nucleus sampling (top-p, Holtzman et al. 2020) with one uniform number of the request's own
+generator.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -24,18 +25,22 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 _TYPES: dict[str, tuple[type, ...]] = {
     "max_tokens": (int, type(None)),
+    "min_tokens": (int,),
     "logprobs": (int,),
     "temperature": (int, float),
     "top_p": (int, float),
+    "top_k": (int,),
+    "min_p": (int, float),
     "presence_penalty": (int, float),
     "frequency_penalty": (int, float),
+    "repetition_penalty": (int, float),
     "seed": (int, type(None)),
     "stop": (tuple,),
     "logit_bias": (Mapping,),
     "grammar": (str, type(None)),
     "json_schema": (str, type(None)),
 }
-MAX_BIAS, MAX_PENALTY, MAX_TEMPERATURE = 100.0, 2.0, 100.0
+MAX_BIAS, MAX_PENALTY, MAX_REPETITION, MAX_TEMPERATURE = 100.0, 2.0, 10.0, 100.0
 
 
 def check(request: Request) -> None:
@@ -52,6 +57,17 @@ def check(request: Request) -> None:
         raise RequestError(f"temperature is {request.temperature}; give 0 (greedy) up to {MAX_TEMPERATURE:g}")
     if not 0 < request.top_p <= 1:
         raise RequestError(f"top_p is {request.top_p}; give a number above 0 and up to 1")
+    if request.top_k < 0:
+        raise RequestError(f"top_k is {request.top_k}; give a number from 1 up, or 0 for all tokens")
+    if not 0 <= request.min_p <= 1:
+        raise RequestError(f"min_p is {request.min_p}; give a number from 0 to 1")
+    if not 0 < request.repetition_penalty <= MAX_REPETITION:
+        penalty = request.repetition_penalty
+        raise RequestError(f"repetition_penalty is {penalty}; give a number above 0 and up to {MAX_REPETITION:g}")
+    if request.min_tokens < 0:
+        raise RequestError(f"min_tokens is {request.min_tokens}; give a number from 0 up")
+    if request.min_tokens and (request.grammar is not None or request.json_schema is not None):
+        raise RequestError("min_tokens and a grammar or JSON schema exclude each other: the grammar says where to end")
     if not 0 <= request.logprobs <= MAX_LOGPROBS:
         raise RequestError(f"logprobs is {request.logprobs}; give 0 to {MAX_LOGPROBS}")
     if request.seed is not None and request.seed < 0:
@@ -83,19 +99,27 @@ class Grammar(Protocol):
 
 
 class LogitsProcessor:
-    """Changes a request's logits: bias, penalties on generated tokens, grammar."""
+    """Changes a request's logits: bias, penalties, grammar, end tokens that come too early."""
 
-    def __init__(self, request: Request, grammar: Grammar | None) -> None:
+    def __init__(self, request: Request, prompt: Sequence[int], ends: Collection[int], grammar: Grammar | None) -> None:
         self._bias = request.logit_bias
         self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
+        self._repetition = request.repetition_penalty
+        self._seen = set(prompt) if self._repetition != 1 else set[int]()
         self._generated: Counter[int] = Counter()
+        self._before_end, self._ends = request.min_tokens, list(ends)
         self._grammar = grammar
 
     @staticmethod
-    def of(request: Request, grammar: Grammar | None = None) -> LogitsProcessor | None:
-        """The processor of a request; None if it does not change logits."""
-        needed = request.logit_bias or request.presence_penalty or request.frequency_penalty or grammar
-        return LogitsProcessor(request, grammar) if needed else None
+    def of(
+        request: Request, prompt: Sequence[int], ends: Collection[int], grammar: Grammar | None = None
+    ) -> LogitsProcessor | None:
+        """The processor of a request with these prompt ids, by an engine whose answers end with one of `ends`; None if
+        it does not change logits.
+        """
+        penalties = request.presence_penalty or request.frequency_penalty or request.repetition_penalty != 1
+        needed = request.logit_bias or penalties or request.min_tokens or grammar
+        return LogitsProcessor(request, prompt, ends, grammar) if needed else None
 
     def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """The processed logits (V,), as a new array."""
@@ -116,23 +140,37 @@ class LogitsProcessor:
     def accept(self, token: int) -> None:
         """Record one generated token."""
         self._generated[token] += 1
+        self._before_end = max(0, self._before_end - 1)
         if self._grammar:
             self._grammar.accept(token)
 
     def _shifted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         row = logits.copy()
+        if self._repetition != 1:
+            seen = list(self._seen.union(self._generated))
+            row[seen] = np.where(row[seen] > 0, row[seen] / self._repetition, row[seen] * self._repetition)
         for token, bias in self._bias.items():
             row[token] += bias
         if self._presence or self._frequency:
             for token, n in self._generated.items():
                 row[token] -= self._presence + n * self._frequency
+        if self._before_end:
+            row[self._ends] = -np.inf
         return row
 
 
-def probabilities(logits: Floats, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
+def distribution(logits: Floats, request: Request) -> NDArray[np.float64]:
+    """The distribution (V,) that a request samples from, of one row of processed logits (V,)."""
+    return probabilities(logits, request.temperature, request.top_p, request.top_k, request.min_p)
+
+
+def probabilities(
+    logits: Floats, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> NDArray[np.float64]:
     """The sampling distribution (V,) of one row of logits (V,).
 
-    Top-p keeps the smallest set of best tokens whose mass reaches `top_p` (ties: lower id), never empty.
+    Top-k keeps the `top_k` best tokens (0: all), then min-p those with at least `min_p` times the probability of the
+    best, then top-p the smallest set of best tokens whose mass reaches `top_p` (ties: lower id); never none.
     """
     if temperature == 0:
         one_hot = np.zeros(logits.shape[-1])
@@ -141,6 +179,10 @@ def probabilities(logits: Floats, temperature: float, top_p: float = 1.0) -> NDA
     shifted = logits.astype(np.float64)
     shifted -= shifted.max()
     p = np.exp(shifted / temperature)
+    if 0 < top_k < len(p):
+        p[np.argsort(-p, kind="stable")[top_k:]] = 0.0
+    if min_p:
+        p[p < min_p * p.max()] = 0.0
     p /= p.sum()
     if top_p < 1:
         order = np.argsort(-p, kind="stable")

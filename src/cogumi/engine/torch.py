@@ -23,7 +23,7 @@ from cogumi.engine.admission import admit, check_length, continuation, prompt_id
 from cogumi.engine.events import Events, Outcome
 from cogumi.engine.generation import Generation
 from cogumi.engine.protocol import Capabilities, Capability, Event, lacking
-from cogumi.engine.sampling import LogitsProcessor, draw, logprobs_of, probabilities, signals, top_logprobs
+from cogumi.engine.sampling import LogitsProcessor, distribution, draw, logprobs_of, signals, top_logprobs
 from cogumi.models.depth_routers import Depth, Spans, install, new_cache
 from cogumi.models.folders import load
 from cogumi.models.tokenization import HFTokenizer
@@ -73,6 +73,11 @@ class TorchEngine:
     def adapters(self) -> tuple[str, ...]:
         """Names a request may give as `adapter`."""
         return self._names
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._context
 
     @property
     def capabilities(self) -> Capabilities:
@@ -127,17 +132,18 @@ class TorchEngine:
             generation.end("cancelled")
 
     def _admit(self, request: Request) -> Generation:
-        return Generation(*admit(request, self._tokenizer, self._names, self._context), self._processor(request))
+        request, prompt = admit(request, self._tokenizer, self._names, self._context)
+        return Generation(request, prompt, self._processor(request, prompt))
 
     def _prompt(self, request: Request) -> list[int]:
         return prompt_ids(request, self._tokenizer, self._names)
 
-    def _processor(self, request: Request) -> LogitsProcessor | None:
+    def _processor(self, request: Request, prompt: list[int]) -> LogitsProcessor | None:
         if request.grammar is not None:
             raise lacking(self, Capability.GRAMMARS)
         if request.json_schema is not None:
             raise lacking(self, Capability.JSON_SCHEMAS)
-        return LogitsProcessor.of(request)
+        return LogitsProcessor.of(request, prompt, self._tokenizer.ends)
 
     def _select(self, adapter: str | None) -> None:
         if adapter:
@@ -213,7 +219,7 @@ class TorchEngine:
             request, processor = generation.request, generation.processor
             row = processor.apply(logits[i]) if processor else logits[i]
             if generation.generator is not None:
-                tokens[i] = draw(probabilities(row, request.temperature, request.top_p), generation.generator)
+                tokens[i] = draw(distribution(row, request), generation.generator)
             elif processor:
                 tokens[i] = row.argmax()
             if processor:

@@ -114,7 +114,7 @@ class HFTokenizer:
         if request.prompt is None:
             return self.chat(request.messages)
         if isinstance(request.prompt, str):
-            return self._begun(self.encode(request.prompt))
+            return self._begun(self.encode(request.prompt, special=True))
         return list(request.prompt)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:

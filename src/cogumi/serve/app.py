@@ -6,14 +6,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from cogumi.core.errors import CogumiError
 from cogumi.core.version import __version__
@@ -28,7 +33,10 @@ from cogumi.serve.http_routes import (
     status_routes,
     text_routes,
 )
-from cogumi.serve.middleware import BodyLimit, RequestIds
+from cogumi.serve.middleware import REQUEST_ID, BodyLimit, Hosts, PlainPaths, RequestIds
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""Host names of a server that only this machine reaches."""
 
 
 def create_app(
@@ -40,12 +48,15 @@ def create_app(
     modifiers: Path | None = None,
     max_body_bytes: int = 4 * 2**20,
     keep_alive_seconds: float = 10.0,
+    hosts: Collection[str] | None = None,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Make an application that serves the engine opened by `load`, which runs in a thread after the start.
 
     `on_ready` or `on_failure` is called when loading ends; each hook of `on_answer` with every finished answer (see
     `Answered`). Clients may add modifiers from the folder `modifiers` (None: not allowed). Bodies above
-    `max_body_bytes` are refused. An idle stream sends a comment every `keep_alive_seconds`.
+    `max_body_bytes` are refused. An idle stream sends a comment every `keep_alive_seconds`. Only requests to one of
+    `hosts` are answered (None: to any). Pages of `origins` (`http://localhost:3000`; `*`: all) may read the answers.
     """
     host = EngineHost(load, on_ready, on_failure)
 
@@ -54,19 +65,34 @@ def create_app(
         async with host.open():
             yield
 
+    routers = [
+        status_routes(host),
+        text_routes(host, AnswerHooks(on_answer), keep_alive_seconds),
+        reading_routes(host),
+        feedback_routes(host),
+        personal_routes(host),
+        modifier_routes(host, modifiers),
+    ]
+    paths = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
     middleware = [  # the first is the outermost; mounted applications are also behind it
         Middleware(RequestIds),
+        *([Middleware(Hosts, names=hosts)] if hosts is not None else []),
+        *([Middleware(CORSMiddleware, **_cross_origin(origins))] if origins else []),
+        Middleware(PlainPaths, paths=paths),
         Middleware(BodyLimit, max_bytes=max_body_bytes),
     ]
     app = FastAPI(title="cogumi", version=__version__, lifespan=lifespan, middleware=middleware)
+    app.state.host = host
     add_error_handlers(app)
-    app.include_router(status_routes(host))
-    app.include_router(text_routes(host, AnswerHooks(on_answer), keep_alive_seconds))
-    app.include_router(reading_routes(host))
-    app.include_router(feedback_routes(host))
-    app.include_router(personal_routes(host))
-    app.include_router(modifier_routes(host, modifiers))
+    for router in routers:
+        app.include_router(router)
     return app
+
+
+def _cross_origin(origins: Sequence[str]) -> dict[str, Any]:
+    """The arguments of Starlette's CORS middleware for these origins."""
+    shown = [REQUEST_ID, "retry-after", *(f"x-cogumi-{name}" for name in ("tier", "route", "p-correct"))]
+    return {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": shown}
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -85,21 +111,52 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Server(uvicorn.Server):
+    """Ends in steps: at the first signal new requests get 503, running ones have `grace` seconds, then they end with an
+    error. A second Ctrl-C ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, host: EngineHost, grace: float) -> None:
+        super().__init__(config)
+        self._host, self._grace = host, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn after a signal."""
+        self._host.refuse()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._grace):
+                while self.server_state.tasks and not self.force_exit:
+                    await asyncio.sleep(0.05)
+        await self._host.stop()
+        await super().shutdown(sockets)
+
+
 def serve(
     load: Callable[[], ServedEngine],
     listener: socket.socket,
     on_ready: Callable[[ServedEngine], None],
     modifiers: Path | None = None,
+    *,
+    allowed_hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    grace: float,
 ) -> None:
-    """Serve on `listener` until a signal; raises the error of `load` if the bundle cannot be opened."""
+    """Serve on `listener` until a signal; raises the error of `load` if the bundle cannot be opened.
+
+    On a loopback address only its own names and `allowed_hosts` are answered, elsewhere `allowed_hosts` if there are
+    any. Running answers get `grace` seconds after the signal.
+    """
     failures: list[BaseException] = []
+    loopback = ip_address(listener.getsockname()[0]).is_loopback
+    hosts = {*LOOPBACK, *allowed_hosts} if loopback else set(allowed_hosts) or None
 
     def fail(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, on_ready=on_ready, on_failure=fail, modifiers=modifiers)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
+    app = create_app(load, on_ready=on_ready, on_failure=fail, modifiers=modifiers, hosts=hosts, origins=origins)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
+    server = _Server(config, app.state.host, grace)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]

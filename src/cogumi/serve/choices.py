@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from cogumi.core.errors import RequestError
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 ChoiceEvents: TypeAlias = AsyncGenerator[tuple[int, Event] | None]
 """Events of all choices, each with the index of its choice; None after a time without events."""
+AT_ONCE = 8
+"""Choices of one call that run at the same time, so that one call cannot fill the engine's queue for all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class _Choice:
 async def run_choices(
     call: Call, engine: Engine, requests: Sequence[Request], threads: Executor, keep_alive_seconds: float
 ) -> ChoiceEvents:
-    """Run `requests` in parallel; yield `(index, event)` in order of arrival.
+    """Run `requests`, `AT_ONCE` at a time; yield `(index, event)` in order of arrival.
 
     Yields None after each `keep_alive_seconds` without an event. Closing the generator cancels running requests.
     Raises `Problem`: a refusal by the engine, or 500 for a defect.
@@ -112,11 +115,11 @@ async def run_choices(
         loop.call_soon_threadsafe(queue.put_nowait, (index, outcome))
 
     choices = [_Choice(call, engine, request, partial(post, index)) for index, request in enumerate(requests)]
-    running = len(choices)
+    left, waiting = len(choices), iter(choices)
     try:
-        for choice in choices:
+        for choice in islice(waiting, AT_ONCE):
             threads.submit(choice.run)
-        while running:
+        while left:
             try:
                 async with asyncio.timeout(keep_alive_seconds):
                     index, outcome = await queue.get()
@@ -126,7 +129,9 @@ async def run_choices(
             if isinstance(outcome, Exception):
                 raise _problem(outcome) from outcome
             if isinstance(outcome, Reply):
-                running -= 1
+                left -= 1
+                for choice in islice(waiting, 1):
+                    threads.submit(choice.run)
                 if outcome.finish_reason == "cancelled":
                     raise Problem(503, "the server is shutting down; ask again", code="closing", retry=True)
             yield index, outcome

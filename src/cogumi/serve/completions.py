@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from cogumi.core.types import Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
 from cogumi.engine.reply_extension import extension
-from cogumi.serve.request_body import Body, best_logprobs, extensions, new_head, usage_object
+from cogumi.serve.request_body import Body, Unsettable, best_logprobs, extensions, new_head, usage_object
+from cogumi.serve.tokenizer_api import text_ids
 
 
 def _several(value: Any) -> Any:
@@ -40,13 +41,16 @@ DEFAULT_TOKENS = 16
 class CompletionRequest(Body):
     """Body of `POST /v1/completions`. Each prompt has its own `n` choices.
 
-    `max_tokens` 0 with `echo` returns only the prompt, usually for its log-probabilities.
+    `max_tokens` 0 with `echo` returns only the prompt, usually for its log-probabilities. `add_special_tokens` and
+    `parse_special` as for `/tokenize`.
     """
 
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"suffix": ("",), "best_of": (1,)}
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {**Body.unsupported, "suffix": ("",), "best_of": (1,)}
 
     prompt: Texts
-    max_tokens: Annotated[int, Field(ge=0)] | None = DEFAULT_TOKENS
+    add_special_tokens: bool = True
+    parse_special: bool = True
+    max_tokens: Annotated[Annotated[int, Field(ge=0)] | None, Unsettable] = DEFAULT_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
@@ -58,12 +62,17 @@ class CompletionRequest(Body):
             raise ValueError("the log-probabilities of an echoed prompt cannot be streamed; leave out stream")
         return self
 
-    def requests(self) -> list[Request]:
+    def requests(self, tokenizer: Tokenizer) -> list[Request]:
         """One engine request per choice, all of the first prompt first."""
         echo = bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0)
-        prompts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt]
-        several = [self.choices(prompt=prompt, logprobs=self.logprobs, echo=echo) for prompt in prompts]
+        own = {"logprobs": self.logprobs, "echo": echo, "json_schema": self.guided_schema}
+        several = [self.choices(prompt=self._prompt(prompt, tokenizer), **own) for prompt in self.prompt]
         return [request for requests in several for request in requests]
+
+    def _prompt(self, prompt: str | list[int], tokenizer: Tokenizer) -> str | tuple[int, ...]:
+        if isinstance(prompt, str) and not (self.add_special_tokens and self.parse_special):
+            return tuple(text_ids(tokenizer, prompt, self.add_special_tokens, self.parse_special))
+        return prompt if isinstance(prompt, str) else tuple(prompt)
 
 
 class CompletionResponseBuilder:
@@ -87,7 +96,7 @@ class CompletionResponseBuilder:
             for index, reply in enumerate(replies)
         ]
         usage = usage_object([reply.usage for reply in replies], self.body.n or 1)
-        return self.head | {"choices": choices, "usage": usage, "cogumi": extensions(replies)}
+        return self.head | {"choices": choices, "usage": usage, "cogumi": extensions(replies) | self.body.ignored}
 
     def chunks(
         self, index: int, text: str, tokens: Sequence[Token], *, first: bool, reply: Reply | None
@@ -100,7 +109,9 @@ class CompletionResponseBuilder:
             chunks.append(self._chunk(index, shown, self._logprobs(tokens, offset)))
             self.lengths[index] = offset + len(text)
         if reply:
-            chunks.append(self._chunk(index, "", None, reply.finish_reason) | {"cogumi": extension(reply)})
+            chunks.append(
+                self._chunk(index, "", None, reply.finish_reason) | {"cogumi": extension(reply) | self.body.ignored}
+            )
         return chunks
 
     def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:

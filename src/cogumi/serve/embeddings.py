@@ -1,8 +1,9 @@
-"""OpenAI's embeddings: validates the body, converts vectors to the response."""
+"""OpenAI's embeddings: validates the body, embeds the texts in parts, converts vectors to the response."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,10 @@ from pydantic import BaseModel, model_validator
 
 from cogumi.engine.protocol import Tokenizer
 from cogumi.serve.completions import Texts
+from cogumi.serve.engine_host import EngineHost
+
+TOKENS = 512
+"""Tokens of the texts that are embedded in one go; between two goes other requests take their turn."""
 
 
 class EmbeddingRequest(BaseModel):
@@ -40,3 +45,27 @@ class EmbeddingRequest(BaseModel):
         data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "model": self.model, "data": data, "usage": usage}
+
+
+async def embedded(host: EngineHost, body: EmbeddingRequest) -> dict[str, Any]:
+    """The response of a request; a cancellation takes effect before the next part."""
+    engine = host.resolved(body.model)
+    texts = await host.work(body.texts, engine.tokenizer)
+    sizes = await host.work(_sizes, engine.tokenizer, texts)
+    rows = [await host.work(engine.embed, texts[first:last]) for first, last in parts(sizes)]
+    return body.answer(np.concatenate(rows), sum(sizes))
+
+
+def _sizes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    return [len(tokenizer.encode(text)) for text in texts]
+
+
+def parts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Divide texts of `sizes` tokens into runs `first:last` of at most `TOKENS` tokens, or of one text."""
+    first, tokens = 0, 0
+    for i, size in enumerate(sizes):
+        if i > first and tokens + size > TOKENS:
+            yield first, i
+            first, tokens = i, 0
+        tokens += size
+    yield first, len(sizes)

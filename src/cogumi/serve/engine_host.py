@@ -8,12 +8,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from cogumi.cascade.memory.personal_offsets import PersonalRouting
 from cogumi.core.types import Request
 from cogumi.engine.protocol import Engine, Tokenizer
 from cogumi.serve.problem import Problem
+
+T = TypeVar("T")
 
 MAX_REQUESTS = 128
 """Most simultaneous generations, one thread each; the engine decides how many of them run."""
@@ -61,6 +63,7 @@ class EngineHost:
         self._holder: asyncio.Task[None] | None = None
         self._engine: ServedEngine | None = None
         self._failure: BaseException | None = None
+        self._ending = False
         self.created = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -81,7 +84,9 @@ class EngineHost:
 
     @property
     def engine(self) -> ServedEngine:
-        """The loaded engine; raises `Problem` 503 until loading is finished."""
+        """The loaded engine; raises `Problem` 503 until loading is finished, and once the server ends."""
+        if self._ending:
+            raise Problem(503, "the server is shutting down; ask again", code="closing", retry=True)
         if self._engine is not None:
             return self._engine
         if self._loading is None and self._holder is None:
@@ -104,6 +109,15 @@ class EngineHost:
         """The tokenizer of a model (None: of the base)."""
         return self.resolved(model).tokenizer if model else self.engine.tokenizer
 
+    async def work(self, function: Callable[..., T], *args: object) -> T:
+        """The result of a blocking function, which runs in a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+
+    def model_object(self, name: str) -> dict[str, Any]:
+        """One entry of the model list; `created` in Unix seconds, `max_model_len` in tokens, as vLLM has it."""
+        known = {"id": name, "object": "model", "created": self.created, "owned_by": "cogumi"}
+        return known | {"max_model_len": self.engine.context}
+
     async def _hold(self) -> None:
         """Keep the host open until the event loop ends, which cancels this task."""
         try:
@@ -111,6 +125,16 @@ class EngineHost:
                 await asyncio.Event().wait()
         finally:
             self._holder = None
+
+    def refuse(self) -> None:
+        """Refuse new requests from now on; running ones go on."""
+        self._ending = True
+
+    async def stop(self) -> None:
+        """Close the engine; running requests end as cancelled."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
 
     def _loaded(self, loading: asyncio.Future[ServedEngine]) -> None:
         if error := loading.exception():

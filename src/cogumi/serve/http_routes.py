@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from cogumi.serve.chat_completions import ChatRequest, ChatResponseBuilder
 from cogumi.serve.choices import Call, collect, run_choices
 from cogumi.serve.completions import CompletionRequest, CompletionResponseBuilder
 from cogumi.serve.disconnects import CLIENT_CLOSED_REQUEST, ClosingStream, unless_disconnected
-from cogumi.serve.embeddings import EmbeddingRequest
+from cogumi.serve.embeddings import EmbeddingRequest, embedded
 from cogumi.serve.engine_host import EngineHost
 from cogumi.serve.event_stream import server_sent
 from cogumi.serve.middleware import request_id
@@ -31,7 +30,6 @@ from cogumi.serve.request_body import (
     PersonalChoice,
     ResponseBuilder,
     answer_id,
-    model_object,
 )
 from cogumi.serve.tokenizer_api import DetokenizeRequest, TokenizeRequest
 
@@ -53,13 +51,13 @@ def status_routes(host: EngineHost) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """Every valid value of `model`: the cascade, its modes, its tiers."""
-        return {"object": "list", "data": [model_object(name, host.created) for name in host.engine.models]}
+        return {"object": "list", "data": [host.model_object(name) for name in host.engine.models]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         host.serving(name)
-        return model_object(name, host.created)
+        return host.model_object(name)
 
     return router
 
@@ -69,15 +67,15 @@ def text_routes(host: EngineHost, on_answer: AnswerHook, keep_alive_seconds: flo
     router = APIRouter()
 
     async def answer(http: Request, body: ChatRequest | CompletionRequest) -> Response:
-        served, asked = host.serving(body.model), body.requests()
-        engine = served.resolve(body.model, asked[0])[0]
+        engine = host.resolved(body.model)
         builder: ResponseBuilder
         if isinstance(body, ChatRequest):
-            builder = ChatResponseBuilder(body, engine.tokenizer)
+            asked, builder = body.requests(), ChatResponseBuilder(body, engine.tokenizer)
         else:
+            asked = body.requests(engine.tokenizer)
             builder = CompletionResponseBuilder(body, asked, engine.tokenizer)
         with_ids = [replace(one, id=answer_id(builder.head["id"], index)) for index, one in enumerate(asked)]
-        requests = [served.resolve(body.model, one)[1] for one in with_ids]
+        requests = [host.engine.resolve(body.model, one)[1] for one in with_ids]
         call = Call(request_id(http.scope), body.model, bool(body.stream), on_answer)
         events = run_choices(call, engine, requests, host.threads, keep_alive_seconds)
         if body.stream:
@@ -106,14 +104,11 @@ def reading_routes(host: EngineHost) -> APIRouter:
     """Embeddings and the tokenizer, which generate no text."""
     router = APIRouter()
 
-    @router.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+    @router.post("/v1/embeddings", response_model=None)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """One vector per text: the mean hidden state of its tokens."""
-        engine = host.resolved(body.model)
-        texts = body.texts(engine.tokenizer)
-        tokens = sum(len(engine.tokenizer.encode(text)) for text in texts)
-        rows = await asyncio.get_running_loop().run_in_executor(host.threads, engine.embed, texts)
-        return body.answer(rows, tokens)
+        found = await unless_disconnected(request, embedded(host, body))
+        return CLIENT_CLOSED_REQUEST if found is None else JSONResponse(found)
 
     @router.get("/tokenizer_info")
     async def tokenizer_info(model: str | None = None) -> dict[str, str | None]:
@@ -123,12 +118,12 @@ def reading_routes(host: EngineHost) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, list[int]]:
         """Ids of a text."""
-        return {"tokens": body.ids(host.tokenizer(body.model))}
+        return {"tokens": await host.work(body.ids, host.tokenizer(body.model))}
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         """Text of ids, special tokens left out."""
-        return {"prompt": host.tokenizer(body.model).decode(body.tokens)}
+        return {"prompt": await host.work(host.tokenizer(body.model).decode, body.tokens)}
 
     return router
 
@@ -142,7 +137,7 @@ def feedback_routes(host: EngineHost) -> APIRouter:
         """Rate an answer as right or wrong; its id is that of the completion, with `-1` etc. for further choices."""
         rate = host.engine.feedback
         try:
-            await asyncio.get_running_loop().run_in_executor(host.threads, rate, body.id, body.right, body.user)
+            await host.work(rate, body.id, body.right, body.user)
         except RequestError as error:
             raise Problem(404, str(error), code="answer_not_found", param="id") from error
 
@@ -155,7 +150,7 @@ def personal_routes(host: EngineHost) -> APIRouter:
 
     async def chosen(user: str, on: bool | None) -> dict[str, Any]:
         choose = host.engine.personal
-        return asdict(await asyncio.get_running_loop().run_in_executor(host.threads, choose, user, on))
+        return asdict(await host.work(choose, user, on))
 
     @router.get("/v1/personal")
     async def shown(user: str) -> dict[str, Any]:
@@ -182,10 +177,10 @@ def modifier_routes(host: EngineHost, folder: Path | None) -> APIRouter:
             raise Problem(403, what, code="modifiers_off")
         add, path = host.engine.add_modifier, _inside(folder, body.file)
         try:
-            await asyncio.get_running_loop().run_in_executor(host.threads, add, body.name, path)
+            await host.work(add, body.name, path)
         except CogumiError as error:
             raise Problem(400, str(error), code="invalid_modifier") from error
-        return model_object(f"cogumi:base+{body.name}", host.created)
+        return host.model_object(f"cogumi:base+{body.name}")
 
     return router
 

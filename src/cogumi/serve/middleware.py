@@ -1,13 +1,17 @@
-"""ASGI middleware for all routes and mounted applications: request ids, and a limit on the size of bodies."""
+"""ASGI middleware for all routes and mounted applications: request ids, hosts, spelling of paths, size of bodies."""
 
 from __future__ import annotations
 
+import re
 import uuid
+from collections.abc import Collection
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cogumi.serve.problem import Problem
 
+_PORT, _SLASHES = re.compile(r":\d*$"), re.compile("//+")
 REQUEST_ID = "x-request-id"
 """Response header with the id of the request."""
 
@@ -41,6 +45,48 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class Hosts:
+    """Refuses HTTP requests whose header `Host` names none of `names`, with 403.
+
+    A page of another site can point its own name at a loopback address and then read what a server without keys says
+    (DNS rebinding); the browser sends that name as the host.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self.app, self.names = app, frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            name = _PORT.sub("", given)
+            if given and name not in self.names:  # a browser always sends it
+                what = f"this server does not answer for the host {name!r}; start it with --allow-host {name}"
+                await Problem(403, what, code="host_not_allowed").response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class PlainPaths:
+    """Reads double slashes in a path as one, and routes of `paths` also with a slash at their end.
+
+    Clients join a base URL and a path in all ways: `http://host/v1/` and `/models`.
+    """
+
+    def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
+        self.app, self.paths = app, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] == "http":
+            path = _SLASHES.sub("/", scope["path"])
+            if path.endswith("/") and path[:-1].removeprefix(scope.get("root_path", "")) in self.paths:
+                path = path[:-1]
+            if path != scope["path"]:
+                scope = dict(scope, path=path, raw_path=quote(path).encode("ascii"))
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:

@@ -1,7 +1,7 @@
 """The parts of bodies and responses that chat and completions share.
 
-Keys without effect (`metadata`, unknown keys) are accepted; unsupported features (such as tools) are refused by name,
-never silently ignored.
+Sampling parameters of other servers (vLLM, llama.cpp) are honoured. Keys without effect (`metadata`, unknown keys) are
+accepted, and named in the response's `cogumi.ignored`; unsupported features (such as tools) are refused by name.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cogumi.core.types import Reply, Request, Token, Usage
 from cogumi.core.version import __version__
 from cogumi.engine.few_shot import MAX_EXAMPLES
 from cogumi.engine.reply_extension import extension
+from cogumi.engine.sampling import MAX_REPETITION
 
 
 class StreamOptions(BaseModel):
@@ -56,6 +57,16 @@ def _listed(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _unset(value: Any) -> Any:
+    """-1 stands for "not set" in llama.cpp's and vLLM's APIs: a random seed, all tokens that are left, any token."""
+    return None if type(value) is int and value == -1 else value
+
+
+Unsettable = BeforeValidator(_unset)
+WITHOUT_END = 2**31
+"""Least number of tokens of an answer that must not end by itself: more than any context holds."""
+
+
 class Body(BaseModel):
     """The common keys of requests for text.
 
@@ -63,18 +74,35 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "grammar": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_regex": (),
+        "structured_outputs": (),
+        "prompt_logprobs": (),
+        "use_beam_search": (False,),
+    }
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Annotated[int, Field(ge=1)] | None, Unsettable] = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Annotated[int, Field(ge=0)] | None, Unsettable] = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    seed: int | None = None
+    seed: Annotated[Annotated[int, Field(ge=0)] | None, Unsettable] = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_listed)] = None
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[
+        Annotated[float, Field(gt=0, le=MAX_REPETITION)] | None,
+        Field(validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")),
+    ] = None
+    guided_json: dict[str, Any] | str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -100,6 +128,18 @@ class Body(BaseModel):
         """Whether the stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def guided_schema(self) -> str | None:
+        """vLLM's `guided_json`, an object or its text, as JSON text."""
+        return json.dumps(self.guided_json) if isinstance(self.guided_json, dict) else self.guided_json
+
+    @property
+    def ignored(self) -> dict[str, list[str]]:
+        """For the `cogumi` object: as `ignored` the names of keys without effect, if there are any."""
+        extra = self.model_extra or {}
+        names = sorted(key for key, value in extra.items() if value is not None and key not in self.unsupported)
+        return {"ignored": names} if names else {}
+
     def choices(self, **own: Any) -> list[Request]:
         """One engine request per choice, with the fields `own`; with a `seed`, choice i uses `seed + i`.
 
@@ -107,11 +147,15 @@ class Body(BaseModel):
         """
         asked: dict[str, Any] = {
             "max_tokens": self.max_tokens,
+            "min_tokens": WITHOUT_END if self.ignore_eos else self.min_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
             "logit_bias": self.logit_bias,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
         } | own
         return [
             Request(
@@ -194,11 +238,6 @@ def new_head(prefix: str, model: str) -> dict[str, Any]:
 def answer_id(completion: str, index: int) -> str:
     """The id for ratings of a choice; that of the first choice is the id of the response."""
     return f"{completion}-{index}" if index else completion
-
-
-def model_object(name: str, created: int) -> dict[str, Any]:
-    """One entry of the model list; `created` in Unix seconds."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "cogumi"}
 
 
 def extensions(replies: Sequence[Reply]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cogumi.core.tool_wording import tool_question
 from cogumi.data.world.task import CITIES, NAMES, Maker, Task, Wording, no_answer
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -72,22 +73,12 @@ def _call(name: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     return rng.choice(ways).format(**values), {"tool": name, "args": values}
 
 
-_FORM: Mapping[Wording, tuple[str, str, str]] = {
-    "terse": ("Tools: {tools}. {asked}", " Then: ", ""),
-    "natural": (
-        'Tools: {tools}. Reply in JSON: {{"tool": name, "args": {{argument: "value"}}}}{many}. Request: {asked}',
-        " Then: ",
-        ", or a list of two",
-    ),
-}
-"""The frame of a question, the words between two requests, and what asks for two calls."""
-
-
 def _question(names: list[str], asked: Sequence[str], rng: random.Random, wording: Wording) -> str:
     rng.shuffle(names)
-    frame, then, many = _FORM[wording]
-    tools = ", ".join(f"{n}({', '.join(_ALL[n][0])})" for n in names)
-    return frame.format(tools=tools, asked=then.join(asked), many=many if len(asked) > 1 else "")
+    tools, request = [f"{n}({', '.join(_ALL[n][0])})" for n in names], " Then: ".join(asked)
+    if wording == "terse":
+        return f"Tools: {', '.join(tools)}. {request}"
+    return tool_question(tools, request, ", or a list of two" if len(asked) > 1 else "")
 
 
 def make(difficulty: int, rng: random.Random, wording: Wording = "terse") -> Task:

@@ -23,7 +23,7 @@ from cogumi.engine.llama.prefix_reuse import CachedSequence, choose_sequence
 from cogumi.engine.llama.speculative.drafter import Draft
 from cogumi.engine.llama.speculative.drafting import Speculator
 from cogumi.engine.llama.speculative.speculation import verify_greedy, verify_sampled
-from cogumi.engine.sampling import LogitsProcessor, probabilities, signals, top_logprobs
+from cogumi.engine.sampling import LogitsProcessor, distribution, signals, top_logprobs
 
 Logits = NDArray[np.float32]
 Job: TypeAlias = Generation | Measurement | Prefill
@@ -304,7 +304,7 @@ class AdapterContext:
         for sequence, job, tokens, draft, at in accepted:
             drafted = draft.tokens if draft else []
             for j, token in enumerate(tokens):
-                is_end = self._tokenizer.ends(token)
+                is_end = token in self._tokenizer.ends
                 agreed = token == drafted[j] if j < len(drafted) else None
                 top = top_logprobs(rows[i + j], job.request.logprobs)
                 if job.emit(token, self._tokenizer.piece(token), is_end, found[i + j], agreed, top):
@@ -362,11 +362,11 @@ def _verify(job: Generation, draft: Draft | None, logits: Logits, best: NDArray[
         tokens = verify_greedy(drafted, greedy)
     else:
 
-        def distribution(i: int) -> NDArray[np.float64]:
+        def sampled_from(i: int) -> NDArray[np.float64]:
             now = advanced(i)
-            return probabilities(now.apply(logits[i]) if now else logits[i], request.temperature, request.top_p)
+            return distribution(now.apply(logits[i]) if now else logits[i], request)
 
-        tokens = verify_sampled(drafted, draft.distributions if draft else None, distribution, job.generator)
+        tokens = verify_sampled(drafted, draft.distributions if draft else None, sampled_from, job.generator)
     if processor:
         processor.accept(tokens[-1])
     return tokens

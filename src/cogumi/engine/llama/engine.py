@@ -115,7 +115,7 @@ class LlamaEngine:
             controller = Controller(_latency(self._model, self._draft, threads, repack))
             drafting = Drafting(controller, draft_tokens, lookup, open_drafter)
         self._drafting, tokenizer = drafting, self._model.tokenizer
-        self._schemas = SchemaCompiler(tokenizer, tokenizer.ends)
+        self._schemas = SchemaCompiler(tokenizer)
 
         def open_context(adapter: Any) -> AdapterContext:  # no reference to the engine, so that it can be collected
             return AdapterContext(open_base(adapter=adapter), tokenizer, Speculator(drafting) if drafting else None)
@@ -138,6 +138,11 @@ class LlamaEngine:
     def adapters(self) -> tuple[str, ...]:
         """Names a request may give as `adapter`."""
         return tuple(name for name in self._adapters.names if name != ADAPTER)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._context
 
     @property
     def capabilities(self) -> Capabilities:
@@ -240,12 +245,13 @@ class LlamaEngine:
     def _admit(self, request: Request) -> Generation:
         check_examples(request)
         if not self._head or not request.examples or request.adapt is False:
-            return Generation(*admit(request, self.tokenizer, self.adapters, self._context), self._processor(request))
+            request, prompt = admit(request, self.tokenizer, self.adapters, self._context)
+            return Generation(request, prompt, self._processor(request, prompt))
         if request.speculate or request.echo:
             raise RequestError("an adapted head neither speculates nor echoes; leave that out, or set adapt to False")
         plain = replace(request, examples=(), adapt=None)
         plain, prompt = admit(plain, self.tokenizer, self.adapters, self._context)
-        return Adaptation(plain, prompt, self._processor(plain), self._head, self._support(request))
+        return Adaptation(plain, prompt, self._processor(plain, prompt), self._head, self._support(request))
 
     def _support(self, request: Request) -> list[SupportExample]:
         """The tokenized examples of a request; `ContextError` if they are too long."""
@@ -267,13 +273,13 @@ class LlamaEngine:
     def _prompt(self, request: Request) -> list[int]:
         return prompt_ids(request, self.tokenizer, self.adapters)
 
-    def _processor(self, request: Request) -> LogitsProcessor | None:
+    def _processor(self, request: Request, prompt: list[int]) -> LogitsProcessor | None:
         grammar: SchemaGrammar | Grammar | None = None
         if request.json_schema is not None:
-            grammar = self._schemas.compile(request.json_schema)
+            grammar = self._schemas.compile(request.json_schema, request.free_text)
         elif request.grammar is not None:
             grammar = Grammar(self.tokenizer, request.grammar)
-        return LogitsProcessor.of(request, grammar)
+        return LogitsProcessor.of(request, prompt, self.tokenizer.ends, grammar)
 
     def _replace_prefill(self, session: str, job: Prefill | None) -> None:
         """Cancel the running prefill of a session and register a new one, if given."""

@@ -115,5 +115,5 @@ def decode_rate(reply: Reply) -> float:
 
 def ordinary(tokenizer: Tokenizer) -> NDArray[np.int64]:
     """All ids of text tokens, shuffled: prompts for a trained model."""
-    ids = [i for i in range(tokenizer.size) if tokenizer.piece(i) and not tokenizer.ends(i)]
+    ids = [i for i in range(tokenizer.size) if tokenizer.piece(i) and i not in tokenizer.ends]
     return np.random.default_rng(0).permutation(np.array(ids))

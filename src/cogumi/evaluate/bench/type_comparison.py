@@ -244,13 +244,12 @@ def _speed(path: Path, setup: Setup) -> tuple[float, float, float]:
 
     One model is open at a time, so that memory holds one, and the threads of others do not disturb it.
     """
-    tokenizer = load_tokenizer(path)
-    never = {i: -100.0 for i in range(tokenizer.size) if tokenizer.ends(i)}  # all streams are equally long
     context = PROMPT + ONE + READ
     with closing(LlamaEngine(path, slots=STREAMS, context=context, lookup=False)) as engine:
 
         def request(tokens: int) -> Request:
-            return Request(prompt=setup.passage(PROMPT), max_tokens=tokens, logit_bias=never, speculate=False)
+            prompt = setup.passage(PROMPT)  # all streams are equally long
+            return Request(prompt=prompt, min_tokens=tokens, max_tokens=tokens, speculate=False)
 
         answer(engine, request(2))
         one = decode_rate(answer(engine, request(ONE)))

@@ -65,7 +65,7 @@ class Tokenizer:
         """
         closing = closing_token(self.template, self._controls, bos=self._bos_text, eos=self._eos_text)
         for token in self.encode(closing, special=True)[:1] if closing else ():
-            if self.ends(token):
+            if token in self.ends:
                 return token
         return text_end if text_end >= 0 else int(c.llama_vocab_eot(self.vocab))
 
@@ -92,9 +92,10 @@ class Tokenizer:
         eos = self._eos_text or self._special(self._eos)
         return {"bos_token": self._bos_text or None, "eos_token": eos, "chat_template": self.template}
 
-    def ends(self, token: int) -> bool:
-        """Whether a token ends generation (a vocabulary may have several such tokens)."""
-        return bool(c.llama_vocab_is_eog(self.vocab, token)) and token not in self._invented
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids that end generation."""
+        return frozenset(i for i in range(self._size) if c.llama_vocab_is_eog(self.vocab, i)) - self._invented
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; special-token text becomes special ids only if `special` is set."""
@@ -135,7 +136,7 @@ class Tokenizer:
         """Prompt ids of a request: its messages through the chat template, or its raw prompt."""
         if request.prompt is not None:
             if isinstance(request.prompt, str):
-                return self._begun(self.encode(request.prompt))
+                return self._begun(self.encode(request.prompt, special=True))
             if not all(0 <= i < self._size for i in request.prompt):
                 raise RequestError(f"the prompt contains an id outside the vocabulary of {self._size}")
             return list(request.prompt)

@@ -37,15 +37,9 @@ PROBES = (
 
 
 class PieceTokenizer(Tokenizer, Protocol):
-    """A tokenizer that also gives the bytes of each id, such as `engine.llama.binding.tokenizer.Tokenizer`."""
+    """A tokenizer that may have a chat template, such as `engine.llama.binding.tokenizer.Tokenizer`."""
 
     template: str | None
-
-    def ends(self, token: int) -> bool:
-        """Whether a token ends generation."""
-
-    def piece(self, token: int) -> bytes:
-        """The bytes a token stands for; empty for special tokens."""
 
 
 class _Vocabulary:
@@ -175,11 +169,11 @@ class BridgedText:
         special token and before an incomplete character.
         """
         draft = self._draft.tokenizer
-        written = list(takewhile(lambda id: not draft.ends(id) and self._draft.piece(id), drafted))
+        written = list(takewhile(lambda id: id not in draft.ends and self._draft.piece(id), drafted))
         data, partial = self._draft.text(written), self._partial
         whole = _whole_characters(data)
         new = self._matching_prefix(self._encode(whole, partial), whole[len(partial) :])
-        ended = len(written) < len(drafted) and draft.ends(drafted[len(written)])
+        ended = len(written) < len(drafted) and drafted[len(written)] in draft.ends
         if ended and partial + self._base.text(new) == data:
             new.append(self._base.tokenizer.eos)
         return new

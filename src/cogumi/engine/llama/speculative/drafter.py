@@ -16,7 +16,7 @@ from cogumi.engine.llama.binding.context import Context, Row
 from cogumi.engine.llama.binding.tokenizer import Tokenizer
 from cogumi.engine.llama.speculative.bridge import Bridge, BridgedText
 from cogumi.engine.llama.speculative.speculation import Source
-from cogumi.engine.sampling import draw, probabilities
+from cogumi.engine.sampling import distribution, draw
 
 
 @dataclass(slots=True)
@@ -134,12 +134,12 @@ class Drafter:
     def _take(self, run: _Run, logits: NDArray[np.float32]) -> None:
         token = int(logits.argmax())
         if run.job.generator is not None and self._bridge is None:
-            q = probabilities(logits, run.job.request.temperature, run.job.request.top_p)
+            q = distribution(logits, run.job.request)
             token = draw(q, run.job.generator)
             run.distributions.append(q)
         run.tokens.append(token)
         run.unread = [token]
-        if self._tokenizer.ends(token):
+        if token in self._tokenizer.ends:
             run.wanted = 0  # no token follows the end token
 
     def _draft(self, sequence: int, run: _Run) -> Draft:

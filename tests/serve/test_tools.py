@@ -1,0 +1,169 @@
+"""Function tools over HTTP: what the model is asked, what is read out of its answer, what is refused."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogumi.core.tool_wording import tool_question
+from cogumi.serve.tool_requests import Offer, Tool, begins_call
+from support.serve import raw
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def tool(name, parameters=CITY, **more):
+    return {"type": "function", "function": {"name": name, "parameters": parameters} | more}
+
+
+TOOLS = [tool("map"), tool("weather", description="Weather  of\na city")]
+EARLIER = [{"id": "1", "function": {"name": "map"}}]
+CALL = '{"tool":"map","args":{"city":"Lima"}}'
+
+
+@pytest.fixture
+def answers(engine, monkeypatch):
+    """Makes the scripted engine answer any request with a text."""
+
+    def answer(text):
+        monkeypatch.setattr(engine, "generate", lambda request: engine._events("echo", text, request))
+
+    return answer
+
+
+def ask(client, text="echo Where is Lima?", messages=None, **options):
+    messages = messages or [{"role": "user", "content": text}]
+    return client.chat.completions.create(model="cogumi", messages=messages, **{"tools": TOOLS} | options)
+
+
+def test_tools_are_offered_in_the_words_of_the_training_data(client, engine):
+    ask(client)
+    asked = engine.requests[-1]
+    words = ["map(city)", "weather(city) [Weather of a city]"]
+    assert asked.messages[-1].content == tool_question(words, "echo Where is Lima?")
+    assert asked.free_text
+    ask(client, tool_choice="required", parallel_tool_calls=True)
+    assert not engine.requests[-1].free_text
+    assert "or a list of several" in engine.requests[-1].messages[-1].content
+    ask(client, tool_choice={"type": "function", "function": {"name": "map"}})
+    assert engine.requests[-1].messages[-1].content == tool_question(["map(city)"], "echo Where is Lima?")
+    ask(client, tool_choice="none")
+    assert engine.requests[-1].messages[-1].content == "echo Where is Lima?"
+    assert engine.requests[-1].json_schema is None
+
+
+def test_call_is_returned_as_a_tool_call(client, answers):
+    answers(CALL)
+    choice = ask(client).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "map")
+    assert json.loads(call.function.arguments) == {"city": "Lima"}
+    assert call.id.startswith("call_")
+
+
+def test_several_calls_have_their_own_ids(client, answers):
+    answers('[{"tool":"map","args":{"city":"Lima"}},{"tool":"weather","args":{"city":"Oslo"}}]')
+    calls = ask(client, parallel_tool_calls=True).choices[0].message.tool_calls
+    assert [(c.function.name, json.loads(c.function.arguments)["city"]) for c in calls] == [
+        ("map", "Lima"), ("weather", "Oslo")
+    ]  # fmt: skip
+    assert len({call.id for call in calls}) == 2
+
+
+def test_answer_in_words_stays_content(client, answers):
+    answers("I don't know.")
+    choice = ask(client).choices[0]
+    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", "I don't know.", None)
+    streamed = list(ask(client, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == "I don't know."
+
+
+def test_streamed_call_begins_with_its_name(client, answers):
+    answers(f" {CALL}")
+    chunks = [chunk.choices[0] for chunk in ask(client, stream=True)]
+    deltas = [delta for chunk in chunks for delta in chunk.delta.tool_calls or ()]
+    assert [delta.index for delta in deltas] == [0] * len(deltas)
+    assert (deltas[0].id[:5], deltas[0].type, deltas[0].function.name) == ("call_", "function", "map")
+    assert json.loads("".join(delta.function.arguments for delta in deltas)) == {"city": "Lima"}
+    assert not any(chunk.delta.content for chunk in chunks)
+    assert chunks[-1].finish_reason == "tool_calls"
+    with client.chat.completions.stream(
+        model="cogumi", messages=[{"role": "user", "content": "echo x"}], tools=TOOLS
+    ) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Lima"}
+
+
+def test_earlier_calls_and_results_become_messages(client, engine):
+    calls = [
+        {"id": f"c{i}", "type": "function", "function": {"name": "map", "arguments": f'{{"city":"{city}"}}'}}
+        for i, city in enumerate(("Lima", "Oslo"))
+    ]
+    ask(
+        client,
+        messages=[
+            {"role": "user", "content": "Show me Lima and Oslo."},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "c0", "content": "echo done"},
+            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "gone"}]},
+        ],
+    )
+    asked, called, result = engine.requests[-1].messages
+    assert asked.content.endswith("Request: Show me Lima and Oslo.")
+    assert json.loads(called.content) == [
+        {"tool": "map", "args": {"city": "Lima"}}, {"tool": "map", "args": {"city": "Oslo"}}
+    ]  # fmt: skip
+    assert (result.role, result.content) == ("user", "map returned: echo done\nmap returned: gone")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools"),
+        ({"tools": [tool("two words")]}, "name"),
+        ({"tools": [tool("map"), tool("map")]}, "same name"),
+        ({"tools": [], "tool_choice": "required"}, "no tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "'nope'"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "message of the user"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tool_call_id '1'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": EARLIER}]}, "only an assistant"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported"),
+    ],
+)  # fmt: skip
+def test_invalid_tools_are_refused_by_name(port, change, named):
+    body = {"model": "cogumi", "messages": [{"role": "user", "content": "echo"}], "tools": TOOLS} | change
+    status, _, data = raw(port, "POST", "/v1/chat/completions", json.dumps(body))
+    assert status == 400
+    assert named in json.loads(data)["error"]["message"]
+
+
+def test_cut_call_is_content(client, engine, monkeypatch):
+    def cut(request):
+        for event in engine._events("echo", CALL[:-2], request):
+            yield (
+                event
+                if not hasattr(event, "finish_reason")
+                else type(event)(event.text, event.tokens, "length", event.usage)
+            )
+
+    monkeypatch.setattr(engine, "generate", cut)
+    choice = ask(client).choices[0]
+    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("length", CALL[:-2], None)
+
+
+names = st.from_regex(r"[A-Za-z0-9_.-]{1,12}", fullmatch=True)
+
+
+@given(names, st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3))
+@settings(deadline=None)
+def test_every_call_is_read_back(name, arguments):
+    offer = Offer.of([Tool.model_validate(tool(name))], "required", None)
+    text = json.dumps({"tool": name, "args": arguments})
+    assert begins_call(text)
+    (call,) = offer.calls(text)
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == (name, arguments)
