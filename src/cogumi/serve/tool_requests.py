@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, Field
 
 from cogumi.core.tool_wording import tool_question
-from cogumi.grading.tool_calls import calls_in
 
 MOST_TOOLS, MOST_CALLS = 128, 16
 """Most tools of a request, and most calls of an answer."""
@@ -137,16 +136,16 @@ class Offer(NamedTuple):
         if not begins_call(text):
             return []
         try:
-            found = calls_in(text)
+            value = json.loads(text)
         except ValueError:
             return []
         return [
             {
                 "id": f"call_{uuid.uuid4().hex[:24]}",
                 "type": "function",
-                "function": {"name": call.tool, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)},
+                "function": {"name": call["tool"], "arguments": json.dumps(call["args"], ensure_ascii=False)},
             }
-            for call in found
+            for call in (value if isinstance(value, list) else [value])
         ]
 
 
