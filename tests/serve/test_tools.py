@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.core.tool_wording import tool_question
+from cogumi.engine.json_schema import SchemaCompiler
 from cogumi.serve.tool_requests import Offer, Tool, begins_call
-from support.serve import raw
+from support.serve import ByteTokenizer, raw
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
@@ -154,6 +155,45 @@ def test_cut_call_is_content(client, engine, monkeypatch):
     monkeypatch.setattr(engine, "generate", cut)
     choice = ask(client).choices[0]
     assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("length", CALL[:-2], None)
+
+
+PARTY = {
+    "type": "object",
+    "properties": {
+        "count": {"type": "integer", "description": "of guests"},
+        "price": {"type": "number"},
+        "public": {"type": "boolean"},
+        "age": {"type": "integer", "minimum": 18},
+        "zip": {"type": "string"},
+    },
+}
+
+
+def test_numbers_in_quotes_get_their_type(client, engine, answers):
+    ask(client, tools=[tool("party", PARTY)], tool_choice="required")
+    schema = json.dumps(json.loads(engine.requests[-1].json_schema))
+    compiler = SchemaCompiler(ByteTokenizer())
+    for arguments, right in (
+        ({"count": "36", "price": "-1.5", "public": "true", "zip": "01234"}, True),
+        ({"count": 36, "price": 1.5, "public": False}, True),
+        ({"count": "36.5"}, False),
+        ({"count": "many"}, False),
+        ({"count": "007"}, False),
+        ({"age": "20"}, False),
+        ({"age": 20}, True),
+        ({"zip": 1234}, False),
+    ):
+        text = json.dumps({"tool": "party", "args": arguments})
+        grammar, allowed = compiler.compile(schema), True
+        for byte in text.encode():
+            allowed = allowed and grammar.allows(byte)
+            if allowed:
+                grammar.accept(byte)
+        assert (allowed and grammar.allows(256)) == right, text
+    answers('{"tool":"party","args":{"count":"36","price":"-1.50","public":"true","zip":"01234","age":20}}')
+    call = ask(client, tools=[tool("party", PARTY)]).choices[0].message.tool_calls[0]
+    found = json.loads(call.function.arguments)
+    assert found == {"count": 36, "price": -1.5, "public": True, "zip": "01234", "age": 20}
 
 
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,12}", fullmatch=True)

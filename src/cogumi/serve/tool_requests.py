@@ -1,7 +1,8 @@
 """OpenAI's function tools: offered in words, so that every model can be asked; calls are read out of its answer.
 
 The words are those of the questions on which modifiers for tools are trained (`core.tool_wording`), so that such a
-modifier and its calibration apply. A grammar makes every call one of an offered tool with valid arguments.
+modifier and its calibration apply. A grammar makes every call one of an offered tool with valid arguments. The words
+ask for texts as values, so numbers and truth values may be written as texts; the client gets them in their type.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from cogumi.core.tool_wording import tool_question
 MOST_TOOLS, MOST_CALLS = 128, 16
 """Most tools of a request, and most calls of an answer."""
 SEVERAL = ", or a list of several"
+IN_QUOTES: Mapping[str, str] = {
+    "integer": r"^(0|-?[1-9][0-9]{0,14})$",
+    "number": r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?$",
+    "boolean": "^(true|false)$",
+}
+"""Types of values that may be written as texts, with the pattern of such a text, which is also JSON."""
 
 
 class Function(BaseModel):
@@ -34,6 +41,30 @@ class Function(BaseModel):
         arguments = ", ".join(properties) if isinstance(properties, dict) else ""
         described = f" [{' '.join(self.description.split())}]" if self.description else ""
         return f"{self.name}({arguments}){described}"
+
+    @property
+    def quoted(self) -> dict[str, str]:
+        """Arguments that may be written as texts -> their type: those of which the schema says nothing but a type."""
+        properties = (self.parameters or {}).get("properties")
+        known = properties.items() if isinstance(properties, dict) else ()
+        notes = {"type", "title", "description"}
+        plain = {name: one for name, one in known if isinstance(one, dict) and not one.keys() - notes}
+        return {name: one["type"] for name, one in plain.items() if str(one.get("type")) in IN_QUOTES}
+
+    @property
+    def written_schema(self) -> dict[str, Any]:
+        """The schema of the arguments as a model may write them."""
+        given = self.parameters or {"type": "object", "properties": {}}
+        either: dict[str, Any] = {
+            name: {"anyOf": [{"type": kind}, {"type": "string", "pattern": IN_QUOTES[kind]}]}
+            for name, kind in self.quoted.items()
+        }
+        return given | {"properties": given["properties"] | either} if either else given
+
+    def arguments(self, written: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call in their types."""
+        typed = {name for name in self.quoted if isinstance(written.get(name), str)}
+        return {name: json.loads(value) if name in typed else value for name, value in written.items()}
 
 
 class Tool(BaseModel):
@@ -116,7 +147,7 @@ class Offer(NamedTuple):
         """The JSON schema of an answer that calls, as text."""
         schemas = {}
         for i, one in enumerate(self.functions):
-            schemas[f"arguments{i}"] = _moved(one.parameters or {"type": "object", "properties": {}}, f"arguments{i}")
+            schemas[f"arguments{i}"] = _moved(one.written_schema, f"arguments{i}")
         calls = [
             {
                 "type": "object",
@@ -139,14 +170,12 @@ class Offer(NamedTuple):
             value = json.loads(text)
         except ValueError:
             return []
-        return [
-            {
-                "id": f"call_{uuid.uuid4().hex[:24]}",
-                "type": "function",
-                "function": {"name": call["tool"], "arguments": json.dumps(call["args"], ensure_ascii=False)},
-            }
-            for call in (value if isinstance(value, list) else [value])
-        ]
+        functions, found = {one.name: one for one in self.functions}, []
+        for call in value if isinstance(value, list) else [value]:
+            arguments = json.dumps(functions[call["tool"]].arguments(call["args"]), ensure_ascii=False)
+            function = {"name": call["tool"], "arguments": arguments}
+            found.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+        return found
 
 
 def begins_call(text: str) -> bool:
