@@ -252,11 +252,36 @@ def test_offsets_of_a_user_are_shown(tmp_path):
         (("--base-url", "http://127.0.0.1:1/v1"), "--base-url and --base-model must be given together"),
         (("--base-model", "m"), "--base-url and --base-model must be given together"),
         (("--reuse-check", "gone.json"), "a reuse check applies to similar questions"),
+        (("--host", "0.0.0.0"), "other machines can reach 0.0.0.0: give --keys FILE, or --open"),
+        (("--keys", "gone.json"), "there is no key file gone.json; make one: cogumi keys add"),
+        (("--tls-key", "key.pem"), "HTTPS needs both --tls-certificate and --tls-key"),
+        (("--tls-key", "key.pem", "--tls-certificate", "gone.pem"), "gone.pem"),
     ],
 )
 def test_invalid_serve_options_are_refused_before_listening(folder, tmp_path, words, message):
     done = cogumi("serve", folder, "--port", "0", *words, cwd=tmp_path, ok=1)
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_keys_are_added_listed_and_revoked_while_a_server_runs(folder, tmp_path):
+    file = ("--keys", tmp_path / "keys.json")
+    done = cogumi("keys", "add", "anna", *file, "--requests", "60")
+    secret = done.stdout.strip()
+    assert "not stored" in done.stderr
+    json_key = json.loads(cogumi("keys", "add", "otto", *file, "--json").stdout)["key"]
+    listed = cogumi("keys", "list", *file).stdout
+    assert "anna" in listed
+    assert secret not in listed
+    assert [key["name"] for key in json.loads(cogumi("keys", "list", *file, "--json").stdout)] == ["anna", "otto"]
+    with serving(folder, *map(str, file), "--host", "0.0.0.0") as (_, said):
+        url = said["url"].replace("0.0.0.0", "127.0.0.1")
+        for key in (secret, json_key):
+            client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=PATIENCE)
+            assert ask(client, "What is 3 + 4?").choices[0].message.content
+        cogumi("keys", "revoke", "otto", *file)
+        with pytest.raises(openai.AuthenticationError):
+            ask(client, "What is 3 + 4?")
+    assert "there is no key 'otto'; there are: anna" in cogumi("keys", "revoke", "otto", *file, ok=1).stderr
 
 
 def test_remote_base_answers_and_missing_capabilities_are_reported(folder, client):

@@ -157,10 +157,11 @@ def raw(port, method, path, body=None, headers=None):
     return response.status, response.headers, data
 
 
-def send_and_hang_up(port, body, under_way, path="/v1/chat/completions"):
+def send_and_hang_up(port, body, under_way, path="/v1/chat/completions", headers=None):
     """Send a request and close the connection once `under_way()` holds, whatever has come by then."""
     payload = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(f"{head}content-length: {len(payload)}\r\n\r\n".encode() + payload)
         until(under_way)

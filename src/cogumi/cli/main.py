@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cogumi.cli import adopting, building, console, converting, data, measuring, packing, running
+from cogumi.cli import adopting, building, console, converting, data, keys, measuring, packing, running
 from cogumi.core.errors import CogumiError
 from cogumi.core.packages import missing
 from cogumi.core.version import __version__
@@ -60,6 +60,7 @@ app.command()(building.plan)
 app.command()(building.vocabulary)
 app.command()(measuring.bench)
 app.add_typer(data.app, name="data")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -144,21 +144,43 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds that running answers get after Ctrl-C or SIGTERM.")
     ] = 10.0,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of API keys (`cogumi keys add`): requests without one of them are refused.",
+            show_default="any key is accepted, on this machine only",
+        ),
+    ] = None,
+    open_: Annotated[
+        bool, typer.Option("--open", help="Serve other machines without keys: everybody who reaches the port may ask.")
+    ] = False,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of a TLS certificate, to serve HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's private key.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Serve a bundle to OpenAI clients at http://HOST:PORT/v1; any API key is accepted.
+    """Serve a bundle to OpenAI clients at http://HOST:PORT/v1.
 
     Example: `cogumi serve runs/smollm2/bundle --port 8000`
     """
     from cogumi.cascade.modes import load_settings
     from cogumi.serve import app
+    from cogumi.serve.api_keys import KeyFile
 
     folder, chosen = chosen_bundle(bundle), load_settings(settings)
     if modifiers is not None and not modifiers.is_dir():
         raise CogumiError(f"{modifiers} is not a folder; create it, or name the folder of the modifier files")
+    if (tls_certificate is None) != (tls_key is None):
+        raise CogumiError("HTTPS needs both --tls-certificate and --tls-key")
+    certificate = (tls_certificate, tls_key) if tls_certificate and tls_key else None
+    known = KeyFile(keys) if keys else None
+    if known:
+        known.listed()  # a missing or damaged file ends the command here
     engines, memory = chosen_engines(base_url, base_model), parse_bytes(adapter_memory) if adapter_memory else None
     listener = app.bind(host, port)
-    where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    if not (keys or open_ or app.is_loopback(listener)):
+        listener.close()
+        raise CogumiError(f"other machines can reach {host}: give --keys FILE, or --open to serve everybody")
+    where = f"{'https' if certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     console.STDERR.print(f"cogumi: loading {folder}", soft_wrap=True)
 
     load = partial(
@@ -184,7 +206,17 @@ def serve(
         else:
             console.print_serving(where, engine.models)
 
-    app.serve(load, listener, ready, modifiers, allowed_hosts=allow_host or (), origins=cors or (), grace=grace)
+    app.serve(
+        load,
+        listener,
+        ready,
+        modifiers,
+        allowed_hosts=allow_host or (),
+        origins=cors or (),
+        grace=grace,
+        keys=known,
+        certificate=certificate,
+    )
 
 
 def personal(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
@@ -22,7 +23,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from cogumi.core.errors import CogumiError
 from cogumi.core.version import __version__
+from cogumi.serve.access import Access
 from cogumi.serve.answer_hooks import AnswerHook, AnswerHooks
+from cogumi.serve.api_keys import KeyFile
 from cogumi.serve.engine_host import EngineHost, ServedEngine
 from cogumi.serve.error_handlers import add_error_handlers
 from cogumi.serve.http_routes import (
@@ -50,6 +53,7 @@ def create_app(
     keep_alive_seconds: float = 10.0,
     hosts: Collection[str] | None = None,
     origins: Sequence[str] = (),
+    keys: KeyFile | None = None,
 ) -> FastAPI:
     """Make an application that serves the engine opened by `load`, which runs in a thread after the start.
 
@@ -57,6 +61,7 @@ def create_app(
     `Answered`). Clients may add modifiers from the folder `modifiers` (None: not allowed). Bodies above
     `max_body_bytes` are refused. An idle stream sends a comment every `keep_alive_seconds`. Only requests to one of
     `hosts` are answered (None: to any). Pages of `origins` (`http://localhost:3000`; `*`: all) may read the answers.
+    With `keys` every request but those for health needs one of them.
     """
     host = EngineHost(load, on_ready, on_failure)
 
@@ -79,6 +84,7 @@ def create_app(
         *([Middleware(Hosts, names=hosts)] if hosts is not None else []),
         *([Middleware(CORSMiddleware, **_cross_origin(origins))] if origins else []),
         Middleware(PlainPaths, paths=paths),
+        *([Middleware(Access, keys=keys)] if keys else []),
         Middleware(BodyLimit, max_bytes=max_body_bytes),
     ]
     app = FastAPI(title="cogumi", version=__version__, lifespan=lifespan, middleware=middleware)
@@ -111,6 +117,22 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can reach a socket."""
+    return ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _check(certificate: tuple[Path, Path]) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*certificate)
+    except OSError as error:
+        files = f"{certificate[0]} and {certificate[1]}"
+        why = error.strerror or str(error)
+        raise CogumiError(
+            f"HTTPS is not possible with {files}: {why}; give PEM files of a certificate and its key"
+        ) from error
+
+
 class _Server(uvicorn.Server):
     """Ends in steps: at the first signal new requests get 503, running ones have `grace` seconds, then they end with an
     error. A second Ctrl-C ends it at once.
@@ -140,22 +162,29 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
     grace: float,
+    keys: KeyFile | None = None,
+    certificate: tuple[Path, Path] | None = None,
 ) -> None:
     """Serve on `listener` until a signal; raises the error of `load` if the bundle cannot be opened.
 
     On a loopback address only its own names and `allowed_hosts` are answered, elsewhere `allowed_hosts` if there are
-    any. Running answers get `grace` seconds after the signal.
+    any. Running answers get `grace` seconds after the signal. `certificate`: PEM files of a TLS certificate and its
+    private key.
     """
     failures: list[BaseException] = []
-    loopback = ip_address(listener.getsockname()[0]).is_loopback
-    hosts = {*LOOPBACK, *allowed_hosts} if loopback else set(allowed_hosts) or None
+    hosts = {*LOOPBACK, *allowed_hosts} if is_loopback(listener) else set(allowed_hosts) or None
 
     def fail(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, on_ready=on_ready, on_failure=fail, modifiers=modifiers, hosts=hosts, origins=origins)
+    app = create_app(
+        load, on_ready=on_ready, on_failure=fail, modifiers=modifiers, hosts=hosts, origins=origins, keys=keys
+    )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
+    if certificate:
+        _check(certificate)
+        config.ssl_certfile, config.ssl_keyfile = certificate
     server = _Server(config, app.state.host, grace)
     server.run(sockets=[listener])
     if failures:

@@ -133,7 +133,7 @@ async def run_choices(
                 for choice in islice(waiting, 1):
                     threads.submit(choice.run)
                 if outcome.finish_reason == "cancelled":
-                    raise Problem(503, "the server is shutting down; ask again", code="closing", retry=True)
+                    raise Problem(503, "the server is shutting down; ask again", code="closing", retry=1)
             yield index, outcome
     finally:
         for choice in choices:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, model_validator
 from cogumi.engine.protocol import Tokenizer
 from cogumi.serve.completions import Texts
 from cogumi.serve.engine_host import EngineHost
+from cogumi.serve.rate_limits import Meter
 
 TOKENS = 512
 """Tokens of the texts that are embedded in one go; between two goes other requests take their turn."""
@@ -47,11 +48,13 @@ class EmbeddingRequest(BaseModel):
         return {"object": "list", "model": self.model, "data": data, "usage": usage}
 
 
-async def embedded(host: EngineHost, body: EmbeddingRequest) -> dict[str, Any]:
-    """The response of a request; a cancellation takes effect before the next part."""
+async def embedded(host: EngineHost, body: EmbeddingRequest, meter: Meter | None) -> dict[str, Any]:
+    """The response of a request; a cancellation takes effect before the next part. `Problem` beyond the key's limit."""
     engine = host.resolved(body.model)
     texts = await host.work(body.texts, engine.tokenizer)
     sizes = await host.work(_sizes, engine.tokenizer, texts)
+    if meter:
+        meter.take_tokens(sum(sizes))
     rows = [await host.work(engine.embed, texts[first:last]) for first, last in parts(sizes)]
     return body.answer(np.concatenate(rows), sum(sizes))
 

@@ -86,13 +86,13 @@ class EngineHost:
     def engine(self) -> ServedEngine:
         """The loaded engine; raises `Problem` 503 until loading is finished, and once the server ends."""
         if self._ending:
-            raise Problem(503, "the server is shutting down; ask again", code="closing", retry=True)
+            raise Problem(503, "the server is shutting down; ask again", code="closing", retry=1)
         if self._engine is not None:
             return self._engine
         if self._loading is None and self._holder is None:
             self._holder = asyncio.get_running_loop().create_task(self._hold())
         why = f"the bundle could not be opened: {self._failure}" if self._failure else "the bundle is still loading"
-        raise Problem(503, why, code="not_ready", retry=self._failure is None)
+        raise Problem(503, why, code="not_ready", retry=0 if self._failure else 1)
 
     def serving(self, model: str) -> ServedEngine:
         """The engine, if it has the model name `model`; otherwise raises `Problem` 404 with the known names."""

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from cogumi.core.errors import CogumiError, RequestError
 from cogumi.core.types import Reply
+from cogumi.serve.access import meter_of, owner
 from cogumi.serve.answer_hooks import AnswerHook
 from cogumi.serve.chat_completions import ChatRequest, ChatResponseBuilder
 from cogumi.serve.choices import Call, collect, run_choices
@@ -22,6 +23,7 @@ from cogumi.serve.disconnects import CLIENT_CLOSED_REQUEST, ClosingStream, unles
 from cogumi.serve.embeddings import EmbeddingRequest, embedded
 from cogumi.serve.engine_host import EngineHost
 from cogumi.serve.event_stream import server_sent
+from cogumi.serve.metering import metered, prompt_sizes
 from cogumi.serve.middleware import request_id
 from cogumi.serve.problem import Problem
 from cogumi.serve.request_body import (
@@ -74,10 +76,14 @@ def text_routes(host: EngineHost, on_answer: AnswerHook, keep_alive_seconds: flo
         else:
             asked = body.requests(engine.tokenizer)
             builder = CompletionResponseBuilder(body, asked, engine.tokenizer)
-        with_ids = [replace(one, id=answer_id(builder.head["id"], index)) for index, one in enumerate(asked)]
+        user, head = owner(http.scope, body.user), builder.head["id"]
+        with_ids = [replace(one, id=answer_id(head, index), user=user) for index, one in enumerate(asked)]
         requests = [host.engine.resolve(body.model, one)[1] for one in with_ids]
         call = Call(request_id(http.scope), body.model, bool(body.stream), on_answer)
         events = run_choices(call, engine, requests, host.threads, keep_alive_seconds)
+        if (meter := meter_of(http.scope)) and meter.tokens:
+            prompts = await host.work(prompt_sizes, engine, requests, body.n or 1)
+            events = metered(events, meter, prompts, requests, engine.context or 0)
         if body.stream:
             lines = server_sent(events, builder)
             first = await unless_disconnected(http, _first(lines))
@@ -107,7 +113,7 @@ def reading_routes(host: EngineHost) -> APIRouter:
     @router.post("/v1/embeddings", response_model=None)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """One vector per text: the mean hidden state of its tokens."""
-        found = await unless_disconnected(request, embedded(host, body))
+        found = await unless_disconnected(request, embedded(host, body, meter_of(request.scope)))
         return CLIENT_CLOSED_REQUEST if found is None else JSONResponse(found)
 
     @router.get("/tokenizer_info")
@@ -133,11 +139,11 @@ def feedback_routes(host: EngineHost) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/feedback", status_code=204, response_class=Response)
-    async def feedback(body: Feedback) -> None:
+    async def feedback(body: Feedback, request: Request) -> None:
         """Rate an answer as right or wrong; its id is that of the completion, with `-1` etc. for further choices."""
         rate = host.engine.feedback
         try:
-            await host.work(rate, body.id, body.right, body.user)
+            await host.work(rate, body.id, body.right, owner(request.scope, body.user))
         except RequestError as error:
             raise Problem(404, str(error), code="answer_not_found", param="id") from error
 
@@ -148,19 +154,19 @@ def personal_routes(host: EngineHost) -> APIRouter:
     """Personal routing of users; off by default."""
     router = APIRouter()
 
-    async def chosen(user: str, on: bool | None) -> dict[str, Any]:
+    async def chosen(request: Request, user: str, on: bool | None) -> dict[str, Any]:
         choose = host.engine.personal
-        return asdict(await host.work(choose, user, on))
+        return asdict(await host.work(choose, owner(request.scope, user), on))
 
     @router.get("/v1/personal")
-    async def shown(user: str) -> dict[str, Any]:
+    async def shown(user: str, request: Request) -> dict[str, Any]:
         """Show whether it is on, the number of rated answers and of those needed, and the offsets by domain."""
-        return await chosen(user, None)
+        return await chosen(request, user, None)
 
     @router.post("/v1/personal")
-    async def switched(body: PersonalChoice) -> dict[str, Any]:
+    async def switched(body: PersonalChoice, request: Request) -> dict[str, Any]:
         """Switch it on or off; the response is that of GET."""
-        return await chosen(body.user, body.on)
+        return await chosen(request, body.user, body.on)
 
     return router
 

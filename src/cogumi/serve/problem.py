@@ -10,7 +10,10 @@ from cogumi.core.errors import BusyError, ContextError, RequestError
 
 
 class Problem(Exception):
-    """A refused request: HTTP `status`, and message, type, code and param of the error body."""
+    """A refused request: HTTP `status`, and message, type, code and param of the error body.
+
+    `retry`: seconds after which a retry can help; 0 if none can.
+    """
 
     def __init__(
         self,
@@ -19,7 +22,7 @@ class Problem(Exception):
         *,
         code: str | None = None,
         param: str | None = None,
-        retry: bool = False,
+        retry: int = 0,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.retry = status, message, code, param, retry
@@ -27,7 +30,7 @@ class Problem(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON body in OpenAI's format."""
-        kind = {429: "rate_limit_error", 503: "server_error", 500: "server_error"}
+        kind = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error", 500: "server_error"}
         return {
             "error": {
                 "message": self.message,
@@ -42,7 +45,7 @@ class Problem(Exception):
         """Headers for the client's retry logic."""
         if not self.retry:
             return {"x-should-retry": "false"}
-        return {"retry-after": "1"} if self.status in (429, 503) else {}
+        return {"retry-after": str(self.retry)} if self.status in (429, 503) else {}
 
     @property
     def response(self) -> JSONResponse:
@@ -55,10 +58,10 @@ def problem_of(error: RequestError) -> Problem:
     if isinstance(error, ContextError):
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, BusyError):
-        return Problem(429, str(error), code="busy", retry=True)
+        return Problem(429, str(error), code="busy", retry=1)
     return Problem(400, str(error))
 
 
 def internal_error() -> Problem:
     """The response to a defect of the server; the traceback is only logged."""
-    return Problem(500, "internal error; the server's log has the details", code="internal_error", retry=True)
+    return Problem(500, "internal error; the server's log has the details", code="internal_error", retry=1)
