@@ -136,6 +136,7 @@ def test_results_table_contains_the_figures(capsys):
     report = {
         "recipe": "tiny",
         "seconds": 200.0,
+        "build_seconds": 260.0,
         "peak_rss_bytes": 1_500_000_000,
         "accuracy": {"base": cells},
         "gate": gate | {"bound": 0.05, "accepted": 50},

@@ -128,7 +128,7 @@ def test_sizes_of_a_mixture_without_a_name_are_known(tmp_path, file):
 
 def test_plan_and_build_agree_about_a_model_that_cannot_be_trained(tmp_path, file):
     rewritten(file, tmp_path / "other.gguf", llama__expert_count=4)
-    problem = "step 'weights': .*other.gguf cannot be trained: llama.expert_count is 4; it can still be served as it is"
+    problem = "step 'weights': .*other.gguf cannot be trained: llama.expert_count is 4; llama.cpp may still serve it"
     found = recipe_plan.plan(recipe(tmp_path, model="other.gguf"))
     assert re.fullmatch(problem, found.problems[0])
     with pytest.raises(ExportError, match=problem):

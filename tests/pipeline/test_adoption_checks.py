@@ -63,9 +63,16 @@ def refused(match, plan, wanted=None, error=CogumiError):
     assert {*plan.root.rglob("*")} == before
 
 
+def test_ten_questions_are_refused_before_any_work(folder, tmp_path):
+    rows = write(tmp_path / "ten.jsonl", sums(10))
+    refused(
+        "10 different questions cannot be divided into 5 sets; give at least 40", plan_of(tmp_path / "x", folder, rows)
+    )
+
+
 def test_a_model_that_cannot_be_trained_is_adopted_without_modifiers(folder, tmp_path):
     plan = plan_of(tmp_path / "mine", folder, model="gemma.gguf")
-    reason = "cannot be trained: it is a gemma; supported: llama, qwen2; it can still be served as it is"
+    reason = "cannot be trained: it is a gemma; supported: llama, qwen2; llama.cpp may still serve it"
     assert reason in checked(plan)
     assert checked(plan, []) == ""
     refused(f"{reason}: leave out --modifiers", plan, ["sums"], TrainingError)

@@ -40,7 +40,7 @@ def test_requested_speed_is_compared_with_the_expected_one():
     speed = ("Llama-3.2-1B", "--bandwidth", "100GB/s", "--tokens-per-second")
     fits, misses = cogumi(*speed, "1").stdout, cogumi(*speed, "80").stdout
     assert "it fits as it is\n" in fits
-    most = float(re.search(r"\(at most ([\d.]+)\)", misses)[1])
+    most = float(re.search(r"\(memory allows ([\d.]+)\)", misses)[1])
     assert most > 80  # the bandwidth would allow it, but the runtime reaches half of that
     assert f"it does not fit: about {most / 2:.1f} tokens/s of 80" in misses
     for shown in (fits, misses):

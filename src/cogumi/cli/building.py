@@ -12,7 +12,7 @@ from cogumi.cli import console
 from cogumi.cli.options import RUNS, BandwidthOption, JsonOption, PlannedArgument, RunsOption
 from cogumi.cli.progress import BenchProgress, BuildProgress, ByteProgress
 from cogumi.cli.type_table import plan_types
-from cogumi.core.errors import CogumiError
+from cogumi.core.errors import CogumiError, RecipeError
 
 if TYPE_CHECKING:
     from cogumi.pipeline.plan.command import Answer
@@ -38,11 +38,15 @@ FOLLOW_UP = (
 
 def _build(recipe: str, runs: Path, seed: int | None, jobs: int | None) -> dict[str, Any]:
     from cogumi.pipeline.build import build
+    from cogumi.pipeline.plan import recipe_plan
     from cogumi.pipeline.recipe import load_recipe
 
+    loaded = load_recipe(recipe)
+    if problems := recipe_plan.plan(loaded).problems:
+        raise RecipeError("; ".join(problems))
     try:
         with BuildProgress() as progress:
-            return build(load_recipe(recipe), runs, seed=seed, jobs=jobs, progress=progress)
+            return build(loaded, runs, seed=seed, jobs=jobs, progress=progress)
     except KeyboardInterrupt:
         console.STDERR.print("cogumi: stopped; finished steps are kept: run the same command again to continue")
         raise SystemExit(130) from None

@@ -184,7 +184,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         rows.append(("speed-up with speculation forced on", f"{speculation['speedup']:.2f}x"))
     rows += [(f"route {route}", f"{part:.1%}") for route, part in report.get("routes", {}).items()]
     rows += [(f"bytes: {part}", size(count)) for part, count in report.get("bytes", {}).items()]
-    rows.append(("build time", duration(report["seconds"])))
+    rows.append(("all steps", duration(report["build_seconds"])))
+    rows.append(("this run", duration(report["seconds"])))
     rows.append(("peak memory", size(report["peak_rss_bytes"])))
     table(f"Recipe {report['recipe']}", ["figure", "value"], rows)
     if gate and "promise" in gate:
@@ -213,6 +214,9 @@ def print_evaluation(figures: Mapping[str, Any]) -> None:
         STDOUT.print(f"P(correct) of {figures['calibrated']} answers: AUROC {order}, ECE {figures['ece']:.3f}")
     else:
         STDOUT.print("P(correct): not calibrated")
+    if figures["graders"]:
+        chosen = ", ".join(f"{domain}: {kind}" for domain, kind in figures["graders"].items())
+        STDOUT.print(f"graders chosen by the answers, because the rows name no check: {chosen}", soft_wrap=True)
     for what in ("rejected", "failed"):
         if found := figures[what]:
             reason = "could not be read" if what == "rejected" else "could not be asked or graded"

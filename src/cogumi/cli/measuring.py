@@ -124,11 +124,11 @@ def evaluate(
     from cogumi.cascade.opening import open_cascade
     from cogumi.core.files import write_text
     from cogumi.data.sources.question_files import load
-    from cogumi.evaluate.accuracy import ask, figures
+    from cogumi.evaluate.accuracy import ask, figures, with_checks
     from cogumi.evaluate.grading_models import grading_models
 
     examples, rejected = load(data, reading=chosen_reading(layout, form, column))
-    examples = examples[:limit]
+    examples, graders = with_checks(examples[:limit])
     engines = chosen_engines(base_url, base_model)
     size = _context(examples)
     with closing(open_cascade(chosen_bundle(bundle), context=size, threads=threads, engines=engines)) as cascade:
@@ -139,7 +139,13 @@ def evaluate(
         with grading_models(judge, judge_model) as models:
             asked, failed = ask(resolved[0][0], [request for _, request in resolved], examples, models)
     found = figures(asked)
-    found |= {"tier": tier, "data": str(data), "rejected": [str(row) for row in rejected], "failed": failed}
+    found |= {
+        "tier": tier,
+        "graders": graders,
+        "data": str(data),
+        "rejected": [str(row) for row in rejected],
+        "failed": failed,
+    }
     if out is not None:
         write_text(out, "".join(dumps(one.row(), ensure_ascii=False) + "\n" for one in asked))
         found["out"] = str(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cogumi.confidence.metrics import auroc, ece, wilson
@@ -14,6 +14,7 @@ from cogumi.data.examples import level
 from cogumi.engine.protocol import Engine, replies
 from cogumi.grading.graders import grade, grade_all
 from cogumi.grading.model_graders import NO_MODELS, Models
+from cogumi.grading.suggest import check_of, suggested_grader
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,26 @@ class Asked:
             "grader": self.verdict.grader,
             "source": self.example.source,
         }
+
+
+def with_checks(examples: Sequence[Example]) -> tuple[list[Example], dict[str, str]]:
+    """The examples, with the suggested check where one has none, and the kind suggested for each domain.
+
+    The answers of a domain whose rows have none decide, as for `adopt`; free text keeps the default `exact`.
+    """
+    answers: dict[str, list[str]] = {}
+    for example in examples:
+        if "check" not in example.meta:
+            answers.setdefault(example.domain, []).append(example.answer)
+    kinds = {domain: suggested_grader(found) or "exact" for domain, found in answers.items()}
+
+    def checked(example: Example) -> Example:
+        if "check" in example.meta:
+            return example
+        check = check_of(kinds[example.domain], example.answer, set(answers[example.domain]))
+        return replace(example, meta=dict(example.meta) | {"check": check})
+
+    return [checked(example) for example in examples], kinds
 
 
 def ask(

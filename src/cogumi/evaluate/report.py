@@ -36,7 +36,7 @@ from cogumi.grading.graders import grade_all
 from cogumi.teach.context_size import context_for
 from cogumi.train.confidence_plots import Doubles, accuracy_picture, reliability_picture, risk_picture
 
-VERSION = 7
+VERSION = 8
 KIND = "report"
 INPUTS = {"data": "examples", "bundle": "bundle"}
 OPTIONAL = {"control_*": "gguf"}
@@ -225,6 +225,8 @@ def showcase(given: GradedAnswers, refused: GradedAnswers) -> list[dict[str, str
         return [answers.examples[i] for _, i in sorted(rows, reverse=True)]
 
     of_base, of_modifiers = by_p(given, sure=True, tier="base"), by_p(given, sure=True, tier="modifier")
+    hopeless = by_p(refused, sure=False)[::-1]
+    invented = [e for e in hopeless if "invented" in str(e.meta.get("unanswerable"))] or hopeless
     unsure = [e for e in by_p(given, sure=False, tier="base") if e.answerable]
     kinds = (
         ("the base is sure, and nothing else is asked", of_base),
@@ -232,7 +234,7 @@ def showcase(given: GradedAnswers, refused: GradedAnswers) -> list[dict[str, str
         ("another domain, another modifier", of_modifiers),
         ("likely right, but not proved: an answer with a warning", unsure),
         ("too hard: P(correct) is low", unsure[::-1]),
-        ("there is no answer to this", by_p(refused, sure=False)[::-1]),
+        ("an invented name: there is no answer to this", invented),
     )
     chosen: list[Example] = []
     shown = []

@@ -13,13 +13,17 @@ from cogumi.core.registry import nearest
 from cogumi.core.types import Request
 from cogumi.data.sources.survey import LONGEST_ANSWER, Survey, domain_name
 from cogumi.pipeline import fingerprint
-from cogumi.pipeline.adopted_recipe import WEIGHTS, Adoption, head, modifiers
+from cogumi.pipeline.adopted_recipe import SHARES, WEIGHTS, Adoption, head, modifiers
 from cogumi.pipeline.build import check_home
 from cogumi.pipeline.plan import recipe_plan
 from cogumi.pipeline.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     from cogumi.engine.llama.binding.model import Model
+
+
+LEAST = 40
+"""Questions that leave hardly any of the sets empty, whatever the seed; far more are needed for the guarantee."""
 
 
 def parsed(text: str, plan: Adoption) -> Recipe:
@@ -57,6 +61,11 @@ def check(plan: Adoption, model: Model, wanted: Sequence[str] | None) -> str:
             )
         if name not in names:
             raise CogumiError(f"no question is of the domain '{name}'; {nearest(name, names)}")
+    questions = sum(d.questions for d in plan.survey.gradable)
+    if questions < LEAST:
+        raise DataError(
+            f"{questions} different questions cannot be divided into {len(SHARES)} sets; give at least {LEAST}"
+        )
     _check_folder(plan, model)
     if wanted is not None and not wanted:
         return ""

@@ -31,6 +31,12 @@ LLAMA3_LEARNED = 8192
 """Context of their pre-training in tokens, for files from whose frequencies it does not follow."""
 
 
+def incomplete(path: Path, error: Exception) -> ExportError:
+    """The error for a file that `gguf` cannot read: its data ends early, or its header contradicts itself."""
+    why = f"the key {error} is missing" if isinstance(error, KeyError) else "it is cut off, or damaged"
+    return ExportError(f"{path} is not a complete GGUF model: {why}; copy or download it again")
+
+
 @dataclass(frozen=True)
 class Header:
     """The keys of a GGUF file and their sizes in bytes, and its tensors: name -> the reader's record, whose `data` maps
@@ -94,13 +100,11 @@ class Header:
         try:
             return self._layout()
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ExportError(
-                f"{self.path} is not a complete GGUF model ({error!r}); copy or download it again"
-            ) from error
+            raise incomplete(self.path, error) from error
 
     def untrainable(self, reason: str) -> ExportError:
         """The error for a model that llama.cpp runs, but that has no counterpart in torch here."""
-        return ExportError(f"{self.path} cannot be trained: {reason}; it can still be served as it is")
+        return ExportError(f"{self.path} cannot be trained: {reason}; llama.cpp may still serve it")
 
     def _layout(self) -> Llama:
         kind, keys = self.architecture, self.keys
@@ -198,7 +202,7 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError as error:
         raise ExportError(f"there is no file {path}; check the name") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise ExportError(f"{path} is not a complete GGUF model ({error!r}); copy or download it again") from error
+        raise incomplete(path, error) from error
     if problem := not_a_model(path, keys):
         raise ExportError(problem)
     return header

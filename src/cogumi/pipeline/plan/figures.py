@@ -187,7 +187,9 @@ def _basis(search: RouteSearch) -> list[str]:
     if not search.bandwidth:
         return []
     share = "measured with this file" if search.measured else "usual: 40% to 65%, measure it: cogumi bench"
-    return [f"tokens/s: {search.reached:.0%} ({share}) of what memory of {search.bandwidth / 1e9:.1f} GB/s allows"]
+    above = "; above 100% the processor's cache holds a part of the model" if search.reached > 1 else ""
+    speed = f"{search.bandwidth / 1e9:.1f} GB/s"
+    return [f"tokens/s: {search.reached:.0%} ({share}) of what memory of {speed} allows{above}"]
 
 
 def measurement_line(measured: Mapping[str, Any]) -> str:
@@ -196,10 +198,10 @@ def measurement_line(measured: Mapping[str, Any]) -> str:
         measured[name] for name in ("tokens_per_second", "tokens_per_second_at_most", "share_of_ceiling")
     )
     sizes = f"{measured['bytes']:,} bytes, planned {measured['planned_bytes']:,}"
-    return f"measured: {sizes}; {now:.1f} tokens/s, at most {most:.1f} ({share:.0%} of it)"
+    return f"measured: {sizes}; {now:.1f} tokens/s, {share:.0%} of the {most:.1f} that memory allows"
 
 
 def _summary(route: Route) -> str:
-    speed = f", about {route.speed:.1f} tokens/s (at most {route.ceiling:.1f})" if route.speed else ""
+    speed = f", about {route.speed:.1f} tokens/s (memory allows {route.ceiling:.1f})" if route.speed else ""
     repacked = "" if route.repack or not route.memory.repacked else " without repacking (open with --no-repack)"
     return f"{size(route.parts.bytes)} on disk, {size(route.ram)} in memory{repacked}{speed}"

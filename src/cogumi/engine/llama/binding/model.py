@@ -49,9 +49,10 @@ class Model:
             pointer = c.llama_model_load_from_file(os.fsencode(path), params)
         if not pointer:
             why = reason()
-            raise BundleError(
-                problem_of(path) or f"{path} is not a complete GGUF model ({why}); export or copy it again"
-            )
+            problem = f"{path} is not a complete GGUF model ({why}); export or copy it again"
+            if "unknown model architecture" in why:
+                problem = f"{path} cannot be served: this version of llama.cpp does not know it ({why})"
+            raise BundleError(problem_of(path) or problem)
         self.path = path
         self.weights = Weights(pointer)
         if self._own("attention.causal") == "false" or c.llama_model_has_encoder(pointer):
