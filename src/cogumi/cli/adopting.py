@@ -84,7 +84,7 @@ def adopt(
     kind, types = chosen_type(model, type) if found.gradable else (None, None)
     plan = replace(plan, type=kind)
     if not json:
-        _announce(plan, types, obstacle)
+        _announce(plan, chosen, types, obstacle)
         if not yes and console.STDERR.is_terminal and not typer.confirm("Build this?", default=True):
             raise SystemExit(1)
     began = time.monotonic()
@@ -99,11 +99,13 @@ def adopt(
     console.print_next(home / "bundle")
 
 
-def _announce(plan: Adoption, types: Comparison | None, obstacle: str) -> None:
-    """Print what the files hold, what a chosen type costs, and what will be missing."""
-    from cogumi.pipeline.adopt import shortage
+def _announce(plan: Adoption, chosen: Sequence[str] | None, types: Comparison | None, obstacle: str) -> None:
+    """Print what the files hold, what will be done, what a chosen type costs, and what will be missing."""
+    from cogumi.pipeline.adopt import intention, shortage
 
     _show(plan.survey)
+    if plan.survey.gradable:
+        _say(intention(plan.survey, chosen))
     if types:
         print_types(plan.model, types)
         console.STDOUT.print(base_line(types, plan.type), soft_wrap=True, markup=False)

@@ -101,7 +101,7 @@ def adopt(
     home = runs / plan.name
     plan = replace(plan, max_tokens=_answer_tokens(plan, home, build, say))
     build(parsed(head(plan), plan))
-    say(f"answering the questions of the other sets takes about {duration(_left(home))} more")
+    say(f"answering the questions of the other sets takes about {duration(_seconds(home, 'responses'))} more")
     reasons = dict.fromkeys(names, f"no modifier: {obstacle}") if obstacle else _candidates(home, names, wanted)
     chosen = [name for name, reason in reasons.items() if not reason]
     if chosen:
@@ -135,17 +135,34 @@ def _answer_tokens(plan: Adoption, home: Path, build: Build, say: Report) -> int
     chosen = min(plan.room, max(plan.max_tokens, 16 * math.ceil(usual / 16)))
     ended = sum(answer.finished and answer.tokens <= chosen for answer in answers)
     say(f"answers: up to {chosen} tokens, within which {ended} of the model's first {len(lengths)} answers end")
+    spent = duration(_seconds(home, FIRST, training=True))
+    say(f"answering all questions takes about {spent}; training and the rest of the report come on top")
     return chosen
 
 
-def _left(home: Path) -> float:
-    """Seconds that calibration and report take at the speed with which the training questions were answered.
+def _seconds(home: Path, step: str, training: bool = False) -> float:
+    """Seconds that calibration and report take at the speed with which `step` answered, with the `training` questions.
 
     The report asks the questions that it has again of a modifier, hence the factor.
     """
-    responses, rows = artifact.read_manifest(home / "responses"), artifact.read_manifest(home / "data").metrics["rows"]
+    answered, rows = artifact.read_manifest(home / step), artifact.read_manifest(home / "data").metrics["rows"]
     others = float(rows["selection"] + rows["fit"] + rows["threshold"] + 1.3 * rows["heldout"])
-    return responses.seconds / max(int(responses.metrics["rows"]), 1) * others
+    asked = others + (rows["train"] if training else 0)
+    return answered.seconds / max(int(answered.metrics["rows"]), 1) * asked
+
+
+def intention(survey: Survey, wanted: Sequence[str] | None) -> str:
+    """What `adopt` does with these questions, in one line; `wanted` as for `adopt`."""
+    questions = sum(d.questions for d in survey.gradable)
+    sets = {name: f"{round(questions * share / sum(SHARES.values())):,}" for name, share in SHARES.items()}
+    training = f"trains a modifier for a domain of which it fails {FAILURES} or more"
+    if wanted is not None:
+        training = f"trains modifiers for {', '.join(wanted)}" if wanted else "trains no modifier"
+    return (
+        f"adopt asks the model about {sets['train']} questions for training, {training}, calibrates it on about "
+        f"{sets['fit']} and {sets['threshold']} others, and measures it on about {sets['heldout']}; after the first "
+        "answers it says how long this takes"
+    )
 
 
 def _candidates(home: Path, names: Sequence[str], wanted: Sequence[str] | None) -> dict[str, str]:
