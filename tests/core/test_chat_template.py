@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from cogumi.core.chat_template import Controls, closing_token, render_pieces
+from cogumi.core.chat_template import Controls, closing_token, knows_tools, render_pieces
 from cogumi.core.errors import RequestError
 from cogumi.core.types import Message
 from cogumi.models.tokenization import HFTokenizer
@@ -193,3 +193,60 @@ def test_a_control_token_of_one_character_is_read_nowhere():
 )
 def test_the_token_that_closes_an_answer_is_what_the_template_writes_after_it(template, closing):
     assert closing_token(template, Controls(frozenset({*SPECIALS, "</s>"})), eos="</s>") == closing
+
+
+WITH_TOOLS = (
+    "{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|end|>{% endif %}"
+    "{% for m in messages %}{{ '<|' + ('user' if m.role == 'tool' else m.role) + '|>' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name }}{{ call.function.arguments | tojson }}"
+    "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    make_tokenizer(folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": WITH_TOOLS}))
+    return HFTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@given(TEXTS, TEXTS, TEXTS)
+@settings(max_examples=150, deadline=None)
+@example("<|end|>", "<|end|><|user|>", "<|assistant|>")
+@example("<|e", "nd|>", "x")
+def test_tools_calls_and_results_render_as_in_transformers_and_never_become_control_tokens(
+    with_tools, described, value, result
+):
+    ours, reference = with_tools
+    tool = {"name": "map", "description": described, "parameters": {"type": "object", "properties": {"city": {}}}}
+    call = {"name": "map", "arguments": {"city": value}}
+    chat = (Message("user", "Hi"), Message("assistant", "", (json.dumps(call),)), Message("tool", result))
+    ids = ours.chat(chat, [json.dumps(tool)])
+    texts = (described, value, result)
+    if not any(special in json.dumps(text, ensure_ascii=False) for special in SPECIALS for text in texts):
+        turns = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "content": result},
+        ]
+        made = reference.apply_chat_template(
+            turns, tools=[{"type": "function", "function": tool}], add_generation_prompt=True, tokenize=True
+        )
+        assert ids == list(made["input_ids"])
+    empty = {"name": "map", "arguments": {"city": ""}}
+    plain = (Message("user", "Hi"), Message("assistant", "", (json.dumps(empty),)), Message("tool", ""))
+    assert control_sequence(ids) == control_sequence(ours.chat(plain, [json.dumps(tool | {"description": ""})]))
+
+
+def test_argument_named_like_a_control_token_is_refused(with_tools):
+    tool = {"name": "map", "parameters": {"type": "object", "properties": {"a<|end|>": {}}}}
+    with pytest.raises(RequestError, match="named like a control token"):
+        with_tools[0].chat([Message("user", "Hi")], [json.dumps(tool)])
+
+
+def test_templates_that_know_tools_are_recognised():
+    assert knows_tools(WITH_TOOLS)
+    assert not knows_tools(TEMPLATE)
+    assert not knows_tools("{% if %}")

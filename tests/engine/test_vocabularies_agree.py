@@ -12,12 +12,16 @@ from cogumi.compress.gguf.export import export_model
 from cogumi.core.errors import BundleError, PackageError
 from cogumi.core.model_files import locate_model
 from cogumi.core.types import Message, Request
+from cogumi.engine.json_schema import SchemaCompiler
 from cogumi.engine.llama.binding.model import Model
 from cogumi.engine.llama.engine import LlamaEngine
 from cogumi.models.tokenization import HFTokenizer
 from cogumi.serve.tokenizer_api import text_ids
+from cogumi.serve.tool_formats import format_of
+from cogumi.serve.tool_requests import Offer, Tool
 from support.gguf import edit
 from support.pico import TEMPLATE, make_model
+from support.public_data import public_data
 from support.vocabularies import real_vocabulary
 
 CHAT = Request(
@@ -197,3 +201,36 @@ def test_the_packaged_model_ends_answers_with_its_own_token(tmp_path):
         engine.score(question, "The capital of France is Paris.").nats < 5
     )  # 17 with the end token that llama.cpp guesses
     engine.close()
+
+
+def test_qwens_own_template_offers_tools_and_its_tokens_write_calls(tmp_path):
+    """Both sides and transformers render alike, and the grammar allows the call token by token, but no other name."""
+    folder = real_vocabulary(tmp_path / "m", "qwen2", hidden=32)
+    known = json.loads(public_data("tokenizer_hf/qwen2.5/tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    settings(folder, chat_template=known)
+    torch_side, llama_side = HFTokenizer.load(folder), exported(folder).tokenizer
+    tool = {"name": "map", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    call = {"name": "map", "arguments": {"city": "Lima"}}
+    chat = (Message("user", "Show me Lima"), Message("assistant", "", (json.dumps(call),)), Message("tool", "done"))
+    turns = [
+        {"role": "user", "content": "Show me Lima"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "done"},
+    ]
+    offered = [{"type": "function", "function": tool}]
+    made = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        turns, tools=offered, add_generation_prompt=True, tokenize=True
+    )
+    request = Request(messages=chat, tools=(json.dumps(tool),))
+    assert llama_side.render(request) == torch_side.render(request) == list(made["input_ids"])
+    tools = format_of(known, Offer.of([Tool.model_validate(offered[0])], "auto", None))
+    for text, right in (
+        ('Sure.\n<tool_call>\n{"name": "map", "arguments": {"city": "Lima"}}\n</tool_call>', True),
+        ('<tool_call>\n{"name": "mop", "arguments": {}}\n</tool_call>', False),
+    ):
+        grammar, allowed = SchemaCompiler(llama_side).compile_lark(tools.lark()), True
+        for token in llama_side.encode(text, special=True):
+            allowed = allowed and grammar.allows(token)
+            if allowed:
+                grammar.accept(token)
+        assert (allowed and grammar.allows(llama_side.eos)) == right

@@ -151,6 +151,9 @@ def test_user_of_a_request_belongs_to_its_key(served):
     ask(port, otto, user="me")
     ask(port, otto)
     assert [request.user for request in engine.requests[-3:]] == ["anna/me", "otto/me", "otto"]
+    assert engine.requests[-1].session is None
+    ask(port, anna, extra_body={"cogumi": {"session": "s"}})
+    assert engine.requests[-1].session == "anna/s"
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.integers(0, 40)), max_size=40), st.integers(1, 30))

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogumi.core.tool_wording import tool_question
+from cogumi.core.types import Message
 from cogumi.engine.json_schema import SchemaCompiler
-from cogumi.serve.tool_requests import Offer, Tool, begins_call
+from cogumi.serve.tool_formats import format_of
+from cogumi.serve.tool_requests import Offer, Tool
 from support.serve import ByteTokenizer, raw
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -43,15 +45,15 @@ def test_tools_are_offered_in_the_words_of_the_training_data(client, engine):
     asked = engine.requests[-1]
     words = ["map(city)", "weather(city) [Weather of a city]"]
     assert asked.messages[-1].content == tool_question(words, "echo Where is Lima?")
-    assert asked.free_text
+    assert "TEXT" in asked.lark
     ask(client, tool_choice="required", parallel_tool_calls=True)
-    assert not engine.requests[-1].free_text
+    assert "TEXT" not in engine.requests[-1].lark
     assert "or a list of several" in engine.requests[-1].messages[-1].content
     ask(client, tool_choice={"type": "function", "function": {"name": "map"}})
     assert engine.requests[-1].messages[-1].content == tool_question(["map(city)"], "echo Where is Lima?")
     ask(client, tool_choice="none")
     assert engine.requests[-1].messages[-1].content == "echo Where is Lima?"
-    assert engine.requests[-1].json_schema is None
+    assert engine.requests[-1].lark is None
 
 
 def test_call_is_returned_as_a_tool_call(client, answers):
@@ -171,8 +173,7 @@ PARTY = {
 
 def test_numbers_in_quotes_get_their_type(client, engine, answers):
     ask(client, tools=[tool("party", PARTY)], tool_choice="required")
-    schema = json.dumps(json.loads(engine.requests[-1].json_schema))
-    compiler = SchemaCompiler(ByteTokenizer())
+    lark, compiler = engine.requests[-1].lark, SchemaCompiler(ByteTokenizer())
     for arguments, right in (
         ({"count": "36", "price": "-1.5", "public": "true", "zip": "01234"}, True),
         ({"count": 36, "price": 1.5, "public": False}, True),
@@ -184,7 +185,7 @@ def test_numbers_in_quotes_get_their_type(client, engine, answers):
         ({"zip": 1234}, False),
     ):
         text = json.dumps({"tool": "party", "args": arguments})
-        grammar, allowed = compiler.compile(schema), True
+        grammar, allowed = compiler.compile_lark(lark), True
         for byte in text.encode():
             allowed = allowed and grammar.allows(byte)
             if allowed:
@@ -196,14 +197,79 @@ def test_numbers_in_quotes_get_their_type(client, engine, answers):
     assert found == {"count": 36, "price": -1.5, "public": True, "zip": "01234", "age": 20}
 
 
-names = st.from_regex(r"[A-Za-z0-9_.-]{1,12}", fullmatch=True)
+NAMES = st.from_regex(r"[A-Za-z0-9_.-]{1,12}", fullmatch=True)
+ANY = {"type": "object", "additionalProperties": {"type": "string"}}
+HERMES = "{{ tools }}<tool_call>"
+LLAMA3 = '{{ tools }}{"name": "parameters"}'
 
 
-@given(names, st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3))
-@settings(deadline=None)
-def test_every_call_is_read_back(name, arguments):
-    offer = Offer.of([Tool.model_validate(tool(name))], "required", None)
-    text = json.dumps({"tool": name, "args": arguments})
-    assert begins_call(text)
-    (call,) = offer.calls(text)
-    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == (name, arguments)
+def accepts(lark, text):
+    grammar = SchemaCompiler(ByteTokenizer()).compile_lark(lark)
+    for byte in text.encode():
+        if not grammar.allows(byte):
+            return False
+        grammar.accept(byte)
+    return grammar.allows(256)
+
+
+@given(NAMES, st.dictionaries(st.text("abc{}<>/ é", max_size=8), st.text("abc{}<>/ é", max_size=8), max_size=3))
+@settings(deadline=None, max_examples=40)
+def test_every_call_is_allowed_and_read_back_in_every_format(name, arguments):
+    offer = Offer.of([Tool.model_validate(tool(name, ANY))], "auto", None)
+    given = json.dumps(arguments, ensure_ascii=False)
+    for template, text, words in (
+        (None, f'{{"tool": "{name}", "args": {given}}}', ""),
+        (LLAMA3, f'{{"name": "{name}", "parameters": {given}}}', ""),
+        (HERMES, f'<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>', ""),
+        (HERMES, f'I look. <t\n<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>', "I look. <t"),
+    ):
+        tools = format_of(template, offer)
+        if "</tool_call>" not in given:
+            assert accepts(tools.lark(), text), text
+            said, (call,) = tools.read(text)
+            assert (said, call.name, json.loads(call.arguments)) == (words, name, arguments)
+        assert text[: tools.shown(text)].strip() == words
+        assert all(words.startswith(text[: tools.shown(text[:n])]) for n in range(len(text)))
+
+
+@pytest.mark.parametrize("template", [None, HERMES, LLAMA3])
+def test_grammar_allows_words_and_no_other_call(template):
+    tools = format_of(template, Offer.of([Tool.model_validate(tool("map"))], "auto", None))
+    assert accepts(tools.lark(), "I don't know.")
+    for text in (
+        '{"tool": "map", "args": {"city": 7}}',
+        '{"tool": "nope", "args": {"city": "Lima"}}',
+        '{"name": "map", "parameters": {}}',
+        '<tool_call>\n{"name": "map", "arguments": {"town": "Lima"}}\n</tool_call>',
+    ):
+        shown = template == HERMES and text[0] == "{"  # words, in this format
+        assert accepts(tools.lark(), text) == (shown or (template != HERMES and text[0] == "<")), text
+    required = format_of(template, Offer.of([Tool.model_validate(tool("map"))], "required", None))
+    assert not accepts(required.lark(), "I don't know.")
+
+
+def test_templates_get_tools_calls_and_results_themselves(client, engine, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "settings", {"chat_template": HERMES})
+    calls = [{"id": "c0", "type": "function", "function": {"name": "map", "arguments": '{"city":"Lima"}'}}]
+    ask(
+        client,
+        messages=[
+            {"role": "user", "content": "echo Show me Lima."},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "c0", "content": "echo done"},
+        ],
+    )
+    asked = engine.requests[-1]
+    assert asked.messages == (
+        Message("user", "echo Show me Lima."),
+        Message("assistant", "", ('{"name": "map", "arguments": {"city": "Lima"}}',)),
+        Message("tool", "echo done"),
+    )
+    assert [json.loads(one)["name"] for one in asked.tools] == ["map", "weather"]
+    said = 'Yes.\n<tool_call>\n{"name": "map", "arguments": {"city": "Lima"}}\n</tool_call>'
+    monkeypatch.setattr(engine, "generate", lambda request: engine._events("echo", said, request))
+    message = ask(client).choices[0].message
+    assert (message.content, message.tool_calls[0].function.arguments) == ("Yes.", '{"city": "Lima"}')
+    chunks = [chunk.choices[0].delta for chunk in ask(client, stream=True)]
+    assert "".join(delta.content or "" for delta in chunks) == "Yes."
+    assert sum(bool(delta.tool_calls) for delta in chunks) == 2

@@ -75,7 +75,7 @@ def build(
 def demo(runs: RunsOption = RUNS, jobs: JobsOption = 1) -> None:
     """Build the recipe smollm2, ask questions that take different routes through the cascade, and show the figures.
 
-    Example: `cogumi demo` (about half an hour the first time on two cores, seconds after that).
+    Example: `cogumi demo` (about 25 minutes the first time on two cores, seconds after that).
     """
     from cogumi.cascade.opening import open_cascade
     from cogumi.cli.chat import answer

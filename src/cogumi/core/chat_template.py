@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -111,6 +111,7 @@ def render_pieces(
     messages: Sequence[Message],
     controls: Controls,
     *,
+    tools: Sequence[str] = (),
     add_generation_prompt: bool = True,
     bos: str = "",
     eos: str = "",
@@ -121,12 +122,16 @@ def render_pieces(
     Raises `RequestError` if the template rejects the messages (for example because of an unknown role), and if it
     joins or changes contents so that they would form a control token.
     """
-    contents = [message.content for message in messages]
-    mark = next(c for c in map(chr, range(ord(_PRIVATE), 0xF900)) if not any(c in content for content in contents))
-    broken = [controls.broken(content, mark) for content in contents]
-    text = _render(template, messages, broken, add_generation_prompt, bos, eos)
-    hidden = [_hide(content, template, controls) for content in contents]
-    unread = _render(template, messages, hidden, add_generation_prompt, bos, eos)
+    given = _Given.of(messages, tools)
+    texts = list(given.texts())
+    if any(controls.pattern.search(name) for name in given.names()):
+        raise RequestError("a tool has an argument named like a control token of the model; give it another name")
+    mark = next(c for c in map(chr, range(ord(_PRIVATE), 0xF900)) if not any(c in content for content in texts))
+    text = given.mapped(lambda content: controls.broken(content, mark)).render(
+        template, add_generation_prompt, bos, eos
+    )
+    hidden = given.mapped(lambda content: _hide(content, template, controls))
+    unread = hidden.render(template, add_generation_prompt, bos, eos)
     if controls.pattern.findall(text) != controls.pattern.findall(unread):
         raise RequestError(
             "the model's chat template joins or changes these messages so that they form a control token; "
@@ -152,7 +157,7 @@ def closing_token(template: str | None, controls: Controls, *, bos: str = "", eo
         return None
     try:
         chat = (Message("user", "u"), Message("assistant", _PRIVATE))
-        text = _render(template, chat, [message.content for message in chat], False, bos, eos)
+        text = _Given.of(chat, ()).render(template, False, bos, eos)
     except RequestError:
         return None
     _, found, rest = text.rpartition(_PRIVATE)
@@ -160,21 +165,78 @@ def closing_token(template: str | None, controls: Controls, *, bos: str = "", eo
     return match[0] if match else None
 
 
-def _render(
-    template: str, messages: Sequence[Message], contents: Sequence[str], add_generation_prompt: bool, bos: str, eos: str
-) -> str:
-    chat = [{"role": m.role, "content": content} for m, content in zip(messages, contents, strict=True)]
+@lru_cache(maxsize=16)
+def knows_tools(template: str) -> bool:
+    """Whether a template writes the tools that it is given. An invalid template knows none."""
     try:
-        return _compile(template).render(
-            messages=chat,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=bos,
-            eos_token=eos,
-        )
-    except Exception as error:  # a template is a program: whatever it raises means that it cannot render these messages
-        raise RequestError(f"the model's chat template rejects these messages: {error}") from error
+        return "tools" in meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+    except TemplateError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a template is given: messages and tools as JSON values."""
+
+    chat: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+
+    @staticmethod
+    def of(messages: Sequence[Message], tools: Sequence[str]) -> _Given:
+        chat = []
+        for message in messages:
+            calls = [{"type": "function", "function": json.loads(call)} for call in message.calls]
+            chat.append({"role": message.role, "content": message.content} | ({"tool_calls": calls} if calls else {}))
+        return _Given(chat, [{"type": "function", "function": json.loads(tool)} for tool in tools])
+
+    def mapped(self, change: Callable[[str], str]) -> _Given:
+        """The same with every text of a user or tool changed; roles stay."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, str):
+                return change(value)
+            if isinstance(value, dict):
+                return {key: changed(one) for key, one in value.items()}
+            return [changed(one) for one in value] if isinstance(value, list) else value
+
+        chat = [changed(message) | {"role": message["role"]} for message in self.chat]
+        return _Given(chat, [changed(tool) for tool in self.tools])
+
+    def texts(self) -> Iterator[str]:
+        """Every text, and every name of a value."""
+        found: list[str] = []
+
+        def seen(text: str) -> str:
+            found.append(text)
+            return text
+
+        self.mapped(seen)
+        yield from found
+        yield from self.names()
+
+    def names(self) -> Iterator[str]:
+        """The names of all values inside tools and calls."""
+        rest: list[Any] = [*self.tools, *(message.get("tool_calls") for message in self.chat)]
+        while rest:
+            value = rest.pop()
+            if isinstance(value, dict):
+                yield from value
+            if isinstance(value, (dict, list)):
+                rest += value.values() if isinstance(value, dict) else value
+
+    def render(self, template: str, add_generation_prompt: bool, bos: str, eos: str) -> str:
+        """The rendered text; `RequestError` if the template rejects it."""
+        try:
+            return _compile(template).render(
+                messages=self.chat,
+                tools=self.tools or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=bos,
+                eos_token=eos,
+            )
+        except Exception as error:  # a template is a program: whatever it raises means that it cannot render this
+            raise RequestError(f"the model's chat template rejects these messages: {error}") from error
 
 
 def _hide(content: str, template: str, controls: Controls) -> str:

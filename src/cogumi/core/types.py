@@ -17,10 +17,15 @@ ABSTENTION = "I don't know."
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, user or assistant.
+
+    For templates that know tools it may also be `tool`, the result of a call; `calls` of an assistant's turn are JSON
+    texts of the form {"name", "arguments"}.
+    """
 
     role: str
     content: str
+    calls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ class Request:
     `frequency_penalty` once per occurrence; `repetition_penalty` divides the positive logits of ids of the prompt and
     the answer and multiplies their negative ones. Sampling draws from the `top_k` best ids (0: all) with at least
     `min_p` times the probability of the best. The end token is forbidden before `min_tokens` tokens. `grammar` (GBNF)
-    and `json_schema` (JSON text) constrain the answer, the latter with `free_text` only if it begins as JSON. `echo`
+    `json_schema` (JSON text) and `lark` (a grammar of llguidance) constrain the answer. `tools` are JSON texts of
+    functions {"name", "description", "parameters"}, for a chat template that knows tools. `echo`
     requests the prompt's log-probabilities. `speculate`: True forces drafting, False forbids it, None lets the engine
     choose. `abstain` withholds an answer that is not accepted, `note` appends a sentence to it that says so. `user` and
     `session` partition memory and caches, `id` identifies the answer for ratings; `files` are names of files that the
@@ -88,7 +94,8 @@ class Request:
     repetition_penalty: float = 1.0
     grammar: str | None = None
     json_schema: str | None = None
-    free_text: bool = False
+    lark: str | None = None
+    tools: tuple[str, ...] = ()
     adapter: str | None = None
     speculate: bool | None = None
     mode: str | None = None

@@ -56,7 +56,7 @@ def question_start(request: Request, prompt: Sequence[int], tokenizer: Tokenizer
     if request.prompt is not None or not request.messages:
         return 1
     *before, last = in_context(request).messages
-    without = Request(messages=(*before, replace(last, content="")))
+    without = Request(messages=(*before, replace(last, content="")), tools=request.tools)
     return max(1, common_prefix(prompt[:-1], tokenizer.render(without)))
 
 

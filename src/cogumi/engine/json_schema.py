@@ -22,8 +22,6 @@ from cogumi.core.errors import RequestError
 from cogumi.engine.protocol import Tokenizer
 
 OPTIONS: Any = {"whitespace_pattern": r" ?|\n[ \t]{0,20}"}
-TEXT = r"/([ \t\n]*[^{\[ \t\n](.|\n)*)?/"
-"""An answer that is not JSON, as a pattern of llguidance's Lark."""
 LIMITS = LLParserLimits(verbose_errors=False)
 MAX_CHARACTERS = 100_000
 """Most characters of a schema."""
@@ -44,6 +42,29 @@ _NOTES = frozenset(
 _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 
 
+def closed_schema(schema: str) -> str:
+    """A schema (JSON text) as it is enforced: without properties that it does not list. `RequestError` if invalid."""
+    if len(schema) > MAX_CHARACTERS:
+        raise RequestError(f"the JSON schema has {len(schema)} characters; keep it below {MAX_CHARACTERS}")
+    try:
+        known = json.loads(schema, parse_int=_exact)
+        if isinstance(known, dict):
+            known.pop("x-guidance", None)  # a schema could relax its enforcement by this key
+        _check_multiples(known)
+        return json.dumps(_closed(known), allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(error) from error
+
+
+def lark_json(schema: str) -> str:
+    """A schema as an expression of llguidance's Lark."""
+    return f"%json {json.dumps(json.loads(closed_schema(schema)) | {'x-guidance': OPTIONS})}"
+
+
+def _unreadable(error: Exception) -> RequestError:
+    return RequestError(f"the JSON schema cannot be read ({error}); correct it")
+
+
 class SchemaCompiler:
     """Compiles JSON schemas to grammars over a tokenizer's vocabulary.
 
@@ -53,27 +74,22 @@ class SchemaCompiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def compile(self, schema: str, free_text: bool = False) -> SchemaGrammar:
+    def compile(self, schema: str) -> SchemaGrammar:
         """Compile a schema (JSON text) to a grammar for one generation.
-
-        With `free_text` an answer that does not begin with a brace or bracket may be any text.
 
         Raises `RequestError` for an invalid schema, and for features that cannot be enforced, by name.
         """
-        if len(schema) > MAX_CHARACTERS:
-            raise RequestError(f"the JSON schema has {len(schema)} characters; keep it below {MAX_CHARACTERS}")
         try:
-            known = json.loads(schema, parse_int=_exact)
-            if isinstance(known, dict):
-                known.pop("x-guidance", None)  # a schema could relax its enforcement by this key
-            _check_multiples(known)
-            closed = json.dumps(_closed(known), allow_nan=False)
-            grammar = LLMatcher.grammar_from_json_schema(closed, overrides=OPTIONS)
-            if free_text:
-                optional = json.dumps(json.loads(closed) | {"x-guidance": OPTIONS})
-                grammar = LLMatcher.grammar_from_lark(f"start: TEXT | json\nTEXT: {TEXT}\njson: %json {optional}")
+            grammar = LLMatcher.grammar_from_json_schema(closed_schema(schema), overrides=OPTIONS)
         except (ValueError, TypeError, RecursionError) as error:
-            raise RequestError(f"the JSON schema cannot be read ({error}); correct it") from error
+            raise _unreadable(error) from error
+        return self._matched(grammar)
+
+    def compile_lark(self, lark: str) -> SchemaGrammar:
+        """Compile a grammar in llguidance's Lark; `RequestError` as for `compile`."""
+        return self._matched(LLMatcher.grammar_from_lark(lark))
+
+    def _matched(self, grammar: str) -> SchemaGrammar:
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise RequestError(

@@ -39,6 +39,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "logit_bias": (Mapping,),
     "grammar": (str, type(None)),
     "json_schema": (str, type(None)),
+    "lark": (str, type(None)),
 }
 MAX_BIAS, MAX_PENALTY, MAX_REPETITION, MAX_TEMPERATURE = 100.0, 2.0, 10.0, 100.0
 
@@ -66,7 +67,8 @@ def check(request: Request) -> None:
         raise RequestError(f"repetition_penalty is {penalty}; give a number above 0 and up to {MAX_REPETITION:g}")
     if request.min_tokens < 0:
         raise RequestError(f"min_tokens is {request.min_tokens}; give a number from 0 up")
-    if request.min_tokens and (request.grammar is not None or request.json_schema is not None):
+    constraints = [one for one in (request.grammar, request.json_schema, request.lark) if one is not None]
+    if request.min_tokens and constraints:
         raise RequestError("min_tokens and a grammar or JSON schema exclude each other: the grammar says where to end")
     if not 0 <= request.logprobs <= MAX_LOGPROBS:
         raise RequestError(f"logprobs is {request.logprobs}; give 0 to {MAX_LOGPROBS}")
@@ -81,8 +83,8 @@ def check(request: Request) -> None:
         numbers = isinstance(token, int) and isinstance(bias, (int, float)) and bool not in (type(token), type(bias))
         if not numbers or token < 0 or not abs(bias) <= MAX_BIAS:
             raise RequestError(f"logit_bias of token {token!r} is {bias!r}; give ids from 0 up and -100 to 100")
-    if request.grammar is not None and request.json_schema is not None:
-        raise RequestError("a request has both a grammar and a JSON schema; give one of them")
+    if len(constraints) > 1:
+        raise RequestError("a request has several grammars or JSON schemas; give one of them")
 
 
 class Grammar(Protocol):

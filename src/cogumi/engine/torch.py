@@ -141,7 +141,7 @@ class TorchEngine:
     def _processor(self, request: Request, prompt: list[int]) -> LogitsProcessor | None:
         if request.grammar is not None:
             raise lacking(self, Capability.GRAMMARS)
-        if request.json_schema is not None:
+        if request.json_schema is not None or request.lark is not None:
             raise lacking(self, Capability.JSON_SCHEMAS)
         return LogitsProcessor.of(request, prompt, self._tokenizer.ends)
 

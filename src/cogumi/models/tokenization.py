@@ -112,14 +112,15 @@ class HFTokenizer:
     def render(self, request: Request) -> list[int]:
         """Prompt ids of a request."""
         if request.prompt is None:
-            return self.chat(request.messages)
+            return self.chat(request.messages, request.tools)
         if isinstance(request.prompt, str):
             return self._begun(self.encode(request.prompt, special=True))
         return list(request.prompt)
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[int]:
         """Prompt ids of a conversation, up to the start of the assistant's answer."""
-        pieces = render_pieces(self.template, messages, self.controls, bos=self.bos_text, eos=self.eos_text)
+        bos, eos = self.bos_text, self.eos_text
+        pieces = render_pieces(self.template, messages, self.controls, tools=tools, bos=bos, eos=eos)
         return self._begun([i for text, special in pieces for i in self.encode(text, special=special)])
 
     def _begun(self, ids: list[int]) -> list[int]:

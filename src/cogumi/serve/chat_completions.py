@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,7 +14,8 @@ from cogumi.core.types import ABSTENTION, Message, Reply, Request, Token, Usage
 from cogumi.engine.protocol import Tokenizer
 from cogumi.engine.reply_extension import extension
 from cogumi.serve.request_body import Body, Unsettable, best_logprobs, extensions, new_head, usage_object
-from cogumi.serve.tool_requests import MOST_TOOLS, Offer, Tool, ToolCall, ToolChoice, begins_call, written
+from cogumi.serve.tool_formats import ToolFormat, earlier, format_of, result
+from cogumi.serve.tool_requests import MOST_TOOLS, Offer, Tool, ToolCall, ToolChoice
 
 
 def _joined(content: Any) -> Any:
@@ -47,17 +49,18 @@ class ChatMessage(BaseModel):
             raise ValueError(f"only an assistant's message has tool_calls, not one of the {self.role}")
         return self
 
-    def plain(self, called: Mapping[str, str]) -> Message:
+    def plain(self, called: Mapping[str, str], template: str | None) -> Message:
         """Convert to the engine's message; `called` has the name of the function of each earlier call.
 
-        `developer` becomes `system`, disclaimers of earlier answers are removed, calls and results become text.
+        `developer` becomes `system`, disclaimers of earlier answers are removed.
         """
         content = self.content or ""
         if self.role == "assistant":
-            calls = [written(self.tool_calls)] if self.tool_calls else []
-            return Message(self.role, "\n".join([*filter(None, [without_disclaimer(content)]), *calls]))
+            said = without_disclaimer(content)
+            functions = [call.function for call in self.tool_calls or ()]
+            return earlier(template, said, functions) if functions else Message(self.role, said)
         if self.role == "tool":
-            return Message("user", f"{called[self.tool_call_id or '']} returned: {content}")
+            return result(template, called[self.tool_call_id or ""], content)
         return Message("system" if self.role == "developer" else self.role, content)
 
 
@@ -155,28 +158,35 @@ class ChatRequest(Body):
         """The name of the function of each call in the messages."""
         return {call.id: call.function.name for message in self.messages for call in message.tool_calls or ()}
 
-    def _plain(self, offer: Offer | None) -> tuple[Message, ...]:
-        """The engine's messages: the last one of the user offers the tools, results that follow each other are one."""
+    def tool_format(self, template: str | None) -> ToolFormat | None:
+        """How a model with this chat template is offered the functions; None if there are none to call."""
+        offer = self.offer
+        return format_of(template, offer) if offer else None
+
+    def _plain(self, tools: ToolFormat | None, template: str | None) -> tuple[Message, ...]:
+        """The engine's messages: the last one of the user offers the tools, a user's messages in a row are one."""
         called, found, asked = self._called, list[Message](), -1
         for i, message in enumerate(self.messages):
-            plain = message.plain(called)
-            if i and message.role == self.messages[i - 1].role == "tool":
+            plain = message.plain(called, template)
+            if i and message.role == self.messages[i - 1].role == "tool" and plain.role == "user":
                 plain = Message("user", f"{found.pop().content}\n{plain.content}")
             found.append(plain)
             asked = len(found) - 1 if message.role == "user" else asked
-        if offer:
-            found[asked] = Message("user", offer.asked(found[asked].content))
+        if tools:
+            found[asked] = Message("user", tools.asked(found[asked].content))
         return tuple(found)
 
-    def requests(self) -> list[Request]:
+    def requests(self, tokenizer: Tokenizer) -> list[Request]:
         """One engine request per choice."""
-        offer = self.offer
+        template = tokenizer.settings["chat_template"]
+        tools = self.tool_format(template)
         return self.choices(
-            messages=self._plain(offer),
+            messages=self._plain(tools, template),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=self.top_logprobs,
-            json_schema=offer.schema if offer else self.schema_text,
-            free_text=bool(offer and not offer.required),
+            json_schema=self.schema_text,
+            lark=tools.lark() if tools else None,
+            tools=tools.tools if tools else (),
         )
 
 
@@ -188,8 +198,9 @@ class ChatResponseBuilder:
         self.include_usage, self.wants_tokens = body.include_usage, bool(body.logprobs)
         self.head, self._n = new_head("chatcmpl", body.model), body.n or 1
         self._formatted = body.schema_text is not None
-        self._ignored, self._offer = body.ignored, body.offer
-        self._held: dict[int, str] = {}  # text of each streamed choice that may be a call
+        self._ignored, self._tools = body.ignored, body.tool_format(tokenizer.settings["chat_template"])
+        self._said: dict[int, str] = {}  # text of each streamed choice that may call
+        self._shown: dict[int, int] = {}  # characters of it that were sent
 
     def _text(self, text: str) -> dict[str, str]:
         """An answer's text under its key: a withheld answer is no JSON, hence a `refusal` where JSON was requested."""
@@ -215,8 +226,8 @@ class ChatResponseBuilder:
         """The whole answer."""
         choices = []
         for index, reply in enumerate(replies):
-            calls = self._calls(reply)
-            said = {"tool_calls": calls} if calls else self._text(reply.text)
+            words, calls = self._calls(reply)
+            said = ({"content": words or None, "tool_calls": calls}) if calls else self._text(reply.text)
             choice = {
                 "index": index,
                 "message": {"role": "assistant", "content": None, "refusal": None} | said,
@@ -233,23 +244,22 @@ class ChatResponseBuilder:
     ) -> list[dict[str, Any]]:
         """The role first, then text and tokens, then the end with the key `cogumi`.
 
-        A text that begins as a call is held back until it is complete, and sent as calls.
+        What may be a call is held back until the answer is complete, and then sent as one.
         """
         chunks = [self._chunk(index, {"role": "assistant", "content": ""})] if first else []
-        calls = self._calls(reply) if reply else []
-        if self._offer:
-            text = self._held.pop(index, "") + text
-            if not reply and (not text.strip() or begins_call(text)):
-                self._held[index], text = text, ""
+        calls = self._calls(reply)[1] if reply else []
+        if self._tools:
+            said = self._said[index] = self._said.get(index, "") + text
+            known, sent = len(said) if reply and not calls else self._tools.shown(said), self._shown.get(index, 0)
+            text, self._shown[index] = said[sent:known], max(sent, known)
+        if text or (tokens and self.wants_tokens):
+            chunks.append(self._chunk(index, self._text(text), self.logprobs(tokens) if tokens else None))
         for at, call in enumerate(calls):
             function = call["function"]
             begun = call | {"index": at, "function": {"name": function["name"], "arguments": ""}}
             chunks.append(self._chunk(index, {"tool_calls": [begun]}))
             rest = {"index": at, "function": {"arguments": function["arguments"]}}
             chunks.append(self._chunk(index, {"tool_calls": [rest]}))
-        text = "" if calls else text
-        if text or (tokens and self.wants_tokens):
-            chunks.append(self._chunk(index, self._text(text), self.logprobs(tokens) if tokens else None))
         if reply:
             chunks.append(
                 self._chunk(index, {}, None, "tool_calls" if calls else reply.finish_reason)
@@ -257,9 +267,14 @@ class ChatResponseBuilder:
             )
         return chunks
 
-    def _calls(self, reply: Reply) -> list[dict[str, Any]]:
-        """The calls of a complete answer."""
-        return self._offer.calls(reply.text) if self._offer and reply.finish_reason == "stop" else []
+    def _calls(self, reply: Reply) -> tuple[str, list[dict[str, Any]]]:
+        """The words and the calls of a complete answer."""
+        if self._tools is None or reply.finish_reason != "stop":
+            return reply.text, []
+        words, calls = self._tools.read(reply.text)
+        return words, [
+            {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call._asdict()} for call in calls
+        ]
 
     def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
         """The chunk without choices."""

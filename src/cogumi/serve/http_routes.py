@@ -71,13 +71,16 @@ def text_routes(host: EngineHost, on_answer: AnswerHook, keep_alive_seconds: flo
     async def answer(http: Request, body: ChatRequest | CompletionRequest) -> Response:
         engine = host.resolved(body.model)
         builder: ResponseBuilder
+        asked = body.requests(engine.tokenizer)
         if isinstance(body, ChatRequest):
-            asked, builder = body.requests(), ChatResponseBuilder(body, engine.tokenizer)
+            builder = ChatResponseBuilder(body, engine.tokenizer)
         else:
-            asked = body.requests(engine.tokenizer)
             builder = CompletionResponseBuilder(body, asked, engine.tokenizer)
-        user, head = owner(http.scope, body.user), builder.head["id"]
-        with_ids = [replace(one, id=answer_id(head, index), user=user) for index, one in enumerate(asked)]
+        head, session = builder.head["id"], body.cogumi.session
+        user, session = owner(http.scope, body.user), session and owner(http.scope, session)
+        with_ids = [
+            replace(one, id=answer_id(head, index), user=user, session=session) for index, one in enumerate(asked)
+        ]
         requests = [host.engine.resolve(body.model, one)[1] for one in with_ids]
         call = Call(request_id(http.scope), body.model, bool(body.stream), on_answer)
         events = run_choices(call, engine, requests, host.threads, keep_alive_seconds)

@@ -1,30 +1,24 @@
-"""OpenAI's function tools: offered in words, so that every model can be asked; calls are read out of its answer.
-
-The words are those of the questions on which modifiers for tools are trained (`core.tool_wording`), so that such a
-modifier and its calibration apply. A grammar makes every call one of an offered tool with valid arguments. The words
-ask for texts as values, so numbers and truth values may be written as texts; the client gets them in their type.
-"""
+"""OpenAI's function tools: the tools of a request, and what may be called. `tool_formats` offers and reads them."""
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from cogumi.core.tool_wording import tool_question
-
-MOST_TOOLS, MOST_CALLS = 128, 16
-"""Most tools of a request, and most calls of an answer."""
-SEVERAL = ", or a list of several"
+MOST_TOOLS = 128
+"""Most tools of a request."""
 IN_QUOTES: Mapping[str, str] = {
     "integer": r"^(0|-?[1-9][0-9]{0,14})$",
     "number": r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?$",
     "boolean": "^(true|false)$",
 }
 """Types of values that may be written as texts, with the pattern of such a text, which is also JSON."""
+
+
+NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
 class Function(BaseModel):
@@ -54,7 +48,7 @@ class Function(BaseModel):
     @property
     def written_schema(self) -> dict[str, Any]:
         """The schema of the arguments as a model may write them."""
-        given = self.parameters or {"type": "object", "properties": {}}
+        given = self.parameters or NO_ARGUMENTS
         either: dict[str, Any] = {
             name: {"anyOf": [{"type": kind}, {"type": "string", "pattern": IN_QUOTES[kind]}]}
             for name, kind in self.quoted.items()
@@ -94,15 +88,6 @@ class CalledFunction(BaseModel):
     name: str
     arguments: str = "{}"
 
-    @property
-    def value(self) -> dict[str, Any]:
-        """The call as a model writes it; arguments that are not JSON stay text."""
-        try:
-            arguments: Any = json.loads(self.arguments or "{}")
-        except ValueError:
-            arguments = self.arguments
-        return {"tool": self.name, "args": arguments}
-
 
 class ToolCall(BaseModel):
     """One call of an assistant's message."""
@@ -113,10 +98,7 @@ class ToolCall(BaseModel):
 
 
 class Offer(NamedTuple):
-    """The functions that an answer may call, or must if `required`; several calls unless `parallel` is False.
-
-    The words mention several calls only if `parallel` is True: models are trained without the mention.
-    """
+    """The functions that an answer may call, or must if `required`; several calls unless `parallel` is False."""
 
     functions: tuple[Function, ...]
     required: bool
@@ -138,55 +120,15 @@ class Offer(NamedTuple):
             return None
         return Offer(tuple(functions.values()), choice == "required", parallel)
 
-    def asked(self, content: str) -> str:
-        """A user's message with the tools in words."""
-        return tool_question((one.words for one in self.functions), content, SEVERAL if self.parallel else "")
-
-    @property
-    def schema(self) -> str:
-        """The JSON schema of an answer that calls, as text."""
-        schemas = {}
+    def schema(self, name: str, arguments: str, quoted: bool = False) -> dict[str, Any]:
+        """The JSON schema of a call, an object with the keys `name` and `arguments`; see `Function.written_schema`."""
+        definitions, calls = {}, []
         for i, one in enumerate(self.functions):
-            schemas[f"arguments{i}"] = _moved(one.written_schema, f"arguments{i}")
-        calls = [
-            {
-                "type": "object",
-                "properties": {"tool": {"const": one.name}, "args": {"$ref": f"#/$defs/arguments{i}"}},
-                "required": ["tool", "args"],
-                "additionalProperties": False,
-            }
-            for i, one in enumerate(self.functions)
-        ]
-        if self.parallel is not False:
-            several = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MOST_CALLS}
-            return json.dumps({"anyOf": [*calls, several], "$defs": schemas})
-        return json.dumps({"anyOf": calls, "$defs": schemas})
-
-    def calls(self, text: str) -> list[dict[str, Any]]:
-        """The `tool_calls` of an answer; empty for one in words, or one that was cut off."""
-        if not begins_call(text):
-            return []
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return []
-        functions, found = {one.name: one for one in self.functions}, []
-        for call in value if isinstance(value, list) else [value]:
-            arguments = json.dumps(functions[call["tool"]].arguments(call["args"]), ensure_ascii=False)
-            function = {"name": call["tool"], "arguments": arguments}
-            found.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        return found
-
-
-def begins_call(text: str) -> bool:
-    """Whether an answer begins as a call does, so that the grammar has made it one."""
-    return text.lstrip()[:1] in ("{", "[")
-
-
-def written(calls: Sequence[ToolCall]) -> str:
-    """The calls of an earlier answer as a model writes them."""
-    values = [call.function.value for call in calls]
-    return json.dumps(values[0] if len(values) == 1 else values, separators=(",", ":"), ensure_ascii=False)
+            schema = one.written_schema if quoted else one.parameters or NO_ARGUMENTS
+            definitions[f"arguments{i}"] = _moved(schema, f"arguments{i}")
+            call = {name: {"const": one.name}, arguments: {"$ref": f"#/$defs/arguments{i}"}}
+            calls.append({"type": "object", "properties": call, "required": [*call], "additionalProperties": False})
+        return {"anyOf": calls, "$defs": definitions}
 
 
 def _moved(schema: Any, name: str) -> Any:

@@ -276,7 +276,9 @@ class LlamaEngine:
     def _processor(self, request: Request, prompt: list[int]) -> LogitsProcessor | None:
         grammar: SchemaGrammar | Grammar | None = None
         if request.json_schema is not None:
-            grammar = self._schemas.compile(request.json_schema, request.free_text)
+            grammar = self._schemas.compile(request.json_schema)
+        elif request.lark is not None:
+            grammar = self._schemas.compile_lark(request.lark)
         elif request.grammar is not None:
             grammar = Grammar(self.tokenizer, request.grammar)
         return LogitsProcessor.of(request, prompt, self.tokenizer.ends, grammar)

@@ -143,7 +143,7 @@ class Tokenizer:
         if self.template is None:
             raise RequestError(f"{self._name} has no chat template; give a prompt instead of messages")
         template, bos, eos = self.template, self._bos_text, self._eos_text
-        pieces = render_pieces(template, request.messages, self._controls, bos=bos, eos=eos)
+        pieces = render_pieces(template, request.messages, self._controls, tools=request.tools, bos=bos, eos=eos)
         return self._begun([i for text, special in pieces for i in self.encode(text, special=special)])
 
     def _begun(self, ids: list[int]) -> list[int]:
