@@ -221,6 +221,7 @@ def test_every_call_is_allowed_and_read_back_in_every_format(name, arguments):
         (None, f'{{"tool": "{name}", "args": {given}}}', ""),
         (LLAMA3, f'{{"name": "{name}", "parameters": {given}}}', ""),
         (HERMES, f'<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>', ""),
+        (HERMES, f'<tool_call>{{"name": "{name}", "arguments": {given}}} </tool_call>', ""),
         (HERMES, f'I look. <t\n<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>', "I look. <t"),
     ):
         tools = format_of(template, offer)
@@ -241,9 +242,12 @@ def test_grammar_allows_words_and_no_other_call(template):
         '{"tool": "nope", "args": {"city": "Lima"}}',
         '{"name": "map", "parameters": {}}',
         '<tool_call>\n{"name": "map", "arguments": {"town": "Lima"}}\n</tool_call>',
+        'I look. <tool_call> {"name": "map"} </tool_call>',
     ):
         shown = template == HERMES and text[0] == "{"  # words, in this format
-        assert accepts(tools.lark(), text) == (shown or (template != HERMES and text[0] == "<")), text
+        assert accepts(tools.lark(), text) == (shown or (template != HERMES and text[0] in "<I")), text
+    one = format_of(template, Offer.of([Tool.model_validate(tool("map"))], "auto", False))
+    assert accepts(one.lark(), "No.")
     required = format_of(template, Offer.of([Tool.model_validate(tool("map"))], "required", None))
     assert not accepts(required.lark(), "I don't know.")
 

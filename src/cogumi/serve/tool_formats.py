@@ -19,7 +19,7 @@ from cogumi.core.chat_template import knows_tools
 from cogumi.core.tool_wording import tool_question
 from cogumi.core.types import Message
 from cogumi.engine.json_schema import lark_json
-from cogumi.serve.tool_requests import CalledFunction, Function, Offer
+from cogumi.serve.tool_requests import CalledFunction, Offer
 
 MOST_CALLS = 16
 """Most calls of an answer."""
@@ -69,7 +69,7 @@ class Words(ToolFormat):
 
     def asked(self, content: str) -> str:
         """The tools in words; several calls are mentioned on request only, because models are trained without."""
-        functions = (_words(one) for one in self.offer.functions)
+        functions = (one.words for one in self.offer.functions)
         return tool_question(functions, content, SEVERAL if self.offer.parallel else "")
 
     def lark(self) -> str:
@@ -117,17 +117,17 @@ class Hermes(ToolFormat):
 
     def lark(self) -> str:
         """Words without a tag, or calls after words. The rule `opened` ends at the first tag, because it is lazy."""
-        first = "CALL" if self.offer.required else "opened"
-        more = '("\\n" CALL json CLOSE)*' if self.offer.parallel is not False else ""
-        calls = f"{first} json CLOSE {more}"
+        more = "(SPACE TAG SPACE json CLOSE)*" if self.offer.parallel is not False else ""
+        calls = f"{'TAG' if self.offer.required else 'opened'} SPACE json CLOSE {more}"
         lines = [
             f"start: {calls if self.offer.required else f'TEXT | {calls}'}",
-            f'CALL: "{_OPEN}\\n"',
-            f'CLOSE: "\\n{_CLOSE}"',
+            r"SPACE: /[ \n]{0,2}/",
+            f'TAG: "{_OPEN}"',
+            rf"CLOSE: /[ \n]{{0,2}}<\/{_CLOSE[2:]}/",
             f"json: {lark_json(json.dumps(self.offer.schema('name', 'arguments')))}",
         ]
         if not self.offer.required:
-            lines += ["TEXT: /(.|\\n)*/", f"opened[lazy]: /(.|\\n)*{_OPEN}\\n/"]
+            lines += [r"TEXT: /(.|\n)*/", rf"opened[lazy]: /(.|\n)*{_OPEN}/"]
         return "\n".join(lines)
 
     def read(self, text: str) -> tuple[str, list[Call]]:
@@ -168,14 +168,6 @@ def result(template: str | None, name: str, content: str) -> Message:
     if template is not None and knows_tools(template):
         return Message("tool", content)
     return Message("user", f"{name} returned: {content}")
-
-
-def _words(function: Function) -> str:
-    """A function with the names of its arguments: `map(city)`."""
-    properties = (function.parameters or {}).get("properties")
-    arguments = ", ".join(properties) if isinstance(properties, dict) else ""
-    described = f" [{' '.join(function.description.split())}]" if function.description else ""
-    return f"{function.name}({arguments}){described}"
 
 
 def _either(schema: dict[str, Any], required: bool) -> str:
