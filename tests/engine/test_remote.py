@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cogumi.core.errors import BusyError, ContextError, RequestError
 from cogumi.core.registry import engine as registered
 from cogumi.core.types import Message, Request, Token
-from cogumi.engine.openai_protocol import entries, entropy_bound
+from cogumi.engine.openai_protocol import entries, entropy_bound, to_body
 from cogumi.engine.protocol import final_reply
 from cogumi.engine.remote import RemoteEngine
 from support.engines import pico
@@ -340,3 +340,14 @@ def test_logprob_entries_of_both_openai_formats():
     assert entries(chat) == [(b"\xc3", -1.0, ((b"\xc3", -1.0), (b"a", -2.0)))]
     assert entries(legacy) == [(b"\xc3", None, ()), ("é".encode(), -1.0, (("é".encode(), -1.0), ("é".encode(), -3.0)))]
     assert entries(None) == entries({}) == entries({"content": None, "refusal": None}) == []
+
+
+def test_tools_and_earlier_calls_are_refused_instead_of_dropped():
+    called = (Message("user", "Hi"), Message("assistant", "", ('{"name": "map", "arguments": {}}',)))
+    for request in (
+        Request(messages=called),
+        Request(messages=called[:1], tools=('{"name": "map"}',)),
+        Request(messages=called[:1], lark="start: /a/"),
+    ):
+        with pytest.raises(RequestError, match="not passed on to another server"):
+            to_body(request, "m")

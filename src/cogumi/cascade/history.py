@@ -124,7 +124,7 @@ class History:
 
         Requests without a user share their cached answers.
         """
-        before = json.dumps([[m.role, m.content] for m in request.messages[:-1]])
+        before = json.dumps([[m.role, m.content, *m.calls] for m in request.messages[:-1]])
         settings = json.dumps([request.max_tokens, request.stop, request.files, self.gate])
         return Scope(request.user or "", self.model, request.mode or "", "", before, settings)
 

@@ -64,7 +64,7 @@ class Request:
     follow OpenAI's API: `presence_penalty` is subtracted once from the logit of each id generated so far,
     `frequency_penalty` once per occurrence; `repetition_penalty` divides the positive logits of ids of the prompt and
     the answer and multiplies their negative ones. Sampling draws from the `top_k` best ids (0: all) with at least
-    `min_p` times the probability of the best. The end token is forbidden before `min_tokens` tokens. `grammar` (GBNF)
+    `min_p` times the probability of the best. The end token is forbidden before `min_tokens` tokens. `grammar` (GBNF),
     `json_schema` (JSON text) and `lark` (a grammar of llguidance) constrain the answer. `tools` are JSON texts of
     functions {"name", "description", "parameters"}, for a chat template that knows tools. `echo`
     requests the prompt's log-probabilities. `speculate`: True forces drafting, False forbids it, None lets the engine

@@ -27,7 +27,7 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
     """
     if request.grammar is not None:
         raise RequestError("OpenAI's API has no grammars; give a JSON schema, or use the llama engine")
-    if request.lark is not None or request.tools:
+    if request.lark is not None or request.tools or any(message.calls for message in request.messages):
         raise RequestError("tools are not passed on to another server yet; ask a model that runs here")
     best = max(BEST, request.logprobs)
     optional = {

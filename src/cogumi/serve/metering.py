@@ -20,9 +20,12 @@ def prompt_sizes(engine: Engine, requests: Sequence[Request], n: int) -> list[in
 async def metered(
     events: ChoiceEvents, meter: Meter, prompts: Sequence[int], requests: Sequence[Request], context: int
 ) -> ChoiceEvents:
-    """The same events. Raises `Problem` 429 before the first one if the key has too few tokens left."""
+    """The same events; `context` is 0 where only a remote server knows it.
+
+    Raises `Problem` 429 before the first one if the key has too few tokens left.
+    """
     size = max(prompts)
-    most = [context - size if one.max_tokens is None else one.max_tokens for one in requests]
+    most = [max(0, context - size) if one.max_tokens is None else one.max_tokens for one in requests]
     reserved = sum(prompts) + sum(most)
     meter.take_tokens(reserved)
     generated = [0] * len(requests)
