@@ -1,6 +1,7 @@
 """Imports follow the order of ARCHITECTURE.md, and the run side loads no build library."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_root_contains_only_packages():
 def loaded_by(modules):
     code = f"import sys, {', '.join(modules)}; print(*{{name.split('.')[0] for name in sys.modules}})"
     command = [sys.executable, "-c", code]
-    environment = {"PYTHONPATH": str(ROOT.parent)}
+    environment = {"PYTHONPATH": str(ROOT.parent), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())

@@ -57,7 +57,7 @@ def test_added_modifier_is_available_at_once_and_after_a_restart(made, law, tmp_
     state = tmp_path / "state"
     with open_cascade(made / "bundle", state=state, **SIZE) as bot:
         bot.add_modifier("law", str(law))
-        assert bot.models[-1] == "cogumi:base+law"
+        assert bot.models["cogumi:base+law"] == "modifier"
         engine, request = bot.resolve("cogumi:base+law", Request())
         assert (engine, request.adapter) == (bot.tiers.base, "law")
         reply = ask(bot, adapter="law")

@@ -225,20 +225,15 @@ def test_adapter_or_raw_prompt_is_answered_directly(tiers):
 
 def test_model_names_select_tiers_and_modes(tiers):
     whole = cascade(tiers)
-    assert whole.models == (
-        "cogumi",
-        "cogumi:fast",
-        "cogumi:balanced",
-        "cogumi:straight",
-        "cogumi:accurate",
-        "cogumi:desktop",
-        "cogumi:mobile",
-        "cogumi:turbo",
-        "cogumi:base",
-        "cogumi:draft",
-        "cogumi:base+code",
-        "cogumi:base+math",
-    )
+    modes = "fast balanced straight accurate desktop mobile turbo"
+    assert list(whole.models.items()) == [
+        ("cogumi", "cascade"),
+        *((f"cogumi:{name}", "mode") for name in modes.split()),
+        ("cogumi:base", "tier"),
+        ("cogumi:draft", "tier"),
+        ("cogumi:base+code", "modifier"),
+        ("cogumi:base+math", "modifier"),
+    ]
     for name in whole.models:
         engine, request = whole.resolve(name, ask())
         assert final_reply(engine.generate(request)).finish_reason in ("stop", "length")

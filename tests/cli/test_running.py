@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -34,9 +35,9 @@ def cascade(folder):
 
 
 @contextlib.contextmanager
-def serving(folder, *words):
+def serving(folder, *words, command="serve"):
     """Run `cogumi serve` in a separate process; yields the process and its output when it is ready."""
-    command = [*COGUMI, "serve", folder, "--port", "0", "--json", "--threads", "1", *words]
+    command = [*COGUMI, command, folder, "--port", "0", "--json", "--threads", "1", *words]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -282,6 +283,16 @@ def test_keys_are_added_listed_and_revoked_while_a_server_runs(folder, tmp_path)
         with pytest.raises(openai.AuthenticationError):
             ask(client, "What is 3 + 4?")
     assert "there is no key 'otto'; there are: anna" in cogumi("keys", "revoke", "otto", *file, ok=1).stderr
+
+
+def test_page_is_served_beside_the_api(folder, tmp_path):
+    for command in (["ui", folder], ["serve", folder, "--ui"]):
+        with serving(*command[1:], command=command[0]) as (_, said):
+            assert said["page"] == said["url"].removesuffix("/v1") + "/ui"
+            with urllib.request.urlopen(f"{said['page']}/", timeout=PATIENCE) as page:
+                assert b"window.cogumi" in page.read()
+            client = openai.OpenAI(base_url=said["url"], api_key="any", max_retries=0, timeout=PATIENCE)
+            assert ask(client, "What is 3 + 4?").choices[0].message.content
 
 
 def test_remote_base_answers_and_missing_capabilities_are_reported(folder, client):

@@ -42,7 +42,8 @@ class ByteTokenizer:
 class Scripted:
     """Does what the last message says: its first word is what happens, the rest what is answered."""
 
-    models = ("cogumi", "cogumi:fast", "cogumi:base+code")
+    models = MappingProxyType({"cogumi": "cascade", "cogumi:fast": "mode", "cogumi:base+code": "modifier"})
+    takes_feedback = True
     adapters = ("code",)
     context = 512
 
@@ -119,9 +120,9 @@ def running(load, **options):
 
 
 @contextlib.contextmanager
-def serving(app):
-    """Serve an ASGI application on a free port in a thread; yields the port."""
-    listener = bind("127.0.0.1", 0)
+def serving(app, listener=None):
+    """Serve an ASGI application in a thread, on a free port or a bound one; yields the port."""
+    listener = listener or bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

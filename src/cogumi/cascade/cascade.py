@@ -95,11 +95,17 @@ class Cascade:
         return self.calibration.promise(usable(mode, has_draft, has_modifiers, self.calibration).policy)
 
     @property
-    def models(self) -> tuple[str, ...]:
-        """Model names of the cascade, its modes and its tiers; see `resolve`."""
-        models = ["base", "draft"] if self.tiers.has_draft else ["base"]
-        tails = [*self.services.settings.names, *models, *(f"base+{name}" for name in self.adapters)]
-        return (NAME, *(f"{NAME}:{tail}" for tail in tails))
+    def models(self) -> dict[str, str]:
+        """Every model name with its kind: `cascade`, `mode`, `tier` or `modifier`; see `resolve`."""
+        kinds = dict.fromkeys(self.services.settings.names, "mode")
+        kinds |= dict.fromkeys(("base", "draft") if self.tiers.has_draft else ("base",), "tier")
+        kinds |= {f"base+{name}": "modifier" for name in self.adapters}
+        return {NAME: "cascade"} | {f"{NAME}:{tail}": kind for tail, kind in kinds.items()}
+
+    @property
+    def takes_feedback(self) -> bool:
+        """Whether answers can be rated, which needs a state folder."""
+        return self.services.history.memory is not None
 
     def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:
         """The engine of a model name, and the request adapted to it. Raises `RequestError` for an unknown name."""

@@ -23,6 +23,7 @@ from rich.text import Text
 from cogumi.core.amounts import duration, share, size
 from cogumi.core.types import Reply
 from cogumi.data.examples import level_title
+from cogumi.engine.verdict import verdict
 
 if TYPE_CHECKING:
     from cogumi.cascade.memory.personal_offsets import PersonalRouting
@@ -42,25 +43,6 @@ def confidence(reply: Reply) -> str:
     sure = "" if reply.p_correct is None else f" · P(correct) {reply.p_correct:.0%}"
     drafted = f" · drafts accepted {reply.usage.accepted}/{reply.usage.drafted}" if reply.usage.drafted else ""
     return f"{reply.tier or 'model'}{sure} · {reply.usage.completion_tokens} tokens{drafted}"
-
-
-def verdict(reply: Reply) -> str:
-    """One line about an answer: whether the cascade stands by it, which tier gave it, P(correct) and what is needed."""
-    name, _, domain = reply.tier.partition(":")
-    tier = f"{name} {domain}".strip() or "the model"
-    if reply.route == "cache":
-        return "sure: an earlier accepted answer, repeated"
-    if reply.p_correct is None:
-        return f"not calibrated: answer of {tier}"
-    judged = [d for d in reply.decisions if d.signal == "p_correct" and d.tier == reply.tier]
-    needed = judged[-1].threshold if judged else None
-    p = f"{reply.p_correct:.0%}"
-    if reply.accepted:
-        return f"sure: {tier}, {p}" + (f", {needed:.0%} needed" if needed is not None else "")
-    if reply.route == "abstained":
-        return f"declined: {tier}, {p}"
-    limit = "" if needed is None else f", {needed:.0%} needed" if needed < 1 else ", nothing is certified"
-    return f"not sure: best guess of {tier}, {p}{limit}"
 
 
 def print_verdict(reply: Reply) -> None:
@@ -315,10 +297,12 @@ def stream(piece: str) -> None:
     print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece), end="", flush=True)
 
 
-def print_serving(where: str, models: Sequence[str]) -> None:
-    """Print the address of the server and an example request."""
+def print_serving(where: str, models: Iterable[str], page: str | None) -> None:
+    """Print the address of the server, of its page, and an example request."""
     body = '{"model": "cogumi", "messages": [{"role": "user", "content": "What is 3 + 4?"}]}'
     STDOUT.print(f"cogumi: ready at {where}/v1 ({', '.join(models)}); Ctrl-C ends. Try:", soft_wrap=True)
+    if page:
+        STDOUT.print(f"  page: {page}", soft_wrap=True)
     STDOUT.print(f"  curl {where}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from json import dumps
@@ -165,7 +165,7 @@ def _context(examples: Sequence[Example]) -> int:
     return min(max(longest + MAX_TOKENS, least), most)
 
 
-def _model(tier: str, models: Sequence[str]) -> str:
+def _model(tier: str, models: Iterable[str]) -> str:
     """The model name of a tier; `CogumiError` for an unknown tier."""
     names = {TIER: "cogumi"}
     for model in models:

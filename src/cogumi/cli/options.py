@@ -38,7 +38,15 @@ StateOption = Annotated[
         help="Folder for data kept between runs: conversations, ratings, added modifiers.", show_default="keep nothing"
     ),
 ]
-
+HostOption = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")]
+KeysOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of API keys (`cogumi keys add`): requests without one of them are refused.",
+        show_default="any key is accepted, on this machine only",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="chosen for the model")
 ]

@@ -17,9 +17,12 @@ from cogumi.cli.options import (
     BaseUrlOption,
     BundleArgument,
     CacheOption,
+    HostOption,
     JsonOption,
+    KeysOption,
     ModeOption,
     ModifiersOption,
+    PortOption,
     RepackOption,
     ReuseCheckOption,
     ReuseOption,
@@ -102,8 +105,8 @@ def chat(
 
 def serve(
     bundle: BundleArgument = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
     slots: Annotated[int, typer.Option(min=1, help="Number of requests answered at the same time.")] = 8,
     context: Annotated[
         int | None,
@@ -144,18 +147,17 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds that running answers get after Ctrl-C or SIGTERM.")
     ] = 10.0,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of API keys (`cogumi keys add`): requests without one of them are refused.",
-            show_default="any key is accepted, on this machine only",
-        ),
-    ] = None,
+    keys: KeysOption = None,
     open_: Annotated[
         bool, typer.Option("--open", help="Serve other machines without keys: everybody who reaches the port may ask.")
     ] = False,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of a TLS certificate, to serve HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's private key.")] = None,
+    root_path: Annotated[
+        str,
+        typer.Option(help="Prefix below which a proxy serves this server (/llm), if it removes it.", metavar="PATH"),
+    ] = "",
+    page: Annotated[bool, typer.Option("--ui", help="Serve the page at /ui too (`cogumi ui`).")] = False,
     json: JsonOption = False,
 ) -> None:
     """Serve a bundle to OpenAI clients at http://HOST:PORT/v1.
@@ -202,9 +204,10 @@ def serve(
 
     def ready(engine: ServedEngine) -> None:
         if json:
-            console.print_json({"url": f"{where}/v1", "bundle": str(folder), "models": list(engine.models)})
+            found = {"url": f"{where}/v1", "bundle": str(folder), "models": list(engine.models)}
+            console.print_json(found | ({"page": f"{where}{app.PAGE}"} if page else {}))
         else:
-            console.print_serving(where, engine.models)
+            console.print_serving(where, engine.models, f"{where}{app.PAGE}" if page else None)
 
     app.serve(
         load,
@@ -216,7 +219,27 @@ def serve(
         grace=grace,
         keys=known,
         certificate=certificate,
+        page=page,
+        root_path=root_path,
     )
+
+
+def ui(
+    bundle: BundleArgument = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    threads: ThreadsOption = None,
+    settings: SettingsOption = None,
+    state: StateOption = None,
+    keys: KeysOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Open a page to chat with a bundle in a browser, at http://HOST:PORT/ui; the API is served beside it.
+
+    It is `cogumi serve --ui`, which has more options. With --state the thumbs below an answer are stored as ratings.
+    Example: `cogumi ui runs/smollm2/bundle --state state`
+    """
+    serve(bundle, host, port, threads=threads, settings=settings, state=state, keys=keys, page=True, json=json)
 
 
 def personal(

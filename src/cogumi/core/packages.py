@@ -10,6 +10,7 @@ from cogumi.core.errors import PackageError
 
 EXTRAS = {
     "datasets": "hub",
+    "gradio": "ui",
     "faiss": "cache",
     "onnxruntime": "onnx",
     "tokenizers": "onnx",

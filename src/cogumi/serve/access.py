@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,16 +17,20 @@ OPEN = frozenset({"/health", "/ready"})
 
 
 class Access:
-    """Lets HTTP requests with a key of `keys` through; a refused or failed one does not count against the limits."""
+    """Lets HTTP requests with a key of `keys` through; a refused or failed one does not count against the limits.
 
-    def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
+    Paths below one of `own_login` need no key: the applications there check their callers themselves.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyFile, own_login: Collection[str] = ()) -> None:
         self.app, self.keys = app, keys
+        self._own_login = own_login
         self._meters: dict[str, Meter] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or path in OPEN:
+        if scope["type"] != "http" or path in OPEN or self._logs_in(path):
             await self.app(scope, receive, send)
             return
         try:
@@ -43,6 +49,9 @@ class Access:
             await send(message)
 
         await self.app(scope, receive, counted)
+
+    def _logs_in(self, path: str) -> bool:
+        return any(path == own or path.startswith(f"{own}/") for own in self._own_login)
 
     def _meter(self, secret: str | None) -> Meter:
         if secret is None:

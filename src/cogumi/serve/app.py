@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from cogumi.core.errors import CogumiError
+from cogumi.core.packages import load as load_package
 from cogumi.core.version import __version__
 from cogumi.serve.access import Access
 from cogumi.serve.answer_hooks import AnswerHook, AnswerHooks
@@ -40,6 +41,8 @@ from cogumi.serve.middleware import REQUEST_ID, BodyLimit, Hosts, PlainPaths, Re
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 """Host names of a server that only this machine reaches."""
+PAGE = "/ui"
+"""Where the page is, below the server's own address."""
 
 
 def create_app(
@@ -54,6 +57,7 @@ def create_app(
     hosts: Collection[str] | None = None,
     origins: Sequence[str] = (),
     keys: KeyFile | None = None,
+    own_login: Collection[str] = (),
 ) -> FastAPI:
     """Make an application that serves the engine opened by `load`, which runs in a thread after the start.
 
@@ -61,7 +65,8 @@ def create_app(
     `Answered`). Clients may add modifiers from the folder `modifiers` (None: not allowed). Bodies above
     `max_body_bytes` are refused. An idle stream sends a comment every `keep_alive_seconds`. Only requests to one of
     `hosts` are answered (None: to any). Pages of `origins` (`http://localhost:3000`; `*`: all) may read the answers.
-    With `keys` every request but those for health needs one of them.
+    With `keys` every request but those for health needs one of them; so do mounted applications, except those at a
+    path of `own_login`, which check their callers themselves.
     """
     host = EngineHost(load, on_ready, on_failure)
 
@@ -84,7 +89,7 @@ def create_app(
         *([Middleware(Hosts, names=hosts)] if hosts is not None else []),
         *([Middleware(CORSMiddleware, **_cross_origin(origins))] if origins else []),
         Middleware(PlainPaths, paths=paths),
-        *([Middleware(Access, keys=keys)] if keys else []),
+        *([Middleware(Access, keys=keys, own_login=own_login)] if keys else []),
         Middleware(BodyLimit, max_bytes=max_body_bytes),
     ]
     app = FastAPI(title="cogumi", version=__version__, lifespan=lifespan, middleware=middleware)
@@ -120,6 +125,14 @@ def bind(host: str, port: int) -> socket.socket:
 def is_loopback(listener: socket.socket) -> bool:
     """Whether only this machine can reach a socket."""
     return ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _own_name(listener: socket.socket) -> str:
+    """The host name under which this machine reaches its own socket."""
+    address = ip_address(listener.getsockname()[0])
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return str(address) if address.version == 4 else f"[{address}]"
 
 
 def _check(certificate: tuple[Path, Path]) -> None:
@@ -164,24 +177,42 @@ def serve(
     grace: float,
     keys: KeyFile | None = None,
     certificate: tuple[Path, Path] | None = None,
+    page: bool = False,
+    root_path: str = "",
 ) -> None:
     """Serve on `listener` until a signal; raises the error of `load` if the bundle cannot be opened.
 
     On a loopback address only its own names and `allowed_hosts` are answered, elsewhere `allowed_hosts` if there are
     any. Running answers get `grace` seconds after the signal. `certificate`: PEM files of a TLS certificate and its
-    private key.
+    private key. `page` mounts the page at /ui. A proxy may serve all
+    of it below `root_path`, which it removes from the path of each request.
     """
     failures: list[BaseException] = []
-    hosts = {*LOOPBACK, *allowed_hosts} if is_loopback(listener) else set(allowed_hosts) or None
+    own = _own_name(listener)
+    hosts = {*LOOPBACK, own, *allowed_hosts} if is_loopback(listener) or allowed_hosts else None
 
     def fail(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
     app = create_app(
-        load, on_ready=on_ready, on_failure=fail, modifiers=modifiers, hosts=hosts, origins=origins, keys=keys
+        load,
+        on_ready=on_ready,
+        on_failure=fail,
+        modifiers=modifiers,
+        hosts=hosts,
+        origins=origins,
+        keys=keys,
+        own_login=[PAGE] if page else (),
     )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
+    if page:
+        url = f"{'https' if certificate else 'http'}://{own}:{listener.getsockname()[1]}"
+        load_package("cogumi.serve.page.mounting", "the page").mount_page(
+            app, PAGE, url, keys=keys, certificate=certificate and certificate[0]
+        )
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=5, server_header=False, root_path=root_path
+    )
     if certificate:
         _check(certificate)
         config.ssl_certfile, config.ssl_keyfile = certificate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,12 +21,20 @@ MAX_REQUESTS = 128
 """Most simultaneous generations, one thread each; the engine decides how many of them run."""
 
 
+CAPABILITIES = ("chat", "completion", "embeddings", "tools", "structured_outputs")
+"""What every model of the list can be asked for."""
+
+
 class ServedEngine(Engine, Protocol):
     """An engine that answers under several model names, as a cascade does."""
 
     @property
-    def models(self) -> Sequence[str]:
-        """Every name a client may ask for."""
+    def models(self) -> Mapping[str, str]:
+        """Every name a client may ask for, with its kind: `cascade`, `mode`, `tier` or `modifier`."""
+
+    @property
+    def takes_feedback(self) -> bool:
+        """Whether answers can be rated."""
 
     def resolve(self, model: str, request: Request) -> tuple[Engine, Request]:
         """The engine of a model name, and the request adapted to it."""
@@ -116,7 +124,12 @@ class EngineHost:
     def model_object(self, name: str) -> dict[str, Any]:
         """One entry of the model list; `created` in Unix seconds, `max_model_len` in tokens, as vLLM has it."""
         known = {"id": name, "object": "model", "created": self.created, "owned_by": "cogumi"}
-        return known | {"max_model_len": self.engine.context}
+        able = [*CAPABILITIES, *(["feedback"] if self.engine.takes_feedback else [])]
+        return known | {
+            "max_model_len": self.engine.context,
+            "kind": self.engine.models[name],
+            "capabilities": able,
+        }
 
     async def _hold(self) -> None:
         """Keep the host open until the event loop ends, which cancels this task."""

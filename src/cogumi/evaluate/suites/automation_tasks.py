@@ -55,9 +55,7 @@ def run(task: Task) -> Findings:
     opened = open_cascade(task.bundle, slots=AT_ONCE, context=CONTEXT, threads=task.threads)
     outcomes: list[Outcome] = []
     with closing(opened) as cascade, ThreadPoolExecutor(AT_ONCE) as pool:
-        engine = cascade.resolve("cogumi:base" if "cogumi:base" in cascade.models else cascade.models[0], _request([]))[
-            0
-        ]
+        engine = cascade.resolve("cogumi:base", _request([]))[0]
         for outcome in pool.map(lambda env: play(env, model_actor(engine)), tasks(number, task.seed)):
             outcomes.append(outcome)
             task.progress(len(outcomes), number * len(FAMILIES), {})

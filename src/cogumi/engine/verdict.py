@@ -1,0 +1,51 @@
+"""The line that tells a person how sure an answer is; the terminal and the page show it below the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cogumi.core.types import Decision
+
+
+class Judged(Protocol):
+    """What a `Reply` and the `cogumi` object of a response have in common."""
+
+    @property
+    def tier(self) -> str:
+        """What answered."""
+
+    @property
+    def route(self) -> str:
+        """How the answer came about."""
+
+    @property
+    def p_correct(self) -> float | None:
+        """Calibrated probability that the answer is right."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the guarantee covers the answer."""
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """Every decision of the cascade."""
+
+
+def verdict(answer: Judged) -> str:
+    """One line: whether the cascade stands by the answer, which tier gave it, P(correct) and what is needed."""
+    name, _, domain = answer.tier.partition(":")
+    tier = f"{name} {domain}".strip() or "the model"
+    if answer.route == "cache":
+        return "sure: an earlier accepted answer, repeated"
+    if answer.p_correct is None:
+        return f"not calibrated: answer of {tier}"
+    judged = [d for d in answer.decisions if d.signal == "p_correct" and d.tier == answer.tier]
+    needed = judged[-1].threshold if judged else None
+    p = f"{answer.p_correct:.0%}"
+    if answer.accepted:
+        return f"sure: {tier}, {p}" + (f", {needed:.0%} needed" if needed is not None else "")
+    if answer.route == "abstained":
+        return f"declined: {tier}, {p}"
+    limit = "" if needed is None else f", {needed:.0%} needed" if needed < 1 else ", nothing is certified"
+    return f"not sure: best guess of {tier}, {p}{limit}"
