@@ -49,7 +49,7 @@ def opened(browser, port, size=(1280, 800)):
     context.on("request", lambda request: asked.append(request.url))
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{port}/ui")
-    expect(page.locator("#mode input")).to_have_value("auto")
+    expect(page.locator(BOX)).to_be_editable()
     yield page
     context.close()
     assert not [url for url in asked if not url.startswith((f"http://127.0.0.1:{port}/", "blob:", "data:"))]
@@ -69,9 +69,9 @@ def test_question_is_answered_with_how_sure_it_is(tab, engine):
     expect(answers(tab)).to_contain_text("sure: base, 90%, 80% needed")
     expect(answers(tab).locator("strong")).to_have_text("bold")
     expect(tab.locator(BOX)).to_have_value("")
-    reason = tab.get_by_text("✓ base: 0.90 >= 0.80")
+    reason = answers(tab).get_by_text("✓ base: 0.90 >= 0.80")
     expect(reason).to_be_hidden()
-    tab.get_by_text("sure: base, 90%").click()
+    answers(tab).get_by_text("sure: base, 90%").click()
     expect(reason).to_be_visible()
     ask(tab, "echo second")
     expect(answers(tab)).to_have_count(2)
@@ -146,6 +146,11 @@ def test_conversations_stay_in_the_browser(tab):
     expect(answers(tab)).to_contain_text("first")
     ask(tab, "echo more")
     expect(tab.locator("#history label")).to_have_text(["echo first", "echo of another tab", "echo other"])
+    for _ in range(2):  # a conversation can be opened, left and opened again
+        tab.click("#new")
+        expect(tab.locator("#chat .message")).to_have_count(0)
+        tab.locator("#history label", has_text="echo other").click()
+        expect(answers(tab)).to_contain_text("other")
     tab.click("#forget")
     expect(tab.locator("#history label")).to_have_count(0)
     assert tab.evaluate("localStorage.getItem('cogumi.conversations')") is None
@@ -196,9 +201,9 @@ def test_settings_apply_to_the_next_question(tab, engine, tmp_path):
     (asked,) = engine.requests
     assert (asked.mode, asked.adapter, asked.abstain, asked.examples) == ("fast", "code", True, (("a", "b"),))
     assert asked.messages[0].content == "Be short."
-    expect(tab.get_by_text("sure: base, 90%")).to_be_hidden()
+    expect(answers(tab).get_by_text("sure: base, 90%")).to_be_hidden()
     tab.check("#reasons input")
-    expect(tab.get_by_text("sure: base, 90%")).to_be_visible()
+    expect(answers(tab).get_by_text("sure: base, 90%")).to_be_visible()
 
 
 def test_open_page_works_after_a_restart_of_the_server(browser):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ EVERY = 0.05
 """Seconds between two updates of a streamed answer."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of all events: no overlay while they run; they are no part of Gradio's own API."""
+GIVEN = QUIET | {"js": "cogumi.given"}
+"""Options of events whose first input is the conversation, which the browser holds."""
+_CHAT = gr.Chatbot(render=False)
+"""Converts messages to what Gradio's code in the browser reads."""
 KeyOf = Callable[[gr.Request], str | None]
 """The API key of the person who is signed in."""
 
@@ -62,54 +67,55 @@ class Settings(NamedTuple):
 
 
 def connect(blocks: gr.Blocks, controls: Controls, client: ApiClient, key_of: KeyOf) -> None:
-    """Connect the controls with the API behind `client`."""
-    sent, rated = _sending(controls, client, key_of), _rating(controls, client, key_of)
-    _conversations(blocks, controls, [sent, rated])
+    """Connect the controls with the API behind `client`.
+
+    The browser holds the conversation (`page.js`). Functions of the server write into `controls.view` only, and the
+    browser shows a view if it is one of the current conversation, so that what comes late writes into no other one.
+    """
+    shown = [controls.question, controls.chat, controls.history]
+    controls.view.change(None, controls.view, shown, js="cogumi.show")
+    sent = _sending(controls, client, key_of, shown)
+    _rating(controls, client, key_of)
+    _conversations(blocks, controls, shown, sent)
     _settings(blocks, controls, client, key_of)
     _saving(controls)
 
 
-def _sending(controls: Controls, client: ApiClient, key_of: KeyOf) -> Dependency:
+def _sending(controls: Controls, client: ApiClient, key_of: KeyOf, shown: list[Any]) -> Dependency:
     """Sending, streaming and stopping; returns the event that sends."""
 
-    async def send(
-        request: gr.Request, asked: str, kept: Any, *values: Any
-    ) -> AsyncGenerator[tuple[Any, dict[str, Any], list[dict[str, Any]]]]:
+    async def send(request: gr.Request, kept: Any, asked: str, *values: Any) -> AsyncGenerator[dict[str, Any]]:
         """Stream the answer; if there is none, the question returns to its box."""
-        settings, held = Settings(*values), _read(kept)
+        settings, held, run = Settings(*values), _read(kept), _run()
         if not asked.strip():
-            yield _idle(asked), held.model_dump(mode="json"), held.rows()
             return
         answer = Turn(role="assistant", content="")
         whole = held.model_copy(update={"turns": [*held.turns, Turn(role="user", content=asked), answer]})
-        yield _busy(), whole.model_dump(mode="json"), whole.rows()
+        yield _view(whole, run, box="", busy=True)
         told = time.monotonic()
         try:
             async for piece in client.answer(key_of(request), settings.body(whole)):
                 answer.id, answer.content = piece.id, answer.content + piece.text
                 if piece.cogumi is not None:
-                    answer.cogumi = read_extension(piece.cogumi)
+                    answer.cogumi = read_extension(piece.cogumi | {"signals": {}})  # not shown, and many
                 elif time.monotonic() - told >= EVERY:
-                    yield _busy(), whole.model_dump(mode="json"), whole.rows()
+                    yield _view(whole, run, busy=True)
                     told = time.monotonic()
         except RequestError as error:
             gr.Warning(str(error), duration=20)
             if not answer.content:
-                yield _idle(asked), held.model_dump(mode="json"), held.rows()
+                yield _view(held, run, box=asked)
                 return
-        yield _idle(), whole.model_dump(mode="json"), whole.rows()
+        yield _view(whole, run)
 
-    answered = [controls.question, controls.conversation, controls.chat]
-    given = [controls.question, controls.conversation, *controls.settings]
-    sent = controls.question.submit(send, given, answered, concurrency_limit=None, trigger_mode="once", **QUIET)
-    stopped = controls.question.stop(_idle, None, controls.question, cancels=[sent], queue=False, **QUIET)
-    for event in (sent, stopped):
-        event.then(None, controls.conversation, controls.history, js="cogumi.remember")
+    given = [controls.conversation, controls.question, *controls.settings]
+    sent = controls.question.submit(send, given, controls.view, concurrency_limit=None, trigger_mode="once", **GIVEN)
+    controls.question.stop(None, None, shown, js="cogumi.stop", cancels=[sent])
     return sent
 
 
-def _rating(controls: Controls, client: ApiClient, key_of: KeyOf) -> Dependency:
-    """Thumbs; returns the event that sends one."""
+def _rating(controls: Controls, client: ApiClient, key_of: KeyOf) -> None:
+    """Thumbs. The conversation may go on while one is on its way: the browser changes only the rated turn."""
 
     async def rate(found: gr.LikeData, kept: Any, request: gr.Request) -> tuple[dict[str, Any] | None, Any]:
         """Send a thumb as feedback; a thumb that the server refuses is taken back."""
@@ -122,37 +128,25 @@ def _rating(controls: Controls, client: ApiClient, key_of: KeyOf) -> Dependency:
         except RequestError as error:
             gr.Warning(str(error))
             return None, gr.Chatbot(feedback_value=held.ratings)
-        return {"turn": at, "right": found.liked}, gr.skip()
+        return {"id": held.id, "turn": at, "right": found.liked}, gr.skip()
 
-    # The conversation may go on while a rating is on its way: the browser changes only the rated turn.
-    rating, conversation = gr.JSON(visible="hidden"), controls.conversation
-    rated = controls.chat.like(rate, controls.conversation, [rating, controls.chat], **QUIET)
-    rated.then(None, [conversation, rating], conversation, js="cogumi.rated").then(
-        None, conversation, controls.history, js="cogumi.remember"
+    rating = gr.JSON(visible="hidden")
+    controls.chat.like(rate, controls.conversation, [rating, controls.chat], **GIVEN).then(
+        None, rating, controls.history, js="cogumi.rated"
     )
-    return rated
 
 
-def _conversations(blocks: gr.Blocks, controls: Controls, running: list[Dependency]) -> None:
-    """New, old and forgotten conversations; a running answer ends, and what there is of it is kept.
-
-    Everything that may still write into the chat is cancelled, or it would write into the next conversation.
-    """
-    conversation = controls.conversation
-    opened = controls.history.input(
-        None,
-        [controls.history, conversation],
-        [conversation, controls.question],
-        js="(id, left) => (cogumi.remember(left), cogumi.find(id))",
-        cancels=running,
-    ).then(_shown, conversation, controls.chat, **QUIET)
-    begun, ended = [conversation, controls.question, controls.chat, controls.history], [*running, opened]
-    blocks.load(None, None, begun, js="cogumi.fresh")
+def _conversations(blocks: gr.Blocks, controls: Controls, shown: list[Any], sent: Dependency) -> None:
+    """New, old and forgotten conversations; a running answer ends, and what there is of it is kept."""
+    blocks.load(None, None, shown, js="cogumi.fresh")
     blocks.load(None, None, controls.sidebar, js="cogumi.roomy")
     controls.reasons.input(None, controls.reasons, None, js="cogumi.explain")
     for on in (controls.new.click, controls.chat.clear):
-        on(None, conversation, begun, js="(left) => (cogumi.remember(left), cogumi.fresh())", cancels=ended)
-    controls.forget.click(None, None, begun, js="() => (cogumi.forget(), cogumi.fresh())", cancels=ended)
+        on(None, None, shown, js="cogumi.fresh", cancels=[sent])
+    controls.forget.click(None, None, shown, js="cogumi.forget", cancels=[sent])
+    controls.history.input(None, controls.history, shown, js="cogumi.open", cancels=[sent]).then(
+        lambda kept: _view(_read(kept), _run()), controls.conversation, controls.view, **GIVEN
+    )
 
 
 def _settings(blocks: gr.Blocks, controls: Controls, client: ApiClient, key_of: KeyOf) -> None:
@@ -195,15 +189,29 @@ def _saving(controls: Controls) -> None:
         (controls.markdown, "md", "text/markdown", lambda kept: _read(kept).markdown()),
         (controls.json, "json", "application/json", lambda kept: _read(kept).model_dump_json(indent=1)),
     ):
-        button.click(written, controls.conversation, text, **QUIET).then(
+        button.click(written, controls.conversation, text, **GIVEN).then(
             None, text, None, js=f"(text) => cogumi.save(text, '{ending}', '{type}')"
         )
 
 
-def _shown(kept: Any) -> Any:
-    """The chat with the messages and ratings of a conversation."""
-    held = _read(kept)
-    return gr.Chatbot(held.rows(), feedback_value=held.ratings)
+def _view(held: Conversation, run: str, *, box: str | None = None, busy: bool = False) -> dict[str, Any]:
+    """What the browser shows: a conversation, its messages, the question box (None: as it is).
+
+    `run` tells answers apart, and the same conversation opened twice. While the answer is not complete, the box has a
+    button to stop it.
+    """
+    return {
+        "conversation": held.model_dump(mode="json"),
+        "messages": _CHAT.postprocess(held.rows()).model_dump(),
+        "ratings": held.ratings,
+        "run": run,
+        "box": box,
+        "busy": busy,
+    }
+
+
+def _run() -> str:
+    return uuid.uuid4().hex
 
 
 def _read(kept: Any) -> Conversation:
@@ -213,11 +221,3 @@ def _read(kept: Any) -> Conversation:
     except ValidationError:
         gr.Warning("the stored conversation cannot be read; a new one begins")
         return Conversation()
-
-
-def _busy() -> Any:
-    return gr.Textbox(value="", submit_btn=False, stop_btn=True)
-
-
-def _idle(text: str = "") -> Any:
-    return gr.Textbox(value=text, submit_btn=True, stop_btn=False)

@@ -50,10 +50,11 @@ class Controls:
             show_label=False,
             elem_id="question",
             submit_btn=True,
-            autofocus=True,
             max_lines=8,
+            interactive=False,  # until the browser has begun a conversation
         )
-        self.conversation = gr.JSON({}, visible="hidden")
+        self.conversation = gr.JSON({}, visible="hidden")  # always empty: the place of an event's input
+        self.view = gr.JSON({}, visible="hidden")
 
     def _settings(self) -> None:
         self.mode = gr.Dropdown([AUTO], value=AUTO, label="Mode", elem_id="mode")

@@ -69,7 +69,6 @@ def _theme() -> gr.themes.Base:
     return theme.set(
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
-        checkbox_label_background_fill_selected="*primary_600",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
         body_text_color_subdued="*neutral_600",

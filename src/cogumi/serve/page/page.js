@@ -30,32 +30,63 @@ window.cogumi = (() => {
     }
   });
   const update = (values) => ({ __type__: "update", ...values }); // what Gradio applies to a component
+  const unchanged = update({});
+  const button = (busy) => ({ submit_btn: !busy, stop_btn: busy, interactive: true });
+  const roomy = () => window.innerWidth > 768;
   const listed = (current) => update({ choices: stored().map((one) => [one.title, one.id]), value: current });
-  const idle = update({ submit_btn: true, stop_btn: false });
+  const remember = (conversation) => {
+    if (!conversation?.turns?.length) return listed(null);
+    const others = stored().filter((one) => one.id !== conversation.id);
+    localStorage.setItem("cogumi.conversations", JSON.stringify([conversation, ...others].slice(0, KEEP)));
+    return listed(conversation.id);
+  };
+  let current = null; // the conversation
+  let running = null; // the run of the answer that is shown
+  const ended = new Set(); // runs that a person has stopped or left: what still comes of them is not shown
+  const begin = (conversation) => {
+    ended.add(running);
+    if (current) remember(current);
+    current = conversation;
+    if (roomy()) setTimeout(() => document.querySelector("#question textarea")?.focus()); // phones open a keyboard
+  };
+  // Events take the conversation from here, in place of their first input. The functions below it return the question
+  // box, the chat and the history.
   return {
-    // Outputs of fresh: the conversation, the question box, the chat, the history; of find: the first two.
-    fresh: () => [
-      { id: random(), user: user(), turns: [] },
-      idle,
-      update({ value: [], feedback_value: [] }),
-      listed(null),
-    ],
-    find: (id) => [stored().find((one) => one.id === id), idle],
-    roomy: () => update({ open: window.innerWidth > 768 }), // a sidebar would cover a phone's page
+    given: (_, ...rest) => [current, ...rest],
+    show: (view) => {
+      if (view.conversation?.id !== current?.id || ended.has(view.run)) return [unchanged, unchanged, unchanged];
+      current = view.conversation;
+      running = view.run;
+      const box = update({ ...button(view.busy), ...(view.box === null ? {} : { value: view.box }) });
+      const chat = update({ value: view.messages, feedback_value: view.ratings });
+      return [box, chat, view.busy ? unchanged : remember(current)];
+    },
+    fresh: () => {
+      begin({ id: random(), user: user(), turns: [] });
+      return [update(button(false)), update({ value: [], feedback_value: [] }), listed(null)];
+    },
+    forget: () => {
+      current = null;
+      localStorage.removeItem("cogumi.conversations");
+      return window.cogumi.fresh();
+    },
+    open: (id) => {
+      begin(stored().find((one) => one.id === id));
+      return [update(button(false)), unchanged, unchanged];
+    },
+    stop: () => {
+      ended.add(running);
+      return [update(button(false)), unchanged, remember(current)];
+    },
+    rated: (found) => {
+      if (found?.id !== current.id) return unchanged;
+      current.turns[found.turn].right = found.right;
+      return remember(current);
+    },
+    roomy: () => update({ open: roomy() }), // a sidebar would cover a phone's page
     explain: (on) => {
       document.body.classList.toggle("unexplained", !on);
     },
-    rated: (conversation, found) => {
-      if (found) conversation.turns[found.turn].right = found.right;
-      return conversation;
-    },
-    remember: (conversation) => {
-      if (!conversation?.turns?.length) return listed(null);
-      const others = stored().filter((one) => one.id !== conversation.id);
-      localStorage.setItem("cogumi.conversations", JSON.stringify([conversation, ...others].slice(0, KEEP)));
-      return listed(conversation.id);
-    },
-    forget: () => localStorage.removeItem("cogumi.conversations"),
     save: (text, ending, type) => {
       const link = document.createElement("a");
       link.href = URL.createObjectURL(new Blob([text], { type }));
