@@ -1,14 +1,20 @@
-"""`cogumi.cli.chat`: the banner, one line below an answer, /why and /mode, Ctrl-C, and line breaks between words."""
+"""The chat in the terminal: banner, line below an answer, commands, Ctrl-C, questions of several lines, Markdown."""
+
+import io
+import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from cogumi.cascade.asking import Conversation
 from cogumi.cascade.modes import Settings
-from cogumi.cli import chat
-from cogumi.cli.console import Wrap, verdict
+from cogumi.cli import chat, console
+from cogumi.cli.answer_stream import AnswerStream, finished
 from cogumi.core.types import Decision, Reply, Token, Usage
+from cogumi.engine.presentation import verdict
 
 SURE = Decision("modifier:math", "p_correct", 0.93, 0.84, True, "meets the threshold")
 UNSURE = Decision("modifier:math", "p_correct", 0.66, 0.84, False, "misses the threshold")
@@ -124,12 +130,101 @@ def test_verdict(changes, line):
     assert verdict(reply(**changes)) == line
 
 
-@given(st.lists(st.text("ab \n", max_size=9), max_size=12), st.integers(4, 12))
-def test_lines_break_between_words_only(pieces, width):
-    wrap, text = Wrap(width), "".join(pieces)
-    shown = "".join(map(wrap.add, pieces)) + wrap.end()
-    assert shown.split() == text.split()
-    for line in shown.split("\n"):
-        assert len(line) <= width or len(line.split()) == 1
-    plain = Wrap(None)
-    assert "".join(map(plain.add, pieces)) + plain.end() == text
+def test_question_of_several_lines(monkeypatch, capsys):
+    engine = Scripted(["7"], ["8"], ["9"])
+    talk(monkeypatch, capsys, engine, '"""What is', "", "3 + 4?", 'Say it."""', '"""one line"""', "plain")
+    asked = [request.messages[-1].content for request in engine.asked]
+    assert asked == ["What is\n\n3 + 4?\nSay it.", "one line", "plain"]
+
+
+def test_system_prompt_begins_a_new_conversation(monkeypatch, capsys):
+    engine = Scripted(["7"], ["8"], ["9"], ["10"])
+    lines = ("a", "/system Be short.", "b", "c", "/system", "d")
+    _, shown = talk(monkeypatch, capsys, engine, *lines)
+    asked = [[(m.role, m.content) for m in request.messages] for request in engine.asked]
+    system = ("system", "Be short.")
+    assert asked == [
+        [("user", "a")],
+        [system, ("user", "b")],
+        [system, ("user", "b"), ("assistant", "8"), ("user", "c")],
+        [("user", "d")],
+    ]
+    assert "new conversation, with this system prompt" in shown
+    assert "new conversation, without a system prompt" in shown
+
+
+def test_conversation_is_saved_in_two_forms(monkeypatch, capsys, tmp_path):
+    markdown, plain, far = tmp_path / "talk.md", tmp_path / "talk.json", tmp_path / "no" / "x.md"
+    far.parent.write_text("a file")
+    lines = [
+        f"/save {markdown}",
+        "What is 3 + 4?",
+        "/save",
+        *(f"/save {file}" for file in (markdown, plain, plain, far)),
+    ]
+    _, shown = talk(monkeypatch, capsys, Scripted(["def f():\n  pass"]), *lines)
+    assert "there is no answer yet" in shown
+    assert "name the file: /save talk.md" in shown
+    assert f"{plain} exists already" in shown
+    assert f"cannot write {far}" in shown
+    assert markdown.read_text() == (
+        "# Conversation\n\n**You**\n\nWhat is 3 + 4?\n\n**Answer**\n\n```python\ndef f():\n  pass\n```\n\n"
+        "> not sure: best guess of modifier math, 66%, 84% needed\n"
+    )
+    (row,) = json.loads(plain.read_text())
+    assert (row["question"], row["answer"], row["p_correct"]) == ("What is 3 + 4?", "def f():\n  pass", 0.66)
+
+
+def terminal(width=40):
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=20, color_system=None)
+
+
+def test_bar_shows_p_correct_in_a_terminal(monkeypatch, capsys):
+    console.print_verdict(reply())
+    assert capsys.readouterr().out == "\n  not sure: best guess of modifier math, 66%, 84% needed\n"
+    screen = terminal(80)
+    monkeypatch.setattr(console, "STDOUT", screen)
+    for changes in ({}, {"p_correct": 0.0}, {"p_correct": 1.0}, {"p_correct": None}):
+        console.print_verdict(reply(**changes))
+    bars = [line.strip().partition(" ")[0] for line in screen.file.getvalue().splitlines() if line]
+    assert bars == ["███████░░░", "░░░░░░░░░░", "██████████", "not"]
+
+
+def streamed(text, size=3, width=40):
+    """What stays on a terminal after the pieces of a text."""
+    screen = terminal(width)
+    with AnswerStream(screen) as stream:
+        for at in range(0, len(text), size):
+            stream.add(text[at : at + size])
+    lines = [""]
+    for part in re.split("(\\x1b\\[[?0-9]*[A-Za-z]|\\r|\\n)", screen.file.getvalue()):
+        if part == "\n":
+            lines.append("")
+        elif part == "\x1b[1A":
+            lines.pop()
+        elif part == "\x1b[2K":
+            lines[-1] = ""
+        elif not part.startswith("\x1b[") and part != "\r":
+            lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def test_markdown_is_rendered_in_a_terminal_as_it_comes():
+    shown = streamed("**Sum**\nof *two*\n\n1. one\n2. two\n\n```python\ndef f(a):\n\n    return a\n```\n\nEnd.")
+    assert shown.split() == ["Sum", "of", "two", "1", "one", "2", "two", "def", "f(a):", "return", "a", "End."]
+    assert " 1 one\n 2 two\n" in shown
+    assert " def f(a):\n\n     return a\n" in shown
+    assert streamed("def f(a):\n\n    return a").strip("\n").split("\n")[-1] == "     return a"
+    assert "http://x.y" in streamed("[a link](http://x.y)")
+    assert "\x1b]" not in streamed("a\x1b]0;title\x07b")
+
+
+@given(st.text("ab `*-1.\n#|>", max_size=60), st.text("ab `\n-", max_size=20))
+def test_finished_blocks_stay_finished(text, more):
+    assert finished(text + more) >= finished(text)
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=9), max_size=30), st.integers(1, 9), st.integers(10, 40))
+def test_every_word_of_an_answer_is_shown_once(words, size, width):
+    text = "".join(f"{word}{' ' if number % 3 else chr(10) * (1 + number % 2)}" for number, word in enumerate(words))
+    assert streamed(text, size, width).split() == text.split()

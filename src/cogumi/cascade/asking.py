@@ -113,12 +113,14 @@ class Conversation:
 
     A failed or cancelled turn is not stored, so that the conversation can continue. An answer has at most
     `ANSWER_TOKENS` tokens unless the options say otherwise, or as many as the context leaves if these are fewer: one
-    long answer must not fill the context. Raises `RequestError` for an unknown option.
+    long answer must not fill the context. `system` is a system prompt in place of the bundle's own. Raises
+    `RequestError` for an unknown option.
     """
 
     def __init__(self, engine: RatedEngine, **options: Any) -> None:
         as_request("", options)
         self.options: dict[str, Any] = options
+        self.system = ""
         self.messages: tuple[Message, ...] = ()
         self.id = ""
         self._engine = engine
@@ -129,7 +131,9 @@ class Conversation:
 
     def stream(self, text: str) -> Stream:
         """Ask the next question and stream its answer; the turn is stored once the answer is complete."""
-        request = as_request((*self.messages, Message("user", text)), {"max_tokens": ANSWER_TOKENS, **self.options})
+        asked = (*self.messages, Message("user", text))
+        before = (Message("system", self.system),) if self.system else ()
+        request = as_request((*before, *asked), {"max_tokens": ANSWER_TOKENS, **self.options})
         self.id = request.id or ""
         try:
             events = self._engine.generate(request)
@@ -138,13 +142,13 @@ class Conversation:
                 raise
             request = replace(request, max_tokens=None)
             events = self._engine.generate(request)
-        return Stream(self._remembering(request, events))
+        return Stream(self._remembering(asked, events))
 
-    def _remembering(self, request: Request, events: Iterator[Event]) -> Iterator[Event]:
+    def _remembering(self, asked: tuple[Message, ...], events: Iterator[Event]) -> Iterator[Event]:
         with closing(cast(Generator[Event, None, None], events)):
             for event in events:
                 if isinstance(event, Reply) and event.finish_reason != "cancelled":
-                    self.messages = (*request.messages, Message("assistant", without_disclaimer(event.text)))
+                    self.messages = (*asked, Message("assistant", without_disclaimer(event.text)))
                 yield event
 
     def rate(self, right: bool) -> None:

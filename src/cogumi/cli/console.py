@@ -6,14 +6,12 @@ Results go to standard output, progress and messages to standard error, so that 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
@@ -23,7 +21,7 @@ from rich.text import Text
 from cogumi.core.amounts import duration, share, size
 from cogumi.core.types import Reply
 from cogumi.data.examples import level_title
-from cogumi.engine.verdict import verdict
+from cogumi.engine.presentation import verdict
 
 if TYPE_CHECKING:
     from cogumi.cascade.memory.personal_offsets import PersonalRouting
@@ -46,44 +44,10 @@ def confidence(reply: Reply) -> str:
 
 
 def print_verdict(reply: Reply) -> None:
-    """Print the one line below an answer."""
-    STDOUT.print(f"\n  [bold cyan]{escape(verdict(reply))}[/]")
-
-
-def width() -> int | None:
-    """Columns of the terminal; None if the output is not a terminal."""
-    return STDOUT.width if STDOUT.is_terminal else None
-
-
-class Wrap:
-    """Breaks streamed text between words at `width` columns (None: never); `add` returns what can be printed."""
-
-    def __init__(self, width: int | None) -> None:
-        self._width, self._column, self._word = width, 0, ""
-
-    def add(self, piece: str) -> str:
-        """The printable part of the text so far that was not returned before; a last, unfinished word waits."""
-        if self._width is None:
-            return piece
-        *parts, self._word = re.split(r"(\s)", self._word + piece)
-        return "".join(map(self._placed, parts))
-
-    def end(self) -> str:
-        """The rest of the text."""
-        rest, self._word = self._word, ""
-        return self._placed(rest)
-
-    def _placed(self, part: str) -> str:
-        """A word or a white space, after a line break where it does not fit the line."""
-        size = cell_len(part)
-        if part == "\n":
-            self._column = 0
-        elif self._width is not None and self._column and self._column + size > self._width:
-            self._column = 0 if part.isspace() else size
-            return "\n" if part.isspace() else f"\n{part}"
-        else:
-            self._column += size
-        return part
+    """Print the one line below an answer; in a terminal P(correct) is also a bar."""
+    p = reply.p_correct if STDOUT.is_terminal else None
+    bar = "" if p is None else f"{'█' * round(10 * p)}{'░' * (10 - round(10 * p))} "
+    STDOUT.print(f"\n  [bold cyan]{bar}{escape(verdict(reply))}[/]")
 
 
 def print_reasons(reply: Reply) -> None:
@@ -292,9 +256,9 @@ def print_question(question: str, why: str) -> None:
     STDOUT.print(f"\n[dim]{escape(why)}[/]\n[bold]> {escape(question)}[/]", soft_wrap=True)
 
 
-def stream(piece: str) -> None:
-    """Write a piece of an answer; control characters, which could send commands to the terminal, are replaced."""
-    print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece), end="", flush=True)
+def printable(text: str) -> str:
+    """The text with its control characters, which could send commands to the terminal, replaced."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def print_serving(where: str, models: Iterable[str], page: str | None) -> None:
@@ -309,7 +273,8 @@ def print_serving(where: str, models: Iterable[str], page: str | None) -> None:
 def print_next(bundle: Path) -> None:
     """Print the commands to try after the demo."""
     STDOUT.print(
-        f"Next:\n  cogumi chat {bundle}       chat with it (trained on single questions: type /new before each)\n"
+        f"Next:\n  cogumi chat {bundle}       chat with it in the terminal\n"
+        f"  cogumi ui {bundle}         chat with it in a browser\n"
         f"  cogumi serve {bundle}      serve it to any OpenAI client\n"
         f"  cogumi inspect {bundle}    show its contents\n"
         f"  {bundle.parent / 'report.md'}  all figures, with pictures",

@@ -12,13 +12,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, computed_field
 
 from cogumi.core.types import Decision
+from cogumi.engine.presentation import as_markdown, transcript, verdict
 from cogumi.engine.reply_extension import ReplyExtension
-from cogumi.engine.verdict import verdict
 
 TITLE = 40
 """Most characters of a conversation's title."""
-PROGRAM = re.compile(r"@\w|(async )?def \w+\(|class \w+[:(]|import \w|from [\w.]+ import ")
-"""How a text begins that is Python as a whole; Markdown would lose its indentation."""
 MARKS = {"sure": "✓", "not sure": "⚠", "declined": "✕"}
 """Mark before a verdict, by how it begins."""
 
@@ -70,16 +68,12 @@ class Conversation(BaseModel):
 
     def markdown(self) -> str:
         """The conversation as a Markdown document."""
-        parts = [f"# {self.title}"]
-        for turn in self.turns:
-            parts.append(f"**{'You' if turn.role == 'user' else 'Answer'}**\n\n{turn.content}")
-            if turn.cogumi:
-                parts.append(f"> {verdict(turn.cogumi)}")
-        return "\n\n".join(parts) + "\n"
+        turns = [(turn.role, turn.content, verdict(turn.cogumi) if turn.cogumi else "") for turn in self.turns]
+        return transcript(self.title, turns)
 
 
 def _rows(turn: Turn) -> list[dict[str, Any]]:
-    content = f"```python\n{turn.content}\n```" if PROGRAM.match(turn.content) else turn.content
+    content = as_markdown(turn.content) if turn.role == "assistant" else turn.content
     if turn.cogumi is None:
         return [{"role": turn.role, "content": content}]
     line = verdict(turn.cogumi)

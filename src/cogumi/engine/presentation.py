@@ -1,11 +1,15 @@
-"""The line that tells a person how sure an answer is; the terminal and the page show it below the answer."""
+"""How answers are shown to people, in the terminal and on the page: verdicts, programs, whole conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from cogumi.core.types import Decision
+
+PROGRAM = re.compile(r"@\w|(async )?def \w+\(|class \w+[:(]|import \w|from [\w.]+ import ")
+"""How a text begins that is Python as a whole; Markdown would lose its indentation."""
 
 
 class Judged(Protocol):
@@ -49,3 +53,18 @@ def verdict(answer: Judged) -> str:
         return f"declined: {tier}, {p}"
     limit = "" if needed is None else f", {needed:.0%} needed" if needed < 1 else ", nothing is certified"
     return f"not sure: best guess of {tier}, {p}{limit}"
+
+
+def as_markdown(answer: str) -> str:
+    """An answer as Markdown: a program without a fence gets one."""
+    return f"```python\n{answer}\n```" if PROGRAM.match(answer) else answer
+
+
+def transcript(title: str, turns: Iterable[tuple[str, str, str]]) -> str:
+    """A conversation as a Markdown document, of (role, text, verdict); questions have no verdict."""
+    parts = [f"# {title}"]
+    for role, text, line in turns:
+        parts.append(f"**You**\n\n{text}" if role == "user" else f"**Answer**\n\n{as_markdown(text)}")
+        if line:
+            parts.append(f"> {line}")
+    return "\n\n".join(parts) + "\n"
