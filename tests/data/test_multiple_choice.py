@@ -6,7 +6,7 @@ import pytest
 
 from cogumi.core.types import Example, Message
 from cogumi.data.sources.multiple_choice import ChoiceQuestion, choice_question
-from cogumi.data.sources.question_files import load
+from cogumi.data.sources.question_files import iterate, load
 from support.public_data import public_data
 
 ASKED = "Please choose the correct answer to the question: "
@@ -71,3 +71,15 @@ def test_every_row_of_public_files_has_choices(name, rows, choices):
         for text in (question.question, *question.choices):
             assert text in raw["instruction"]
         assert raw["answer"] == raw["answer"].rstrip("0123456789") + str(question.right + 1)
+
+
+def test_table_of_choices_gives_the_bare_question(tmp_path):
+    row = {
+        "question": "Which is a colour?",
+        "choices": {"text": ["red", "loud"], "label": ["A", "B"]},
+        "answerKey": "A",
+    }
+    (tmp_path / "arc.jsonl").write_text(json.dumps(row))
+    (read,) = iterate(tmp_path / "arc.jsonl")
+    assert "A. red" in read.messages[-1].content
+    assert choice_question(read) == ChoiceQuestion("Which is a colour?", ("red", "loud"), 0)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from cogumi.core.text import last_user_message
 from cogumi.core.types import Example
+from cogumi.data.sources.forms.pairs import lettered
 from cogumi.grading.option_choice import gold
 
 _TASK = re.compile(r"\s*Please choose the correct .*?: ", re.DOTALL)
@@ -38,7 +39,8 @@ def choice_question(example: Example) -> ChoiceQuestion | None:
     text = last_user_message(example.messages)
     if options := example.check.get("options"):
         right = gold(example.answer, options)
-        return None if right is None else ChoiceQuestion(text, tuple(options), right)
+        bare = text.removesuffix(lettered("", options))  # tables of choices are read as questions that list them
+        return None if right is None else ChoiceQuestion(bare, tuple(options), right)
     return _from_text(text, example.answer)
 
 
