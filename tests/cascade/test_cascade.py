@@ -3,6 +3,7 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -97,8 +98,9 @@ def test_usage_counts_every_attempt(tiers):
     one = final_reply(cascade(tiers, **PATHS["base"]).generate(ask(speculate=False)))
     two = final_reply(cascade(tiers, **PATHS["low, base likelier"]).generate(ask(speculate=False)))
     base, modifier = (final_reply(tiers.answer(ask(speculate=False), a)).usage for a in ("base", "code"))
-    assert one.usage == base
-    assert two.usage == base + modifier
+    counted = attrgetter("prompt_tokens", "completion_tokens")  # how much was cached depends on which slot was free
+    assert counted(one.usage) == counted(base)
+    assert counted(two.usage) == counted(base + modifier)
     assert two.usage.completion_tokens == 20
 
 
