@@ -6,6 +6,7 @@ import shutil
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from cogumi.serve.api_keys import KeyFile
 from support.page import RatedScripted, paged
 from support.waiting import PATIENCE, until
 
@@ -156,6 +157,22 @@ def test_conversations_stay_in_the_browser(tab):
     assert tab.evaluate("localStorage.getItem('cogumi.conversations')") is None
 
 
+def test_damaged_or_full_storage_loses_no_question(tab):
+    tab.evaluate(
+        "localStorage.setItem('cogumi.conversations', JSON.stringify([{id: 'a', title: 'damaged', turns: [5]}]))"
+    )
+    tab.reload()
+    tab.locator("#history label", has_text="damaged").click()
+    expect(tab.locator(".toast-body")).to_contain_text("the stored conversation cannot be read")
+    ask(tab, "echo one")
+    expect(answers(tab)).to_contain_text("one")
+    tab.evaluate("localStorage.setItem('filler', 'x'.repeat(5 * 1024 * 1024 - 1500))")
+    for number in range(4):
+        tab.click("#new")
+        ask(tab, f"echo {number} " + "long " * 40)
+        expect(answers(tab)).to_contain_text("sure")
+
+
 def test_ten_conversations_are_kept(tab):
     for number in range(12):
         tab.keyboard.press("Alt+n")
@@ -218,6 +235,30 @@ def test_open_page_works_after_a_restart_of_the_server(browser):
         expect(answers(page).nth(1)).to_contain_text("two")
         assert [message.content for message in second.requests[0].messages] == ["echo one", "one", "echo two"]
         assert not list(pages)
+
+
+def test_person_signs_in_with_a_key_until_it_is_revoked(browser, engine, tmp_path):
+    keys = KeyFile(tmp_path / "keys.json")
+    secret = keys.add("anna")
+    with paged(lambda: engine, keys=keys) as port:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE * 1000)
+        page.goto(f"http://127.0.0.1:{port}/ui")
+        for key in ("wrong", secret):
+            page.locator("input, textarea").first.fill("anna")
+            page.fill("input[type=password]", key)
+            page.get_by_role("button", name="Login").click()
+            if key == "wrong":
+                expect(page.get_by_text("Incorrect Credentials")).to_be_visible()
+        expect(page.locator(BOX)).to_be_editable()
+        ask(page, "echo one")
+        expect(answers(page)).to_contain_text("sure")
+        assert engine.requests[0].user.startswith("anna/page-")
+        keys.revoke("anna")
+        ask(page, "echo two")
+        expect(page.locator(".toast-body")).to_contain_text("this API key is not valid, or was revoked")
+        expect(page.locator(BOX)).to_have_value("echo two")
+        page.close()
 
 
 def test_page_fits_a_phone(browser, engine):

@@ -76,8 +76,10 @@ def connect(blocks: gr.Blocks, controls: Controls, client: ApiClient, key_of: Ke
     controls.view.change(None, controls.view, shown, js="cogumi.show")
     sent = _sending(controls, client, key_of, shown)
     _rating(controls, client, key_of)
-    _conversations(blocks, controls, shown, sent)
-    _settings(blocks, controls, client, key_of)
+    _conversations(controls, shown, sent)
+    blocks.load(None, None, controls.sidebar, js="cogumi.roomy")
+    loaded = _settings(blocks, controls, client, key_of)
+    loaded.then(None, None, shown, js="cogumi.fresh")  # now the question box can be used
     _saving(controls)
 
 
@@ -136,10 +138,8 @@ def _rating(controls: Controls, client: ApiClient, key_of: KeyOf) -> None:
     )
 
 
-def _conversations(blocks: gr.Blocks, controls: Controls, shown: list[Any], sent: Dependency) -> None:
+def _conversations(controls: Controls, shown: list[Any], sent: Dependency) -> None:
     """New, old and forgotten conversations; a running answer ends, and what there is of it is kept."""
-    blocks.load(None, None, shown, js="cogumi.fresh")
-    blocks.load(None, None, controls.sidebar, js="cogumi.roomy")
     controls.reasons.input(None, controls.reasons, None, js="cogumi.explain")
     for on in (controls.new.click, controls.chat.clear):
         on(None, None, shown, js="cogumi.fresh", cancels=[sent])
@@ -149,8 +149,8 @@ def _conversations(blocks: gr.Blocks, controls: Controls, shown: list[Any], sent
     )
 
 
-def _settings(blocks: gr.Blocks, controls: Controls, client: ApiClient, key_of: KeyOf) -> None:
-    """The modes and modifiers of the server, and examples."""
+def _settings(blocks: gr.Blocks, controls: Controls, client: ApiClient, key_of: KeyOf) -> Dependency:
+    """The modes and modifiers of the server, and examples; returns the event that loads the former."""
 
     async def models(request: gr.Request) -> tuple[Any, Any]:
         """The modes and modifiers of the server."""
@@ -176,10 +176,11 @@ def _settings(blocks: gr.Blocks, controls: Controls, client: ApiClient, key_of: 
             return [], gr.File(value=None, label=EXAMPLES)
         return pairs, gr.File(label=f"Examples in use: {len(pairs)}")
 
-    blocks.load(models, None, [controls.mode, controls.modifier], **QUIET)
+    loaded = blocks.load(models, None, [controls.mode, controls.modifier], **QUIET)
     given = [controls.examples, controls.file]
     controls.file.upload(read, controls.file, given, **QUIET)
     controls.file.clear(lambda: ([], gr.File(label=EXAMPLES)), None, given, **QUIET)
+    return loaded
 
 
 def _saving(controls: Controls) -> None:
@@ -220,4 +221,5 @@ def _read(kept: Any) -> Conversation:
         return Conversation.model_validate(kept or {})
     except ValidationError:
         gr.Warning("the stored conversation cannot be read; a new one begins")
-        return Conversation()
+        known = kept if isinstance(kept, dict) else {}
+        return Conversation(id=str(known.get("id", "")), user=str(known.get("user", "")))

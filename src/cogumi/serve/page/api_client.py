@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import httpx
@@ -61,15 +62,13 @@ class ApiClient:
         )
 
 
-class _errors:
+@asynccontextmanager
+async def _errors() -> AsyncIterator[None]:
     """Turns a failed connection into a `RequestError`."""
-
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, httpx.TransportError):
-            raise RequestError("the server does not answer; is it still running?") from error
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise RequestError("the server does not answer; is it still running?") from error
 
 
 async def _sent(http: httpx.AsyncClient, method: str, path: str, body: Any = None) -> Any:

@@ -13,6 +13,8 @@ from cogumi.serve.page.actions import connect
 from cogumi.serve.page.api_client import ApiClient
 from cogumi.serve.page.controls import Controls
 
+HOUR = 3600
+"""Seconds after which uploaded files, which were read at once, are deleted."""
 _HERE = Path(__file__).parent
 
 
@@ -40,7 +42,7 @@ def mount_page(
         return True
 
     client = ApiClient(url, _trusted(certificate))
-    with gr.Blocks(title="Cogumi", analytics_enabled=False, fill_height=True) as blocks:
+    with gr.Blocks(title="Cogumi", analytics_enabled=False, fill_height=True, delete_cache=(HOUR, HOUR)) as blocks:
         connect(blocks, Controls(), client, lambda request: signed_in.get(request.username or ""))
     gr.mount_gradio_app(
         app,
@@ -82,4 +84,5 @@ def _trusted(certificate: Path | None) -> ssl.SSLContext | bool:
         return True
     context = ssl.create_default_context(cafile=str(certificate))
     context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the server's own certificate is enough
     return context

@@ -36,10 +36,16 @@ window.cogumi = (() => {
   const listed = (current) => update({ choices: stored().map((one) => [one.title, one.id]), value: current });
   const remember = (conversation) => {
     if (!conversation?.turns?.length) return listed(null);
-    const others = stored().filter((one) => one.id !== conversation.id);
-    localStorage.setItem("cogumi.conversations", JSON.stringify([conversation, ...others].slice(0, KEEP)));
+    const list = [conversation, ...stored().filter((one) => one.id !== conversation.id)];
+    for (let kept = KEEP; kept > 0; kept--) {
+      try {
+        localStorage.setItem("cogumi.conversations", JSON.stringify(list.slice(0, kept)));
+        break;
+      } catch {} // the storage is full: the oldest one goes
+    }
     return listed(conversation.id);
   };
+  const blank = () => ({ id: random(), user: user(), turns: [] });
   let current = null; // the conversation
   let running = null; // the run of the answer that is shown
   const ended = new Set(); // runs that a person has stopped or left: what still comes of them is not shown
@@ -62,7 +68,7 @@ window.cogumi = (() => {
       return [box, chat, view.busy ? unchanged : remember(current)];
     },
     fresh: () => {
-      begin({ id: random(), user: user(), turns: [] });
+      begin(blank());
       return [update(button(false)), update({ value: [], feedback_value: [] }), listed(null)];
     },
     forget: () => {
@@ -71,7 +77,7 @@ window.cogumi = (() => {
       return window.cogumi.fresh();
     },
     open: (id) => {
-      begin(stored().find((one) => one.id === id));
+      begin(stored().find((one) => one.id === id) ?? blank()); // another tab may have deleted it
       return [update(button(false)), unchanged, unchanged];
     },
     stop: () => {
