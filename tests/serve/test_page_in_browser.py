@@ -24,6 +24,7 @@ BOX = "#question textarea"
 
 @pytest.fixture(scope="module")
 def browser():
+    expect.set_options(timeout=PATIENCE * 1000)
     with sync_playwright() as made:
         opened = made.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield opened
@@ -45,7 +46,6 @@ def tab(browser, engine):
 def opened(browser, port, size=(1280, 800)):
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, accept_downloads=True)
     context.set_default_timeout(PATIENCE * 1000)
-    expect.set_options(timeout=PATIENCE * 1000)
     asked = []
     context.on("request", lambda request: asked.append(request.url))
     page = context.new_page()
