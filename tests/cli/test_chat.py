@@ -215,6 +215,8 @@ def test_markdown_is_rendered_in_a_terminal_as_it_comes():
     assert " 1 one\n 2 two\n" in shown
     assert " def f(a):\n\n     return a\n" in shown
     assert streamed("def f(a):\n\n    return a").strip("\n").split("\n")[-1] == "     return a"
+    program = "import re\nx = 1\nif x:\n    y = 2\n\nprint(y)"
+    assert [line[1:] for line in streamed(program).strip("\n").split("\n")] == program.split("\n")
     assert "http://x.y" in streamed("[a link](http://x.y)")
     assert "\x1b]" not in streamed("a\x1b]0;title\x07b")
 

@@ -15,7 +15,7 @@ from cogumi.serve.page.api_client import ApiClient
 from cogumi.serve.page.conversations import Conversation
 from support.page import RatedScripted, paged
 from support.serve import Scripted, raw, ready
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 KNOWN = {"tier": "modifier:math", "route": "modifier", "p_correct": 0.99, "accepted": True}
 UNSURE = {"tier": "base", "route": "low_confidence", "p_correct": 0.2, "accepted": False}
@@ -183,7 +183,7 @@ def test_page_needs_the_server_only_when_it_is_used():
     held = threading.Event()
 
     def load():
-        held.wait()
+        held.wait(PATIENCE)
         return RatedScripted()
 
     with paged(load) as port:

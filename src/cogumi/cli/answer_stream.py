@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from cogumi.cli.console import STDOUT, printable
-from cogumi.engine.presentation import as_markdown
+from cogumi.engine.presentation import PROGRAM, as_markdown
 
 FENCE = re.compile(r" {0,3}(```|~~~)")
 _BREAK = re.compile(r"(?<=\S)\n(?=\S)")
@@ -45,8 +45,9 @@ def _lists(line: str) -> bool:
 
 def rendered(block: str) -> Markdown:
     """Markdown for the terminal: line breaks of the text stay, links show their address."""
-    text = block if FENCE.search(block) else _BREAK.sub("  \n", block)
-    return Markdown(as_markdown(text) if text is block else text, hyperlinks=False, code_theme="ansi_dark")
+    text = as_markdown(block)
+    text = text if FENCE.search(text) else _BREAK.sub("  \n", text)
+    return Markdown(text, hyperlinks=False, code_theme="ansi_dark")
 
 
 class AnswerStream:
@@ -77,7 +78,7 @@ class AnswerStream:
             print(piece, end="", flush=True)
             return
         self._text += piece
-        if not as_markdown(self._text).startswith("```python\n"):
+        if not PROGRAM.match(self._text):
             self._print(self._shown + finished(self._text[self._shown :]))
         tail = self._text[self._shown :].split("\n")[-self._console.height + 1 :]
         self._live.update(Text("\n".join(tail)), refresh=True)
